@@ -122,9 +122,7 @@ class SigmaRel(_Named):
             object.__setattr__(self, "sigma_rel", check_sigma_rel(given))
         except InvalidValueError as error:
             if isinstance(given, numbers.Real) and SHORTEST_BETA <= given < 1:
-                raise error.with_hint(
-                    f"for a decay of {float(given)!r} a step there is beta:{float(given)!r}"
-                ) from error
+                raise error.with_hint(f"for a decay of {float(given)!r} per step use beta:{float(given)!r}") from error
             raise
 
     @property
@@ -274,8 +272,7 @@ class Decay(_Named):
 
     Arguments:
         shape: one of these.
-        over: the length of the decay at the end of training, as a fraction in (0, 1], or two times (start, end) on the
-            run's clock.
+        over: the fraction of training at its end, in (0, 1], or two times (start, end) on the run's clock.
 
     Raises:
         InvalidValueError: an unknown shape, or a part of training that is out of range.
@@ -287,7 +284,7 @@ class Decay(_Named):
     def __post_init__(self) -> None:
         check_word("decay", self.shape, SHAPES)
         ends, most = (self.over, math.inf) if isinstance(self.over, tuple) else ((0.0, self.over), 1.0)
-        accepted = "be a part of training in (0, 1], such as 0.2, or two growing times"
+        accepted = "be a part of training in (0, 1], such as 0.2, or two ascending times"
         last = ends[-1] if len(ends) == 2 else None
         end = check_number("over", last, lambda end: last is not None and 0 <= ends[0] < end <= most, accepted)
         object.__setattr__(self, "over", (float(ends[0]), end) if isinstance(self.over, tuple) else end)
@@ -416,16 +413,13 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     """Return the distinct targets of a text KIND:VALUES, see `FORMS`, or of numbers, which are sigma_rels.
 
     VALUES are a number, a list 0.999,0.9999 or a range START:STOP:STEP (for `decay` in percent); `between` and `decay`
-    take lists of START:END.
-
-    Raises:
-        InvalidValueError: with the subject `name`; it says what is accepted.
+    take lists of START:END. For other texts, raise an InvalidValueError about `name` that says what is accepted.
     """
     kind, colon, rest = (part.strip() for part in text.partition(":"))
     if not colon or kind not in FORMS:
         if any(character.isalpha() for character in kind):
-            known = ", ".join(form for form, _ in FORMS.values())
-            raise bad(name, text, f"must be a sigma_rel in (0, 0.2887), or one of {known}")
+            forms = ", ".join(form for form, _ in FORMS.values())
+            raise bad(name, text, f"must be a sigma_rel in (0, 0.2887), or one of {forms}")
         return [SigmaRel(width) for width in parse_numbers(text, name)]
     targets: list[Target]
     try:
@@ -466,6 +460,7 @@ class _UnreadableError(Exception):
 
 
 def _numbers(text: str, form: str) -> list[float]:
+    """Return the distinct numbers of a text, see `parse_numbers`; raise an _UnreadableError about `form`."""
     items = [item.strip() for item in text.split(",")]
     numbers: list[Decimal] = []
     for index, item in enumerate(items):
@@ -504,6 +499,7 @@ def _ends(text: str) -> tuple[float, float]:
 
 
 def _decimal(text: str, form: str) -> Decimal:
+    """Return a finite number of a moderate size; raise an _UnreadableError about `form` for anything else."""
     try:
         number = Decimal(text.strip())
     except InvalidOperation:
@@ -514,6 +510,7 @@ def _decimal(text: str, form: str) -> Decimal:
 
 
 def _steps(start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
+    """Return start, start + step, ... up to stop, at most `MOST_VALUES` numbers."""
     if step == 0 or (stop - start) * step < 0:
         raise _UnreadableError("the step must lead from the start to the stop, and not be 0")
     count = int((stop - start) / step) + 1

@@ -95,8 +95,8 @@ def test_a_users_target_is_used_unchanged() -> None:
         (lambda: Window(True), "window", "True"),
         (lambda: Between(0, math.inf), "between", "finite"),
         (lambda: Decay("sqrt"), "decay", "'sqrt': must be one of 1-sqrt, linear, cosine"),
-        (lambda: Decay("linear", ()), "over", "two growing times"),  # type: ignore[arg-type]
-        (lambda: Decay("linear", (1, 2, 3)), "over", "two growing times"),  # type: ignore[arg-type]
+        (lambda: Decay("linear", ()), "over", "two ascending times"),  # type: ignore[arg-type]
+        (lambda: Decay("linear", (1, 2, 3)), "over", "two ascending times"),  # type: ignore[arg-type]
         (lambda: Mean(2.5), "last", "must be a whole number of checkpoints"),  # type: ignore[arg-type]
         (lambda: Mean(3).profile(1e6, IMAGES, 1280.0), "last:3", "names checkpoints"),
         (lambda: GivenProfile(Uniform(0, 1), "../a b"), "profile", "'../a b'"),

@@ -180,6 +180,7 @@ def finite(value: float) -> float | None:
 
 
 def _range_text(low: float, high: float) -> str:
+    """Return a range as text, with the fewest digits, at least three, that leave some of it."""
     for digits in range(3, 9):
         first, last = math.ceil(round(low * 10**digits, 9)), math.floor(round(high * 10**digits, 9))
         if first < last:

@@ -326,11 +326,11 @@ class OrdinaryEMA(Discrete):
     @property
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
         """The averages with a longer time constant and a later start, by their uncertainties; itself for 0."""
-        known = self.settings | {"uncertainty": 0.0, "late": 0}
+        settings = self.settings | {"uncertainty": 0.0, "late": 0}
         longer, later = 1 + float(self.settings["uncertainty"]), self.settings["late"] // self.settings["every"]
-        decay = {"decay": 1 - (1 - known["decay"]) / longer}
-        copies = {"copies": known["copies"] + min(later, known["updates"] - 1)}
+        decay = {"decay": 1 - (1 - settings["decay"]) / longer}
+        copies = {"copies": settings["copies"] + min(later, settings["updates"] - 1)}
         return (
-            OrdinaryEMA.of(int(self.t), **known | decay) if longer > 1 else self,
-            OrdinaryEMA.of(int(self.t), **known | copies) if later > 0 else self,
+            OrdinaryEMA.of(int(self.t), **settings | decay) if longer > 1 else self,
+            OrdinaryEMA.of(int(self.t), **settings | copies) if later > 0 else self,
         )

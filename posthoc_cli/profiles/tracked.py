@@ -356,7 +356,7 @@ class ClockRecorder:
             InvalidValueError: the value is not the state of a recorder.
         """
         if not _is_state(state):
-            expected = f"a tolerance, two slopes and up to {MOST_KNOTS} pairs of a step and its time, both growing"
+            expected = f"a tolerance, two slopes and up to {MOST_KNOTS} pairs of a step and its time, both ascending"
             raise InvalidValueError("clock", f"must be a list of {expected}")
         tolerance, lowest, highest = map(float, state[:3])
         *earlier, (step, t) = ((int(step), float(t)) for step, t in zip(state[3::2], state[4::2], strict=True))

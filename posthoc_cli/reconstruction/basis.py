@@ -448,12 +448,12 @@ class Losses:
         if self._is_degenerate or self._left.size <= (1 - _REFRESH) * self._solved:
             self._solve()
             return
-        own, lost = self._root[snapshot].copy(), self._columns[:, snapshot].copy()
-        square = own @ own
-        pivot = self._root @ own / square
+        row, lost = self._root[snapshot].copy(), self._columns[:, snapshot].copy()
+        square = row @ row
+        pivot = self._root @ row / square
         self.squares = self.squares + lost * lost / square
         self._columns -= np.multiply.outer(lost, pivot)
-        self._root -= np.multiply.outer(pivot, own)
+        self._root -= np.multiply.outer(pivot, row)
         self._columns[:, snapshot] = self._root[snapshot] = 0.0
 
     def of(self, snapshots: Sequence[int]) -> Losses:

@@ -229,7 +229,8 @@ def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, seg
     anchor = np.log(np.maximum(anchors[anchored], _LEAST_SHARE * scale[anchored]))
     left = np.delete(np.arange(scale.size - 1), np.arange(segments - 1, scale.size - 1, segments))
 
-    def misfit(u: FloatArray) -> tuple[float, FloatArray, FloatArray]:
+    def objective(u: FloatArray) -> tuple[float, FloatArray, FloatArray]:
+        """Return the sum of squared residuals and penalties, up to a constant, its gradient and its Hessian."""
         x = np.exp(u)
         model = influence @ x + rounding  # each measured distance is 1
         jump, off = u[left + 1] - u[left], u[anchored] - anchor
@@ -247,7 +248,7 @@ def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, seg
 
     start = np.log(scale)
     start[segments:] -= _NOISE_LATER
-    solution = np.exp(_minimum(misfit, start, lowest, lowest + _WIDEST))
+    solution = np.exp(_minimum(objective, start, lowest, lowest + _WIDEST))
     if np.all(influence[:, segments:] @ solution[segments:] < _NO_NOISE * (influence @ solution + rounding)):
         solution[segments:] = 0.0
     return solution
@@ -287,8 +288,7 @@ def _minimum(
 def _first_estimate(relative: FloatArray, goal: FloatArray) -> FloatArray:
     """Return, for each segment, the mean of the constant walks (or noises) that single distances imply.
 
-    A distance counts by the segment's share in it: `relative`, [distances, segments]; `goal` is what the motion should
-    explain of each distance, [distances].
+    Each counts by the segment's share in its distance; `goal` is the part of each distance to explain: [distances].
     """
     total = relative.sum(axis=1)
     seen = total > 0
@@ -389,7 +389,7 @@ class Sketch:
     with G at the ends of the windows. That assumes that G is linear within a window: the shorter the windows, the more
     exact it is. Within window k, G departs from the line by b_k in the mean, and the motion there is inferred from its
     neighbours. Steady motion, from the previous window to the next one, adds b_k times itself to the error. The rest is
-    unseen: motion that the neighbours do not predict, as of a walk, and the part of the window's own spread that is not
+    unseen: motion that the neighbours do not predict, as of a walk, and the part of the window's spread that is not
     steady motion, as of noise.
 
     Attributes:
@@ -425,12 +425,12 @@ class Sketch:
         """Return the errors of averages that share means with the weights of the `largest` gamma: projected, unseen.
 
         The shapes are [D, n] and [K, n]. Within a fold of relative length L the shared weights are steeper by
-        u = (largest - gamma) L. If the fold has the mass m in an average, u m / 12 of the steady motion across the fold
-        is added to the error, which projections show. To the squared error, noise that leaves the variance s in a
-        fold's mean adds u^2 m^2 s / 12, and a walk of variance v across the fold u^2 m^2 v / 120, a third of which is
-        seen as steady motion. Averages of one profile have the errors of their common folds in common. `updates` counts
-        the updates until each edge: folds of two are exact, since the newest value has each profile's own weight, and
-        early in a run means are not shared.
+        u = (largest - gamma) L. If the fold has the mass m in an average, the error contains u m / 12 of the steady
+        motion across the fold, which projections show. To the squared error, noise that leaves the variance s in a
+        fold's mean adds u^2 m^2 s / 12, and a walk of variance v across the fold u^2 m^2 v / 120, a third of it seen as
+        steady motion. Averages of one profile share the errors of their common folds. `updates` counts the updates
+        until each edge: folds of two are exact, since the newest value has each profile's own weight, and early in a
+        run means are not shared.
         """
         counts = np.maximum(np.diff(updates) / self.folds, 2.0)
         part = (counts - 1) * (counts - 2) / counts**2

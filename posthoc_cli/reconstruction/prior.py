@@ -210,10 +210,10 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
 
     The order of the averages affects only the order of the arrays. `sketch` covers the path up to the last average.
     """
-    known = [average.measurements for average in averages if average.measurements is not None]
-    if not known or len(known) < len(averages):
+    measured = [average.measurements for average in averages if average.measurements is not None]
+    if not measured or len(measured) < len(averages):
         return assumed_prior([average.pure for average in averages])
-    norm = np.array([measurements.norm for measurements in known])
+    norm = np.array([measurements.norm for measurements in measured])
     counts = np.array([average.roundings for average in averages])
     arithmetic = norm * np.array([(ROUNDING * average.eps) ** 2 for average in averages]) * counts
     inherited = np.array([average.inherited for average in averages])
@@ -221,8 +221,8 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
     in_order = sorted(range(len(averages)), key=lambda i: order_of(profiles[i]))
     steps = averages[in_order[-1]].steps
     earlier = next((m for i in reversed(in_order) if (m := averages[i].motion) is not None), None)
-    distances = _distances([(profiles[i], known[i], arithmetic[i]) for i in in_order])
-    weights = map(_distance_to_weights, averages, known, arithmetic.tolist())
+    distances = _distances([(profiles[i], measured[i], arithmetic[i]) for i in in_order])
+    weights = map(_distance_to_weights, averages, measured, arithmetic.tolist())
     distances = [distance for distance in (*distances, *weights) if distance is not None and not distance.same_profile]
     if distances:
         times = [profile.t for profile in profiles]
@@ -235,9 +235,9 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
         assumed = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
         motion = assumed if earlier is None else earlier
     # Weights that are all 0 have distances, but all of these are 0.
-    still = not norm.any() and any(measurements.distances for measurements in known)
+    still = not norm.any() and any(measurements.distances for measurements in measured)
     return Prior(
-        motion, np.array([measurements.rounding for measurements in known]), arithmetic, norm,
+        motion, np.array([measurements.rounding for measurements in measured]), arithmetic, norm,
         MEASURED if distances or earlier is not None or still or sketch is not None else ASSUMED, steps,
         _doubt(motion, distances, steps) if distances else 0.0, sketch, _shared(averages, inherited, sketch),
     )  # fmt: skip
@@ -248,11 +248,11 @@ def misfit(averages: Sequence[StoredAverage]) -> float:
 
     Return nan with fewer than two distances above 0, and infinity where no motion can explain them.
     """
-    known = [(average.pure, average.measurements, 0.0) for average in averages if average.measurements is not None]
-    distances = [distance for distance in _distances(known) if not distance.same_profile]
+    measured = [(average.pure, average.measurements, 0.0) for average in averages if average.measurements is not None]
+    distances = [distance for distance in _distances(measured) if not distance.same_profile]
     if len(distances) < 2:
         return math.nan
-    steps, start, times = averages[0].steps, min(average.start for average in averages), [p.t for p, _, _ in known]
+    steps, start, times = averages[0].steps, min(average.start for average in averages), [p.t for p, _, _ in measured]
     even = Motion(np.array([start, max(times)]), np.ones(1), np.ones(1))
     if start >= max(times) or np.any(expected_distances(even, distances, steps) <= 0):
         return math.inf  # profiles that are equal have no distance, whatever the motion

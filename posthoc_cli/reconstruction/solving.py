@@ -79,9 +79,8 @@ class MinimumVariance:
     eliminates the last coefficient. The second term alone is the published method; most networks are closer to a walk.
 
     If the path of the weights was sketched, the error of any coefficients is measured (see `Sketch`), and that is the
-    error bar. The coefficients minimise the mean of the measured and the expected error, since there are fewer
-    projections than directions in which the weights move: coefficients fitted to the projections alone are worse in the
-    other directions.
+    error bar. The coefficients minimise the mean of the measured and the expected error: there are fewer projections
+    than directions of motion, and coefficients fitted to the projections alone are worse in the other directions.
 
     The profiles are at or before `t`, in the order of the prior; the mass before the first update lies on that update.
     """
@@ -123,9 +122,8 @@ class MinimumVariance:
     def expected_squares(self, coefficients: FloatArray, goals: Goals, solved: bool = False) -> FloatArray:
         """Return E |error|^2 of targets, each with its column of coefficients of sum 1: shape [2, targets].
 
-        The rows are the parts from motion and from rounding. The part from motion is measured if there is a sketch,
-        otherwise expected, and widened where the motion is in doubt. For coefficients that were `solved` for, each
-        measured residual is scaled to its value if it had been left out of the solution.
+        The rows are the parts from motion and from rounding. The former is measured if there is a sketch, otherwise
+        expected and widened by the doubt. Of coefficients that were `solved` for, residuals are scaled by `_left_out`.
         """
         ordered = coefficients[self._order]
         missed = self._rows @ ordered - goals.columns
