@@ -435,8 +435,8 @@ class _Errors:
         order = _spread_out([index for index in range(len(profiles)) if index not in staying])
         if staying == set(self._used):
             used = [profiles[index] for index in self._used]
-            found = removal_order(used, self.prior, range(len(used)), keep, _needed(used), self._sigma_range)
-            order += [self._used[index] for index in found]
+            removable = removal_order(used, self.prior, range(len(used)), keep, _needed(used), self._sigma_range)
+            order += [self._used[index] for index in removable]
         return order
 
     def exchanged(self, gone: list[int]) -> list[int]:

@@ -266,7 +266,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (elsewhere(offset=(6, 0)), "tensor '0.weight': both hold some of its elements"),
     (elsewhere(offset=(16, 0)), r"'0.weight': shape \[5, 30\] at \[16, 0\] is not within \[20, 30\]"),
     (with_fields(part=(1, 4)), "are both part 1 of 4"),
-    (with_fields(part=None, chunks={}), "is no part of a snapshot, in a folder of parts"),
+    (with_fields(part=None, chunks={}), "is in a folder of parts but is not a part of a snapshot"),
     (gap, "tensor '0.weight': elements are missing"),
     (lambda part: os.truncate(part, part.stat().st_size - 1), "truncated"),
 ]

@@ -155,7 +155,7 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
             tally.lost += [f"{where}: {line}" for line in [*differing(now, right), *wrong_averages(now)]]
             if is_last and any(codes):
                 errors = [process.communicate()[1][-300:] for process in processes]
-                tally.missed.append(f"{where}: going on ended with {codes}: {errors}")
+                tally.missed.append(f"{where}: the resumed job ended with {codes}: {errors}")
                 break
         # Thinning may have removed earlier snapshots before a kill.
         tally.lost += [f"{where}: {line}" for line in missing(now, first=4 if most is None else STEPS)]
@@ -245,14 +245,14 @@ def full_disks(folder: Path, share: float, seed: int) -> Tally:
         now = read(place / "run")
         wrong = [*(line for out in outs for line in out[1:]), *wrong_averages(now), *differing(now, before)]
         wrong += [*missing(now), *(f"{name} is gone" for name in before.keys() - now.keys())]
-        tally.lost += [f"{where}, going on with {kind} on {ranks}: {line}" for line in wrong]
+        tally.lost += [f"{where}, resumed with {kind} on {ranks}: {line}" for line in wrong]
         shutil.rmtree(place)
     return tally
 
 
 # --- two jobs in one directory
 
-BESIDE = "import time\nfrom posthoc_cli.tracker import sharding\nsharding.PATIENCE = 10" + TRAIN.replace(
+WAITING = "import time\nfrom posthoc_cli.tracker import sharding\nsharding.PATIENCE = 10" + TRAIN.replace(
     "        if step % 4",
     "        while step > 12 and not (folder / 'go').exists():\n            time.sleep(0.01)\n        if step % 4",
 )
@@ -265,7 +265,7 @@ def two_jobs(folder: Path, share: float, seed: int) -> Tally:
         place, tally.tried = folder / "jobs", tally.tried + 1
         spread, jobs = [chance.choice(SPREAD) for _ in range(2)], []
         for kind, ranks in spread:
-            jobs.append(start_group(BESIDE, ranks, place, kind, None))
+            jobs.append(start_group(WAITING, ranks, place, kind, None))
             time.sleep(chance.choice((0.0, 1.0)))
         where, until = f"meeting {tally.tried} of {spread}", time.monotonic() + PATIENCE
         while (running := [any(process.poll() is None for process in job) for job in jobs]) == [True, True]:
