@@ -380,9 +380,7 @@ class PendingFile:
         if self._open:
             self._close()
         if self.temporary in _unfinished:
-            with suppress(OSError):
-                system.unlink(self.temporary)
-            _unfinished.pop(self.temporary, None)
+            discard([self.temporary])
 
     def _take_name(self) -> bool:
         """Give the file its final name; return whether it keeps the temporary name, too."""

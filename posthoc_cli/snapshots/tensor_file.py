@@ -223,8 +223,7 @@ class TensorFileWriter:
         ends = list(accumulate(self._entries[name].nbytes for name in names))
         begin = run = 0
         for name, end, following in zip(names, ends, [*names[1:], None], strict=True):
-            for index, checksum in enumerate(fmt.block_checksums(view[begin:end])):
-                self._blocks[name][index] = checksum
+            self._blocks[name] = fmt.block_checksums(view[begin:end])
             stop = self._position(name) + end - begin
             if following is None or self._position(following) != stop:
                 self._file.write_at(view[run:end], stop - (end - run))
