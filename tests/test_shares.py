@@ -74,12 +74,12 @@ def test_any_number_of_shards_has_the_bytes_of_one_file(
     run: Path, tmp_path: Path, size: int, dtype: str | None
 ) -> None:
     write(run, tmp_path / "out", [0.1, 0.2], size, dtype=dtype)
-    Run(run).write([0.1, 0.2], tmp_path / "whole", dtype=dtype)
+    Run(run).write([0.1, 0.2], tmp_path / "files", dtype=dtype)
     for target in ("sigma_rel-0.1", "sigma_rel-0.2"):
-        folder, whole = tmp_path / "out" / target, load_file(tmp_path / "whole" / f"{target}.safetensors")
+        folder, expected = tmp_path / "out" / target, load_file(tmp_path / "files" / f"{target}.safetensors")
         made = load_output(folder)
-        assert made.keys() == whole.keys()
-        for name, value in whole.items():
+        assert made.keys() == expected.keys()
+        for name, value in expected.items():
             torch.testing.assert_close(made[name], value, rtol=0 if dtype is None else 0.01, atol=1e-6)
         assert sorted(contents(folder)) == [*(path.name for path in shards(folder)), INDEX_NAME]
     write(run, tmp_path / "one", 0.1, size, dtype=dtype)

@@ -120,8 +120,8 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
     started = time.monotonic()
     run_group(TRAIN, 2, folder / "unkilled", "fsdp", None)
     seconds = time.monotonic() - started
-    whole, shadow, place = in_one_process(folder / "whole", None), folder / "shadow", folder / "killed"
-    average = Run(folder / "whole").average(0.15, method="paper")
+    uninterrupted, shadow, place = in_one_process(folder / "uninterrupted", None), folder / "shadow", folder / "killed"
+    average = Run(folder / "uninterrupted").average(0.15, method="paper")
     tally, chance, times = Tally(), random.Random(seed), max(1, round(100 * share))
     while tally.tried < times:
         most, saves, durable, codes = chance.choice((None, 3)), chance.choice(((), (3,), (5,))), 0, [1]
@@ -143,7 +143,7 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
                 time.sleep(chance.uniform(0.2, 1.0) * seconds)
                 chance.choice(processes).kill()
             codes = end(processes, PATIENCE if is_last else 10)
-            now, right = read(place / "run"), whole if saves else before | in_one_process(shadow, most)
+            now, right = read(place / "run"), uninterrupted if saves else before | in_one_process(shadow, most)
             shutil.rmtree(shadow, ignore_errors=True)
             durable = max(durable, noted(place, "durable", ranks))
             if most is None and not saves:
@@ -159,7 +159,7 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
                 break
         # Thinning may have removed earlier snapshots before a kill.
         tally.lost += [f"{where}: {line}" for line in missing(now, first=4 if most is None else STEPS)]
-        if saves and now.keys() == whole.keys():
+        if saves and now.keys() == uninterrupted.keys():
             made = Run(place / "run").average(0.15, method="paper")
             tally.lost += [f"{where}: {line}" for line in differing({"": made}, {"": average})]
         shutil.rmtree(place)
