@@ -236,7 +236,7 @@ STILL_SECONDS = 3600.0
 
 
 def remove_leftovers(directory: Path, still: float = STILL_SECONDS) -> None:
-    """Remove temporary files and folders that have not changed for `still` seconds; log those that cannot be."""
+    """Remove temporary files and folders that have not changed for `still` seconds; log those that stay."""
     before = time.time() - still
     for path in leftovers(directory):
         try:
