@@ -391,13 +391,12 @@ def plan_pruning(
     if max_error is not None:  # the errors grow with the number of deletions
         gone = gone[: bisect_left(range(1, len(gone) + 1), True, key=lambda n: errors.without(gone[:n]).worst > bound)]
     exchanged = errors.exchanged(gone)
-    kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in set(exchanged)]
-    fits = max_bytes is None or file_bytes(kept) <= max_bytes  # headers of later snapshots are longer
+    size = file_bytes([snapshots[index] for index in errors.left(exchanged)])
+    fits = max_bytes is None or size <= max_bytes  # headers of later snapshots are longer
     if fits and (max_error is None or errors.without(exchanged).worst <= bound):
         gone = exchanged
-    kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in set(gone)]
-    after = errors.without(gone) if gone else errors.before
-    return Pruning(tuple(kept), tuple(snapshots[index] for index in gone), errors.before, after, errors.prior.source)
+    kept, deleted = (tuple(snapshots[index] for index in chosen) for chosen in (errors.left(gone), gone))
+    return Pruning(kept, deleted, errors.before, errors.without(gone) if gone else errors.before, errors.prior.source)
 
 
 class _Errors:
@@ -418,7 +417,7 @@ class _Errors:
 
     def without(self, gone: Sequence[int]) -> ErrorCurve:
         """Return the error curve after deletions."""
-        left = self._left(gone)
+        left = self.left(gone)
         chosen = [left[place] for place in thinned_subset([self._profiles[index] for index in left])]
         if set(chosen) <= set(self._used):
             prior = self.prior.of([self._used.index(index) for index in chosen])
@@ -443,9 +442,10 @@ class _Errors:
         """Return better deletions of the same number by exchanges; the same ones if not all snapshots are used."""
         if len(self._used) < len(self._profiles):
             return gone
-        return exchanged(self._profiles, self.prior, self._left(gone), gone, self._needed, self._sigma_range)
+        return exchanged(self._profiles, self.prior, self.left(gone), gone, self._needed, self._sigma_range)
 
-    def _left(self, gone: Sequence[int]) -> list[int]:
+    def left(self, gone: Sequence[int]) -> list[int]:
+        """Return the remaining snapshots after deletions."""
         return sorted(set(range(len(self._profiles))) - set(gone))
 
 
