@@ -400,12 +400,7 @@ def plan_pruning(
 
 
 class _Errors:
-    """The expected errors from subsets of the snapshots of a directory, which are given as indices.
-
-    Attributes:
-        prior: from the snapshots that are used of all, see `thinned_subset`.
-        before: the error curve from all snapshots.
-    """
+    """The expected errors from subsets of a directory's snapshots, given as indices; `before` are those from all."""
 
     def __init__(self, snapshots: Sequence[Snapshot], sigma_range: tuple[float, float]) -> None:
         self._snapshots, self._sigma_range = snapshots, sigma_range
@@ -454,8 +449,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
 
     Raises:
         LockedError: a tracker is writing to the directory.
-        DirectoryError, MismatchError, FileFormatError: the directory has changed, or a survivor is damaged; nothing is
-            deleted.
+        DirectoryError, MismatchError, FileFormatError: it has changed, or a survivor is damaged; nothing is deleted.
         WriteError: the system refused a deletion. All survivors remain.
     """
     with DirectoryLock(directory):
