@@ -248,7 +248,7 @@ STILL_SECONDS = 3600.0
 
 
 def remove_leftovers(directory: Path, still: float = STILL_SECONDS) -> None:
-    """Remove temporary files and folders that have not changed for `still` seconds; log those that cannot be."""
+    """Remove temporary files and folders that have not changed for `still` seconds; log those that stay."""
     before = time.time() - still
     for path in leftovers(directory):
         try:
@@ -391,9 +391,7 @@ class PendingFile:
         if self._open:
             self._close()
         if self.temporary in _unfinished:
-            with suppress(OSError):
-                system.unlink(self.temporary)
-            _unfinished.pop(self.temporary, None)
+            discard([self.temporary])
 
     def _take_name(self) -> bool:
         """Give the file its final name; return whether it keeps the temporary name, too."""

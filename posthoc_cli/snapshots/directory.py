@@ -322,7 +322,7 @@ def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> S
         if isinstance(result, FileFormatError):
             raise result
         if result.info.part is None:
-            reason = "is no part of a snapshot, in a folder of parts"
+            reason = "is in a folder of parts but is not a part of a snapshot"
             raise FileFormatError(result.path, reason, "move it to the directory")
         sets.setdefault((result.info.part[1], result.info.session), []).append(result)
     for parts in sets.values():

@@ -31,8 +31,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.inherited     expected squared norm of the error that remains in the average from the rounding of the snapshots
                       that the run was resumed from; missing if 0
     ema.schedule      JSON object: update_every, checkpoint_every, update_after_step, max_checkpoints (null: all),
-                      checkpoint_dtype (null: the tensor's own), sigma_range (the targets to keep snapshots for:
-                      [low, high])
+                      checkpoint_dtype (null: the tensor's own), sigma_range (that snapshots are kept for: [low, high])
     ema.tensors       JSON object: name -> {"role": "average", "statistic" or "copy", "dtype": dtype in the model}.
                       "average": the weighted mean of a tensor; "statistic": the same of BatchNorm's running mean or
                       variance, which is not a weight; "copy": the value at `t`
@@ -56,8 +55,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, concatenated
     ema.checksum      checksum of the header, 16 hexadecimal digits
 
-The stored dtype of a tensor may differ from its dtype in the model: averages are stored in `checkpoint_dtype`, or in
-F32 if a value is too large or too small for that.
+Averages may be stored in another dtype than the model's: `checkpoint_dtype`, or F32 if that cannot hold a value.
 
 The knots of a clock are pairs of a step and its time, both increasing, from step 1 and above time 0; at most 1,000. The
 last knot is (ema.step, ema.t). From step 0 at time 0 to the first knot, and between two knots, all steps are equally

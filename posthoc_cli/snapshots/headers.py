@@ -387,5 +387,5 @@ def check_chunks(chunks: Mapping[str, Chunk], stored: Mapping[str, fmt.TensorEnt
 
 def _in_both(key: str, entries: Mapping[str, object], stored: Mapping[str, object]) -> Iterable[str]:
     if differing := entries.keys() ^ stored.keys():
-        raise ValueError(f"{key}: tensor {shown(min(differing))} is in the payload or here, but not in both")
+        raise ValueError(f"{key}: tensor {shown(min(differing))} is in the payload or in {key}, but not in both")
     return stored

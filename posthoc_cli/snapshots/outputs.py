@@ -3,7 +3,7 @@
 The metadata of an output is specified in `snapshots.format`. The index of a sharded model is a JSON file as the Hugging
 Face libraries define it:
 
-    {"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file beside the index}}
+    {"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file next to the index}}
 
 `describe` describes the snapshots or models at a path from headers alone, as a dict for JSON that begins with the kind:
 "directory", "snapshot", "output", "outputs", "state" or "safetensors".

@@ -405,9 +405,8 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     Of three successive averages a, b, c of one kind, c consists of b with a share k and of the mean of the weights
     since, m_c = (c - k b) / (1 - k); b and a determine m_b in the same way. With m_b in place of m_c, c would be
     k b + (1 - k) m_b, which is also an average of known profile. Its distance from c is (1 - k) |m_c - m_b|, which only
-    the motion in two intervals causes. The distance of a long average from b is caused by the motion of all training:
-    if that slows down, or has one direction for long, the motion of late intervals was estimated up to five times too
-    large.
+    the motion in two intervals causes. The distance of a long average from b is caused by the motion of all training,
+    from which the motion of late intervals was estimated up to five times too large if training slows down.
 
     Returns None with fewer than two earlier averages, for power functions, and if c does not continue b, or b not a.
     """

@@ -183,7 +183,9 @@ def read_start(file: OpenedFile) -> bytes:
     length = int.from_bytes(prefix, "little")
     if length > fmt.MAX_HEADER_BYTES or 8 + length > file.size:
         if prefix.startswith(_PICKLES):
-            raise FileFormatError(file.path, "is a pickle (.pt, .bin), not safetensors", "give it its own ending")
+            raise FileFormatError(
+                file.path, "is a pickle (.pt, .bin), not safetensors", "rename it with the suffix of its format"
+            )
         reason = f"its header would take {length:,} bytes of a file of {file.size:,}"
         raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {reason}")
     text = file.read_at(length, 8)
@@ -221,8 +223,7 @@ class TensorFileWriter:
         ends = list(accumulate(self._entries[name].nbytes for name in names))
         begin = run = 0
         for name, end, following in zip(names, ends, [*names[1:], None], strict=True):
-            for index, checksum in enumerate(fmt.block_checksums(view[begin:end])):
-                self._blocks[name][index] = checksum
+            self._blocks[name] = fmt.block_checksums(view[begin:end])
             stop = self._position(name) + end - begin
             if following is None or self._position(following) != stop:
                 self._file.write_at(view[run:end], stop - (end - run))

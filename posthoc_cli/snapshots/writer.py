@@ -409,22 +409,16 @@ def plan_pruning(
     if max_error is not None:  # the errors grow with the number of deletions
         gone = gone[: bisect_left(range(1, len(gone) + 1), True, key=lambda n: errors.without(gone[:n]).worst > bound)]
     exchanged = errors.exchanged(gone)
-    kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in set(exchanged)]
-    fits = max_bytes is None or file_bytes(kept) <= max_bytes  # headers of later snapshots are longer
+    size = file_bytes([snapshots[index] for index in errors.left(exchanged)])
+    fits = max_bytes is None or size <= max_bytes  # headers of later snapshots are longer
     if fits and (max_error is None or errors.without(exchanged).worst <= bound):
         gone = exchanged
-    kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in set(gone)]
-    after = errors.without(gone) if gone else errors.before
-    return Pruning(tuple(kept), tuple(snapshots[index] for index in gone), errors.before, after, errors.prior.source)
+    kept, deleted = (tuple(snapshots[index] for index in chosen) for chosen in (errors.left(gone), gone))
+    return Pruning(kept, deleted, errors.before, errors.without(gone) if gone else errors.before, errors.prior.source)
 
 
 class _Errors:
-    """The expected errors from subsets of the snapshots of a directory, which are given as indices.
-
-    Attributes:
-        prior: from the snapshots that are used of all, see `thinned_subset`.
-        before: the error curve from all snapshots.
-    """
+    """The expected errors from subsets of a directory's snapshots, given as indices; `before` are those from all."""
 
     def __init__(self, snapshots: Sequence[Snapshot], sigma_range: tuple[float, float]) -> None:
         self._snapshots, self._sigma_range = snapshots, sigma_range
@@ -436,7 +430,7 @@ class _Errors:
 
     def without(self, gone: Sequence[int]) -> ErrorCurve:
         """Return the error curve after deletions."""
-        left = self._left(gone)
+        left = self.left(gone)
         chosen = [left[place] for place in thinned_subset([self._profiles[index] for index in left])]
         if set(chosen) <= set(self._used):
             prior = self.prior.of([self._used.index(index) for index in chosen])
@@ -453,17 +447,18 @@ class _Errors:
         order = _spread_out([index for index in range(len(profiles)) if index not in staying])
         if staying == set(self._used):
             used = [profiles[index] for index in self._used]
-            found = removal_order(used, self.prior, range(len(used)), keep, _needed(used), self._sigma_range)
-            order += [self._used[index] for index in found]
+            removable = removal_order(used, self.prior, range(len(used)), keep, _needed(used), self._sigma_range)
+            order += [self._used[index] for index in removable]
         return order
 
     def exchanged(self, gone: list[int]) -> list[int]:
         """Return better deletions of the same number by exchanges; the same ones if not all snapshots are used."""
         if len(self._used) < len(self._profiles):
             return gone
-        return exchanged(self._profiles, self.prior, self._left(gone), gone, self._needed, self._sigma_range)
+        return exchanged(self._profiles, self.prior, self.left(gone), gone, self._needed, self._sigma_range)
 
-    def _left(self, gone: Sequence[int]) -> list[int]:
+    def left(self, gone: Sequence[int]) -> list[int]:
+        """Return the remaining snapshots after deletions."""
         return sorted(set(range(len(self._profiles))) - set(gone))
 
 
@@ -472,8 +467,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
 
     Raises:
         LockedError: a tracker is writing to the directory.
-        DirectoryError, MismatchError, FileFormatError: the directory has changed, or a survivor is damaged; nothing is
-            deleted.
+        DirectoryError, MismatchError, FileFormatError: it has changed, or a survivor is damaged; nothing is deleted.
         WriteError: the system refused a deletion. All survivors remain.
     """
     with one_writer(directory) as check_lease:

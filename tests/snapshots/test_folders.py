@@ -41,9 +41,9 @@ GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}
 
 
 @pytest.fixture
-def whole(run: Path, tmp_path: Path) -> Path:
+def unsplit(run: Path, tmp_path: Path) -> Path:
     """A copy of the run with unsplit snapshots."""
-    return Path(shutil.copytree(run, tmp_path / "whole"))
+    return Path(shutil.copytree(run, tmp_path / "unsplit"))
 
 
 def split_all(run: Path, how: str = "rows") -> list[Path]:
@@ -60,13 +60,13 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("how", ["rows", "grid", "mixed", "unmeasured"])
-def test_all_results_from_parts_equal_those_from_single_files(run: Path, whole: Path, how: str) -> None:
+def test_all_results_from_parts_equal_those_from_single_files(run: Path, unsplit: Path, how: str) -> None:
     """Without measurements in headers, the same sample is read from both."""
     if how == "unmeasured":
-        for path in (*snapshot_files(run), *snapshot_files(whole)):
+        for path in (*snapshot_files(run), *snapshot_files(unsplit)):
             rewrite_snapshot(path, measurements=None, motion=None, sketch="")
     split_all(run, "grid" if how == "unmeasured" else how)
-    expected, split = Run(whole), Run(run)
+    expected, split = Run(unsplit), Run(run)
     for target in (0.15, 0.27):
         average, other = expected.average(target), split.average(target)
         assert all(torch.equal(tensor, other[name]) for name, tensor in average.items())
@@ -266,7 +266,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (elsewhere(offset=(6, 0)), "tensor '0.weight': both hold some of its elements"),
     (elsewhere(offset=(16, 0)), r"'0.weight': shape \[5, 30\] at \[16, 0\] is not within \[20, 30\]"),
     (with_fields(part=(1, 4)), "are both part 1 of 4"),
-    (with_fields(part=None, chunks={}), "is no part of a snapshot, in a folder of parts"),
+    (with_fields(part=None, chunks={}), "is in a folder of parts but is not a part of a snapshot"),
     (gap, "tensor '0.weight': elements are missing"),
     (lambda part: os.truncate(part, part.stat().st_size - 1), "truncated"),
 ]
@@ -305,9 +305,9 @@ def test_a_snapshot_off_the_schedule_that_is_being_replaced_is_incomplete(run: P
     assert list(inspect_directory(run).incomplete) == [folder]
 
 
-def test_parts_of_a_shorter_attempt_do_not_hide_a_complete_snapshot(run: Path, whole: Path) -> None:
+def test_parts_of_a_shorter_attempt_do_not_hide_a_complete_snapshot(run: Path, unsplit: Path) -> None:
     *_, folder = split_all(run)
-    old = split_snapshot(snapshot_files(whole)[-1], 2)
+    old = split_snapshot(snapshot_files(unsplit)[-1], 2)
     shutil.copy(parts_of(old)[0], folder)
     assert len(read_directory(run)[-1].parts) == 4
     shutil.copy(parts_of(old)[1], folder)

@@ -81,11 +81,11 @@ def read_by_the_book(path: Path) -> Book:
 def every_dtype() -> dict[str, torch.Tensor]:
     """Return a tensor of each dtype of NumPy or torch with its extreme values; also 0-d, empty and transposed ones."""
     floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+    ints = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
     tensors = {
         str(d): torch.tensor([0.0, -0.0, torch.finfo(d).max, torch.finfo(d).tiny, 1 / 3], dtype=d) for d in floats
     }
-    tensors |= {str(d): torch.tensor([torch.iinfo(d).min, 1, torch.iinfo(d).max], dtype=d) for d in whole}
+    tensors |= {str(d): torch.tensor([torch.iinfo(d).min, 1, torch.iinfo(d).max], dtype=d) for d in ints}
     return tensors | {
         "torch.bool": torch.tensor([True, False, True]), "scalar": torch.tensor(2.5), "empty": torch.empty(3, 0, 2),
         "transposed": torch.arange(6.0).reshape(2, 3).T,

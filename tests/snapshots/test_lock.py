@@ -130,17 +130,17 @@ def note(**changes: object) -> str:
     return json.dumps({"host": socket.gethostname(), "process": 2**22 + 1, **changes})
 
 
+@pytest.mark.parametrize(
+    ("text", "holder"),
+    [
+        (note(host="h\x1b[31m", process=7).encode(), r"process 7 on h\\x1b\[31m"),
+        *((text, "another process") for text in (b"", b"{", b"[]", b"{}", b'{"process":"x","host":1}', b"\xff")),
+    ],
+)
 @pytest.mark.usefixtures("held")
-def test_a_hostile_host_name_is_shown_escaped(tmp_path: Path) -> None:
-    (tmp_path / HOLDER_NAME).write_text(note(host="h\x1b[31m", process=7))
-    refused(tmp_path, r"process 7 on h\\x1b\[31m is writing here")
-
-
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"process":"x","host":1}', b"\xff"])
-@pytest.mark.usefixtures("held")
-def test_a_holder_that_cannot_be_read_is_another_process(tmp_path: Path, text: bytes) -> None:
+def test_the_holder_is_named_escaped_or_as_another_process(tmp_path: Path, text: bytes, holder: str) -> None:
     (tmp_path / HOLDER_NAME).write_bytes(text)
-    refused(tmp_path, "another process is writing here")
+    refused(tmp_path, f"^{re.escape(str(tmp_path))}: {holder} is writing here")
 
 
 def warned(directory: Path, caplog: pytest.LogCaptureFixture) -> str:

@@ -173,7 +173,7 @@ def test_a_file_that_has_changed_since_is_not_moved_and_a_missing_one_is_skipped
 
 @pytest.mark.parametrize("operation", ["make_directory", "rename", "fsync_directory"])
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_repair_that_is_interrupted_loses_nothing_and_goes_on(run: Path, operation: str, after: int) -> None:
+def test_a_repair_that_is_interrupted_loses_nothing_and_continues(run: Path, operation: str, after: int) -> None:
     break_some(run, (0, 1, 2))
     before = sorted(contents(run).values())
     plan = verify(run)

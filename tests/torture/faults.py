@@ -134,7 +134,9 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
                 left = [f"{path.name} is left over" for path in run.root.rglob(f"{files.TEMPORARY_PREFIX}*.tmp")]
                 tally.lost += [f"{system.failed}: {line}" for line in (*run.problems(), *run.wrong_outputs(), *left)]
                 if not run.errors and (differing := run.names() ^ reference.names()):
-                    tally.missed.append(f"{system.failed}: nobody was told, and snapshots differ: {sorted(differing)}")
+                    tally.missed.append(
+                        f"{system.failed}: no error was raised, and snapshots differ: {sorted(differing)}"
+                    )
             shutil.rmtree(run.root)
     return tally
 
@@ -163,10 +165,10 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
             try:
                 tally.lost += [f"{where}: {line}" for line in _harmed(run, durable, done)]
                 run.do()
-                tally.missed += [f"{where}: going on: {error}" for error in run.errors]
+                tally.missed += [f"{where}: resumed: {error}" for error in run.errors]
                 lost = [f"{name} is not there" for name in newest - run.names()]
                 lost += [*run.problems(), *run.wrong_outputs()]
-                tally.lost += [f"{where}: going on: {line}" for line in lost]
+                tally.lost += [f"{where}: resumed: {line}" for line in lost]
             except Exception as error:  # noqa: BLE001 - any error is a failure
                 tally.missed.append(f"{where}: {type(error).__name__}: {error}")
             shutil.rmtree(run.root)

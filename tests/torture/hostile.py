@@ -249,8 +249,8 @@ def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
         paths = sorted(path for path in run.rglob("*") if path.is_file())
         for _ in range(max(2, round(share * DAMAGES))):
             path = chance.choice(paths)
-            whole, what = path.read_bytes(), f"{layout}: {path.name}"
-            path.write_bytes(_changed(whole, chance, paths, marker))
+            intact, what = path.read_bytes(), f"{layout}: {path.name}"
+            path.write_bytes(_changed(intact, chance, paths, marker))
             tally.tried += 1
             with warnings.catch_warnings(), tally.judged(what, str(run)):
                 warnings.simplefilter("error", RuntimeWarning)
@@ -258,22 +258,22 @@ def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
             if marker.exists():
                 tally.executed.append(what)
                 marker.unlink()
-            path.write_bytes(whole)
+            path.write_bytes(intact)
         shutil.rmtree(run)
     return tally
 
 
-def _changed(whole: bytes, chance: random.Random, paths: list[Path], marker: Path) -> bytes:
+def _changed(intact: bytes, chance: random.Random, paths: list[Path], marker: Path) -> bytes:
     kind = chance.choice(["cut", "flip", "flip", "many", "bomb", "other"])
     if kind == "cut":
-        return whole[: chance.randrange(len(whole))]
+        return intact[: chance.randrange(len(intact))]
     if kind == "bomb":
         return pickle.dumps({"model": {"w": torch.ones(2)}, "x": Bomb(marker), "step": Bomb(marker)})
     if kind == "other":
         return chance.choice(paths).read_bytes()
-    changed = bytearray(whole)
+    changed = bytearray(intact)
     for _ in range(1 if kind == "flip" else 50):
-        changed[chance.randrange(min(len(whole), chance.choice([100, 2_000, 10**9])))] ^= 1 << chance.randrange(8)
+        changed[chance.randrange(min(len(intact), chance.choice([100, 2_000, 10**9])))] ^= 1 << chance.randrange(8)
     return bytes(changed)
 
 

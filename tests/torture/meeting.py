@@ -125,7 +125,7 @@ def readers(folder: Path, times: int, chance: random.Random) -> Tally:
             read_once(tally, run, out, chance)
         answer = pruner.ask("prune", 2)
         if not training.is_named_by(answer):
-            tally.missed.append(f"pruning beside the training {training.process.pid}: {answer}")
+            tally.missed.append(f"pruning during the training {training.process.pid}: {answer}")
         training.ask("close")
         pruner.tell("prune", chance.randint(1, 5))
         for _ in range(min(5, times - tally.tried)):
@@ -192,7 +192,7 @@ def one_is_killed(run: Path, first: Other, second: Other, chance: random.Random)
     """Start the second while the first, which the refusal names, is running; kill the first; the second takes over."""
     holds, refused = first.ask("train"), second.ask("train")
     if not first.is_named_by(refused):
-        return [f"beside {first.process.pid}: {holds}, {refused}"]
+        return [f"started after {first.process.pid}: {holds}, {refused}"]
     time.sleep(chance.uniform(0, 0.02))
     first.kill()
     return taken_over(run, second, holds[1], chance)
@@ -204,5 +204,5 @@ def taken_over(run: Path, second: Other, run_id: object, chance: random.Random) 
     answer = second.ask("train")
     time.sleep(chance.uniform(0, 0.01))
     second.kill()
-    wrong = [] if answer == ("trains", run_id) else [f"run {run_id} was to go on, and it is {answer}"]
+    wrong = [] if answer == ("trains", run_id) else [f"run {run_id} was to be resumed, and the answer is {answer}"]
     return wrong + wrong_snapshots(run)

@@ -90,7 +90,7 @@ class Nursery:
             tally.tried += after is not None
             where = f"kill {tally.tried}, attempt {attempt}"
             if code not in (0, -signal.SIGKILL):
-                tally.missed.append(f"{where}: going on ended with {code}: {err.strip()[-500:]}")
+                tally.missed.append(f"{where}: the resumed process ended with {code}: {err.strip()[-500:]}")
             yield where, attempt
             if code != -signal.SIGKILL:
                 return

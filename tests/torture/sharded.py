@@ -120,8 +120,8 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
     started = time.monotonic()
     run_group(TRAIN, 2, folder / "unkilled", "fsdp", None)
     seconds = time.monotonic() - started
-    whole, shadow, place = in_one_process(folder / "whole", None), folder / "shadow", folder / "killed"
-    average = Run(folder / "whole").average(0.15, method="paper")
+    uninterrupted, shadow, place = in_one_process(folder / "uninterrupted", None), folder / "shadow", folder / "killed"
+    average = Run(folder / "uninterrupted").average(0.15, method="paper")
     tally, chance, times = Tally(), random.Random(seed), max(1, round(100 * share))
     while tally.tried < times:
         most, saves, durable, codes = chance.choice((None, 3)), chance.choice(((), (3,), (5,))), 0, [1]
@@ -143,7 +143,7 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
                 time.sleep(chance.uniform(0.2, 1.0) * seconds)
                 chance.choice(processes).kill()
             codes = end(processes, PATIENCE if is_last else 10)
-            now, right = read(place / "run"), whole if saves else before | in_one_process(shadow, most)
+            now, right = read(place / "run"), uninterrupted if saves else before | in_one_process(shadow, most)
             shutil.rmtree(shadow, ignore_errors=True)
             durable = max(durable, noted(place, "durable", ranks))
             if most is None and not saves:
@@ -155,11 +155,11 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
             tally.lost += [f"{where}: {line}" for line in [*differing(now, right), *wrong_averages(now)]]
             if is_last and any(codes):
                 errors = [process.communicate()[1][-300:] for process in processes]
-                tally.missed.append(f"{where}: going on ended with {codes}: {errors}")
+                tally.missed.append(f"{where}: the resumed job ended with {codes}: {errors}")
                 break
         # Thinning may have removed earlier snapshots before a kill.
         tally.lost += [f"{where}: {line}" for line in missing(now, first=4 if most is None else STEPS)]
-        if saves and now.keys() == whole.keys():
+        if saves and now.keys() == uninterrupted.keys():
             made = Run(place / "run").average(0.15, method="paper")
             tally.lost += [f"{where}: {line}" for line in differing({"": made}, {"": average})]
         shutil.rmtree(place)
@@ -245,14 +245,14 @@ def full_disks(folder: Path, share: float, seed: int) -> Tally:
         now = read(place / "run")
         wrong = [*(line for out in outs for line in out[1:]), *wrong_averages(now), *differing(now, before)]
         wrong += [*missing(now), *(f"{name} is gone" for name in before.keys() - now.keys())]
-        tally.lost += [f"{where}, going on with {kind} on {ranks}: {line}" for line in wrong]
+        tally.lost += [f"{where}, resumed with {kind} on {ranks}: {line}" for line in wrong]
         shutil.rmtree(place)
     return tally
 
 
 # --- two jobs in one directory
 
-BESIDE = "import time\nfrom posthoc_cli.tracker import sharding\nsharding.PATIENCE = 10" + TRAIN.replace(
+WAITING = "import time\nfrom posthoc_cli.tracker import sharding\nsharding.PATIENCE = 10" + TRAIN.replace(
     "        if step % 4",
     "        while step > 12 and not (folder / 'go').exists():\n            time.sleep(0.01)\n        if step % 4",
 )
@@ -265,7 +265,7 @@ def two_jobs(folder: Path, share: float, seed: int) -> Tally:
         place, tally.tried = folder / "jobs", tally.tried + 1
         spread, jobs = [chance.choice(SPREAD) for _ in range(2)], []
         for kind, ranks in spread:
-            jobs.append(start_group(BESIDE, ranks, place, kind, None))
+            jobs.append(start_group(WAITING, ranks, place, kind, None))
             time.sleep(chance.choice((0.0, 1.0)))
         where, until = f"meeting {tally.tried} of {spread}", time.monotonic() + PATIENCE
         while (running := [any(process.poll() is None for process in job) for job in jobs]) == [True, True]:

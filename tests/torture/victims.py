@@ -152,9 +152,9 @@ def small_snapshot(folder: Path, values: dict[str, torch.Tensor] | None = None) 
 
 def small_part(folder: Path) -> Victim:
     """Write a snapshot of two parts, which a synthesis reads; the victim is the second part."""
-    whole = small_snapshot(folder, {"a": torch.tensor([[1.0], [-2.5]]), "b": VALUES["b"]})
-    path = split_snapshot(whole.path, 2) / "part-00002-of-00002.safetensors"
-    return Victim("part", path, whole.use, whole.out, path.parent.name)
+    unsplit = small_snapshot(folder, {"a": torch.tensor([[1.0], [-2.5]]), "b": VALUES["b"]})
+    path = split_snapshot(unsplit.path, 2) / "part-00002-of-00002.safetensors"
+    return Victim("part", path, unsplit.use, unsplit.out, path.parent.name)
 
 
 def small_output(folder: Path) -> Victim:
