@@ -144,7 +144,7 @@ def test_what_a_pickle_could_reach_is_left_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_truncated_file_is_always_found(layout: str, write: Write) -> None:
-    """`torture.strangers` tries other damage."""
+    """`torture.strangers` has tests of other damage."""
     run = write(layout)
     assert read(run) == ""
     paths = [path for path in run.rglob("*") if path.is_file() and path.name != "rng_state.pth"]
@@ -206,7 +206,7 @@ DISTRIBUTED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str
 
 @pytest.mark.parametrize("what", DISTRIBUTED)
 def test_metadata_that_do_not_fit_are_one_line(what: str, tmp_path: Path) -> None:
-    """With other attributes of the chunk, the tensor and the place."""
+    """Attributes of the chunk, of the tensor or of the place are changed."""
     distributed(tmp_path / "step-10", {"w": torch.full((300,), 1.0)})
     metadata, (*changes, problem) = tmp_path / "step-10" / ".metadata", DISTRIBUTED[what]
     content = pickle.loads(metadata.read_bytes())
