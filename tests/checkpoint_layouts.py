@@ -20,7 +20,7 @@ STEPS = (20, 40, 100, 200)
 
 
 def walk() -> dict[int, Weights]:
-    """The weights of a small model at some steps."""
+    """Return the weights of a small model at some steps."""
     generator = torch.Generator().manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
     state = {name: value.clone() for name, value in layers.state_dict().items()}
@@ -36,7 +36,7 @@ def walk() -> dict[int, Weights]:
 
 
 def filled(folder: Path, *steps: int, size: int = 3) -> Path:
-    """Files of one tensor that is full of the step."""
+    """Write files of one tensor whose elements equal the step; return the folder."""
     folder.mkdir(exist_ok=True)
     for step in steps:
         torch.save({"w": torch.full((size,), float(step))}, folder / f"step{step}.pt")
@@ -47,20 +47,21 @@ def check_average(
     run: Run, states: Mapping[Any, Weights], target: float = 0.2, strip: str = "", at: str = "info.step",
     exact: float = 1e-12,
 ) -> None:  # fmt: skip
-    """An average is the planned combination of the weights in some states, and the newest of what is no weight."""
+    """Check that an average is the planned combination of weights, with the newest values of all other tensors."""
     plan, made, key = run.plan(target), run.average(target, dtype="float64"), operator.attrgetter(*at.split())
     terms = [(states[key(one)], c) for one, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0], strict=True)]
     newest = states[key(run.sources[-1])]
-    assert {name.removeprefix(strip) for name in made} == newest.keys()
-    for name, value in made.items():
-        wanted = newest[own := name.removeprefix(strip)]
-        if wanted.is_floating_point() and not name.endswith(("running_mean", "running_var")):
-            wanted = torch.stack([c * state[own].double() for state, c in terms]).sum(0)
-        torch.testing.assert_close(value, wanted, rtol=exact, atol=exact, check_dtype=False)
+    values = {name.removeprefix(strip): value for name, value in made.items()}
+    assert values.keys() == newest.keys()
+    for name, value in values.items():
+        expected = newest[name]
+        if expected.is_floating_point() and not name.endswith(("running_mean", "running_var")):
+            expected = torch.stack([c * state[name].double() for state, c in terms]).sum(0)
+        torch.testing.assert_close(value, expected, rtol=exact, atol=exact, check_dtype=False)
 
 
 def shards(folder: Path, weights: Weights, ending: str) -> None:
-    """Two shards and their index, as transformers writes them."""
+    """Write two shards and their index, as transformers does."""
     names = sorted(weights)
     stem = "model" if ending == "safetensors" else "pytorch_model"
     files = {name: f"{stem}-0000{1 + index % 2}-of-00002.{ending}" for index, name in enumerate(names)}
@@ -72,21 +73,21 @@ def shards(folder: Path, weights: Weights, ending: str) -> None:
 
 
 def trainer(folder: Path, step: int) -> None:
-    """What a Trainer puts beside the weights."""
+    """Write what a Trainer writes next to the weights."""
     torch.save({"state": {}}, folder / "optimizer.pt")
     torch.save({"x": torch.ones(3)}, folder / "rng_state.pth")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
 
 
 def distributed(folder: Path, content: dict[str, object]) -> None:
-    """A folder of torch.distributed.checkpoint, by one process."""
+    """Write a folder of torch.distributed.checkpoint, by one process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(content, checkpoint_id=str(folder))
 
 
 def hugging_face(folder: Path, weights: Weights) -> None:
-    """The same in safetensors files of chunks."""
+    """Write a folder of torch.distributed.checkpoint with safetensors files of chunks."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -109,7 +110,7 @@ def pickled_folder(run: Path, step: int, weights: Weights) -> None:
 
 def lightning(run: Path, step: int, weights: Weights) -> None:
     named = {f"net.{name}": value for name, value in weights.items()}
-    zeros = {name: torch.zeros_like(value) for name, value in named.items()}  # the average, which is not wanted
+    zeros = {name: torch.zeros_like(value) for name, value in named.items()}  # an average, which is not to be read
     content = {"state_dict": zeros, "current_model_state": named, "global_step": step, "optimizer_states": [zeros]}
     torch.save(content, run / f"epoch=3-step={step + 1}.ckpt")
 
@@ -133,4 +134,4 @@ LAYOUTS: dict[str, Callable[[Path, int, Weights], object]] = {
     "distributed flat": lambda run, step, weights: distributed(run / f"step-{step}", dict(weights)),
     "chunks": lambda run, step, weights: hugging_face(run / f"iter_{step}", weights),
 }  # fmt: skip
-"""How each layout is written: the folder of the run, a step, and the weights."""
+"""A function for each layout that writes the weights of a step into the folder of a run."""

@@ -16,7 +16,7 @@ import torch
 
 
 class EasyDict(dict[str, Any]):
-    """A dict that its class is stored of."""
+    """A dict that is pickled with its class."""
 
 
 class Persistent(torch.nn.Module):
@@ -35,7 +35,7 @@ def _reconstruct_persistent_obj(meta: EasyDict) -> None:
 
 
 def network() -> torch.nn.Module:
-    """A small network of modules within modules."""
+    """Return a small network of nested modules."""
     inner = Persistent()
     inner.weight = torch.nn.Parameter(torch.randn(20, 30))
     inner.register_buffer("freqs", torch.randn(7))
@@ -47,12 +47,12 @@ def network() -> torch.nn.Module:
 
 
 def save(path: Path, net: torch.nn.Module, half: bool = True, under: str = "ema", **others: torch.nn.Module) -> None:
-    """Write one snapshot of EDM2; or of EDM or StyleGAN, which do not round, and have other networks beside it."""
+    """Write a pickle of EDM2; or of EDM or StyleGAN, which do not round, and have other networks in it."""
     modules = {
         "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
         "dnnlib.util": {"EasyDict": EasyDict},
     }
-    for name, values in modules.items():  # as if they were those of the training
+    for name, values in modules.items():  # under the names of the training's modules
         module = types.ModuleType(name)
         for key, value in values.items():
             value.__module__, value.__qualname__ = name, key

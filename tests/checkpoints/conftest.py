@@ -16,13 +16,13 @@ Imported = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def weights() -> dict[int, Weights]:
-    """The weights at some steps."""
+    """Return the weights at some steps."""
     return walk()
 
 
 @pytest.fixture
 def write(tmp_path: Path, weights: dict[int, Weights]) -> Callable[[str], Path]:
-    """Write all steps in a layout, and give the folder."""
+    """Return a function that writes all steps in a layout, and returns the folder."""
 
     def make(layout: str) -> Path:
         run = tmp_path / "run"
@@ -36,7 +36,7 @@ def write(tmp_path: Path, weights: dict[int, Weights]) -> Callable[[str], Path]:
 
 @pytest.fixture
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Imported:
-    """Import a folder with settings, and open the run."""
+    """Return a function that imports a folder with settings, and opens the run."""
 
     def make(place: Path, **settings: Any) -> Run:
         out = tmp_path_factory.mktemp("imported")

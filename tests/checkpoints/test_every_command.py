@@ -1,4 +1,4 @@
-"""Every command that takes a run opens checkpoints, and what an import made of them."""
+"""Every command that takes a run opens checkpoints and imports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {"step_from": r"at(\d+)", "prefix": "net.", "exclude"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An even random walk that covers a quarter of the norm: an import of checkpoints, and snapshots."""
+    """Return checkpoints, their import, and snapshots of an even random walk over a quarter of the norm."""
     folder = tmp_path_factory.mktemp("walk")
     (folder / "ck").mkdir()
     generator = torch.Generator().manual_seed(0)

@@ -206,7 +206,7 @@ DISTRIBUTED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str
 
 @pytest.mark.parametrize("what", DISTRIBUTED)
 def test_metadata_that_do_not_fit_are_one_line(what: str, tmp_path: Path) -> None:
-    """With other attributes of the chunk, the tensor and the place."""
+    """Attributes of the chunk, of the tensor or of the place are changed."""
     distributed(tmp_path / "step-10", {"w": torch.full((300,), 1.0)})
     metadata, (*changes, problem) = tmp_path / "step-10" / ".metadata", DISTRIBUTED[what]
     content = pickle.loads(metadata.read_bytes())

@@ -46,7 +46,7 @@ def test_a_run_that_refers_to_files_is_the_same_run(layout: str, write: Write, t
 
 
 def test_an_import_and_its_files_can_be_moved_together_only(write: Write, tmp_path: Path, ema: Ema) -> None:
-    """Also by a copy, whose files have other dates; the steps are those that were found at the import."""
+    """A copy, whose files have other dates, works too; the steps are those that the import found."""
     write("safetensors")
     (tmp_path / "both").mkdir()
     (tmp_path / "run").rename(tmp_path / "both" / "walk7")
@@ -99,7 +99,7 @@ def test_a_file_that_is_not_the_one_imported_is_named(change: str, tmp_path: Pat
 
 
 def test_an_index_that_was_replaced_is_found(write: Write, tmp_path: Path) -> None:
-    """It has the places of the tensors in the other files."""
+    """An index holds the places of the tensors in the other files."""
     for layout, name in (("transformers", "model.safetensors.index.json"), ("distributed", ".metadata")):
         folder = write(layout)
         import_checkpoints(folder, tmp_path / layout)
@@ -256,7 +256,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    """The manifest of an import of two checkpoints, in a folder with a pipe and a loop of links."""
+    """Return the manifest of an import of two checkpoints, in a folder with a pipe and a loop of links."""
     filled(tmp_path / "ck", 1, 2)
     import_checkpoints(tmp_path / "ck", tmp_path / "new")
     os.mkfifo(tmp_path / "new" / "pipe")

@@ -150,7 +150,7 @@ def test_files_of_two_sessions_are_doubted(
 def test_a_wrong_update_after_step_is_named(
     tmp_path: Path, imported: Imported, true: int, wrong: int | None, dtype: torch.dtype | None
 ) -> None:
-    """The files have counted the calls since then, in their own dtype; taken as right, averages were 8 % off."""
+    """The files count the calls since that step, in their own dtype. With a wrong value, averages were 8 % off."""
     library = pytest.importorskip("posthoc_ema")
     settings = {"update_every": 5, "update_after_step": true, "checkpoint_dtype": dtype}
 
@@ -220,7 +220,7 @@ def test_an_import_that_is_killed_leaves_nothing_under_its_name(
 
 
 def test_the_metadata_of_a_copy_are_checked(tmp_path: Path) -> None:
-    """As if somebody had written them with correct checksums."""
+    """The checksums are correct, as if somebody had made the metadata up."""
     values = {"run_id": "0" * 32, "t": 1.0, "t_unit": "steps", "step": 1, "sigma_rel": 0.0, "gamma": 0.0}
     specs = [fmt.TensorSpec("w", "F32", (0,))]
     for index, aliases in enumerate(({"x": "y"}, {"x": ["w"]}, {"x": 5}, {"w": "w"}, {"x": "w", "y": "x"})):
@@ -272,7 +272,7 @@ def test_one_profile_or_one_time_does_not_show_the_interval(tmp_path: Path) -> N
 
 
 def test_weights_are_measured_against_weights(tmp_path: Path) -> None:
-    """Against the values themselves; a checkpoint in the model's dtype has no rounding error."""
+    """The measurements equal those of the values; a checkpoint in the model's dtype has no rounding error."""
     path, times = falling_walk(), (1000, 2000, 3000, 4000)
     for t in times:
         torch.save({"w": path[t - 1].bfloat16()}, tmp_path / f"step{t}.pt")

@@ -123,7 +123,7 @@ def test_a_step_in_a_name_costs_no_memory(tmp_path: Path) -> None:
 
 
 def test_outputs_in_a_folder_of_checkpoints_are_none(tmp_path: Path) -> None:
-    """So that the same command can be repeated."""
+    """A command can be repeated although its output exists."""
     filled(tmp_path, 1, 2)
     for _ in range(2):
         Run(tmp_path).write(0.2, tmp_path / "average-3.safetensors", overwrite=True)
@@ -230,7 +230,7 @@ Pair = namedtuple("Pair", "a b")
 
 @pytest.mark.parametrize("protocol", range(1, pickle.HIGHEST_PROTOCOL + 1))
 def test_objects_of_any_class_may_accompany_the_weights(protocol: int, tmp_path: Path) -> None:
-    """With frames (protocol 4) and with bytes outside of them (over 64 KiB)."""
+    """Pickles have frames (protocol 4) and bytes outside of frames (over 64 KiB)."""
     objects = [
         Keyed(), Listed([1, 2]), Pair(1, Keyed()), deque([1]), defaultdict(int, {1: 2}), OrderedDict(a=1),
         Counter("aab"), {1, 2}, frozenset([3]), datetime.now(), Path("x"), np.arange(3), np.float64(2), bytearray(3),
@@ -409,7 +409,7 @@ def test_an_average_is_written_for_torch_distributed(tmp_path: Path, ema: Ema) -
 
 @pytest.mark.parametrize("size", [1_200_000, 5])
 def test_the_file_of_a_nan_is_named_wherever_it_is(size: int, tmp_path: Path) -> None:
-    """Also if no sample has the element: in a large tensor, or among small ones."""
+    """The file is named even if no sample has the element: in a large tensor, or among small ones."""
     for step in (1, 2):
         tensors = {name: torch.full((size,), float(step)) for name in ("v", "w", "x")}
         tensors["large"] = torch.full((2_000_000,), float(step))

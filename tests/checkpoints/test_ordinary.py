@@ -307,7 +307,7 @@ def test_the_decay_is_found_though_some_of_the_files_say_theirs(tmp_path: Path) 
 def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(
     optimizer: str, rate: float, decay: float, tmp_path: Path
 ) -> None:
-    """Without it actual errors are up to 43 times the predicted ones."""
+    """If predictions ignored it, actual errors would be up to 43 times the predicted ones."""
     weights = train(rate, True, optimizer)
     write(tmp_path / "x", weights, ema(decay))
     import_checkpoints(tmp_path / "x", tmp_path / "found")
@@ -352,7 +352,7 @@ def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(tmp_path: Path, mo
 
 
 def test_averages_alone_that_know_only_their_epoch_have_the_steps_of_the_optimizer(tmp_path: Path) -> None:
-    """Under any name: that all are averages is known only after all were opened."""
+    """Files may have any name: that all are averages is known only after all were opened."""
     for epoch in range(3):
         moments = {"state": {0: {"step": torch.tensor(100.0 * (epoch + 1))}}}
         content = {"epoch": epoch, "model": {"w": torch.full((3,), float(epoch))}, "optimizer": moments}
@@ -364,7 +364,7 @@ def test_averages_alone_that_know_only_their_epoch_have_the_steps_of_the_optimiz
 
 
 def test_counts_of_updates_are_understood_together(tmp_path: Path) -> None:
-    """At step 100 with 50 updates, alone, one update in 2 steps is as likely as an average that began at step 51."""
+    """From one file, 50 updates at step 100 may mean one update in 2 steps, or an average that began at step 51."""
 
     def late(folder: Path, count: Callable[[int], int]) -> Path:
         average = np.zeros(0)

@@ -1,4 +1,4 @@
-"""Ordinary EMAs whose warm-ups, restarts and clocks their files do not say: found, claimed, or asked for."""
+"""Ordinary EMAs whose files lack the warm-up, restarts or clock: an import finds, takes or requires them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ UNSAID: dict[str, tuple[Average, str | None, tuple[int, ...], str]] = {
 
 @pytest.mark.parametrize("case", UNSAID)
 def test_what_nobody_says_is_found(case: str, tmp_path: Path) -> None:
-    """The decay's rule, and where it began; averages are as near the truth as they are predicted to be."""
+    """The import finds the decay's rule and the restarts; averages are as exact as predicted."""
     update, warm_up, begun, said = UNSAID[case]
     done = import_checkpoints(write(tmp_path / "x", train(), update), tmp_path / "run")
     (line,) = done.checks
@@ -62,7 +62,7 @@ def test_what_nobody_says_is_found(case: str, tmp_path: Path) -> None:
 
 
 def test_a_restart_that_was_found_counts_as_uncertain(tmp_path: Path) -> None:
-    """For a target that ends shortly after it, when much of the averages is of the weights at the restart."""
+    """The target ends shortly after the restart, when much of the averages is of the weights at the restart."""
     folder = write(tmp_path / "x", train(), again(lambda _: 0.999))
     import_checkpoints(folder, tmp_path / "found")
     import_checkpoints(folder, tmp_path / "said", ema_decay=0.999, ema_restarts=[850])
@@ -73,7 +73,7 @@ def test_a_restart_that_was_found_counts_as_uncertain(tmp_path: Path) -> None:
 
 
 def test_a_restart_that_is_said_makes_the_true_profile(tmp_path: Path, ema: Ema) -> None:
-    """Against the sum of its own masses: all of the average at step 900 is of step 850 and after."""
+    """The profile has the masses of the formula: all of the average at step 900 is of step 850 and later."""
     folder = write(tmp_path / "x", train(), again(lambda _: 0.995))
     done = ema("import", folder, "--out", tmp_path / "run", "--ema-decay", 0.995, "--ema-restarts", 850)
     assert done.code == 0, done.err
