@@ -96,11 +96,11 @@ class PostHocEMA(Tracker):
             keep_state: keep the exact averages next to the snapshots, in `state.safetensors`: `from_path` and `resume`
                 then continue without rounding. 4 bytes an element and 6 per profile (float64: 8 and 8), also on disk.
             resume: "auto" to continue the directory's run of this model, if it holds one, from the newest snapshots at
-                or before the place of the model's weights on the run's path. Restore the model's checkpoint first: if
-                its weights are not on the path, the first `update_` or `load_state_dict` raises an error. A number to
-                continue from the snapshots of that call of `update_`, whatever the weights. None for a new run; it
-                means "auto" if a tracker of this process is writing averages of this very model to the directory, as
-                when a notebook's cell runs again.
+                or before the place of the model's weights on the run's path. Restore the model's checkpoint first: the
+                first `update_` raises an error if its weights are not on the path, unless `load_state_dict` was called.
+                A number to continue from the snapshots of that call of `update_`, whatever the weights. None for a new
+                run; it means "auto" if a tracker of this process writes averages of this very model to the directory,
+                as when a notebook's cell runs again.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
