@@ -410,7 +410,7 @@ def _with_members(
     left_out = ("schedule", "selection", "only_trainable")  # the last one says whether there is an `include`
     options = {name: str(value) for name, value in values.items() if name not in left_out}
     start = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
-    options |= {"checkpoint_dir": str(directory), "the run to resume": start}
+    options |= {"checkpoint_dir": str(directory), "to resume": start}
     members = Owners(tensors.averaged | tensors.copied, tensors.chunks, options, tracking.run_id, mesh_of(model))
     everywhere = TrackedModel.of_model(tensors).complete_shapes
     part = replace(TrackedModel.of_model(tensors.of(members), members), everywhere=everywhere)
