@@ -144,7 +144,7 @@ class Evaluation:
         return self._one(query, plan, live_only=True)
 
     def check(self, weights: Weights, own_dtypes: bool = True) -> None:
-        """Raise an error in all processes if the weights do not fit in any one; `swapped_in` checks a single process."""
+        """Raise an error in all processes if the weights do not fit in one; `swapped_in` checks a single process."""
         model = self.model
         if not self.group.is_alone and model is not None:
             self.group.together(lambda: check_weights(model, weights, own_dtypes))
@@ -354,7 +354,7 @@ class ChunkEvaluation(Evaluation):
         return self._synthesized(shared, targets, sources, frozenset(boxes))
 
     def _shape_and_ranks(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
-        """Return a function from a spec to the shape of this process's chunk and the ranks that hold it, owner first."""
+        """Return a function from a spec to this process's shape of it and the ranks that hold it, owner first."""
         tensors, members = self._tensors(), self._pipeline.now.tracked.members
         assert isinstance(members, Owners)
         holders = members.holders
