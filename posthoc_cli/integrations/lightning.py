@@ -40,9 +40,9 @@ class PostHocWeightAveraging(Callback):
     Arguments:
         checkpoint_dir: the directory for the snapshots.
         validate: the average for validation and checkpoints, a sigma_rel or a text such as "decay:linear:20%"; None
-            for the raw weights. With a list, the raw weights are validated, and in one more pass each average, with
-            metrics such as `ema_0.15_val_loss`, hidden from other callbacks; checkpoints hold the average whose metric
-            `ModelCheckpoint` monitors, or raw weights without one, or while training is too short for it.
+            for the raw weights. With a list, the raw weights are validated, and each average in one more pass, which
+            other callbacks do not see, with metrics such as `ema_0.15_val_loss`; checkpoints hold the average whose
+            metric `ModelCheckpoint` monitors, or raw weights if there is none or training is too short for it.
         copy_at_end: copy that average into the module when training ends.
         update_every_n_steps: steps between two updates of the averages; override `should_update` for other rules.
         update_starting_at_step, update_starting_at_epoch: there is no update before both.

@@ -119,7 +119,7 @@ class Evaluation:
         return self._one(query, lambda sources: self._plan_from(sources, query))
 
     def each(self, wanted: Mapping[str, Target]) -> tuple[dict[str, Callable[[], Weights]], dict[str, str]]:
-        """Return by label functions that return each of several averages, and why others cannot be made yet.
+        """Return, by label, a function that returns each average, and the reasons why others cannot be made yet.
 
         The averages are of this moment and synthesized now, in one pass; several are kept on disk.
         """
@@ -144,7 +144,7 @@ class Evaluation:
         return self._one(query, plan, live_only=True)
 
     def check(self, weights: Weights, own_dtypes: bool = True) -> None:
-        """Raise an error in all processes if the weights do not fit the model in one. Alone, `swapped_in` checks it."""
+        """Raise an error in all processes if the weights do not fit in one; `swapped_in` checks a single process."""
         model = self.model
         if not self.group.is_alone and model is not None:
             self.group.together(lambda: check_weights(model, weights, own_dtypes))
@@ -314,7 +314,7 @@ class ChunkEvaluation(Evaluation):
     def _shared(
         self, work: Callable[[list[Source]], Result], live_only: bool = False
     ) -> tuple[Result, dict[str, Source]]:
-        """Return the same as `Evaluation`; the sources are the live averages of the chunks that this process owns."""
+        """Return the result, and the live averages of the chunks that this process owns, by name."""
         local, complete = self._live_sources()
 
         def work_in_first() -> Result:
@@ -324,7 +324,7 @@ class ChunkEvaluation(Evaluation):
         return self.group.from_first(work_in_first), {source.name: source for source in local}
 
     def _live_sources(self) -> tuple[list[LiveSource], list[LiveSource]]:
-        """Return the live averages of this process's chunks, and of complete tensors, measured together, no values."""
+        """Return the live averages of this process's chunks, and those of complete tensors, which have no values."""
 
         def measure() -> list[LiveSource]:
             self.tracker.flush()
@@ -354,7 +354,7 @@ class ChunkEvaluation(Evaluation):
         return self._synthesized(shared, targets, sources, frozenset(boxes))
 
     def _shape_and_ranks(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
-        """Return the function that `Evaluation` returns, for the chunks that this process holds."""
+        """Return a function from a spec to this process's shape of it and the ranks that hold it, owner first."""
         tensors, members = self._tensors(), self._pipeline.now.tracked.members
         assert isinstance(members, Owners)
         holders = members.holders

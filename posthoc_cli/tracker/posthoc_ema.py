@@ -96,11 +96,11 @@ class PostHocEMA(Tracker):
             keep_state: keep the exact averages next to the snapshots, in `state.safetensors`: `from_path` and `resume`
                 then continue without rounding. 4 bytes an element and 6 per profile (float64: 8 and 8), also on disk.
             resume: "auto" to continue the directory's run of this model, if it holds one, from the newest snapshots at
-                or before the place of the model's weights on the run's path. Restore the model's checkpoint first: if
-                its weights are not on the path, the first `update_` or `load_state_dict` raises an error. A number to
-                continue from the snapshots of that call of `update_`, whatever the weights. None for a new run; it
-                means "auto" if a tracker of this process is writing averages of this very model to the directory, as
-                when a notebook's cell runs again.
+                or before the place of the model's weights on the run's path. Restore the model's checkpoint first: the
+                first `update_` raises an error if its weights are not on the path, unless `load_state_dict` was called.
+                A number to continue from the snapshots of that call of `update_`, whatever the weights. None for a new
+                run; it means "auto" if a tracker of this process writes averages of this very model to the directory,
+                as when a notebook's cell runs again.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -329,9 +329,9 @@ class PostHocEMA(Tracker):
         evaluation.check(weights, own_dtypes)
         with swapped_in(model, weights, own_dtypes):
             yield model
-            if "statistics" not in self._warned_of:
-                copies = self._pipeline.now.tracked.dtypes(copied=True)
-                self._warned_of |= {"statistics"} if warn_of_statistics(model, weights, copies) else set()
+            copies = self._pipeline.now.tracked.dtypes(copied=True)
+            if "statistics" not in self._warned_of and warn_of_statistics(model, weights, copies):
+                self._warned_of.add("statistics")
 
     def load_into(
         self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
@@ -410,7 +410,7 @@ def _with_members(
     left_out = ("schedule", "selection", "only_trainable")  # the last one says whether there is an `include`
     options = {name: str(value) for name, value in values.items() if name not in left_out}
     start = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
-    options |= {"checkpoint_dir": str(directory), "the run to resume": start}
+    options |= {"checkpoint_dir": str(directory), "to resume": start}
     members = Owners(tensors.averaged | tensors.copied, tensors.chunks, options, tracking.run_id, mesh_of(model))
     everywhere = TrackedModel.of_model(tensors).complete_shapes
     part = replace(TrackedModel.of_model(tensors.of(members), members), everywhere=everywhere)

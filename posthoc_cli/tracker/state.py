@@ -86,7 +86,7 @@ class Settings:
         for index, sigma_rel in enumerate(self.sigma_rels):
             if isinstance(tracked, Real) and math.isclose(tracked, sigma_rel, rel_tol=1e-6):  # also 0.05 of float32
                 return index
-        reason = f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in self.sigma_rels)}"
+        reason = f"must be one of the tracked profiles, {listed(self.sigma_rels)}"
         hint = "for any other use model(model, sigma_rel=...)"
         raise InvalidValueError("tracked", reason, hint, value=f"{tracked!r}")
 

@@ -47,6 +47,10 @@ def test_a_killed_script_resumes_exactly_through_its_save_hooks(tmp_path: Path) 
     decay = resumed.ema_model.cur_decay_value  # of the update from 9 to 10: (9 / 10) ** (gamma + 1)
     x = math.log(decay) / math.log(0.9)
     assert x / ((x + 1) ** 2 * (x + 2)) == pytest.approx(0.2**2, rel=1e-9)
+    resumed.ema_model.load_state_dict(resumed.ema_model.state_dict())
+    assert resumed.ema_model.ema.step == 10
+    with pytest.raises(NotReadyError, match="tracks no model"):
+        PostHocEMAModel.from_pretrained(tmp_path / "saved/unet_ema").step()
     resumed.ema_model.close()
     assert Run(tmp_path / "ema").step == 10
 
