@@ -181,7 +181,8 @@ class Pipeline:
         refused = None
         values = self._source_of(tensors)
         if self._is_async:
-            pool, events = self._pool_for(values.layout), self._streams.record_events(copies.values())
+            pool, streams = self._pool_for(values.layout), self._streams.current(c.device for c in copies.values())
+            events = self._streams.record_events(streams)
             # On an accelerator the training's own stream copies. On the CPU torch's threads would wait for each other.
             if pool is SINGLE_THREAD:
                 copy = self._copier.copy(values)

@@ -61,12 +61,10 @@ class DeviceStreams:
         """Return the streams that the calling thread uses on these devices."""
         return {device: torch.cuda.current_stream(device) for device in {*devices} if device.type == "cuda"}
 
-    @classmethod
-    def record_events(cls, tensors: Iterable[torch.Tensor]) -> DeviceEvents:
-        """Record events after the work that the calling thread has queued so far on the tensors' devices."""
-        return tuple(
-            (device, stream.record_event()) for device, stream in cls.current(t.device for t in tensors).items()
-        )
+    @staticmethod
+    def record_events(streams: Streams) -> DeviceEvents:
+        """Record events after the work that is queued in the streams so far."""
+        return tuple((device, stream.record_event()) for device, stream in streams.items())
 
     @contextmanager
     def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
@@ -75,7 +73,7 @@ class DeviceStreams:
             for stream in streams.values():
                 stack.enter_context(torch.cuda.stream(stream))
             yield
-            self.last_events = tuple((device, stream.record_event()) for device, stream in streams.items())
+            self.last_events = self.record_events(streams)
 
     @contextmanager
     def in_own_streams(self) -> Iterator[None]:
