@@ -108,8 +108,8 @@ def buckets_of(tensors: Mapping[str, tuple[torch.device, torch.dtype, tuple[int,
     for name, (device, dtype, shape) in tensors.items():
         shapes[device, dtype][name] = shape
     return tuple(
-        Bucket(*key, tuple(own), tuple(own.values()), (0, *accumulate(math.prod(shape) for shape in own.values())))
-        for key, own in shapes.items()
+        Bucket(*key, tuple(named), tuple(named.values()), (0, *accumulate(map(math.prod, named.values()))))
+        for key, named in shapes.items()
     )
 
 
@@ -237,7 +237,7 @@ class TileReader:
     @property
     def nbytes(self) -> int:
         """Bytes of scratch memory."""
-        return sum(buffer.nbytes for own in self._scratch for buffer in own)
+        return sum(buffer.nbytes for buffers in self._scratch for buffer in buffers)
 
     def current(self, tile: Tile) -> list[torch.Tensor]:
         """Return a tile's values as they are now, in flat tensors that follow each other."""
@@ -272,7 +272,8 @@ class TileReader:
 
         pool.each(measure, self.tiles)
         buckets = groupby(self.tiles, attrgetter("bucket"))
-        return [norm for _, own in buckets for norm in torch.stack([norms[tile.number] for tile in own]).tolist()]
+        stacked = (torch.stack([norms[tile.number] for tile in tiles]) for _, tiles in buckets)
+        return [norm for bucket in stacked for norm in bucket.tolist()]
 
     def nonfinite_name(self, tiles: Iterable[Tile]) -> str | None:
         """Return the name of the first tensor that holds a nan or an infinity in these tiles, or None."""

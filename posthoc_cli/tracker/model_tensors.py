@@ -178,7 +178,7 @@ class TrackedModel:
         size = 3 * sum(map(len, names)) + 300 * len(names)
         if size < fmt.MAX_HEADER_BYTES // 4 and len(names) <= fmt.MAX_TENSORS:
             return
-        specs = [fmt.TensorSpec(name, own.dtype, self.shapes[name]) for name, own in self.tensors.items()]
+        specs = [fmt.TensorSpec(name, tensor.dtype, self.shapes[name]) for name, tensor in self.tensors.items()]
         entries = fmt.lay_out(specs)
         checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
         tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
@@ -247,8 +247,8 @@ def is_swapped(model: torch.nn.Module) -> bool:
     """
     if not swapped:
         return False
-    own = frozenset(map(id, chain(model.modules(), model.parameters(), model.buffers())))
-    return any(own & held for held in [*swapped])
+    ids = frozenset(map(id, chain(model.modules(), model.parameters(), model.buffers())))
+    return any(ids & block for block in [*swapped])
 
 
 # --- the selection of a model's tensors ---

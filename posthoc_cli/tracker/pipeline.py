@@ -473,12 +473,12 @@ def _open_snapshotter(directory: Path, settings: Settings, members: Members) -> 
 
 def _writers(directory: Path) -> list[Pipeline]:
     """Return the pipelines of this process that write, or wrote, to a directory."""
-    return [one for one in list(_pipelines) if one._process == os.getpid() and one.writes_to(directory)]
+    return [p for p in list(_pipelines) if p._process == os.getpid() and p.writes_to(directory)]
 
 
 def is_followed(directory: Path, tensors: ModelTensors) -> bool:
     """Return whether an open tracker of this process writes averages of these very tensors to a directory."""
-    sources = [one._source[0].averaged for one in _writers(directory) if one._source and not one._has_ended]
+    sources = [p._source[0].averaged for p in _writers(directory) if p._source and not p._has_ended]
     averaged = tensors.averaged
     return any(
         own.keys() == averaged.keys() and all(own[name].is_set_to(averaged[name]) for name in own) for own in sources

@@ -316,7 +316,7 @@ def stage(
     ]
     nonfinite = [nonfinite_name(tensors) for tensors in others]
     weights, network_values = averages.sample, None if network is None else joined(network)
-    encoded = ["" if weights is None else encode_sample(*map(layout.in_order, (weights, own))) for own in samples]
+    encoded = ["" if weights is None else encode_sample(*map(layout.in_order, (weights, exact))) for exact in samples]
     return StagedAverages(layout, copies, others, nonfinite, measured, stored, network_values, encoded)
 
 
@@ -349,7 +349,7 @@ def _stored_in_other_dtypes(
 def _holds(dtype: torch.dtype, exact: torch.Tensor) -> bool:
     """Return whether a dtype holds a tensor as accurately as ordinary values."""
     error = exact - exact.to(dtype).to(exact.dtype)
-    norm, rounding = (float(torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2 for own in (exact, error))
+    norm, rounding = (float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2 for values in (exact, error))
     return _is_accurate(norm, rounding, dtype)
 
 
