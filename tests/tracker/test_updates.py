@@ -417,14 +417,17 @@ def test_an_argument_that_is_no_module_or_no_path_is_refused(tmp_path: Path, bad
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_not_finite_is_named_and_no_average_touched(tmp_path: Path, bad: float) -> None:
+@pytest.mark.parametrize("begin", [0, 10**6])
+def test_a_value_that_is_not_finite_is_named_and_no_average_touched(tmp_path: Path, bad: float, begin: int) -> None:
+    """Late in a run an update checks and takes in a tile at once, up to twice the last norm."""
     model = Scalar(torch.float32)
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, update_every=1) as tracker:
         model.set(np.full(3, 3e38))  # finite values whose norm overflows
-        tracker.update_(model)
+        for t in (1, 2):
+            tracker.update_(model, begin + t)
         model.set(np.array([1.0, bad, 1.0]))
-        with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 2"):
-            tracker.update_(model)
+        with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 3"):
+            tracker.update_(model, begin + 3)
         for sigma_rel in SIGMA_RELS:
             np.testing.assert_allclose(tracked(tracker, sigma_rel), 3e38, rtol=1e-6)
 
