@@ -133,10 +133,7 @@ def ranges_of(layout: Layout) -> list[list[ElementRange]]:
 
 
 class FlatTensors:
-    """One flat tensor a bucket, and views of the tensors in it by name.
-
-    A bucket whose flat tensor is None gets an empty one, and no views.
-    """
+    """One flat tensor a bucket, and views of the tensors in it by name; None becomes an empty tensor without views."""
 
     def __init__(self, layout: Layout, flats: Iterable[torch.Tensor | None]) -> None:
         self.flats: list[torch.Tensor] = []
@@ -299,8 +296,7 @@ class Elements:
 
     Attributes:
         counts: the number of selected elements of each bucket.
-        of_tiles: for each tile, the range of selected elements in it (first and last number within the bucket), and
-            their indices in the tile.
+        of_tiles: the range of selected elements in each tile, numbered in the bucket, and their indices in the tile.
     """
 
     def __init__(self, layout: Layout, indices: Sequence[npt.NDArray[np.int64]]) -> None:

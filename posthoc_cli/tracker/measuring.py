@@ -46,9 +46,8 @@ _CHUNK = 2**17  # elements whose squares are summed at a time
 class Subset(Elements):
     """The measured elements: all elements of a small model, and about `MEASURED_ELEMENTS` of a larger one.
 
-    One of every k neighbouring elements is drawn, the same in every run. For small tensors k is smaller, so that each
-    tensor may have an even share of the subset: few elements, such as the gains of normalization, may be as large
-    as many others, or move as far.
+    One of every k neighbouring elements is drawn, the same in every run. Small tensors get a smaller k, up to an even
+    share of the subset: few elements, such as gains of normalization, may be as large as many others, or move as far.
 
     Attributes:
         sizes: the number of elements of each tensor that has any, by name.

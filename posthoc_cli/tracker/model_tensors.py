@@ -255,9 +255,7 @@ def is_swapped(model: torch.nn.Module) -> bool:
 
 
 def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozenset[str] = frozenset()) -> ModelTensors:
-    """Return a model's selected tensors, or the parts that this process holds.
-
-    Parameters in `also` are included even if they require no gradients.
+    """Return a model's selected tensors, or this process's parts; parameters in `also` need not require gradients.
 
     Raises:
         InvalidValueError: nothing to average, or a tensor that cannot be averaged or stored, by name.
@@ -568,8 +566,7 @@ def _join(path: str, key: str) -> str:
 def _adapter_roots(modules: Sequence[NamedModule]) -> Iterator[tuple[NamedModule, str]]:
     """Yield the outermost modules with one adapter, and the adapter's name, which PEFT omits from its tensors' names.
 
-    Tensors of several adapters keep torch's names, which distinguish the adapters; so do those of prompt learning,
-    which PEFT saves in a computed form.
+    Tensors of several adapters keep torch's names; so do those of prompt learning, which PEFT computes when it saves.
     """
     if "peft" not in sys.modules:
         return

@@ -405,10 +405,7 @@ class Pipeline:
     def _take_in(
         self, values: TileReader, copies: Mapping[str, torch.Tensor], progress: Progress
     ) -> tuple[NonFiniteError | None, Sequence[torch.Tensor] | None]:
-        """Update the averages and the counters.
-
-        Return the error if the update is left out; else, if snapshots are due, the model's values of the subset.
-        """
+        """Update averages and counters; return the error of an update left out, and the values for due snapshots."""
         self._check_open()
         now, averages, storage = self.now, self.now.averages, self._storage_of(values.layout)
         pool = self._pool_for(values.layout)
@@ -486,10 +483,7 @@ def is_followed(directory: Path, tensors: ModelTensors) -> bool:
 
 
 def _close_writers(directory: Path) -> bool:
-    """Close earlier trackers of this process that write to a directory, and return whether there were any.
-
-    A cell of a notebook that is run again leaves one.
-    """
+    """Close trackers of this process, such as a notebook cell's, that write to a directory; return whether any did."""
     writers = _writers(directory)
     for pipeline in writers:
         log.warning("%s: an earlier tracker of this process is closed: this one continues in its place", directory)

@@ -45,8 +45,8 @@ On the CPU an update reads the model once. A tile whose norm is finite, and at m
 taken in immediately, while it is in the cache. The other tiles wait until all values are known to be finite. If a value
 is not, the tiles already taken in with share f are undone by an interpolation by f / (f - 1): means of values up to A
 are then as before to 50 u A, with u = 2^-24. All values are checked first if that error would be larger (f above
-`MOST_UNDONE`), at a fold, after a refused update, so that these errors do not add up, and on accelerators, where the
-check of each tile would wait for the device.
+`MOST_UNDONE`), at a fold, after a refused update, so that errors do not add up, and on accelerators, where each check
+would wait for the device.
 """
 
 from __future__ import annotations
@@ -233,8 +233,7 @@ class RunningAverages:
         tensors: None before the first update.
         copies: the copied tensors at the last update; never changed in place.
         sample: the model's values of a snapshot's sample at the last update, one tensor a bucket; None if unknown.
-        sketcher: gets each tile of every value early in a run, and later of each window's mean, as the first profile
-            weights it.
+        sketcher: gets the tiles of every value early in a run, later of each window's mean as the first profile has it.
         known_path: the path that `sketcher` continues, or in a copy for reading the path at that time.
     """
 

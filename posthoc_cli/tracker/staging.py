@@ -47,10 +47,7 @@ DeviceEvents = tuple[tuple[torch.device, Any], ...]  # a CUDA event a device: it
 
 
 class DeviceStreams:
-    """Orders the work of a tracker's threads on accelerators, where each thread has separate streams.
-
-    `last_events` mark the end of the last update.
-    """
+    """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the last update's end."""
 
     def __init__(self) -> None:
         self.last_events: DeviceEvents = ()
