@@ -205,14 +205,16 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
     tracker.close()
 
 
-def test_reading_changes_no_later_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begin", [0, 10**6])
+def test_reading_changes_no_later_bit(tmp_path: Path, begin: int) -> None:
+    """Averages have no low parts early in a run, and have them late."""
     states = []
     for reads in (True, False):
         model = Equal(500)
         with start(tmp_path / str(reads), model, "model", 10) as tracker:
             for step in range(1, 141):
                 model.go_to(step)
-                tracker.update_(model)
+                tracker.update_(model, begin + step)
                 if reads and step > 1:
                     tracker.state_dict()
                     with tracker.averaged(model, tracked=0.2):
