@@ -108,8 +108,8 @@ def buckets_of(tensors: Mapping[str, tuple[torch.device, torch.dtype, tuple[int,
     for name, (device, dtype, shape) in tensors.items():
         shapes[device, dtype][name] = shape
     return tuple(
-        Bucket(*key, tuple(own), tuple(own.values()), (0, *accumulate(math.prod(shape) for shape in own.values())))
-        for key, own in shapes.items()
+        Bucket(*key, tuple(named), tuple(named.values()), (0, *accumulate(map(math.prod, named.values()))))
+        for key, named in shapes.items()
     )
 
 
@@ -133,10 +133,7 @@ def ranges_of(layout: Layout) -> list[list[ElementRange]]:
 
 
 class FlatTensors:
-    """One flat tensor a bucket, and views of the tensors in it by name.
-
-    A bucket whose flat tensor is None gets an empty one, and no views.
-    """
+    """One flat tensor a bucket, and views of the tensors in it by name; None becomes an empty tensor without views."""
 
     def __init__(self, layout: Layout, flats: Iterable[torch.Tensor | None]) -> None:
         self.flats: list[torch.Tensor] = []
@@ -237,7 +234,7 @@ class TileReader:
     @property
     def nbytes(self) -> int:
         """Bytes of scratch memory."""
-        return sum(buffer.nbytes for own in self._scratch for buffer in own)
+        return sum(buffer.nbytes for buffers in self._scratch for buffer in buffers)
 
     def current(self, tile: Tile) -> list[torch.Tensor]:
         """Return a tile's values as they are now, in flat tensors that follow each other."""
@@ -272,7 +269,8 @@ class TileReader:
 
         pool.each(measure, self.tiles)
         buckets = groupby(self.tiles, attrgetter("bucket"))
-        return [norm for _, own in buckets for norm in torch.stack([norms[tile.number] for tile in own]).tolist()]
+        stacked = (torch.stack([norms[tile.number] for tile in tiles]) for _, tiles in buckets)
+        return [norm for bucket in stacked for norm in bucket.tolist()]
 
     def nonfinite_name(self, tiles: Iterable[Tile]) -> str | None:
         """Return the name of the first tensor that holds a nan or an infinity in these tiles, or None."""
@@ -298,8 +296,7 @@ class Elements:
 
     Attributes:
         counts: the number of selected elements of each bucket.
-        of_tiles: for each tile, the range of selected elements in it (first and last number within the bucket), and
-            their indices in the tile.
+        of_tiles: the range of selected elements in each tile, numbered in the bucket, and their indices in the tile.
     """
 
     def __init__(self, layout: Layout, indices: Sequence[npt.NDArray[np.int64]]) -> None:

@@ -46,9 +46,8 @@ _CHUNK = 2**17  # elements whose squares are summed at a time
 class Subset(Elements):
     """The measured elements: all elements of a small model, and about `MEASURED_ELEMENTS` of a larger one.
 
-    One of every k neighbouring elements is drawn, the same in every run. For small tensors k is smaller, so that each
-    tensor may have an even share of the subset: few elements, such as the gains of normalization, may be as large
-    as many others, or move as far.
+    One of every k neighbouring elements is drawn, the same in every run. Small tensors get a smaller k, up to an even
+    share of the subset: few elements, such as gains of normalization, may be as large as many others, or move as far.
 
     Attributes:
         sizes: the number of elements of each tensor that has any, by name.
@@ -227,7 +226,7 @@ class Sketcher:
         self._values = subset.buffers()
         factors = np.repeat(np.sqrt(subset.scales), np.diff(subset.edges)) * _signs(int(subset.edges[-1]), part)
         split = torch.split(torch.from_numpy(factors), subset.counts)
-        self._factors = [own.to(buffer) for own, buffer in zip(split, self._values, strict=True)]
+        self._factors = [factor.to(buffer) for factor, buffer in zip(split, self._values, strict=True)]
         self._pending: list[tuple[float, float, bool, list[torch.Tensor]]] = []
         self._begin = self._t = 0.0  # times of the open window's begin and of the last value in it
         self._open: FloatArray | None = None  # the open window's mean, without pending values
@@ -235,7 +234,7 @@ class Sketcher:
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return sum(own.nbytes for own in (*self._values, *self._factors))
+        return sum(tensor.nbytes for tensor in (*self._values, *self._factors))
 
     def resume(self, path: Path) -> bool:
         """Continue a path, and return True, if it is of the same projection; a last window of no folds is open."""
@@ -316,7 +315,7 @@ def _without_open(sketch: Sketch) -> tuple[Sketch, FloatArray | None]:
 
 def _numbers(sums: list[torch.Tensor]) -> FloatArray:
     """Return the numbers of a projection from the sums of columns: shape [1, D]."""
-    row = sum((own.cpu().numpy().astype(np.float64) for own in sums), np.zeros(ROW))
+    row = sum((bucket.cpu().numpy().astype(np.float64) for bucket in sums), np.zeros(ROW))
     return _rounded(np.bincount(_NUMBER, row, NUMBERS)[None].astype(np.float64))
 
 

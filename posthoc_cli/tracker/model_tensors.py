@@ -178,7 +178,7 @@ class TrackedModel:
         size = 3 * sum(map(len, names)) + 300 * len(names)
         if size < fmt.MAX_HEADER_BYTES // 4 and len(names) <= fmt.MAX_TENSORS:
             return
-        specs = [fmt.TensorSpec(name, own.dtype, self.shapes[name]) for name, own in self.tensors.items()]
+        specs = [fmt.TensorSpec(name, tensor.dtype, self.shapes[name]) for name, tensor in self.tensors.items()]
         entries = fmt.lay_out(specs)
         checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
         tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
@@ -247,17 +247,15 @@ def is_swapped(model: torch.nn.Module) -> bool:
     """
     if not swapped:
         return False
-    own = frozenset(map(id, chain(model.modules(), model.parameters(), model.buffers())))
-    return any(own & held for held in [*swapped])
+    ids = frozenset(map(id, chain(model.modules(), model.parameters(), model.buffers())))
+    return any(ids & block for block in [*swapped])
 
 
 # --- the selection of a model's tensors ---
 
 
 def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozenset[str] = frozenset()) -> ModelTensors:
-    """Return a model's selected tensors, or the parts that this process holds.
-
-    Parameters in `also` are included even if they require no gradients.
+    """Return a model's selected tensors, or this process's parts; parameters in `also` need not require gradients.
 
     Raises:
         InvalidValueError: nothing to average, or a tensor that cannot be averaged or stored, by name.
@@ -568,8 +566,7 @@ def _join(path: str, key: str) -> str:
 def _adapter_roots(modules: Sequence[NamedModule]) -> Iterator[tuple[NamedModule, str]]:
     """Yield the outermost modules with one adapter, and the adapter's name, which PEFT omits from its tensors' names.
 
-    Tensors of several adapters keep torch's names, which distinguish the adapters; so do those of prompt learning,
-    which PEFT saves in a computed form.
+    Tensors of several adapters keep torch's names; so do those of prompt learning, which PEFT computes when it saves.
     """
     if "peft" not in sys.modules:
         return

@@ -181,7 +181,8 @@ class Pipeline:
         refused = None
         values = self._source_of(tensors)
         if self._is_async:
-            pool, events = self._pool_for(values.layout), self._streams.record_events(copies.values())
+            pool, streams = self._pool_for(values.layout), self._streams.current(c.device for c in copies.values())
+            events = self._streams.record_events(streams)
             # On an accelerator the training's own stream copies. On the CPU torch's threads would wait for each other.
             if pool is SINGLE_THREAD:
                 copy = self._copier.copy(values)
@@ -404,10 +405,7 @@ class Pipeline:
     def _take_in(
         self, values: TileReader, copies: Mapping[str, torch.Tensor], progress: Progress
     ) -> tuple[NonFiniteError | None, Sequence[torch.Tensor] | None]:
-        """Update the averages and the counters.
-
-        Return the error if the update is left out; else, if snapshots are due, the model's values of the subset.
-        """
+        """Update averages and counters; return the error of an update left out, and the values for due snapshots."""
         self._check_open()
         now, averages, storage = self.now, self.now.averages, self._storage_of(values.layout)
         pool = self._pool_for(values.layout)
@@ -472,12 +470,12 @@ def _open_snapshotter(directory: Path, settings: Settings, members: Members) -> 
 
 def _writers(directory: Path) -> list[Pipeline]:
     """Return the pipelines of this process that write, or wrote, to a directory."""
-    return [one for one in list(_pipelines) if one._process == os.getpid() and one.writes_to(directory)]
+    return [p for p in list(_pipelines) if p._process == os.getpid() and p.writes_to(directory)]
 
 
 def is_followed(directory: Path, tensors: ModelTensors) -> bool:
     """Return whether an open tracker of this process writes averages of these very tensors to a directory."""
-    sources = [one._source[0].averaged for one in _writers(directory) if one._source and not one._has_ended]
+    sources = [p._source[0].averaged for p in _writers(directory) if p._source and not p._has_ended]
     averaged = tensors.averaged
     return any(
         own.keys() == averaged.keys() and all(own[name].is_set_to(averaged[name]) for name in own) for own in sources
@@ -485,10 +483,7 @@ def is_followed(directory: Path, tensors: ModelTensors) -> bool:
 
 
 def _close_writers(directory: Path) -> bool:
-    """Close earlier trackers of this process that write to a directory, and return whether there were any.
-
-    A cell of a notebook that is run again leaves one.
-    """
+    """Close trackers of this process, such as a notebook cell's, that write to a directory; return whether any did."""
     writers = _writers(directory)
     for pipeline in writers:
         log.warning("%s: an earlier tracker of this process is closed: this one continues in its place", directory)

@@ -45,8 +45,8 @@ On the CPU an update reads the model once. A tile whose norm is finite, and at m
 taken in immediately, while it is in the cache. The other tiles wait until all values are known to be finite. If a value
 is not, the tiles already taken in with share f are undone by an interpolation by f / (f - 1): means of values up to A
 are then as before to 50 u A, with u = 2^-24. All values are checked first if that error would be larger (f above
-`MOST_UNDONE`), at a fold, after a refused update, so that these errors do not add up, and on accelerators, where the
-check of each tile would wait for the device.
+`MOST_UNDONE`), at a fold, after a refused update, so that errors do not add up, and on accelerators, where each check
+would wait for the device.
 """
 
 from __future__ import annotations
@@ -135,12 +135,12 @@ class AverageTensors:
         self.layout = layout
 
         def wide() -> FlatTensors:
-            return FlatTensors(layout, [zeros(own.bounds[-1:], own.wide, own.device) for own in layout])
+            return FlatTensors(layout, [zeros(b.bounds[-1:], b.wide, b.device) for b in layout])
 
         self.mean, self.high = wide(), tuple(wide() for _ in range(profiles))
         self._low = [
-            None if own.wide == torch.float64 else zeros((profiles, own.bounds[-1]), torch.bfloat16, own.device)
-            for own in layout
+            None if b.wide == torch.float64 else zeros((profiles, b.bounds[-1]), torch.bfloat16, b.device)
+            for b in layout
         ]
         self.low = tuple(self._views_of_low(itemgetter(index)) for index in range(profiles))
         self.second = self._views_of_low(_as_second) if profiles > 1 else None
@@ -148,7 +148,7 @@ class AverageTensors:
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return sum(flat.nbytes for own in (self.mean, *self.high, *self.low) for flat in own.flats)
+        return sum(flat.nbytes for tensors in (self.mean, *self.high, *self.low) for flat in tensors.flats)
 
     @property
     def bits(self) -> tuple[FlatTensors, ...]:
@@ -191,7 +191,7 @@ class AverageTensors:
                 flat.copy_(values, non_blocking=True)
         for bucket, low in enumerate(target._low):
             if second is not None and low is not None:
-                upper, first, last = (_halves(own.flats[bucket]) for own in (target.mean, self.mean, second))
+                upper, first, last = (_halves(mean.flats[bucket]) for mean in (target.mean, self.mean, second))
                 upper[:, 0].copy_(first[:, 1], non_blocking=True)
                 upper[:, 1].copy_(last[:, 1], non_blocking=True)
                 low[1:-1].zero_()
@@ -203,7 +203,7 @@ class AverageTensors:
         for bucket, low in enumerate(self._low):
             if self.second is not None and low is not None:
                 lower = [_bits(low, index).clone() for index in (0, -1)]
-                first, last = (_halves(own.flats[bucket]) for own in (self.mean, self.second))
+                first, last = (_halves(mean.flats[bucket]) for mean in (self.mean, self.second))
                 last[:, 1] = first[:, 1]
                 first[:, 1] = first[:, 0]
                 first[:, 0], last[:, 0] = lower
@@ -233,8 +233,7 @@ class RunningAverages:
         tensors: None before the first update.
         copies: the copied tensors at the last update; never changed in place.
         sample: the model's values of a snapshot's sample at the last update, one tensor a bucket; None if unknown.
-        sketcher: gets each tile of every value early in a run, and later of each window's mean, as the first profile
-            weights it.
+        sketcher: gets the tiles of every value early in a run, later of each window's mean as the first profile has it.
         known_path: the path that `sketcher` continues, or in a copy for reading the path at that time.
     """
 

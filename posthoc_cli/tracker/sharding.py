@@ -447,10 +447,9 @@ class Members:
 class Owners(Members):
     """The processes that track one sharded model; each keeps the averages of the chunks that it owns.
 
-    All processes make this object together, in the same order of trackers, with their part of each tensor, and with its
-    chunk unless it is the complete tensor. The owner of a chunk is the lowest rank that holds it; a chunk without
-    elements has none, unless its tensor has no elements. A RankError names a process that does not come, or has other
-    `options`.
+    All processes make this object, in the same order of trackers, with their part of each tensor and, unless complete,
+    its chunk. The owner of a chunk is the lowest rank that holds it; a chunk without elements has none, unless its
+    tensor has no elements. A RankError names a process that does not come, or has other `options`.
 
     Attributes:
         holders: by name, the ranks that hold the same chunk of a tensor as this process, ascending; its owner first.

@@ -238,8 +238,8 @@ class Snapshotter:
     def distances(self) -> dict[float, float]:
         """Return each average's distance from the model when it was last stored, relative to its norm, by sigma_rel."""
         newest = {snapshot.sigma_rel: snapshot.info.measurements for snapshot in self._stored}
-        known = {sigma_rel: own for sigma_rel, own in newest.items() if own is not None and own.weights is not None}
-        return {sigma_rel: math.sqrt((own.weights or 0.0) / own.norm) for sigma_rel, own in known.items() if own.norm}
+        known = {sigma_rel: m for sigma_rel, m in newest.items() if m is not None and m.weights is not None}
+        return {sigma_rel: math.sqrt((m.weights or 0.0) / m.norm) for sigma_rel, m in known.items() if m.norm}
 
     def check_run(self, run_id: str) -> None:
         """Raise a MismatchError if the directory holds snapshots of another run."""
@@ -274,8 +274,8 @@ class Snapshotter:
         same time would have other squared norms.
         """
         same_time = [s for s in self._stored if s.t == averages.standing.t and s.info.off_schedule]
-        own = [(s, s.info.measurements.norm) for s in same_time if s.info.measurements and s.sigma_rel in norms]
-        return frozenset(s.checksum for s, norm in own if math.isclose(norm, norms[s.sigma_rel], rel_tol=_SAME_NORM))
+        stored = [(s, s.info.measurements.norm) for s in same_time if s.info.measurements and s.sigma_rel in norms]
+        return frozenset(s.checksum for s, norm in stored if math.isclose(norm, norms[s.sigma_rel], rel_tol=_SAME_NORM))
 
     def is_behind(self, tracking: Tracking, at_end: bool = False) -> bool:
         """Return whether averages, or calls that the exact state counts, are not stored.
@@ -307,7 +307,7 @@ class Snapshotter:
                     reason = f"was deleted: the averages of step {standing.step} are lost"
                     raise WriteError(self.directory, reason, errno=errno.ENOENT)
                 infos = zip(headers(self._settings, state, off_schedule), staged.samples, strict=True)
-                self.write([replace(info, sample=own) for info, own in infos], staged, state.averages.copies)
+                self.write([replace(info, sample=sample) for info, sample in infos], staged, state.averages.copies)
                 self._thin()
             except PostHocError as error:
                 self._members.announce_failure(error)

@@ -47,10 +47,7 @@ DeviceEvents = tuple[tuple[torch.device, Any], ...]  # a CUDA event a device: it
 
 
 class DeviceStreams:
-    """Orders the work of a tracker's threads on accelerators, where each thread has separate streams.
-
-    `last_events` mark the end of the last update.
-    """
+    """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the last update's end."""
 
     def __init__(self) -> None:
         self.last_events: DeviceEvents = ()
@@ -61,12 +58,10 @@ class DeviceStreams:
         """Return the streams that the calling thread uses on these devices."""
         return {device: torch.cuda.current_stream(device) for device in {*devices} if device.type == "cuda"}
 
-    @classmethod
-    def record_events(cls, tensors: Iterable[torch.Tensor]) -> DeviceEvents:
-        """Record events after the work that the calling thread has queued so far on the tensors' devices."""
-        return tuple(
-            (device, stream.record_event()) for device, stream in cls.current(t.device for t in tensors).items()
-        )
+    @staticmethod
+    def record_events(streams: Streams) -> DeviceEvents:
+        """Record events after the work that is queued in the streams so far."""
+        return tuple((device, stream.record_event()) for device, stream in streams.items())
 
     @contextmanager
     def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
@@ -75,7 +70,7 @@ class DeviceStreams:
             for stream in streams.values():
                 stack.enter_context(torch.cuda.stream(stream))
             yield
-            self.last_events = tuple((device, stream.record_event()) for device, stream in streams.items())
+            self.last_events = self.record_events(streams)
 
     @contextmanager
     def in_own_streams(self) -> Iterator[None]:
@@ -318,7 +313,7 @@ def stage(
     ]
     nonfinite = [nonfinite_name(tensors) for tensors in others]
     weights, network_values = averages.sample, None if network is None else joined(network)
-    encoded = ["" if weights is None else encode_sample(*map(layout.in_order, (weights, own))) for own in samples]
+    encoded = ["" if weights is None else encode_sample(*map(layout.in_order, (weights, exact))) for exact in samples]
     return StagedAverages(layout, copies, others, nonfinite, measured, stored, network_values, encoded)
 
 
@@ -351,7 +346,7 @@ def _stored_in_other_dtypes(
 def _holds(dtype: torch.dtype, exact: torch.Tensor) -> bool:
     """Return whether a dtype holds a tensor as accurately as ordinary values."""
     error = exact - exact.to(dtype).to(exact.dtype)
-    norm, rounding = (float(torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2 for own in (exact, error))
+    norm, rounding = (float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2 for values in (exact, error))
     return _is_accurate(norm, rounding, dtype)
 
 

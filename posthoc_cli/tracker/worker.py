@@ -65,10 +65,7 @@ class Calls:
         return NotReadyError(self._directory, "this tracker was closed", "continue with PostHocEMA.from_path")
 
     def lock(self, name: str) -> threading.Lock:
-        """Return the lock to hold during a call, or raise a NotReadyError if another call is running.
-
-        Of two calls that begin at the same moment, the second waits for the first.
-        """
+        """Return the lock to hold during a call; raise a NotReadyError if another call, begun earlier, is running."""
         self.check_process()
         if self._lock.locked():
             in_handler = self.caller == threading.get_ident()

@@ -25,7 +25,7 @@ WAY_OUT = "posthoc_cli.update_bn(model, loader)"
 
 
 class Network(torch.nn.Module):
-    """Inputs far from 0 and 1, so that statistics are far larger than weights."""
+    """A network with BatchNorm, whose `inputs` make statistics far larger than weights."""
 
     def __init__(self) -> None:
         super().__init__()

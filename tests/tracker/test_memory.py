@@ -61,7 +61,7 @@ def test_snapshots_take_little_more_than_their_own_bytes_in_addition_to_the_aver
 
 
 def test_metrics_tell_the_bytes_held(tmp_path: Path) -> None:
-    """The bytes of snapshots and of the copy of the model; threads' scratch comes to some MB for any model."""
+    """They include snapshots and the copy of the model; threads' scratch comes to some MB for any model."""
     model = torch.nn.Linear(1500, 1000)
     count = sum(parameter.numel() for parameter in model.parameters())
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2, device="cpu") as ema:
@@ -96,7 +96,7 @@ def network() -> torch.nn.Module:
 def test_measurements_of_a_subset_are_those_of_all_elements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float, stored: str
 ) -> None:
-    """For steps from far above the rounding to far below it. Sums of n squares of normal numbers have a relative
+    """Steps are from far above the rounding to far below it. Sums of n squares of normal numbers have a relative
     standard error of (2 / n)^(1/2); LayerNorm's weights among others make it larger: four times that is allowed."""
     found = []
     for most in (2**20, 2_000):

@@ -133,7 +133,7 @@ COPIED = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
 def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Path) -> None:
-    """In float16 snapshots, while tracking, from the directory and after a resume."""
+    """The average may be of float16 snapshots, of the live tracker or of a resumed one."""
     model = network()
     states = tracked(model, tmp_path, buffers="copy", checkpoint_dtype=torch.float16)
     assert {name for name, role in roles(tmp_path).items() if role == "copy"} == COPIED
@@ -253,7 +253,7 @@ def test_a_result_too_large_for_8_bits_is_named() -> None:
 
 @pytest.mark.parametrize(("kind", "tied"), [("parameter", False), ("buffer", False), ("parameter", True)])
 def test_the_name_that_safetensors_reserves_is_refused(tmp_path: Path, kind: str, tied: bool) -> None:
-    """Before training, not when the first snapshot is written; also as the second name of a tied parameter."""
+    """The error comes before training, not with the first snapshot; a tied parameter may have the name, too."""
     model = torch.nn.Linear(3, 2)
     if kind == "buffer":
         model.register_buffer("__metadata__", torch.ones(2))

@@ -419,7 +419,7 @@ def test_a_run_resumes_with_another_arrangement_of_processes(
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_with_nccl_are_those_of_one_process(tmp_path: Path) -> None:
-    """With as many processes as accelerators, at most two: every exchange of tensors or flags."""
+    """As many processes as accelerators, at most two, make every exchange of tensors or flags."""
     code = """
 import torch.distributed.checkpoint as dcp
 backend, device = arguments

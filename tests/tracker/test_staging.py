@@ -173,18 +173,6 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
         check()
 
 
-def test_a_buffer_is_not_filled_again_before_its_values_have_left(device: SimulatedDevice) -> None:
-    """Training is as far ahead of the copying stream as it can be."""
-    values, stager = tensors(), ModelCopier()
-    staged = [stager.copy(on_devices(values))]
-    for tensor in values.values():
-        device.training.add(lambda tensor=tensor: tensor.fill_(1))
-    staged.append(stager.copy(on_devices(values)))
-    device.run(only=device.training)
-    for number, one in enumerate(staged):
-        assert expected(one, number)
-
-
 def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDevice) -> None:
     """A buffer holds all of a copy, or two tiles a device."""
     values, stager = tensors(), ModelCopier()

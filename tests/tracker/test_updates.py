@@ -109,7 +109,7 @@ def test_averages_keep_moving_after_a_million_updates(
 def test_float32_averages_are_right_wherever_windows_end(
     tmp_path: Path, sigma_rels: tuple[float, ...], begin: int, every: int
 ) -> None:
-    """Windows of 1 to 32 updates, at each point of a window, after a pause and with another clock."""
+    """Windows have 1 to 32 updates; averages are read at each point of one, after a pause and with another clock."""
     model, path, times = Scalar(torch.float32), [], []
     model.weight.data = torch.zeros(2000)
     generator, t = torch.Generator().manual_seed(0), float(begin)
@@ -417,14 +417,17 @@ def test_an_argument_that_is_no_module_or_no_path_is_refused(tmp_path: Path, bad
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_not_finite_is_named_and_no_average_touched(tmp_path: Path, bad: float) -> None:
+@pytest.mark.parametrize("begin", [0, 10**6])
+def test_a_value_that_is_not_finite_is_named_and_no_average_touched(tmp_path: Path, bad: float, begin: int) -> None:
+    """Late in a run an update checks and takes in a tile at once, if its norm is at most twice the last one."""
     model = Scalar(torch.float32)
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, update_every=1) as tracker:
         model.set(np.full(3, 3e38))  # finite values whose norm overflows
-        tracker.update_(model)
+        for t in (1, 2):
+            tracker.update_(model, begin + t)
         model.set(np.array([1.0, bad, 1.0]))
-        with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 2"):
-            tracker.update_(model)
+        with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 3"):
+            tracker.update_(model, begin + 3)
         for sigma_rel in SIGMA_RELS:
             np.testing.assert_allclose(tracked(tracker, sigma_rel), 3e38, rtol=1e-6)
 
@@ -454,7 +457,7 @@ def test_what_a_refused_update_has_begun_is_undone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, device: str, on_nonfinite: str, begin: int,
     place: int, bad: float,
 ) -> None:  # fmt: skip
-    """Up to the last digits of a mean of values x up to A, and to the same bits for any number of threads.
+    """The mean of values x up to A is as before to the last digits, to the same bits for any number of threads.
 
     With |f| <= 1 an interpolation m' = m + f (x - m) rounds by at most u (2 A in the difference, 2 A in the product,
     2 A in f, A in the sum). Its inverse, with the share f / (f - 1) down to -3, magnifies that by four to 28 u A, and
@@ -514,7 +517,7 @@ def test_large_values_next_to_a_nan_leave_no_trace(
 def test_a_refused_update_may_change_means_only_and_further_ones_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Early in a run, when the path takes every value; the state includes buffers, the sample and the path."""
+    """The path takes every value early in a run; the state includes buffers, the sample and the path."""
     monkeypatch.setattr(layout, "TILE", 64)
     model = torch.nn.ParameterDict({"weight": torch.zeros(1000)})
     model.register_buffer("count", torch.zeros(()))

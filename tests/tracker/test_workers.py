@@ -109,7 +109,7 @@ def test_a_pool_without_helper_threads_works_in_the_calling_thread(monkeypatch: 
 def test_threads_of_training_are_left_alone(
     device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before, during and after an update, in the training's thread and in later ones; copies do not use them."""
+    """Their number stays, also in threads that start during an update or later; copies do not use them."""
     seen: dict[str, list[int]] = {"averages": [], "training": [], "later": []}
     real, fill, copying = RunningAverages.update_, staging._fill, set[int]()
 
@@ -138,7 +138,7 @@ def test_threads_of_training_are_left_alone(
 
 
 def test_a_signal_amid_an_update_leaves_gradients_enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also just before torch.no_grad() has restored them."""
+    """The signal arrives just before torch.no_grad() restores them."""
     real = torch.no_grad.__exit__
 
     def interrupted(*_: object) -> None:
@@ -158,7 +158,7 @@ def test_a_signal_amid_an_update_leaves_gradients_enabled(tmp_path: Path, monkey
 def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
     tmp_path: Path, device: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From another thread, while the worker is in the middle of an update."""
+    """The call comes from another thread, while the worker is in the middle of an update."""
     inside, proceed, real = threading.Event(), threading.Event(), torch.lerp
     model, found = Equal(1000), []
     tracker = start(tmp_path, model, device, 100)
@@ -205,14 +205,16 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
     tracker.close()
 
 
-def test_reading_changes_no_later_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begin", [0, 10**6])
+def test_reading_changes_no_later_bit(tmp_path: Path, begin: int) -> None:
+    """Averages have no low parts early in a run, and have them late."""
     states = []
     for reads in (True, False):
         model = Equal(500)
         with start(tmp_path / str(reads), model, "model", 10) as tracker:
             for step in range(1, 141):
                 model.go_to(step)
-                tracker.update_(model)
+                tracker.update_(model, begin + step)
                 if reads and step > 1:
                     tracker.state_dict()
                     with tracker.averaged(model, tracked=0.2):
