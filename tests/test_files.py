@@ -169,10 +169,13 @@ def test_a_file_system_that_cannot_sync_directories_is_accepted(
 
 @pytest.mark.parametrize("operation", ["close", "unlink"])
 @pytest.mark.parametrize("finish", ["discard", "end of the process"])
-def test_a_discard_that_was_interrupted_is_completed(tmp_path: Path, operation: str, finish: str) -> None:
-    """After a signal, an outer handler discards again, or the process ends."""
+@pytest.mark.parametrize("is_signal", [True, False])
+def test_a_discard_that_fails_is_completed(tmp_path: Path, operation: str, finish: str, is_signal: bool) -> None:
+    """After a signal or a refusal, an outer handler discards again, or the process ends."""
     pending = files.PendingFile(tmp_path / "x")
-    with failing(operation, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    error = KeyboardInterrupt() if is_signal else PermissionError(errno.EACCES, "Permission denied")
+    raised = nullcontext() if operation == "unlink" and not is_signal else pytest.raises(type(error))
+    with failing(operation, error), raised:
         pending.discard()
     assert len(list(tmp_path.iterdir())) == 1
     pending.discard() if finish == "discard" else files.remove_unfinished()
