@@ -115,7 +115,7 @@ def run(out: Path, steps: int, overwrite: bool, say: Say, watch: ProgressBar) ->
         swept = _measure(folder, model)
         best = folder.average(swept.chosen["sigma_rel"])
         lines.append(run_command(say, "export", best, "--out", folder.best, over))
-        files.write_whole(folder.loss_picture, plots.as_file(partial(draw, swept.to_dict()), ".png"))
+        files.write_atomically(folder.loss_picture, plots.as_file(partial(draw, swept.to_dict()), ".png"))
         page = "--sweep", folder.sweep, "--out", folder.page, over
         lines.append(run_command(say, "report", folder.snapshots, *page))
         checks = [compare(folder, width) for width in DIRECT_SIGMA_RELS]
@@ -137,9 +137,9 @@ def _train(settings: Settings, folder: Folder, say: Say, watch: ProgressBar) -> 
     with watch("training", settings.steps) as advance:
         model, direct = train(settings, make_waves(IMAGES, seed=0), folder.snapshots, DIRECT_SIGMA_RELS, advance)
     say(f"trained in {time.perf_counter() - started:.0f} s")
-    files.write_whole(folder.raw, safetensors.torch.save(model.state_dict()))
+    files.write_atomically(folder.raw, safetensors.torch.save(model.state_dict()))
     for average in direct:
-        files.write_whole(folder.tracked(average.sigma_rel), safetensors.torch.save(average.by_name(model)))
+        files.write_atomically(folder.tracked(average.sigma_rel), safetensors.torch.save(average.by_name(model)))
     return model
 
 
@@ -236,7 +236,7 @@ class Folder:
         marker = self.root / _MARKER
         is_empty = self.root.is_dir() and not any(self.root.iterdir())
         if self.root.exists() and not (is_empty or marker.is_file()):
-            raise OutputExistsError(self.root, "is there already, and no earlier demo made it", "name another folder")
+            raise OutputExistsError(self.root, "already exists, and no earlier demo made it", "name another folder")
         if marker.is_file() and not overwrite:
             hint = "name another folder, or overwrite=True to replace it"
             raise OutputExistsError(self.root, "holds an earlier demo", hint)
@@ -249,7 +249,7 @@ class Folder:
                     files.system.unlink(path)
             for folder in (self.root, self.averages, self.root / "tracked"):
                 files.make_directory(folder)
-        files.write_whole(marker, _MARKER_TEXT.encode(), overwrite=True)
+        files.write_atomically(marker, _MARKER_TEXT.encode(), overwrite=True)
 
 
 # --- the model and its data --------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def check_parent(name: str, path: Path) -> None:
         raise InvalidValueError(name, "its folder does not exist", value=path)
 
 
-def is_gone(path: Path) -> bool:
+def is_absent(path: Path) -> bool:
     """Return whether a path no longer exists; False if that is unknown, as in a folder without permission."""
     try:
         path.lstat()
@@ -222,7 +222,7 @@ def remove_directories(made: list[Path]) -> None:
             system.remove_directory(directory)
 
 
-def unlink_if_there(path: Path) -> None:
+def unlink_if_exists(path: Path) -> None:
     """Remove a file that may not exist."""
     with suppress(FileNotFoundError):
         system.unlink(path)
@@ -234,7 +234,7 @@ def discard(paths: Collection[Path]) -> None:
         _unfinished[path] = os.getpid()
     for path in paths:
         with suppress(OSError):
-            unlink_if_there(path)
+            unlink_if_exists(path)
             del _unfinished[path]
 
 
@@ -272,7 +272,7 @@ def temporary_path(directory: Path) -> Path:
     return directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
 
 
-def made_at(path: Path) -> Path:
+def temporary_path_for(path: Path) -> Path:
     """Return a temporary path for writing `path`: in the same folder, or for a URL in the system's temporary folder.
 
     Raises InvalidValueError for a URL that can only be read.
@@ -283,7 +283,7 @@ def made_at(path: Path) -> Path:
     return temporary_path(Path(tempfile.gettempdir()))
 
 
-def give_name(folder: Path, path: Path) -> None:
+def publish_folder(folder: Path, path: Path) -> None:
     """Rename a complete folder to `path`, or upload its files to a store: the indexes last, and all files or none."""
     if not is_remote(path):
         system.rename(folder, path)
@@ -340,7 +340,7 @@ class PendingFile:
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         self.path, self._overwrite = path, overwrite
-        self.temporary = made_at(path)
+        self.temporary = temporary_path_for(path)
         _unfinished[self.temporary] = os.getpid()
         with reported_as_write_error(path):
             _check_free(path, overwrite)
@@ -436,7 +436,7 @@ def remove_unfinished() -> None:
             del _unfinished[path]
 
 
-def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
+def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:
     """Write a small file durably and atomically, as `PendingFile` does."""
     with PendingFile(path, overwrite) as pending:
         pending.write_at(data, 0)
@@ -461,4 +461,4 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _exists(path: Path) -> OutputExistsError:
-    return OutputExistsError(path, "is there already", "choose another name, or overwrite=True to replace it")
+    return OutputExistsError(path, "already exists", "choose another name, or overwrite=True to replace it")

@@ -497,7 +497,7 @@ class Run:
         if is_import(self.directory):
             raise DirectoryError(self.directory, "refers to files of other programs, which are never deleted")
         planned = writer.plan_pruning(self.snapshots, keep, max_bytes, max_error, sigma_range)
-        if dry_run or not planned.gone or not agree(planned):
+        if dry_run or not planned.to_delete or not agree(planned):
             return planned
         with progress("verifying what stays", planned.read_bytes) as advance:
             return writer.prune(self.directory, planned, advance)
@@ -520,7 +520,7 @@ def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
     files.check_parent("out", path)
     if path.exists() and not overwrite:
-        raise OutputExistsError(path, "is there already", "choose another name, or overwrite=True to replace it")
+        raise OutputExistsError(path, "already exists", "choose another name, or overwrite=True to replace it")
     return path
 
 
@@ -573,7 +573,7 @@ def error_report(
     if path is not None and is_picture:
         _write_figure(lambda: _error_figure(candidates, curves, targets, t, method), path, overwrite)
     elif path is not None:
-        files.write_whole(path, report.to_csv().encode(), overwrite)
+        files.write_atomically(path, report.to_csv().encode(), overwrite)
     return report
 
 
@@ -631,7 +631,7 @@ def _error_figure(
 def _write_figure(draw: Callable[[], Figure], out: Path, overwrite: bool) -> None:
     from posthoc_cli import plots
 
-    files.write_whole(out, plots.as_file(draw, out.suffix), overwrite)
+    files.write_atomically(out, plots.as_file(draw, out.suffix), overwrite)
 
 
 def _audit_figure(audit: Audit) -> Figure:

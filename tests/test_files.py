@@ -57,7 +57,7 @@ def test_content_is_synced_before_the_name_and_the_directory_after_it(
     for operation in ("fsync", "link", "rename", "unlink", "fsync_directory"):
         real = getattr(files.system, operation)
         monkeypatch.setattr(files.system, operation, lambda *a, o=operation, r=real: (steps.append(o), r(*a))[1])
-    files.write_whole(path, NEW, overwrite)
+    files.write_atomically(path, NEW, overwrite)
     expected = ["fsync", "rename", "fsync_directory"] if overwrite else ["fsync", "link", "unlink", "fsync_directory"]
     assert steps == expected
 
@@ -66,7 +66,7 @@ def test_content_is_synced_before_the_name_and_the_directory_after_it(
 def test_the_mode_follows_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
     before = os.umask(mask)
     try:
-        files.write_whole(tmp_path / "a", NEW)
+        files.write_atomically(tmp_path / "a", NEW)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
@@ -79,13 +79,13 @@ def test_a_refused_step_or_ctrl_c_leaves_nothing_and_names_the_file_and_the_reas
 ) -> None:
     kind = KeyboardInterrupt if code is None else WriteError
     with first(operation, code or KeyboardInterrupt()), pytest.raises(kind) as caught:
-        files.write_whole(tmp_path / "a", NEW)
+        files.write_atomically(tmp_path / "a", NEW)
     assert names(tmp_path) == []
     if isinstance(caught.value, WriteError):
         assert caught.value.errno == code
         assert str(tmp_path / "a") in str(caught.value)
         assert os.strerror(code or 0).lower() in str(caught.value)
-    files.write_whole(tmp_path / "a", NEW)  # the next attempt succeeds
+    files.write_atomically(tmp_path / "a", NEW)  # the next attempt succeeds
 
 
 @pytest.mark.parametrize("existing", [True, False])
@@ -95,18 +95,18 @@ def test_a_refused_step_of_a_replacement_keeps_the_old_file(tmp_path: Path, oper
     if existing:
         (tmp_path / "a").write_bytes(OLD)
     with first(operation), pytest.raises(WriteError, match="nothing partial" if existing else None):
-        files.write_whole(tmp_path / "a", NEW, overwrite=True)
+        files.write_atomically(tmp_path / "a", NEW, overwrite=True)
     assert names(tmp_path) == ["a"] * existing
     assert not existing or (tmp_path / "a").read_bytes() == (NEW if operation == "fsync_directory" else OLD)
 
 
 def test_no_descriptor_stays_open(tmp_path: Path) -> None:
     before = free_descriptor()
-    files.write_whole(tmp_path / "a", NEW)
+    files.write_atomically(tmp_path / "a", NEW)
     with files.PendingFile(tmp_path / "b"):
         pass
     with first("fsync"), pytest.raises(WriteError):
-        files.write_whole(tmp_path / "c", NEW)
+        files.write_atomically(tmp_path / "c", NEW)
     assert free_descriptor() == before
 
 

@@ -168,7 +168,7 @@ def test_damage_is_found_and_the_undamaged_snapshots_are_described(run: Run) -> 
 
 def test_pruning_shows_asks_and_deletes(run: Run) -> None:
     planned = run.prune(keep=4, dry_run=True)
-    assert (len(planned.gone), planned.deleted, len(run.snapshots)) == (12, False, 20)
+    assert (len(planned.to_delete), planned.deleted, len(run.snapshots)) == (12, False, 20)
     asked = []
     assert not run.prune(keep=4, agree=lambda pruning: bool(asked.append(pruning.to_dict()))).deleted
     assert asked == [planned.to_dict()]

@@ -127,11 +127,12 @@ def chosen_times(run: Path, t: float) -> list[float]:
 @pytest.mark.parametrize("t", [200.0, 143.0])
 def test_a_synthesis_uses_the_choice_up_to_its_time(run: Path, t: float, method: str) -> None:
     plan = plan_synthesis(disk_sources(run), [0.15], t, method=method)
-    assert (plan.solved, plan.there) == (20, 2 * int(t // 5))
+    assert (plan.solved, plan.available) == (20, 2 * int(t // 5))
     assert [source.info.t for source in plan.sources] == chosen_times(run, t)
-    assert plan.choice == f"20 of {plan.there} snapshots up to t = {t:g}, the newest and ever fewer of the earlier ones"
+    choice = f"20 of {plan.available} snapshots up to t = {t:g}, the newest and ever fewer of the earlier ones"
+    assert plan.choice == choice
     few = plan_synthesis(disk_sources(run), [0.15], 50.0)
-    assert (few.solved, few.there, few.choice) == (20, 20, None)
+    assert (few.solved, few.available, few.choice) == (20, 20, None)
 
 
 @pytest.mark.usefixtures("_twenty")
@@ -176,12 +177,12 @@ def test_pruning_first_deletes_snapshots_that_no_reconstruction_uses(run: Path) 
     snapshots = read_directory(run)
     outside = [s.path for s in snapshots if s.info.t not in chosen_times(run, 200.0)]
     pruned = plan_pruning(snapshots, keep=3)
-    assert {s.path for s in pruned.gone[:60]} == set(outside)
+    assert {s.path for s in pruned.to_delete[:60]} == set(outside)
     assert len(pruned.kept) == 6
     # Any prefix of the deletions leaves an evenly thinned directory.
-    assert np.histogram([s.info.t for s in pruned.gone[:21]], bins=4, range=(0, 200))[0].min() >= 2
+    assert np.histogram([s.info.t for s in pruned.to_delete[:21]], bins=4, range=(0, 200))[0].min() >= 2
     few = plan_pruning(snapshots, keep=35)
-    assert len(few.gone) == 10
+    assert len(few.to_delete) == 10
     assert few.after.worst < 1.6 * few.before.worst  # other snapshots are chosen among the remaining ones
 
 

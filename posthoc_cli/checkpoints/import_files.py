@@ -180,7 +180,7 @@ def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(out, "exists already, and holds something else", "choose another name")
     with files.new_directory(out):
-        files.write_whole(out / _NAME, content, overwrite=exists)
+        files.write_atomically(out / _NAME, content, overwrite=exists)
     return True
 
 
@@ -331,7 +331,7 @@ def read_copy(path: Path) -> Checkpoint:
             profile = Discrete(masses.get("times", ()), masses.get("masses", ()), t)
     except (ValueError, TypeError) as error:
         raise FileFormatError(path, f"ema.masses, ema.tensors or ema.aliases: {error}") from error
-    boxes = {name: Box.whole(entry.shape) for name, entry in header.tensors.items()}
+    boxes = {name: Box.full(entry.shape) for name, entry in header.tensors.items()}
     return Checkpoint(path, header, CheckpointInfo(profile, **values), (BackingFile(path, header, boxes),))
 
 

@@ -215,7 +215,7 @@ def _of_average(folder: Path, average: Path) -> IndexedCheckpoint:
 
 def _one_chunk(path: Path, identity: str, tensor: TensorEntry) -> list[FoundChunk]:
     """Return a tensor as one chunk."""
-    return [FoundChunk(path, identity, tensor, Box.whole(tensor.shape))]
+    return [FoundChunk(path, identity, tensor, Box.full(tensor.shape))]
 
 
 def _of_file(path: Path) -> IndexedCheckpoint:

@@ -48,7 +48,7 @@ def prune(
     def agree(planned: Pruning) -> bool:
         if not as_json:
             _print(planned, ends)
-        return yes or typer.confirm(f"delete {output.counted(len(planned.gone), 'snapshot')} for good?", err=True)
+        return yes or typer.confirm(f"delete {output.counted(len(planned.to_delete), 'snapshot')} for good?", err=True)
 
     pruning = Run(directory).prune(
         keep=count, max_size=max_size, max_error=error, sigma_range=ends, dry_run=dry_run, agree=agree,
@@ -57,28 +57,29 @@ def prune(
     if as_json:
         output.print_json(pruning.to_dict())
     else:
-        if dry_run or not pruning.gone:
+        if dry_run or not pruning.to_delete:
             _print(pruning, ends)
-        what = f"{output.counted(len(pruning.gone), 'snapshot')}, {resources.size_text(file_bytes(pruning.gone))}"
+        count_text = output.counted(len(pruning.to_delete), "snapshot")
+        what = f"{count_text}, {resources.size_text(file_bytes(pruning.to_delete))}"
         did = f"deleted {what}; {len(pruning.kept)} are left, verified"
-        output.print_outcome(pruning.gone, pruning.deleted, dry_run, f"delete {what}", did, "deleted")
-    if pruning.gone and not (pruning.deleted or dry_run):
+        output.print_outcome(pruning.to_delete, pruning.deleted, dry_run, f"delete {what}", did, "deleted")
+    if pruning.to_delete and not (pruning.deleted or dry_run):
         raise typer.Exit(1)
 
 
 def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
     from posthoc_cli.snapshots.writer import file_bytes
 
-    if pruning.gone:
+    if pruning.to_delete:
         rows = [
             [s.path.name, f"{s.info.t:,.12g}", f"{s.info.sigma_rel:g}", resources.size_text(s.header.file_bytes)]
-            for s in sorted(pruning.gone, key=lambda snapshot: (snapshot.info.t, snapshot.info.sigma_rel))
+            for s in sorted(pruning.to_delete, key=lambda snapshot: (snapshot.info.t, snapshot.info.sigma_rel))
         ]
         output.print_table(["to delete", "t", "sigma_rel", "size"], rows, left=["to delete"])
         output.print_line()
     table = []
     for when, group, errors in (
-        ("now", (*pruning.kept, *pruning.gone), pruning.before),
+        ("now", (*pruning.kept, *pruning.to_delete), pruning.before),
         ("afterwards", pruning.kept, pruning.after),
     ):
         numbers = map(percent, (errors.worst, errors.median))

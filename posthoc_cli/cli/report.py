@@ -58,7 +58,7 @@ def report(
                 raise InvalidValueError("--watch", "needs a directory, and not a pattern", value=run.directory)
         _watch(runs, folders, page)
     text = render(runs, folders, page).encode()
-    files.write_whole(page, text, overwrite)
+    files.write_atomically(page, text, overwrite)
     if as_json:
         output.print_json({"output": str(page), "bytes": len(text)})
     else:
@@ -76,7 +76,7 @@ def _watch(runs: list[Run], sweeps: list[Path], page: Path) -> NoReturn:
 
     def write(reload: int | None) -> None:
         finished = [folder for folder in sweeps if (folder / RESULT).exists()]
-        files.write_whole(page, render(runs, finished, page, reload).encode(), overwrite=True)
+        files.write_atomically(page, render(runs, finished, page, reload).encode(), overwrite=True)
 
     rendered: object = None
     try:

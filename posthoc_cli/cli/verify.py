@@ -57,10 +57,10 @@ def verify(
             _print(check, offer=not repair)
         if repair:
             moved = _repair(check, yes, as_json)
-            changes = {"gone": check.going, "moved": moved or ()}
+            changes = {"gone": check.to_move, "moved": moved or ()}
             report["repair"] = {key: [check.name(file) for file in changed] for key, changed in changes.items()}
             report["repair"]["done"] = moved is not None
-            broken = broken if check.going and moved is None else bool(check.staying)
+            broken = broken if check.to_move and moved is None else bool(check.not_moved)
         reports.append(report)
         fine = fine and not (check.problems or broken)
     if as_json:
@@ -73,16 +73,16 @@ def _repair(check: Verification, yes: bool, as_json: bool) -> tuple[Path, ...] |
     """Set broken files aside, if the user agrees, and return their new paths; None if nothing was set aside."""
     from posthoc_cli.snapshots.check import repair
 
-    what, moved = f"{output.counted(len(check.going), 'file')} aside in {check.path / 'damaged'}", None
+    what, moved = f"{output.counted(len(check.to_move), 'file')} aside in {check.path / 'damaged'}", None
     # The directory is not locked while the question is open, so that a training is not stopped.
-    if check.going and (yes or typer.confirm(f"set {what}?", err=True)):
+    if check.to_move and (yes or typer.confirm(f"set {what}?", err=True)):
         moved = repair(check)
     if not as_json:
-        output.print_outcome([*check.going], moved is not None, False, "", f"set {what}", "set aside")
+        output.print_outcome([*check.to_move], moved is not None, False, "", f"set {what}", "set aside")
         if moved:
             _print_error(check.path)
-        if check.staying:
-            names = ", ".join(report.path.name for report in check.staying[:3]) + ", ..." * (len(check.staying) > 3)
+        if check.not_moved:
+            names = ", ".join(report.path.name for report in check.not_moved[:3]) + ", ..." * (len(check.not_moved) > 3)
             output.print_line(f"{names}: not moved; see above")
     return moved
 

@@ -183,7 +183,7 @@ def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overw
     paths = [folder / f"{source.name.removesuffix(SUFFIX)}{suffix_of(layout)}" for source in sources]
     for path in paths if not overwrite else ():
         if output_exists(path, layout_of(path, layout)):
-            raise OutputExistsError(path, "is there already", OTHER_FOLDER)
+            raise OutputExistsError(path, "already exists", OTHER_FOLDER)
     files.check_parent("out", folder)
     files.make_directory(folder)
     return paths

@@ -185,7 +185,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
 
 def output_exists(path: Path, layout: str) -> bool:
     """Return whether an output already exists."""
-    return holds_model(path) if layout == "sharded" else not files.is_gone(path)
+    return holds_model(path) if layout == "sharded" else not files.is_absent(path)
 
 
 # --- tensors that go into outputs --------------------------------------------------------------------
@@ -429,11 +429,11 @@ class _ShardedSink(FileSink):
             self.publish_next()
         if self._split.is_sharded:
             text = encode_index(self._split.tensor_to_filename, self._split.metadata["total_size"])
-            files.write_whole(self.folder / INDEX_NAME, text, self._overwrite)
+            files.write_atomically(self.folder / INDEX_NAME, text, self._overwrite)
             self._published.append(self.folder / INDEX_NAME)
         with files.reported_as_write_error(self.folder):
             for path in self._old.keys() - set(self._published):
-                files.unlink_if_there(path)
+                files.unlink_if_exists(path)
             if not files.is_url(self.folder):
                 files.system.fsync_directory(self.folder)
         self._committed = True
@@ -455,11 +455,11 @@ class _ShardedSink(FileSink):
         if self._committed:
             return
         for path in self._published:
-            files.unlink_if_there(path)
+            files.unlink_if_exists(path)
         for path, temporary in self._old.items():
             if temporary.exists():
                 files.system.rename(temporary, path)
-                files.unlink_if_there(temporary)  # a rename keeps both names if they are links to one file
+                files.unlink_if_exists(temporary)  # a rename keeps both names if they are links to one file
         files.remove_directories(self._made)
 
     def _keep(self, path: Path) -> None:
@@ -528,7 +528,7 @@ class _DcpSink(_MemorySink):
     """A sink for a folder of torch.distributed.checkpoint, which appears complete or not at all."""
 
     def __init__(self, folder: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
-        self._folder, self._made = folder, files.made_at(folder)
+        self._folder, self._made = folder, files.temporary_path_for(folder)
         is_folder, is_url = folder.is_dir() and not folder.is_symlink(), files.is_url(folder)
         entries = list(folder.iterdir()) if is_folder else []
         is_free = not entries or (overwrite and _is_dcp_folder(entries) and not is_url)
@@ -549,10 +549,10 @@ class _DcpSink(_MemorySink):
             except CheckpointException as error:
                 cause = next(iter(error.failures.values()))[0]
                 raise cause if isinstance(cause, OSError) else error from error
-            old = files.made_at(self._folder)
+            old = files.temporary_path_for(self._folder)
             if not files.is_url(self._folder) and self._folder.exists():
                 files.system.rename(self._folder, old)
-            files.give_name(self._made, self._folder)
+            files.publish_folder(self._made, self._folder)
             shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:

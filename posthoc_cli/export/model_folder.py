@@ -132,10 +132,10 @@ class ModelFolder:
         if a tensor of the run has another shape in the folder, or is known to neither the folder nor the library; or if
         the folder's weights are quantized.
         """
-        temporary = [files.made_at(out) for out in outs]
+        temporary = [files.temporary_path_for(out) for out in outs]
         for out in outs:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise OutputExistsError(out, "is there already", "name a new folder: a model folder is not replaced")
+                raise OutputExistsError(out, "already exists", "name a new folder: a model folder is not replaced")
         averaged = [name for name, tensor in plan.tensors.items() if tensor.role == "average"]
         replaced = [self.entries[alias][1] for name in averaged for alias in plan.names[name] if alias in self.entries]
         if "quantization_config" in self.config or any(entry.dtype not in EPS for entry in replaced):
@@ -158,7 +158,7 @@ class ModelFolder:
                 for folder, out in zip(temporary, outs, strict=True):
                     self._copy_others(folder)
                     _make_durable(folder)
-                    files.give_name(folder, out)
+                    files.publish_folder(folder, out)
         finally:
             for folder in temporary:
                 shutil.rmtree(folder, ignore_errors=True)

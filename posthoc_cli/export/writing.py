@@ -246,7 +246,7 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
         if not output_exists(path, kind):
             continue
         if kind in ("pt", "dcp"):
-            reason = f"is there already, and this layout, {kind}, does not say which average it holds"
+            reason = f"already exists, and this layout, {kind}, does not say which average it holds"
             raise OutputExistsError(path, reason, hint)
         stored: dict[str, str] = {}
         try:
@@ -325,7 +325,7 @@ class Shards:
             check_free_folder(folder, overwrite=True)
             check_no_snapshot(folder)
             parts = [part for part in range(len(self.parts)) if not self._is_there(part, target)]
-            index, is_there = folder / INDEX_NAME, not files.is_gone(folder / INDEX_NAME)
+            index, is_there = folder / INDEX_NAME, not files.is_absent(folder / INDEX_NAME)
             is_same = is_there and _holds(index, self._index(folder))
             others = [*self._others(folder), *([index] if is_there and not is_same else ())]
             if others and not self._options.overwrite:
@@ -355,7 +355,7 @@ class Shards:
         for folder in self._folders:
             for path in self._others(folder):
                 _remove(path)
-            files.write_whole(folder / INDEX_NAME, self._index(folder), overwrite=True)
+            files.write_atomically(folder / INDEX_NAME, self._index(folder), overwrite=True)
 
     def _path(self, part: int, folder: Path) -> Path:
         return folder / f"model-{part + 1:05d}-of-{len(self.parts):05d}.safetensors"
@@ -366,7 +366,7 @@ class Shards:
     def _is_there(self, part: int, target: int, verify: bool = False) -> bool:
         """Return whether a shard exists, or raise an OutputExistsError if another file with its name must be kept."""
         path = self._path(part, self._folders[target])
-        if files.is_gone(path):
+        if files.is_absent(path):
             return False
         try:
             header = _checked_header(path, self.parts[part].output_info(target), self._marks_of(part, target))
@@ -426,7 +426,7 @@ def _holds(path: Path, content: bytes) -> bool:
 
 def _remove(path: Path) -> None:
     with files.reported_as_write_error(path, "removed"):
-        files.unlink_if_there(path)
+        files.unlink_if_exists(path)
         files.system.fsync_directory(path.parent)
 
 

@@ -27,7 +27,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import (
-    BROKEN,
+    DAMAGED_FOLDER,
     PICKLES,
     SUPERSEDED,
     Listing,
@@ -107,8 +107,8 @@ class Verification:
 
     `problems` name files that contradict each other; `notes` are about unusual files that are not broken. `leftovers`
     are temporary files of interrupted writes, or of writes in progress. `superseded` counts snapshots that were set
-    aside, `moved` the broken files in `damaged/`. `going` maps the paths that a repair would move to their identity, by
-    which it notices files that were replaced.
+    aside, `moved` the broken files in `damaged/`. `to_move` maps the paths that a repair would move to their
+    identity, by which it notices files that were replaced.
     """
 
     path: Path
@@ -120,7 +120,7 @@ class Verification:
     superseded: int = 0
     moved: int = 0
     seconds: float = 0.0
-    going: Mapping[Path, tuple[int, ...] | None] = field(default_factory=dict)
+    to_move: Mapping[Path, tuple[int, ...] | None] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         wrong = len(self.broken) + len(self.problems)
@@ -132,9 +132,9 @@ class Verification:
         return tuple(dict.fromkeys(report.unit for report in self.files if not report.is_fine))
 
     @property
-    def staying(self) -> tuple[FileReport, ...]:
+    def not_moved(self) -> tuple[FileReport, ...]:
         """The reports of files that are not fine but may be valid, so that a repair does not move them."""
-        return tuple(r for r in self.files if not (r.is_fine or {r.unit, r.path} & self.going.keys()))
+        return tuple(r for r in self.files if not (r.is_fine or {r.unit, r.path} & self.to_move.keys()))
 
     @property
     def is_fine(self) -> bool:
@@ -197,7 +197,7 @@ def _listed(path: Path) -> tuple[Verification, list[_Unit]]:
         return Verification(path, True, leftovers=tuple(list_directory(path).leftovers)), [_parts(path)]
     if path.is_dir():
         return _listed_directory(path)
-    if files.is_gone(path):
+    if files.is_absent(path):
         raise DirectoryError(path, "no such file or directory", ACCEPTED)
     if path.suffix in PICKLES:
         raise InvalidValueError(path, "has no checksums, and no pickle is opened here", ACCEPTED)
@@ -206,7 +206,7 @@ def _listed(path: Path) -> tuple[Verification, list[_Unit]]:
 
 def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     listing = list_directory(directory)
-    models = [path for path in listing.entries if path.name not in (SUPERSEDED, BROKEN) and _has_index(path)]
+    models = [path for path in listing.entries if path.name not in (SUPERSEDED, DAMAGED_FOLDER) and _has_index(path)]
     units = [_shards(folder / INDEX_NAME) for folder in (directory, *models) if _has_index(folder)]
     shards = {path for unit in units for path in unit.files}
     units += [_Unit(path, {path: ()}) for path in listing.files if path not in shards]
@@ -220,14 +220,14 @@ def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     old_units += [_parts(path)._replace(superseded=True) for path in parts_folders(superseded)]
     listings = (listing, *map(_readable, (*models, *of_parts)), superseded)
     leftovers = sorted([*folders.incomplete, *(path for entries in listings for path in entries.leftovers)])
-    moved, pickles = len(_readable(directory / BROKEN).entries), len(listing.pickles)
+    moved, pickles = len(_readable(directory / DAMAGED_FOLDER).entries), len(listing.pickles)
     if not (units or old_units or leftovers or moved):
         reason = "holds no snapshots, outputs or states" + "; no pickle is opened here" * bool(pickles)
         raise DirectoryError(directory, reason, ACCEPTED)
     if pickles:
         notes.append(f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read")
     if moved:
-        notes.append(f"{moved:,} in {BROKEN}/, where a repair has moved them; not read")
+        notes.append(f"{moved:,} in {DAMAGED_FOLDER}/, where a repair has moved them; not read")
     result = Verification(
         directory, True, notes=tuple(notes), leftovers=tuple(leftovers), superseded=len(old_units), moved=moved
     )
@@ -291,10 +291,10 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
         notes += missing_at_newest(snapshots)
     broken = {report.unit for report in reports if report.state in MOVED}
     # A model whose shards are in the directory itself is moved file by file.
-    going = (report.path if report.unit == path else report.unit for report in reports if report.unit in broken)
+    to_move = (report.path if report.unit == path else report.unit for report in reports if report.unit in broken)
     return replace(
         listed, files=tuple(reports), problems=tuple(map(str, problems)), notes=(*notes, *listed.notes),
-        seconds=time.perf_counter() - started, going={moving: _stamp(moving) for moving in going},
+        seconds=time.perf_counter() - started, to_move={moving: _stamp(moving) for moving in to_move},
     )  # fmt: skip
 
 
@@ -340,7 +340,7 @@ def _read_file(path: Path, unit: Path, progress: Callable[[int], object]) -> Fil
                 nbytes += checked.nbytes
                 progress(checked.nbytes)
     except FileFormatError as error:
-        if isinstance(error, VanishedError) and files.is_gone(path):
+        if isinstance(error, VanishedError) and files.is_absent(path):
             return None  # a training has deleted it
         return replace(_unreadable(FileReport(path, unit), error), nbytes=nbytes)
     bad = [name for name in nonfinite if name in report.averages]
@@ -504,11 +504,11 @@ def repair(verified: Verification) -> tuple[Path, ...]:
     """
     with one_writer(verified.path) as check_lease:
         remove_leftovers(verified.path)
-        for path, identity in verified.going.items():
+        for path, identity in verified.to_move.items():
             if _stamp(path) not in (identity, None):
                 raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
         check_lease()
-        return tuple(move_aside([*verified.going], verified.path / BROKEN)) if verified.going else ()
+        return tuple(move_aside([*verified.to_move], verified.path / DAMAGED_FOLDER)) if verified.to_move else ()
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

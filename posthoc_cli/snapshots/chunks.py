@@ -25,7 +25,7 @@ class Box:
     shape: tuple[int, ...]
 
     @classmethod
-    def whole(cls, shape: Sequence[int]) -> Box:
+    def full(cls, shape: Sequence[int]) -> Box:
         """Return the box of all indices of a tensor of this shape."""
         return cls((0,) * len(shape), tuple(shape))
 
@@ -39,7 +39,7 @@ class Box:
         """The first index after the box in each dimension."""
         return tuple(begin + length for begin, length in zip(self.offset, self.shape, strict=True))
 
-    def meet(self, other: Box) -> Box:
+    def intersection(self, other: Box) -> Box:
         """Return the intersection with another box, of size 0 if they have no common element."""
         begin = tuple(map(max, self.offset, other.offset))
         lengths = (max(0, last - first) for first, last in zip(begin, map(min, self.end, other.end), strict=True))
@@ -94,7 +94,7 @@ def copy_range(into: npt.NDArray[Any], wanted: Box, begin: int, chunks: Sequence
     strides = [into.itemsize * step for step in row_major(wanted.shape)]
     for part in boxes_of_range(wanted, begin, begin + into.size):
         for chunk, read in chunks:
-            common = chunk.meet(part)
+            common = chunk.intersection(part)
             if not common.size:
                 continue
             stored = read(*chunk.span(common))

@@ -32,7 +32,7 @@ from posthoc_cli.snapshots.tensor_file import opened_in_turn, read_header
 SUPERSEDED = "superseded"
 """The name of the folder for snapshots from after the step at which training was resumed."""
 
-BROKEN = "damaged"
+DAMAGED_FOLDER = "damaged"
 """The name of the folder to which a repair moves broken files."""
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -41,7 +41,7 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 OTHERS = (None, "output", "state", "checkpoint")
 """The kinds of files that are not snapshots."""
 
-WANTED = "name the directory that a tracker writes its snapshots to"
+NAME_A_RUN = "name the directory that a tracker writes its snapshots to"
 
 ON_ONE_FILE_SYSTEM = "all processes of a training write to one directory, on a file system that they share"
 
@@ -106,9 +106,9 @@ def list_directory(directory: Path) -> Listing:
     try:
         return Listing(directory, tuple(sorted(files.system.list(directory))))
     except FileNotFoundError as error:
-        raise DirectoryError(directory, "no such directory", WANTED) from error
+        raise DirectoryError(directory, "no such directory", NAME_A_RUN) from error
     except NotADirectoryError as error:
-        raise DirectoryError(directory, "is not a directory", WANTED) from error
+        raise DirectoryError(directory, "is not a directory", NAME_A_RUN) from error
     except RemoteError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
@@ -170,7 +170,7 @@ def _snapshots_in(
             if file_kind(header) not in OTHERS:
                 yield Snapshot(path, header, decode_snapshot(path, header, cache_of(path.name)))
         except FileFormatError as error:
-            if not files.is_gone(path):
+            if not files.is_absent(path):
                 yield error
 
 
@@ -219,13 +219,13 @@ def read_directory(directory: Path) -> list[Snapshot]:
         reason = f"no complete snapshots here; {folder.name}/ has {parts}"
         raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
     if is_parts_folder(directory):
-        raise DirectoryError(directory, "holds the parts of one snapshot", WANTED)
+        raise DirectoryError(directory, "holds the parts of one snapshot", NAME_A_RUN)
     if any(file_kind(read_header(path)) == "checkpoint" for path in inspection.listing.files):
         reason = "holds copies of checkpoints that `ema import` wrote, no snapshots of a tracker"
         raise DirectoryError(directory, reason, "delete the folder to remove them")
     foreign = [path.name for path in inspection.listing.entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
     example = f"; {foreign[0]} is not a snapshot of this package" if foreign else ""
-    raise DirectoryError(directory, f"no snapshots here{example}", WANTED)
+    raise DirectoryError(directory, f"no snapshots here{example}", NAME_A_RUN)
 
 
 # --- snapshots of several parts
@@ -264,7 +264,7 @@ def read_folders(listing: Listing) -> Folders:
         try:
             content = read_folder(folder, caches)
         except PostHocError as error:
-            if not files.is_gone(folder):
+            if not files.is_absent(folder):
                 folders.problems[folder] = error
             continue
         if isinstance(content, Snapshot):
@@ -427,7 +427,7 @@ def _check_cover(folder: Path, spec: fmt.TensorSpec, chunks: Sequence[tuple[Path
     if problem is None:
         return
     for (first, box), (other, other_box) in combinations(chunks, 2):
-        if box.meet(other_box).size:
+        if box.intersection(other_box).size:
             raise MismatchError(f"{first} and {other}", f"tensor {shown(spec.name)}: both hold some of its elements")
     raise FileFormatError(folder, f"tensor {shown(spec.name)}: {problem}")
 

@@ -111,7 +111,9 @@ def decode_index(path: Path, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> ShardI
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
         if not (isinstance(name, str) and is_plain_name(name, endings)):
-            raise FileFormatError(path, f"tensor {shown(tensor)}: {shown(name)} is not the name of a file beside it")
+            raise FileFormatError(
+                path, f"tensor {shown(tensor)}: {shown(name)} is not the name of a file in its folder"
+            )
         shards.setdefault(name, []).append(tensor)
     metadata = content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None

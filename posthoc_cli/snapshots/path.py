@@ -65,7 +65,7 @@ def places(shapes: Mapping[str, Sequence[int]]) -> list[Place]:
 def index_within(box: Box, shape: Sequence[int], index: int) -> int | None:
     """Convert a row-major index in a tensor to the index in a box of it; return None if the element is outside."""
     element = Box(tuple(map(int, np.unravel_index(index, tuple(shape)))), (1,) * len(shape))
-    return box.span(element)[0] if box.meet(element).size else None
+    return box.span(element)[0] if box.intersection(element).size else None
 
 
 def joined_sample(parts: Sequence[tuple[str, Sequence[int]]]) -> str:
@@ -120,26 +120,26 @@ def _moment(samples: Sequence[tuple[SnapshotInfo, Floats, Floats]]) -> Moment:
 
 
 @dataclass(frozen=True)
-class Found:
+class Location:
     """The location of a model on a path.
 
     Attributes:
         step: the step of the newest snapshots at or before the model; None if it is not on the path.
-        is_there: whether the model has exactly the weights of that step.
+        is_exact: whether the model has exactly the weights of that step.
         is_before: whether the model is from before the first snapshot.
-        nearest, away: the nearest snapshot's step, and its distance relative to the norm of its weights.
+        nearest, distance: the nearest snapshot's step, and its distance relative to the norm of its weights.
         reach: the largest distance of models on the path from that snapshot, relative to the same norm.
     """
 
     step: int | None
-    is_there: bool
+    is_exact: bool
     is_before: bool
     nearest: int
-    away: float
+    distance: float
     reach: float
 
 
-def find(model: Floats, path: Sequence[Moment]) -> Found | None:
+def locate(model: Floats, path: Sequence[Moment]) -> Location | None:
     """Locate a model's sampled weights on a path of at least one moment; return None if the network never moved."""
     points = _rounded_as(model, [moment.weights for moment in path])
     weights = model.astype(np.float64)
@@ -148,20 +148,20 @@ def find(model: Floats, path: Sequence[Moment]) -> Found | None:
     near = min(range(len(path)), key=lambda i: (away[i], -i))
     first, nearest = path[0], path[near]
     noise = _square(nearest.weights - nearest.narrow)
-    is_there = away[near] == 0
-    if not (is_there or any(apart) or _square(first.weights - first.wide)):
+    is_exact = away[near] == 0
+    if not (is_exact or any(apart) or _square(first.weights - first.wide)):
         return None
     is_between = any(away[i] + away[i + 1] <= _BETWEEN * apart[i] for i in (near - 1, near) if 0 <= i < len(apart))
     is_before = (near == 0 or not is_between) and _is_before(weights, first)
     reach = max(4 * noise, _reach(path, apart, near))
     step: int | None = nearest.step
-    if not is_there:
+    if not is_exact:
         if is_before or not (is_between or away[near] <= reach):
             step = None
         elif near > 0 and not _has_passed(away, apart, points, near, noise):
             step = path[near - 1].step
     norm = _square(points[near]) or 1.0
-    return Found(step, is_there, is_before, nearest.step, math.sqrt(away[near] / norm), math.sqrt(reach / norm))
+    return Location(step, is_exact, is_before, nearest.step, math.sqrt(away[near] / norm), math.sqrt(reach / norm))
 
 
 def _is_before(weights: npt.NDArray[np.float64], first: Moment) -> bool:

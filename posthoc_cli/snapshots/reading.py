@@ -131,9 +131,9 @@ class TensorReader:
     def _held_by(self, part: BackingFile) -> dict[str, Box]:
         """Return the boxes of a part that hold elements to be read."""
         stored = part.header.tensors
-        boxes = part.boxes or {n: Box.whole(entry.shape) for n, entry in stored.items()}
+        boxes = part.boxes or {n: Box.full(entry.shape) for n, entry in stored.items()}
         if self._boxes is not None:
-            return {n: box for n, box in boxes.items() if n in self._boxes and box.meet(self._boxes[n]).size}
+            return {n: box for n, box in boxes.items() if n in self._boxes and box.intersection(self._boxes[n]).size}
         return {name: box for name, box in boxes.items() if box.size}
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
@@ -165,13 +165,13 @@ class TensorReader:
             return begin, end
         item = DTYPES[self.header.tensors[name].dtype].nbytes
         chunk, stored_item = file.box(name), DTYPES[file.header.tensors[name].dtype].nbytes
-        boxes = [chunk.meet(box) for box in boxes_of_range(self._box(name), begin // item, end // item)]
+        boxes = [chunk.intersection(box) for box in boxes_of_range(self._box(name), begin // item, end // item)]
         spans = [chunk.span(box) for box in boxes if box.size]
         return (min(a for a, _ in spans) * stored_item, max(b for _, b in spans) * stored_item) if spans else None
 
     def _box(self, name: str) -> Box:
         """Return the box of a stored tensor that is read."""
-        return Box.whole(self.header.tensors[name].shape) if self._boxes is None else self._boxes[name]
+        return Box.full(self.header.tensors[name].shape) if self._boxes is None else self._boxes[name]
 
     def read_sample(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """Return the bytes `begin` to `end` of a tensor, unverified, for estimates only: shape [end - begin]."""
@@ -202,13 +202,13 @@ class TensorReader:
             entry, stored = self.header.tensors[name], file.header.tensors[name].dtype
             chunk = _as_dtype(part, stored, entry.dtype)
             reader = (file.box(name), lambda begin, end, chunk=chunk: chunk[begin:end])
-            copy_range(np.frombuffer(view, chunk.dtype), Box.whole(entry.shape), 0, [reader])
+            copy_range(np.frombuffer(view, chunk.dtype), Box.full(entry.shape), 0, [reader])
 
     def _range(self, name: str, begin: int, end: int, is_verified: bool) -> FileRange | TensorRange:
         if self._is_single:
             return FileRange(self._files[0], name, begin, is_verified)
         box, dtype = self._box(name), self.header.tensors[name].dtype
-        holders = [file for file in self._files if file.holds(name) and file.box(name).meet(box).size]
+        holders = [file for file in self._files if file.holds(name) and file.box(name).intersection(box).size]
         chunks = [(file.box(name), FileRange(file, name, 0, is_verified)) for file in holders]
         if len(chunks) == 1 and chunks[0][0] == box and chunks[0][1].dtype == dtype:
             chunks[0][1].go_to(begin)
@@ -295,7 +295,7 @@ class _File(OpenedFile):
 
     def box(self, name: str) -> Box:
         """Return the box of a tensor's elements in the file."""
-        return Box.whole(self.header.tensors[name].shape) if self._boxes is None else self._boxes[name]
+        return Box.full(self.header.tensors[name].shape) if self._boxes is None else self._boxes[name]
 
     def place(self, name: str, begin: int, end: int, is_verified: bool) -> tuple[int, int]:
         """Return the begin and end in the file of a range of a tensor, widened to complete blocks for verification."""

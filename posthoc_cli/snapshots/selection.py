@@ -33,10 +33,10 @@ class Selection:
         """Return whether a glob of `copy_only` matches a name."""
         return _matches(name, self.copy_only)
 
-    def going_on(self, roles: Mapping[str, str]) -> Selection:
+    def resumed(self, roles: Mapping[str, str]) -> Selection:
         """Return the selection for resuming a run whose tensors have these roles: running statistics keep theirs."""
         if self.buffers == "copy" and "statistic" in roles.values():
-            return replace(self, buffers="statistics").going_on(roles)
+            return replace(self, buffers="statistics").resumed(roles)
         copies = running_statistics(name for name, role in roles.items() if role == "copy")
         kept = tuple(sorted(name for name in copies if not self.copies(name)))
         return replace(self, copy_only=self.copy_only + kept) if self.buffers == "statistics" else self

@@ -117,7 +117,7 @@ class DirectoryLock:
         try:
             if self._clear_note():
                 with suppress(OSError):
-                    files.unlink_if_there(self._holder)
+                    files.unlink_if_exists(self._holder)
         finally:
             if self._lock.is_locked:
                 self._lock.release()
@@ -131,7 +131,7 @@ class DirectoryLock:
     def _note_holder(self) -> None:
         """Write the note on the holder; nothing depends on it, so this need not be atomic."""
         note = {"host": socket.gethostname(), "process": os.getpid()}
-        files.unlink_if_there(self._holder)
+        files.unlink_if_exists(self._holder)
         descriptor = files.system.open_new(self._holder)
         try:
             files.write_at(descriptor, json.dumps(note).encode(), 0)
@@ -204,12 +204,12 @@ def remove_snapshot(path: Path) -> None:
     """
     with files.reported_as_write_error(path, "removed"):
         if path.is_symlink() or not path.is_dir():
-            files.unlink_if_there(path)
+            files.unlink_if_exists(path)
             return
         with suppress(FileNotFoundError):
             listing = Listing(path, tuple(sorted(files.system.list(path))))
             for file in (*listing.files, *listing.leftovers):
-                files.unlink_if_there(file)
+                files.unlink_if_exists(file)
             try:
                 files.system.remove_directory(path)
             except OSError as error:
@@ -236,14 +236,14 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 
     Nothing in the folder is replaced; missing paths are skipped. Raises DirectoryError if `folder` is not a folder.
     """
-    if not files.is_gone(folder) and (folder.is_symlink() or not folder.is_dir()):
+    if not files.is_absent(folder) and (folder.is_symlink() or not folder.is_dir()):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
     with files.reported_as_write_error(folder):
         files.make_directory(folder)
         moved = []
         for path in paths:
-            if not files.is_gone(path):
+            if not files.is_absent(path):
                 target = _free_name(folder / path.name)
                 files.system.rename(path, target)
                 moved.append(target)
@@ -256,7 +256,7 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 def _free_name(path: Path) -> Path:
     name, suffix = path.name.removesuffix(SUFFIX), SUFFIX * path.name.endswith(SUFFIX)
     numbered = (path.with_name(f"{name}.{number}{suffix}") for number in count(1))
-    return next(free for free in chain([path], numbered) if files.is_gone(free))
+    return next(free for free in chain([path], numbered) if files.is_absent(free))
 
 
 # --- thinning while a training writes
@@ -315,21 +315,21 @@ _MARGIN = 2.0
 
 @dataclass(frozen=True)
 class Pruning:
-    """A plan of what to delete: `kept` by time, then sigma_rel, and `gone` in the order of deletion.
+    """A plan of what to delete: `kept` by time, then sigma_rel, and `to_delete` in the order of deletion.
 
     `before` and `after` are the expected errors from all snapshots and from the survivors, with the prior from all
     headers; of very many snapshots only some are used, see `thinned_subset`. `source` is that of `Prior`.
     """
 
     kept: tuple[Snapshot, ...]
-    gone: tuple[Snapshot, ...]
+    to_delete: tuple[Snapshot, ...]
     before: ErrorCurve
     after: ErrorCurve
     source: str
     deleted: bool = False
 
     def __repr__(self) -> str:
-        count, left = len(self.kept) + len(self.gone), len(self.kept)
+        count, left = len(self.kept) + len(self.to_delete), len(self.kept)
         errors = f"worst error {percent(self.after.worst)}, before {percent(self.before.worst)}"
         return f"Pruning({left} of {count} snapshots stay: {errors})"
 
@@ -345,10 +345,10 @@ class Pruning:
             "kept": [snapshot.path.name for snapshot in self.kept],
             "gone": [
                 {"file": s.path.name, "t": s.info.t, "sigma_rel": s.info.sigma_rel, "bytes": s.header.file_bytes}
-                for s in self.gone
+                for s in self.to_delete
             ],
             "bytes": file_bytes(self.kept),
-            "gone_bytes": file_bytes(self.gone),
+            "gone_bytes": file_bytes(self.to_delete),
             "before": {"worst_error": self.before.worst, "median_error": self.before.median},
             "after": {"worst_error": self.after.worst, "median_error": self.after.median},
             "prior": self.source,
@@ -472,13 +472,13 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
     """
     with one_writer(directory) as check_lease:
         remove_leftovers(directory)
-        planned = {snapshot.path: snapshot.header for snapshot in (*pruning.kept, *pruning.gone)}
+        planned = {snapshot.path: snapshot.header for snapshot in (*pruning.kept, *pruning.to_delete)}
         if {snapshot.path: snapshot.header for snapshot in read_directory(directory)} != planned:
             raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")
         for snapshot in pruning.kept:
             for part in snapshot.parts or (snapshot,):
                 verify_payload(part.path, part.header, progress)
-        for snapshot in pruning.gone:
+        for snapshot in pruning.to_delete:
             check_lease()
             remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):

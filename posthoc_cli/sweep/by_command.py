@@ -441,4 +441,4 @@ def _remove(path: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            files.unlink_if_there(path)
+            files.unlink_if_exists(path)

@@ -133,7 +133,7 @@ class SweepReport:
         folder = files.expanded(folder)
         with files.reported_as_write_error(folder):
             files.make_directory(folder)
-        files.write_whole(folder / RESULT, f"{json.dumps(self.to_dict(), indent=1)}\n".encode(), overwrite=True)
+        files.write_atomically(folder / RESULT, f"{json.dumps(self.to_dict(), indent=1)}\n".encode(), overwrite=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON."""

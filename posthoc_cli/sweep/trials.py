@@ -117,7 +117,7 @@ def _run(
     started, out, err = time.monotonic(), *command.logs
     error, value, standard_error, is_missing = "", None, None, False
     for path in (out, err):
-        files.unlink_if_there(path)  # the process of a killed sweep may still write to the old file
+        files.unlink_if_exists(path)  # the process of a killed sweep may still write to the old file
     with out.open("wb") as stdout, err.open("wb") as stderr:
         try:
             process = subprocess.Popen(

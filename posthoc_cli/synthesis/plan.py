@@ -49,7 +49,7 @@ class Plan:
         dtype: safetensors name of the averages' dtype in the outputs; None for each parameter's own.
         output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to the results.
         solved: number of sources, all at or before `t`, that the coefficients were solved for.
-        there: number of sources at or before `t`; beyond `reconstruction.MOST_SOLVED` some are left out.
+        available: number of sources at or before `t`; beyond `reconstruction.MOST_SOLVED` some are left out.
         last: time of the newest source, used or not.
         coarse: tensors that some source stores in fewer bytes than float32. All others, and parameters in float64, are
             summed in float64: large coefficients of both signs would cost a float32 sum too many digits.
@@ -64,7 +64,7 @@ class Plan:
     dtype: str | None = None
     output_rounding: float = 0.0
     solved: int = 0
-    there: int = 0
+    available: int = 0
     last: float = 0.0
     coarse: frozenset[str] = frozenset()
     subset: frozenset[str] | None = None
@@ -93,9 +93,9 @@ class Plan:
     @property
     def choice(self) -> str | None:
         """A text that says how many of very many sources were used; None if all were used."""
-        if self.solved == self.there:
+        if self.solved == self.available:
             return None
-        counts = counted(self.sources, self.solved, self.there)
+        counts = counted(self.sources, self.solved, self.available)
         return f"{counts} up to t = {self.t:,.12g}, the newest and ever fewer of the earlier ones"
 
     @cached_property
@@ -237,7 +237,7 @@ class Plan:
                 "has_noise": bool(prior.motion.noise.any()),
             },
             "solved_with": self.solved,
-            "available": self.there,
+            "available": self.available,
             "targets": [
                 {"target": info.profile}
                 | {name: getattr(info, name) for name in copied}
@@ -293,7 +293,7 @@ def plan_synthesis(
     plan = Plan(
         sources=tuple(usable[i] for i in used), targets=wanted, t=time, method=method,
         reconstruction=result.of(snapshots=used), dtype=output_dtype,
-        solved=len(usable), there=sum(source.info.t <= time for source in sources),
+        solved=len(usable), available=sum(source.info.t <= time for source in sources),
         last=max(source.info.t for source in sources),
         coarse=frozenset(n for source in usable for n, entry in source.stored.items() if ITEM_BYTES[entry.dtype] < 4),
     )  # fmt: skip

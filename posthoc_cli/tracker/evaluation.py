@@ -41,8 +41,8 @@ from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model_tensors import TrackedModel, collect_tensors, named_tensors
 from posthoc_cli.tracker.model_weights import check_weights, copied_weights, fill, fill_model, on_disk
 from posthoc_cli.tracker.pipeline import Pipeline
-from posthoc_cli.tracker.sharding import Group, Owners, as_dtensor, held_box, held_part, is_sharded, reshard
-from posthoc_cli.tracker.snapshotter import LiveSource, measured, run_snapshots, with_older
+from posthoc_cli.tracker.sharding import Group, ShardOwners, as_dtensor, held_box, held_part, is_sharded, reshard
+from posthoc_cli.tracker.snapshotter import LiveSource, measured, run_snapshots, with_snapshots
 from posthoc_cli.tracker.tracker import Tracker
 
 Result = TypeVar("Result")
@@ -132,7 +132,7 @@ class Evaluation:
 
     def live_weights(self, index: int) -> Weights:
         """Return the live average of the tracked profile of this index, exactly."""
-        query, tracked = Query(self.tracker.settings.sigma_rels[index]), self._pipeline.now.tracked
+        query, tracked = Query(self.tracker.settings.sigma_rels[index]), self._pipeline.tracking.tracked
         wide = torch.float64 if torch.float64 in tracked.dtypes(copied=False).values() else torch.float32
 
         def plan(live: list[Source]) -> Plan:
@@ -179,7 +179,7 @@ class Evaluation:
         every, after = settings.schedule.update_every, settings.schedule.update_after_step
         if self.tracker._is_first_warning("raw weights"):
             options = f"update_every={every}, update_after_step={after}"
-            warn(f"no average yet, but the weights as they are: {settings.first_update(0)} ({options})")
+            warn(f"no average yet, so the raw weights are used: {settings.first_update(0)} ({options})")
         return copied_weights(collect_tensors(model, settings.selection), dtype)
 
     # --- the sources of averages
@@ -203,7 +203,7 @@ class Evaluation:
 
     def sources(self, live_only: bool = False) -> list[Source]:
         """Return the present snapshots and live averages of complete tensors."""
-        if not (self._pipeline.now.resumes or self.tracker.keeps_averages):
+        if not (self._pipeline.tracking.resumes or self.tracker.keeps_averages):
             raise NotReadyError(
                 "this process keeps no averages, the first one of its group does",
                 "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
@@ -213,11 +213,11 @@ class Evaluation:
         if live_only:
             return [*self._pipeline.live()]
         live, snapshots = self._pipeline.live(), run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
-        return self._until_start(with_older(measured(live, [*map(StoredSnapshot.of, snapshots)]), snapshots))
+        return self._until_start(with_snapshots(measured(live, [*map(StoredSnapshot.of, snapshots)]), snapshots))
 
     def _until_start(self, sources: list[Source]) -> list[Source]:
         """Return the sources that are not later than the call from which the run is to be resumed."""
-        if self._pipeline.now.resumes and self.tracker._start.step is not None:
+        if self._pipeline.tracking.resumes and self.tracker._start.step is not None:
             return [source for source in sources if source.info.step <= self.tracker._start.step]
         return sources
 
@@ -234,7 +234,8 @@ class Evaluation:
     def _not_yet(self, what: str) -> NotReadyError:
         reason = f"{self.tracker.settings.first_update(self.tracker.step)}, so far {self.tracker.step:,}"
         hint = "model(model, sigma_rel=...) reads the snapshots"
-        return NotReadyError(f"no {what} yet", reason, hint * (what == "live average" and self._pipeline.now.resumes))
+        can_read = what == "live average" and self._pipeline.tracking.resumes
+        return NotReadyError(f"no {what} yet", reason, hint * can_read)
 
     # --- synthesizing them
 
@@ -319,7 +320,7 @@ class ChunkEvaluation(Evaluation):
 
         def work_in_first() -> Result:
             older = [] if live_only else run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
-            return work(self._until_start(with_older(complete, older)))
+            return work(self._until_start(with_snapshots(complete, older)))
 
         return self.group.from_first(work_in_first), {source.name: source for source in local}
 
@@ -340,7 +341,7 @@ class ChunkEvaluation(Evaluation):
     @torch.no_grad()
     def _own_parts(self, shared: Recipe, targets: Sequence[Target], local: Mapping[str, Source]) -> list[Weights]:
         """Return the chunks of each average that this process owns, after checking that the model holds them."""
-        tracked, tensors = self._pipeline.now.tracked, self._tensors()
+        tracked, tensors = self._pipeline.tracking.tracked, self._tensors()
         boxes = {name: tracked.box(name) for name in shared.specs if name in tracked.chunks}
         if not boxes:
             return [Weights() for _ in targets]
@@ -355,8 +356,8 @@ class ChunkEvaluation(Evaluation):
 
     def _shape_and_ranks(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
         """Return a function from a spec to this process's shape of it and the ranks that hold it, owner first."""
-        tensors, members = self._tensors(), self._pipeline.now.tracked.members
-        assert isinstance(members, Owners)
+        tensors, members = self._tensors(), self._pipeline.tracking.tracked.members
+        assert isinstance(members, ShardOwners)
         holders = members.holders
         return lambda spec: (
             held_part(tensors[spec.name]).shape if spec.name in tensors else spec.shape,
@@ -442,7 +443,7 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
     try:
         snapshot = read_snapshot(path)
     except FileFormatError as error:
-        if files.is_gone(path):
+        if files.is_absent(path):
             raise VanishedError(path, "was removed while it was being used") from error
         raise
     if snapshot.header.metadata["ema.checksum"] != checksum:

@@ -129,7 +129,7 @@ class TrackedModel:
 
     def box(self, name: str) -> Box:
         """Return the elements of a tensor that this process holds."""
-        return self.chunks[name].box(self.shapes[name]) if name in self.chunks else Box.whole(self.shapes[name])
+        return self.chunks[name].box(self.shapes[name]) if name in self.chunks else Box.full(self.shapes[name])
 
     @property
     def complete_shapes(self) -> Mapping[str, tuple[int, ...]]:

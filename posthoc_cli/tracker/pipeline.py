@@ -103,7 +103,7 @@ class Pipeline:
         if device not in (None, "cpu", "model"):
             reason = "must be 'cpu' (averages on the host) or 'model' (on the parameters' devices)"
             raise InvalidValueError("device", reason, value=f"{device!r}")
-        self.now = tracking
+        self.tracking = tracking
         self.snapshotter: Snapshotter | None = None
         self._settings, self._device = settings, device
         self._is_async: bool | None = None  # whether updates return before they are done; known at the first update
@@ -134,7 +134,8 @@ class Pipeline:
     def figures(self) -> dict[str, float]:
         """Return the memory held, and measurements of the last written snapshots; see `PostHocEMA.metrics`."""
         copies, exact = self._host_memory or ([], None)
-        holders = [self.now.averages, self._copier, *copies, exact, None if self._source is None else self._source[1]]
+        reader = None if self._source is None else self._source[1]
+        holders = [self.tracking.averages, self._copier, *copies, exact, reader]
         held = {"bytes": float(sum(holder.nbytes for holder in holders if holder is not None))}
         if self.snapshotter is None or not self.snapshotter.written[0]:
             return held
@@ -146,7 +147,7 @@ class Pipeline:
     @property
     def progress(self) -> Progress:
         """The progress of the training; one update behind if a call was interrupted after it queued its update."""
-        counted, done = self._counted, self.now.progress
+        counted, done = self._counted, self.tracking.progress
         return counted if counted.step > done.step else done
 
     # --- called by the training ---
@@ -160,10 +161,10 @@ class Pipeline:
 
     def count(self, progress: Progress) -> None:
         """Count a call without update; snapshots that are due hold the averages of the last update."""
-        if self.now.resumes:  # this process only counts: its averages differ from those on disk from now on
-            self.set(replace(self.now, progress=progress, resumes=False))
-        elif self._settings.snapshot_is_due(progress.step) and self.now.averages.exist:
-            self.leave_out(progress)
+        if self.tracking.resumes:  # this process only counts: its averages differ from those on disk from now on
+            self.set(replace(self.tracking, progress=progress, resumes=False))
+        elif self._settings.snapshot_is_due(progress.step) and self.tracking.averages.exist:
+            self.skip(progress)
         else:
             self._counted = progress
 
@@ -201,15 +202,15 @@ class Pipeline:
         self._update_monitor.warn()
         self._write_monitor.warn()
 
-    def leave_out(self, progress: Progress, writes: bool = True) -> None:
+    def skip(self, progress: Progress, writes: bool = True) -> None:
         """Count a call whose update is left out; with `writes`, have snapshots written if they are due."""
         is_due = writes and self._settings.snapshot_is_due(progress.step)
 
         def work() -> None:
             self._check_open()
-            self.now = replace(self.now, progress=progress)
+            self.tracking = replace(self.tracking, progress=progress)
             if is_due:
-                self._submit_snapshots(self.now, None)
+                self._submit_snapshots(self.tracking, None)
 
         self._updates.call(work)
         self._counted = progress
@@ -220,7 +221,7 @@ class Pipeline:
         def work() -> None:
             self._check_open()
             self._counted = tracking.progress
-            self.now = tracking
+            self.tracking = tracking
 
         self._updates.call(work)
 
@@ -238,7 +239,7 @@ class Pipeline:
             self._readers.add(live)
             return live_sources(self._settings, self._without_averages(current), tensors.layout, live.read)
 
-        return self._updates.call(work) if self.now.averages.exist or not self._updates.is_idle() else []
+        return self._updates.call(work) if self.tracking.averages.exist or not self._updates.is_idle() else []
 
     def read_exactly(self) -> Tracking:
         """Return the tracker's state, with an exact copy of the averages on the host."""
@@ -292,7 +293,7 @@ class Pipeline:
     def as_writer(self, directory: Path, run_id: str) -> Iterator[Snapshotter]:
         """Be the directory's writer in the block and afterwards; if the block fails, only if it was before."""
         before = snapshotter = self.snapshotter
-        members = self.now.tracked.members
+        members = self.tracking.tracked.members
         with members.taking_directory():
             try:
                 snapshotter = before or _open_snapshotter(directory, self._settings, members)
@@ -342,13 +343,13 @@ class Pipeline:
 
     def _current(self) -> Tracking:
         """Return the state with all calls counted since the last update; without them if an update is queued."""
-        counted, now = self._counted, self.now
+        counted, now = self._counted, self.tracking
         later = counted.updated == now.progress.updated and counted.step > now.progress.step
         return replace(now, progress=counted) if later else now
 
     def _storage_of(self, layout: Layout) -> StorageLayout:
         """Return how averages of a layout are stored and measured."""
-        storage, tracked = self._storage, self.now.tracked
+        storage, tracked = self._storage, self.tracking.tracked
         if storage is None or storage.layout != layout or storage.tracked is not tracked:
             self._host_memory = None
             storage = self._storage = StorageLayout(layout, tracked, self._settings.schedule.checkpoint_dtype)
@@ -357,7 +358,7 @@ class Pipeline:
     def _host_memory_for(self, storage: StorageLayout) -> tuple[list[HostTensors], AverageTensors | None]:
         """Return memory on the host for staged averages and for the exact state; it is reused: allocation is slow."""
         if self._host_memory is None:
-            layout, profiles = storage.layout, len(self.now.averages.sigma_rels)
+            layout, profiles = storage.layout, len(self.tracking.averages.sigma_rels)
             pinned = any(bucket.device.type == "cuda" for bucket in layout)
             exact = AverageTensors(on_host(layout), profiles) if self._settings.keep_state else None
             self._host_memory = [HostTensors(storage.stored, pinned) for _ in range(profiles)], exact
@@ -384,7 +385,7 @@ class Pipeline:
         with self._streams.in_streams_of_caller(streams):
             refused, network = self._take_in(values, copies, progress)
         if self._settings.snapshot_is_due(progress.step):
-            self._submit_snapshots(self.now, network)
+            self._submit_snapshots(self.tracking, network)
         return refused
 
     def _update_async(
@@ -397,7 +398,7 @@ class Pipeline:
             self._copier.give_back(copy)
         self._streams.last_events = events
         if self._settings.snapshot_is_due(progress.step):
-            self._submit_snapshots(self.now, network)
+            self._submit_snapshots(self.tracking, network)
         if refused is not None:
             self._settings.skip_update(refused)
 
@@ -407,7 +408,7 @@ class Pipeline:
     ) -> tuple[NonFiniteError | None, Sequence[torch.Tensor] | None]:
         """Update averages and counters; return the error of an update left out, and the values for due snapshots."""
         self._check_open()
-        now, averages, storage = self.now, self.now.averages, self._storage_of(values.layout)
+        now, averages, storage = self.tracking, self.tracking.averages, self._storage_of(values.layout)
         pool = self._pool_for(values.layout)
         if is_due := self._settings.snapshot_is_due(progress.step):
             self._host_memory_for(storage)  # before anything is changed: memory may run out
@@ -417,7 +418,7 @@ class Pipeline:
         wanted = [(storage.sample, sample), *([] if network is None else [(storage.subset, network)])]
         sketcher = self._sketcher(averages, storage, now.tracked)
         name = averages.update_(values, copies, progress.t, progress.step, pool, wanted, sketcher)
-        self.now = replace(now, progress=progress)
+        self.tracking = replace(now, progress=progress)
         if name is not None:
             return nonfinite_error(name, now.tracked.tensors, progress.step), None
         averages.sample = sample

@@ -21,14 +21,14 @@ from posthoc_cli.run import Run, Wanted, Weights, as_targets
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
-from posthoc_cli.tracker import going_on
+from posthoc_cli.tracker import resuming
 from posthoc_cli.tracker.evaluation import ChunkEvaluation, Evaluation, Query, as_dtensors, plan_possible
-from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.layout import HOST
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, named_tensors
 from posthoc_cli.tracker.model_weights import WithStatement, swapped_in, update_bn, warn_of_statistics
 from posthoc_cli.tracker.pipeline import is_followed, wait_for_writers
-from posthoc_cli.tracker.sharding import Group, Owners, is_first_of_group, mesh_of
+from posthoc_cli.tracker.resuming import Start
+from posthoc_cli.tracker.sharding import Group, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.snapshotter import run_snapshots
 from posthoc_cli.tracker.state import Settings, Tracking
 from posthoc_cli.tracker.tracker import Tracker
@@ -113,21 +113,21 @@ class PostHocEMA(Tracker):
             t_unit, selection, on_nonfinite, keep_state,
         )  # fmt: skip
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
-        directory = going_on.check_path(checkpoint_dir)
+        directory = resuming.check_path(checkpoint_dir)
         in_group = is_first_of_group(model) is not None
         if resume is None and not in_group and is_followed(directory, collect_tensors(model, selection)):
             resume = "auto"  # a notebook's cell that is run again
         wait_for_writers(directory, last_too=True)
-        going_on.finish_uploads(directory, model)
-        stored = [] if resume is None else going_on.stored_to_resume(directory, resume)
+        resuming.finish_uploads(directory, model)
+        stored = [] if resume is None else resuming.stored_to_resume(directory, resume)
         if stored:
-            settings = replace(settings, selection=selection.going_on(stored[-1].info.roles))
+            settings = replace(settings, selection=selection.resumed(stored[-1].info.roles))
         tensors = collect_tensors(model, settings.selection)
         if tensors.chunks or is_first_of_group(model) is not False:
-            going_on.check_directory(directory, is_new=resume is None)
+            resuming.check_directory(directory, is_new=resume is None)
         tracked = TrackedModel.of_model(tensors)
         tracked.check_header()
-        start = None if resume is None else going_on.find_run(directory, stored, settings, tracked, resume)
+        start = None if resume is None else resuming.find_run(directory, stored, settings, tracked, resume)
         tracking, step = start or (Tracking.new(secrets.token_hex(16), tracked, settings.sigma_rels), None)
         tracking = _with_members(tracking, model, tensors, settings, directory)
         tracker = cls.__new__(cls)
@@ -157,17 +157,17 @@ class PostHocEMA(Tracker):
             DirectoryError, FileFormatError, MismatchError, ModelMismatchError: the directory or the model is unfit.
             InvalidValueError: an argument, or a `step` without snapshots; the message names the steps with snapshots.
         """
-        directory = going_on.check_path(checkpoint_dir)
+        directory = resuming.check_path(checkpoint_dir)
         wait_for_writers(directory)
-        going_on.finish_uploads(directory, model)
+        resuming.finish_uploads(directory, model)
         stored = read_directory(directory)
         profiles = stored[-1].info.sigma_rels
-        snapshots = going_on.snapshots_until(stored, profiles, step)
-        newest, kept = snapshots[-1].info, going_on.read_state_info(directory)
-        selection = (newest.selection or Selection()).going_on(newest.roles)
+        snapshots = resuming.snapshots_until(stored, profiles, step)
+        newest, kept = snapshots[-1].info, resuming.read_state_info(directory)
+        selection = (newest.selection or Selection()).resumed(newest.roles)
         keeps_state = kept is not None and kept.run_id == newest.run_id
         settings = Settings(profiles, newest.schedule, newest.t_unit, selection, keep_state=keeps_state)
-        tracking = going_on.resumed_tracking(directory, snapshots, profiles)
+        tracking = resuming.resumed_tracking(directory, snapshots, profiles)
         if model is not None:
             # By the names in the snapshots: a model that is only to be filled may be frozen.
             tensors = collect_tensors(model, selection, tracking.tracked.known_names)
@@ -329,7 +329,7 @@ class PostHocEMA(Tracker):
         evaluation.check(weights, own_dtypes)
         with swapped_in(model, weights, own_dtypes):
             yield model
-            copies = self._pipeline.now.tracked.dtypes(copied=True)
+            copies = self._pipeline.tracking.tracked.dtypes(copied=True)
             if "statistics" not in self._warned_of and warn_of_statistics(model, weights, copies):
                 self._warned_of.add("statistics")
 
@@ -389,7 +389,8 @@ class PostHocEMA(Tracker):
         tracked = self._tracked_model(model)
         parameter = None if tracked is None else next(tracked.parameters(), None)
         device = HOST if parameter is None else parameter.device
-        return self._evaluation_by(self._members.askers(call, alone, not self._pipeline.now.resumes, device), model)
+        group = self._members.callers(call, alone, not self._pipeline.tracking.resumes, device)
+        return self._evaluation_by(group, model)
 
     def _evaluation_by(self, group: Group, model: torch.nn.Module | None) -> Evaluation:
         return (ChunkEvaluation if self._members.is_chunked else Evaluation)(self, group, model)
@@ -411,7 +412,7 @@ def _with_members(
     options = {name: str(value) for name, value in values.items() if name not in left_out}
     start = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to resume": start}
-    members = Owners(tensors.averaged | tensors.copied, tensors.chunks, options, tracking.run_id, mesh_of(model))
+    members = ShardOwners(tensors.averaged | tensors.copied, tensors.chunks, options, tracking.run_id, mesh_of(model))
     everywhere = TrackedModel.of_model(tensors).complete_shapes
     part = replace(TrackedModel.of_model(tensors.of(members), members), everywhere=everywhere)
     return replace(tracking, run_id=members.run_id, tracked=part)

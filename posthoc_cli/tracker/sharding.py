@@ -142,7 +142,7 @@ def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
     """Return the elements of a tensor that this process holds, and their box in the complete tensor."""
     local, chunk = local_part(name, tensor)
     shape = tuple(local.shape)
-    return local, Box.whole(shape) if chunk is None else chunk.box(shape)
+    return local, Box.full(shape) if chunk is None else chunk.box(shape)
 
 
 def _check_one_box(name: str, tensor: Any, axis: int) -> None:
@@ -377,7 +377,7 @@ class Members:
     Which one is decided when the tracker is made, or as soon as a process group exists, and does not change.
 
     Attributes:
-        is_chunked: whether each process keeps chunks of the averages, see `Owners`.
+        is_chunked: whether each process keeps chunks of the averages, see `ShardOwners`.
         rank: rank of this process among those that keep averages; the first has the directory's lock, and thins.
         part: the number, from 1, of this process's part of a snapshot, and the number of parts; None if not in parts.
         session: number of this training, set when the processes meet; later trainings have larger numbers.
@@ -437,14 +437,14 @@ class Members:
         """Return the processes that keep averages, all of which make this call."""
         return THIS_PROCESS
 
-    def askers(self, call: str, alone: bool, is_tracking: bool, device: torch.device) -> Group:
+    def callers(self, call: str, alone: bool, is_tracking: bool, device: torch.device) -> Group:
         """Return the processes that make a call for averages; this one if `alone`, or before it tracks."""
         if alone or self._replicas is None or not is_tracking or not dist.is_initialized():
             return THIS_PROCESS
         return self._replicas.gather(device, call)
 
 
-class Owners(Members):
+class ShardOwners(Members):
     """The processes that track one sharded model; each keeps the averages of the chunks that it owns.
 
     All processes make this object, in the same order of trackers, with their part of each tensor and, unless complete,
@@ -527,7 +527,7 @@ class Owners(Members):
             raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
         return self._rendezvous.gather(self._device, call)
 
-    def askers(self, call: str, alone: bool, *_: object) -> Group:
+    def callers(self, call: str, alone: bool, *_: object) -> Group:
         """Return all processes of the model; raise an InvalidValueError if `alone`."""
         if alone:
             raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
@@ -565,15 +565,15 @@ def is_fsdp(module: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
+def while_rank_0_holds(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
     """Run a block that no process leaves before all have done it, while rank 0 holds a resource.
 
     `take` acquires the resource and returns the function that releases it; `what` says what the block does. A RankError
     names a process that does not come, or fails.
     """
-    rank, world, store = dist.get_rank(), dist.get_world_size(), _new_store("led")
+    rank, world, store = dist.get_rank(), dist.get_world_size(), _new_store("while_rank_0_holds")
     with ExitStack() as held:
-        with _after_rank_0(store, "led", _ABSENT):
+        with _after_rank_0(store, "while_rank_0_holds", _ABSENT):
             if rank == 0:
                 held.callback(take())
         try:

@@ -59,9 +59,9 @@ from posthoc_cli.snapshots.writer import (
     set_aside,
     thin,
 )
-from posthoc_cli.tracker.going_on import ways_on
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.measuring import Subset, measurements
+from posthoc_cli.tracker.resuming import ways_to_resume
 from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.staging import StagedAverages
@@ -154,7 +154,7 @@ def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
     return snapshots if snapshots and snapshots[0].info.run_id == run_id else []
 
 
-def with_older(live: Sequence[LiveSource], snapshots: Sequence[Snapshot]) -> list[Source]:
+def with_snapshots(live: Sequence[LiveSource], snapshots: Sequence[Snapshot]) -> list[Source]:
     """Return live averages, and the snapshots of other averages up to their time."""
     now, profiles = live[0].info.t if live else math.inf, {source.info.sigma_rel for source in live}
     infos = ((snapshot, snapshot.info) for snapshot in snapshots)
@@ -245,14 +245,14 @@ class Snapshotter:
         """Raise a MismatchError if the directory holds snapshots of another run."""
         if self._run_id not in (None, run_id):
             reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
-            hint = f"{ways_on(self._stored[-1].info.step)}; for a new run name another directory"
+            hint = f"{ways_to_resume(self._stored[-1].info.step)}; for a new run name another directory"
             raise MismatchError(self.directory, reason, hint)
 
     def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
         """Return the stored snapshots, or only those on the schedule."""
         return self._stored if off_schedule else on_schedule(self._stored)
 
-    def read_again(self) -> None:
+    def list_complete(self) -> None:
         """Replace the parts of this process by complete snapshots, as states list them; a sole writer has no parts."""
 
     def set_aside_others(self, t: float, known: Container[str]) -> None:
@@ -264,7 +264,9 @@ class Snapshotter:
         if moved := set_aside(others) if self._leads else []:
             names = ", ".join(path.name for path in moved[:2]) + f" and {len(moved) - 2:,} more" * (len(moved) > 2)
             what = f"{len(moved):,} snapshot{'s' * (len(moved) > 1)}, later or of another attempt"
-            log.warning("training goes on from t = %s: %s, moved to %s: %s", f"{t:,.12g}", what, moved[0].parent, names)
+            log.warning(
+                "training continues from t = %s: %s, moved to %s: %s", f"{t:,.12g}", what, moved[0].parent, names
+            )
         self._stored = own
 
     def holding(self, averages: RunningAverages, norms: Mapping[float, float]) -> frozenset[str]:
@@ -283,10 +285,10 @@ class Snapshotter:
         With `at_end`, log why a directory stays empty.
         """
         settings, standing, schedule = self._settings, tracking.averages.standing, self._settings.schedule
-        # Calls without an update may have been counted since the exact state was written.
+        # CallGuard without an update may have been counted since the exact state was written.
         state_is_behind = settings.keep_state and self._kept_step != tracking.progress.step
         behind = standing.t > 0 and (state_is_behind or not self._holds(standing.t))
-        if at_end and not behind and not self._stored and not files.is_gone(self.directory):
+        if at_end and not behind and not self._stored and not files.is_absent(self.directory):
             log.warning(
                 "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d",
                 self.directory, standing.updates, schedule.update_every, schedule.update_after_step,
@@ -303,7 +305,7 @@ class Snapshotter:
         if is_due or not self._holds(standing.t):
             off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
             try:
-                if files.is_gone(self.directory):
+                if files.is_absent(self.directory):
                     reason = f"was deleted: the averages of step {standing.step} are lost"
                     raise WriteError(self.directory, reason, errno=errno.ENOENT)
                 infos = zip(headers(self._settings, state, off_schedule), staged.samples, strict=True)
@@ -461,7 +463,7 @@ class PartSnapshotter(Snapshotter):
         """Return the stored parts of this process, without those that another process has removed."""
         return [*filter(_exists, super().stored(off_schedule))]
 
-    def read_again(self) -> None:
+    def list_complete(self) -> None:
         """Replace the list of this process's parts by that of the complete snapshots."""
         self._stored = [*self._complete().values()]
 

@@ -364,5 +364,5 @@ def _lease(directory: SpooledPath) -> lease.Lease:
     """Take the lease of a run with the token of its spool, as the holder of the spool's lock."""
     place = directory.local / _TOKEN_NAME
     if not place.is_file():
-        files.write_whole(place, secrets.token_hex(16).encode())
+        files.write_atomically(place, secrets.token_hex(16).encode())
     return lease.Lease(RemotePath(str(directory)), place.read_text())

@@ -320,8 +320,8 @@ def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtyp
     if shape != (expected := tracked.complete_shape(name)):
         raise ModelMismatchError(subject, f"has the shape {list(shape)} in the state, {list(expected)} in the model")
     (local, held), wanted = held_box(name, stored), tracked.box(name)
-    if held.meet(wanted) != wanted:
-        reason = "is spread over the processes in another way in the state than in the model"
+    if held.intersection(wanted) != wanted:
+        reason = "is sharded over the processes in another way in the state than in the model"
         raise ModelMismatchError(subject, reason, "let torch.distributed.checkpoint load it, which reshards it")
     starts = [begin - first for begin, first in zip(wanted.offset, held.offset, strict=True)]
     tensor = local[tuple(slice(at, at + size) for at, size in zip(starts, wanted.shape, strict=True))]

@@ -24,7 +24,6 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.format import joined_paths
 from posthoc_cli.snapshots.states import StateInfo
-from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
@@ -35,11 +34,12 @@ from posthoc_cli.tracker.model_tensors import (
 )
 from posthoc_cli.tracker.optimizer import Attachment, WeakModel, attach
 from posthoc_cli.tracker.pipeline import Pipeline
+from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.running import RunningAverages
-from posthoc_cli.tracker.sharding import Group, Owners
+from posthoc_cli.tracker.sharding import Group, ShardOwners
 from posthoc_cli.tracker.staging import squared_norms
 from posthoc_cli.tracker.state import Progress, Settings, Tracking, encoded_path, pack_state, state_info, unpack_state
-from posthoc_cli.tracker.worker import Calls
+from posthoc_cli.tracker.worker import CallGuard
 
 AnyTracker = TypeVar("AnyTracker", bound="Tracker")
 
@@ -73,7 +73,7 @@ class Tracker:
         self._callbacks: list[Callable[[Any], None]] = []
         self._reported = 0
         self._warned_of: set[str] = set()
-        self._calls = Calls(directory)
+        self._calls = CallGuard(directory)
         members.keeps(model, directory)
         if model is not None and tracking.resumes and start.step is None:
             self._choose_start(model, is_first_call=False)
@@ -86,7 +86,7 @@ class Tracker:
     @property
     def run_id(self) -> str:
         """The 32 hexadecimal digits that identify this run in the headers of its snapshots."""
-        return self._pipeline.now.run_id
+        return self._pipeline.tracking.run_id
 
     @property
     def step(self) -> int:
@@ -111,11 +111,11 @@ class Tracker:
     @property
     def has_average(self) -> bool:
         """Whether an update has been due. Before the first one, calls for averages return the raw weights and warn."""
-        return self._pipeline.now.resumes or self._pipeline.progress.updated > 0
+        return self._pipeline.tracking.resumes or self._pipeline.progress.updated > 0
 
     def tracks(self, model: torch.nn.Module) -> bool:
         """Return whether `model`, wrapped or bare, is the one that this tracker has taken updates from."""
-        tracked = None if self._pipeline.now.resumes or not self.step else self._tracked_model()
+        tracked = None if self._pipeline.tracking.resumes or not self.step else self._tracked_model()
         return tracked is not None and [*map(id, tracked.parameters())] == [*map(id, check_model(model).parameters())]
 
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
@@ -223,7 +223,7 @@ class Tracker:
         self._calls.check_open()
         if self._pipeline.snapshotter is not None:
             self._pipeline.write_missing()
-        elif self.keeps_averages and not self._pipeline.now.resumes:
+        elif self.keeps_averages and not self._pipeline.tracking.resumes:
             raise NotReadyError("snapshot", "there was no update yet")
         self.flush()
 
@@ -284,8 +284,8 @@ class Tracker:
         self._calls.check_open()
         if not (self._has_state or state):
             # The writer loads the state. This process only counts, and must not resume from disk any more.
-            progress = replace(self._pipeline.now.progress, updated=max(1, self.step))
-            self._pipeline.set(replace(self._pipeline.now, progress=progress, resumes=False))
+            progress = replace(self._pipeline.tracking.progress, updated=max(1, self.step))
+            self._pipeline.set(replace(self._pipeline.tracking, progress=progress, resumes=False))
             return
         group = self._members.keepers("load_state_dict(...)")
         with self._calls.lock("load_state_dict"):
@@ -297,7 +297,7 @@ class Tracker:
 
     def _unpack(self, state: Mapping[str, Any]) -> Tracking:
         self._finish_writing()
-        loaded = unpack_state(state, self.settings, self._pipeline.now.tracked)
+        loaded = unpack_state(state, self.settings, self._pipeline.tracking.tracked)
         if self.keeps_averages:
             return loaded
         return replace(loaded, averages=RunningAverages.none_yet(self.settings.sigma_rels))
@@ -306,7 +306,7 @@ class Tracker:
         """Become the directory's writer, and set aside snapshots that are not of the state's training."""
         if self.keeps_averages:
             with self._pipeline.as_writer(self.checkpoint_dir, loaded.run_id) as snapshotter:
-                snapshotter.read_again()
+                snapshotter.list_complete()
                 known = loaded.snapshots | snapshotter.holding(loaded.averages, norms)
                 snapshotter.set_aside_others(loaded.progress.t, known)
 
@@ -332,8 +332,8 @@ class Tracker:
 
     def _read_exactly(self) -> Tracking:
         self._finish_writing()
-        if self._pipeline.now.resumes:
-            return self._start.read(self._pipeline.now)
+        if self._pipeline.tracking.resumes:
+            return self._start.read(self._pipeline.tracking)
         tracking = self._pipeline.read_exactly()
         self._pipeline.flush()  # now the snapshots of that time are on disk
         return tracking
@@ -346,7 +346,7 @@ class Tracker:
             self._members.check()
         # Errors of background work since the last call; they stay pending if this call fails itself.
         self._pending = self._take_error()
-        if self._pipeline.now.resumes:
+        if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
         if self._members.keeps(model, self.checkpoint_dir):
             self._keep(model, t)
@@ -355,7 +355,7 @@ class Tracker:
 
     def _keep(self, model: torch.nn.Module, t: float | None) -> None:
         """Handle one call in a process that keeps averages."""
-        if self._pipeline.snapshotter is None or self._pipeline.now.resumes:
+        if self._pipeline.snapshotter is None or self._pipeline.tracking.resumes:
             self._become_writer()
         progress = self._progress_when_ready(t)
         if self.settings.update_is_due(progress.step):
@@ -368,7 +368,7 @@ class Tracker:
         progress = self._next_progress(t)
         if self.settings.update_is_due(progress.step):
             self._members.check_kind(model)
-        if self._pipeline.now.resumes or not self.step:  # the first call
+        if self._pipeline.tracking.resumes or not self.step:  # the first call
             self._members.wait_for_writer()
         self._nonfinite_anywhere(None, progress)
         self._pipeline.count(progress)
@@ -388,31 +388,31 @@ class Tracker:
 
     def _take_in(self, model: torch.nn.Module, progress: Progress) -> None:
         """Queue the model's values for the averages, or skip the update as `on_nonfinite` says."""
-        tracked = self._pipeline.now.tracked
+        tracked = self._pipeline.tracking.tracked
         try:
             tensors = self._watch.tensors(model)
             self._watch.check(tensors, tracked)
         except PostHocError:
-            self._pipeline.leave_out(progress, writes=False)
+            self._pipeline.skip(progress, writes=False)
             raise
         nonfinite = self._nonfinite_anywhere(tensors, progress)
         if nonfinite is None:
             nonfinite = self._pipeline.update(tensors, progress)
             self._pipeline.warn_of_waiting()
         else:
-            self._pipeline.leave_out(progress)
+            self._pipeline.skip(progress)
         if nonfinite is not None:
             self.settings.skip_update(nonfinite)
 
     def _nonfinite_anywhere(self, tensors: ModelTensors | None, progress: Progress) -> NonFiniteError | None:
         """Return the error for which all processes of a sharded model skip an update together, or None."""
         may_skip = self.settings.on_nonfinite == "skip" and self.settings.update_is_due(progress.step)
-        if not (may_skip and isinstance(self._members, Owners)):
+        if not (may_skip and isinstance(self._members, ShardOwners)):
             return None
         name = None if tensors is None else nonfinite_name(tensors.averaged)
         if not self._members.any(name is not None):
             return None
-        return nonfinite_error(name, self._pipeline.now.tracked.tensors, progress.step)
+        return nonfinite_error(name, self._pipeline.tracking.tracked.tensors, progress.step)
 
     def _next_progress(self, t: float | None) -> Progress:
         """Return the progress after one more call."""
@@ -429,7 +429,7 @@ class Tracker:
         """Resume from the model's place on the run's path, see `Start.choose`."""
         if self._start.step == 0:
             return
-        group, now = self._members.keepers("update_" if is_first_call else "this tracker"), self._pipeline.now
+        group, now = self._members.keepers("update_" if is_first_call else "this tracker"), self._pipeline.tracking
         part = group.together(lambda: self._watch.sample(model, now.tracked))
         sample = dict(ChainMap(*group.from_all(part)))
         writes = self._members.keeps(model, self.checkpoint_dir)
@@ -440,7 +440,7 @@ class Tracker:
     def _become_writer(self) -> None:
         """Become the directory's writer, at the first call, and in a resumed run load its averages."""
         with self._pipeline.as_writer(self.checkpoint_dir, self.run_id) as snapshotter:
-            now = self._pipeline.now
+            now = self._pipeline.tracking
             if not now.resumes:
                 return
             loaded = self._start.read(now)

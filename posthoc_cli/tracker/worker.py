@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 
-class Calls:
+class CallGuard:
     """Admits one call at a time to a tracker, from the process that made the tracker, until the tracker is closed."""
 
     def __init__(self, directory: Path) -> None:

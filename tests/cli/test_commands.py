@@ -160,7 +160,7 @@ def test_a_folder_of_outputs_is_exported_into_a_folder(
         loaded = load_file(found if layout is None else found / "model.safetensors")
     expected = load_file(tmp_path / "averages" / "sigma_rel-0.15.safetensors")
     assert torch.equal(loaded["0.weight"], expected["0.weight"].bfloat16())
-    assert "is there already" in ema(*options).error
+    assert "already exists" in ema(*options).error
     assert ema(*options, "--overwrite").code == 0
     assert "3 models need a folder" in ema("export", tmp_path / "averages", "--out", tmp_path / "x.pt").error
 

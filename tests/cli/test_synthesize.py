@@ -66,7 +66,7 @@ def test_an_output_is_replaced_only_with_overwrite_and_a_snapshot_never(ema: Ema
     out, before = tmp_path / "m.safetensors", contents(run)
     out.write_text("precious")
     arguments = ("synthesize", run, "--sigma-rel", "0.15", "--out")
-    for option, said in (("--json", "is there already"), ("--skip-existing", "--overwrite to replace it")):
+    for option, said in (("--json", "already exists"), ("--skip-existing", "--overwrite to replace it")):
         assert said in ema(*arguments, out, option).error
         assert out.read_text() == "precious"
     assert ema(*arguments, out, "--overwrite").code == 0

@@ -127,7 +127,7 @@ def test_an_output_appears_in_the_bucket_complete_and_replaces_nothing(
     with no_more_files_in(tmp_path):
         for name in ("one.safetensors", "one.pt"):
             run.write(0.15, f"{bucket}/out/{name}")
-            with pytest.raises(OutputExistsError, match=f"^{bucket}/out/{name}: is there already"):
+            with pytest.raises(OutputExistsError, match=f"^{bucket}/out/{name}: already exists"):
                 run.write(0.2, f"{bucket}/out/{name}")
         run.write(0.15, f"{bucket}/out/one.safetensors", overwrite=True)
         assert bytes(store.get(f"{bucket}/out/one.safetensors", 0, 10**9)[0]) == local.read_bytes()
@@ -234,7 +234,7 @@ def test_an_output_that_came_meanwhile_stays(made: Path, bucket: str, monkeypatc
         return put(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(store, "put", later)
-    with pytest.raises(OutputExistsError, match=f"^{url}: is there already"):
+    with pytest.raises(OutputExistsError, match=f"^{url}: already exists"):
         Run(f"{bucket}/run").write(0.15, url)
     assert bytes(store.get(url, 0, 100)[0]) == b"other's"
 

@@ -29,7 +29,7 @@ class Stored:
 
 def cut(rng: np.random.Generator, shape: tuple[int, ...], most: int = 3) -> list[Box]:
     """Return a grid of chunks with random cuts, some of them empty, in random order."""
-    boxes = [Box.whole(shape)]
+    boxes = [Box.full(shape)]
     for axis, length in enumerate(shape):
         cuts = sorted([0, length, *rng.integers(0, length + 1, rng.integers(0, most)).tolist()])
         boxes = [

@@ -73,7 +73,7 @@ def test_all_results_from_parts_equal_those_from_single_files(run: Path, unsplit
         assert other.predicted_error == average.predicted_error is not None
     assert np.array_equal(*(each.error_curve().predicted_error for each in (expected, split)))
     assert [s.info.measurements for s in split.snapshots] == [s.info.measurements for s in expected.snapshots]
-    gone = [each.prune(keep=3, dry_run=True).gone for each in (expected, split)]
+    gone = [each.prune(keep=3, dry_run=True).to_delete for each in (expected, split)]
     assert [(s.info.t, s.info.sigma_rel) for s in gone[0]] == [(s.info.t, s.info.sigma_rel) for s in gone[1]]
     report = split.check()
     assert report.is_fine, report
@@ -296,7 +296,7 @@ def test_a_flipped_bit_is_found_and_its_part_is_named(run: Path) -> None:
     checked = verify(run)
     (report,) = [report for report in checked.files if not report.is_fine]
     assert (report.path, report.state) == (bad, "damaged")
-    assert [*checked.going] == [folders[-1]]
+    assert [*checked.to_move] == [folders[-1]]
 
 
 def test_a_snapshot_off_the_schedule_that_is_being_replaced_is_incomplete(run: Path) -> None:
@@ -337,7 +337,7 @@ def test_pruning_and_thinning_delete_folders(run: Path) -> None:
     split_all(run, "mixed")
     done = Run(run).prune(keep=3)
     assert done.deleted
-    assert not any(os.path.lexists(snapshot.path) for snapshot in done.gone)
+    assert not any(os.path.lexists(snapshot.path) for snapshot in done.to_delete)
     assert [s.path for s in read_directory(run)] == [s.path for s in done.kept]
     stored = [directories.StoredSnapshot.of(snapshot) for snapshot in read_directory(run)]
     left = thin(stored, 2)

@@ -256,7 +256,7 @@ def test_a_selection_is_read_as_it_was_written(tmp_path: Path, copy_only: tuple[
     written |= {"copy_only": list(copy_only)} if copy_only else {}
     assert found.header.metadata["ema.selection"] == json.dumps(written, separators=(",", ":"))
     statistics = dict.fromkeys(("n.running_mean", "n.running_var"), "statistic") | {"n.num_batches_tracked": "copy"}
-    assert given.going_on(statistics) == replace(given, buffers="statistics")
+    assert given.resumed(statistics) == replace(given, buffers="statistics")
 
 
 # --- metadata

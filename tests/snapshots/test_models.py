@@ -40,7 +40,7 @@ def test_a_hostile_index_is_named(tmp_path: Path, name: str) -> None:
         decode_index(index)
     if name.isprintable() and "\ud800" not in name:
         assert r"tensor 'w\x1b'" in str(caught.value)
-        assert "is not the name of a file beside it" in str(caught.value)
+        assert "is not the name of a file in its folder" in str(caught.value)
 
 
 def test_an_index_is_read_back_and_has_the_form_of_other_libraries(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_total_size_that_is_no_whole_number_is_ignored(tmp_path: Path, total: 
     ("text", "message"),
     [
         ("", "damaged index"), ("[]", "must be a JSON object"), ("{}", "no weight_map"), ("{", "damaged index"),
-        ("[" * 100_000, "damaged index"), ('{"weight_map":{"a":1}}', "1 is not the name of a file beside it"),
+        ("[" * 100_000, "damaged index"), ('{"weight_map":{"a":1}}', "1 is not the name of a file in its folder"),
         ('{"weight_map":{"a":"\\ud800"}}', "is not Unicode text"), ('{"weight_map":{}}', "names no file"),
     ],
 )  # fmt: skip

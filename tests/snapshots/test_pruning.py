@@ -63,7 +63,7 @@ def test_keep_leaves_what_thinning_leaves(run: Path, keep: int) -> None:
     snapshots = read_directory(run)
     dropped = snapshots_to_drop(profiles_of(snapshots), source_prior(snapshots), keep)
     pruning = plan_pruning(snapshots, keep=keep)
-    assert [s.path for s in pruning.gone] == [snapshots[i].path for i in dropped]
+    assert [s.path for s in pruning.to_delete] == [snapshots[i].path for i in dropped]
     assert len(pruning.kept) == 2 * keep
 
 
@@ -81,8 +81,8 @@ def test_max_bytes_keeps_as_many_as_fit(run: Path) -> None:
     limit = sum(sizes.values()) // 3
     pruning = plan_pruning(snapshots, max_bytes=limit)
     left = sum(sizes[s.path] for s in pruning.kept)
-    assert left <= limit < left + sizes[pruning.gone[-1].path]
-    assert plan_pruning(snapshots, max_bytes=sum(sizes.values())).gone == ()
+    assert left <= limit < left + sizes[pruning.to_delete[-1].path]
+    assert plan_pruning(snapshots, max_bytes=sum(sizes.values())).to_delete == ()
     newest = sum(sizes[snapshot.path] for snapshot in plan_pruning(snapshots, keep=1).kept)
     assert len(plan_pruning(snapshots, max_bytes=newest).kept) == 2
     with pytest.raises(InvalidValueError, match="which stay, take"):
@@ -95,7 +95,7 @@ def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
     assert pruning.before.worst <= pruning.after.worst <= 1e-3
     assert any(s.info.t < 240.0 for s in pruning.kept)
     order = removal_order(profiles_of(snapshots), source_prior(snapshots), range(24), 1, {22, 23})
-    one_less = [s for i, s in enumerate(snapshots) if i not in order[: len(pruning.gone) + 1]]
+    one_less = [s for i, s in enumerate(snapshots) if i not in order[: len(pruning.to_delete) + 1]]
     assert errors_of(one_less).worst > 1e-3  # half of `max_error`, since a prediction may be too low by 2
 
 

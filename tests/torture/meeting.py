@@ -75,7 +75,7 @@ def _work(mine: Connection, folder: Path, first: int, pause: float, settings: di
         what, *keep = mine.recv()
         try:
             if what == "prune":
-                answer = "pruned", len(prune(folder, plan_pruning(read_directory(folder), keep=keep[0])).gone)
+                answer = "pruned", len(prune(folder, plan_pruning(read_directory(folder), keep=keep[0])).to_delete)
             else:
                 with begin(folder, network, **settings) as tracker:
                     for number in count():

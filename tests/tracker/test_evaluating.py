@@ -196,7 +196,7 @@ def test_a_tracked_average_needs_no_disk(
 
 def test_without_an_update_or_a_tracked_profile_there_is_no_live_average(tmp_path: Path) -> None:
     run = trained(tmp_path, 2)
-    early = "no average yet, but the weights as they are: .* at call 3 of update_"
+    early = "no average yet, so the raw weights are used: .* at call 3 of update_"
     with pytest.warns(RuntimeWarning, match=early) as seen, run.tracker.averaged(run.model, tracked=0.05):
         pass
     assert seen[0].filename == __file__

@@ -22,7 +22,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, ModelMismatchError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import decode_sample
-from posthoc_cli.snapshots.path import Moment, find
+from posthoc_cli.snapshots.path import Moment, locate
 
 SETTINGS: dict[str, Any] = {"update_every": 1, "checkpoint_every": 40, "checkpoint_dtype": None}
 OFF = (
@@ -351,12 +351,12 @@ def test_every_step_of_a_training_is_found_and_no_fresh_weights_are(kind: str, c
     ]
     misplaced = 0.0
     for step in range(every, every * (count + 1), 3):
-        found = find(values[step - 1].astype(np.float32), path)
+        found = locate(values[step - 1].astype(np.float32), path)
         assert found is not None
         assert found.step is not None, step
         misplaced = max(misplaced, (found.step - step) / every)
     assert misplaced < 0.6  # of an interval that lies ahead of the step
     for seed in range(1, 9):
-        found = find(flat(recorded(Training(seed).model)).astype(np.float32), path)
+        found = locate(flat(recorded(Training(seed).model)).astype(np.float32), path)
         assert found is not None
         assert found.step is None

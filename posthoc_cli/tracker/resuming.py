@@ -32,14 +32,14 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.path import Found, find, path_of
+from posthoc_cli.snapshots.path import Location, locate, path_of
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.states import StateInfo, decode_state
 from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.tracker.layout import FlatTensors
 from posthoc_cli.tracker.model_tensors import TrackedModel
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
-from posthoc_cli.tracker.sharding import Group, led, mesh_of
+from posthoc_cli.tracker.sharding import Group, mesh_of, while_rank_0_holds
 from posthoc_cli.tracker.state import (
     STATE_NAME,
     Progress,
@@ -150,7 +150,7 @@ def finish_uploads(directory: Path, model: torch.nn.Module | None) -> None:
         if model is None or not mesh_of(model):
             finish(directory)
         else:
-            with led(lambda: hold(directory), "uploaded its remaining snapshots"):
+            with while_rank_0_holds(lambda: hold(directory), "uploaded its remaining snapshots"):
                 finish(directory, leads=False)
 
 
@@ -174,7 +174,8 @@ def check_directory(directory: Path, is_new: bool) -> None:
         raise DirectoryError(existing, reason, "name another one")
     for newest in find_snapshots(directory)[-1:] if is_new else ():
         reason = f"holds snapshots of run {newest.info.run_id[:8]}, up to step {newest.info.step:,}"
-        raise MismatchError(directory, reason, f"{ways_on(newest.info.step)}; for a new run name another directory")
+        hint = f"{ways_to_resume(newest.info.step)}; for a new run name another directory"
+        raise MismatchError(directory, reason, hint)
 
 
 def find_run(
@@ -198,7 +199,7 @@ def find_run(
 
 def find_place(
     snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], sample: Mapping[int, float]
-) -> tuple[Found, int] | None:
+) -> tuple[Location, int] | None:
     """Return a model's place on a run's path, and the newest call to resume from; None where no place can be found.
 
     That is where headers hold no sample, as in files of earlier releases, or show no motion yet.
@@ -207,7 +208,7 @@ def find_place(
     steps = [of_time[0].info.step for of_time in _complete(snapshots, sigma_rels)]
     if not steps or steps[-1] not in {moment.step for moment in path} or len(sample) != len(path[0].weights):
         return None
-    place = find(np.array([sample[number] for number in sorted(sample)], np.float32), path)
+    place = locate(np.array([sample[number] for number in sorted(sample)], np.float32), path)
     if place is None:
         return None
     if place.step is None:
@@ -216,18 +217,18 @@ def find_place(
     return replace(place, step=before, is_before=before is None), steps[-1]
 
 
-def off_path_error(directory: Path, place: Found, newest: int) -> ModelMismatchError:
+def off_path_error(directory: Path, place: Location, newest: int) -> ModelMismatchError:
     """Return the error for a model that is not on the path of the run in a directory."""
     where = f"its weights are not on the path of the run in {directory}"
     if place.is_before:
         reason = f"{where}: they are from before its first snapshot, or of another training"
     else:
-        away, reach = percent(place.away), percent(place.reach)
+        away, reach = percent(place.distance), percent(place.reach)
         reason = f"{where}: the nearest, of step {place.nearest:,}, are {away} away, where {reach} would be expected"
-    return ModelMismatchError("model", reason, f"{ways_on(newest)}; for a new run name another directory")
+    return ModelMismatchError("model", reason, f"{ways_to_resume(newest)}; for a new run name another directory")
 
 
-def ways_on(step: int) -> str:
+def ways_to_resume(step: int) -> str:
     """Return the ways to resume a run, for the hints of errors."""
     restored = "restore the model's checkpoint first, and continue with from_model(..., resume='auto') or from_path"
     return f"{restored}; or from a step whatever the weights, with resume={step} or from_path(..., step={step})"
