@@ -9,7 +9,7 @@
     ├── ModelMismatchError             1   a model that is not the one that was tracked
     ├── NonFiniteError                 1   nan or infinity in an average or a result
     ├── LockedError                    1   a directory that another writer holds
-    ├── OutputExistsError              1   an output that exists already
+    ├── OutputExistsError              1   an output that already exists
     ├── InexactError                   1   a target whose predicted error is above what the user accepts
     ├── MissingDependencyError         1   an optional library that is not installed
     ├── RankError                      1   another process of a torchrun job that failed or died
@@ -172,7 +172,7 @@ class LockedError(PostHocError):
 
 
 class OutputExistsError(PostHocError):
-    """An output that exists already and may not be replaced."""
+    """An output that already exists and may not be replaced."""
 
 
 class InexactError(PostHocError):
