@@ -21,7 +21,7 @@ import argparse
 import json
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from evidence_runs import LENGTHS, MEASURED, SHORT, Training, measure, train
 from evidence_tasks import TASKS, Language
+from fidelity_report import markdown
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
@@ -157,7 +158,7 @@ def _table(corner: str, columns: dict[str, Column]) -> str:
 
     lines = [(title, *(cell(row, *column) for column in columns.values())) for row, title in ROWS.items()]
     lengths = [" ".join(f"{one['best']:.3g}" for one in runs) for runs, *_ in columns.values()]
-    return _markdown([(corner, *columns), ["---"] * (1 + len(columns)), *lines, ("best length, by seed", *lengths)])
+    return markdown([(corner, *columns), *lines, ("best length, by seed", *lengths)])
 
 
 def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
@@ -166,10 +167,9 @@ def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
     def less(row: str, others: list[Measured], other: str) -> str:
         return _paired(constant, row, others, other, "loss", 1, 4)
 
-    return _markdown(
+    return markdown(
         [
             ("constant rate", "difference of test losses"),
-            ["---"] * 2,
             ("best length minus the mean of 5 checkpoints", less("best", constant, "mean-5")),
             ("best length minus `sigma_rel` 0.05", less("best", constant, "0.05")),
             ("best length minus the decayed run", less("best", decayed, "last")),
@@ -195,7 +195,7 @@ def _short(decayed: list[Measured], cosine: list[Measured], classifier: list[Mea
         for row in map("{:g}".format, SHORT[::2])
     ]
     seeds = ("seeds", *(" ".join(str(one["seed"]) for one in runs) for runs, *_ in measured.values()))
-    return _markdown([("`sigma_rel`", *measured), ["---"] * (1 + len(measured)), *lines, seeds])
+    return markdown([("`sigma_rel`", *measured), *lines, seeds])
 
 
 def _paired(
@@ -216,10 +216,6 @@ def _error(values: Any) -> Any:
     return (
         np.std(values, axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else np.zeros(np.shape(values)[1:])
     )
-
-
-def _markdown(lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # --- pictures ----------------------------------------------------------------------------------------

@@ -36,9 +36,8 @@ def main() -> None:
         for language, text in blocks:
             for line in re.findall(r"^\$ (.*?)\s*(?:#.*)?$", text, re.MULTILINE) if language == "console" else ():
                 run(folder, *shlex.split(line))
-    print(
-        f"posthoc-cli {posthoc_cli.__version__} works with Python {sys.version.split()[0]}, torch {torch.__version__}"
-    )
+    versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
+    print(f"posthoc-cli {posthoc_cli.__version__} works with {versions}")
 
 
 def run(folder: str, program: str, *arguments: str) -> None:
