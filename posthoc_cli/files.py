@@ -250,7 +250,7 @@ STILL_SECONDS = 3600.0
 def remove_leftovers(directory: Path, still: float = STILL_SECONDS) -> None:
     """Remove temporary files and folders that have not changed for `still` seconds; log those that stay."""
     before = time.time() - still
-    for path in leftovers(directory):
+    for path in () if is_remote(directory) else leftovers(directory):  # uploads leave none
         try:
             is_folder = stat.S_ISDIR(path.lstat().st_mode)
             inside = path.rglob("*") if is_folder else ()

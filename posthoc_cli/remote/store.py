@@ -20,7 +20,7 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path, PosixPath
@@ -191,13 +191,18 @@ class RemotePath(PosixPath):
         return self.is_file() or self.is_dir()
 
     def stat(self, **_: Any) -> os.stat_result:
-        """Return the type, size and time of an object, with a checksum of its tag as inode, or the type of a folder."""
+        """Return the status of an object, or of a folder; the inode is a checksum of the tag, or of the entries."""
         try:
             info = head(str(self))
-        except FileNotFoundError:
-            if not self.is_dir():
+        except OSError as error:
+            is_denied = isinstance(error, RemoteError)  # some policies answer 403 for a missing key
+            if self._is_web or (is_denied and error.errno != errno.EACCES):
                 raise
-            return os.stat_result((stat.S_IFDIR | 0o777, 0, 0, 1, 0, 0, 0, 0, 0, 0))
+            with suppress(RemoteError) if is_denied else nullcontext():
+                if entries := listed(str(self)):
+                    inode = zlib.crc32(repr(sorted(entries.items(), key=str)).encode())
+                    return os.stat_result((stat.S_IFDIR | 0o777, inode, 0, 1, 0, 0, 0, 0, 0, 0))
+            raise
         inode, when = zlib.crc32(f"{info.tag}{info.version}".encode()), int(info.modified)
         return os.stat_result((stat.S_IFREG | 0o666, inode, 0, 1, 0, 0, info.size, when, when, when))
 
@@ -234,7 +239,12 @@ class RemotePath(PosixPath):
             if not self.is_file():
                 raise
         if not entries:
-            head(str(self))
+            try:
+                head(str(self))
+            except RemoteError as error:
+                if self._is_web or error.errno != errno.EACCES:
+                    raise
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self))
         for name, info in entries.items():
             child = self / name

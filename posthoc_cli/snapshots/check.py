@@ -507,8 +507,9 @@ def repair(verified: Verification) -> tuple[Path, ...]:
         for path, identity in verified.to_move.items():
             if _stamp(path) not in (identity, None):
                 raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
-        check_lease()
-        return tuple(move_aside([*verified.to_move], verified.path / DAMAGED_FOLDER)) if verified.to_move else ()
+        if not verified.to_move:
+            return ()
+        return tuple(move_aside([*verified.to_move], verified.path / DAMAGED_FOLDER, check_lease))
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

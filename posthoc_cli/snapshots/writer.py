@@ -231,10 +231,11 @@ def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
     return move_aside([snapshot.path for snapshot in stored], stored[0].path.parent / SUPERSEDED)
 
 
-def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
+def move_aside(paths: Sequence[Path], folder: Path, check: Callable[[], object] = lambda: None) -> list[Path]:
     """Move files and directories durably into a folder of the same file system; return their new paths.
 
-    Nothing in the folder is replaced; missing paths are skipped. Raises DirectoryError if `folder` is not a folder.
+    Nothing in the folder is replaced; missing paths are skipped. `check` is called before each move, and may raise an
+    error that ends them. Raises DirectoryError if `folder` is not a folder.
     """
     if not files.is_absent(folder) and (folder.is_symlink() or not folder.is_dir()):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
@@ -244,6 +245,7 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
         moved = []
         for path in paths:
             if not files.is_absent(path):
+                check()
                 target = _free_name(folder / path.name)
                 files.system.rename(path, target)
                 moved.append(target)
@@ -254,9 +256,15 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def _free_name(path: Path) -> Path:
+    """Return the path, or one with a number, that does not exist; raise an OSError if that is unknown."""
     name, suffix = path.name.removesuffix(SUFFIX), SUFFIX * path.name.endswith(SUFFIX)
     numbered = (path.with_name(f"{name}.{number}{suffix}") for number in count(1))
-    return next(free for free in chain([path], numbered) if files.is_absent(free))
+    for candidate in chain([path], numbered):
+        try:
+            candidate.lstat()
+        except FileNotFoundError:
+            break
+    return candidate
 
 
 # --- thinning while a training writes
