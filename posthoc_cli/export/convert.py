@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,15 @@ from posthoc_cli.export.layouts import (
     OTHER_FOLDER,
     PICKLES,
     OutputOptions,
-    Sink,
     check_shape,
     converted,
     layout_of,
     open_model,
+    open_outputs,
     output_exists,
     plain,
     stored_tensor,
     suffix_of,
-    write_outputs,
 )
 from posthoc_cli.profiles import Point
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -165,14 +165,11 @@ def _write(
     advance: Callable[[int], object],
 ) -> Exported:
     """Write an output of these tensors, one at a time, reporting the bytes; it appears complete or not at all."""
-
-    def fill(names: Sequence[str], sinks: Sequence[Sink]) -> None:
-        for name in names:
+    with open_outputs([path], specs, [metadata], options) as ((sink,), lists):
+        for name in chain.from_iterable(lists):
             tensor = read[name]()
-            sinks[0].write(name, tensor)
+            sink.write(name, tensor)
             advance(tensor.nbytes)
-
-    write_outputs([path], specs, [metadata], options, fill)
     return Exported(len(specs), from_base, sum(spec.nbytes for spec in specs))
 
 

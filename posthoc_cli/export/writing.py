@@ -44,15 +44,14 @@ from posthoc_cli.export.layouts import (
     OTHER_FOLDER,
     PICKLES,
     OutputOptions,
-    Sink,
     check_free_folder,
     check_no_snapshot,
     check_space,
     layout_of,
     model_files_in,
+    open_outputs,
     output_exists,
     output_paths,
-    write_outputs,
 )
 from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -209,25 +208,21 @@ def write_synthesis(
     folders: Sequence[Path] = (),
     marks: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Synthesize every target of a plan into its path; `marks` are additional metadata. See also `write_outputs`."""
+    """Synthesize every target of a plan into its path; `marks` are additional metadata. See also `open_outputs`."""
     newest, kept, left = plan.newest, {}, dict(plan.names)
     if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
         kept = training_metadata(read_header(newest.path))
     metadata = [kept | output_metadata(plan.output_info(index)) for index in range(len(paths))]
     for entries, mark in zip(metadata, marks, strict=bool(marks)):
         entries |= mark
-
-    def fill(names: list[str], sinks: Sequence[Sink]) -> None:
-        """Make the named tensors, except those already made under other names."""
-        wanted = set(names)
-        subset = frozenset(name for name, aliases in left.items() if not wanted.isdisjoint(aliases))
-        for name in subset:
-            del left[name]
-        with closing(synthesize_into(replace(plan, subset=subset), sinks, options)) as made:
-            for _ in made:
-                pass
-
-    write_outputs(paths, plan.specs(), metadata, options, fill, folders)
+    with open_outputs(paths, plan.specs(), metadata, options, folders) as (sinks, lists):
+        for names in map(set, lists):
+            subset = frozenset(name for name, aliases in left.items() if not names.isdisjoint(aliases))
+            for name in subset:  # the engine writes a tensor under all of its names
+                del left[name]
+            with closing(synthesize_into(replace(plan, subset=subset), sinks, options)) as tiles:
+                for _ in tiles:
+                    pass
 
 
 # --- outputs that already exist
