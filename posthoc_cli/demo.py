@@ -61,7 +61,7 @@ class Result:
     """The results of a demo: its files, the measurements, and the `ema` commands that were run."""
 
     folder: Folder
-    settings: Settings
+    settings: TrainingSettings
     sweep: SweepReport
     checks: list[DirectCheck]
     commands: list[str]
@@ -95,11 +95,11 @@ def run(out: Path, steps: int, overwrite: bool, say: Say, watch: ProgressBar) ->
     `watch` opens a progress bar, of the steps of training.
 
     Raises:
-        InvalidValueError, OutputExistsError: see `Settings`, `Folder.prepare`.
+        InvalidValueError, OutputExistsError: see `TrainingSettings`, `Folder.prepare`.
         PostHocError: a command failed.
     """
     started, threads = time.perf_counter(), torch.get_num_threads()
-    settings, folder = Settings(steps), Folder(out)
+    settings, folder = TrainingSettings(steps), Folder(out)
     folder.prepare(overwrite)
     torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
     try:
@@ -124,7 +124,7 @@ def run(out: Path, steps: int, overwrite: bool, say: Say, watch: ProgressBar) ->
     return Result(folder, settings, swept, checks, lines, time.perf_counter() - started)
 
 
-def _train(settings: Settings, folder: Folder, say: Say, watch: ProgressBar) -> Denoiser:
+def _train(settings: TrainingSettings, folder: Folder, say: Say, watch: ProgressBar) -> Denoiser:
     say(
         f"training a diffusion model on {IMAGES:,} made-up images: {settings.steps:,} steps of Adam, learning rate "
         f"{settings.learning_rate:g}, falling from step {settings.decay_start:,} on"
@@ -379,7 +379,7 @@ SNAPSHOTS = 40
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """Settings of the training.
 
     The learning rate is high and falls late, so that the network circles around good weights, and their mean is better
@@ -438,7 +438,7 @@ class DirectAverage:
 
 
 def train(
-    settings: Settings, data: Images, directory: Path, direct: Sequence[float], advance: Callable[[int], None]
+    settings: TrainingSettings, data: Images, directory: Path, direct: Sequence[float], advance: Callable[[int], None]
 ) -> tuple[Denoiser, list[DirectAverage]]:
     """Train a denoiser with the hook, and track averages directly at the same steps; return both.
 

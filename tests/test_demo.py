@@ -22,7 +22,7 @@ from posthoc_cli.demo import (
     SIGMA_RELS,
     DirectAverage,
     Folder,
-    Settings,
+    TrainingSettings,
     make_denoiser,
     make_waves,
     run_command,
@@ -190,7 +190,7 @@ def test_a_direct_average_weighs_each_value_with_the_profiles_mass_on_its_interv
 def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alone(tmp_path: Path) -> None:
     images = make_waves(200, seed=0)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    first, second = (train(Settings(100), images, tmp_path / name, [0.1], lambda _: None)[0] for name in "ab")
+    first, second = (train(TrainingSettings(100), images, tmp_path / name, [0.1], lambda _: None)[0] for name in "ab")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert_same_tensors(first.state_dict(), second.state_dict())

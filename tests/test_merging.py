@@ -185,7 +185,7 @@ def test_an_adapter_or_a_base_that_cannot_be_merged_is_an_error_of_one_line(
         assert not out.exists()
 
     refused("needs one average, not 2", "--sigma-rel", "0.1,0.2", code=2)
-    refused("no --base, --prefix or --strip-prefix", "--sigma-rel", "0.1", "--prefix", "x.", code=2)
+    refused("leave out --base, --prefix, --strip-prefix", "--sigma-rel", "0.1", "--prefix", "x.", code=2)
     result = ema("export", base, "--sigma-rel", "0.1", "--out", out)
     assert result.code == 2
     assert "are for --merge" in result.err

@@ -175,14 +175,14 @@ class DifferentiableEMA(WideBuffers):
         self._history = self._new_history()
         self._has_average = int(self.num_updates) > 0  # read here, since every read waits for an accelerator
 
-    def _new_history(self) -> _Window | _Carried | None:
+    def _new_history(self) -> _RecentValues | _Carried | None:
         """Return what this mode keeps between updates in addition to the average."""
         if self.mode == "carried":
             return _Carried()
-        return None if self.mode == "truncated" else _Window(self._window)
+        return None if self.mode == "truncated" else _RecentValues(self._window)
 
 
-class _Window:
+class _RecentValues:
     """The last `length` values (None: all) with their graphs, and the average of all earlier values without a graph."""
 
     def __init__(self, length: int | None) -> None:

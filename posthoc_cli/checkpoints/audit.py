@@ -39,7 +39,7 @@ from posthoc_cli.checkpoints.audit_decay import (
 )
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import RAMP_UP, Decay, OrdinaryEMA
+from posthoc_cli.profiles.other_libraries import RAMP_UP, DecayRule, OrdinaryEMA
 from posthoc_cli.snapshots.format import decode_sample
 from posthoc_cli.snapshots.path import places
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, Source
@@ -100,7 +100,7 @@ class Audit:
         uncertainty: relative uncertainty of the length.
         claimed: claimed parameter; None without a claim.
         ratio: found length / claimed length.
-        warm_up: rule by which the decay rose, as `Settings.ema_warmup` names it; empty without a warm-up.
+        warm_up: rule by which the decay rose, as `ImportSettings.ema_warmup` names it; empty without a warm-up.
         starts: times after the begin of the training at which the average started from the weights.
         tensors: names of the tensors that the verdict is about; empty for all tensors.
         intervals: findings for each interval, in order of time.
@@ -232,7 +232,8 @@ def _explain(case: _Case) -> tuple[Fit, dict[int, float]]:
 
 
 _RULES = (
-    Decay(0.5, "ratio"), Decay(0.5, "power"), Decay(0.5, "power", power=0.75), Decay(0.5, "ramp-up", power=RAMP_UP),
+    DecayRule(0.5, "ratio"), DecayRule(0.5, "power"), DecayRule(0.5, "power", power=0.75),
+    DecayRule(0.5, "ramp-up", power=RAMP_UP),
 )  # fmt: skip
 """Warm-ups that libraries have."""
 
@@ -524,7 +525,7 @@ def _claim(
     settings = {name: value for name, value in settings.items() if name not in ("updates", "first")}
     if settings.get("warm_up") or settings.get("copies", 0) > 1:
         starts = (float(first[0] - every), *restarts)
-        return WarmModel(1.0, every, Decay(**settings), starts), restarts
+        return WarmModel(1.0, every, DecayRule(**settings), starts), restarts
     return Model(-math.log(decay) / every, every), restarts
 
 

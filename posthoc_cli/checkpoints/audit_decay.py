@@ -42,7 +42,7 @@ from scipy.optimize import minimize_scalar
 
 from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.profiles import FloatArray, sigma_rel_from_gamma
-from posthoc_cli.profiles.other_libraries import POWER, Decay
+from posthoc_cli.profiles.other_libraries import POWER, DecayRule
 from posthoc_cli.snapshots.sources import FileSource, expected_rounding, read_values
 
 _MOST_ELEMENTS, _MOST_ELEMENTS_IN_SERIES = 1_000_000, 30_000
@@ -293,12 +293,12 @@ class WarmModel(Model):
     an average that is updated k times a step.
     """
 
-    decay: Decay = field(default_factory=lambda: Decay(0.5))
+    decay: DecayRule = field(default_factory=lambda: DecayRule(0.5))
     starts: tuple[float, ...] = (0.0,)
 
     @property
     def warm_up(self) -> str:  # type: ignore[override]
-        """The rule, as `Settings.ema_warmup` names it."""
+        """The rule, as `ImportSettings.ema_warmup` names it."""
         number = f":{self.decay.power:g}" * (self.decay.warm_up == "power" and self.decay.power != POWER)
         return self.decay.warm_up + number
 
@@ -328,7 +328,7 @@ class WarmModel(Model):
 
 
 @functools.lru_cache(maxsize=8)
-def _warming(decay: Decay, most: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _warming(decay: DecayRule, most: int) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return the numbers of updates from 0, how much each has forgotten in all, and minus what each one forgets."""
     logs = -decay.kept_logs(most)
     return np.arange(most + 1.0), logs, -np.diff(logs)

@@ -2,7 +2,7 @@
 
 A kind recognises its files, names the settings that they do not hold, and reads the sources in one. To add a kind,
 write a function that reads it, add an entry to `TABLE` before "checkpoints", which takes all other files, and add its
-name to `KINDS`. A setting that only some kinds have is a field of `Settings`, named in their `needs` or `takes`.
+name to `KINDS`. A setting that only some kinds have is a field of `ImportSettings`, named in their `needs` or `takes`.
 
 Ordinary EMAs, with the places of the average and of the weights, and what the file says of the updates (`FINDERS`):
 
@@ -46,7 +46,7 @@ from posthoc_cli.checkpoints.read_model import (
     tensor_shape,
 )
 from posthoc_cli.checkpoints.read_step import checked_step, step_of
-from posthoc_cli.checkpoints.source import Checkpoint, Settings, Updates, make_checkpoint
+from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings, Updates, make_checkpoint
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, gamma_from_sigma_rel
@@ -83,16 +83,16 @@ class Kind:
             InvalidValueError that names better settings.
     """
 
-    read: Callable[[Path, IndexedCheckpoint, int, Settings], list[Checkpoint]]
+    read: Callable[[Path, IndexedCheckpoint, int, ImportSettings], list[Checkpoint]]
     is_in: Callable[[Path, IndexedCheckpoint], bool] = lambda *_: True
     name: re.Pattern[str] | None = None
     form: str = ""
     of_name: int = 1
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
-    check: Callable[[Sequence[Checkpoint], Settings], str] | None = None
+    check: Callable[[Sequence[Checkpoint], ImportSettings], str] | None = None
 
-    def step(self, path: Path, indexed: IndexedCheckpoint, settings: Settings, by_word: str) -> int:
+    def step(self, path: Path, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
         """Return the step of a checkpoint; 0 before the training. For arguments and errors see `step_of`."""
         match = self.name and self.name.fullmatch(path.name)
         if match is None:
@@ -107,7 +107,7 @@ class Kind:
         return self.name is None or self.name.fullmatch(path.name) is not None
 
 
-def kind_of(path: Path, indexed: IndexedCheckpoint, settings: Settings) -> str:
+def kind_of(path: Path, indexed: IndexedCheckpoint, settings: ImportSettings) -> str:
     """Return the kind of a checkpoint: the given one, or the first of `TABLE` whose name and content fit.
 
     Raises:
@@ -129,7 +129,7 @@ def kind_of(path: Path, indexed: IndexedCheckpoint, settings: Settings) -> str:
     return name
 
 
-def check_used(settings: Settings, kinds: Collection[str]) -> None:
+def check_used(settings: ImportSettings, kinds: Collection[str]) -> None:
     """Raise InvalidValueError if a given setting does not apply to checkpoints of these kinds."""
     known = {"kind", "prefix", "include", "exclude", *(n for kind in kinds for n in TABLE[kind].needs)}
     for name, value in settings.given.items():
@@ -143,12 +143,12 @@ def check_used(settings: Settings, kinds: Collection[str]) -> None:
 _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
 
 
-def _read_weights(path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings) -> list[Checkpoint]:
+def _read_weights(path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
     tensors = settings.select(indexed.model_tensors(settings.prefix))
     return [make_checkpoint(path, tensors, Point(float(step)), step)]
 
 
-def _read_torchtitan(path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings) -> list[Checkpoint]:
+def _read_torchtitan(path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
 
     averages = _titan_averages(indexed)
     tensors = settings.select(indexed.model_tensors(settings.prefix))
@@ -186,7 +186,7 @@ def _is_numbered(inner: bool, _: Path, indexed: IndexedCheckpoint) -> bool:
 
 
 def _read_numbered(
-    library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings
+    library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
 ) -> list[Checkpoint]:
     """Return an average that one of these libraries stored."""
     match, inner = _NUMBERED.fullmatch(path.name), _INNER if library == "ema-pytorch" else ""
@@ -203,7 +203,7 @@ def _read_numbered(
     return [make_checkpoint(path, tensors, profile, step, library, sigma_rel=width)]
 
 
-def _numbered_profile(library: str, gamma: float, step: int, settings: Settings, update_every: int) -> Discrete:
+def _numbered_profile(library: str, gamma: float, step: int, settings: ImportSettings, update_every: int) -> Discrete:
     """Return the profile that one of these libraries really tracks."""
     if library == "ema-pytorch":
         return ema_pytorch_profile(gamma, step, update_every)
@@ -243,7 +243,7 @@ _POOR = 1.0
 0.42; widths in the wrong order, and two sessions of which one has replaced files of the other, had 1.2 or more."""
 
 
-def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: Settings) -> str:
+def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> str:
     """Compare the measured distances between averages with those that each update_every would make.
 
     With averages of one profile any value explains the distances. Raise InvalidValueError if another one fits better.
@@ -267,7 +267,7 @@ def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: S
 
 
 def _misfits_by_interval(
-    library: str, checkpoints: Sequence[Checkpoint], settings: Settings, given: int
+    library: str, checkpoints: Sequence[Checkpoint], settings: ImportSettings, given: int
 ) -> dict[int, float]:
     """Return the misfit of each update_every, by distances in a sample of the tensors; empty if they show nothing."""
     # After the first update all averages are equal: any distance is a rounding error.
@@ -496,7 +496,7 @@ _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
 def _read_ordinary(
-    library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings
+    library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
 ) -> list[Checkpoint]:
     """Return the average that a library stored, or an average alone, and the weights if the checkpoint has them."""
     is_alone = library == "ema"
@@ -544,7 +544,7 @@ def _ordinary(library: str, **fields: Any) -> Kind:
 _EDM2 = re.compile(r"network-snapshot-(?P<step>\d{1,20})-(?P<width>\d*\.\d+)\.pkl")
 
 
-def _read_edm2(path: Path, indexed: IndexedCheckpoint, images: int, settings: Settings) -> list[Checkpoint]:
+def _read_edm2(path: Path, indexed: IndexedCheckpoint, images: int, settings: ImportSettings) -> list[Checkpoint]:
 
     match = _EDM2.fullmatch(path.name)
     width = float(match["width"]) if match else 0.0

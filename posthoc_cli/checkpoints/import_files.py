@@ -8,7 +8,7 @@ The manifest holds the settings that the files lack. It is `ema-import.json` in 
     format       "ema import"
     version      1
     from         what was imported: a folder, a file or a glob
-    settings     fields of `source.Settings` that were given, or found
+    settings     fields of `source.ImportSettings` that were given, or found
     checkpoints  a list of [path, kind, step]: a file or folder, its kind, the step of the training
     files        an object: path -> [bytes, 16 hexadecimal digits: a hash of its size and of a sample of its content]
     checksum     XXH3 (64 bits, seed 0) of the object as compact JSON without this key, 16 hexadecimal digits
@@ -34,7 +34,7 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import TABLE
 from posthoc_cli.checkpoints.read_model import CONFIG, EMA_ENDING, index_checkpoint, model_in
 from posthoc_cli.checkpoints.read_step import checked_step
-from posthoc_cli.checkpoints.source import Checkpoint, CheckpointInfo, Settings
+from posthoc_cli.checkpoints.source import Checkpoint, CheckpointInfo, ImportSettings
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError, OutputExistsError, VanishedError
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, StoredProfile
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
@@ -66,7 +66,7 @@ class Manifest:
 
     folder: Path
     origin: Path
-    settings: Settings
+    settings: ImportSettings
     checkpoints: tuple[tuple[Path, str, int], ...]
     files: dict[Path, tuple[int, str]]
 
@@ -119,7 +119,7 @@ def is_import(path: str | Path) -> bool:
     return manifest.is_file() if files.is_url(manifest) else os.path.lexists(manifest)
 
 
-def make_manifest(folder: Path, origin: Path, settings: Settings, checkpoints: Sequence[Checkpoint]) -> Manifest:
+def make_manifest(folder: Path, origin: Path, settings: ImportSettings, checkpoints: Sequence[Checkpoint]) -> Manifest:
     """Return the manifest, to be written into `folder`, of checkpoints that were found at `origin`."""
     listed = {one.path: (one.path, one.kind, one.info.step) for one in checkpoints}
     paths = {part.path for part in _foreign_parts(checkpoints)}
@@ -195,7 +195,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("its checksum does not match")
         is_real = files.is_url(folder) or os.path.realpath(folder) == str(folder.absolute())
         base = folder if is_real else Path(os.path.realpath(folder))
-        settings = Settings(**raw["settings"])
+        settings = ImportSettings(**raw["settings"])
         listed = tuple((_absolute(base, one), kind, checked_step(path, step)) for one, kind, step in raw["checkpoints"])
         identities = {_absolute(base, one): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
         if not listed or not all(kind in TABLE for _, kind, _ in listed):

@@ -16,7 +16,7 @@ from posthoc_cli.checkpoints.audit import audit_sources
 from posthoc_cli.checkpoints.formats import TABLE
 from posthoc_cli.checkpoints.import_files import copy_path, is_import, make_manifest, write_copies, write_manifest
 from posthoc_cli.checkpoints.open_run import checked_run, open_checkpoints
-from posthoc_cli.checkpoints.source import Checkpoint, Settings
+from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -84,7 +84,7 @@ def import_checkpoints(
         overwrite: replace an import of something else, or with other settings.
         dry_run: read and check only.
         progress: opens a progress bar.
-        settings: fields of `source.Settings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
+        settings: fields of `source.ImportSettings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
 
     Raises:
         InvalidValueError: a setting is missing, or does not fit the files.
@@ -93,7 +93,7 @@ def import_checkpoints(
         NonFiniteError: a tensor to be copied holds nan or infinity.
         WriteError: the system refused.
     """
-    given, origin = Settings(**settings), files.expanded(files.given_path("directory", directory))
+    given, origin = ImportSettings(**settings), files.expanded(files.given_path("directory", directory))
     target = None if out is None else files.expanded(files.given_path("out", out))
     if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
@@ -126,7 +126,7 @@ def import_checkpoints(
     return Import(tuple(found), target, paths, tuple(checks), written, dry_run)
 
 
-def _open_foreign(origin: Path, settings: Settings) -> list[Checkpoint]:
+def _open_foreign(origin: Path, settings: ImportSettings) -> list[Checkpoint]:
     """Return other programs' checkpoints, also EMAs of unknown decay; raise DirectoryError for this package's files."""
     if not is_import(origin):
         if origin.is_dir() and inspect_directory(origin).snapshots:
@@ -137,7 +137,7 @@ def _open_foreign(origin: Path, settings: Settings) -> list[Checkpoint]:
     raise DirectoryError(origin, "is an import", "import the files that it was made of")
 
 
-def _find_decay(sources: Sequence[Checkpoint], given: Settings) -> tuple[Settings, str]:
+def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, str]:
     """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about it."""
     unclaimed = [replace(one, info=replace(one.info, decay=0.0)) for one in sources]  # also if the file says the decay
     try:

@@ -27,7 +27,7 @@ from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of
 from posthoc_cli.checkpoints.import_files import COPY, is_import, read_copy, read_manifest
 from posthoc_cli.checkpoints.read_model import ENDINGS, NOT_WEIGHTS, index_checkpoint, model_in, names_in
 from posthoc_cli.checkpoints.read_step import named_step
-from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, Settings, Updates, make_checkpoint
+from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, Updates, make_checkpoint
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, shown
 from posthoc_cli.profiles import Point
@@ -46,7 +46,9 @@ _COMPARED = 1024
 _CHOOSE = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
 
 
-def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED, unclaimed: bool = False) -> list[Checkpoint]:
+def open_checkpoints(
+    place: str | Path, settings: ImportSettings = UNSPECIFIED, unclaimed: bool = False
+) -> list[Checkpoint]:
     """Return the checkpoints in a directory, or of a glob, by time. Read only headers, indexes and pickles.
 
     Ordinary EMAs of unknown decay are left out with a warning. With `unclaimed` they are included, so that an audit
@@ -108,7 +110,7 @@ def _common_interval(checkpoints: Sequence[Checkpoint]) -> int | None:
     return every
 
 
-def _read(path: Path, settings: Settings, by_word: str) -> list[Checkpoint]:
+def _read(path: Path, settings: ImportSettings, by_word: str) -> list[Checkpoint]:
     """Return the checkpoints in a file or folder; none from an output of this package, or from step 0."""
     indexed = index_checkpoint(path)
     file_kind = indexed.values.get("ema.format")

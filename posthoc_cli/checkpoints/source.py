@@ -26,7 +26,7 @@ from posthoc_cli.profiles import (
     check_sigma_rel,
     gamma_from_sigma_rel,
 )
-from posthoc_cli.profiles.other_libraries import POWER, RAMP_UP, WARM_UPS, Decay, OrdinaryEMA
+from posthoc_cli.profiles.other_libraries import POWER, RAMP_UP, WARM_UPS, DecayRule, OrdinaryEMA
 from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import TensorEntry
@@ -39,7 +39,7 @@ _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ImportSettings:
     """What checkpoints do not say themselves, and which of their tensors to take.
 
     Attributes:
@@ -94,7 +94,7 @@ class Settings:
         for name, least in (("update_every", 1), ("update_after_step", 0), ("steps_per_epoch", 1), ("ema_late", 0)):
             if (value := getattr(self, name)) is not None:
                 check_count(name, value, least)
-        Decay(**{"decay": 0.5, **self.rule()})
+        DecayRule(**{"decay": 0.5, **self.rule()})
         groups = 0
         with suppress(re.error, TypeError):
             groups = 1 if self.step_from is None else re.compile(self.step_from).groups
@@ -106,7 +106,7 @@ class Settings:
         vars(self).update(plain)
 
     def rule(self, every: float = 1.0) -> dict[str, Any]:
-        """Return the given arguments of `Decay` for an ordinary EMA that is updated at this interval."""
+        """Return the given arguments of `DecayRule` for an ordinary EMA that is updated at this interval."""
         rule: dict[str, Any] = {}
         if isinstance(self.ema_decay, str):
             half_life = read_number(self.ema_decay.removeprefix("half-life:")) or 0.0
@@ -135,7 +135,7 @@ class Settings:
         return {name: value for name, value in values.items() if value not in (None, "", [])}
 
     @property
-    def without_findings(self) -> Settings:
+    def without_findings(self) -> ImportSettings:
         """The settings without a decay that an import found, and its details: with more files it finds another one."""
         if self.ema_uncertainty is None:
             return self
@@ -151,7 +151,7 @@ class Settings:
         return selected
 
 
-UNSPECIFIED = Settings()
+UNSPECIFIED = ImportSettings()
 
 
 # --- checkpoints
@@ -230,7 +230,7 @@ class Updates:
     """How an ordinary EMA was updated, as far as its file says.
 
     Attributes:
-        rule: arguments of `profiles.other_libraries.Decay`; without "decay" if the file does not hold it.
+        rule: arguments of `profiles.other_libraries.DecayRule`; without "decay" if the file does not hold it.
         count: number of updates; None if the file does not hold it.
         every: calls between updates by the library's default; for EDM images of a batch, 0 if they are unknown.
         from_first: whether the first call is an update, and not call number `every`.
@@ -241,7 +241,7 @@ class Updates:
     every: int = 1
     from_first: bool = False
 
-    def profile(self, path: Path, step: int, settings: Settings, default_decay: float) -> OrdinaryEMA | None:
+    def profile(self, path: Path, step: int, settings: ImportSettings, default_decay: float) -> OrdinaryEMA | None:
         """Return the profile at a step, with the default decay if none is known; None if that is 0."""
         every, after, count = settings.update_every or self.every, settings.update_after_step or 0, self.count
         rule = {"decay": default_decay} | self.rule | settings.rule(every)
@@ -268,7 +268,7 @@ class Updates:
             if count and first < 1:
                 reason = f"cannot be: {path.name} has counted {count:,} updates by step {step:,}"
                 raise InvalidValueError("update_every", reason, value=every)
-        return Decay(**rule).profile(step, count, every, first)
+        return DecayRule(**rule).profile(step, count, every, first)
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class Checkpoint(FileSource):
         """The profile of its tensors."""
         return self.info.profile
 
-    def with_settings(self, settings: Settings, default_decay: float = 0.0) -> Checkpoint:
+    def with_settings(self, settings: ImportSettings, default_decay: float = 0.0) -> Checkpoint:
         """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine.
 
         If neither says the decay, `info.decay` is 0, and the profile that of the default decay, or unchanged for 0.

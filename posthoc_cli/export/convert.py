@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,15 @@ from posthoc_cli.export.layouts import (
     OTHER_FOLDER,
     PICKLES,
     OutputOptions,
-    Sink,
     check_shape,
     converted,
     layout_of,
     open_model,
+    open_outputs,
     output_exists,
     plain,
     stored_tensor,
     suffix_of,
-    write_outputs,
 )
 from posthoc_cli.profiles import Point
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -165,14 +165,11 @@ def _write(
     advance: Callable[[int], object],
 ) -> Exported:
     """Write an output of these tensors, one at a time, reporting the bytes; it appears complete or not at all."""
-
-    def fill(names: Sequence[str], sinks: Sequence[Sink]) -> None:
-        for name in names:
+    with open_outputs([path], specs, [metadata], options) as ((sink,), lists):
+        for name in chain.from_iterable(lists):
             tensor = read[name]()
-            sinks[0].write(name, tensor)
+            sink.write(name, tensor)
             advance(tensor.nbytes)
-
-    write_outputs([path], specs, [metadata], options, fill)
     return Exported(len(specs), from_base, sum(spec.nbytes for spec in specs))
 
 
@@ -309,7 +306,7 @@ _MERGED = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
-class _Module:
+class _Adapted:
     """A module of an adapter, with the names of its factors A (down) and B (up).
 
     The product is scaled by alpha / rank**power, where alpha is a value or a tensor's name, and perhaps transposed.
@@ -367,7 +364,7 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
     return ExportReport({out: made}, False, time.perf_counter() - started)
 
 
-def _change(module: _Module, opened: Sequence[Any], coefficients: Sequence[float], are_weights: bool) -> torch.Tensor:
+def _change(module: _Adapted, opened: Sequence[Any], coefficients: Sequence[float], are_weights: bool) -> torch.Tensor:
     """Return the average of a module's products, float32, shape [out, in], for a convolution [out, in x its window]."""
     downs, ups, scale = [], [], 0.0
     for file, coefficient in zip(opened, coefficients, strict=True):
@@ -383,7 +380,7 @@ def _change(module: _Module, opened: Sequence[Any], coefficients: Sequence[float
     return change.T if module.is_transposed else change
 
 
-def _modules(plan: Plan, path: Path) -> list[_Module]:
+def _modules(plan: Plan, path: Path) -> list[_Adapted]:
     """Return the modules of an adapter, or raise an error if a tensor is no LoRA factor and would be lost."""
     factors: dict[str, dict[str, str]] = {}
     for name in plan.tensors:
@@ -397,14 +394,14 @@ def _modules(plan: Plan, path: Path) -> list[_Module]:
         if len(names) < 2:
             raise MismatchError(path, f"{module!r} has only one of its two factors")
     if all(module + _ALPHA in plan.tensors for module in factors):
-        return [_Module(module, names["down"], names["up"], module + _ALPHA) for module, names in factors.items()]
+        return [_Adapted(module, names["down"], names["up"], module + _ALPHA) for module, names in factors.items()]
     config = _config(path)
     patterns, power = config.get("alpha_pattern") or {}, 0.5 if config.get("use_rslora") else 1.0
     modules = []
     for module, names in factors.items():  # as in PEFT: the alpha of the first pattern that ends the module's name
         fitting = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
         alpha = float(next(fitting, config["lora_alpha"]))
-        modules.append(_Module(module, names["down"], names["up"], alpha, power, bool(config.get("fan_in_fan_out"))))
+        modules.append(_Adapted(module, names["down"], names["up"], alpha, power, bool(config.get("fan_in_fan_out"))))
     return modules
 
 
@@ -425,12 +422,12 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _place_modules(modules: Sequence[_Module], base: Path, dtypes: Mapping[str, str]) -> dict[str, _Module]:
+def _place_modules(modules: Sequence[_Adapted], base: Path, dtypes: Mapping[str, str]) -> dict[str, _Adapted]:
     """Return the module of each weight of the base, of the same name, or of kohya's name with underscores for dots."""
     weights = {name.removesuffix(".weight"): name for name in dtypes if name.endswith(".weight")}
     counts = Counter(short.replace(".", "_") for short in weights)
     known = {flat: name for short, name in weights.items() if counts[flat := short.replace(".", "_")] == 1} | weights
-    placed: dict[str, _Module] = {}
+    placed: dict[str, _Adapted] = {}
     for module in modules:
         short = module.name.removeprefix("base_model.model.")
         forms = (short, short.partition(".")[2], re.sub(r"^lora_[^_]+_", "", short))

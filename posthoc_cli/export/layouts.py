@@ -9,8 +9,8 @@ import shutil
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -239,18 +239,18 @@ MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 OTHER_FOLDER = "choose another folder, or overwrite=True to replace it"
 
 
-def write_outputs(
+@contextmanager
+def open_outputs(
     paths: Sequence[Path],
     specs: Sequence[TensorSpec],
     metadata: Sequence[Mapping[str, str]],
     options: OutputOptions,
-    fill: Callable[[list[str], Sequence[Sink]], object],
     folders: Sequence[Path] = (),
-) -> None:
-    """Write outputs of the same tensors, each with its metadata, and create the folders if missing.
+) -> Iterator[tuple[list[Sink], Iterator[list[str]]]]:
+    """Open outputs of the same tensors, each with its metadata, and create the folders if missing.
 
-    None appears before all are complete, except for shards in an object store. `fill` writes the tensors of the given
-    names into the sinks of all outputs.
+    The block gets a sink per output, and lists of names: it writes the tensors of one list into all sinks before it
+    takes the next list. No output appears before the block ends, except for shards in an object store.
 
     Raises:
         WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
@@ -268,13 +268,18 @@ def write_outputs(
         for path, entries in zip(paths, metadata, strict=True):
             sinks.append(_sink(path, specs, entries, options))
             stack.callback(sinks[-1].discard)
-        remote = [sink for sink in sinks if isinstance(sink, _ShardedSink) and files.is_url(sink.folder)]
-        for names in remote[0].files if remote else [[spec.name for spec in specs]]:
-            fill(names, sinks)
-            for shards in remote:
-                shards.publish_next()
+        yield sinks, _names_in_turn(sinks, specs)
         for sink in sinks:
             sink.commit()
+
+
+def _names_in_turn(sinks: Sequence[Sink], specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
+    """Yield the names of all tensors; for an object store those of each shard, which is uploaded once they exist."""
+    remote = [sink for sink in sinks if isinstance(sink, _ShardedSink) and files.is_url(sink.folder)]
+    for names in remote[0].files if remote else [[spec.name for spec in specs]]:
+        yield names
+        for shards in remote:
+            shards.publish_next()
 
 
 def _sink(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions) -> Sink:

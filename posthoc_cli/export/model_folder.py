@@ -18,13 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS, torch_dtype
-from posthoc_cli.errors import (
-    InvalidValueError,
-    MismatchError,
-    OutputExistsError,
-)
+from posthoc_cli.errors import InvalidValueError, MismatchError, OutputExistsError
 from posthoc_cli.export.layouts import FileSink, OutputOptions, check_shape, check_space, converted, stored_tensor
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
@@ -209,6 +207,7 @@ class ModelFolder:
         kinds = self.config.get("architectures")
         try:
             import transformers
+            from huggingface_hub.errors import StrictDataclassError
         except ImportError as error:
             hint = "install transformers, which may know these names: pip install 'posthoc-cli[transformers]'"
             raise refused("its library is needed", hint) from error
@@ -219,7 +218,9 @@ class ModelFolder:
             model, loaded = kind.from_pretrained(  # type: ignore[attr-defined]
                 self.place, dtype="auto", local_files_only=True, output_loading_info=True
             )
-        except Exception as error:
+        except (  # for weights or a configuration that it does not accept; other errors are faults of the library
+            ImportError, LookupError, OSError, RuntimeError, SafetensorError, StrictDataclassError, ValueError,
+        ) as error:  # fmt: skip
             first, _, _ = str(error).partition("\n")
             raise refused(f"transformers cannot load it as {kind.__name__}: {first}", "") from error
         known = {alias for aliases in plan.names.values() for alias in aliases}

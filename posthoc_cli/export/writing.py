@@ -44,15 +44,14 @@ from posthoc_cli.export.layouts import (
     OTHER_FOLDER,
     PICKLES,
     OutputOptions,
-    Sink,
     check_free_folder,
     check_no_snapshot,
     check_space,
     layout_of,
     model_files_in,
+    open_outputs,
     output_exists,
     output_paths,
-    write_outputs,
 )
 from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -209,25 +208,21 @@ def write_synthesis(
     folders: Sequence[Path] = (),
     marks: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Synthesize every target of a plan into its path; `marks` are additional metadata. See also `write_outputs`."""
+    """Synthesize every target of a plan into its path; `marks` are additional metadata. See also `open_outputs`."""
     newest, kept, left = plan.newest, {}, dict(plan.names)
     if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
         kept = training_metadata(read_header(newest.path))
     metadata = [kept | output_metadata(plan.output_info(index)) for index in range(len(paths))]
     for entries, mark in zip(metadata, marks, strict=bool(marks)):
         entries |= mark
-
-    def fill(names: list[str], sinks: Sequence[Sink]) -> None:
-        """Make the named tensors, except those already made under other names."""
-        wanted = set(names)
-        subset = frozenset(name for name, aliases in left.items() if not wanted.isdisjoint(aliases))
-        for name in subset:
-            del left[name]
-        with closing(synthesize_into(replace(plan, subset=subset), sinks, options)) as made:
-            for _ in made:
-                pass
-
-    write_outputs(paths, plan.specs(), metadata, options, fill, folders)
+    with open_outputs(paths, plan.specs(), metadata, options, folders) as (sinks, lists):
+        for names in map(set, lists):
+            subset = frozenset(name for name, aliases in left.items() if not names.isdisjoint(aliases))
+            for name in subset:  # the engine writes a tensor under all of its names
+                del left[name]
+            with closing(synthesize_into(replace(plan, subset=subset), sinks, options)) as tiles:
+                for _ in tiles:
+                    pass
 
 
 # --- outputs that already exist
@@ -290,10 +285,10 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
         with ranks.together():
             if not ranks.rank:
                 shards.begin()
-        parts = shards.parts[ranks.rank :: ranks.world]
+        own = shards.plans[ranks.rank :: ranks.world]
         bar = no_bar if ranks.rank else progress
-        with bar("synthesizing", sum(part.read_bytes for part in parts)) as advance:
-            for first in range(0, len(shards.parts), ranks.world):
+        with bar("synthesizing", sum(shard.read_bytes for shard in own)) as advance:
+            for first in range(0, len(shards.plans), ranks.world):
                 with ranks.together():
                     shards.make(first + ranks.rank, advance)
         with ranks.together():
@@ -303,7 +298,7 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
 
 
 class Shards:
-    """The shards of the models of a plan's targets, one folder per target; `parts` are the plans of each shard.
+    """The shards of the models of a plan's targets, one folder per target; `plans` has the plan of each shard.
 
     Arguments:
         wanted: number of shards of each model; fewer if there are fewer tensors.
@@ -315,7 +310,7 @@ class Shards:
         self._folders = outputs.paths
         self._made = [*filter(None, [outputs.container]), *outputs.paths]
         division = divide(plan, wanted)
-        self.parts = [replace(plan, subset=frozenset(names)) for names in division]
+        self.plans = [replace(plan, subset=frozenset(names)) for names in division]
         self._marks = [{"ema.plan": fingerprint(plan, target, division)} for target in range(len(self._folders))]
 
     def begin(self) -> None:
@@ -324,52 +319,52 @@ class Shards:
         for target, folder in enumerate(self._folders):
             check_free_folder(folder, overwrite=True)
             check_no_snapshot(folder)
-            parts = [part for part in range(len(self.parts)) if not self._is_there(part, target)]
+            absent = [shard for shard in range(len(self.plans)) if not self._is_there(shard, target)]
             index, is_there = folder / INDEX_NAME, not files.is_absent(folder / INDEX_NAME)
             is_same = is_there and _holds(index, self._index(folder))
             others = [*self._others(folder), *([index] if is_there and not is_same else ())]
             if others and not self._options.overwrite:
                 raise OutputExistsError(others[0], "is of another model", OTHER_FOLDER)
-            if is_there and (parts or not is_same):
+            if is_there and (absent or not is_same):
                 _remove(index)
             if not files.is_url(folder):  # to a store each process sends one shard after the other
-                missing |= {self._path(part, folder): self.parts[part].nbytes for part in parts}
+                missing |= {self._path(shard, folder): self.plans[shard].nbytes for shard in absent}
         check_space(missing)
 
-    def make(self, part: int, progress: Progress) -> None:
-        """Make the missing shards of a part; do nothing if `part` is beyond the last one."""
-        targets = range(len(self._folders)) if part < len(self.parts) else ()
-        missing = [target for target in targets if not self._is_there(part, target, verify=True)]
+    def make(self, shard: int, progress: Progress) -> None:
+        """Make a shard for the targets that lack it; do nothing if `shard` is beyond the last one."""
+        targets = range(len(self._folders)) if shard < len(self.plans) else ()
+        missing = [target for target in targets if not self._is_there(shard, target, verify=True)]
         if missing:
-            paths = [self._path(part, self._folders[target]) for target in missing]
-            marks = [self._marks_of(part, target) for target in missing]
+            paths = [self._path(shard, self._folders[target]) for target in missing]
+            marks = [self._marks_of(shard, target) for target in missing]
             options = replace(self._options, progress=progress)
-            write_synthesis(self.parts[part].only(missing), paths, options, self._made, marks)
+            write_synthesis(self.plans[shard].only(missing), paths, options, self._made, marks)
 
     def finish(self) -> None:
         """Check that all shards exist, remove the files of replaced models, and write the indexes."""
         for target, folder in enumerate(self._folders):
-            for part in range(len(self.parts)):
-                if not self._is_there(part, target):
-                    raise DirectoryError(self._path(part, folder), "is missing", ON_ONE_FILE_SYSTEM)
+            for shard in range(len(self.plans)):
+                if not self._is_there(shard, target):
+                    raise DirectoryError(self._path(shard, folder), "is missing", ON_ONE_FILE_SYSTEM)
         for folder in self._folders:
             for path in self._others(folder):
                 _remove(path)
             files.write_atomically(folder / INDEX_NAME, self._index(folder), overwrite=True)
 
-    def _path(self, part: int, folder: Path) -> Path:
-        return folder / f"model-{part + 1:05d}-of-{len(self.parts):05d}.safetensors"
+    def _path(self, shard: int, folder: Path) -> Path:
+        return folder / f"model-{shard + 1:05d}-of-{len(self.plans):05d}.safetensors"
 
-    def _marks_of(self, part: int, target: int) -> dict[str, str]:
-        return self._marks[target] | {"ema.part": f"{part + 1}/{len(self.parts)}"}
+    def _marks_of(self, shard: int, target: int) -> dict[str, str]:
+        return self._marks[target] | {"ema.part": f"{shard + 1}/{len(self.plans)}"}
 
-    def _is_there(self, part: int, target: int, verify: bool = False) -> bool:
+    def _is_there(self, shard: int, target: int, verify: bool = False) -> bool:
         """Return whether a shard exists, or raise an OutputExistsError if another file with its name must be kept."""
-        path = self._path(part, self._folders[target])
+        path = self._path(shard, self._folders[target])
         if files.is_absent(path):
             return False
         try:
-            header = _checked_header(path, self.parts[part].output_info(target), self._marks_of(part, target))
+            header = _checked_header(path, self.plans[shard].output_info(target), self._marks_of(shard, target))
             if verify:
                 verify_payload(path, header)
         except (FileFormatError, MismatchError) as error:
@@ -379,18 +374,18 @@ class Shards:
         return True
 
     def _index(self, folder: Path) -> bytes:
-        paths = [self._path(part, folder) for part in range(len(self.parts))]
-        places = {spec.name: path.name for path, plan in zip(paths, self.parts, strict=True) for spec in plan.specs()}
-        return encode_index(places, sum(plan.nbytes for plan in self.parts))
+        paths = [self._path(shard, folder) for shard in range(len(self.plans))]
+        places = {spec.name: path.name for path, plan in zip(paths, self.plans, strict=True) for spec in plan.specs()}
+        return encode_index(places, sum(plan.nbytes for plan in self.plans))
 
     def _others(self, folder: Path) -> list[Path]:
         """Return the files of other models in a folder, which readers could take for files of this model."""
-        names = {INDEX_NAME, *(self._path(part, folder).name for part in range(len(self.parts)))}
+        names = {INDEX_NAME, *(self._path(shard, folder).name for shard in range(len(self.plans)))}
         return [path for path in model_files_in(folder) if path.name not in names]
 
 
-def divide(plan: Plan, parts: int) -> list[list[str]]:
-    """Divide the stored tensors into parts of neighbours with nearly equal numbers of bytes to read and write."""
+def divide(plan: Plan, shards: int) -> list[list[str]]:
+    """Divide the stored tensors into shards of neighbours with nearly equal numbers of bytes to read and write."""
     costs = {}
     for name, aliases in plan.names.items():
         written = fmt.TensorSpec(name, plan.output_dtype(name), plan.newest.stored[name].shape).nbytes
@@ -398,7 +393,7 @@ def divide(plan: Plan, parts: int) -> list[list[str]]:
     division: dict[int, list[str]] = {}
     total, done = sum(costs.values()) or 1, 0
     for name, cost in costs.items():
-        division.setdefault(min(parts - 1, parts * (2 * done + cost) // (2 * total)), []).append(name)
+        division.setdefault(min(shards - 1, shards * (2 * done + cost) // (2 * total)), []).append(name)
         done += cost
     return list(division.values())
 

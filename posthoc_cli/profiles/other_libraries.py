@@ -195,7 +195,7 @@ def _product(times: FloatArray, logs: FloatArray, interval: int, t: int) -> Disc
 
 WARM_UPS = ("ratio", "power", "ramp-up")
 POWER, RAMP_UP = 2 / 3, 0.05
-"""The usual defaults of libraries, for `Decay.power` of the warm-ups "power" and "ramp-up"."""
+"""The usual defaults of libraries, for `DecayRule.power` of the warm-ups "power" and "ramp-up"."""
 
 _FINEST, _STEPS_FINEST = 128, 512
 """Number of times of an ordinary EMA in each of its time constants, and in each doubling of the steps."""
@@ -208,7 +208,7 @@ _COPY = -1e3
 
 
 @dataclass(frozen=True)
-class Decay:
+class DecayRule:
     """The decay of each update of an ordinary EMA.
 
     Attributes:
@@ -283,7 +283,7 @@ class Decay:
 
 
 @lru_cache(maxsize=4)
-def _kept_logs(decay: Decay, most: int) -> FloatArray:
+def _kept_logs(decay: DecayRule, most: int) -> FloatArray:
     with np.errstate(divide="ignore"):
         logs = np.log(decay.at(np.arange(1.0, most + 1)))
     return np.append(0.0, np.cumsum(np.maximum(logs, _COPY)))
@@ -296,7 +296,7 @@ class OrdinaryEMA(Discrete):
     with negligible mass. Tails are exact at any time, so that the common part of two successive averages cancels.
     """
 
-    def __init__(self, decay: Decay, step: int, updates: int, every: int, first: int) -> None:
+    def __init__(self, decay: DecayRule, step: int, updates: int, every: int, first: int) -> None:
         logs = self._logs = decay.kept_logs(updates)
         self._start = max(float(first - every), 0.5)
         self.settings: dict[str, Any] = vars(decay) | {"updates": updates, "every": every, "first": first}
@@ -321,7 +321,7 @@ class OrdinaryEMA(Discrete):
     @classmethod
     def of(cls, step: int, updates: int, every: int, first: int, **decay: Any) -> OrdinaryEMA:
         """Return the average with these `settings`, plain values for JSON."""
-        return cls(Decay(**decay), step, updates, every, first)
+        return cls(DecayRule(**decay), step, updates, every, first)
 
     @property
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:

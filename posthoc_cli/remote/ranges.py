@@ -72,7 +72,7 @@ class RemoteBytes:
         self._start: memoryview | None
         self._start, self._info = prefetched.result() if prefetched else store.get(self._url, 0, START)
         self.size, self.tag = self._info.size, self._info.tag
-        self._plans: dict[int, _Plan] = {}
+        self._prefetches: dict[int, _Prefetch] = {}
         _open.add(self)
         _piece(self, 0)
 
@@ -91,15 +91,15 @@ class RemoteBytes:
             else:
                 joined.append((begin, end))
         thread = threading.get_ident()
-        if thread in self._plans:
-            self._plans.pop(thread).cancel()
+        if thread in self._prefetches:
+            self._prefetches.pop(thread).cancel()
         if joined:
-            self._plans[thread] = _Plan(self, joined)
+            self._prefetches[thread] = _Prefetch(self, joined)
 
     def read(self, view: memoryview, offset: int) -> int:
         """Fill the beginning of a view from an offset on; return how many bytes, 0 only at the end of the object."""
-        plan = self._plans.get(threading.get_ident())
-        data = plan.take(offset, len(view)) if plan else None
+        prefetch = self._prefetches.get(threading.get_ident())
+        data = prefetch.take(offset, len(view)) if prefetch else None
         if data is None and len(view) < START:
             data = _piece(self, offset - offset % START)[offset % START :]
         elif data is None:
@@ -128,8 +128,8 @@ class RemoteBytes:
     def close(self) -> None:
         """Drop what was prefetched."""
         _open.discard(self)
-        for plan in self._plans.values():
-            plan.cancel()
+        for prefetch in self._prefetches.values():
+            prefetch.cancel()
 
 
 _open: WeakSet[RemoteBytes] = WeakSet()
@@ -141,7 +141,7 @@ def _piece(file: RemoteBytes, begin: int) -> memoryview:
     return file.take_start() or file.get(begin, begin + START)
 
 
-class _Plan:
+class _Prefetch:
     """The ranges that one thread reads in order, cut into pieces, of which two are prefetched while `AHEAD` allows."""
 
     def __init__(self, file: RemoteBytes, ranges: Sequence[tuple[int, int]]) -> None:

@@ -310,13 +310,14 @@ def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, Obje
     options: dict[str, Any] = {"range": (begin, end)}
     if tag and not tag.startswith("W/"):  # a weak tag never matches
         options["if_match"] = tag
-    with request_errors(url):
-        try:
+    try:
+        with request_errors(url):
             answer = store.get(key, options=options)
             return memoryview(answer.bytes()), _info(answer.meta)
-        except Exception as error:
-            if "416 Range Not Satisfiable" not in str(error):
-                raise
+    except RemoteError as error:
+        if error.errno != errno.ERANGE:
+            raise
+    with request_errors(url):
         return memoryview(b""), _info(store.head(key))  # the range begins at the end of the object
 
 
@@ -424,6 +425,7 @@ def _info(facts: Any) -> ObjectInfo:
 
 _ACCESS = "`ema guide remote` says where they are read from"
 _REASONS = (
+    ("status code: 416 ", errno.ERANGE, "it is shorter than the range asked for", ""),
     ("<Code>(NoSuchBucket|ContainerNotFound)<", errno.EIO, "there is no such bucket or container", ""),
     ("status code: 404", errno.ENOENT, "", ""),
     (r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential",

@@ -22,7 +22,7 @@ from posthoc_cli.run import Run
 from posthoc_cli.snapshots.writer import HOLDER_NAME, LOCK_NAME, DirectoryLock
 from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Records, SweepReport
 from posthoc_cli.sweep.search import NEXT, Axis, Search, Trial, check_counts, good_range
-from posthoc_cli.sweep.trials import Command, Metric, run_all
+from posthoc_cli.sweep.trials import Metric, TrialCommand, run_all
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Mean, SigmaRel, Target
 
@@ -113,7 +113,7 @@ class Sweep:
             hint = "a script may need its interpreter first: python3"
             raise InvalidValueError("command", reason, hint, value=words[0])
         with self._locked_folder():
-            return _Job(self, words, networks).run()
+            return _Searches(self, words, networks).run()
 
     def _checked_words(self) -> list[str]:
         """Return the words of the command; an InvalidValueError names an argument that cannot be used."""
@@ -265,7 +265,7 @@ _Pending = tuple[Trial, dict[str, Any]]
 """A trial without its metric, and the values of placeholders."""
 
 
-class _Job:
+class _Searches:
     """The searches of a sweep: of one length, or of two in turn, each with the best value so far of the other."""
 
     def __init__(self, sweep: Sweep, words: list[str], networks: list[_Network]) -> None:
@@ -393,7 +393,7 @@ class _Job:
 
     def _evaluate(self, pending: Sequence[_Pending], records: Records) -> list[Trial]:
         """Run the command for each pending trial, and record the results."""
-        sweep, commands, finished = self._sweep, list[Command](), list[Trial]()
+        sweep, commands, finished = self._sweep, list[TrialCommand](), list[Trial]()
         with files.reported_as_write_error(self._scratch):
             files.make_directory(self._scratch)
             for trial, averages in pending:
@@ -405,9 +405,9 @@ class _Job:
                 texts = {key: str(text.absolute() if isinstance(text, Path) else text) for key, text in filled.items()}
                 words = [_PLACEHOLDER.sub(lambda match: texts[match[1]], word) for word in self._words]  # noqa: B023
                 logged = replace(trial, log=f"{_LOGS}/{name}")
-                commands.append(Command(logged, words, folder, sweep.out / logged.log))
+                commands.append(TrialCommand(logged, words, folder, sweep.out / logged.log))
 
-        def finish(command: Command, trial: Trial, is_missing: bool) -> None:
+        def finish(command: TrialCommand, trial: Trial, is_missing: bool) -> None:
             if is_missing and self._best is None:  # the name is wrong: further trials would fail, too
                 raise InvalidValueError("metric", str(trial.error), value=sweep.metric.key or "")
             records.append(trial)
@@ -417,7 +417,7 @@ class _Job:
             self._update_best(trial)
             sweep.say(trial)
 
-        def start(command: Command) -> None:
+        def start(command: TrialCommand) -> None:
             self._announce(command.trial.target)
 
         run_all(commands, sweep.metric, start, finish, sweep.jobs, sweep.timeout)

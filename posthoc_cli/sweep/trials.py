@@ -39,7 +39,7 @@ _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
 
 
 @dataclass(frozen=True)
-class Command:
+class TrialCommand:
     """The user's command for one trial.
 
     Attributes:
@@ -62,10 +62,10 @@ class Command:
 
 
 def run_all(
-    commands: Sequence[Command],
+    commands: Sequence[TrialCommand],
     metric: Metric,
-    start: Callable[[Command], None],
-    finish: Callable[[Command, Trial, bool], None],
+    start: Callable[[TrialCommand], None],
+    finish: Callable[[TrialCommand, Trial, bool], None],
     jobs: int,
     timeout: float | None,
 ) -> None:
@@ -80,7 +80,7 @@ def run_all(
         slots.put(slot)
     stop = threading.Event()
 
-    def run(command: Command) -> tuple[Trial, bool]:
+    def run(command: TrialCommand) -> tuple[Trial, bool]:
         slot = slots.get()
         try:
             start(command)
@@ -90,7 +90,7 @@ def run_all(
             slots.put(slot)
 
     # Ctrl-C interrupts only the main thread, never a thread that is starting or ending a process.
-    pool, running = ThreadPoolExecutor(parallel), dict[Future[tuple[Trial, bool]], Command]()
+    pool, running = ThreadPoolExecutor(parallel), dict[Future[tuple[Trial, bool]], TrialCommand]()
     waiting = iter(commands)
     try:
         while True:
@@ -111,7 +111,7 @@ def run_all(
 
 
 def _run(
-    command: Command, metric: Metric, devices: Sequence[str], timeout: float | None, stop: threading.Event
+    command: TrialCommand, metric: Metric, devices: Sequence[str], timeout: float | None, stop: threading.Event
 ) -> tuple[Trial, bool]:
     """Run one command; return its trial, and whether it succeeded without giving a metric."""
     started, out, err = time.monotonic(), *command.logs

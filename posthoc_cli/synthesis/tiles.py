@@ -120,7 +120,7 @@ def open_tile(source: TensorReader | ReadRanges, tile: Tile) -> TileReader:
     """Return a reader of a tile of an open source."""
     if callable(source):
         return _MemoryTile(source(tile.ranges), tile)
-    return _FileRange(source, tile.ranges[0]) if len(tile.ranges) == 1 else _FileBatch(source, tile)
+    return _FileSlice(source, tile.ranges[0]) if len(tile.ranges) == 1 else _FileBatch(source, tile)
 
 
 class Scratch:
@@ -171,7 +171,7 @@ class _Buffer:
             self.sent = torch.cuda.current_stream(slot.device).record_event()
 
 
-class _FileRange:
+class _FileSlice:
     """A reader of a range of one tensor in a file."""
 
     def __init__(self, file: TensorReader, wanted: ElementRange) -> None:
@@ -220,6 +220,6 @@ class _MemoryTile:
             slot[start:end].copy_(values)
 
 
-TileReader = _FileRange | _FileBatch | _MemoryTile
+TileReader = _FileSlice | _FileBatch | _MemoryTile
 """A reader of one tile of one source, in order: `read_into(slot, begin, scratch)` fills `slot` with the elements from
 `begin` on, in the slot's dtype and on its device, or raises a FileFormatError that names the file and the tensor."""
