@@ -42,7 +42,12 @@ def profile(
     count = values.parse_count(steps or "1000", "--steps")
     widths = values.parse_sigma_rels(_DEFAULT if sigma_rel is None else sigma_rel) if target is None else []
     betas = [] if target is None else _betas(target)
-    rows = [row.to_dict() for row in convert(count, widths, betas)]
+    try:
+        rows = [row.to_dict() for row in convert(count, widths, betas)]
+    except InvalidValueError as error:
+        if target is None or error.subject != "betas":
+            raise
+        raise bad("--target", target, error.reason) from error
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
     else:
