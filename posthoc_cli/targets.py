@@ -313,7 +313,8 @@ class Groups(_Named):
         if not self.widths or not all(isinstance(glob, str) for glob in self.widths):
             accepted = "must be globs on names, each with its sigma_rel, such as {'unet.*': 0.1}"
             raise InvalidValueError("group", accepted, value=brief(self.widths))
-        object.__setattr__(self, "widths", {glob: SigmaRel(width).sigma_rel for glob, width in self.widths.items()})
+        widths = {glob: check_sigma_rel(width, "group") for glob, width in self.widths.items()}
+        object.__setattr__(self, "widths", widths)
 
     @property
     def title(self) -> str:
