@@ -38,8 +38,8 @@ def parse_bytes(size: str, option: str) -> int:
         InvalidValueError: the text is something else, or below 1; the message names `option`.
     """
     value = parse_amount(size, _UNITS)
-    if value is None or value > MOST:
-        reason = "must be a size above 0, such as 60GB, 500MiB or 1.5TB"
+    if value is None or not 1 <= value <= MOST:
+        reason = "must be a size from 1B to 9e6TB, such as 60GB, 500MiB or 1.5TB"
         raise InvalidValueError(option, reason, value=f"{size!r}")
     return round(value)
 
@@ -54,12 +54,11 @@ def size_text(nbytes: float) -> str:
 
 
 def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
-    """Return a number with one of `units` (upper-case names) as a Decimal; None if it is invalid or below 1."""
-    match = re.fullmatch(r"([\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
+    """Return a number with one of `units` (upper-case names) as a Decimal; None if it is invalid."""
+    match = re.fullmatch(r"(-?[\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
     if match is None or match[2].upper() not in units:
         return None
     try:
-        value = Decimal(match[1].replace(",", "")) * units[match[2].upper()]
+        return Decimal(match[1].replace(",", "")) * units[match[2].upper()]
     except InvalidOperation:
         return None
-    return value if value >= 1 else None

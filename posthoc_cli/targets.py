@@ -209,7 +209,8 @@ class Between(_Named):
         for name in ("start", "end"):
             object.__setattr__(self, name, check_number("between", getattr(self, name), math.isfinite, "be finite"))
         if not 0 <= self.start < self.end:
-            raise self._error("must start at 0 or later, and end after its start")
+            reason = "must start at 0 or later, and end after its start"
+            raise InvalidValueError("between", reason, value=f"{_plain(self.start)}:{_plain(self.end)}")
 
     def _text(self) -> str:
         return f"between:{_plain(self.start)}:{_plain(self.end)}"
@@ -217,11 +218,8 @@ class Between(_Named):
     def profile(self, t: float, clock: Clock, t_first: float) -> Uniform:  # noqa: ARG002
         """Return the uniform profile over the span."""
         if self.end > t:
-            raise self._error(f"ends after t = {t:,.12g}; must end at t or before")
+            raise InvalidValueError("target", f"ends after t = {t:,.12g}; must end at t or before", value=self.title)
         return Uniform(self.start, self.end)
-
-    def _error(self, reason: str) -> InvalidValueError:
-        return InvalidValueError("between", reason, value=f"{_plain(self.start)}:{_plain(self.end)}")
 
 
 @dataclass(frozen=True)
@@ -298,7 +296,7 @@ class Decay(_Named):
         """Return the decay up to `t`, or over the given times."""
         start, end = self.over if isinstance(self.over, tuple) else (t * (1 - self.over), t)
         if end > t:
-            raise InvalidValueError(self.title, f"ends after t = {t:,.12g}; must end at t or before")
+            raise InvalidValueError("target", f"ends after t = {t:,.12g}; must end at t or before", value=self.title)
         return EmulatedDecay(start, end, self.shape)
 
 
@@ -315,7 +313,8 @@ class Groups(_Named):
         if not self.widths or not all(isinstance(glob, str) for glob in self.widths):
             accepted = "must be globs on names, each with its sigma_rel, such as {'unet.*': 0.1}"
             raise InvalidValueError("group", accepted, value=brief(self.widths))
-        object.__setattr__(self, "widths", {glob: SigmaRel(width).sigma_rel for glob, width in self.widths.items()})
+        widths = {glob: check_sigma_rel(width, "group") for glob, width in self.widths.items()}
+        object.__setattr__(self, "widths", widths)
 
     @property
     def title(self) -> str:
@@ -356,21 +355,22 @@ class Mean(_Named):
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
         """Raise an InvalidValueError: the mean is one of checkpoints, whatever their profiles."""
-        raise InvalidValueError(self.title, "names checkpoints, and has no profile without them")
+        reason = "names checkpoints, and has no profile without them"
+        raise InvalidValueError("target", reason, value=self.title)
 
     def coefficients_of(self, stored: Sequence[StoredProfile]) -> FloatArray:
         """Return the coefficients of stored averages, in their order: 1 / last for the last ones, otherwise 0.
 
         Raises:
-            InvalidValueError: there are fewer checkpoints, or several averages of each time.
+            InvalidValueError: there are fewer checkpoints, or none but more than one average at each time.
         """
         points = [isinstance(profile, Point) for profile in stored]
         if not any(points) and len({profile.t for profile in stored}) < len(stored):
-            reason = "is for checkpoints; this run has several averages of each time"
-            raise InvalidValueError("last", reason, value=self.last)
+            reason = "is for checkpoints; this run has none, but more than one average at each time"
+            raise InvalidValueError("target", reason, value=self.title)
         usable = [index for index, is_point in enumerate(points) if is_point == any(points)]
         if len(usable) < self.last:
-            raise InvalidValueError("last", f"the run has only {len(usable)} up to this time", value=self.last)
+            raise InvalidValueError("target", f"the run has only {len(usable)} up to this time", value=self.title)
         coefficients = np.zeros(len(stored))
         coefficients[sorted(usable, key=lambda index: stored[index].t)[-self.last :]] = 1 / self.last
         return coefficients
@@ -416,13 +416,13 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     take lists of START:END. For other texts, raise an InvalidValueError about `name` that says what is accepted.
     """
     kind, colon, rest = (part.strip() for part in text.partition(":"))
-    if not colon or kind not in FORMS:
-        if any(character.isalpha() for character in kind):
-            forms = ", ".join(form for form, _ in FORMS.values())
-            raise bad(name, text, f"must be a sigma_rel in (0, 0.2887), or one of {forms}")
-        return [SigmaRel(width) for width in parse_numbers(text, name)]
     targets: list[Target]
     try:
+        if not colon or kind not in FORMS:
+            if any(character.isalpha() for character in kind):
+                forms = ", ".join(form for form, _ in FORMS.values())
+                raise bad(name, text, f"must be a sigma_rel in (0, 0.2887), or one of {forms}")
+            return [SigmaRel(width) for width in _numbers(text, _SIGMA_FORMS)]
         if kind == "between":
             targets = [Between(*_ends(part)) for part in rest.split(",")]
         elif kind == "decay":
@@ -433,8 +433,8 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
             }  # fmt: skip
             values = _numbers(rest, NUMBER_FORMS[kind])
             targets = [make[kind](int(value) if value.is_integer() else value) for value in values]
-    except _UnreadableError as error:
-        raise bad(name, text, str(error)) from error
+    except InvalidValueError as error:
+        raise bad(name, text, error.reason, error.hint) from error
     return list(dict.fromkeys(targets))
 
 
@@ -446,21 +446,17 @@ def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS) -> list[float]
     """
     try:
         return _numbers(text, form)
-    except _UnreadableError as error:
-        raise bad(name, text, str(error)) from error
+    except InvalidValueError as error:
+        raise bad(name, text, error.reason) from error
 
 
-def bad(name: str, text: str, reason: str) -> InvalidValueError:
+def bad(name: str, text: str, reason: str, hint: str = "") -> InvalidValueError:
     """Return the error for an argument or option whose text is not accepted."""
-    return InvalidValueError(name, reason, value=text.strip() or "(empty)")
-
-
-class _UnreadableError(Exception):
-    """A text that is not accepted; the message says what it must be."""
+    return InvalidValueError(name, reason, hint, value=text.strip() or "(empty)")
 
 
 def _numbers(text: str, form: str) -> list[float]:
-    """Return the distinct numbers of a text, see `parse_numbers`; raise an _UnreadableError about `form`."""
+    """Return the distinct numbers of a text, see `parse_numbers`; raise an InvalidValueError about `form`."""
     items = [item.strip() for item in text.split(",")]
     numbers: list[Decimal] = []
     for index, item in enumerate(items):
@@ -480,16 +476,13 @@ def _decays(text: str) -> Iterator[Decay]:
     shape, _, parts = text.partition(":")
     form = "decay:SHAPE:PART with a shape of " + ", ".join(SHAPES) + ", and 20%, a list, a range or START:END"
     if shape not in SHAPES or not parts:
-        raise _UnreadableError(f"must be {form}")
-    try:
-        for part in parts.split(","):
-            if ":" in part and "%" not in part:
-                yield Decay(shape, _ends(part))
-            else:
-                unit = 100 if "%" in part else 1
-                yield from (Decay(shape, number / unit) for number in _numbers(part.replace("%", ""), form))
-    except InvalidValueError as error:
-        raise _UnreadableError(error.reason) from error
+        raise InvalidValueError(text, f"must be {form}")
+    for part in parts.split(","):
+        if ":" in part and "%" not in part:
+            yield Decay(shape, _ends(part))
+        else:
+            unit = 100 if "%" in part else 1
+            yield from (Decay(shape, number / unit) for number in _numbers(part.replace("%", ""), form))
 
 
 def _ends(text: str) -> tuple[float, float]:
@@ -499,21 +492,21 @@ def _ends(text: str) -> tuple[float, float]:
 
 
 def _decimal(text: str, form: str) -> Decimal:
-    """Return a finite number of a moderate size; raise an _UnreadableError about `form` for anything else."""
+    """Return a finite number of a moderate size; raise an InvalidValueError about `form` for anything else."""
     try:
         number = Decimal(text.strip())
     except InvalidOperation:
         number = Decimal("nan")
     if not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS or math.isinf(float(number)):
-        raise _UnreadableError(f"must be {form}")
+        raise InvalidValueError(text, f"must be {form}")
     return number
 
 
 def _steps(start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
     """Return start, start + step, ... up to stop, at most `MOST_VALUES` numbers."""
     if step == 0 or (stop - start) * step < 0:
-        raise _UnreadableError("the step must lead from the start to the stop, and not be 0")
+        raise InvalidValueError("step", "the step must lead from the start to the stop, and not be 0")
     count = int((stop - start) / step) + 1
     if count > MOST_VALUES:
-        raise _UnreadableError(f"makes more than {MOST_VALUES:,} values")
+        raise InvalidValueError("step", f"makes more than {MOST_VALUES:,} values")
     return [start + index * step for index in range(count)]

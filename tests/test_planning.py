@@ -189,7 +189,7 @@ def test_a_fit_has_the_mass_of_its_target() -> None:
 # --- proposals ------------------------------------------------------------------------------------
 
 
-TASK = Task(steps=40_000, parameters=10**6, max_bytes=40 * 10**6, sigma_range=(0.05, 0.28), max_error=0.0)
+TASK = Task(steps=40_000, parameters=10**6, max_bytes=40 * 10**6, sigma_range=(0.05, 0.28), max_error=1e-30)
 """Room for 20 snapshots in half precision; no error is good enough."""
 
 
@@ -290,7 +290,9 @@ def test_short_averages_are_updated_more_often() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "subject"),
     [("steps", 0, "steps"), ("steps", 10.5, "steps"), ("parameters", 0, "params"), ("sigma_rels", (), "sigma_rels"),
-     ("sigma_rels", (0.1, 0.4), "sigma_rel"), ("max_checkpoints", 0, "max_checkpoints"), ("steps", 1000.0, "steps"),
+     ("sigma_rels", (0.1, 0.4), "sigma_rels"),
+     ("max_error", 0.0, "max_error"), ("max_error", 2.0, "max_error"),
+     ("max_checkpoints", 0, "max_checkpoints"), ("steps", 1000.0, "steps"),
      ("parameters", 1e6, "params"), ("max_bytes", 1e9, "max_size"), ("checkpoint_every", 100.0, "checkpoint_every")],
 )  # fmt: skip
 def test_a_task_and_a_schedule_refuse_empty_and_fractional_values(name: str, value: object, subject: str) -> None:

@@ -98,7 +98,15 @@ def test_a_users_target_is_used_unchanged() -> None:
         (lambda: Decay("linear", ()), "over", "two ascending times"),  # type: ignore[arg-type]
         (lambda: Decay("linear", (1, 2, 3)), "over", "two ascending times"),  # type: ignore[arg-type]
         (lambda: Mean(2.5), "last", "must be a whole number of checkpoints"),  # type: ignore[arg-type]
-        (lambda: Mean(3).profile(1e6, IMAGES, 1280.0), "last:3", "names checkpoints"),
+        (lambda: Mean(3).profile(1e6, IMAGES, 1280.0), "target", "target last:3: names checkpoints"),
+        (lambda: as_target("0.4"), "target", "target 0.4: must lie in (0, 0.2887)"),
+        (lambda: as_target("0.9"), "target", "for a decay of 0.9 per step use beta:0.9"),
+        (lambda: as_target("beta:2"), "target", "target beta:2: must lie in [0.5, 1)"),
+        (lambda: as_target("half-life:0"), "target", "target half-life:0: must be at least 1 step"),
+        (lambda: as_target("between:50:20"), "target", "target between:50:20: must start at 0 or later"),
+        (lambda: as_target("decay:linear:200%"), "target", "target decay:linear:200%: must be a part of training"),
+        (lambda: Between(5, 2e6).profile(1e6, IMAGES, 1280.0), "target", "target between:5:2000000: ends after t"),
+        (lambda: Window(10**4 + 1).profile(1e6, IMAGES, 1280.0), "target", "target window:10001: the run has 10,000"),
         (lambda: GivenProfile(Uniform(0, 1), "../a b"), "profile", "'../a b'"),
         (lambda: GivenProfile(Uniform(0, 1e6 + 1), "mine").profile(1e6, IMAGES, 1280.0), "profile mine",
          "tail is 9.99999e-07 at s = 1,000,000; must lie in [0, 1]"),
@@ -155,9 +163,9 @@ def test_the_mean_is_of_the_last_checkpoints() -> None:
     assert Mean(2).coefficients_of(stored).tolist() == [0.5, 0, 0, 0.5]
     averages = [PowerFunction(5.0, 10.0), PowerFunction(5.0, 20.0)]
     assert Mean(1).coefficients_of(averages).tolist() == [0, 1]
-    with refused("last", "only 3 up to this time"):
+    with refused("target", "last:4: the run has only 3 up to this time"):
         Mean(4).coefficients_of(stored)
-    with refused("last", "several averages of each time"):
+    with refused("target", "last:1", "this run has none, but more than one average at each time"):
         Mean(1).coefficients_of([PowerFunction(5.0, 10.0), PowerFunction(6.0, 10.0)])
 
 

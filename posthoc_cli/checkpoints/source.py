@@ -90,7 +90,7 @@ class ImportSettings:
             if not is_valid:
                 raise InvalidValueError(name, f"must be {required}", value=brief(getattr(self, name)))
         for sigma_rel in self.sigma_rels:
-            check_sigma_rel(sigma_rel)
+            check_sigma_rel(sigma_rel, "sigma_rels")
         for name, least in (("update_every", 1), ("update_after_step", 0), ("steps_per_epoch", 1), ("ema_late", 0)):
             if (value := getattr(self, name)) is not None:
                 check_count(name, value, least)

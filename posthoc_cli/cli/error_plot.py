@@ -11,6 +11,7 @@ from typer import Argument
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.targets import parse_numbers
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import ErrorReport, Schedule
@@ -86,7 +87,7 @@ def _schedules(sigma_rels: list[str], steps: list[str], every: list[str], most: 
     count = len(sigma_rels)
     lengths, intervals = _counts(steps, "--steps", count), _counts(every, "--checkpoint-every", count)
     kept: Sequence[int | None] = _counts(most, "--max-checkpoints", count) if most else [None] * count
-    widths = [tuple(values.parse_sigma_rels(text, "--sigma-rels")) for text in sigma_rels]
+    widths = [tuple(parse_numbers(text, "--sigma-rels")) for text in sigma_rels]
     return [Schedule(*settings) for settings in zip(widths, lengths, intervals, kept, strict=True)]
 
 

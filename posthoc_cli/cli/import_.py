@@ -9,6 +9,7 @@ from typer import Argument
 
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.cli import output, values
+from posthoc_cli.targets import parse_numbers
 
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.import_run import Import
@@ -82,7 +83,7 @@ def import_(
     done = import_checkpoints(
         values.open_run(directory, directory=False).directory, out, copy=copy, overwrite=overwrite, dry_run=dry_run,
         progress=output.progress_bar(), kind=kind, step_from=step_from, prefix=prefix, include=include,
-        exclude=exclude, sigma_rels=values.optional(values.parse_sigma_rels, sigma_rels, "--sigma-rels") or (),
+        exclude=exclude, sigma_rels=values.optional(parse_numbers, sigma_rels, "--sigma-rels") or (),
         update_every=update_every, update_after_step=update_after_step,
         ema_decay=values.optional(_decay, ema_decay), ema_warmup=ema_warmup, ema_restarts=ema_restarts,
         steps_per_epoch=steps_per_epoch,

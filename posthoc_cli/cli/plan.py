@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from posthoc_cli import files, resources
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import percent
+from posthoc_cli.targets import parse_numbers
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import PlanReport
@@ -58,7 +59,7 @@ def plan(
     from posthoc_cli.planning import Task
     from posthoc_cli.run import plan_training
 
-    widths = None if sigma_rels is None else tuple(values.parse_sigma_rels(sigma_rels, "--sigma-rels"))
+    widths = None if sigma_rels is None else tuple(parse_numbers(sigma_rels, "--sigma-rels"))
     task = Task(
         steps=values.parse_count(steps, "--steps"),
         parameters=values.parse_count(params, "--params", "1.2e9, 1.2B or 350M"),

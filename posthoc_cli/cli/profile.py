@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError, check_alone
-from posthoc_cli.targets import Beta, HalfLife, bad, parse_targets
+from posthoc_cli.targets import Beta, HalfLife, bad, parse_numbers, parse_targets
 
 EPILOG = (
     "Example:  ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000   or   "
@@ -40,9 +40,14 @@ def profile(
         reason = "is missing: the sigma_rel of a decay depends on the length of training"
         raise InvalidValueError("--steps", reason, "such as --steps 100000")
     count = values.parse_count(steps or "1000", "--steps")
-    widths = values.parse_sigma_rels(_DEFAULT if sigma_rel is None else sigma_rel) if target is None else []
+    widths = parse_numbers(_DEFAULT if sigma_rel is None else sigma_rel, "--sigma-rel") if target is None else []
     betas = [] if target is None else _betas(target)
-    rows = [row.to_dict() for row in convert(count, widths, betas)]
+    try:
+        rows = [row.to_dict() for row in convert(count, widths, betas)]
+    except InvalidValueError as error:
+        if target is None or error.subject != "betas":
+            raise
+        raise bad("--target", target, error.reason) from error
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
     else:

@@ -39,7 +39,7 @@ def prune(
     from posthoc_cli.snapshots.writer import file_bytes
 
     check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
-    count = values.optional(values.parse_count, keep, "--keep", "20; the newest snapshot of each profile is kept")
+    count = values.optional(values.parse_count, keep, "--keep", "20")
     error = values.optional(values.parse_max_error, max_error)
     ends = values.parse_sigma_range(sigma_range)
     directory = values.existing(directory, directory=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError, check_count, check_number, percent
-from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range, forecast, several
+from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_max_error, check_sigma_range, forecast, several
 from posthoc_cli.planning.schedule import (
     PLANNED_BYTES,
     USEFUL_RANGE,
@@ -73,6 +73,7 @@ class Task:
 
     def __post_init__(self) -> None:
         check_sigma_range(self.sigma_range)
+        check_max_error(self.max_error)
         check_count("max_size", self.max_bytes)
         counts = {"steps": self.steps, "params": self.parameters, "checkpoint_every": self.checkpoint_every}
         for name, value in {**counts, "max_checkpoints": self.max_checkpoints}.items():

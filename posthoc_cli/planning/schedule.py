@@ -141,7 +141,7 @@ def check_tracked(sigma_rels: Sequence[float]) -> None:
     if not sigma_rels:
         raise InvalidValueError("sigma_rels", "must be at least one")
     for sigma_rel in sigma_rels:
-        check_sigma_rel(sigma_rel)
+        check_sigma_rel(sigma_rel, "sigma_rels")
 
 
 def check_interval(checkpoint_every: int, steps: int) -> None:

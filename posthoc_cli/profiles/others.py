@@ -76,8 +76,8 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     """Return the inverse of `classical_beta`; beta is below the uniform average's, 1 - 2 / (steps + 1)."""
     longest = 1 - 2 / (steps + 1)
     if not 0 < beta < longest:
-        reason = f"after {steps:,} steps it must lie in (0, {longest:.7g}), below the mean age of the uniform average"
-        raise InvalidValueError("beta", reason, value=f"{beta!r}")
+        reason = f"after {steps:,} steps beta must lie in (0, {longest:.7g}), below the mean age of the uniform average"
+        raise InvalidValueError("betas", reason, value=f"{beta!r}")
     from scipy.optimize import brentq  # slow to import
 
     age = beta / (1 - beta)
@@ -160,7 +160,7 @@ class StepWindow:
         count = float(self.clock.step_at(self.t))
         if self.steps > count:
             reason = f"the run has {math.floor(count):,} steps up to t = {self.t:,.12g}; must be at most that"
-            raise InvalidValueError("window", reason, value=self.steps)
+            raise InvalidValueError("target", reason, value=f"window:{self.steps}")
 
     @property
     def start(self) -> float:

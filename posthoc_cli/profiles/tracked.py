@@ -56,8 +56,8 @@ SHORTEST_SIGMA_REL = 1e-12
 """The least sigma_rel, shorter than one step of any training; far below it the formulas overflow."""
 
 
-def check_sigma_rel(sigma_rel: float) -> float:
-    """Return `sigma_rel` as a float; raise an InvalidValueError that names the range if it lies outside."""
+def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
+    """Return `sigma_rel` as a float; raise an InvalidValueError about `name` if it is out of range."""
     try:
         value = math.nan if isinstance(sigma_rel, str) else float(sigma_rel)
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -66,10 +66,10 @@ def check_sigma_rel(sigma_rel: float) -> float:
         shown = f"{sigma_rel:g}" if isinstance(sigma_rel, int | float) else repr(sigma_rel)[:40]
         must = "must lie" if isinstance(sigma_rel, int | float) else "must be a number, and lie"
         reason = f"{must} in (0, 0.2887); 0.2887 is the uniform average over all of training"
-        raise InvalidValueError("sigma_rel", reason, value=shown)
+        raise InvalidValueError(name, reason, value=shown)
     if value < SHORTEST_SIGMA_REL:
         reason = f"too short to differ from no averaging; must be at least {SHORTEST_SIGMA_REL:g}"
-        raise InvalidValueError("sigma_rel", reason, value=f"{value:g}")
+        raise InvalidValueError(name, reason, value=f"{value:g}")
     return value
 
 

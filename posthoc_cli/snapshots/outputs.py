@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from posthoc_cli import files
+from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, list_folder, read_snapshot
-from posthoc_cli.snapshots.format import FileHeader, OutputInfo
+from posthoc_cli.snapshots.format import FileHeader, OutputInfo, TrackingSchedule
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind, parse_object
 from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.snapshots.sources import FileSource, Snapshot
@@ -269,7 +270,7 @@ def _describe_state(state: StoredState) -> Description:
     return {
         **_values("state", state.path, state.info, fields),
         "sigma_rels": list(state.info.sigma_rels),
-        "schedule": vars(state.info.schedule),
+        "schedule": _describe_schedule(state.info.schedule),
         "known_snapshots": len(state.info.snapshots),
         **_sizes([state.header]),
     }
@@ -284,7 +285,7 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
         "t_unit": newest.t_unit,
         "t": newest.t,
         "step": newest.step,
-        "schedule": vars(newest.schedule),
+        "schedule": _describe_schedule(newest.schedule),
         **describe_tensors(snapshots[-1]),
         "snapshots": [
             {"file": s.path.name, "t": s.info.t, "step": s.info.step, "sigma_rel": s.info.sigma_rel} for s in snapshots
@@ -294,6 +295,13 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
         "bytes": sum(snapshot.header.file_bytes for snapshot in snapshots),
         "profiles": [_describe_profile([s for s in snapshots if s.info.sigma_rel == width]) for width in widths],
     }
+
+
+def _describe_schedule(schedule: TrackingSchedule) -> Description:
+    """Return the settings of `PostHocEMA.from_model`, without the range for thinning, which follows from the widths."""
+    dtype = schedule.checkpoint_dtype
+    described = vars(schedule) | {"checkpoint_dtype": dtype and DTYPES[dtype].torch_name}
+    return {name: value for name, value in described.items() if name != "sigma_range"}
 
 
 def _describe_profile(snapshots: Sequence[Snapshot]) -> Description:
@@ -325,7 +333,7 @@ def _describe_snapshot(snapshot: Snapshot) -> Description:
     fields = "sigma_rel gamma t t_unit step off_schedule t_first max_interval"
     return {
         **_values("snapshot", snapshot.path, info, fields),
-        "schedule": vars(info.schedule),
+        "schedule": _describe_schedule(info.schedule),
         "measurements": measurements,
         **_describe_parts(snapshot),
         **describe_tensors(snapshot),

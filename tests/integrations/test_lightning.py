@@ -141,7 +141,7 @@ def test_several_averages_are_validated_in_passes_hidden_from_callbacks_and_logg
     rows = [line.split(",") for line in metrics.read_text().splitlines()]
     assert "ema_window-12_val_loss_dataloader_idx_1" in rows[0]
     assert len([row for row in rows[1:] if row[rows[0].index("val_loss/dataloader_idx_0")]]) == 3
-    assert caplog.text.count("window 12") == 1
+    assert caplog.text.count("window:12") == 1
 
 
 class Failing(Regression):

@@ -235,7 +235,7 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
         assert found == pytest.approx(losses[label], rel=1e-5 if label == "0.2" else 2e-3)
     assert losses["window-5"].keys() == {6, 8}
     assert losses["0.2"].keys() == {2, 4, 6, 8}
-    assert caplog.text.count("window 5") == 1
+    assert caplog.text.count("window:5") == 1
     best = min(losses["decay-linear-50%"], key=losses["decay-linear-50%"].get)
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     assert [path.name for path in (tmp_path / f"out/checkpoint-{best}").glob("ema*")] == ["ema_decay-linear-50%"]

@@ -106,7 +106,7 @@ def test_several_lengths_come_from_one_pass_and_later_updates_do_not_change_them
     assert len(opened) == len({*opened}) > 10
     assert run.tracker.models(run.model, wanted).keys() == blocks.keys()
     assert run.tracker.models(run.model, "window:400") == {}
-    assert caplog.text.count("window 400") == 1
+    assert caplog.text.count("window:400") == 1
     history = [*run.weights]
     run.train(7)
     after = run.everything()
