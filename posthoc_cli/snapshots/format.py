@@ -38,6 +38,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.aliases       JSON object: further names of a tensor -> the name under which it is stored (tied parameters)
     ema.left_out      JSON list: names in the model's state that the run does not track
     ema.selection     JSON object: the fields of `Selection`; copy_only only if it is not empty (optional)
+    ema.skip_nonfinite  "true" if the run skips updates with a nan or an infinity (on_nonfinite="skip"), or missing
     ema.off_schedule  "true" for a snapshot between the times of the schedule (at the end of training, or on request),
                       missing otherwise. Later snapshots on the schedule do not depend on it
     ema.measurements  JSON object: norm, rounding, weights, distances; see below (optional)
@@ -387,6 +388,7 @@ class SnapshotInfo(SourceInfo):
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     selection: Selection | None = None
+    skip_nonfinite: bool = False
     clock: Knots = ()
     updates: int | None = None
     inherited: float = 0.0

@@ -166,7 +166,8 @@ class PostHocEMA(Tracker):
         newest, kept = snapshots[-1].info, resuming.read_state_info(directory)
         selection = (newest.selection or Selection()).resumed(newest.roles)
         keeps_state = kept is not None and kept.run_id == newest.run_id
-        settings = Settings(profiles, newest.schedule, newest.t_unit, selection, keep_state=keeps_state)
+        on_nonfinite = "skip" if newest.skip_nonfinite else "raise"
+        settings = Settings(profiles, newest.schedule, newest.t_unit, selection, on_nonfinite, keeps_state)
         tracking = resuming.resumed_tracking(directory, snapshots, profiles)
         if model is not None:
             # By the names in the snapshots: a model that is only to be filled may be frozen.

@@ -119,7 +119,7 @@ def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> 
             sigma_rels=averages.sigma_rels, t=standing.t, t_unit=settings.t_unit, step=standing.step, clock=knots,
             t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
             tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
-            selection=settings.selection, updates=standing.updates,
+            selection=settings.selection, skip_nonfinite=settings.on_nonfinite == "skip", updates=standing.updates,
             inherited=inherited, off_schedule=off_schedule, sketch=sketch, chunks=tracked.chunks,
             part=members.part, mesh=members.mesh, session=members.session,
         )
