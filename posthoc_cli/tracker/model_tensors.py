@@ -22,6 +22,7 @@ from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
+from posthoc_cli.snapshots.codecs import encode_sample
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.selection import Selection, running_statistics
@@ -182,7 +183,7 @@ class TrackedModel:
         entries = fmt.lay_out(specs)
         checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
         tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
-        tables["sample"] = fmt.encode_sample(*[[0.0] * len(self.sampled)] * 2)
+        tables["sample"] = encode_sample(*[[0.0] * len(self.sampled)] * 2)
         try:
             fmt.encode_header(entries, fmt.encode_metadata("snapshot", tables), checksums)
         except InvalidValueError as error:

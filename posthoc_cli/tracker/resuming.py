@@ -28,8 +28,8 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
+from posthoc_cli.snapshots.codecs import path_of_part
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.path import Location, locate, path_of
@@ -337,7 +337,7 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, 0, inherited)
     averages = RunningAverages(
         tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies,
-        known_path=fmt.path_of_part(chosen[0].info.sketch, tracked.part),
+        known_path=path_of_part(chosen[0].info.sketch, tracked.part),
     )  # fmt: skip
     progress = Progress.resumed(ClockRecorder.of_knots(last.clock_pairs))
     return Tracking(last.run_id, progress, tracked, averages)

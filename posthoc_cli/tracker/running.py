@@ -61,7 +61,7 @@ from operator import itemgetter
 import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, is_late, new_value_share, window_ends
-from posthoc_cli.snapshots.format import Path
+from posthoc_cli.snapshots.codecs import PathSketch
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import Elements, FlatTensors, Layout, Tile, TileReader, tiles_of, zeros
 from posthoc_cli.tracker.measuring import Sketcher, closed
@@ -243,7 +243,7 @@ class RunningAverages:
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sample: Sequence[torch.Tensor] | None = None
     sketcher: Sketcher | None = None
-    known_path: Path | None = None
+    known_path: PathSketch | None = None
 
     def __post_init__(self) -> None:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
@@ -389,7 +389,7 @@ class RunningAverages:
         return values
 
     @torch.no_grad()
-    def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> Path | None:
+    def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> PathSketch | None:
         """Return the path of the weights up to the last update; unless `exact`, an open window is closed there."""
         tensors, sketcher, standing = self.tensors, self.sketcher, self.standing
         if tensors is None or sketcher is None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli.dtypes import torch_dtype
-from posthoc_cli.snapshots.format import encode_sample
+from posthoc_cli.snapshots.codecs import encode_sample
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import (
     Bucket,

@@ -29,6 +29,7 @@ from posthoc_cli.planning import range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
+from posthoc_cli.snapshots.codecs import encode_path, path_of_part
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.selection import Selection
@@ -266,7 +267,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         dtypes = tracked.dtypes(copied=True)
         _check_names(state["copies"], dtypes, tracked)
         copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
-        path = fmt.path_of_part(info.sketch, tracked.part)
+        path = path_of_part(info.sketch, tracked.part)
         averages = RunningAverages(info.sigma_rels, standing, kept, copies, known_path=path)
         if info.sigma_rels != wanted:
             averages = averages.of(wanted)
@@ -283,14 +284,9 @@ def state_info(state: Tracking, settings: Settings) -> StateInfo:
         t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
         window=standing.window, folded_t=standing.folded_t, folds=standing.folds, inherited=standing.inherited,
         schedule=settings.schedule, clock=tuple(progress.clock.state()),
-        sketch=encoded_path(averages),
+        sketch=encode_path(averages.known_path, exact=True),
         snapshots=tuple(sorted(state.snapshots)),
     )  # fmt: skip
-
-
-def encoded_path(averages: RunningAverages) -> str:
-    """Return the path of the weights that this process averages, as the text in a state."""
-    return "" if averages.known_path is None else fmt.encode_path(averages.known_path, exact=True)
 
 
 def _plain(info: StateInfo) -> dict[str, Any]:

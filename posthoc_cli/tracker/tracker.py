@@ -22,7 +22,7 @@ from posthoc_cli.errors import (
     PostHocError,
     shown,
 )
-from posthoc_cli.snapshots.format import joined_paths
+from posthoc_cli.snapshots.codecs import encode_path, joined_paths
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
@@ -38,7 +38,7 @@ from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.sharding import Group, ShardOwners
 from posthoc_cli.tracker.staging import squared_norms
-from posthoc_cli.tracker.state import Progress, Settings, Tracking, encoded_path, pack_state, state_info, unpack_state
+from posthoc_cli.tracker.state import Progress, Settings, Tracking, pack_state, state_info, unpack_state
 from posthoc_cli.tracker.worker import CallGuard
 
 AnyTracker = TypeVar("AnyTracker", bound="Tracker")
@@ -318,7 +318,8 @@ class Tracker:
         """Return a state to continue from: copies of this process's tensors, and everything else."""
         group = self._members.keepers("state_dict()")
         tracking = group.together(self._read_exactly)
-        part = tracking.averages.standing.inherited, encoded_path(tracking.averages)
+        averages = tracking.averages
+        part = averages.standing.inherited, encode_path(averages.known_path, exact=True)
         inherited, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
         # Each process knows the rounding and the path of its own part, and some processes have no average.
         total, sketch = tuple(map(sum, zip(*inherited, strict=True))), joined_paths([*filter(None, sketches)])
