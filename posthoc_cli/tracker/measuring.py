@@ -34,7 +34,7 @@ from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.reading import ElementRange, TensorReader, open_file
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
-from posthoc_cli.tracker.layout import Elements, Layout, Tile, Values, joined, ranges_of, tiles_of
+from posthoc_cli.tracker.layout import BucketTile, Elements, Layout, Values, joined, ranges_of, tiles_of
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ class Sketcher:
             self._begin, self._t = float(self._sketch.edges[-1]), float(path.sketch.edges[-1])
         return is_same
 
-    def take(self, tile: Tile, values: torch.Tensor) -> None:
+    def take(self, tile: BucketTile, values: torch.Tensor) -> None:
         """Take in a tile of a window's mean, or of a value."""
         self.subset.take(tile, values, self._values)
 

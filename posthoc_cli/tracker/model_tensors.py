@@ -411,16 +411,16 @@ class ModelWatch:
 
 
 class _ModelFingerprint:
-    """The contents of a model's modules at one moment: names, objects, memory, dtypes and required gradients.
+    """The registries of a model's modules at one moment: names, objects, memory, dtypes and required gradients.
 
     Comparing these at every update costs less than walking through the modules.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._contents: list[dict[str, Any]] = []
+        self._registries: list[dict[str, Any]] = []
         for module in model.modules():
-            self._contents += module._parameters, module._buffers, module._modules
-        self._filled = [contents for contents in self._contents if contents]
+            self._registries += module._parameters, module._buffers, module._modules
+        self._filled = [registry for registry in self._registries if registry]
         self._objects = [*chain.from_iterable(map(dict.values, self._filled))]  # kept alive so that no id is reused
         self._tensors = [*model.parameters(), *model.buffers()]
         self._are_sharded = any(map(is_sharded, self._tensors))
@@ -442,7 +442,7 @@ class _ModelFingerprint:
     def _read_properties(self, local: Sequence[torch.Tensor]) -> tuple[object, ...]:
         """Return all compared properties except the tensors' memory."""
         return (
-            [*map(len, self._contents)],
+            [*map(len, self._registries)],
             [*chain.from_iterable(self._filled)],
             [*map(id, chain.from_iterable(map(dict.values, self._filled)))],
             [p.requires_grad for p in local],

@@ -112,7 +112,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """The progress of a training: the clock of all calls, and `updated`, the last call at which an update was due.
 
     `own_clock` says whether the calls pass `t`; None while unknown.
@@ -123,7 +123,7 @@ class Progress:
     updated: int = 0
 
     @classmethod
-    def resumed(cls, clock: ClockRecorder, updated: int | None = None) -> Progress:
+    def resumed(cls, clock: ClockRecorder, updated: int | None = None) -> TrainingProgress:
         """Return the progress of a resumed run; whether its calls pass `t` is unknown where time and step are equal."""
         return cls(clock, True if clock.t != clock.step else None, clock.step if updated is None else updated)
 
@@ -137,7 +137,7 @@ class Progress:
         """The time of the last call."""
         return self.clock.t
 
-    def after(self, t: float | None, settings: Settings) -> Progress:
+    def after(self, t: float | None, settings: Settings) -> TrainingProgress:
         """Return the progress after one more call, with the caller's `t`, which must be later than the last one."""
         unit, step = settings.t_unit, self.step + 1
         if self.own_clock is not None and self.own_clock != (t is not None):
@@ -152,7 +152,7 @@ class Progress:
             reason = f"{within}, and be larger than at the last call, {self.t:,.12g} {unit}"
             raise InvalidValueError("t", reason, value=f"{time:.12g}")
         updated = step if settings.update_is_due(step) else self.updated
-        return Progress(self.clock.add(step, time), t is not None, updated)
+        return TrainingProgress(self.clock.add(step, time), t is not None, updated)
 
 
 def _number(t: float) -> float:
@@ -173,7 +173,7 @@ class Tracking:
     """
 
     run_id: str
-    progress: Progress
+    progress: TrainingProgress
     tracked: TrackedModel
     averages: RunningAverages
     resumes: bool = False
@@ -182,7 +182,7 @@ class Tracking:
     @classmethod
     def new(cls, run_id: str, tracked: TrackedModel, sigma_rels: Sequence[float], resumes: bool = False) -> Tracking:
         """Return the state of a tracker before its first call."""
-        return cls(run_id, Progress(), tracked, RunningAverages.none_yet(sigma_rels), resumes)
+        return cls(run_id, TrainingProgress(), tracked, RunningAverages.none_yet(sigma_rels), resumes)
 
 
 # --- a dict ---
@@ -271,7 +271,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         averages = RunningAverages(info.sigma_rels, standing, kept, copies, known_path=path)
         if info.sigma_rels != wanted:
             averages = averages.of(wanted)
-    progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
+    progress = TrainingProgress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
 
 

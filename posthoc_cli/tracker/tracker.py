@@ -38,7 +38,7 @@ from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.sharding import Group, ShardOwners
 from posthoc_cli.tracker.staging import squared_norms
-from posthoc_cli.tracker.state import Progress, Settings, Tracking, pack_state, state_info, unpack_state
+from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info, unpack_state
 from posthoc_cli.tracker.worker import CallGuard
 
 AnyTracker = TypeVar("AnyTracker", bound="Tracker")
@@ -374,7 +374,7 @@ class Tracker:
         self._nonfinite_anywhere(None, progress)
         self._pipeline.count(progress)
 
-    def _progress_when_ready(self, t: float | None) -> Progress:
+    def _progress_when_ready(self, t: float | None) -> TrainingProgress:
         """Wait until the pipeline can take what is due at the next call, and return the progress after that call.
 
         Nothing is counted meanwhile: an interrupted wait for a slow disk has no effect.
@@ -387,7 +387,7 @@ class Tracker:
             progress = self._next_progress(t)  # the last update may have been interrupted after it was queued
         return progress
 
-    def _take_in(self, model: torch.nn.Module, progress: Progress) -> None:
+    def _take_in(self, model: torch.nn.Module, progress: TrainingProgress) -> None:
         """Queue the model's values for the averages, or skip the update as `on_nonfinite` says."""
         tracked = self._pipeline.tracking.tracked
         try:
@@ -405,7 +405,7 @@ class Tracker:
         if nonfinite is not None:
             self.settings.skip_update(nonfinite)
 
-    def _nonfinite_anywhere(self, tensors: ModelTensors | None, progress: Progress) -> NonFiniteError | None:
+    def _nonfinite_anywhere(self, tensors: ModelTensors | None, progress: TrainingProgress) -> NonFiniteError | None:
         """Return the error for which all processes of a sharded model skip an update together, or None."""
         may_skip = self.settings.on_nonfinite == "skip" and self.settings.update_is_due(progress.step)
         if not (may_skip and isinstance(self._members, ShardOwners)):
@@ -415,7 +415,7 @@ class Tracker:
             return None
         return nonfinite_error(name, self._pipeline.tracking.tracked.tensors, progress.step)
 
-    def _next_progress(self, t: float | None) -> Progress:
+    def _next_progress(self, t: float | None) -> TrainingProgress:
         """Return the progress after one more call."""
         last = self._pipeline.progress
         try:
