@@ -22,7 +22,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import Measurements, MinimumVariance
-from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots import codecs
 from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
@@ -139,11 +139,11 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
     nothing = measured and Measurements(
         0.0, 0.0, tuple(replace(one, squared=0.0, rounding=0.0) for one in measured.distances), measured.weights and 0.0
     )
-    known = fmt.decode_path(info.sketch).sketch if info.sketch else None
+    known = codecs.decode_path(info.sketch).sketch if info.sketch else None
     no_path = (
         ""
         if known is None
-        else fmt.encode_path(fmt.Path(0, replace(known, means=0 * known.means, spread=0 * known.spread)))
+        else codecs.encode_path(codecs.PathSketch(0, replace(known, means=0 * known.means, spread=0 * known.spread)))
     )
     for number, own in enumerate(held, 1):
         first = number == 1

@@ -23,7 +23,7 @@ from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots import sources
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.tracker import evaluation
+from posthoc_cli.tracker import synthesizer
 
 
 def average(folder: Path) -> torch.Tensor:
@@ -69,7 +69,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         plan = real(*arguments, **options)
         return plan if removed else removed.append(remove_one(plan)) or plan  # type: ignore[func-returns-value]
 
-    monkeypatch.setattr(evaluation, "plan_synthesis", plan_and_remove)
+    monkeypatch.setattr(synthesizer, "plan_synthesis", plan_and_remove)
     monkeypatch.setattr(run_module, "plan_synthesis", plan_and_remove)
     return removed
 

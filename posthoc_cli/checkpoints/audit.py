@@ -40,7 +40,7 @@ from posthoc_cli.checkpoints.audit_decay import (
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import RAMP_UP, DecayRule, OrdinaryEMA
-from posthoc_cli.snapshots.format import decode_sample
+from posthoc_cli.snapshots.codecs import decode_sample
 from posthoc_cli.snapshots.path import places
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, Source
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, __version__, callbacks
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
@@ -28,6 +29,8 @@ from posthoc_cli.integrations import (
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
+
+_SAVES_FOLDERS = "_save_distributed_checkpoint"  # an attribute of ModelParallelStrategy
 
 
 class PostHocWeightAveraging(Callback):
@@ -104,6 +107,9 @@ class PostHocWeightAveraging(Callback):
             loop = getattr(getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None), "val_loop", None)
             names = {f"val_loop.{name}": hasattr(loop, name) for name in ("run", "skip", "setup_data")}
             check_found("validate", f"lightning {__version__}", names)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            names = {_SAVES_FOLDERS: hasattr(trainer.strategy, _SAVES_FOLDERS)}
+            check_found("strategy", f"lightning {__version__}", names)
         if trainer not in _saving:
             _watch_saving(trainer)
 
@@ -111,8 +117,7 @@ class PostHocWeightAveraging(Callback):
         """Make the tracker, unless this is a `fast_dev_run`, and continue from the checkpoint that was loaded."""
         if trainer.fast_dev_run:  # such a run writes no checkpoints and no logs either
             return
-        saves_folders = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
-        if is_sharded(pl_module) and not saves_folders:
+        if is_sharded(pl_module) and not getattr(trainer.strategy, _SAVES_FOLDERS, False):
             reason = "saves a checkpoint to one file, and processes of a sharded model save theirs to a folder"
             raise InvalidValueError("strategy", reason, "use ModelParallelStrategy(save_distributed_checkpoint=True)")
         self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, self.options)

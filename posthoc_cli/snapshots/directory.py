@@ -23,6 +23,7 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, P
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
+from posthoc_cli.snapshots.codecs import joined_paths
 from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
 from posthoc_cli.snapshots.path import index_within, joined_sample, places
 from posthoc_cli.snapshots.reading import BackingFile
@@ -380,7 +381,7 @@ def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snap
         measurements=sum_of_parts([part.info.measurements for part in parts]),
         motion=next((part.info.motion for part in parts if part.info.motion is not None), None),
         sample=joined_sample([(part.info.sample, at) for part, at in zip(parts, joined.sampled, strict=True)]),
-        sketch=fmt.joined_paths([part.info.sketch for part in parts]),
+        sketch=joined_paths([part.info.sketch for part in parts]),
         part=None, chunks={},
     )  # fmt: skip
     backing = (BackingFile(part.path, part.header, boxes) for part, boxes in zip(parts, joined.boxes, strict=True))

@@ -38,6 +38,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.aliases       JSON object: further names of a tensor -> the name under which it is stored (tied parameters)
     ema.left_out      JSON list: names in the model's state that the run does not track
     ema.selection     JSON object: the fields of `Selection`; copy_only only if it is not empty (optional)
+    ema.skip_nonfinite  "true" if the run skips updates with a nan or an infinity (on_nonfinite="skip"), or missing
     ema.off_schedule  "true" for a snapshot between the times of the schedule (at the end of training, or on request),
                       missing otherwise. Later snapshots on the schedule do not depend on it
     ema.measurements  JSON object: norm, rounding, weights, distances; see below (optional)
@@ -157,7 +158,6 @@ digits, the same in all parts of a plan) and ema.release (the release that wrote
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import math
@@ -165,11 +165,10 @@ import re
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES
@@ -178,14 +177,14 @@ from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import (
     Clock,
     Discrete,
-    FloatArray,
     Point,
     RecordedPowerFunction,
     StoredProfile,
     gamma_from_sigma_rel,
 )
-from posthoc_cli.reconstruction import Measurements, Motion, Sketch, Steps, StoredAverage
+from posthoc_cli.reconstruction import Measurements, Motion, Steps, StoredAverage
 from posthoc_cli.snapshots.chunks import Chunk
+from posthoc_cli.snapshots.codecs import decode_sample, is_path
 from posthoc_cli.snapshots.selection import Selection
 
 VERSION = "1"
@@ -286,8 +285,8 @@ Knots = Annotated[
     tuple[tuple[int, float], ...],
     Rule(f"a list of pairs of a step and its time, at most {MAX_KNOTS:,}", lambda pairs: len(pairs) <= MAX_KNOTS),
 ]
-SampleText = Annotated[str, Rule("a sample", lambda text: decode_sample(text))]
-SketchText = Annotated[str, Rule("a sketch", lambda text: not text or [*map(_path_arrays, text.split(_AND))])]
+SampleText = Annotated[str, Rule("a sample", decode_sample)]
+SketchText = Annotated[str, Rule("a sketch", is_path)]
 
 _INTERVALS = Rule(
     f"1 to {MAX_INTERVALS:,} values of walk, as many of noise, and one more of edges",
@@ -317,7 +316,7 @@ class SourceInfo:
         aliases: further names of tensors, each with the name under which the tensor is stored.
         left_out: names in the model's state that were not tracked.
         measurements: the measurements of the average; None if they must be estimated.
-        sketch: the path of the weights up to `t`, see `encode_path`; empty if unknown.
+        sketch: the path of the weights up to `t`, see `codecs.encode_path`; empty if unknown.
     """
 
     run_id: str
@@ -387,6 +386,7 @@ class SnapshotInfo(SourceInfo):
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     selection: Selection | None = None
+    skip_nonfinite: bool = False
     clock: Knots = ()
     updates: int | None = None
     inherited: float = 0.0
@@ -559,110 +559,3 @@ def compact(value: object) -> str:
 
 def _plain(value: Any) -> object:
     return value.tolist() if isinstance(value, np.ndarray) else vars(value)
-
-
-# --- the sample of the network
-
-Floats = npt.NDArray[np.float32]
-
-PLACES = 512
-"""The number of elements in a sample; small models have fewer."""
-
-
-def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
-    """Return a sample as stored in headers: float32 values of the network, then of the average, in base64."""
-    return base64.b64encode(np.concatenate([weights, average]).astype("<f4").tobytes()).decode()
-
-
-def decode_sample(text: str) -> tuple[Floats, Floats]:
-    """Return the values of the network and of the average in a sample; raise ValueError if it is invalid."""
-    data = base64.b64decode(text, validate=True)
-    if len(data) % 8 or len(data) > 8 * PLACES:
-        raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
-    values = np.frombuffer(data, "<f4").astype(np.float32)
-    return values[: len(values) // 2], values[len(values) // 2 :]
-
-
-# --- the sketch of the path
-
-MOST_WINDOWS, MOST_NUMBERS = 4_096, 1_024
-_LARGEST = 2.0**14
-"""The largest difference after scaling to float16: differences down to 2**-28 of it keep all bits."""
-
-
-_AND = "|"
-"""The separator between the sketches of parts; used in memory only."""
-
-_MOST = 1e60
-"""The bound on usable numbers: products of larger ones overflow."""
-
-
-class Path(NamedTuple):
-    """A sketch and the identifier of its projection, which depends on the tensors and the random signs."""
-
-    projection: int
-    sketch: Sketch
-
-
-def encode_path(path: Path, exact: bool = False) -> str:
-    """Return a sketch as stored in headers, or in states if `exact`; empty if it holds unusable numbers."""
-    sketch, means = path.sketch, path.sketch.means.astype("<f4")
-    if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
-        return ""
-    factor = float(np.abs(np.diff(means.astype(np.float64), axis=0)).max(initial=0.0)) / _LARGEST or 1.0
-    steps, place = np.zeros((len(means) - 1, means.shape[1]), "<f2"), means[0] / factor
-    for step, wanted in zip(steps, means[1:] / factor, strict=True):  # from the rounded place, so errors do not add up
-        step[:] = wanted - place
-        place = place + step
-    counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
-    known = np.concatenate((sketch.edges, sketch.folds, sketch.spread, [factor])).astype("<f8")
-    parts = (counts, known, means) if exact else (counts, known, means[:1], steps)
-    return base64.b64encode(b"".join(part.tobytes() for part in parts)).decode()
-
-
-def decode_path(text: str) -> Path:
-    """Return the path that a sketch encodes, adding up the parts of `joined_paths`; ValueError if it is invalid."""
-    (projection, total), *others = (_decoded(part) for part in text.split(_AND))
-    for _, sketch in others:
-        total = replace(total, means=total.means + sketch.means, spread=total.spread + sketch.spread)
-    return Path(projection, total)
-
-
-def _decoded(text: str) -> Path:
-    (windows, _, size, projection), (*known, factor), means, steps = _path_arrays(text)
-    edges, folds, spread = np.split(np.array(known), [windows + 1, 2 * windows + 1])
-    if size == 2:
-        means = np.concatenate((means, means + np.cumsum(steps * factor, axis=0)))
-    return Path(projection, Sketch(edges, folds, means, spread))
-
-
-def path_of_part(text: str, part: tuple[int, int] | None) -> Path | None:
-    """Return the path of a part (its number, counted from 1, and the count) or a complete model; None if unknown."""
-    number, count = part or (1, 1)
-    texts = text.split(_AND)
-    return decode_path(texts[number - 1]) if text and len(texts) == count else None
-
-
-def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArray]:
-    """Return the four integers, the float64 values, and the float32 and float16 numbers of a sketch."""
-    data = base64.b64decode(text, validate=True)
-    counts = np.frombuffer(data[:32], "<i8").tolist() if len(data) >= 32 else [0] * 4
-    windows, numbers, size, _ = counts
-    first = 32 + 8 * (3 * windows + 2)
-    rest = first + 4 * numbers * (windows if size == 4 else 1)
-    is_sketch = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)
-    if not is_sketch or len(data) != rest + 2 * numbers * (windows - 1) * (size == 2):
-        raise ValueError(f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4")
-    pieces = ((data[32:first], "<f8"), (data[first:rest], "<f4"), (data[rest:], "<f2"))
-    known, means, steps = (np.frombuffer(piece, dtype).astype(np.float64) for piece, dtype in pieces)
-    return counts, known, means.reshape(-1, numbers), steps.reshape(-1, numbers)
-
-
-def joined_paths(texts: Sequence[str]) -> str:
-    """Join the sketches of a model's parts; return an empty text unless all have a sketch of the same windows."""
-    if not texts or not all(texts):
-        return ""
-    (counts, known, *_), *others = (_path_arrays(text) for text in texts)
-    shared = 2 * counts[0] + 1  # the windows' edges and folds
-    is_alike = all(counts[:2] == c[:2] and np.array_equal(known[:shared], k[:shared]) for c, k, *_ in others)
-    return _AND.join(texts) if is_alike else ""

@@ -34,7 +34,8 @@ import xxhash
 
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.chunks import Box
-from posthoc_cli.snapshots.format import PLACES, Floats, SnapshotInfo, decode_sample, encode_sample
+from posthoc_cli.snapshots.codecs import PLACES, Floats, decode_sample, encode_sample
+from posthoc_cli.snapshots.format import SnapshotInfo
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.sources import Snapshot

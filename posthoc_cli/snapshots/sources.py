@@ -44,6 +44,7 @@ from posthoc_cli.reconstruction import (
 )
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box
+from posthoc_cli.snapshots.codecs import decode_path
 from posthoc_cli.snapshots.reading import BackingFile, ElementRange, TensorReader
 from posthoc_cli.snapshots.tensor_file import decode_values, opened_in_turn
 
@@ -222,7 +223,7 @@ def source_prior(sources: Sequence[Source]) -> Prior:
         averages[: len(on_disk)] = with_sampled_measurements(on_disk)
     last = max((source.info.t for source in ordered), default=0.0)  # earlier sketches show a part of the path
     text = next((source.info.sketch for source in ordered if source.info.t == last and source.info.sketch), "")
-    prior = measured_prior(averages, fmt.decode_path(text).sketch if text else None)
+    prior = measured_prior(averages, decode_path(text).sketch if text else None)
     place = {id(source): index for index, source in enumerate(ordered)}
     return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
 

@@ -37,7 +37,7 @@ _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)  # norms of ordin
 Values = npt.NDArray[Any]
 
 
-class Tile(NamedTuple):
+class BucketTile(NamedTuple):
     """A range of elements of the bucket of index `bucket`; `number` is the tile's index in the layout."""
 
     number: int
@@ -118,10 +118,10 @@ def on_host(layout: Layout) -> Layout:
     return tuple(replace(bucket, device=HOST) for bucket in layout)
 
 
-def tiles_of(layout: Layout) -> list[Tile]:
+def tiles_of(layout: Layout) -> list[BucketTile]:
     """Return the tiles of all buckets of a layout."""
     spans = [(index, *ends) for index, bucket in enumerate(layout) for ends in pairwise(bucket.edges())]
-    return [Tile(number, *span) for number, span in enumerate(spans)]
+    return [BucketTile(number, *span) for number, span in enumerate(spans)]
 
 
 def ranges_of(layout: Layout) -> list[list[ElementRange]]:
@@ -187,32 +187,32 @@ def _edges(count: int, most: int) -> list[int]:
 # --- reading
 
 
-Source = torch.Tensor | tuple[torch.Tensor, int, int]
+TilePart = torch.Tensor | tuple[torch.Tensor, int, int]
 """A flat tensor, or a tensor that is not contiguous with a range of its elements in row-major order."""
 
 
-def _source(tensor: torch.Tensor, begin: int, end: int) -> Source:
+def _tile_part(tensor: torch.Tensor, begin: int, end: int) -> TilePart:
     return tensor.view(-1)[begin:end] if tensor.is_contiguous() else (tensor, begin, end)
 
 
-def _current(source: Source) -> torch.Tensor:
-    """Return the values of a source as they are now, flat; values that are not contiguous are copied."""
-    if isinstance(source, torch.Tensor):
-        return source
-    tensor, begin, end = source
+def _current(part: TilePart) -> torch.Tensor:
+    """Return the values of a part as they are now, flat; values that are not contiguous are copied."""
+    if isinstance(part, torch.Tensor):
+        return part
+    tensor, begin, end = part
     row = tensor[0].numel()
     first = begin // row
     return tensor[first : -(-end // row)].reshape(-1)[begin - first * row : end - first * row]
 
 
-class TileReader:
+class LayoutReader:
     """A reader of a layout's tensors, tile by tile, in up to `threads` threads. It holds views of the tensors, no copy.
 
-    `sources` are the parts of each tile, in order, on the bucket's device.
+    `parts` are those of each tile, in order, on the bucket's device.
     """
 
-    def __init__(self, layout: Layout, sources: Sequence[Sequence[Source]], threads: int = 1) -> None:
-        self.layout, self.tiles, self._sources = layout, tiles_of(layout), sources
+    def __init__(self, layout: Layout, parts: Sequence[Sequence[TilePart]], threads: int = 1) -> None:
+        self.layout, self.tiles, self._parts = layout, tiles_of(layout), parts
         sizes = [min(bucket.bounds[-1], bucket.tile) for bucket in layout]
         self._scratch = [
             [torch.empty(size, dtype=b.wide, device=b.device) for b, size in zip(layout, sizes, strict=True)]
@@ -220,14 +220,14 @@ class TileReader:
         ]
 
     @classmethod
-    def of_tensors(cls, layout: Layout, tensors: Mapping[str, torch.Tensor], threads: int = 1) -> TileReader:
+    def of_tensors(cls, layout: Layout, tensors: Mapping[str, torch.Tensor], threads: int = 1) -> LayoutReader:
         """Return a reader of tensors by name."""
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
-        sources = [[_source(detached[name], *ends) for name, *ends in ranges] for ranges in ranges_of(layout)]
-        return cls(layout, sources, threads)
+        parts = [[_tile_part(detached[name], *ends) for name, *ends in ranges] for ranges in ranges_of(layout)]
+        return cls(layout, parts, threads)
 
     @classmethod
-    def of_host(cls, host: HostTensors, threads: int = 1) -> TileReader:
+    def of_host(cls, host: HostTensors, threads: int = 1) -> LayoutReader:
         """Return a reader of tensors on the host."""
         return cls(host.layout, [host.flat(*tile[1:]) for tile in tiles_of(host.layout)], threads)
 
@@ -236,11 +236,11 @@ class TileReader:
         """Bytes of scratch memory."""
         return sum(buffer.nbytes for buffers in self._scratch for buffer in buffers)
 
-    def current(self, tile: Tile) -> list[torch.Tensor]:
+    def current(self, tile: BucketTile) -> list[torch.Tensor]:
         """Return a tile's values as they are now, in flat tensors that follow each other."""
-        return [*map(_current, self._sources[tile.number])]
+        return [*map(_current, self._parts[tile.number])]
 
-    def flat(self, tile: Tile, thread: int = 0) -> torch.Tensor:
+    def flat(self, tile: BucketTile, thread: int = 0) -> torch.Tensor:
         """Return a tile's values, flat, in a dtype with float32's range; valid until the same thread's next call."""
         first, *others = parts = self.current(tile)
         if not others and first.dtype in _LIKE_FLOAT32:
@@ -248,12 +248,12 @@ class TileReader:
         scratch = self._scratch_of(tile, thread)
         return torch.cat(parts, out=scratch) if others else scratch.copy_(first)
 
-    def wide(self, flat: torch.Tensor, tile: Tile, thread: int = 0) -> torch.Tensor:
+    def wide(self, flat: torch.Tensor, tile: BucketTile, thread: int = 0) -> torch.Tensor:
         """Return a tile's `flat` values in the averages' dtype; valid until the same thread's next call."""
         scratch = self._scratch_of(tile, thread)
         return flat if flat.dtype == scratch.dtype else scratch.copy_(flat)
 
-    def values(self, tile: Tile, thread: int = 0) -> torch.Tensor:
+    def values(self, tile: BucketTile, thread: int = 0) -> torch.Tensor:
         """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next call."""
         return self.wide(self.flat(tile, thread), tile, thread)
 
@@ -264,7 +264,7 @@ class TileReader:
         """
         norms = [torch.empty(0)] * len(self.tiles)
 
-        def measure(tile: Tile, thread: int) -> None:
+        def measure(tile: BucketTile, thread: int) -> None:
             norms[tile.number] = torch.linalg.vector_norm(self.flat(tile, thread))
 
         pool.each(measure, self.tiles)
@@ -272,7 +272,7 @@ class TileReader:
         stacked = (torch.stack([norms[tile.number] for tile in tiles]) for _, tiles in buckets)
         return [norm for bucket in stacked for norm in bucket.tolist()]
 
-    def nonfinite_name(self, tiles: Iterable[Tile]) -> str | None:
+    def nonfinite_name(self, tiles: Iterable[BucketTile]) -> str | None:
         """Return the name of the first tensor that holds a nan or an infinity in these tiles, or None."""
         ordered = sorted(tiles)
         ranges = ranges_of(self.layout) if ordered else []
@@ -284,7 +284,7 @@ class TileReader:
                     return piece.name
         return None
 
-    def _scratch_of(self, tile: Tile, thread: int) -> torch.Tensor:
+    def _scratch_of(self, tile: BucketTile, thread: int) -> torch.Tensor:
         return self._scratch[thread][tile.bucket][: tile.end - tile.begin]
 
 
@@ -313,7 +313,7 @@ class Elements:
         pairs = zip(self.counts, self.layout, strict=True)
         return [torch.zeros(count, dtype=bucket.wide, device=bucket.device) for count, bucket in pairs]
 
-    def take(self, tile: Tile, values: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
+    def take(self, tile: BucketTile, values: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
         """Copy the selected elements of a tile, which has these values, to the buffers."""
         first, last, index = self.of_tiles[tile.number]
         if first < last:

@@ -29,11 +29,12 @@ from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
 from posthoc_cli.reconstruction import Distance, Measurements, Sketch
 from posthoc_cli.snapshots.chunks import Chunk
+from posthoc_cli.snapshots.codecs import PathSketch
 from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot
-from posthoc_cli.snapshots.format import Path, SnapshotInfo
+from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.reading import ElementRange, TensorReader, open_file
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
-from posthoc_cli.tracker.layout import Elements, Layout, Tile, Values, joined, ranges_of, tiles_of
+from posthoc_cli.tracker.layout import BucketTile, Elements, Layout, Values, joined, ranges_of, tiles_of
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +237,7 @@ class Sketcher:
         """Bytes of memory."""
         return sum(tensor.nbytes for tensor in (*self._values, *self._factors))
 
-    def resume(self, path: Path) -> bool:
+    def resume(self, path: PathSketch) -> bool:
         """Continue a path, and return True, if it is of the same projection; a last window of no folds is open."""
         is_same = path.projection == self._projection
         if is_same:
@@ -244,7 +245,7 @@ class Sketcher:
             self._begin, self._t = float(self._sketch.edges[-1]), float(path.sketch.edges[-1])
         return is_same
 
-    def take(self, tile: Tile, values: torch.Tensor) -> None:
+    def take(self, tile: BucketTile, values: torch.Tensor) -> None:
         """Take in a tile of a window's mean, or of a value."""
         self.subset.take(tile, values, self._values)
 
@@ -258,7 +259,7 @@ class Sketcher:
         share = new_value_share(gammas[0], before, t) / new_value_share(gammas[0], begin, t)
         self._add(t, share, is_last or sketched_window_ends(gammas, begin, before, t))
 
-    def path(self, t: float | None = None) -> Path | None:
+    def path(self, t: float | None = None) -> PathSketch | None:
         """Return the path so far; an open window is a last one of no folds, see `closed`.
 
         With `t`, the tiles that have been taken in are those of a last window that ends then.
@@ -269,7 +270,7 @@ class Sketcher:
             sketch = _appended(sketch, t, _numbers(self._project()))
         elif self._open is not None and sketch is not None:
             sketch = _with_window(sketch, self._t, self._open, 0.0)
-        return None if sketch is None else Path(self._projection, sketch)
+        return None if sketch is None else PathSketch(self._projection, sketch)
 
     def _add(self, t: float, share: float, ends: bool) -> None:
         self._t, self._begin = t, t if ends else self._begin
@@ -300,7 +301,7 @@ class Sketcher:
         return sums
 
 
-def closed(path: Path) -> Path:
+def closed(path: PathSketch) -> PathSketch:
     """Return the path with an open window closed at its last value."""
     sketch, open_mean = _without_open(path.sketch)
     return path if open_mean is None else path._replace(sketch=_appended(sketch, path.sketch.edges[-1], open_mean))

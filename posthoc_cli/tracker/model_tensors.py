@@ -22,6 +22,7 @@ from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
+from posthoc_cli.snapshots.codecs import encode_sample
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.selection import Selection, running_statistics
@@ -182,7 +183,7 @@ class TrackedModel:
         entries = fmt.lay_out(specs)
         checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
         tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
-        tables["sample"] = fmt.encode_sample(*[[0.0] * len(self.sampled)] * 2)
+        tables["sample"] = encode_sample(*[[0.0] * len(self.sampled)] * 2)
         try:
             fmt.encode_header(entries, fmt.encode_metadata("snapshot", tables), checksums)
         except InvalidValueError as error:
@@ -410,16 +411,16 @@ class ModelWatch:
 
 
 class _ModelFingerprint:
-    """The contents of a model's modules at one moment: names, objects, memory, dtypes and required gradients.
+    """The registries of a model's modules at one moment: names, objects, memory, dtypes and required gradients.
 
     Comparing these at every update costs less than walking through the modules.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._contents: list[dict[str, Any]] = []
+        self._registries: list[dict[str, Any]] = []
         for module in model.modules():
-            self._contents += module._parameters, module._buffers, module._modules
-        self._filled = [contents for contents in self._contents if contents]
+            self._registries += module._parameters, module._buffers, module._modules
+        self._filled = [registry for registry in self._registries if registry]
         self._objects = [*chain.from_iterable(map(dict.values, self._filled))]  # kept alive so that no id is reused
         self._tensors = [*model.parameters(), *model.buffers()]
         self._are_sharded = any(map(is_sharded, self._tensors))
@@ -441,7 +442,7 @@ class _ModelFingerprint:
     def _read_properties(self, local: Sequence[torch.Tensor]) -> tuple[object, ...]:
         """Return all compared properties except the tensors' memory."""
         return (
-            [*map(len, self._contents)],
+            [*map(len, self._registries)],
             [*chain.from_iterable(self._filled)],
             [*map(id, chain.from_iterable(map(dict.values, self._filled)))],
             [p.requires_grad for p in local],

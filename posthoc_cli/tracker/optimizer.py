@@ -35,7 +35,7 @@ class WeakModel:
         return self._bare() if model is None else model
 
 
-class Tracker(Protocol):
+class AttachedTracker(Protocol):
     """The members of a tracker that an attachment uses."""
 
     checkpoint_dir: Path
@@ -65,7 +65,7 @@ class Attachment:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        tracker: Tracker,
+        tracker: AttachedTracker,
         model: WeakModel,
         t: Callable[[], float] | None,
     ) -> None:
@@ -184,7 +184,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 def attach(
-    tracker: Tracker,
+    tracker: AttachedTracker,
     optimizer: object,
     model: WeakModel | None,
     t: Callable[[], float] | None,

@@ -43,7 +43,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.reading import ElementRange
-from posthoc_cli.tracker.layout import HostTensors, Layout, TileReader, lay_out, on_host
+from posthoc_cli.tracker.layout import HostTensors, Layout, LayoutReader, lay_out, on_host
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages
@@ -58,7 +58,7 @@ from posthoc_cli.tracker.staging import (
     Streams,
     stage,
 )
-from posthoc_cli.tracker.state import Progress, Settings, Tracking
+from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
 from posthoc_cli.tracker.worker import SINGLE_THREAD, BackpressureMonitor, ThreadPool, Worker, divisor, end_threads
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Pipeline:
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
         self._copier, self._streams = ModelCopier(self._pool.size), DeviceStreams()
         self._updates, self._writes = Worker("averages"), Worker("snapshots")
-        self._source: tuple[ModelTensors, TileReader] | None = None
+        self._values: tuple[ModelTensors, LayoutReader] | None = None
         self._storage: StorageLayout | None = None
         self._host_memory: tuple[list[HostTensors], AverageTensors | None] | None = None
         self._readers: WeakSet[LiveAverages] = WeakSet()
@@ -134,7 +134,7 @@ class Pipeline:
     def figures(self) -> dict[str, float]:
         """Return the memory held, and measurements of the last written snapshots; see `PostHocEMA.metrics`."""
         copies, exact = self._host_memory or ([], None)
-        reader = None if self._source is None else self._source[1]
+        reader = None if self._values is None else self._values[1]
         holders = [self.tracking.averages, self._copier, *copies, exact, reader]
         held = {"bytes": float(sum(holder.nbytes for holder in holders if holder is not None))}
         if self.snapshotter is None or not self.snapshotter.written[0]:
@@ -145,7 +145,7 @@ class Pipeline:
         return held | distances | {f"snapshot_{name}": float(value) for name, value in figures.items()}
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> TrainingProgress:
         """The progress of the training; one update behind if a call was interrupted after it queued its update."""
         counted, done = self._counted, self.tracking.progress
         return counted if counted.step > done.step else done
@@ -159,7 +159,7 @@ class Pipeline:
         if writes_too:
             self._write_monitor.wait(self._writes.wait)
 
-    def count(self, progress: Progress) -> None:
+    def count(self, progress: TrainingProgress) -> None:
         """Count a call without update; snapshots that are due hold the averages of the last update."""
         if self.tracking.resumes:  # this process only counts: its averages differ from those on disk from now on
             self.set(replace(self.tracking, progress=progress, resumes=False))
@@ -168,7 +168,7 @@ class Pipeline:
         else:
             self._counted = progress
 
-    def update(self, tensors: ModelTensors, progress: Progress) -> NonFiniteError | None:
+    def update(self, tensors: ModelTensors, progress: TrainingProgress) -> NonFiniteError | None:
         """Take in a model's values, and have snapshots written if they are due; call `wait_for_turn` first.
 
         `tensors` must be the same object while the model is unchanged. Return the error of an update that is left out;
@@ -180,7 +180,7 @@ class Pipeline:
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
         refused = None
-        values = self._source_of(tensors)
+        values = self._values_of(tensors)
         if self._is_async:
             pool, streams = self._pool_for(values.layout), self._streams.current(c.device for c in copies.values())
             events = self._streams.record_events(streams)
@@ -202,7 +202,7 @@ class Pipeline:
         self._update_monitor.warn()
         self._write_monitor.warn()
 
-    def skip(self, progress: Progress, writes: bool = True) -> None:
+    def skip(self, progress: TrainingProgress, writes: bool = True) -> None:
         """Count a call whose update is left out; with `writes`, have snapshots written if they are due."""
         is_due = writes and self._settings.snapshot_is_due(progress.step)
 
@@ -365,21 +365,21 @@ class Pipeline:
         return self._host_memory
 
     @torch.inference_mode(False)  # scratch made in inference mode could not be written to outside it
-    def _source_of(self, tensors: ModelTensors) -> TileReader:
+    def _values_of(self, tensors: ModelTensors) -> LayoutReader:
         """Return a reader of the model's tensors, for an update or for a copy."""
-        if self._source is None or self._source[0] is not tensors:
-            self._source = None  # the old reader must go even if making the next one fails
+        if self._values is None or self._values[0] is not tensors:
+            self._values = None  # the old reader must go even if making the next one fails
             layout = lay_out(tensors.averaged)
             threads = 0 if self._is_async else self._pool_for(layout).size
-            self._source = tensors, TileReader.of_tensors(layout, tensors.averaged, threads)
-        return self._source[1]
+            self._values = tensors, LayoutReader.of_tensors(layout, tensors.averaged, threads)
+        return self._values[1]
 
     def _pool_for(self, layout: Layout) -> ThreadPool:
         """Return the pool for work on a layout: one thread for accelerators, so that one stream keeps the order."""
         return self._pool if all(bucket.device.type == "cpu" for bucket in layout) else SINGLE_THREAD
 
     def _update_sync(
-        self, values: TileReader, copies: Mapping[str, torch.Tensor], progress: Progress, streams: Streams
+        self, values: LayoutReader, copies: Mapping[str, torch.Tensor], progress: TrainingProgress, streams: Streams
     ) -> NonFiniteError | None:
         """Take in values while the training waits; return the error if the update is left out."""
         with self._streams.in_streams_of_caller(streams):
@@ -389,7 +389,7 @@ class Pipeline:
         return refused
 
     def _update_async(
-        self, copy: ModelCopy, copies: Mapping[str, torch.Tensor], progress: Progress, events: DeviceEvents
+        self, copy: ModelCopy, copies: Mapping[str, torch.Tensor], progress: TrainingProgress, events: DeviceEvents
     ) -> None:
         """Take in a copy of the values, and give the copy back."""
         try:
@@ -404,7 +404,7 @@ class Pipeline:
 
     @torch.no_grad()
     def _take_in(
-        self, values: TileReader, copies: Mapping[str, torch.Tensor], progress: Progress
+        self, values: LayoutReader, copies: Mapping[str, torch.Tensor], progress: TrainingProgress
     ) -> tuple[NonFiniteError | None, Sequence[torch.Tensor] | None]:
         """Update averages and counters; return the error of an update left out, and the values for due snapshots."""
         self._check_open()
@@ -476,10 +476,10 @@ def _writers(directory: Path) -> list[Pipeline]:
 
 def is_followed(directory: Path, tensors: ModelTensors) -> bool:
     """Return whether an open tracker of this process writes averages of these very tensors to a directory."""
-    sources = [p._source[0].averaged for p in _writers(directory) if p._source and not p._has_ended]
+    tracked = [p._values[0].averaged for p in _writers(directory) if p._values and not p._has_ended]
     averaged = tensors.averaged
     return any(
-        own.keys() == averaged.keys() and all(own[name].is_set_to(averaged[name]) for name in own) for own in sources
+        own.keys() == averaged.keys() and all(own[name].is_set_to(averaged[name]) for name in own) for own in tracked
     )
 
 

@@ -22,7 +22,6 @@ from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.tracker import resuming
-from posthoc_cli.tracker.evaluation import ChunkEvaluation, Evaluation, Query, as_dtensors, plan_possible
 from posthoc_cli.tracker.layout import HOST
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, named_tensors
 from posthoc_cli.tracker.model_weights import WithStatement, swapped_in, update_bn, warn_of_statistics
@@ -31,6 +30,7 @@ from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.sharding import Group, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.snapshotter import run_snapshots
 from posthoc_cli.tracker.state import Settings, Tracking
+from posthoc_cli.tracker.synthesizer import ChunkSynthesizer, Query, Synthesizer, as_dtensors, plan_possible
 from posthoc_cli.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -166,7 +166,8 @@ class PostHocEMA(Tracker):
         newest, kept = snapshots[-1].info, resuming.read_state_info(directory)
         selection = (newest.selection or Selection()).resumed(newest.roles)
         keeps_state = kept is not None and kept.run_id == newest.run_id
-        settings = Settings(profiles, newest.schedule, newest.t_unit, selection, keep_state=keeps_state)
+        on_nonfinite = "skip" if newest.skip_nonfinite else "raise"
+        settings = Settings(profiles, newest.schedule, newest.t_unit, selection, on_nonfinite, keeps_state)
         tracking = resuming.resumed_tracking(directory, snapshots, profiles)
         if model is not None:
             # By the names in the snapshots: a model that is only to be filled may be frozen.
@@ -244,7 +245,7 @@ class PostHocEMA(Tracker):
         if sigma_rel is None:
             return self._own_state()
         model, query = self._chunked_model(), Query(sigma_rel, t, step, dtype, method)
-        weights = self._evaluation(model, alone, f"state_dict({query}{', full' * full})").weights(query)
+        weights = self._synthesizer(model, alone, f"state_dict({query}{', full' * full})").weights(query)
         return weights if model is None else as_dtensors(weights, model, full)
 
     def model(
@@ -268,10 +269,10 @@ class PostHocEMA(Tracker):
             RankError: another process failed, is at another step, or does not make the call within 300 s.
         """
 
-        def make() -> tuple[Evaluation, Weights]:
+        def make() -> tuple[Synthesizer, Weights]:
             query = Query(sigma_rel, t, step, dtype, method)
-            evaluation = self._evaluation(check_model(model), alone, f"model({query})")
-            return evaluation, evaluation.weights(query)
+            synthesizer = self._synthesizer(check_model(model), alone, f"model({query})")
+            return synthesizer, synthesizer.weights(query)
 
         return WithStatement(partial(self._filled, model, make, own_dtypes=dtype is None))
 
@@ -293,14 +294,14 @@ class PostHocEMA(Tracker):
             InvalidValueError, NotReadyError, WriteError, RankError: an argument, no space on disk, and see `model`.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        evaluation = self._evaluation(check_model(model), False, f"models({', '.join(wanted)})")
-        makers, refused = evaluation.each(wanted)
+        synthesizer = self._synthesizer(check_model(model), False, f"models({', '.join(wanted)})")
+        makers, refused = synthesizer.each(wanted)
         for label in refused if self.keeps_averages else ():
             if self._is_first_warning(label):
                 log.warning("%s; there is no average of it at step %d", refused[label], self.step)
 
         def block(make: Callable[[], Weights]) -> WithStatement[Module]:
-            return WithStatement(partial(self._filled, model, lambda: (evaluation, make())))
+            return WithStatement(partial(self._filled, model, lambda: (synthesizer, make())))
 
         return {label: block(make) for label, make in makers.items()}
 
@@ -312,21 +313,21 @@ class PostHocEMA(Tracker):
             NotReadyError: there was no update yet, or none since `from_path`.
         """
 
-        def make() -> tuple[Evaluation, Weights]:
+        def make() -> tuple[Synthesizer, Weights]:
             index = self.settings.tracked_index(tracked)
             call = f"averaged(tracked={self.settings.sigma_rels[index]:g})"
-            evaluation = self._evaluation(check_model(model), alone, call)
-            return evaluation, evaluation.live_weights(index)
+            synthesizer = self._synthesizer(check_model(model), alone, call)
+            return synthesizer, synthesizer.live_weights(index)
 
         return WithStatement(partial(self._filled, model, make))
 
     @contextmanager
     def _filled(
-        self, model: Module, make: Callable[[], tuple[Evaluation, Weights]], own_dtypes: bool = True
+        self, model: Module, make: Callable[[], tuple[Synthesizer, Weights]], own_dtypes: bool = True
     ) -> Iterator[Module]:
         """Give the model the weights that `make` returns, and warn, once, of running statistics that are copies."""
-        evaluation, weights = make()
-        evaluation.check(weights, own_dtypes)
+        synthesizer, weights = make()
+        synthesizer.check(weights, own_dtypes)
         with swapped_in(model, weights, own_dtypes):
             yield model
             copies = self._pipeline.tracking.tracked.dtypes(copied=True)
@@ -353,7 +354,7 @@ class PostHocEMA(Tracker):
             ModelMismatchError, NonFiniteError, others: see `model` and `state_dict`; nothing has changed.
         """
         query = Query(sigma_rel, t, step, dtype, method)
-        self._evaluation(check_model(model), alone, f"load_into({query})").fill(query, device)
+        self._synthesizer(check_model(model), alone, f"load_into({query})").fill(query, device)
 
     update_bn = staticmethod(update_bn)
 
@@ -367,7 +368,7 @@ class PostHocEMA(Tracker):
         from posthoc_cli import plots
 
         keepers = self._members.keepers("reconstruction_error()")
-        candidate = self._evaluation_by(keepers, None).of_sources(self._candidate)
+        candidate = self._synthesizer_of(keepers, None).of_sources(self._candidate)
         curve = error_curve(candidate, sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
@@ -384,16 +385,16 @@ class PostHocEMA(Tracker):
         rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
         return Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
 
-    def _evaluation(self, model: torch.nn.Module | None, alone: bool, call: str) -> Evaluation:
+    def _synthesizer(self, model: torch.nn.Module | None, alone: bool, call: str) -> Synthesizer:
         """Begin a call for averages, by all processes that keep parts of them or replicas, or by this one alone."""
         tracked = self._tracked_model(model)
         parameter = None if tracked is None else next(tracked.parameters(), None)
         device = HOST if parameter is None else parameter.device
         group = self._members.callers(call, alone, not self._pipeline.tracking.resumes, device)
-        return self._evaluation_by(group, model)
+        return self._synthesizer_of(group, model)
 
-    def _evaluation_by(self, group: Group, model: torch.nn.Module | None) -> Evaluation:
-        return (ChunkEvaluation if self._members.is_chunked else Evaluation)(self, group, model)
+    def _synthesizer_of(self, group: Group, model: torch.nn.Module | None) -> Synthesizer:
+        return (ChunkSynthesizer if self._members.is_chunked else Synthesizer)(self, group, model)
 
 
 def _with_members(

@@ -28,8 +28,8 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
+from posthoc_cli.snapshots.codecs import path_of_part
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.path import Location, locate, path_of
@@ -42,9 +42,9 @@ from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standin
 from posthoc_cli.tracker.sharding import Group, mesh_of, while_rank_0_holds
 from posthoc_cli.tracker.state import (
     STATE_NAME,
-    Progress,
     Settings,
     Tracking,
+    TrainingProgress,
     check_profiles,
     host_layout,
     listed,
@@ -129,7 +129,7 @@ class Start:
     def read(self, now: Tracking) -> Tracking:
         """Read the state to resume from out of the directory."""
         if self.step == 0:
-            return replace(now, progress=Progress(), resumes=False)
+            return replace(now, progress=TrainingProgress(), resumes=False)
         return load_from_directory(self._directory, self._settings, now.tracked, self.step)
 
 
@@ -242,7 +242,7 @@ def resumed_tracking(directory: Path, snapshots: Sequence[Snapshot], sigma_rels:
     if exact is not None:
         clock = states.clock_at(list(exact.clock), exact.step, exact.t)
     tracking = Tracking.new(last.info.run_id, TrackedModel.of_snapshot(last), sigma_rels, resumes=True)
-    return replace(tracking, progress=Progress.resumed(clock))
+    return replace(tracking, progress=TrainingProgress.resumed(clock))
 
 
 def load_from_directory(directory: Path, settings: Settings, tracked: TrackedModel, step: int | None) -> Tracking:
@@ -337,9 +337,9 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, 0, inherited)
     averages = RunningAverages(
         tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies,
-        known_path=fmt.path_of_part(chosen[0].info.sketch, tracked.part),
+        known_path=path_of_part(chosen[0].info.sketch, tracked.part),
     )  # fmt: skip
-    progress = Progress.resumed(ClockRecorder.of_knots(last.clock_pairs))
+    progress = TrainingProgress.resumed(ClockRecorder.of_knots(last.clock_pairs))
     return Tracking(last.run_id, progress, tracked, averages)
 
 

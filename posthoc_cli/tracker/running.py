@@ -61,9 +61,9 @@ from operator import itemgetter
 import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, is_late, new_value_share, window_ends
-from posthoc_cli.snapshots.format import Path
+from posthoc_cli.snapshots.codecs import PathSketch
 from posthoc_cli.snapshots.reading import ElementRange
-from posthoc_cli.tracker.layout import Elements, FlatTensors, Layout, Tile, TileReader, tiles_of, zeros
+from posthoc_cli.tracker.layout import BucketTile, Elements, FlatTensors, Layout, LayoutReader, tiles_of, zeros
 from posthoc_cli.tracker.measuring import Sketcher, closed
 from posthoc_cli.tracker.worker import SINGLE_THREAD, ThreadPool
 
@@ -76,7 +76,7 @@ MOST_UNDONE = 3 / 4
 GOLDEN = (math.sqrt(5) - 1) / 2
 """The golden ratio, whose multiples, modulo 1, are the most evenly spread for any number of them."""
 
-Wanted = Sequence[tuple[Elements, Sequence[torch.Tensor]]]
+Sampled = Sequence[tuple[Elements, Sequence[torch.Tensor]]]
 """Selected elements of the values, and the buffers that they are copied to."""
 
 
@@ -243,7 +243,7 @@ class RunningAverages:
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sample: Sequence[torch.Tensor] | None = None
     sketcher: Sketcher | None = None
-    known_path: Path | None = None
+    known_path: PathSketch | None = None
 
     def __post_init__(self) -> None:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
@@ -264,8 +264,8 @@ class RunningAverages:
 
     @torch.no_grad()
     def update_(
-        self, values: TileReader, copies: Mapping[str, torch.Tensor], t: float, step: int,
-        pool: ThreadPool = SINGLE_THREAD, wanted: Wanted = (), sketcher: Sketcher | None = None,
+        self, values: LayoutReader, copies: Mapping[str, torch.Tensor], t: float, step: int,
+        pool: ThreadPool = SINGLE_THREAD, wanted: Sampled = (), sketcher: Sketcher | None = None,
     ) -> str | None:  # fmt: skip
         """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values - averages).
 
@@ -307,9 +307,9 @@ class RunningAverages:
             self.tensors = tensors.moved(layout, self.standing.early)
         for bucket in range(len(layout)):
             for thread in range(threads):
-                self._scratch_of(Tile(0, bucket, 0, 0), thread)
+                self._scratch_of(BucketTile(0, bucket, 0, 0), thread)
 
-    def _mean(self, tile: Tile, profile: int, out: torch.Tensor) -> torch.Tensor:
+    def _mean(self, tile: BucketTile, profile: int, out: torch.Tensor) -> torch.Tensor:
         """Return a tile of the window's mean as a profile weights it; a mean between the two is written to `out`."""
         tensors, bucket, where, place = self.tensors, tile.bucket, tile.where, self._places[profile]
         assert tensors is not None
@@ -341,7 +341,7 @@ class RunningAverages:
         return RunningAverages(tuple(sigma_rels), standing, made, self.copies, known_path=self.known_path)
 
     @torch.no_grad()
-    def values(self, tile: Tile, profile: int, thread: int = 0) -> torch.Tensor:
+    def values(self, tile: BucketTile, profile: int, thread: int = 0) -> torch.Tensor:
         """Return a tile of an average, flat: rounded once to float32, or float64 if its parameters are.
 
         The memory is the thread's scratch: it may be written to, and is valid until the thread's next call.
@@ -377,19 +377,19 @@ class RunningAverages:
                 runs.append((number, [first + begin]))
             runs[-1][1].append(first + end)
         values: list[torch.Tensor] = []
-        items: list[tuple[Tile, torch.Tensor]] = []
+        items: list[tuple[BucketTile, torch.Tensor]] = []
         for number, bounds in runs:
             bucket, first = tensors.layout[number], bounds[0]
             run = torch.empty(bounds[-1] - first, dtype=bucket.wide)
             values += torch.split(run, [end - begin for begin, end in pairwise(bounds)])
             for begin in range(first, bounds[-1], bucket.tile):
                 end = min(begin + bucket.tile, bounds[-1])
-                items.append((Tile(0, number, begin, end), run[begin - first : end - first]))
+                items.append((BucketTile(0, number, begin, end), run[begin - first : end - first]))
         pool.each(lambda item, thread: item[1].copy_(self.values(item[0], index, thread)), items)
         return values
 
     @torch.no_grad()
-    def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> Path | None:
+    def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> PathSketch | None:
         """Return the path of the weights up to the last update; unless `exact`, an open window is closed there."""
         tensors, sketcher, standing = self.tensors, self.sketcher, self.standing
         if tensors is None or sketcher is None:
@@ -401,7 +401,7 @@ class RunningAverages:
         path = sketcher.path(standing.t if is_open else None)
         return path if exact or path is None else closed(path)
 
-    def _scratch_of(self, tile: Tile, thread: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scratch_of(self, tile: BucketTile, thread: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return two scratch tensors of a thread for a tile, in the averages' dtype."""
         assert self.tensors is not None
         bucket = self.tensors.layout[tile.bucket]
@@ -429,7 +429,7 @@ class _Update:
         largest_share: the largest share of the new values in a mean or an average.
     """
 
-    def __init__(self, averages: RunningAverages, values: TileReader, wanted: Wanted, t: float, step: int) -> None:
+    def __init__(self, averages: RunningAverages, values: LayoutReader, wanted: Sampled, t: float, step: int) -> None:
         self._averages, self._values, self._wanted = averages, values, wanted
         self._before, gammas = (before := averages.standing), averages.gammas
         self._shares = [new_value_share(gamma, before.t, t) for gamma in gammas]
@@ -448,15 +448,15 @@ class _Update:
         self._interpolated_float64 = [*zip(self._tensors.high, self._shares, strict=True)]
         self._interpolated_float64 += [] if early else self._interpolated
 
-    def take(self, tile: Tile, thread: int) -> None:
+    def take(self, tile: BucketTile, thread: int) -> None:
         """Take in a tile."""
         self._take(tile, self._values.values(tile, thread), thread)
 
-    def take_up_to(self, limits: Sequence[float], pool: ThreadPool) -> tuple[list[float], list[Tile]]:
+    def take_up_to(self, limits: Sequence[float], pool: ThreadPool) -> tuple[list[float], list[BucketTile]]:
         """Take in the tiles whose norms are within limits; return all norms, and the other tiles."""
-        values, norms, others = self._values, [0.0] * len(limits), list[Tile]()
+        values, norms, others = self._values, [0.0] * len(limits), list[BucketTile]()
 
-        def take_if_small(tile: Tile, thread: int) -> None:
+        def take_if_small(tile: BucketTile, thread: int) -> None:
             flat = values.flat(tile, thread)
             norms[tile.number] = norm = float(torch.linalg.vector_norm(flat))
             if norm <= limits[tile.number]:
@@ -467,7 +467,7 @@ class _Update:
         pool.each(take_if_small, values.tiles)
         return norms, others
 
-    def undo(self, tile: Tile, thread: int) -> None:
+    def undo(self, tile: BucketTile, thread: int) -> None:
         """Undo the update of a tile that was taken in."""
         self._interpolate(tile, self._values.values(tile, thread), undo=True)
 
@@ -486,7 +486,7 @@ class _Update:
             sketcher.end_window(after.t)
         return after
 
-    def _take(self, tile: Tile, values: torch.Tensor, thread: int) -> None:
+    def _take(self, tile: BucketTile, values: torch.Tensor, thread: int) -> None:
         sketcher = self._averages.sketcher
         for elements, buffers in self._wanted:
             elements.take(tile, values, buffers)
@@ -496,7 +496,7 @@ class _Update:
         if self.folds:
             self._fold(tile, values, thread)
 
-    def _interpolate(self, tile: Tile, values: torch.Tensor, undo: bool = False) -> None:
+    def _interpolate(self, tile: BucketTile, values: torch.Tensor, undo: bool = False) -> None:
         for flat, factor in self._interpolated_float64 if values.dtype == torch.float64 else self._interpolated:
             changed = flat.flats[tile.bucket][tile.where]
             if factor < 1:
@@ -504,7 +504,7 @@ class _Update:
             else:  # the earlier contents do not count
                 changed.copy_(values)
 
-    def _fold(self, tile: Tile, newest: torch.Tensor, thread: int) -> None:
+    def _fold(self, tile: BucketTile, newest: torch.Tensor, thread: int) -> None:
         """Fold a tile of the means, with the newest values, into the averages."""
         tensors, bucket, where, before = self._tensors, tile.bucket, tile.where, self._before
         scratch, change = self._averages._scratch_of(tile, thread)

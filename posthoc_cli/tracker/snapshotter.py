@@ -29,6 +29,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MEASURED, Motion, measured_prior
+from posthoc_cli.snapshots.codecs import encode_path
 from posthoc_cli.snapshots.directory import (
     ON_ONE_FILE_SYSTEM,
     StoredSnapshot,
@@ -39,13 +40,7 @@ from posthoc_cli.snapshots.directory import (
     read_folders,
     snapshot_path,
 )
-from posthoc_cli.snapshots.format import (
-    SnapshotInfo,
-    TensorSpec,
-    TrackingSchedule,
-    encode_path,
-    snapshot_metadata,
-)
+from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackingSchedule, snapshot_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.snapshots.sources import Snapshot, Source
@@ -112,14 +107,14 @@ def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> 
     """Return the headers of snapshots of a state's averages, one a profile."""
     averages, standing, tracked = state.averages, state.averages.standing, state.tracked
     knots, members = state.progress.clock.knots_until(standing.step, standing.t), tracked.members
-    sketch = "" if averages.known_path is None else encode_path(averages.known_path)
+    sketch = encode_path(averages.known_path)
     return [
         SnapshotInfo(
             run_id=state.run_id, sigma_rel=sigma_rel, gamma=gamma,
             sigma_rels=averages.sigma_rels, t=standing.t, t_unit=settings.t_unit, step=standing.step, clock=knots,
             t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
             tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
-            selection=settings.selection, updates=standing.updates,
+            selection=settings.selection, skip_nonfinite=settings.on_nonfinite == "skip", updates=standing.updates,
             inherited=inherited, off_schedule=off_schedule, sketch=sketch, chunks=tracked.chunks,
             part=members.part, mesh=members.mesh, session=members.session,
         )

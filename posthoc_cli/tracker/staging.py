@@ -16,15 +16,15 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli.dtypes import torch_dtype
-from posthoc_cli.snapshots.format import encode_sample
+from posthoc_cli.snapshots.codecs import encode_sample
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import (
     Bucket,
+    BucketTile,
     Elements,
     HostTensors,
     Layout,
-    Tile,
-    TileReader,
+    LayoutReader,
     Values,
     joined,
     on_host,
@@ -138,10 +138,10 @@ class ModelCopy:
     """A model's values at one moment, on the host, in the model's dtypes; complete after the `events`."""
 
     host: HostTensors
-    values: TileReader
+    values: LayoutReader
     events: tuple[Any, ...] = ()
 
-    def arrived(self) -> TileReader:
+    def arrived(self) -> LayoutReader:
         """Wait until all values have arrived, and return a reader of them."""
         for event in self.events:
             event.synchronize()
@@ -165,7 +165,7 @@ class ModelCopier:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def copy(self, model: TileReader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
+    def copy(self, model: LayoutReader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
         """Copy the values as they are now; `give_back` the copy. From accelerators `pool` must be `SINGLE_THREAD`."""
         layout, sizes = model.layout, defaultdict(list)
         if layout != self._layout:
@@ -177,12 +177,12 @@ class ModelCopier:
         copy = self._free.pop() if self._free else None
         if copy is None or copy.host.layout != on_host(layout):
             host = HostTensors(on_host(layout), pinned=bool(self._rings))
-            copy = ModelCopy(host, TileReader.of_host(host, self._threads))
+            copy = ModelCopy(host, LayoutReader.of_host(host, self._threads))
             self._host_bytes = host.nbytes
         host, events = copy.host, dict[torch.device, Any]()
         counts: dict[torch.device, int] = defaultdict(int)
 
-        def copy_tile(tile: Tile, _: int) -> None:
+        def copy_tile(tile: BucketTile, _: int) -> None:
             device = layout[tile.bucket].device
             (out,) = host.flat(tile.bucket, tile.begin, tile.end)
             if device in self._rings:  # a stream keeps order: the last event is enough
@@ -285,7 +285,7 @@ def stage(
     tiles = tiles_of(layout.layout)
     norms: list[list[torch.Tensor]] = [[] for _ in tiles]
 
-    def stage_tile(tile: Tile, thread: int) -> None:
+    def stage_tile(tile: BucketTile, thread: int) -> None:
         for index in profiles:
             exact = averages.values(tile, index, thread)
             (out,) = copies[index].flat(tile.bucket, tile.begin, tile.end)

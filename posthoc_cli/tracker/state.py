@@ -29,6 +29,7 @@ from posthoc_cli.planning import range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
+from posthoc_cli.snapshots.codecs import encode_path, path_of_part
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.selection import Selection
@@ -111,7 +112,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """The progress of a training: the clock of all calls, and `updated`, the last call at which an update was due.
 
     `own_clock` says whether the calls pass `t`; None while unknown.
@@ -122,7 +123,7 @@ class Progress:
     updated: int = 0
 
     @classmethod
-    def resumed(cls, clock: ClockRecorder, updated: int | None = None) -> Progress:
+    def resumed(cls, clock: ClockRecorder, updated: int | None = None) -> TrainingProgress:
         """Return the progress of a resumed run; whether its calls pass `t` is unknown where time and step are equal."""
         return cls(clock, True if clock.t != clock.step else None, clock.step if updated is None else updated)
 
@@ -136,7 +137,7 @@ class Progress:
         """The time of the last call."""
         return self.clock.t
 
-    def after(self, t: float | None, settings: Settings) -> Progress:
+    def after(self, t: float | None, settings: Settings) -> TrainingProgress:
         """Return the progress after one more call, with the caller's `t`, which must be later than the last one."""
         unit, step = settings.t_unit, self.step + 1
         if self.own_clock is not None and self.own_clock != (t is not None):
@@ -151,7 +152,7 @@ class Progress:
             reason = f"{within}, and be larger than at the last call, {self.t:,.12g} {unit}"
             raise InvalidValueError("t", reason, value=f"{time:.12g}")
         updated = step if settings.update_is_due(step) else self.updated
-        return Progress(self.clock.add(step, time), t is not None, updated)
+        return TrainingProgress(self.clock.add(step, time), t is not None, updated)
 
 
 def _number(t: float) -> float:
@@ -172,7 +173,7 @@ class Tracking:
     """
 
     run_id: str
-    progress: Progress
+    progress: TrainingProgress
     tracked: TrackedModel
     averages: RunningAverages
     resumes: bool = False
@@ -181,7 +182,7 @@ class Tracking:
     @classmethod
     def new(cls, run_id: str, tracked: TrackedModel, sigma_rels: Sequence[float], resumes: bool = False) -> Tracking:
         """Return the state of a tracker before its first call."""
-        return cls(run_id, Progress(), tracked, RunningAverages.none_yet(sigma_rels), resumes)
+        return cls(run_id, TrainingProgress(), tracked, RunningAverages.none_yet(sigma_rels), resumes)
 
 
 # --- a dict ---
@@ -266,11 +267,11 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         dtypes = tracked.dtypes(copied=True)
         _check_names(state["copies"], dtypes, tracked)
         copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
-        path = fmt.path_of_part(info.sketch, tracked.part)
+        path = path_of_part(info.sketch, tracked.part)
         averages = RunningAverages(info.sigma_rels, standing, kept, copies, known_path=path)
         if info.sigma_rels != wanted:
             averages = averages.of(wanted)
-    progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
+    progress = TrainingProgress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
 
 
@@ -283,14 +284,9 @@ def state_info(state: Tracking, settings: Settings) -> StateInfo:
         t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
         window=standing.window, folded_t=standing.folded_t, folds=standing.folds, inherited=standing.inherited,
         schedule=settings.schedule, clock=tuple(progress.clock.state()),
-        sketch=encoded_path(averages),
+        sketch=encode_path(averages.known_path, exact=True),
         snapshots=tuple(sorted(state.snapshots)),
     )  # fmt: skip
-
-
-def encoded_path(averages: RunningAverages) -> str:
-    """Return the path of the weights that this process averages, as the text in a state."""
-    return "" if averages.known_path is None else fmt.encode_path(averages.known_path, exact=True)
 
 
 def _plain(info: StateInfo) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from posthoc_cli.errors import (
     PostHocError,
     shown,
 )
-from posthoc_cli.snapshots.format import joined_paths
+from posthoc_cli.snapshots.codecs import encode_path, joined_paths
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
@@ -38,7 +38,7 @@ from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.sharding import Group, ShardOwners
 from posthoc_cli.tracker.staging import squared_norms
-from posthoc_cli.tracker.state import Progress, Settings, Tracking, encoded_path, pack_state, state_info, unpack_state
+from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info, unpack_state
 from posthoc_cli.tracker.worker import CallGuard
 
 AnyTracker = TypeVar("AnyTracker", bound="Tracker")
@@ -318,7 +318,8 @@ class Tracker:
         """Return a state to continue from: copies of this process's tensors, and everything else."""
         group = self._members.keepers("state_dict()")
         tracking = group.together(self._read_exactly)
-        part = tracking.averages.standing.inherited, encoded_path(tracking.averages)
+        averages = tracking.averages
+        part = averages.standing.inherited, encode_path(averages.known_path, exact=True)
         inherited, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
         # Each process knows the rounding and the path of its own part, and some processes have no average.
         total, sketch = tuple(map(sum, zip(*inherited, strict=True))), joined_paths([*filter(None, sketches)])
@@ -373,7 +374,7 @@ class Tracker:
         self._nonfinite_anywhere(None, progress)
         self._pipeline.count(progress)
 
-    def _progress_when_ready(self, t: float | None) -> Progress:
+    def _progress_when_ready(self, t: float | None) -> TrainingProgress:
         """Wait until the pipeline can take what is due at the next call, and return the progress after that call.
 
         Nothing is counted meanwhile: an interrupted wait for a slow disk has no effect.
@@ -386,7 +387,7 @@ class Tracker:
             progress = self._next_progress(t)  # the last update may have been interrupted after it was queued
         return progress
 
-    def _take_in(self, model: torch.nn.Module, progress: Progress) -> None:
+    def _take_in(self, model: torch.nn.Module, progress: TrainingProgress) -> None:
         """Queue the model's values for the averages, or skip the update as `on_nonfinite` says."""
         tracked = self._pipeline.tracking.tracked
         try:
@@ -404,7 +405,7 @@ class Tracker:
         if nonfinite is not None:
             self.settings.skip_update(nonfinite)
 
-    def _nonfinite_anywhere(self, tensors: ModelTensors | None, progress: Progress) -> NonFiniteError | None:
+    def _nonfinite_anywhere(self, tensors: ModelTensors | None, progress: TrainingProgress) -> NonFiniteError | None:
         """Return the error for which all processes of a sharded model skip an update together, or None."""
         may_skip = self.settings.on_nonfinite == "skip" and self.settings.update_is_due(progress.step)
         if not (may_skip and isinstance(self._members, ShardOwners)):
@@ -414,7 +415,7 @@ class Tracker:
             return None
         return nonfinite_error(name, self._pipeline.tracking.tracked.tensors, progress.step)
 
-    def _next_progress(self, t: float | None) -> Progress:
+    def _next_progress(self, t: float | None) -> TrainingProgress:
         """Return the progress after one more call."""
         last = self._pipeline.progress
         try:

@@ -18,6 +18,7 @@ from integrations.programs import heavy
 from integrations.truth import assert_exact, distance, exact, live, recorded
 from lightning.pytorch import LightningModule, callbacks
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -187,6 +188,15 @@ def test_a_release_without_a_name_that_the_callback_uses_is_refused(
     monkeypatch.delattr(next(kind for kind in type(loop).mro() if name in vars(kind)), name)
     with pytest.raises(NotReadyError, match=rf"^validate: found no val_loop\.{name} in lightning "):
         trainer.fit(Regression(), loader())
+
+
+def test_a_release_that_does_not_say_how_a_sharded_training_saves_is_refused(tmp_path: Path) -> None:
+    callback, module = PostHocWeightAveraging(tmp_path / "ema"), Regression()
+    trainer = make_trainer(tmp_path, callback, strategy=ModelParallelStrategy())
+    callback.setup(trainer, module, "fit")
+    del trainer.strategy._save_distributed_checkpoint
+    with pytest.raises(NotReadyError, match=r"^strategy: found no _save_distributed_checkpoint in lightning "):
+        callback.setup(trainer, module, "fit")
 
 
 class Manual(Regression):

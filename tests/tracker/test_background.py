@@ -23,7 +23,7 @@ from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import model_tensors, worker
-from posthoc_cli.tracker.layout import TileReader
+from posthoc_cli.tracker.layout import LayoutReader
 from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.staging import ModelCopy
 
@@ -392,7 +392,7 @@ def test_values_are_never_read_from_tensors_that_were_replaced(tmp_path: Path, m
         tracker.update_(model)
         model.weight.data = torch.full((2, 3), 7.0)
         with monkeypatch.context() as fault:
-            fault.setattr(TileReader, "of_tensors", lambda *_: (_ for _ in ()).throw(MemoryError))
+            fault.setattr(LayoutReader, "of_tensors", lambda *_: (_ for _ in ()).throw(MemoryError))
             with pytest.raises(MemoryError):
                 tracker.update_(model)
         for _ in range(300):

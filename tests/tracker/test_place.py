@@ -20,8 +20,8 @@ from tracker.runs import as_if_killed, contents, times, tracked_error
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, ModelMismatchError
+from posthoc_cli.snapshots.codecs import decode_sample
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.format import decode_sample
 from posthoc_cli.snapshots.path import Moment, locate
 
 SETTINGS: dict[str, Any] = {"update_every": 1, "checkpoint_every": 40, "checkpoint_dtype": None}

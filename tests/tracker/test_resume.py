@@ -21,6 +21,7 @@ from posthoc_cli.errors import (
     LockedError,
     MismatchError,
     ModelMismatchError,
+    NonFiniteError,
     NotReadyError,
     WriteError,
 )
@@ -188,6 +189,24 @@ def test_from_path_uses_the_runs_settings_and_from_model_its_arguments(tmp_path:
         schedule = made.settings.schedule
         kept = schedule.update_every, schedule.checkpoint_every, schedule.max_checkpoints, schedule.checkpoint_dtype
         assert (kept, made.step) == (expected, 10)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+def test_from_path_raises_or_skips_at_a_nan_as_the_run_does(tmp_path: Path, on_nonfinite: str) -> None:
+    """Twice: a snapshot of the resumed run has the same header key, which the default leaves out."""
+    skips = on_nonfinite == "skip"
+    model, _, _ = begun(tmp_path, 10, on_nonfinite=on_nonfinite)
+    for end in (20, 30):
+        with PostHocEMA.from_path(tmp_path, model) as tracker:
+            train(model, tracker, end - 9, end - 5)
+            model[0].bias.data[0] = torch.nan
+            with pytest.warns(RuntimeWarning, match="skipped") if skips else pytest.raises(NonFiniteError):
+                tracker.update_(model)
+                tracker.flush()
+            model[0].bias.data.zero_()
+            train(model, tracker, end - 3, end)
+        newest = read_directory(tmp_path)[-1]
+        assert (newest.info.t, newest.header.metadata.get("ema.skip_nonfinite")) == (end, "true" if skips else None)
 
 
 def test_a_time_without_all_profiles_is_not_resumed_from(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from posthoc_cli.tracker import layout, staging
-from posthoc_cli.tracker.layout import HostTensors, TileReader, lay_out
+from posthoc_cli.tracker.layout import HostTensors, LayoutReader, lay_out
 from posthoc_cli.tracker.staging import ModelCopier, ModelCopy
 
 
@@ -139,11 +139,11 @@ def tensors() -> dict[str, torch.Tensor]:
     return {name: torch.zeros(3, 2, dtype=dtype) for name, dtype in dtypes.items()}
 
 
-def on_devices(tensors: Mapping[str, torch.Tensor]) -> TileReader:
+def on_devices(tensors: Mapping[str, torch.Tensor]) -> LayoutReader:
     """Return a reader of tensors as if they were on devices, float64 on a second one."""
     numbers = {torch.float64: 1}
     places = tuple(replace(b, device=torch.device("cuda", numbers.get(b.dtype, 0))) for b in lay_out(tensors))
-    return TileReader.of_tensors(places, tensors, threads=0)
+    return LayoutReader.of_tensors(places, tensors, threads=0)
 
 
 def expected(copy: ModelCopy, number: int) -> bool:
@@ -231,7 +231,7 @@ def test_tiles_are_row_major_whatever_the_strides(monkeypatch: pytest.MonkeyPatc
         "b": torch.arange(50.0).reshape(5, 10),
         "scalar": torch.ones(()),
     }
-    reader = TileReader.of_tensors(lay_out(tensors), tensors)
+    reader = LayoutReader.of_tensors(lay_out(tensors), tensors)
     found = torch.cat([reader.values(tile).clone() for tile in reader.tiles])
     assert torch.equal(found, torch.cat([tensor.reshape(-1) for tensor in tensors.values()]))
 
@@ -253,7 +253,7 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
         for number in range(1, 12):
             for tensor in averaged.values():
                 tensor.fill_(number)
-            waiting.append((number, stager.copy(TileReader.of_tensors(lay_out(averaged), averaged, 0))))
+            waiting.append((number, stager.copy(LayoutReader.of_tensors(lay_out(averaged), averaged, 0))))
             if len(waiting) == 2:
                 first, staged = waiting.popleft()
                 assert expected(staged, first)

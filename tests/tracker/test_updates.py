@@ -19,7 +19,7 @@ from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import layout
-from posthoc_cli.tracker.layout import Tile, TileReader, lay_out, tiles_of
+from posthoc_cli.tracker.layout import BucketTile, LayoutReader, lay_out, tiles_of
 from posthoc_cli.tracker.measuring import Sketcher, Subset
 from posthoc_cli.tracker.running import RunningAverages
 
@@ -138,7 +138,7 @@ def test_small_steps_are_not_lost_early_in_a_run() -> None:
     size, steps = 1000, 8000
     base, running = np.random.default_rng(0).standard_normal(size), RunningAverages.none_yet(SIGMA_RELS)
     model = torch.zeros(size)
-    reader = TileReader.of_tensors(lay_out({"w": model}), {"w": model})
+    reader = LayoutReader.of_tensors(lay_out({"w": model}), {"w": model})
     exact = [np.zeros(size) for _ in SIGMA_RELS]
     for t in range(1, steps + 1):
         model.copy_(torch.from_numpy(base * (1 + 1e-4 * t / steps)))
@@ -146,7 +146,7 @@ def test_small_steps_are_not_lost_early_in_a_run() -> None:
         for kept, sigma_rel in zip(exact, SIGMA_RELS, strict=True):
             kept += (1 - ((t - 1) / t) ** (exact_gamma(sigma_rel) + 1)) * (model.double().numpy() - kept)
     for index, kept in enumerate(exact):
-        found = running.values(Tile(0, 0, 0, size), index).double().numpy()
+        found = running.values(BucketTile(0, 0, 0, size), index).double().numpy()
         assert np.linalg.norm(found - kept) < 3e-7 * np.linalg.norm(kept)
 
 
@@ -238,7 +238,7 @@ def test_the_path_is_of_means_over_a_thousandth_of_training(
     found = []
     for tile in (1000, 300):
         monkeypatch.setattr(layout, "TILE", tile)
-        reader = TileReader.of_tensors(lay_out({"w": weights}), {"w": weights})
+        reader = LayoutReader.of_tensors(lay_out({"w": weights}), {"w": weights})
         running = RunningAverages.none_yet(SIGMA_RELS)
         sketcher, exact = (Sketcher(Subset(reader.layout, {"w"})) for _ in range(2))
         generator.manual_seed(0)
@@ -546,8 +546,8 @@ def test_a_refused_update_may_change_means_only_and_further_ones_nothing(
 def test_an_update_reads_the_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An update with a fold, one in 32, reads it a second time."""
     monkeypatch.setattr(layout, "TILE", 64)
-    read, current = [], TileReader.current
-    monkeypatch.setattr(TileReader, "current", lambda self, tile: read.append(tile) or current(self, tile))
+    read, current = [], LayoutReader.current
+    monkeypatch.setattr(LayoutReader, "current", lambda self, tile: read.append(tile) or current(self, tile))
     model, counts = torch.nn.ParameterDict({"weight": torch.ones(640)}), []
     with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, checkpoint_every=1000) as tracker:
         for _ in range(66):

@@ -1,4 +1,4 @@
-"""One call for averaged weights, from snapshots and live averages, in one process or in a group that makes the call.
+"""Averaged weights from snapshots and live averages, made in one process or in a group that makes the call.
 
 The first process makes the plan, for a sharded model from measurements that all processes have taken of their chunks,
 and sends it to the others. Each process synthesizes what it owns: of replicas the first one everything, of a sharded
@@ -98,8 +98,8 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One call for a tracker's averages by all processes of a group, of which the first one synthesizes everything.
+class Synthesizer:
+    """Makes a tracker's averages for one call by all processes of a group, of which the first synthesizes everything.
 
     Attributes:
         tracker: the tracker of the averages.
@@ -305,8 +305,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class ChunkEvaluation(Evaluation):
-    """One call for averages of a sharded model: each process synthesizes the chunks that it owns."""
+class ChunkSynthesizer(Synthesizer):
+    """Makes averages of a sharded model for one call: each process synthesizes the chunks that it owns."""
 
     def fill(self, query: Query, device: torch.device | str) -> None:
         """Fill the chunks that this process holds with those of an average permanently."""
