@@ -233,7 +233,9 @@ def check_alone(least: int = 0, **given: object) -> None:
     """Raise InvalidValueError unless `least` to 1 of these arguments are given; None and False count as not given."""
     if not least <= sum(value is not None and value is not False for value in given.values()) <= 1:
         *names, last = given
-        raise InvalidValueError(f"{', '.join(names)} and {last}", "give one of them")
+        raise InvalidValueError(
+            f"{', '.join(names)} and {last}", "give one of them" if least else "give at most one of them"
+        )
 
 
 def check_word(name: str, value: object, accepted: Iterable[object]) -> None:

@@ -491,12 +491,12 @@ class Run:
             LockedError: a tracker is writing to the directory.
             MismatchError: the directory has changed in the meantime; nothing was deleted.
         """
-        max_bytes = None if max_size is None else parse_bytes(str(max_size), "max_size")
+        nbytes = None if max_size is None else parse_bytes(str(max_size), "max_size")
         if not dry_run:
             files.check_writable("directory", self.directory)
         if is_import(self.directory):
             raise DirectoryError(self.directory, "refers to files of other programs, which are never deleted")
-        planned = writer.plan_pruning(self.snapshots, keep, max_bytes, max_error, sigma_range)
+        planned = writer.plan_pruning(self.snapshots, keep, nbytes, max_error, sigma_range)
         if dry_run or not planned.to_delete or not agree(planned):
             return planned
         with progress("verifying what stays", planned.read_bytes) as advance:

@@ -38,6 +38,8 @@ from posthoc_cli.profiles import (
 
 SHORTEST_BETA = 0.5
 """The decay whose average has a mean age, beta / (1 - beta), of one step."""
+SHORTEST_SPAN = 1e-9
+"""The least duration of `Between`, as a fraction of the time of the average."""
 
 
 class Target(Protocol):
@@ -164,7 +166,7 @@ class HalfLife(_Named):
     steps: float
 
     def __post_init__(self) -> None:
-        steps = check_number("half-life", self.steps, lambda steps: 1 <= steps < math.inf, "be at least 1 step")
+        steps = check_number("half-life", self.steps, lambda steps: 1 <= steps <= 1e15, "be from 1 to 1e15 steps")
         object.__setattr__(self, "steps", steps)
 
     @property
@@ -219,6 +221,9 @@ class Between(_Named):
         """Return the uniform profile over the span."""
         if self.end > t:
             raise InvalidValueError("target", f"ends after t = {t:,.12g}; must end at t or before", value=self.title)
+        if self.end - self.start < SHORTEST_SPAN * t:
+            reason = f"must span at least {SHORTEST_SPAN:g} of t = {t:,.12g}"
+            raise InvalidValueError("target", reason, value=self.title)
         return Uniform(self.start, self.end)
 
 
@@ -389,7 +394,7 @@ def _plain(value: float) -> str:
 
 FORMS = {
     "beta": ("beta:0.9999", "a decay for every step: x <- beta x + (1 - beta) theta"),
-    "half-life": ("half-life:5000", "the same by the steps after which weights count half"),
+    "half-life": ("half-life:5000", "a decay for every step, by the number of steps after which a weight counts half"),
     "window": ("window:1000", "the mean of the last steps"),
     "between": ("between:50000:80000", "the mean over a span of training time"),
     "last": ("last:10", "the plain mean of the last checkpoints, whatever their distances"),

@@ -189,7 +189,7 @@ def test_a_fit_has_the_mass_of_its_target() -> None:
 # --- proposals ------------------------------------------------------------------------------------
 
 
-TASK = Task(steps=40_000, parameters=10**6, max_bytes=40 * 10**6, sigma_range=(0.05, 0.28), max_error=1e-30)
+TASK = Task(steps=40_000, params=10**6, max_size=40 * 10**6, sigma_range=(0.05, 0.28), max_error=1e-30)
 """Room for 20 snapshots in half precision; no error is good enough."""
 
 
@@ -212,12 +212,12 @@ def test_proposals_are_within_the_budget(steps: int, parameters: int, snapshots:
     for proposal in propose(task):
         schedule = proposal.schedule
         most = schedule.kept + (schedule.kept < schedule.taken)  # one more before the thinning
-        assert proposal.nbytes == 2 * most * parameters * PLANNED_BYTES[dtype] <= task.max_bytes
+        assert proposal.nbytes == 2 * most * parameters * PLANNED_BYTES[dtype] <= task.max_size
         assert proposal.dtype == dtype
         assert schedule.checkpoint_every % proposal.update_every == 0
         assert 0 < proposal.last_step <= steps
-    for max_bytes in (task.max_bytes, 10**20):
-        for proposal in propose(replace(task, max_bytes=max_bytes)):  # disk is always bounded
+    for max_size in (task.max_size, 10**20):
+        for proposal in propose(replace(task, max_size=max_size)):  # disk is always bounded
             assert proposal.schedule.max_checkpoints == proposal.schedule.kept
 
 
@@ -229,7 +229,7 @@ def test_the_first_proposal_is_better_than_even_spacing_for_the_same_budget(moti
     first = propose(task)[0]
     for rels in ((0.05,), (0.05, 0.10), (0.05, 0.28)):
         for dtype in PLANNED_BYTES:
-            count = task.max_bytes // (len(rels) * task.parameters * PLANNED_BYTES[dtype])
+            count = task.max_size // (len(rels) * task.params * PLANNED_BYTES[dtype])
             even = Schedule(rels, task.steps, -(-task.steps // count), None, task.rounding_of(dtype))
             assert first.errors.worst < evaluate(task, even, dtype).errors.worst
 
@@ -240,12 +240,12 @@ def test_the_alternatives_are_different_and_in_the_order_of_their_errors() -> No
     assert worst == sorted(worst)
     assert {p.dtype for p in proposals} == set(PLANNED_BYTES)
     assert {len(p.schedule.sigma_rels) for p in proposals} == {1, 2, 3}
-    assert any(p.nbytes <= TASK.max_bytes / 2 for p in proposals)
+    assert any(p.nbytes <= TASK.max_size / 2 for p in proposals)
     assert len({p.errors.label for p in proposals}) == len(proposals) <= 7
     assert all(p.last_step == TASK.steps for p in proposals)  # steps can be divided
     assert all(p.last_step > 0.98 * 39_989 for p in propose(replace(TASK, steps=39_989)))  # a prime
     # With disk for two snapshots in half precision only one profile can be tracked.
-    assert {len(p.schedule.sigma_rels) for p in propose(replace(TASK, max_bytes=4 * 10**6))} == {1}
+    assert {len(p.schedule.sigma_rels) for p in propose(replace(TASK, max_size=4 * 10**6))} == {1}
     assert propose(replace(TASK, rounding={"float16": 0.1, "bfloat16": 0.1}))[0].dtype == "float32"
 
 
@@ -258,7 +258,7 @@ def test_fixed_choices_are_kept() -> None:
         assert all(getattr(p.schedule, name) == value for p in propose(replace(TASK, dtype="float16", **{name: value})))
 
 
-AMPLE = Task(steps=3_000, parameters=10**5, max_bytes=10**8)
+AMPLE = Task(steps=3_000, params=10**5, max_size=10**8)
 """Disk for 500 snapshots of a small network in half precision: far more than it needs."""
 
 
@@ -270,7 +270,7 @@ def test_the_first_proposal_is_good_enough_and_the_cheapest_of_those(max_error: 
     for sigma_rel in (0.05, 0.07, 0.14, 0.2, 0.28):
         assert expected_error(sigma_rel, schedule.sigma_rels, times, schedule.rounding) <= max_error
     assert first.update_every == 10
-    assert first.nbytes <= 0.1 * AMPLE.max_bytes
+    assert first.nbytes <= 0.1 * AMPLE.max_size
     assert schedule.taken >= 10  # a training that is killed loses at most a tenth
     good = [p for p in others if p.errors.worst <= max_error]
     written = [p.schedule.taken * len(p.schedule.sigma_rels) * PLANNED_BYTES[p.dtype] for p in (first, *good)]
@@ -289,11 +289,11 @@ def test_short_averages_are_updated_more_often() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "subject"),
-    [("steps", 0, "steps"), ("steps", 10.5, "steps"), ("parameters", 0, "params"), ("sigma_rels", (), "sigma_rels"),
+    [("steps", 0, "steps"), ("steps", 10.5, "steps"), ("params", 0, "params"), ("sigma_rels", (), "sigma_rels"),
      ("sigma_rels", (0.1, 0.4), "sigma_rels"),
      ("max_error", 0.0, "max_error"), ("max_error", 2.0, "max_error"),
      ("max_checkpoints", 0, "max_checkpoints"), ("steps", 1000.0, "steps"),
-     ("parameters", 1e6, "params"), ("max_bytes", 1e9, "max_size"), ("checkpoint_every", 100.0, "checkpoint_every")],
+     ("params", 1e6, "params"), ("max_size", 1e9, "max_size"), ("checkpoint_every", 100.0, "checkpoint_every")],
 )  # fmt: skip
 def test_a_task_and_a_schedule_refuse_empty_and_fractional_values(name: str, value: object, subject: str) -> None:
     with refused(subject):

@@ -127,7 +127,7 @@ def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema:
         (lambda run: run.prune(keep="20"), "keep", "'20': must be a whole number, at least 1"),
         (lambda run: run.prune(keep=2, sigma_range=(0.2, 0.1)), "sigma_range", "(0.2, 0.1): must be two numbers in"),
         (lambda run: run.prune(max_size="60"), "max_size", "60 bytes: the newest snapshots of each profile"),
-        (lambda run: run.prune(max_size=2, keep=1), "keep, max_size and max_error", "give one of them"),
+        (lambda run: run.prune(max_size=2, keep=1), "keep, max_size and max_error", ": give one of them"),
         (lambda run: run.prune(keep=2.5), "keep", "2.5: must be a whole number"),
         (lambda run: run.prune(keep=True), "keep", "True: must be a whole number"),
         (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),

@@ -90,7 +90,7 @@ def test_a_users_target_is_used_unchanged() -> None:
         (lambda: Groups({1: 0.1}), "group", "{1: 0.1}: must be globs on names"),  # type: ignore[dict-item]
         (lambda: as_target("abc"), "target", "abc: must be a sigma_rel in (0, 0.2887), or one of beta:0.9999, "),
         (lambda: as_target("beta:0.99,0.999"), "target", "must name one average, not 2"),
-        (lambda: HalfLife(0.5), "half-life", "0.5: must be at least 1 step"),
+        (lambda: HalfLife(0.5), "half-life", "0.5: must be from 1 to 1e15 steps"),
         (lambda: Beta("0.9"), "beta", "'0.9'"),  # type: ignore[arg-type]
         (lambda: Window(True), "window", "True"),
         (lambda: Between(0, math.inf), "between", "finite"),
@@ -102,10 +102,12 @@ def test_a_users_target_is_used_unchanged() -> None:
         (lambda: as_target("0.4"), "target", "target 0.4: must lie in (0, 0.2887)"),
         (lambda: as_target("0.9"), "target", "for a decay of 0.9 per step use beta:0.9"),
         (lambda: as_target("beta:2"), "target", "target beta:2: must lie in [0.5, 1)"),
-        (lambda: as_target("half-life:0"), "target", "target half-life:0: must be at least 1 step"),
+        (lambda: as_target("half-life:0"), "target", "target half-life:0: must be from 1 to 1e15 steps"),
         (lambda: as_target("between:50:20"), "target", "target between:50:20: must start at 0 or later"),
         (lambda: as_target("decay:linear:200%"), "target", "target decay:linear:200%: must be a part of training"),
         (lambda: Between(5, 2e6).profile(1e6, IMAGES, 1280.0), "target", "target between:5:2000000: ends after t"),
+        (lambda: as_target("half-life:1e300"), "target", "target half-life:1e300: must be from 1 to 1e15 steps"),
+        (lambda: Between(0, 1e-300).profile(1e6, IMAGES, 1280.0), "target", "between:0:1e-300: must span at least"),
         (lambda: Window(10**4 + 1).profile(1e6, IMAGES, 1280.0), "target", "target window:10001: the run has 10,000"),
         (lambda: GivenProfile(Uniform(0, 1), "../a b"), "profile", "'../a b'"),
         (lambda: GivenProfile(Uniform(0, 1e6 + 1), "mine").profile(1e6, IMAGES, 1280.0), "profile mine",

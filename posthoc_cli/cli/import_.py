@@ -19,7 +19,7 @@ EPILOG = "Example:  ema import old --sigma-rels 0.05,0.28 --update-every 10 --ou
 
 def import_(
     directory: Path = Argument(..., metavar="DIR", help="The checkpoints or averages: a folder, a file or a glob."),
-    out: Path | None = values.OUTPUT(None, "--out", "-o", metavar="RUN", help="The folder of the new run."),
+    out: Path | None = values.OUTPUT(None, "--out", "-o", metavar="RUN", help="The folder of the new run, or its URL."),
     kind: str | None = values.RUN(
         None,
         "--from",
@@ -73,7 +73,8 @@ def import_(
 ) -> None:
     """Make a run of other programs' checkpoints.
 
-    Needed if the files lack a setting, such as update_every: give it here once, and every command takes RUN.
+    Needed if the files lack a setting, such as update_every: give it here once, and every command takes RUN, except
+    prune and export.
 
     RUN is a manifest of a few kB that refers to the files by path: move both together. With --copy it contains
     copies with checksums, all or none. Repeat the call to take in what has changed in DIR.

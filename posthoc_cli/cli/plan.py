@@ -62,8 +62,8 @@ def plan(
     widths = None if sigma_rels is None else tuple(parse_numbers(sigma_rels, "--sigma-rels"))
     task = Task(
         steps=values.parse_count(steps, "--steps"),
-        parameters=values.parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
-        max_bytes=resources.parse_bytes(max_size, "--max-size"),
+        params=values.parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
+        max_size=resources.parse_bytes(max_size, "--max-size"),
         sigma_range=values.parse_sigma_range(sigma_range),
         max_error=values.parse_max_error(max_error),
         sigma_rels=None if widths is None else tuple(sorted(widths)),

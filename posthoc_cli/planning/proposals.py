@@ -46,8 +46,8 @@ class Task:
 
     Attributes:
         steps: length of training.
-        parameters: averaged elements of the network.
-        max_bytes: budget for all snapshots at any moment.
+        params: averaged elements of the network.
+        max_size: budget in bytes for all snapshots at any moment.
         sigma_range: range of the wanted averages.
         motion: of the network over (0, steps], relative to its norm; None for even motion.
         max_error: the worst predicted error that is good enough.
@@ -60,8 +60,8 @@ class Task:
     """
 
     steps: int
-    parameters: int
-    max_bytes: int
+    params: int
+    max_size: int
     sigma_range: tuple[float, float] = USEFUL_RANGE
     motion: Motion | None = None
     max_error: float = GOOD_ERROR
@@ -74,10 +74,9 @@ class Task:
     def __post_init__(self) -> None:
         check_sigma_range(self.sigma_range)
         check_max_error(self.max_error)
-        check_count("max_size", self.max_bytes)
-        counts = {"steps": self.steps, "params": self.parameters, "checkpoint_every": self.checkpoint_every}
-        for name, value in {**counts, "max_checkpoints": self.max_checkpoints}.items():
-            if value is not None:
+        check_count("max_size", self.max_size)
+        for name in ("steps", "params", "checkpoint_every", "max_checkpoints"):
+            if (value := getattr(self, name)) is not None:
                 check_number(name, check_count(name, value), lambda count: count <= 10**15, "be at most 1e15")
         if self.sigma_rels is not None:
             check_tracked(self.sigma_rels)
@@ -91,7 +90,7 @@ class Task:
             wanted = f"{kept:,} snapshot{'s' * (kept > 1)} of {profiles} profile{'s' * (profiles > 1)}"
             needed = f"it takes {least * self._least_places:,} bytes"
             reason = f"has no room for {wanted} and the one being written; {needed}"
-            raise InvalidValueError("max_size", reason, value=f"{self.max_bytes:,} bytes")
+            raise InvalidValueError("max_size", reason, value=f"{self.max_size:,} bytes")
 
     @property
     def expected_motion(self) -> Motion:
@@ -104,11 +103,11 @@ class Task:
 
     def snapshot_bytes(self, dtype: str) -> int:
         """Return the size of one snapshot, without header and buffers, which are small."""
-        return self.parameters * PLANNED_BYTES[dtype]
+        return self.params * PLANNED_BYTES[dtype]
 
     def places(self, dtype: str, profiles: int) -> int:
         """Return the number of snapshots of each profile that fit the budget."""
-        return self.max_bytes // (self.snapshot_bytes(dtype) * profiles)
+        return self.max_size // (self.snapshot_bytes(dtype) * profiles)
 
     def kept(self, dtype: str, profiles: int, taken: int | None = None) -> int:
         """Return the number of snapshots of each profile that are kept of those `taken`, by default of all."""
@@ -247,8 +246,8 @@ class PlanReport:
         task = self.task
         return {
             "steps": task.steps,
-            "parameters": task.parameters,
-            "max_bytes": task.max_bytes,
+            "parameters": task.params,
+            "max_bytes": task.max_size,
             "sigma_range": list(task.sigma_range),
             "max_error": task.max_error,
             "motion": "assumed" if task.motion is None else "like",
@@ -276,9 +275,9 @@ def propose(task: Task) -> list[Proposal]:
     if not any(proposal.errors.worst <= task.max_error for proposal in proposals):
         leader = finalists[proposals.index(_best(proposals))]
         proposals.append(_best([_best(proposals), *_evaluated(task, leader, _TAKEN_BY_THE_BEST)]))
-        half, free = task.max_bytes // 2, task.max_checkpoints is None and task.checkpoint_every is None
+        half, free = task.max_size // 2, task.max_checkpoints is None and task.checkpoint_every is None
         if free and half // (task.snapshot_bytes(leader.dtype) * leader.profiles) >= 2:
-            proposals.append(_best(_evaluated(replace(task, max_bytes=half), leader, _TAKEN)))
+            proposals.append(_best(_evaluated(replace(task, max_size=half), leader, _TAKEN)))
 
     def order(proposal: Proposal) -> tuple[float, ...]:
         good = proposal.errors.worst <= task.max_error

@@ -373,7 +373,7 @@ def file_bytes(snapshots: Sequence[Snapshot]) -> int:
 def plan_pruning(
     snapshots: Sequence[Snapshot],
     keep: int | None = None,
-    max_bytes: int | None = None,
+    max_size: int | None = None,
     max_error: float | None = None,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> Pruning:
@@ -385,20 +385,20 @@ def plan_pruning(
     Arguments:
         snapshots: all snapshots of one directory.
         keep: the number of snapshots to keep of each profile; or
-        max_bytes: keep as many snapshots as fit in this size; or
+        max_size: keep as many snapshots as fit in this number of bytes; or
         max_error: keep as few snapshots as have at most this worst error over `sigma_range`, with a margin for the
             prediction. Exactly one of the three must be given.
 
     Raises:
-        InvalidValueError: `keep` exceeds the number of snapshots, or the newest ones take more than `max_bytes`.
+        InvalidValueError: `keep` exceeds the number of snapshots, or the newest ones take more than `max_size`.
         InexactError: the error of all snapshots together exceeds `max_error`.
     """
-    check_alone(1, keep=keep, max_size=max_bytes, max_error=max_error)
+    check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
     check_max_error(max_error)
     check_sigma_range(sigma_range)
     most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
-    if max_bytes is not None:
-        check_count("max_bytes", max_bytes)
+    if max_size is not None:
+        check_count("max_size", max_size)
     if keep is not None and check_count("keep", keep) > most:
         existing = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
         raise InvalidValueError("keep", f"{existing} a profile; nothing was deleted", value=keep)
@@ -412,13 +412,13 @@ def plan_pruning(
         )
     gone = errors.deletion_order(keep or 1)
     bound = math.inf if max_error is None else max_error / _MARGIN
-    if max_bytes is not None:
-        gone = gone[: _enough_bytes(snapshots, gone, max_bytes)]
+    if max_size is not None:
+        gone = gone[: _enough_bytes(snapshots, gone, max_size)]
     if max_error is not None:  # the errors grow with the number of deletions
         gone = gone[: bisect_left(range(1, len(gone) + 1), True, key=lambda n: errors.without(gone[:n]).worst > bound)]
     exchanged = errors.exchanged(gone)
     size = file_bytes([snapshots[index] for index in errors.left(exchanged)])
-    fits = max_bytes is None or size <= max_bytes  # headers of later snapshots are longer
+    fits = max_size is None or size <= max_size  # headers of later snapshots are longer
     if fits and (max_error is None or errors.without(exchanged).worst <= bound):
         gone = exchanged
     kept, deleted = (tuple(snapshots[index] for index in chosen) for chosen in (errors.left(gone), gone))
@@ -508,12 +508,12 @@ def _spread_out(indices: Sequence[int]) -> list[int]:
     return [indices[place] for place in sorted(range(len(indices)), key=lambda place: f"{place:0{bits}b}"[::-1])]
 
 
-def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_bytes: int) -> int:
+def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_size: int) -> int:
     """Return how many of the first snapshots in `order` must be deleted for the others to fit."""
     freed = [0, *accumulate(snapshots[index].header.file_bytes for index in order)]
     size = file_bytes(snapshots)
-    fitting = next((count for count, nbytes in enumerate(freed) if size - nbytes <= max_bytes), None)
+    fitting = next((count for count, nbytes in enumerate(freed) if size - nbytes <= max_size), None)
     if fitting is None:
         reason = f"the newest snapshots of each profile, which stay, take {size - freed[-1]:,} bytes"
-        raise InvalidValueError("max_size", reason, value=f"{max_bytes:,} bytes")
+        raise InvalidValueError("max_size", reason, value=f"{max_size:,} bytes")
     return fitting

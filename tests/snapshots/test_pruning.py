@@ -67,7 +67,7 @@ def test_keep_leaves_what_thinning_leaves(run: Path, keep: int) -> None:
     assert len(pruning.kept) == 2 * keep
 
 
-@pytest.mark.parametrize("wish", [{"keep": 1}, {"max_bytes": 200_000}, {"max_error": 0.9}])
+@pytest.mark.parametrize("wish", [{"keep": 1}, {"max_size": 200_000}, {"max_error": 0.9}])
 def test_the_newest_time_stays_and_the_newest_with_all_profiles(run: Path, wish: dict[str, Any]) -> None:
     snapshots = read_directory(run)
     assert keys(plan_pruning(snapshots, **wish).kept) >= {(240.0, 0.05), (240.0, 0.28)}
@@ -75,18 +75,18 @@ def test_the_newest_time_stays_and_the_newest_with_all_profiles(run: Path, wish:
     assert keys(plan_pruning(snapshots, **wish).kept) >= {(240.0, 0.05), (220.0, 0.05), (220.0, 0.28)}
 
 
-def test_max_bytes_keeps_as_many_as_fit(run: Path) -> None:
+def test_max_size_keeps_as_many_as_fit(run: Path) -> None:
     snapshots = read_directory(run)
     sizes = {s.path: s.header.file_bytes for s in snapshots}
     limit = sum(sizes.values()) // 3
-    pruning = plan_pruning(snapshots, max_bytes=limit)
+    pruning = plan_pruning(snapshots, max_size=limit)
     left = sum(sizes[s.path] for s in pruning.kept)
     assert left <= limit < left + sizes[pruning.to_delete[-1].path]
-    assert plan_pruning(snapshots, max_bytes=sum(sizes.values())).to_delete == ()
+    assert plan_pruning(snapshots, max_size=sum(sizes.values())).to_delete == ()
     newest = sum(sizes[snapshot.path] for snapshot in plan_pruning(snapshots, keep=1).kept)
-    assert len(plan_pruning(snapshots, max_bytes=newest).kept) == 2
+    assert len(plan_pruning(snapshots, max_size=newest).kept) == 2
     with pytest.raises(InvalidValueError, match="which stay, take"):
-        plan_pruning(snapshots, max_bytes=newest - 1)
+        plan_pruning(snapshots, max_size=newest - 1)
 
 
 def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
@@ -127,7 +127,7 @@ def test_the_errors_are_those_of_the_directory_before_and_after(folder: str, req
     ("wish", "message"),
     [
         ({"keep": 0}, "keep 0"), ({"keep": 13}, "only 12 snapshots a profile"), ({}, "give one of them"),
-        ({"max_bytes": 100}, "which stay, take"), ({"keep": 1, "max_error": 0.1}, "give one of them"),
+        ({"max_size": 100}, "which stay, take"), ({"keep": 1, "max_error": 0.1}, "give one of them"),
         ({"max_error": 1e-9}, "max_error 1e-09"),
     ],
 )  # fmt: skip
