@@ -113,7 +113,7 @@ def test_no_descriptor_stays_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [Path.touch, Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
 def test_a_taken_name_is_refused_at_the_start(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "a")
-    with pytest.raises(OutputExistsError, match="a: is "):
+    with pytest.raises(OutputExistsError, match=r"a: (already exists|is )"):
         files.PendingFile(tmp_path / "a", overwrite=make in (Path.mkdir, os.mkfifo))  # these are never replaced
     assert names(tmp_path) == ["a"]
 

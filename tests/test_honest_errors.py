@@ -122,7 +122,7 @@ def test_with_few_snapshots_left_the_predicted_error_holds(
 def errors_of_pruned(folder: Path, path: npt.NDArray[np.float32], bound: float, widest: float) -> tuple[Floats, Floats]:
     """Prune a directory to an error; return the errors of WIDTHS up to `widest`, and the predicted ones."""
     pruning = plan_pruning(read_directory(folder), max_error=bound, sigma_range=(0.05, widest))
-    assert pruning.gone
+    assert pruning.to_delete
     assert pruning.before.worst <= pruning.after.worst <= bound
     assert np.all(pruning.after.predicted_error >= pruning.before.predicted_error)
     prune(folder, pruning)

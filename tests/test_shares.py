@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import posthoc_cli
 from posthoc_cli import Run, disk_sources, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
-from posthoc_cli.export.writing import divide
+from posthoc_cli.export.writing import Shards, divide
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -117,6 +117,23 @@ def test_a_job_that_was_killed_is_run_again_and_keeps_its_shards(run: Path, tmp_
     assert {path: data for path, (data, _) in after.items()} == {path: data for path, (data, _) in before.items()}
     assert {path for path in before if before[path] != after[path]} <= set(missing)
     assert not leftover.exists()
+
+
+def test_a_job_deletes_nothing_that_another_one_has_written_meanwhile(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, make = tmp_path / "out", Shards.make
+
+    def interfere(self: Shards, shard: int, progress: Any) -> None:
+        make(self, shard, progress)
+        (out / "model-00001-of-00009.safetensors").write_bytes(b"precious")
+
+    monkeypatch.setattr(Shards, "make", interfere)
+    with pytest.raises(OutputExistsError, match="00009.safetensors: is of another model"):
+        write(run, out)
+    assert (out / "model-00001-of-00009.safetensors").read_bytes() == b"precious"
+    write(run, out, overwrite=True)
+    assert not (out / "model-00001-of-00009.safetensors").exists()
 
 
 @pytest.mark.parametrize("is_finished", [True, False])

@@ -398,11 +398,12 @@ class _ShardedSink(FileSink):
         self, folder: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
     ) -> None:
         # The objects of a model in a store would be replaced one after the other.
-        check_free_folder(folder, options.overwrite and not files.is_url(folder))
+        overwrite = options.overwrite and not files.is_url(folder)
+        check_free_folder(folder, overwrite)
         for path in model_files_in(folder):
             if path.is_dir() and not path.is_symlink():
                 raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")
-        self.folder, self._overwrite = folder, options.overwrite
+        self.folder, self._overwrite = folder, overwrite
         self._old: dict[Path, Path] = {}  # temporary names of the files of the replaced model
         self._published: list[Path] = []
         self._committed = False
@@ -420,7 +421,7 @@ class _ShardedSink(FileSink):
         try:
             for file, names in self._split.filename_to_tensors.items():
                 shard = [by_name[name] for name in names]
-                writers[TensorFileWriter(folder / file, shard, metadata, options.overwrite)] = names
+                writers[TensorFileWriter(folder / file, shard, metadata, overwrite)] = names
         except BaseException:
             self.discard()
             raise

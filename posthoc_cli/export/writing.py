@@ -320,12 +320,8 @@ class Shards:
             check_free_folder(folder, overwrite=True)
             check_no_snapshot(folder)
             absent = [shard for shard in range(len(self.plans)) if not self._is_there(shard, target)]
-            index, is_there = folder / INDEX_NAME, not files.is_absent(folder / INDEX_NAME)
-            is_same = is_there and _holds(index, self._index(folder))
-            others = [*self._others(folder), *([index] if is_there and not is_same else ())]
-            if others and not self._options.overwrite:
-                raise OutputExistsError(others[0], "is of another model", OTHER_FOLDER)
-            if is_there and (absent or not is_same):
+            index, others = folder / INDEX_NAME, self._others(folder)
+            if index in others or (absent and not files.is_absent(index)):
                 _remove(index)
             if not files.is_url(folder):  # to a store each process sends one shard after the other
                 missing |= {self._path(shard, folder): self.plans[shard].nbytes for shard in absent}
@@ -350,7 +346,8 @@ class Shards:
         for folder in self._folders:
             for path in self._others(folder):
                 _remove(path)
-            files.write_atomically(folder / INDEX_NAME, self._index(folder), overwrite=True)
+            if files.is_absent(folder / INDEX_NAME):
+                files.write_atomically(folder / INDEX_NAME, self._index(folder))
 
     def _path(self, shard: int, folder: Path) -> Path:
         return folder / f"model-{shard + 1:05d}-of-{len(self.plans):05d}.safetensors"
@@ -379,9 +376,17 @@ class Shards:
         return encode_index(places, sum(plan.nbytes for plan in self.plans))
 
     def _others(self, folder: Path) -> list[Path]:
-        """Return the files of other models in a folder, which readers could take for files of this model."""
-        names = {INDEX_NAME, *(self._path(shard, folder).name for shard in range(len(self.plans)))}
-        return [path for path in model_files_in(folder) if path.name not in names]
+        """Return the files of other models, which must not stay with this one; an OutputExistsError without overwrite.
+
+        Another job may have written them since this one began.
+        """
+        expected = {self._path(shard, folder).name for shard in range(len(self.plans))}
+        if _holds(folder / INDEX_NAME, self._index(folder)):
+            expected.add(INDEX_NAME)
+        others = [path for path in model_files_in(folder) if path.name not in expected]
+        if others and not self._options.overwrite:
+            raise OutputExistsError(others[0], "is of another model", OTHER_FOLDER)
+        return others
 
 
 def divide(plan: Plan, shards: int) -> list[list[str]]:

@@ -156,6 +156,15 @@ def test_only_files_in_a_snapshot_directory_are_repaired(tmp_path: Path) -> None
             check_repairable(verify(path))
 
 
+def test_a_name_that_has_no_room_for_a_number_is_an_error(run: Path) -> None:
+    (run / "damaged").mkdir()
+    for folder in (run, run / "damaged"):
+        (folder / f"{'a' * 243}.safetensors").write_bytes(b"broken")
+    with pytest.raises(WriteError, match=r"damaged: .*too long"):
+        repair(verify(run))
+    assert (run / f"{'a' * 243}.safetensors").exists()
+
+
 def test_a_file_that_has_changed_since_is_not_moved_and_a_missing_one_is_skipped(run: Path) -> None:
     assert repair(verify(run)) == ()
     first, second = break_some(run, (0, 1))
