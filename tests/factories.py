@@ -376,7 +376,7 @@ def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[f
 
 def save_state(tracker: PostHocEMA, path: Path) -> None:
     """Write the exact state of a tracker, as a tracker with `keep_state=True` does."""
-    write_state(path, *tracker._state())
+    write_state(path, *tracker._state())  # private: publicly a tracker writes its state only when snapshots are due
 
 
 def load_state(tracker: PostHocEMA, path: Path) -> None:

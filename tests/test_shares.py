@@ -129,7 +129,7 @@ def test_a_job_deletes_nothing_that_another_one_has_written_meanwhile(
         (out / "model-00001-of-00009.safetensors").write_bytes(b"precious")
 
     monkeypatch.setattr(Shards, "make", interfere)
-    with pytest.raises(OutputExistsError, match="00009.safetensors: is of another model"):
+    with pytest.raises(OutputExistsError, match=r"00009\.safetensors: is of another model"):
         write(run, out)
     assert (out / "model-00001-of-00009.safetensors").read_bytes() == b"precious"
     write(run, out, overwrite=True)

@@ -153,7 +153,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 class HostTensors:
     """Uninitialized tensors of a layout on the host, end to end in slabs; each tile lies in one slab.
 
-    torch rounds pinned memory up to powers of two. Slabs have such sizes, but the last, of at most a CPU tile.
+    torch rounds pinned memory up to powers of two. Slabs have such sizes, except the last one of each bucket: it is
+    the last CPU tile, which rounding extends by less than half of `TILE` elements.
     """
 
     def __init__(self, layout: Layout, pinned: bool = False) -> None:
