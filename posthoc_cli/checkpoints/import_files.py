@@ -332,7 +332,8 @@ def read_copy(path: Path) -> Checkpoint:
     except (ValueError, TypeError) as error:
         raise FileFormatError(path, f"ema.masses, ema.tensors or ema.aliases: {error}") from error
     boxes = {name: Box.full(entry.shape) for name, entry in header.tensors.items()}
-    return Checkpoint(path, header, CheckpointInfo(profile, **values), (BackingFile(path, header, boxes),))
+    info, file = CheckpointInfo(profile, **values), BackingFile(path, header.tensors, boxes, header)
+    return Checkpoint(path, header.tensors, info, (file,))
 
 
 _COPY_KINDS = {

@@ -312,7 +312,7 @@ def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
 def describe_file(path: Path) -> dict[str, Any]:
     """Return the tensors and sizes of one checkpoint, without its time, for JSON; its kind is "checkpoint"."""
     one = make_checkpoint(path, index_checkpoint(path).model_tensors(), Point(1.0), 1)
-    return {"kind": "checkpoint", "path": str(path), **describe_tensors(one), "bytes": one.header.file_bytes}
+    return {"kind": "checkpoint", "path": str(path), **describe_tensors(one), "bytes": one.file_bytes}
 
 
 def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
@@ -324,7 +324,7 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
         "run": newest.info.run_id,
         **{key: getattr(newest.info, key) for key in ("t_unit", "t", "step")},
         **describe_tensors(newest),
-        "bytes": sum(one.header.file_bytes for one in checkpoints),
+        "bytes": sum(one.file_bytes for one in checkpoints),
         "checkpoints": list_checkpoints(checkpoints),
     }
 
@@ -332,6 +332,6 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
 def list_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     """Return the file, time, content and identity of each checkpoint, for JSON."""
     return [
-        {"file": one.name, "t": one.info.t, "holds": one.info.holds, "bytes": one.header.file_bytes,
+        {"file": one.name, "t": one.info.t, "holds": one.info.holds, "bytes": one.file_bytes,
          "identity": one.identity} for one in checkpoints
     ]  # fmt: skip

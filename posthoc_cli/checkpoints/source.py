@@ -275,15 +275,16 @@ class Updates:
 class Checkpoint(FileSource):
     """The tensors of a checkpoint, or of an average that another program stored, and their description.
 
-    Its `header` has the places of all tensors, as if they were in one file.
-
     Attributes:
         kind: one of `formats.TABLE`; empty for a copy that an import wrote.
         label: name to show in place of that of the file or folder.
         updates: updates of an ordinary EMA; None for a copy and for other tensors.
     """
 
+    path: Path
+    stored: fmt.TensorSpecs
     info: CheckpointInfo
+    parts: tuple[BackingFile, ...]
     kind: str = ""
     label: str = ""
     updates: Updates | None = None
@@ -297,6 +298,12 @@ class Checkpoint(FileSource):
     def profile(self) -> StoredProfile:
         """The profile of its tensors."""
         return self.info.profile
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of its tensors, of a copy with the header."""
+        start = sum(part.header.payload_start for part in self.parts if part.header)
+        return start + sum(tensor.nbytes for tensor in self.stored.values())
 
     def with_settings(self, settings: ImportSettings, default_decay: float = 0.0) -> Checkpoint:
         """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine.
@@ -312,9 +319,9 @@ class Checkpoint(FileSource):
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits: a hash of its files' content."""
-        if self.header.metadata:
-            return super().identity
+        """A hash of its files' content; for a copy the checksum of its header."""
+        if (header := self.parts[0].header) is not None:
+            return header.metadata["ema.checksum"]
         identities = {part.path: part.identity for part in self.parts}
         return xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
 
@@ -334,7 +341,7 @@ def make_checkpoint(
     Raises:
         FileFormatError: a tensor's name is not possible in a model, or its chunks have several dtypes.
     """
-    entries: dict[str, TensorEntry] = {}
+    specs: dict[str, fmt.TensorSpec] = {}
     aliases: dict[str, str] = {}
     layers: dict[tuple[Path, int], dict[str, FoundChunk]] = {}
     known: dict[tuple[Path, TensorEntry], str] = {}
@@ -349,8 +356,7 @@ def make_checkpoint(
         dtypes = {chunk.tensor.dtype for chunk in chunks}
         if len(dtypes) > 1:
             raise FileFormatError(path, f"tensor {shown(name)}: its chunks are of several dtypes")
-        spec = fmt.TensorSpec(name, dtypes.pop(), tensor_shape(chunks))
-        entries[name] = TensorEntry(spec.dtype, spec.shape, 0, spec.nbytes)
+        specs[name] = fmt.TensorSpec(name, dtypes.pop(), tensor_shape(chunks))
         counts: Counter[Path] = Counter()
         for chunk in chunks:
             layers.setdefault((chunk.path, counts[chunk.path]), {})[name] = chunk
@@ -358,16 +364,16 @@ def make_checkpoint(
     parts = tuple(
         BackingFile(
             file,
-            fmt.FileHeader.of_foreign({name: chunk.tensor for name, chunk in chunks.items()}),
+            {name: chunk.tensor for name, chunk in chunks.items()},
             {name: chunk.box for name, chunk in chunks.items()},
-            next(iter(chunks.values())).identity,
+            identity=next(iter(chunks.values())).identity,
         )
         for (file, _), chunks in layers.items()
     )
-    stored = parts[0].header.tensors if len(parts) == 1 and len(parts[0].header.tensors) == len(entries) else entries
-    roles = {name: _tracked(name, entry.dtype) for name, entry in entries.items()}
+    stored = parts[0].tensors if len(parts) == 1 and len(parts[0].tensors) == len(specs) else specs
+    roles = {name: _tracked(name, spec.dtype) for name, spec in specs.items()}
     info = CheckpointInfo(profile, step, t_unit, roles, aliases, sigma_rel)
-    return Checkpoint(path, fmt.FileHeader.of_foreign(stored), info, parts, kind, "", updates)
+    return Checkpoint(path, stored, info, parts, kind, "", updates)
 
 
 def _tracked(name: str, dtype: str) -> fmt.TrackedTensor:

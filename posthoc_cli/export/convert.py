@@ -197,7 +197,7 @@ class _PlannedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.file.header.tensors[self.name].shape
+        return self.file.tensors[self.name].shape
 
     def read(self) -> torch.Tensor:
         stored = stored_tensor(self.file, self.name)
@@ -231,7 +231,7 @@ def _read_file(
     file: TensorReader, snapshot: SnapshotInfo | None, model: str, dtype: str | None
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
     """Return the tensors of a file, under all their names, and its metadata; `model` is the name of the source."""
-    kind, entries, info = file_kind(file.header), file.header.tensors, None
+    kind, entries, info = file_kind(file.header), file.tensors, None
     stored = {name: (name, entry.dtype, "other") for name, entry in entries.items()}
     if kind == "snapshot" and snapshot is None:
         snapshot = decode_snapshot(file.path, file.header)
@@ -279,7 +279,7 @@ def _read_base(
     """Return the tensors that only the base has; tensors in both must have the same shape."""
     tensors, seen = {}, set[str]()
     for file in [stack.enter_context(read_snapshot(base).open())] if is_parts_folder(base) else open_model(stack, base):
-        for name, entry in file.header.tensors.items():
+        for name, entry in file.tensors.items():
             seen.add(name)
             if name not in own:
                 tensors[name] = _planned(file, name, entry.dtype, "other", dtype)
@@ -336,7 +336,7 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
     with ExitStack() as stack:
         opened = [stack.enter_context(source.open()) for source in sources]
         readers = open_model(stack, base)
-        stored = {name: (file, entry) for file in readers for name, entry in file.header.tensors.items()}
+        stored = {name: (file, entry) for file in readers for name, entry in file.tensors.items()}
         modules_by_weight = _place_modules(modules, base, {name: entry.dtype for name, (_, entry) in stored.items()})
         dtypes = {name: plan.dtype if entry.dtype in _MERGED else None for name, (_, entry) in stored.items()}
         specs = [TensorSpec(name, dtypes[name] or entry.dtype, entry.shape) for name, (_, entry) in stored.items()]

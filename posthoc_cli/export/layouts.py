@@ -220,7 +220,7 @@ def open_model(stack: ExitStack, path: Path) -> list[TensorReader]:
 
 def stored_tensor(file: TensorReader, name: str) -> torch.Tensor:
     """Read and verify a tensor of a file, in its stored dtype."""
-    entry = file.header.tensors[name]
+    entry = file.tensors[name]
     return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
 
 

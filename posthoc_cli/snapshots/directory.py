@@ -384,7 +384,8 @@ def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snap
         sketch=joined_paths([part.info.sketch for part in parts]),
         part=None, chunks={},
     )  # fmt: skip
-    backing = (BackingFile(part.path, part.header, boxes) for part, boxes in zip(parts, joined.boxes, strict=True))
+    both = zip(parts, joined.boxes, strict=True)
+    backing = (BackingFile(part.path, part.header.tensors, boxes, part.header) for part, boxes in both)
     return Snapshot(folder, header, info, tuple(backing))
 
 

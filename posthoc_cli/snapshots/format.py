@@ -237,18 +237,17 @@ class TensorEntry:
     strides: tuple[int, ...] = ()
 
 
+TensorSpecs = Mapping[str, TensorEntry | TensorSpec]
+"""The dtype, shape and size of stored tensors by name."""
+
+
 @dataclass(frozen=True)
 class FileHeader:
-    """The header of a safetensors file, or the same information about a file of another format."""
+    """The header of a safetensors file."""
 
     metadata: dict[str, str]
     tensors: dict[str, TensorEntry]
     payload_start: int
-
-    @classmethod
-    def of_foreign(cls, tensors: Mapping[str, TensorEntry]) -> FileHeader:
-        """Return the header for another program's file of any format: without metadata, offsets from its start."""
-        return cls({}, dict(tensors), 0)
 
     @property
     def file_bytes(self) -> int:

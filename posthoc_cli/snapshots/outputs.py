@@ -27,7 +27,7 @@ from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, list_folder, read_snapshot
-from posthoc_cli.snapshots.format import FileHeader, OutputInfo, TrackingSchedule
+from posthoc_cli.snapshots.format import FileHeader, OutputInfo, TensorSpecs, TrackingSchedule
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind, parse_object
 from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.snapshots.sources import FileSource, Snapshot
@@ -357,7 +357,7 @@ def describe_tensors(snapshot: FileSource) -> Description:
     info = snapshot.info
     copied = len(info.copies)
     return {
-        **_counts([snapshot.header]),
+        **_counts([snapshot.stored]),
         "averaged": len(info.tensors) - copied,
         "copied": copied,
         "aliases": len(info.aliases),
@@ -373,16 +373,16 @@ def _notes(copies: Iterable[str]) -> list[str]:
 
 
 def _sizes(headers: Collection[FileHeader]) -> Description:
-    return {**_counts(headers), "bytes": sum(header.file_bytes for header in headers)}
+    return {**_counts([header.tensors for header in headers]), "bytes": sum(header.file_bytes for header in headers)}
 
 
-def _counts(headers: Collection[FileHeader]) -> Description:
+def _counts(files: Collection[TensorSpecs]) -> Description:
     dtypes: Counter[str] = Counter()
-    for entry in (entry for header in headers for entry in header.tensors.values()):
+    for entry in (entry for tensors in files for entry in tensors.values()):
         dtypes[entry.dtype] += math.prod(entry.shape)
     return {
-        **({"shards": len(headers)} if len(headers) > 1 else {}),
-        "tensors": sum(len(header.tensors) for header in headers),
+        **({"shards": len(files)} if len(files) > 1 else {}),
+        "tensors": sum(map(len, files)),
         "parameters": sum(dtypes.values()),
         "dtypes": dict(sorted(dtypes.items())),
     }

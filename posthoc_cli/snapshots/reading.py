@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain, groupby, islice, pairwise
 from pathlib import Path
@@ -51,19 +51,20 @@ _SAMPLES, _SAMPLE = 16, 4096
 
 @dataclass(frozen=True)
 class BackingFile:
-    """A file with stored tensors, its header, and the box of each tensor; without boxes if all tensors are complete.
+    """A file with stored tensors, and the box of each; without boxes if all tensors are complete.
 
-    Another program's file is recognized by its `identity`, see `sampled_identity`, all others by their headers.
+    It is recognized by its header, or if it is another program's by its `identity`, see `sampled_identity`.
     """
 
     path: Path
-    header: fmt.FileHeader
+    tensors: Mapping[str, fmt.TensorEntry]
     boxes: Mapping[str, Box] = field(default_factory=dict)
+    header: fmt.FileHeader | None = None
     identity: str = ""
 
     def is_in(self, file: OpenedFile) -> bool:
         """Return whether an opened file is the one whose identity or header is recorded."""
-        if self.identity:
+        if self.header is None:
             return sampled_identity(file) == self.identity
         start, checksum = read_start(file), self.header.metadata.get("ema.checksum")
         has_size = (len(start), file.size) == (self.header.payload_start, self.header.file_bytes)
@@ -97,7 +98,7 @@ class ElementRange(NamedTuple):
 def open_file(path: Path, header: fmt.FileHeader | None = None) -> TensorReader:
     """Open one file for reading its tensors; if a header is given, the file must still have it."""
     header = header or read_header(path)
-    return TensorReader(path, header, (BackingFile(path, header),))
+    return TensorReader(path, header.tensors, (BackingFile(path, header.tensors, header=header),))
 
 
 class TensorReader:
@@ -108,17 +109,16 @@ class TensorReader:
 
     Attributes:
         path: the file, or the folder of the parts.
-        header: the header of the tensors as they are read.
+        tensors: dtype, shape and size of the tensors as they are read.
     """
 
     def __init__(
-        self, path: Path, header: fmt.FileHeader, parts: Sequence[BackingFile], boxes: Mapping[str, Box] | None = None
+        self, path: Path, tensors: fmt.TensorSpecs, parts: Sequence[BackingFile], boxes: Mapping[str, Box] | None = None
     ) -> None:
-        self.path, self.header, self._boxes = path, header, boxes
-        self._is_single = boxes is None and len(parts) == 1 and parts[0].header.tensors == header.tensors
+        self.path, self.tensors, self._boxes = path, tensors, boxes
+        self._is_single = boxes is None and len(parts) == 1 and parts[0].tensors == tensors
         if boxes is not None:
-            specs = [fmt.TensorSpec(name, header.tensors[name].dtype, box.shape) for name, box in boxes.items()]
-            self.header = replace(header, tensors=fmt.lay_out(specs))
+            self.tensors = {name: fmt.TensorSpec(name, tensors[name].dtype, box.shape) for name, box in boxes.items()}
         self._files: list[_File] = []
         with ExitStack() as stack:
             for part in parts:
@@ -128,17 +128,23 @@ class TensorReader:
             self._opened = stack.pop_all()
         self._is_remote = any(files.is_url(file.path) for file in self._files)
 
+    @property
+    def header(self) -> fmt.FileHeader:
+        """The header of the file, or of the first of several; files of other programs have none."""
+        header = self._files[0].header
+        assert header is not None
+        return header
+
     def _held_by(self, part: BackingFile) -> dict[str, Box]:
         """Return the boxes of a part that hold elements to be read."""
-        stored = part.header.tensors
-        boxes = part.boxes or {n: Box.full(entry.shape) for n, entry in stored.items()}
+        boxes = part.boxes or {n: Box.full(entry.shape) for n, entry in part.tensors.items()}
         if self._boxes is not None:
             return {n: box for n, box in boxes.items() if n in self._boxes and box.intersection(self._boxes[n]).size}
         return {name: box for name, box in boxes.items() if box.size}
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the verified bytes of a tensor: shape [nbytes]."""
-        data = np.empty(self.header.tensors[name].nbytes, dtype=np.uint8)
+        data = np.empty(self.tensors[name].nbytes, dtype=np.uint8)
         self.expect([(name, 0, data.size)])
         reader = self.read_range(name, 0, data.size)
         for begin in range(0, data.size, fmt.BLOCK_BYTES):  # a block is still in the cache for its checksum
@@ -163,15 +169,15 @@ class TensorReader:
         """Return the bytes of a tensor's chunk in a file that cover a range of the tensor; None without any."""
         if self._is_single:
             return begin, end
-        item = DTYPES[self.header.tensors[name].dtype].nbytes
-        chunk, stored_item = file.box(name), DTYPES[file.header.tensors[name].dtype].nbytes
+        item = DTYPES[self.tensors[name].dtype].nbytes
+        chunk, stored_item = file.box(name), DTYPES[file.tensors[name].dtype].nbytes
         boxes = [chunk.intersection(box) for box in boxes_of_range(self._box(name), begin // item, end // item)]
         spans = [chunk.span(box) for box in boxes if box.size]
         return (min(a for a, _ in spans) * stored_item, max(b for _, b in spans) * stored_item) if spans else None
 
     def _box(self, name: str) -> Box:
         """Return the box of a stored tensor that is read."""
-        return Box.full(self.header.tensors[name].shape) if self._boxes is None else self._boxes[name]
+        return Box.full(self.tensors[name].shape) if self._boxes is None else self._boxes[name]
 
     def read_sample(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """Return the bytes `begin` to `end` of a tensor, unverified, for estimates only: shape [end - begin]."""
@@ -193,13 +199,13 @@ class TensorReader:
 
     def _read_chunks(self, file: _File, views: Mapping[str, memoryview]) -> None:
         """Read the chunks in a part and copy their elements to their places in the complete tensors."""
-        edges = [0, *accumulate(file.header.tensors[name].nbytes for name in views)]
+        edges = [0, *accumulate(file.tensors[name].nbytes for name in views)]
         room = np.empty(edges[-1], np.uint8)
         parts = [room[begin:end] for begin, end in pairwise(edges)]
         if views:
             file.read_small(list(views), [part.data for part in parts], room.data)
         for (name, view), part in zip(views.items(), parts, strict=True):
-            entry, stored = self.header.tensors[name], file.header.tensors[name].dtype
+            entry, stored = self.tensors[name], file.tensors[name].dtype
             chunk = _as_dtype(part, stored, entry.dtype)
             reader = (file.box(name), lambda begin, end, chunk=chunk: chunk[begin:end])
             copy_range(np.frombuffer(view, chunk.dtype), Box.full(entry.shape), 0, [reader])
@@ -207,7 +213,7 @@ class TensorReader:
     def _range(self, name: str, begin: int, end: int, is_verified: bool) -> FileRange | TensorRange:
         if self._is_single:
             return FileRange(self._files[0], name, begin, is_verified)
-        box, dtype = self._box(name), self.header.tensors[name].dtype
+        box, dtype = self._box(name), self.tensors[name].dtype
         holders = [file for file in self._files if file.holds(name) and file.box(name).intersection(box).size]
         chunks = [(file.box(name), FileRange(file, name, 0, is_verified)) for file in holders]
         if len(chunks) == 1 and chunks[0][0] == box and chunks[0][1].dtype == dtype:
@@ -268,8 +274,9 @@ class _File(OpenedFile):
     """An opened part; `boxes` are the boxes of its tensors that are read, None if all tensors are complete."""
 
     def __init__(self, part: BackingFile, boxes: Mapping[str, Box] | None) -> None:
-        self.header, self._boxes = part.header, boxes
-        self._checksums = headers.decode_checksums(part.path, part.header)
+        self.header, self.tensors, self._boxes = part.header, part.tensors, boxes
+        self._checksums = headers.decode_checksums(part.path, part.header) if part.header else {}
+        self._payload_start = part.header.payload_start if part.header else 0
         self._gathered: dict[str, npt.NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
         super().__init__(part.path)
@@ -295,20 +302,20 @@ class _File(OpenedFile):
 
     def box(self, name: str) -> Box:
         """Return the box of a tensor's elements in the file."""
-        return Box.full(self.header.tensors[name].shape) if self._boxes is None else self._boxes[name]
+        return Box.full(self.tensors[name].shape) if self._boxes is None else self._boxes[name]
 
     def place(self, name: str, begin: int, end: int, is_verified: bool) -> tuple[int, int]:
         """Return the begin and end in the file of a range of a tensor, widened to complete blocks for verification."""
-        entry = self.header.tensors[name]
+        entry = self.tensors[name]
         if is_verified and self.checksum(name, 0) is not None:
             begin -= begin % fmt.BLOCK_BYTES
             end = min(-(-end // fmt.BLOCK_BYTES) * fmt.BLOCK_BYTES, entry.nbytes)
-        start = self.header.payload_start + entry.begin
+        start = self._payload_start + entry.begin
         return (start, start) if entry.strides else (start + begin, start + end)
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
         """Fill `view`, unverified, from byte `begin` of a tensor on, continuing into the tensors that follow it."""
-        entry = self.header.tensors[name]
+        entry = self.tensors[name]
         if entry.strides:
             view[:] = self._in_order(name)[begin : begin + len(view)].data
         else:
@@ -316,14 +323,14 @@ class _File(OpenedFile):
 
     def _read(self, name: str, view: memoryview, begin: int) -> None:
         """Fill `view` from the file; `begin` counts from the start of the stored tensor."""
-        if self.read_into(view, self.header.payload_start + self.header.tensors[name].begin + begin) < len(view):
+        if self.read_into(view, self._payload_start + self.tensors[name].begin + begin) < len(view):
             raise FileFormatError(self.path, f"tensor {shown(name)}: the file became shorter while it was read")
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the bytes, in row-major order, of a tensor stored in another order; the last such tensor is cached."""
         with self._lock:
             if name not in self._gathered:
-                entry, dtype = self.header.tensors[name], _items(self.header.tensors[name].dtype)
+                entry, dtype = self.tensors[name], _items(self.tensors[name].dtype)
                 reach = 1 + sum((size - 1) * step for size, step in zip(entry.shape, entry.strides, strict=True))
                 stored = np.empty(reach, dtype)
                 self._read(name, stored.view(np.uint8).data, 0)
@@ -333,7 +340,7 @@ class _File(OpenedFile):
 
     def read_small(self, names: Sequence[str], views: Sequence[memoryview], room: memoryview | None = None) -> None:
         """Fill `views`, consecutive parts of `room` if given, with tensors of at most one block each, verified."""
-        places = [self.header.tensors[name] for name in names]
+        places = [self.tensors[name] for name in names]
         if any(place.strides for place in places):
             for name, view in zip(names, views, strict=True):
                 self.fill(name, view, 0)
@@ -372,7 +379,7 @@ class FileRange:
     """A forward reader of the bytes of one tensor in a file from `begin` on; it verifies each block that it reads."""
 
     def __init__(self, file: _File, name: str, begin: int, is_verified: bool) -> None:
-        entry = file.header.tensors[name]
+        entry = file.tensors[name]
         self.dtype, self._nbytes = entry.dtype, entry.nbytes
         self._file, self._name, self._sums = file, name, fmt.BlockChecksums(begin, entry.nbytes)
         self._is_verified = is_verified and file.checksum(name, 0) is not None
@@ -451,7 +458,7 @@ def _check_payload(file: _File) -> Generator[Checked, None, None]:
             buffers.block = memoryview(bytearray(fmt.BLOCK_BYTES))
         return _check_spans(file, spans, buffers.block)
 
-    blocks = _blocks(file.header)
+    blocks = _blocks(file.tensors)
     first = list(islice(blocks, 2))
     if len(first) < 2:  # starting threads takes longer than reading a small file
         yield from map(check, first)
@@ -476,7 +483,7 @@ def _check_spans(file: _File, spans: Sequence[_Span], buffer: memoryview) -> Che
     except FileFormatError as error:
         return Checked(len(view), [name for name, _, _ in spans], error)
     damaged, nonfinite, at = [], [], 0
-    for dtype, same_dtype in groupby(spans, lambda span: file.header.tensors[span[0]].dtype):
+    for dtype, same_dtype in groupby(spans, lambda span: file.tensors[span[0]].dtype):
         parts, start = [], at
         for name, begin, end in same_dtype:
             parts.append((name, view[at : at + end - begin]))
@@ -489,11 +496,11 @@ def _check_spans(file: _File, spans: Sequence[_Span], buffer: memoryview) -> Che
     return Checked(len(view), damaged, file.damaged(damaged[0]) if damaged else None, nonfinite)
 
 
-def _blocks(header: fmt.FileHeader) -> Iterator[list[_Span]]:
+def _blocks(tensors: Mapping[str, fmt.TensorEntry]) -> Iterator[list[_Span]]:
     """Yield the payload in order, in lists of consecutive spans of at most one block in total."""
     batch: list[_Span] = []
     size = 0
-    for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].begin):
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1].begin):
         for begin in range(0, entry.nbytes, fmt.BLOCK_BYTES):
             end = min(begin + fmt.BLOCK_BYTES, entry.nbytes)
             if size + end - begin > fmt.BLOCK_BYTES:

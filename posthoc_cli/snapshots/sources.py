@@ -71,7 +71,7 @@ class Source(Protocol):
         """The profile of the average: a power function, one checkpoint (`Point`), or known times (`Discrete`)."""
 
     @property
-    def stored(self) -> Mapping[str, fmt.TensorEntry | fmt.TensorSpec]:
+    def stored(self) -> fmt.TensorSpecs:
         """The dtype, shape and size of each stored tensor."""
 
     def open(self) -> AbstractContextManager[TensorReader | ReadRanges]:
@@ -82,19 +82,17 @@ class Source(Protocol):
         """
 
 
-@dataclass(frozen=True, repr=False)
 class FileSource(ABC):
     """A snapshot on disk or another program's checkpoint: a file, or a folder of `parts` that are read as one file."""
 
     path: Path
-    header: fmt.FileHeader
+    stored: fmt.TensorSpecs
     info: fmt.SourceInfo
-    parts: tuple[BackingFile, ...] = ()
+    parts: tuple[BackingFile, ...]
 
     def open(self, boxes: Mapping[str, Box] | None = None) -> TensorReader:
         """Open it for reading, or only `boxes` of some tensors; its files must be those whose headers were read."""
-        parts = self.parts or (BackingFile(self.path, self.header),)
-        return TensorReader(self.path, self.header, parts, boxes)
+        return TensorReader(self.path, self.stored, self.files, boxes)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}: {len(self.stored)} tensors at t = {self.info.t:,.12g})"
@@ -110,14 +108,14 @@ class FileSource(ABC):
         """The profile of the average."""
 
     @property
+    @abstractmethod
     def identity(self) -> str:
-        """16 hexadecimal digits that identify its content: the checksum of its header."""
-        return self.header.metadata["ema.checksum"]
+        """16 hexadecimal digits that identify its content."""
 
     @property
-    def stored(self) -> Mapping[str, fmt.TensorEntry]:
-        """The dtype, shape and place of each stored tensor."""
-        return self.header.tensors
+    def files(self) -> tuple[BackingFile, ...]:
+        """The files that hold its tensors."""
+        return self.parts
 
     def cells(self, name: str) -> int:
         """Return the number of chunks that each row of a tensor is spread over; 0 for a tensor in one file."""
@@ -125,10 +123,29 @@ class FileSource(ABC):
         return len(boxes) // max(1, len({box.offset[:1] for box in boxes}))
 
 
+@dataclass(frozen=True, repr=False)
 class Snapshot(FileSource):
     """A snapshot on disk."""
 
+    path: Path
+    header: fmt.FileHeader
     info: fmt.SnapshotInfo
+    parts: tuple[BackingFile, ...] = ()
+
+    @property
+    def files(self) -> tuple[BackingFile, ...]:
+        """The file, or the parts."""
+        return self.parts or (BackingFile(self.path, self.header.tensors, header=self.header),)
+
+    @property
+    def identity(self) -> str:
+        """The checksum of its header."""
+        return self.header.metadata["ema.checksum"]
+
+    @property
+    def stored(self) -> Mapping[str, fmt.TensorEntry]:  # type: ignore[override]  # in a frozen class no field can be assigned either
+        """The entries of its header."""
+        return self.header.tensors
 
     @property
     def profile(self) -> PowerFunction:
@@ -143,11 +160,11 @@ class Snapshot(FileSource):
 def all_open(sources: Sequence[Source]) -> Iterator[list[TensorReader | ReadRanges]]:
     """Open all sources for the block."""
     on_disk = [source for source in sources if isinstance(source, FileSource)]
-    paths = opened_in_turn(part.path for source in on_disk for part in source.parts or (source,))
+    paths = opened_in_turn(part.path for source in on_disk for part in source.files)
     with ExitStack() as stack:
         opened = []
         for source in sources:
-            for _ in (source.parts or (source,)) if isinstance(source, FileSource) else ():
+            for _ in source.files if isinstance(source, FileSource) else ():
                 next(paths)
             opened.append(stack.enter_context(source.open()))
         yield opened
@@ -446,6 +463,6 @@ def _squares(sample: _Sample, values: FloatArray) -> float:
 
 def read_values(file: TensorReader, name: str, begin: int, end: int) -> FloatArray:
     """Return the elements `begin` to `end` of a tensor as float64, unverified, for estimates only."""
-    dtype = file.header.tensors[name].dtype
+    dtype = file.tensors[name].dtype
     item = DTYPES[dtype].nbytes
     return decode_values(file.read_sample(name, begin * item, end * item), dtype)

@@ -484,7 +484,8 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
         if {snapshot.path: snapshot.header for snapshot in read_directory(directory)} != planned:
             raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")
         for snapshot in pruning.kept:
-            for part in snapshot.parts or (snapshot,):
+            for part in snapshot.files:
+                assert part.header is not None, "only files of other programs have none"
                 verify_payload(part.path, part.header, progress)
         for snapshot in pruning.to_delete:
             check_lease()

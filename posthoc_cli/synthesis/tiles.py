@@ -175,7 +175,7 @@ class _FileSlice:
     """A reader of a range of one tensor in a file."""
 
     def __init__(self, file: TensorReader, wanted: ElementRange) -> None:
-        self._dtype = file.header.tensors[wanted.name].dtype
+        self._dtype = file.tensors[wanted.name].dtype
         self._size = ITEM_BYTES[self._dtype]
         byte_range = wanted.name, wanted.begin * self._size, wanted.end * self._size
         file.expect([byte_range])
@@ -192,7 +192,7 @@ class _FileBatch:
 
     def __init__(self, file: TensorReader, tile: Tile) -> None:
         self._file, self._tile = file, tile
-        self._entries = [file.header.tensors[name] for name in tile.names]
+        self._entries = [file.tensors[name] for name in tile.names]
         file.expect((name, 0, entry.nbytes) for name, entry in zip(tile.names, self._entries, strict=True))
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002

@@ -188,7 +188,7 @@ def _range_reader(file: TensorReader) -> Callable[[Sequence[ElementRange]], list
     def read(ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
         values = []
         for name, begin, end in ranges:
-            entry = file.header.tensors[name]
+            entry = file.tensors[name]
             if begin == 0:
                 readers[name] = file.read_range(name, 0, entry.nbytes)
             data = np.empty((end - begin) * ITEM_BYTES[entry.dtype], np.uint8)

@@ -410,7 +410,7 @@ class _OlderTensors(_StoredTensors):
 
     def __init__(self, file: TensorReader, prefix: str, mass: float, is_low: bool) -> None:
         names, self._means = (states.tensors_with(kind, file.header) for kind in (prefix, f"recent-{prefix}"))
-        wide = [name for name in names if file.header.tensors[self._means[name]].dtype == "F64"] if is_low else ()
+        wide = [name for name in names if file.tensors[self._means[name]].dtype == "F64"] if is_low else ()
         super().__init__(file, {name: stored for name, stored in names.items() if name not in wide})
         self._mass, self._is_low = mass, is_low
 
@@ -423,5 +423,5 @@ class _OlderTensors(_StoredTensors):
 
 def read_tensor(file: TensorReader, name: str) -> torch.Tensor:
     """Return a tensor of a file, after verifying its checksums."""
-    entry = file.header.tensors[name]
+    entry = file.tensors[name]
     return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)

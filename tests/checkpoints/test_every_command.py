@@ -116,7 +116,7 @@ def test_checkpoints_are_combined_with_snapshots_or_replace_them(ema: Ema, run: 
     assert described["settings"] == SETTINGS | {"exclude": [SETTINGS["exclude"]]}
     assert ema("report", run / "ema", *also, "--out", tmp_path / "page.html").code == 0
     assert "40 x weights" in (tmp_path / "page.html").read_text()
-    assert "name at most one DIR" in ema("error-plot", run / "ema", run / "ema", *also, "--json").error
+    assert "at most one DIR" in ema("error-plot", run / "ema", run / "ema", *also, "--json").error
 
 
 def test_a_setting_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_path: Path) -> None:
