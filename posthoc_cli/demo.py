@@ -231,7 +231,7 @@ class Folder:
         return self.root / "tracked" / f"sigma_rel-{sigma_rel!r}.safetensors"
 
     def prepare(self, overwrite: bool) -> None:
-        """Make the folder, or with `overwrite` empty that of an earlier demo; else raise an OutputExistsError."""
+        """Make the folder, or with `overwrite` delete the files of an earlier demo; else an OutputExistsError."""
         files.check_parent("out", self.root)
         marker = self.root / _MARKER
         is_empty = self.root.is_dir() and not any(self.root.iterdir())

@@ -439,7 +439,8 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
             values = _numbers(rest, NUMBER_FORMS[kind])
             targets = [make[kind](int(value) if value.is_integer() else value) for value in values]
     except InvalidValueError as error:
-        raise bad(name, text, error.reason, error.hint) from error
+        number = f"{error.value} " * (error.subject != name and "," in text)  # of a list, the number that is refused
+        raise bad(name, text, number + error.reason, error.hint) from error
     return list(dict.fromkeys(targets))
 
 

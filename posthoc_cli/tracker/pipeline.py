@@ -95,7 +95,7 @@ class Pipeline:
     """Takes in a model's values, lets any thread read the averages, and has snapshots written in the background.
 
     Attributes:
-        now: the tracker's state after the last update; only jobs of the averages' thread change it.
+        tracking: the tracker's state after the last update; only jobs of the averages' thread change it.
         snapshotter: writes the snapshots; None until the tracker is the directory's writer.
     """
 

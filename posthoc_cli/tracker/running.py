@@ -74,7 +74,7 @@ MOST_UNDONE = 3 / 4
 """The largest share of a new value in a mean that may be undone: roundings grow by 1 / (1 - share)."""
 
 GOLDEN = (math.sqrt(5) - 1) / 2
-"""The golden ratio, whose multiples, modulo 1, are the most evenly spread for any number of them."""
+"""The inverse of the golden ratio, whose multiples, modulo 1, are the most evenly spread for any number of them."""
 
 Sampled = Sequence[tuple[Elements, Sequence[torch.Tensor]]]
 """Selected elements of the values, and the buffers that they are copied to."""

@@ -280,7 +280,7 @@ class Snapshotter:
         With `at_end`, log why a directory stays empty.
         """
         settings, standing, schedule = self._settings, tracking.averages.standing, self._settings.schedule
-        # CallGuard without an update may have been counted since the exact state was written.
+        # Calls without an update may have been counted since the exact state was written.
         state_is_behind = settings.keep_state and self._kept_step != tracking.progress.step
         behind = standing.t > 0 and (state_is_behind or not self._holds(standing.t))
         if at_end and not behind and not self._stored and not files.is_absent(self.directory):

@@ -73,6 +73,10 @@ class SpooledPath(RemotePath):
             return self.local.is_dir()
         return self._may_be_stored and super().is_dir()
 
+    def exists(self, **_: Any) -> bool:
+        """Return whether the path exists in the spool or in the store."""
+        return os.path.lexists(self) or (self._may_be_stored and super().exists())
+
     def stat(self, **_: Any) -> os.stat_result:
         """Return the status of the file in the spool, or else of the object."""
         try:
@@ -115,9 +119,9 @@ class SpooledPath(RemotePath):
         with _renaming:
             if os.path.lexists(self) or not self._may_be_stored:
                 self.local.replace(target)
-        if self._may_be_stored:
-            with suppress(FileNotFoundError):
-                RemotePath(str(self)).replace(RemotePath(str(target)))
+        stored = RemotePath(str(self))
+        if self._may_be_stored and stored.exists():
+            stored.replace(RemotePath(str(target)))
         return target
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from ema_command import Ema
+from ema_command import Ema, as_command
 from factories import flip_bit
 from safetensors.torch import save_file
 
@@ -44,8 +44,7 @@ def test_a_closed_pipe_is_not_reported_as_damage(
     os.close(read)
     with os.fdopen(write, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        monkeypatch.setattr(sys, "argv", ["ema", *command])
-        with pytest.raises(SystemExit) as ending:
+        with as_command(*command), pytest.raises(SystemExit) as ending:
             main()
     assert ending.value.code == 141
 
@@ -54,11 +53,10 @@ def test_a_closed_pipe_is_not_reported_as_damage(
 def test_a_failed_write_of_standard_output_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], write_through: bool
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["ema", "profile"])
     with Path("/dev/full").open("w") as full:
         full.reconfigure(write_through=write_through)
         monkeypatch.setattr(sys, "stdout", full)
-        with pytest.raises(SystemExit) as ending:
+        with as_command("profile"), pytest.raises(SystemExit) as ending:
             main()
     assert ending.value.code == 1
     assert capsys.readouterr().err == "ema: error: standard output: no space left on device\n"
