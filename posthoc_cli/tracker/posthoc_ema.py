@@ -330,9 +330,9 @@ class PostHocEMA(Tracker):
         synthesizer.check(weights, own_dtypes)
         with swapped_in(model, weights, own_dtypes):
             yield model
-            copies = self._pipeline.tracking.tracked.dtypes(copied=True)
-            if "statistics" not in self._warned_of and warn_of_statistics(model, weights, copies):
-                self._warned_of.add("statistics")
+            if "statistics" not in self._warned_of:
+                copies = self._pipeline.tracking.tracked.dtypes(copied=True)
+                self._warned_of |= {"statistics"} if warn_of_statistics(model, weights, copies) else set()
 
     def load_into(
         self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
