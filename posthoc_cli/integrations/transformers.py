@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import save_fsdp_model
+from transformers.trainer import TRAINER_STATE_NAME, save_fsdp_model
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.integrations import check_found, figures, lengths, make_tracker, read_state, was_left_out, write_state
@@ -22,15 +23,19 @@ from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
 
-_installed: WeakKeyDictionary[Trainer, str | None] = WeakKeyDictionary()
-"""The trainers with a callback, and the checkpoint that each resumes from."""
+_tracking: WeakKeyDictionary[torch.nn.Module, PostHocCallback] = WeakKeyDictionary()
+"""The callback that tracks each model."""
 
 
 class PostHocCallback(TrainerCallback):
-    """Tracks averages in a trainer: `PostHocCallback("run/ema").install(trainer)`.
+    """Tracks averages in a trainer: `Trainer(..., callbacks=[PostHocCallback("run/ema")])`.
 
     Each step that the optimizer has taken counts. A checkpoint of the trainer holds the tracker's exact state, and
-    `train(resume_from_checkpoint=...)` continues from it. The tracker is closed when training ends.
+    `train(resume_from_checkpoint=...)` continues from it; from a checkpoint outside `output_dir` it continues as
+    `from_model(resume="auto")` does. The tracker is closed when training ends.
+
+    With `evaluate`, add the callback by `PostHocCallback("run/ema", evaluate=0.15).install(trainer)`, since a trainer
+    does not pass itself to its callbacks. Installed callbacks also log the tracker's figures after each snapshot.
 
     Arguments:
         checkpoint_dir: the directory for the snapshots.
@@ -59,13 +64,13 @@ class PostHocCallback(TrainerCallback):
         self._names = {label: names.format(label) for label in self._lengths}  # of metrics, and of folders
         self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
         self.ema: PostHocEMA | None = None
-        self._model: ref[torch.nn.Module] | None = None
+        self._trainer: ref[Trainer] | None = None
+        self._state: TrainerState | None = None  # of the present training
+        self._counted = -1  # the trainer's step that was counted last
         self._is_left_out = False
 
     def install(self, trainer: Trainer) -> PostHocCallback:
-        """Add the callback to a trainer. A second call does nothing.
-
-        Callbacks are not passed the checkpoint that a training resumes from, so the trainer's `train` is wrapped.
+        """Add the callback to a trainer, so that it can evaluate and save averages. A second call does nothing.
 
         Raises:
             InvalidValueError: the trainer has another such callback.
@@ -77,11 +82,11 @@ class PostHocCallback(TrainerCallback):
         }
         check_found("install", f"transformers {transformers.__version__}", names)
         present = trainer.callback_handler.callbacks
+        if any(isinstance(callback, PostHocCallback) and callback is not self for callback in present):
+            raise _held_twice()
         if self not in present:
-            _check_alone([*present, self])
             trainer.add_callback(self)
-        if trainer not in _installed:
-            _watch(trainer)
+        self._trainer = ref(trainer)
         return self
 
     def on_train_begin(
@@ -89,22 +94,33 @@ class PostHocCallback(TrainerCallback):
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Make the tracker, and continue from a checkpoint."""
-        trainer = _trainer_of(state)
-        others = trainer.callback_handler.callbacks
-        _check_alone(others)
-        others.insert(0, others.pop(others.index(self)))  # so that other callbacks' `on_evaluate` sees its metrics
-        folder = _installed[trainer]
-        ema, tracked = self.ema, self._model and self._model()
-        if ema is None or ema.closed or not args.auto_find_batch_size or tracked is not model:
+        if self._state is state:  # the trainer has this callback twice
+            return
+        other, trainer = _tracking.get(model), self._trainer and self._trainer()
+        if other is not None and other is not self and other._state is state:
+            raise _held_twice()
+        if self._lengths and (trainer is None or trainer.state is not state):
+            hint = "call PostHocCallback(..., evaluate=...).install(trainer), in place of callbacks=[...]"
+            raise NotReadyError("evaluate", "needs the trainer, which its callbacks are not passed", hint)
+        ema = self.ema
+        if ema is None or ema.closed or not args.auto_find_batch_size or other is not self:
             self.ema = ema = make_tracker(model, self.checkpoint_dir, self.options)
-            self._model = ref(model)
-            # Not the `log` of a subclass such as TRL's, which would log its pending figures and clear them.
-            ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self._lengths.values())))
         else:  # memory ran out: the trainer begins the loop again, with the present weights
             log.warning("training begins again with smaller batches; its averages continue from step %d", ema.step)
-        if folder is not None and not read_state(ema, folder):
-            where = f"continue from the snapshots of step {ema.step}" if ema.step else "begin with this training"
-            log.warning("%s was saved without the state of this callback: the averages %s", folder, where)
+        _tracking[model], self._state, self._counted = self, state, state.global_step
+        if trainer is not None and trainer.state is state:
+            callbacks = trainer.callback_handler.callbacks
+            callbacks.insert(0, callbacks.pop(callbacks.index(self)))  # other callbacks' `on_evaluate` sees its metrics
+            # Not the `log` of a subclass such as TRL's, which would log its pending figures and clear them.
+            ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self._lengths.values())))
+        if state.global_step:
+            folder = _checkpoint(args, state)
+            if not _is_of(folder, state) or not read_state(ema, folder):
+                log.warning(
+                    "%s holds no state of this callback: the averages continue from a snapshot with these weights, "
+                    "or begin with this training",
+                    folder,
+                )
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
             stepping.register_step_post_hook(self._after_optimizer_step)
@@ -117,7 +133,8 @@ class PostHocCallback(TrainerCallback):
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Count the step, unless a GradScaler has skipped it."""
-        if self.ema is None or self._is_left_out or getattr(optimizer, "step_was_skipped", False):
+        is_repeated, self._counted = state.global_step == self._counted, state.global_step
+        if self.ema is None or is_repeated or self._is_left_out or getattr(optimizer, "step_was_skipped", False):
             return
         self.ema.update_(model)
 
@@ -126,9 +143,9 @@ class PostHocCallback(TrainerCallback):
         eval_dataloader: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Evaluate the averages on the same data, and add their metrics to those of the weights."""
-        if self.ema is None or not self._lengths:
+        trainer = self._trainer and self._trainer()
+        if self.ema is None or not self._lengths or trainer is None:
             return
-        trainer = _trainer_of(state)
         named = (name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime"))
         prefix = min(named, key=len, default="eval")  # "eval", or for one of several sets "eval_name"
         losses_only = True if trainer.compute_metrics is None else None
@@ -138,12 +155,16 @@ class PostHocCallback(TrainerCallback):
                     callback.on_evaluate(args, state, control)
             name = self._names[label]
             own = prefix.replace("eval", f"eval_{name}", 1) if prefix.startswith("eval") else f"{prefix}_{name}"
+            if any(metric.startswith(f"{own}_") for metric in metrics):  # the trainer has this callback twice
+                continue
             with block:
                 result = trainer.evaluation_loop(eval_dataloader, "Evaluation", losses_only, metric_key_prefix=own)
             trainer.log(result.metrics)
             metrics.update(result.metrics)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         """Add the tracker's state to the checkpoint that was just saved, and averaged models if requested."""
         if self.ema is None:
             return
@@ -152,8 +173,10 @@ class PostHocCallback(TrainerCallback):
                 "the checkpoint of step %d lacks the state of the averages: trials have none", state.global_step
             )
             return
-        trainer, folder = _trainer_of(state), Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        write_state(self.ema, folder, trainer.model)
+        folder, trainer = _checkpoint(args, state), self._trainer and self._trainer()
+        write_state(self.ema, folder, model)
+        if trainer is None:
+            return
         chosen = self._chosen(args)
         saved = [length for label, length in self._lengths.items() if self.folders or label == chosen]
         for label, block in (self.ema.models(trainer.model, saved) if saved else {}).items():
@@ -168,9 +191,8 @@ class PostHocCallback(TrainerCallback):
         if self.ema is None:
             return
         self.ema.close()
-        best, chosen = state.best_model_checkpoint, self._chosen(args)
-        if best is not None and chosen is not None:
-            trainer = _trainer_of(state)
+        best, chosen, trainer = state.best_model_checkpoint, self._chosen(args), self._trainer and self._trainer()
+        if best is not None and chosen is not None and trainer is not None:
             trainer.accelerator.wait_for_everyone()  # the first process may be writing the folder
             try:
                 state.best_model_checkpoint = str(Path(best) / self._names[chosen])
@@ -185,31 +207,21 @@ class PostHocCallback(TrainerCallback):
         return max(fitting, key=len, default=None) if args.load_best_model_at_end else None
 
 
-def _watch(trainer: Trainer) -> None:
-    """Wrap the trainer's `train` to note the checkpoint that it is to resume from."""
-    train = trainer.train
-
-    def noting_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        path = resume_from_checkpoint
-        _installed[trainer] = get_last_checkpoint(trainer.args.output_dir) if path is True else path or None
-        return train(resume_from_checkpoint, *args, **kwargs)
-
-    trainer.train = noting_train
-    _installed[trainer] = None
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the folder of the checkpoint of this step."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _trainer_of(state: TrainerState) -> Trainer:
-    """Return the trainer with this state; raise a NotReadyError if the callback was not installed in it."""
-    for trainer in [*_installed]:
-        if trainer.state is state:
-            return trainer
-    hint = "call PostHocCallback(...).install(trainer), in place of callbacks=[...]"
-    raise NotReadyError("PostHocCallback", "was not installed", hint)
+def _is_of(folder: Path, state: TrainerState) -> bool:
+    """Return whether a checkpoint is the one that a trainer resumed from: one elsewhere has another history."""
+    path = folder / TRAINER_STATE_NAME
+    if not path.exists():
+        return False
+    histories = [TrainerState.load_from_json(str(path)).log_history, state.log_history]
+    return len({json.dumps(history) for history in histories}) == 1
 
 
-def _check_alone(callbacks: Iterable[TrainerCallback]) -> None:
-    """Raise an InvalidValueError if PostHocCallback is present twice: each step would be counted twice."""
-    if sum(isinstance(callback, PostHocCallback) for callback in callbacks) > 1:
-        reason = "hold PostHocCallback twice, and a checkpoint has room for the state of one"
-        hint = "leave one out, or trainer.remove_callback(PostHocCallback); one yields averages of all lengths"
-        raise InvalidValueError("callbacks", reason, hint)
+def _held_twice() -> InvalidValueError:
+    reason = "hold two PostHocCallback, and a checkpoint has room for the state of one"
+    hint = "leave one out, or trainer.remove_callback(PostHocCallback); one yields averages of all lengths"
+    return InvalidValueError("callbacks", reason, hint)

@@ -54,7 +54,8 @@ def make_trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, *
     model = network() if model is None else model
     trainer = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4])
     for callback in callbacks:
-        callback.install(trainer) if isinstance(callback, PostHocCallback) else trainer.add_callback(callback)
+        evaluates = isinstance(callback, PostHocCallback) and callback.evaluate is not None
+        callback.install(trainer) if evaluates else trainer.add_callback(callback)
     return trainer
 
 

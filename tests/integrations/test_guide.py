@@ -14,7 +14,9 @@ from posthoc_cli import Run
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
 GUIDE = Path(__file__).resolve().parents[2] / "posthoc_cli/guides/trainers.md"
-EXAMPLES = dict(re.findall(r"^```python (\w+)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE))
+EXAMPLES: dict[str, str] = {}
+for _framework, _code in re.findall(r"^```python (\w+)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE):
+    EXAMPLES[_framework] = EXAMPLES.get(_framework, "") + _code
 
 
 def train_step(model: torch.nn.Module, batch: Any, optimizer: torch.optim.Optimizer) -> None:

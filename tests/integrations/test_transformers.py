@@ -73,7 +73,8 @@ def test_a_killed_training_resumes_exactly_and_each_step_counts_once(tmp_path: P
 
 def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(tmp_path: Path, expected: list[Any]) -> None:
     """The first tracker of the process is still open, since an exception has ended its training."""
-    callback = PostHocCallback(tmp_path / "ema", **EVERY)
+    options = EVERY | {"checkpoint_dtype": None}
+    callback = PostHocCallback(tmp_path / "ema", **options)
     first = make_trainer(tmp_path, callback, Recorder(fails_at=9))
     with pytest.raises(KeyError, match="the training fails here"):
         first.train()
@@ -82,10 +83,30 @@ def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(tmp_path: Path
     first.callback_handler.pop_callback(Recorder)
     first.train(resume_from_checkpoint=str(moved))
     assert_exact(callback.ema, first.model, expected)
-    again = PostHocCallback(tmp_path / "ema", **EVERY)
+    again = PostHocCallback(tmp_path / "ema", **options)
     second = make_trainer(tmp_path, again)
     second.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-8"))
     assert_exact(again.ema, second.model, expected)
+
+
+def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
+    tmp_path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """`output_dir` holds a checkpoint of the same step of another training, whose averages differ."""
+    options = EVERY | {"checkpoint_dtype": None}
+    with pytest.raises(KeyError, match="the training fails here"):
+        one = PostHocCallback(tmp_path / "ema", **options)
+        make_trainer(tmp_path, one, Recorder(fails_at=5), logging_steps=1).train()
+    (tmp_path / "out/checkpoint-4").rename(tmp_path / "kept")
+    one.ema.close()
+    other = PostHocCallback(tmp_path / "other", **options)
+    make_trainer(tmp_path, other, logging_steps=1, learning_rate=0.1, max_steps=4).train()
+    assert (tmp_path / "out/checkpoint-4/posthoc_ema.pt").exists()
+    callback = PostHocCallback(tmp_path / "ema", **options)
+    resumed = make_trainer(tmp_path, callback, logging_steps=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "kept"))
+    assert "holds no state of this callback" in caplog.text
+    assert_exact(callback.ema, resumed.model, expected)
 
 
 @pytest.mark.parametrize("way", ["killed", "a second trainer"])
@@ -132,7 +153,7 @@ def test_a_checkpoint_that_a_kill_has_left_without_the_state_resumes_from_the_sn
     callback = PostHocCallback(tmp_path / "ema", **options)
     resumed = make_trainer(tmp_path, callback)
     resumed.train(resume_from_checkpoint=True)
-    assert "without the state of this callback: the averages continue from the snapshots of step 8" in caplog.text
+    assert "holds no state of this callback" in caplog.text
     assert_exact(callback.ema, resumed.model, expected)
 
 
@@ -363,15 +384,15 @@ def test_bad_arguments_and_callbacks_are_errors_at_once(tmp_path: Path, caplog: 
         with pytest.raises(InvalidValueError, match=message):
             PostHocCallback(tmp_path / "ema", evaluate=wanted)
     with pytest.raises(InvalidValueError, match="leave one out"):
-        make_trainer(tmp_path, PostHocCallback(tmp_path / "one"), PostHocCallback(tmp_path / "two"))
+        make_trainer(tmp_path, PostHocCallback(tmp_path / "one"), PostHocCallback(tmp_path / "two")).train()
     trainer = make_trainer(tmp_path)
-    trainer.add_callback(PostHocCallback(tmp_path / "ema"))
+    trainer.add_callback(PostHocCallback(tmp_path / "ema", evaluate=0.15))
     with pytest.raises(NotReadyError, match=r"install\(trainer\), in place of callbacks"):
         trainer.train()
     make_trainer(tmp_path, max_steps=4).train()  # a checkpoint without the callback
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     make_trainer(tmp_path, callback).train(resume_from_checkpoint=True)
-    assert "the averages begin with this training" in caplog.text
+    assert "or begin with this training" in caplog.text
     assert callback.ema.step == 6
     with pytest.raises(ModelMismatchError, match="another directory"):
         make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_strategy="no").train()
@@ -409,16 +430,19 @@ def test_early_stopping_on_the_averages_metric(
     assert len(seen) == trainer.state.global_step + 1
 
 
-def test_a_callback_given_twice_and_cells_run_again(tmp_path: Path) -> None:
+def test_a_callback_given_twice_counts_each_step_once(tmp_path: Path, expected: list[Any]) -> None:
+    callback = PostHocCallback(tmp_path / "ema", **EVERY)
+    trainer = make_trainer(tmp_path, callback, callback)
+    trainer.train()
+    assert_exact(callback.ema, trainer.model, expected)
+
+
+def test_cells_run_again(tmp_path: Path) -> None:
     callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY), Recorder()
-    trainer = make_trainer(tmp_path, callback, recorder, learning_rate=10.0, **BEST)
-    trainer.add_callback(callback)
-    with pytest.raises(InvalidValueError, match=r"twice.*trainer\.remove_callback\(PostHocCallback\)"):
-        trainer.train()
-    trainer.remove_callback(PostHocCallback)  # as the message says
+    trainer = make_trainer(tmp_path, recorder, learning_rate=10.0, **BEST)
     for _ in range(2):
         assert callback.install(trainer) is callback
-    with pytest.raises(InvalidValueError, match="twice"):
+    with pytest.raises(InvalidValueError, match="hold two PostHocCallback"):
         PostHocCallback(tmp_path / "other", evaluate=0.2).install(trainer)
     stock = trainer.evaluate
     trainer.evaluate = lambda *given, **others: stock(*given, **others)  # a wrapper after ours
@@ -439,7 +463,7 @@ def test_a_release_without_a_name_that_the_callback_uses_is_refused(
 ) -> None:
     monkeypatch.delattr(Trainer, "_load_best_model")
     with pytest.raises(NotReadyError, match=r"found no Trainer\._load_best_model in transformers"):
-        make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.15))
+        PostHocCallback(tmp_path / "ema", evaluate=0.15).install(make_trainer(tmp_path))
     monkeypatch.setattr(Trainer, "save_model", lambda self, output_dir=None: None)
     with pytest.raises(NotReadyError, match=r"and no Trainer\.save_model\(_internal_call=\) in transformers"):
         make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.15))
