@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class PostHocCallback(TrainerCallback):
         self._names = {label: names.format(label) for label in self._lengths}  # of metrics, and of folders
         self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
         self.ema: PostHocEMA | None = None
-        self._trainer: ref[Trainer] | None = None
+        self._installed: Callable[[], Trainer | None] = lambda: None  # the trainer of `install`
         self._state: TrainerState | None = None  # of the present training
         self._counted = -1  # the trainer's step that was counted last
         self._is_left_out = False
@@ -86,7 +86,7 @@ class PostHocCallback(TrainerCallback):
             raise _held_twice()
         if self not in present:
             trainer.add_callback(self)
-        self._trainer = ref(trainer)
+        self._installed = ref(trainer)
         return self
 
     def on_train_begin(
@@ -96,7 +96,7 @@ class PostHocCallback(TrainerCallback):
         """Make the tracker, and continue from a checkpoint."""
         if self._state is state:  # the trainer has this callback twice
             return
-        other, trainer = _tracking.get(model), self._trainer and self._trainer()
+        other, trainer = _tracking.get(model), self._installed()
         if other is not None and other is not self and other._state is state:
             raise _held_twice()
         if self._lengths and (trainer is None or trainer.state is not state):
@@ -143,7 +143,7 @@ class PostHocCallback(TrainerCallback):
         eval_dataloader: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Evaluate the averages on the same data, and add their metrics to those of the weights."""
-        trainer = self._trainer and self._trainer()
+        trainer = self._installed()
         if self.ema is None or not self._lengths or trainer is None:
             return
         named = (name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime"))
@@ -173,7 +173,7 @@ class PostHocCallback(TrainerCallback):
                 "the checkpoint of step %d lacks the state of the averages: trials have none", state.global_step
             )
             return
-        folder, trainer = _checkpoint(args, state), self._trainer and self._trainer()
+        folder, trainer = _checkpoint(args, state), self._installed()
         write_state(self.ema, folder, model)
         if trainer is None:
             return
@@ -191,7 +191,7 @@ class PostHocCallback(TrainerCallback):
         if self.ema is None:
             return
         self.ema.close()
-        best, chosen, trainer = state.best_model_checkpoint, self._chosen(args), self._trainer and self._trainer()
+        best, chosen, trainer = state.best_model_checkpoint, self._chosen(args), self._installed()
         if best is not None and chosen is not None and trainer is not None:
             trainer.accelerator.wait_for_everyone()  # the first process may be writing the folder
             try:
