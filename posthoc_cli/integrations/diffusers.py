@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.integrations import STATE_NAME, is_sharded, make_tracker, read_state, write_state
@@ -22,17 +23,18 @@ class PostHocEMAModel:
 
         ema_model = PostHocEMAModel(unet, "run/ema", sigma_rel=0.15)
 
-    As in these scripts, the main process alone saves and copies averages; for a sharded model all processes do.
+    As in these scripts, the first process alone keeps, saves and copies averages; of a sharded model all processes do.
 
     Arguments:
         model: the model in training, before or after `accelerator.prepare`; its adapter only, if it has one.
         checkpoint_dir: the directory for the snapshots.
         sigma_rel: length of the average that `copy_to` copies and `save_pretrained` saves.
-        model_cls, model_config: accepted for `EMAModel`'s sake, and not used.
+        model_cls, model_config: kept as attributes, as `EMAModel` does, and not used.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
 
     Attributes:
-        ema: the tracker; None in an object that `from_pretrained` returned.
+        ema: the tracker; None in other processes than the first, and in an object that `from_pretrained` returned.
+        temp_stored_params: the values that `store` keeps.
     """
 
     def __init__(
@@ -44,33 +46,61 @@ class PostHocEMAModel:
         self.sigma_rel = check_sigma_rel(sigma_rel)
         wrapper = torch.nn.parallel.DistributedDataParallel
         self._model: torch.nn.Module | None = model.module if isinstance(model, wrapper) else model
-        self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, options)
+        keeps = not dist.is_initialized() or dist.get_rank() == 0 or is_sharded(model)
+        self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, options) if keeps else None
+        self.model_cls, self.model_config = model_cls, model_config
+        self.temp_stored_params: list[torch.Tensor] | None = None
         self._folder: Path | None = None
-        self._stored: list[torch.Tensor] | None = None
+
+    @property
+    def optimization_step(self) -> int:
+        """The number of steps so far; 0 in processes that keep no averages. It may be set to the same number only."""
+        return self.ema.step if self.ema is not None else 0
+
+    @optimization_step.setter
+    def optimization_step(self, step: int) -> None:
+        if self.ema is not None and step != self.ema.step:
+            hint = "load the state of save_pretrained, which contains the step"
+            raise InvalidValueError("optimization_step", f"is {self.ema.step:,}, as the averages are", hint, value=step)
+
+    @property
+    def shadow_params(self) -> list[torch.Tensor]:
+        """Copies of the average's parameters, on the host, in the order of the model's."""
+        with self._averaged() as averaged:
+            return [parameter.detach().to("cpu", copy=True) for parameter in averaged.parameters()]
 
     @property
     def cur_decay_value(self) -> float | None:
         """The decay of the last step, for scripts that log it; None before the first step."""
-        ema, _ = self._tracking()
-        return (1 - 1 / ema.step) ** (gamma_from_sigma_rel(self.sigma_rel) + 1) if ema.step else None
+        return self.get_decay(self.optimization_step) if self.optimization_step else None
+
+    @property
+    def decay(self) -> float:
+        """The decay of the last step; 0 before the first."""
+        return self.cur_decay_value or 0.0
+
+    def get_decay(self, optimization_step: int) -> float:
+        """Return the decay of a step, counted from 1: that of the power function."""
+        return float((1 - 1 / max(1, optimization_step)) ** (gamma_from_sigma_rel(self.sigma_rel) + 1))
 
     def step(self, parameters: object = None) -> None:
         """Count an optimizer step. The tracker knows the model; `parameters` is not used."""
-        ema, model = self._tracking()
-        ema.update_(model)
+        if not self._is_kept_elsewhere:
+            ema, model = self._tracking()
+            ema.update_(model)
 
     def store(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Keep the values of parameters in host memory, for `restore`."""
-        self._stored = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+        self.temp_stored_params = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Copy the values that `store` has kept back into parameters."""
-        if self._stored is None:
+        if self.temp_stored_params is None:
             raise NotReadyError("restore", "nothing was stored", "call store(parameters) before copy_to(parameters)")
-        for parameter, value in zip(parameters, self._stored, strict=True):
+        for parameter, value in zip(parameters, self.temp_stored_params, strict=True):
             parameter.copy_(value)
-        self._stored = None
+        self.temp_stored_params = None
 
     @torch.no_grad()
     def copy_to(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -100,9 +130,9 @@ class PostHocEMAModel:
 
         A process that keeps no averages does nothing.
         """
-        ema, model = self._tracking()
-        if not ema.keeps_averages:
+        if self._is_kept_elsewhere:
             return
+        ema, model = self._tracking()
         with self._averaged() as averaged:
             averaged.save_pretrained(path)
         write_state(ema, path, model)
@@ -113,15 +143,19 @@ class PostHocEMAModel:
         if not any(Path(path).glob(f"{STATE_NAME}*")):
             raise InvalidValueError("path", f"holds no {STATE_NAME}; not a folder of save_pretrained", value=path)
         loaded = cls.__new__(cls)
-        loaded._folder, loaded.ema, loaded._model, loaded._stored = Path(path), None, None, None
+        loaded._folder, loaded.ema, loaded._model, loaded.temp_stored_params = Path(path), None, None, None
         return loaded
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tracker's own state."""
-        return {_FOLDER: str(self._folder)} if self.ema is None else self.ema.state_dict()
+        """Return the tracker's own state; it is empty in processes that keep no averages."""
+        if self.ema is not None:
+            return self.ema.state_dict()
+        return {} if self._folder is None else {_FOLDER: str(self._folder)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly from a tracker's own state."""
+        if self._is_kept_elsewhere:
+            return
         ema, _ = self._tracking()
         if _FOLDER in state_dict:
             read_state(ema, state_dict[_FOLDER])
@@ -139,14 +173,19 @@ class PostHocEMAModel:
         if self.ema is not None:
             self.ema.close()
 
+    @property
+    def _is_kept_elsewhere(self) -> bool:
+        return self.ema is None and self._model is not None
+
     def _averaged(self) -> AbstractContextManager[Any]:
         ema, model = self._tracking()
-        if not ema.keeps_averages:
-            hint = f"call it in that process; or in all processes: with ema_model.ema.model(unet, {self.sigma_rel:g})"
-            raise NotReadyError("copy_to", "the main process keeps the averages, not this one", hint)
-        return ema.model(model, self.sigma_rel, alone=not is_sharded(model))
+        return ema.model(model, self.sigma_rel)
 
     def _tracking(self) -> tuple[PostHocEMA, torch.nn.Module]:
+        if self._is_kept_elsewhere:
+            raise NotReadyError(
+                "PostHocEMAModel", "the first process keeps the averages, not this one", "call it there"
+            )
         if self.ema is None or self._model is None:
             hint = "pass its state_dict() to load_state_dict of the one that tracks"
             raise NotReadyError("PostHocEMAModel", "this one was loaded, and tracks no model", hint)

@@ -47,6 +47,12 @@ def test_a_killed_script_resumes_exactly_through_its_save_hooks(tmp_path: Path) 
     decay = resumed.ema_model.cur_decay_value  # of the update from 9 to 10: (9 / 10) ** (gamma + 1)
     x = math.log(decay) / math.log(0.9)
     assert x / ((x + 1) ** 2 * (x + 2)) == pytest.approx(0.2**2, rel=1e-9)
+    assert resumed.ema_model.get_decay(resumed.ema_model.optimization_step) == resumed.ema_model.decay == decay
+    shadow = dict(zip(dict(resumed.bare.named_parameters()), resumed.ema_model.shadow_params, strict=True))
+    assert distance(shadow, exact(complete.weights, 0.2)) < 1e-6
+    resumed.ema_model.optimization_step = 10
+    with pytest.raises(InvalidValueError, match="optimization_step 11: is 10"):
+        resumed.ema_model.optimization_step = 11
     resumed.ema_model.load_state_dict(resumed.ema_model.state_dict())
     assert resumed.ema_model.ema.step == 10
     with pytest.raises(NotReadyError, match="tracks no model"):
@@ -88,7 +94,7 @@ def test_the_main_process_alone_saves_and_copies_averages(tmp_path: Path) -> Non
     weights, average = torch.load(tmp_path / "made.pt")
     assert distance(weights[-1], complete[-1]) == 0
     assert distance(average, exact(complete, 0.2)) < 1e-6
-    assert "the main process keeps the averages" in (tmp_path / "message").read_text()
+    assert "the first process keeps the averages" in (tmp_path / "message").read_text()
     assert not (tmp_path / "none").exists()
 
 
