@@ -20,6 +20,7 @@ from posthoc_cli.planning.curves import (
 )  # fmt: skip
 from posthoc_cli.planning.proposals import PlanReport, Task, evaluate, propose
 from posthoc_cli.planning.schedule import (
+    SPARED_TIMES,
     USEFUL_RANGE,
     Schedule,
     exchanged,
@@ -27,11 +28,34 @@ from posthoc_cli.planning.schedule import (
     relative_rounding,
     removal_order,
     snapshots_to_drop,
+    spared_times,
 )  # fmt: skip
 
 __all__ = [
-    "EVENLY", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "ErrorReport", "PlanReport", "ProfileFit",
-    "Schedule", "Task", "check_max_error", "check_sigma_range", "check_within", "error_curve", "evaluate", "exchanged",
-    "forecast", "profile_fit", "propose", "range_of", "relative_rounding", "removal_order", "snapshots_to_drop",
+    "EVENLY",
+    "SPARED_TIMES",
+    "USEFUL_RANGE",
+    "Candidate",
+    "ErrorCurve",
+    "ErrorPoint",
+    "ErrorReport",
+    "PlanReport",
+    "ProfileFit",
+    "Schedule",
+    "Task",
+    "check_max_error",
+    "check_sigma_range",
+    "check_within",
+    "error_curve",
+    "evaluate",
+    "exchanged",
+    "forecast",
+    "profile_fit",
+    "propose",
+    "range_of",
+    "relative_rounding",
+    "removal_order",
+    "snapshots_to_drop",
+    "spared_times",
     "time_between",
 ]  # fmt: skip

@@ -105,7 +105,8 @@ class Schedule:
             left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
             if len(left) > self.kept * len(gammas):
                 prior = assumed_prior(left, self.rounding, motion)
-                dropped = set(snapshots_to_drop(left, prior, self.kept, range_of(self.sigma_rels)))
+                spared = max(1, spared_times(self.kept) // stride)
+                dropped = set(snapshots_to_drop(left, prior, self.kept, range_of(self.sigma_rels), spared))
                 left = [p for index, p in enumerate(left) if index not in dropped]
         return left
 
@@ -158,6 +159,15 @@ def listed(sigma_rels: Sequence[float]) -> str:
 
 # --- thinning --------------------------------------------------------------------------------------
 
+SPARED_TIMES = 5
+"""The newest times whose snapshots thinning spares while a training writes: it may be continued from them."""
+
+
+def spared_times(keep: int) -> int:
+    """Return how many of the newest snapshots of a profile thinning spares: at most half of those that it keeps."""
+    return max(1, min(SPARED_TIMES, keep // 2))
+
+
 USEFUL_RANGE = (0.05, 0.28)
 """The default range of sigma_rel for which thinning keeps snapshots."""
 
@@ -181,22 +191,23 @@ def snapshots_to_drop(
     prior: Prior,
     keep: int,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
+    spared: int = 1,
 ) -> list[int]:
     """Return the indices of the snapshots to drop so that `keep` of each profile remain, in the order to drop.
 
     First, always the snapshot goes whose loss raises the predicted error over `sigma_range`, at the time of the last
     snapshot, least; among equals (where nothing moved) the one whose neighbours are closest together. Then exchanges
-    improve the rest, see `exchanged`. The last snapshot of each profile stays. Of very many snapshots, those outside a
-    subset (`thinned_subset`) go before all others. The snapshots, and their prior, may have any order.
+    improve the rest, see `exchanged`. The last `spared` snapshots of each profile stay. Of very many snapshots, those
+    outside a subset (`thinned_subset`) go before all others. The snapshots, and their prior, may have any order.
     """
-    left = list(range(len(snapshots)))
-    beyond: list[int] = []
+    left, beyond = list(range(len(snapshots))), list[int]()
+    newest: set[int] = set()
+    for gamma in {p.gamma for p in snapshots}:
+        newest |= {*sorted((i for i in left if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)[-spared:]}
     if len(left) > MOST_SOLVED:
         profiles = len({p.gamma for p in snapshots})
-        left = thinned_subset(snapshots, min(MOST_SOLVED, _SIMULATED * keep * profiles), keep)
+        left = sorted({*thinned_subset(snapshots, min(MOST_SOLVED, _SIMULATED * keep * profiles), keep), *newest})
         beyond = sorted(set(range(len(snapshots))) - set(left))
-    ends = {gamma: max(p.t for p in snapshots if p.gamma == gamma) for gamma in {p.gamma for p in snapshots}}
-    newest = {index for index, p in enumerate(snapshots) if p.t == ends[p.gamma]}
     dropped = removal_order(snapshots, prior, left, keep, newest, sigma_range)
     kept = sorted({*left} - {*dropped})
     return [*beyond, *exchanged(snapshots, prior, kept, dropped, newest, sigma_range)]

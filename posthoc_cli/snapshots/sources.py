@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -151,6 +152,23 @@ class Snapshot(FileSource):
     def profile(self) -> PowerFunction:
         """The power function of the average."""
         return self.info.profile.pure
+
+
+@dataclass(frozen=True)
+class SnapshotBoxes:
+    """A source of a synthesis whose tensors are boxes of a snapshot's tensors."""
+
+    name: str
+    info: fmt.SnapshotInfo
+    profile: PowerFunction
+    stored: Mapping[str, fmt.TensorSpec]
+    open: Callable[[], AbstractContextManager[TensorReader]]
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, boxes: Mapping[str, Box]) -> SnapshotBoxes:
+        """Return a source of these boxes of a snapshot."""
+        stored = {name: fmt.TensorSpec(name, snapshot.stored[name].dtype, box.shape) for name, box in boxes.items()}
+        return cls(snapshot.name, snapshot.info, snapshot.profile, stored, partial(snapshot.open, boxes))
 
 
 # --- several sources

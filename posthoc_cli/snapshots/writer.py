@@ -43,6 +43,7 @@ from posthoc_cli.errors import (
     printable,
 )
 from posthoc_cli.planning import (
+    SPARED_TIMES,
     USEFUL_RANGE,
     ErrorCurve,
     check_max_error,
@@ -51,6 +52,7 @@ from posthoc_cli.planning import (
     forecast,
     removal_order,
     snapshots_to_drop,
+    spared_times,
 )
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import measured_prior, one_blas_thread, thinned_subset
@@ -281,8 +283,8 @@ def thin(
     """Keep the `max_checkpoints` snapshots per profile that reconstruction needs most; delete the others.
 
     Snapshots on the schedule are chosen as if there were no others, so that a training that was stopped in between
-    keeps the same ones. Of those off the schedule, the latest stay if there is room; the newest snapshot always stays.
-    Returns the remaining snapshots in order of time.
+    keeps the same ones. Of those off the schedule, the latest stay if there is room, and those of the five newest
+    times. Returns the remaining snapshots in order of time.
     """
     if max_checkpoints is None:
         return list(stored)
@@ -305,12 +307,14 @@ def _surplus(
     if max(counts.values(), default=0) > max_checkpoints:
         averages = [snapshot.info.average() for snapshot in scheduled]
         profiles = [snapshot.info.profile.pure for snapshot in scheduled]
-        dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range)
+        spared = spared_times(max_checkpoints)
+        dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range, spared)
         surplus += [scheduled[index] for index in dropped]
+    oldest_spared = sorted({snapshot.t for snapshot in stored})[-SPARED_TIMES:][0]
     for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):
         off_schedule = [s for s in stored if s.info.off_schedule and s.sigma_rel == sigma_rel]
         room = max(max_checkpoints - counts[sigma_rel], 0)
-        surplus += [s for s in off_schedule[: max(len(off_schedule) - room, 0)] if s.t < stored[-1].t]
+        surplus += [s for s in off_schedule[: max(len(off_schedule) - room, 0)] if s.t < oldest_spared]
     return surplus
 
 

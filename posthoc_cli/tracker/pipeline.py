@@ -29,6 +29,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -58,7 +59,7 @@ from posthoc_cli.tracker.staging import (
     Streams,
     stage,
 )
-from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
+from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info
 from posthoc_cli.tracker.worker import SINGLE_THREAD, BackpressureMonitor, ThreadPool, Worker, divisor, end_threads
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Pipeline:
     Attributes:
         tracking: the tracker's state after the last update; only jobs of the averages' thread change it.
         snapshotter: writes the snapshots; None until the tracker is the directory's writer.
+        is_restored: whether a checkpoint of the model was loaded since the last call of `update_`.
     """
 
     def __init__(self, settings: Settings, tracking: Tracking, device: str | None = None) -> None:
@@ -105,6 +107,7 @@ class Pipeline:
             raise InvalidValueError("device", reason, value=f"{device!r}")
         self.tracking = tracking
         self.snapshotter: Snapshotter | None = None
+        self.is_restored = False
         self._settings, self._device = settings, device
         self._is_async: bool | None = None  # whether updates return before they are done; known at the first update
         self._counted = tracking.progress
@@ -474,13 +477,20 @@ def _writers(directory: Path) -> list[Pipeline]:
     return [p for p in list(_pipelines) if p._process == os.getpid() and p.writes_to(directory)]
 
 
-def is_followed(directory: Path, tensors: ModelTensors) -> bool:
-    """Return whether an open tracker of this process writes averages of these very tensors to a directory."""
-    tracked = [p._values[0].averaged for p in _writers(directory) if p._values and not p._has_ended]
+def state_of_tracker(directory: Path, tensors: ModelTensors) -> dict[str, Any] | None:
+    """Return the state of an open tracker of this process that writes averages of these very tensors to a directory."""
     averaged = tensors.averaged
-    return any(
-        own.keys() == averaged.keys() and all(own[name].is_set_to(averaged[name]) for name in own) for own in tracked
-    )
+    for pipeline in _writers(directory):
+        is_usable = pipeline.tracking.averages.exist and not (pipeline._has_ended or pipeline.is_restored)
+        if pipeline._values is None or not is_usable:
+            continue
+        own = pipeline._values[0].averaged
+        if own.keys() == averaged.keys() and all(own[name].is_set_to(averaged[name]) for name in own):
+            pipeline.flush()
+            exact = pipeline.read_exactly()
+            exact = replace(exact, snapshots=pipeline.snapshotter.checksums if pipeline.snapshotter else frozenset())
+            return pack_state(exact, state_info(exact, pipeline._settings))
+    return None
 
 
 def _close_writers(directory: Path) -> bool:

@@ -25,7 +25,7 @@ from posthoc_cli.tracker import resuming
 from posthoc_cli.tracker.layout import HOST
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, named_tensors
 from posthoc_cli.tracker.model_weights import WithStatement, swapped_in, update_bn, warn_of_statistics
-from posthoc_cli.tracker.pipeline import is_followed, wait_for_writers
+from posthoc_cli.tracker.pipeline import state_of_tracker, wait_for_writers
 from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.sharding import Group, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.snapshotter import run_snapshots
@@ -115,9 +115,11 @@ class PostHocEMA(Tracker):
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         directory = resuming.check_path(checkpoint_dir)
         in_group = is_first_of_group(model) is not None
-        if resume is None and not in_group and is_followed(directory, collect_tensors(model, selection)):
-            resume = "auto"  # a notebook's cell that is run again
-        wait_for_writers(directory, last_too=True)
+        earlier = None
+        if resume in (None, "auto") and not in_group:  # a notebook's cell that is run again continues exactly
+            earlier = state_of_tracker(directory, collect_tensors(model, selection))
+            resume = resume if earlier is None else "auto"
+        wait_for_writers(directory, last_too=earlier is None)
         resuming.finish_uploads(directory, model)
         stored = [] if resume is None else resuming.stored_to_resume(directory, resume)
         if stored:
@@ -132,6 +134,8 @@ class PostHocEMA(Tracker):
         tracking = _with_members(tracking, model, tensors, settings, directory)
         tracker = cls.__new__(cls)
         tracker._begin(directory, settings, tracking, model, device, Start(directory, settings, step, stored))
+        if earlier is not None:
+            tracker.load_state_dict(earlier)
         return tracker
 
     @classmethod
@@ -162,7 +166,7 @@ class PostHocEMA(Tracker):
         resuming.finish_uploads(directory, model)
         stored = read_directory(directory)
         profiles = stored[-1].info.sigma_rels
-        snapshots = resuming.snapshots_until(stored, profiles, step)
+        snapshots = resuming.snapshots_until(stored, step)
         newest, kept = snapshots[-1].info, resuming.read_state_info(directory)
         selection = (newest.selection or Selection()).resumed(newest.roles)
         keeps_state = kept is not None and kept.run_id == newest.run_id

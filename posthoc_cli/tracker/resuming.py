@@ -1,4 +1,4 @@
-"""Resuming a run from the snapshots at or before the model's place on the run's path.
+"""Resuming a run from the snapshots of the newest time at which the network had the model's weights.
 
 Snapshots hold the averages rounded to their storage dtype. If there is an exact state of their time, it is used.
 """
@@ -29,13 +29,15 @@ from posthoc_cli.errors import (
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
 from posthoc_cli.snapshots import states
-from posthoc_cli.snapshots.codecs import path_of_part
+from posthoc_cli.snapshots.codecs import Floats, path_of_part
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.path import Location, locate, path_of
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.path import are_equal, recorded_weights, squared_distance
+from posthoc_cli.snapshots.sources import Snapshot, SnapshotBoxes, Source
 from posthoc_cli.snapshots.states import StateInfo, decode_state
 from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.synthesis.engine import synthesize
+from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker.layout import FlatTensors
 from posthoc_cli.tracker.model_tensors import TrackedModel
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
@@ -47,7 +49,6 @@ from posthoc_cli.tracker.state import (
     TrainingProgress,
     check_profiles,
     host_layout,
-    listed,
     open_state,
     read_tensor,
     unpack_state,
@@ -57,9 +58,15 @@ log = logging.getLogger(__name__)
 
 _MOST_NAMED = 20
 
+_MOST_MISSING = 0.01
+"""The largest predicted error of an average that is reconstructed to resume from."""
+
 
 class Start:
     """The call of `update_` from which a tracker resumes the run in its directory.
+
+    It is the newest one at which the network had the weights that the model has when its tracker is made, or when its
+    `load_state_dict` was called since; or a given one.
 
     Attributes:
         step: the number of that call; 0 for a new beginning, None for the newest snapshots.
@@ -69,68 +76,64 @@ class Start:
     def __init__(self, directory: Path, settings: Settings, step: int | None, stored: Sequence[Snapshot]) -> None:
         self.step, self.read_at = step, -1
         self._directory, self._settings, self._stored, self._is_given = directory, settings, stored, step is not None
-        self._seen: tuple[Mapping[int, float], float] | None = None
+        self._newest = stored[-1].info.step if stored else 0
+        self._said: int | None = None  # the call that was logged
+        self._missing = 0.0  # the squared distance of the model from the weights of a given call
 
     def choose(
         self, now: Tracking, sample: Mapping[int, float], group: Group, writes: bool, is_first_call: bool
     ) -> Tracking:
-        """Return the tracking that resumes from the newest snapshots at or before the model's place on the run's path.
+        """Return the tracking that resumes from the newest call with the model's weights, for all processes alike.
 
-        The first call of `update_` decides, for all processes alike: a model may be restored after its tracker was
-        made. When the tracker is made, a model on the path sets `step` already, and any other model is left for the
-        first call, which raises a ModelMismatchError if the model is not on the path and no step was named.
+        When the tracker is made, or the model restored, any other model is left as it is; at the first call of
+        `update_` it is an error, unless a step was given.
         """
-        if self._is_near(sample):
-            return now
         # A process that only counts must not see which snapshots the writer sets aside meanwhile.
         stored = find_snapshots(self._directory) if writes else self._stored
-        place = group.from_first(lambda: find_place(stored, self._settings.sigma_rels, sample))
-        level, text = logging.WARNING, ""
-        if place is None:
-            if is_first_call:
-                text = "whether the model is on the run's path cannot be checked: its snapshots hold no sample of it"
-        elif self._is_given:
-            step = place[0].step
-            if step != self.step:
-                where = f"those of step {step:,}, or a little later" if step else "not on the run's path"
-                text = f"the averages continue from step {self.step}, as requested; the model's weights are {where}"
-        elif place[0].step is None:
-            if is_first_call:
-                raise off_path_error(self._directory, *place)
-        else:
-            on_path, newest = place
-            now, self._seen = self._resumed_at(now, on_path.step, newest, stored), (sample, on_path.reach)
-            text = f"continuing at step {on_path.step}, where the model's weights are"
-            if self.step is None:
-                level = logging.INFO
-            else:
-                text += f"; later snapshots, up to step {newest:,}, will be set aside"
-        if text and group.leads and writes:
-            log.log(level, "%s: %s", self._directory, text)
-        return now
-
-    def _resumed_at(self, now: Tracking, step: int | None, newest: int, stored: Sequence[Snapshot]) -> Tracking:
-        """Set `step`, and return `now` with the progress of the run at that call."""
-        before, self.step = self.step, None if step == newest else step
-        if self.step is None and before is None:
+        values = np.array([sample[number] for number in sorted(sample)], np.float32)
+        if self._is_given:
+            self._missing = group.from_first(lambda: self._distance(values, stored, now.tracked))
+            if self._missing and is_first_call and group.leads and writes:
+                text = (
+                    "the averages continue from step %d, as requested; the model has other weights than the network had"
+                )
+                log.warning(f"%s: {text} then, and later predicted errors contain that", self._directory, self.step)
             return now
-        until = snapshots_until(stored, self._settings.sigma_rels, self.step)
-        resumed = resumed_tracking(self._directory, until, self._settings.sigma_rels)
+        found, newest = group.from_first(lambda: (find_step(stored, values), stored[-1].info.step))
+        if is_first_call and found is None:
+            raise not_in_run_error(self._directory, stored, len(values))
+        if is_first_call and newest > self._newest:
+            reason = f"has advanced from step {self._newest:,} to {newest:,} since this tracker was made"
+            raise MismatchError(self._directory, reason, "restore the model and make the tracker again")
+        self.step, self._newest = None if found == newest else found, newest
+        if found is None or found == self._said:
+            return now
+        self._said = found
+        if group.leads and writes:
+            text, level = f"continuing at step {found:,}, where the network had the model's weights", logging.INFO
+            if self.step is not None:
+                text, level = f"{text}; later snapshots, up to step {newest:,}, will be set aside", logging.WARNING
+            log.log(level, "%s: %s", self._directory, text)
+        resumed = resumed_tracking(self._directory, snapshots_until(stored, self.step), self._settings.sigma_rels)
         return replace(now, progress=resumed.progress)
 
-    def _is_near(self, sample: Mapping[int, float]) -> bool:
-        """Return whether the model is near its place when this tracker was made: the first step may be a large one."""
-        if self._seen is None:
-            return False
-        before, reach = self._seen
-        moved = sum((value - before[number]) ** 2 for number, value in sample.items())
-        return moved <= (3 * reach) ** 2 * sum(value**2 for value in sample.values())
+    def _distance(self, values: Floats, stored: Sequence[Snapshot], tracked: TrackedModel) -> float:
+        """Return the squared distance of the model from the network's weights at the given call; 0 if unknown."""
+        recorded = recorded_weights(stored).get(self.step or 0)
+        if recorded is None or are_equal(values, recorded):
+            return 0.0
+        return squared_distance(values, recorded, {name: tracked.complete_shape(name) for name in tracked.weights})
 
     def read(self, now: Tracking) -> Tracking:
         """Read the state to resume from out of the directory."""
         if self.step == 0:
             return replace(now, progress=TrainingProgress(), resumes=False)
-        return load_from_directory(self._directory, self._settings, now.tracked, self.step)
+        loaded = load_from_directory(self._directory, self._settings, now.tracked, self.step)
+        standing = loaded.averages.standing
+        if self._missing and now.tracked.leads:
+            inherited = tuple(error + self._missing for error in standing.inherited)
+            loaded.averages.standing = replace(standing, inherited=inherited)
+        return loaded
 
 
 def stored_to_resume(directory: Path, resume: str | int) -> Sequence[Snapshot]:
@@ -194,50 +197,37 @@ def find_run(
         # The run was killed while it wrote its first snapshots: they are set aside when it begins again.
         return Tracking.new(newest.run_id, tracked, sigma_rels, resumes=True), 0
     step = None if isinstance(resume, str) else resume
-    return resumed_tracking(directory, snapshots_until(stored, sigma_rels, step, "resume"), sigma_rels), step
+    return resumed_tracking(directory, snapshots_until(stored, step, "resume"), sigma_rels), step
 
 
-def find_place(
-    snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], sample: Mapping[int, float]
-) -> tuple[Location, int] | None:
-    """Return a model's place on a run's path, and the newest call to resume from; None where no place can be found.
-
-    That is where headers hold no sample, as in files of earlier releases, or show no motion yet.
-    """
-    path = path_of(snapshots)
-    steps = [of_time[0].info.step for of_time in _complete(snapshots, sigma_rels)]
-    if not steps or steps[-1] not in {moment.step for moment in path} or len(sample) != len(path[0].weights):
-        return None
-    place = locate(np.array([sample[number] for number in sorted(sample)], np.float32), path)
-    if place is None:
-        return None
-    if place.step is None:
-        return place, steps[-1]
-    before = max((step for step in steps if step <= place.step), default=None)
-    return replace(place, step=before, is_before=before is None), steps[-1]
+def find_step(snapshots: Sequence[Snapshot], values: Floats) -> int | None:
+    """Return the newest call of `update_` at which the network had these sampled values, or None."""
+    recorded = recorded_weights(snapshots)
+    return max((step for step, weights in recorded.items() if are_equal(values, weights)), default=None)
 
 
-def off_path_error(directory: Path, place: Location, newest: int) -> ModelMismatchError:
-    """Return the error for a model that is not on the path of the run in a directory."""
-    where = f"its weights are not on the path of the run in {directory}"
-    if place.is_before:
-        reason = f"{where}: they are from before its first snapshot, or of another training"
-    else:
-        away, reach = percent(place.distance), percent(place.reach)
-        reason = f"{where}: the nearest, of step {place.nearest:,}, are {away} away, where {reach} would be expected"
-    return ModelMismatchError("model", reason, f"{ways_to_resume(newest)}; for a new run name another directory")
+def not_in_run_error(directory: Path, snapshots: Sequence[Snapshot], count: int) -> ModelMismatchError:
+    """Return the error for a model whose weights are those of no time of the run in a directory."""
+    steps = [*recorded_weights(snapshots)] or [snapshots[-1].info.step]
+    times = f"{len(steps):,} times, step {steps[0]:,} to {steps[-1]:,}"
+    reason = (
+        f"its weights are those of no snapshot of the run in {directory} ({times}; {count} elements compared, also "
+        "rounded to half precision)"
+    )
+    return ModelMismatchError("model", reason, f"{ways_to_resume(steps[-1])}; for a new run name another directory")
 
 
 def ways_to_resume(step: int) -> str:
     """Return the ways to resume a run, for the hints of errors."""
-    restored = "restore the model's checkpoint first, and continue with from_model(..., resume='auto') or from_path"
-    return f"{restored}; or from a step whatever the weights, with resume={step} or from_path(..., step={step})"
+    restored = "restore the model's checkpoint first, of a step with a snapshot, then from_model(..., resume='auto')"
+    state = "or ema.load_state_dict(state), where the checkpoint holds ema.state_dict(), which is exact at any step"
+    return f"{restored}; {state}; or whatever the weights with resume={step} or from_path(..., step={step})"
 
 
 def resumed_tracking(directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> Tracking:
-    """Return the tracking at the newest time with a snapshot of every profile, or else at the newest snapshot."""
-    chosen, exact = _find_start(directory, snapshots, sigma_rels)
-    last = chosen[0] if chosen else snapshots[-1]
+    """Return the tracking at the newest time with snapshots."""
+    _, exact = _find_start(directory, snapshots, sigma_rels)
+    last = snapshots[-1]
     clock = ClockRecorder.of_knots(last.info.clock_pairs)
     if exact is not None:
         clock = states.clock_at(list(exact.clock), exact.step, exact.t)
@@ -246,68 +236,53 @@ def resumed_tracking(directory: Path, snapshots: Sequence[Snapshot], sigma_rels:
 
 
 def load_from_directory(directory: Path, settings: Settings, tracked: TrackedModel, step: int | None) -> Tracking:
-    """Load the exact state, or else the averages of the newest snapshots of every profile, up to a call `step`."""
-    sigma_rels = settings.sigma_rels
-    snapshots = snapshots_until(read_directory(directory), sigma_rels, step)
-    chosen, exact = _find_start(directory, snapshots, sigma_rels)
-    if not chosen:
-        newest = listed(sorted({snapshot.info.sigma_rel for snapshot in snapshots[-len(sigma_rels) :]}))
-        reason = f"has no time with a snapshot of every profile ({listed(sigma_rels)}) to resume from"
-        hint = f"continue with fewer (the newest are of {newest}): from_model(..., sigma_rels=..., resume='auto')"
-        raise DirectoryError(directory, reason, f"{hint}, or begin a new run in another directory")
+    """Load the exact state, or else the averages of a call `step`, of None the newest one, from snapshots.
+
+    An average without a snapshot at that time is reconstructed from the snapshots at or before it.
+    """
+    snapshots = snapshots_until(read_directory(directory), step)
+    check_profiles(snapshots[-1].info.sigma_rels, settings.sigma_rels)
+    chosen, exact = _find_start(directory, snapshots, settings.sigma_rels)
     if exact is not None:
         try:
             with open_state(directory / STATE_NAME) as state:
                 return unpack_state(state, settings, tracked)
         except FileFormatError as error:
             _warn_of_damage(error)
-    earlier = [StoredSnapshot.of(snapshot) for snapshot in snapshots if snapshot.info.t <= chosen[0].info.t]
-    return replace(_rounded_state(chosen, tracked), snapshots=frozenset(snapshot.checksum for snapshot in earlier))
+    loaded = _rounded_state(directory, snapshots, chosen, settings.sigma_rels, tracked)
+    return replace(loaded, snapshots=frozenset(StoredSnapshot.of(snapshot).checksum for snapshot in snapshots))
 
 
-def snapshots_until(
-    snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], step: int | None, argument: str = "step"
-) -> Sequence[Snapshot]:
-    """Return the snapshots up to a call, which must have one of every profile; all for None. Errors name `argument`."""
+def snapshots_until(snapshots: Sequence[Snapshot], step: int | None, argument: str = "step") -> Sequence[Snapshot]:
+    """Return the snapshots up to a call, which must have one; all for None. Errors name `argument`."""
     if step is None:
         return snapshots
     step = check_count(argument, step)
-    complete = sorted({of_time[0].info.step for of_time in _complete(snapshots, sigma_rels)})
-    if step not in complete:
-        known = ", ".join(f"{number:,}" for number in complete[-_MOST_NAMED:]) or "none"
-        more = "..., " * (len(complete) > _MOST_NAMED)
-        reason = f"this call of update_ has no snapshots of every profile ({listed(sigma_rels)})"
-        raise InvalidValueError(argument, f"{reason}; calls that have them: {more}{known}", value=f"{step:,}")
+    steps = sorted({snapshot.info.step for snapshot in snapshots})
+    if step not in steps:
+        known = ", ".join(f"{number:,}" for number in steps[-_MOST_NAMED:])
+        more = "..., " * (len(steps) > _MOST_NAMED)
+        reason = f"this call of update_ has no snapshot; calls that have one: {more}{known}"
+        raise InvalidValueError(argument, reason, value=f"{step:,}")
     return [snapshot for snapshot in snapshots if snapshot.info.step <= step]
 
 
 def _find_start(
     directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]
-) -> tuple[list[Snapshot], StateInfo | None]:
-    """Return the newest snapshots of one time, one per profile, or none, and the exact state of that time or None."""
-    complete = _complete(snapshots, sigma_rels)
-    if not complete:
-        return [], None
-    newest, state = complete[-1], read_state_info(directory)
+) -> tuple[dict[float, Snapshot], StateInfo | None]:
+    """Return the snapshots of the newest time by profile, and the exact state of that time or None."""
+    newest = {s.info.sigma_rel: s for s in snapshots if s.info.t == snapshots[-1].info.t}
+    state = read_state_info(directory)
     if state is None:
         return newest, None
     # The state is used only where its averages, rounded, are those in the snapshots.
-    stored = [StoredSnapshot.of(snapshot) for snapshot in newest]
+    stored = [StoredSnapshot.of(snapshot) for snapshot in newest.values()]
     same = all(snapshot.checksum in state.snapshots and snapshot.t == state.averages_t for snapshot in stored)
     if same and set(state.sigma_rels) >= set(sigma_rels):
         return newest, state
     path = directory / STATE_NAME
     log.info("%s does not belong to the snapshots of t = %g, which are used instead", path, stored[0].t)
     return newest, None
-
-
-def _complete(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> list[list[Snapshot]]:
-    """Return the snapshots of each time that has one of every profile, in the order of time and profiles."""
-    by_time: dict[float, dict[float, Snapshot]] = {}
-    for snapshot in snapshots:
-        by_time.setdefault(snapshot.info.t, {})[snapshot.info.sigma_rel] = snapshot
-    complete = [by_time[t] for t in sorted(by_time) if by_time[t].keys() >= set(sigma_rels)]
-    return [[of_time[sigma_rel] for sigma_rel in sigma_rels] for of_time in complete]
 
 
 def read_state_info(directory: Path) -> StateInfo | None:
@@ -327,20 +302,61 @@ def _warn_of_damage(error: FileFormatError) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Tracking:
-    """Load the averages from the snapshots of one time, one per profile, with their rounding."""
-    last = chosen[0].info
-    kept = AverageTensors(host_layout(tracked), len(chosen))
-    inherited = tuple(_read_average(snapshot, high, tracked) for snapshot, high in zip(chosen, kept.high, strict=True))
-    with chosen[0].open(tracked.boxes()) as file:
+def _rounded_state(
+    directory: Path, snapshots: Sequence[Snapshot], chosen: Mapping[float, Snapshot], sigma_rels: Sequence[float],
+    tracked: TrackedModel,
+) -> Tracking:  # fmt: skip
+    """Load the averages from the snapshots of one time, with their rounding; reconstruct those that have none there."""
+    newest = snapshots[-1]
+    last = newest.info
+    kept = AverageTensors(host_layout(tracked), len(sigma_rels))
+    inherited = tuple(
+        _read_average(chosen[sigma_rel], high, tracked)
+        if sigma_rel in chosen
+        else _reconstruct(directory, snapshots, sigma_rel, high, tracked)
+        for sigma_rel, high in zip(sigma_rels, kept.high, strict=True)
+    )
+    with newest.open(tracked.boxes()) as file:
         copies = {name: read_tensor(file, name) for name, tensor in tracked.tensors.items() if tensor.role == "copy"}
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, 0, inherited)
     averages = RunningAverages(
-        tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies,
-        known_path=path_of_part(chosen[0].info.sketch, tracked.part),
-    )  # fmt: skip
+        tuple(sigma_rels), standing, kept, copies, known_path=path_of_part(last.sketch, tracked.part)
+    )
     progress = TrainingProgress.resumed(ClockRecorder.of_knots(last.clock_pairs))
     return Tracking(last.run_id, progress, tracked, averages)
+
+
+def _reconstruct(
+    directory: Path, snapshots: Sequence[Snapshot], sigma_rel: float, average: FlatTensors, tracked: TrackedModel
+) -> float:
+    """Fill `average` with a reconstruction at the time of the newest snapshot; return its expected squared error.
+
+    Raises:
+        DirectoryError: the predicted error is above 1 %.
+    """
+    plan = plan_synthesis(snapshots, [sigma_rel], dtype=torch.float32)
+    predicted, at = (
+        plan.predicted_error(0),
+        f"sigma_rel {sigma_rel:g} has no snapshot at step {snapshots[-1].info.step:,}",
+    )
+    if predicted is None or predicted > _MOST_MISSING:
+        error = "an unknown error" if predicted is None else f"an error of {percent(predicted)}"
+        reason = f"{at}, and would be reconstructed with {error}; at most {percent(_MOST_MISSING)} is accepted"
+        hint = "restore a checkpoint of another step with a snapshot, or begin a new run in another directory"
+        raise DirectoryError(directory, reason, hint)
+    if tracked.leads:
+        log.warning("%s: %s: it is reconstructed, with a predicted error of %s", directory, at, percent(predicted))
+    names, boxes = frozenset(average.views), tracked.boxes()
+    sources: Sequence[Source] = plan.sources
+    if boxes is not None:
+        held = {name: box for name, box in boxes.items() if name in names}
+        sources = [SnapshotBoxes.of(source, held) for source in sources if isinstance(source, Snapshot)]
+    norm = 0.0
+    for name, (value,) in synthesize(replace(plan, sources=tuple(sources), subset=names)):
+        if name in names:  # else another name of the tensor
+            average.views[name].copy_(value)
+            norm += float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2
+    return predicted**2 * norm
 
 
 def _read_average(snapshot: Snapshot, average: FlatTensors, tracked: TrackedModel) -> float:

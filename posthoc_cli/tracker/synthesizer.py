@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,13 +27,10 @@ from posthoc_cli.errors import (
     VanishedError,
     warn,
 )
-from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.run import Wanted, Weights, make_weights, with_consistent_plan
-from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot, sum_of_parts
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec
-from posthoc_cli.snapshots.reading import TensorReader
-from posthoc_cli.snapshots.sources import Snapshot, Source
+from posthoc_cli.snapshots.sources import Snapshot, SnapshotBoxes, Source
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
@@ -349,7 +345,7 @@ class ChunkSynthesizer(Synthesizer):
             _check_chunk(name, tracked, tensors.get(name))
         directory = self.tracker.checkpoint_dir
         sources = [
-            local[name] if name in local else _Boxes.of(_read_again(directory / name, checksum), boxes)
+            local[name] if name in local else SnapshotBoxes.of(_read_again(directory / name, checksum), boxes)
             for name, checksum in shared.sources
         ]
         return self._synthesized(shared, targets, sources, frozenset(boxes))
@@ -410,23 +406,6 @@ def _joined(parts: Sequence[tuple[SnapshotInfo, Mapping[str, TensorSpec]]]) -> L
         chunks={},
     )
     return LiveSource(joined, specs, lambda _: [])
-
-
-@dataclass(frozen=True)
-class _Boxes:
-    """A source of a synthesis whose tensors are boxes of a snapshot's tensors."""
-
-    name: str
-    info: SnapshotInfo
-    profile: PowerFunction
-    stored: Mapping[str, TensorSpec]
-    open: Callable[[], AbstractContextManager[TensorReader]]
-
-    @classmethod
-    def of(cls, snapshot: Snapshot, boxes: Mapping[str, Box]) -> _Boxes:
-        """Return a source of these boxes of a snapshot."""
-        stored = {name: TensorSpec(name, snapshot.stored[name].dtype, box.shape) for name, box in boxes.items()}
-        return cls(snapshot.name, snapshot.info, snapshot.profile, stored, partial(snapshot.open, boxes))
 
 
 def _check_chunk(name: str, tracked: TrackedModel, tensor: torch.Tensor | None) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -31,6 +32,7 @@ from posthoc_cli.tracker.model_tensors import (
     is_swapped,
     nonfinite_error,
     nonfinite_name,
+    unwrapped,
 )
 from posthoc_cli.tracker.optimizer import Attachment, WeakModel, attach
 from posthoc_cli.tracker.pipeline import Pipeline
@@ -75,8 +77,12 @@ class Tracker:
         self._warned_of: set[str] = set()
         self._calls = CallGuard(directory)
         members.keeps(model, directory)
-        if model is not None and tracking.resumes and start.step is None:
+        self._sample: dict[int, float] | None = None  # of the model that was given, until the first call
+        if model is not None and tracking.resumes:
+            self._note_weights(model)
             self._choose_start(model, is_first_call=False)
+        if model is not None:
+            _watch_restoring(unwrapped(model), self)
 
     def __repr__(self) -> str:
         profiles = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.settings.sigma_rels)
@@ -212,15 +218,26 @@ class Tracker:
         self._members.check()
 
     def snapshot(self) -> None:
-        """Write a snapshot of every profile now unless the newest ones hold all updates; wait until it is durable.
+        """Write a snapshot of every profile now unless the newest ones hold this call; wait until it is durable.
 
-        The snapshot is marked as off the schedule: later ones do not depend on it, and thinning drops it first.
+        Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from that checkpoint.
+        Between two updates it takes in the model's weights first. The snapshot is marked as off the schedule; thinning
+        drops it when five later times have snapshots.
 
         Raises:
-            NotReadyError: there was no update yet, or the tracker is closed.
+            NotReadyError: there was no update yet, the tracker is closed, or the model holds averaged weights.
             WriteError, NonFiniteError: see `flush`.
         """
         self._calls.check_open()
+        model, progress = self._tracked_model(), self._pipeline.progress
+        if model is not None and self.keeps_averages and 0 < progress.updated < progress.step:
+            if is_swapped(model):
+                raise NotReadyError(
+                    "snapshot", "the model holds averaged weights now", "call it outside ema.model(...)"
+                )
+            with self._calls.lock("snapshot"):
+                self._pipeline.wait_for_turn(writes_too=False)
+                self._take_in(model, replace(progress, updated=progress.step))
         if self._pipeline.snapshotter is not None:
             self._pipeline.write_missing()
         elif self.keeps_averages and not self._pipeline.tracking.resumes:
@@ -347,6 +364,7 @@ class Tracker:
             self._members.check()
         # Errors of background work since the last call; they stay pending if this call fails itself.
         self._pending = self._take_error()
+        self._pipeline.is_restored = False
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
         if self._members.keeps(model, self.checkpoint_dir):
@@ -426,13 +444,18 @@ class Tracker:
             hint = "the averages continue from that call; for an earlier checkpoint there is from_path(..., step=N)"
             raise error.with_hint(hint) from error
 
+    def _note_weights(self, model: torch.nn.Module) -> None:
+        """Note the model's sampled weights, as far as this process holds them, before training changes them."""
+        self._sample = self._watch.sample(model, self._pipeline.tracking.tracked)
+
     def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
-        """Resume from the model's place on the run's path, see `Start.choose`."""
+        """Resume from the newest time at which the network had the model's weights, see `Start.choose`."""
         if self._start.step == 0:
             return
         group, now = self._members.keepers("update_" if is_first_call else "this tracker"), self._pipeline.tracking
-        part = group.together(lambda: self._watch.sample(model, now.tracked))
-        sample = dict(ChainMap(*group.from_all(part)))
+        if self._sample is None:
+            group.together(lambda: self._note_weights(model))
+        sample = dict(ChainMap(*group.from_all(self._sample or {})))
         writes = self._members.keeps(model, self.checkpoint_dir)
         chosen = self._start.choose(now, sample, group, writes, is_first_call)
         if chosen is not now:
@@ -447,12 +470,6 @@ class Tracker:
             loaded = self._start.read(now)
             progress = loaded.progress
             snapshotter.set_aside_others(progress.t, known=loaded.snapshots)
-            if progress.step != now.progress.step:
-                log.warning(
-                    "%s: since from_path read this run, it has advanced from step %d to %d; the averages continue from "
-                    "step %d, and the model should have the weights of that step, too",
-                    self.checkpoint_dir, now.progress.step, progress.step, progress.step,
-                )  # fmt: skip
             self._start.read_at = progress.step
             self._pipeline.set(loaded)
 
@@ -499,6 +516,28 @@ class Tracker:
         if model is None:
             raise NotReadyError("state_dict", "the model, whose parameters say where each chunk is, no longer exists")
         return model
+
+
+_trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[Tracker]] = WeakKeyDictionary()
+"""The trackers that were made with a model, by the bare model."""
+
+
+def _watch_restoring(model: torch.nn.Module, tracker: Tracker) -> None:
+    """Tell a tracker whenever the model's checkpoint is loaded."""
+    if model not in _trackers:
+        register: Any = model.register_load_state_dict_post_hook
+        register(_note_restored)
+    _trackers.setdefault(model, WeakSet()).add(tracker)
+
+
+def _note_restored(model: torch.nn.Module, _: object) -> None:
+    """Handle the end of the model's `load_state_dict`; a function of the module, so that models can be pickled."""
+    for tracker in [*_trackers.get(model, ())]:
+        tracker._pipeline.is_restored = True
+        if tracker._pipeline.tracking.resumes and not tracker.closed:
+            tracker._note_weights(model)
+            if not tracker._members.is_chunked:  # else other processes would have to take part
+                tracker._choose_start(model, is_first_call=False)
 
 
 def _squared_norms(group: Group, state: Tracking) -> dict[float, float]:

@@ -14,7 +14,8 @@ import torch
 import xxhash
 from factories import rewrite_snapshot
 from groups import check_group
-from integrations.truth import recorded
+from integrations.truth import distance, recorded
+from integrations.truth import exact as discrete_average
 from safetensors.torch import load_file
 from tracker.runs import as_if_killed, contents, times, tracked_error
 
@@ -22,12 +23,9 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, ModelMismatchError
 from posthoc_cli.snapshots.codecs import decode_sample
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.path import Moment, locate
 
 SETTINGS: dict[str, Any] = {"update_every": 1, "checkpoint_every": 40, "checkpoint_dtype": None}
-OFF = (
-    r"model: its weights are not on the path of the run in .*restore the model's checkpoint first.*resume=\d+.*another"
-)
+OFF = r"model: its weights are those of no snapshot of the run in .*restore the model's checkpoint.*resume=\d+.*another"
 
 
 class Training:
@@ -88,12 +86,12 @@ def resumed(model: torch.nn.Module, folder: Path, way: str = "from_model") -> Po
     return PostHocEMA.from_model(model, folder, **SETTINGS, resume="auto")
 
 
-# --- weights that are on the path, and others
+# --- weights that the network had at a time of the run, and others
 
 
 @pytest.mark.parametrize("way", ["from_model", "from_path"])
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("last", [200, 41, 75])
+@pytest.mark.parametrize("last", [200, 75])
 def test_a_run_is_not_resumed_with_fresh_weights(tmp_path: Path, way: str, seed: int, last: int) -> None:
     """Nor with the weights that the run began with, nor if it has only one snapshot on the schedule."""
     finished(tmp_path, last)
@@ -111,21 +109,53 @@ def test_a_run_is_not_resumed_with_fresh_weights(tmp_path: Path, way: str, seed:
         other.update_(fresh.model)
 
 
+def fine_tuned(training: Training, steps: int) -> None:
+    training.task = -training.task
+    training.run(201, 200 + steps)
+
+
+def permuted(training: Training) -> None:
+    """Swap two hidden units: the same function with other weights."""
+    order = [1, 0, *range(2, 24)]
+    with torch.no_grad():
+        for tensor in (training.model[0].weight, training.model[0].bias):
+            tensor.copy_(tensor[order].clone())
+        training.model[2].weight.copy_(training.model[2].weight[:, order].clone())
+
+
+@pytest.mark.parametrize("change", ["1 step", "5 steps", "50 steps", "permuted", "average", "between", "forked"])
+def test_a_model_that_has_gone_elsewhere_is_refused(tmp_path: Path, change: str) -> None:
+    training, checkpoints = finished(tmp_path, 200, saved=[130, 160])
+    if change in ("between", "forked"):
+        training = Training().restored(checkpoints[130 if change == "between" else 160])
+        training.run(900, 939 if change == "forked" else 899)
+    elif change == "permuted":
+        permuted(training)
+    elif change == "average":
+        training.model.load_state_dict(PostHocEMA.from_path(tmp_path).state_dict(0.05), strict=False)
+    else:
+        fine_tuned(training, int(change.split()[0]))
+    ema = resumed(training.model, tmp_path)
+    with pytest.raises(ModelMismatchError, match=OFF):
+        training.run(201, 201, ema)
+
+
 @pytest.mark.parametrize("way", ["from_model", "from_path"])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
-def test_weights_of_an_earlier_checkpoint_resume_from_the_snapshots_before_it(
+def test_an_earlier_checkpoint_resumes_from_its_own_step(
     tmp_path: Path, way: str, late: bool, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A checkpoint of step 100 resumes from step 80: steps 81 to 100 are missing in averages, and none counts twice."""
-    first, checkpoints = finished(tmp_path, 200, saved=[100], kind=kind)
+    """The checkpoint may be loaded after the tracker was made."""
+    first, checkpoints = finished(tmp_path, 200, saved=[80], kind=kind)
     again = Training(seed=3, kind=kind)
     if not late:
-        again.restored(checkpoints[100])
+        again.restored(checkpoints[80])
     ema = resumed(again.model, tmp_path, way)
-    again.restored(checkpoints[100])
+    again.restored(checkpoints[80])
+    assert ema.step == 80
     with ema:
-        again.run(101, 240, ema)
+        again.run(81, 220, ema)
         assert error(ema, [*first.path[:80], *again.path]) < 1e-6
     assert times(tmp_path) == {40, 80, 120, 160, 200, 220}
     (record,) = (record for record in caplog.records if "continuing at step 80" in record.getMessage())
@@ -134,56 +164,81 @@ def test_weights_of_an_earlier_checkpoint_resume_from_the_snapshots_before_it(
     assert len(list((tmp_path / "superseded").iterdir())) == 6
 
 
-def test_the_step_is_right_as_soon_as_the_tracker_is_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_the_last_checkpoint_that_was_loaded_decides(tmp_path: Path) -> None:
+    """A script may build its tracker with one checkpoint, and load another one before it trains."""
     first, checkpoints = finished(tmp_path, 200, saved=[80, 100])
-    for step, expected in ((80, 80), (100, 80)):
-        assert resumed(Training(seed=3).restored(checkpoints[step]).model, tmp_path).step == expected
-    ema = resumed(first.model, tmp_path)
+    again = Training(seed=3).restored(checkpoints[80])
+    ema = resumed(again.model, tmp_path)
+    assert ema.step == 80
+    again.restored(checkpoints[100])
+    with pytest.raises(ModelMismatchError, match=OFF):
+        again.run(101, 101, ema)
+    again = Training(seed=3).restored(checkpoints[80])
+    ema = resumed(again.model, tmp_path)
+    again.model.load_state_dict(first.model.state_dict())
     assert ema.step == 200
-    assert caplog.messages[-1] == f"{tmp_path}: continuing at step 200, where the model's weights are"
-    with ema:
-        first.run(201, 210, ema)
-        assert error(ema, first.path) < 1e-6
-    assert not (tmp_path / "superseded").exists()
+    copy.deepcopy(again.model).load_state_dict(checkpoints[80]["model"])
+    assert ema.step == 200
+    ema.close()
 
 
-@pytest.mark.parametrize("last", [41, 79, 95, 119, 239])
-@pytest.mark.parametrize("kind", ["adam", "sgd"])
-def test_a_checkpoint_that_is_newer_than_the_snapshots_resumes_from_them(tmp_path: Path, last: int, kind: str) -> None:
-    """A kill leaves such a checkpoint. The steps since the newest snapshot are missing in the averages."""
-    first, checkpoints = finished(tmp_path, last, saved=[last], kind=kind)
-    as_if_killed(tmp_path)
-    newest = last // 40 * 40
-    again = Training(seed=3, kind=kind).restored(checkpoints[last])
+def test_a_time_without_a_snapshot_of_each_profile_is_resumed_by_reconstruction(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is missing is reconstructed, and later predicted errors contain its error."""
+    first, checkpoints = finished(tmp_path, 400, saved=[400], checkpoint_every=20)
+    (gone,) = (s for s in read_directory(tmp_path) if (s.info.t, s.info.sigma_rel) == (400, 0.28))
+    gone.path.unlink()
+    again = Training(seed=3).restored(checkpoints[400])
     with resumed(again.model, tmp_path) as ema:
-        assert ema.step == newest
-        again.run(last + 1, last + 30, ema)
-        assert error(ema, [*first.path[:newest], *again.path]) < 1e-6
+        assert ema.step == 400
+        again.run(401, 440, ema)
+        path = [*first.path, *again.path]
+        assert error(ema, path) > 1e-6
+        found = ema.state_dict(0.28, dtype=torch.float32)
+        exact = discrete_average(path, 0.28)
+    off = distance(found, exact)
+    assert found.predicted_error is not None
+    assert off < 2 * found.predicted_error < 0.02
+    assert "sigma_rel 0.28 has no snapshot at step 400: it is reconstructed, with a predicted error of" in caplog.text
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_snapshot_on_request_is_a_place_to_resume_from(tmp_path: Path, every: int) -> None:
+    """Between two updates it takes in the weights, with the true interval."""
+    settings = {"update_every": every, "checkpoint_every": 40, "checkpoint_dtype": None}
+    first = Training()
+    with PostHocEMA.from_model(first.model, tmp_path, **settings) as ema:
+        first.run(1, 105, ema)
+        ema.snapshot()
+        ema.snapshot()  # a second call has nothing to add
+        saved = first.checkpoint()
+        first.run(106, 170, ema)
+    assert 105 in times(tmp_path)
+    again = Training(seed=3).restored(saved)
+    with PostHocEMA.from_model(again.model, tmp_path, **settings, resume="auto") as ema:
+        assert ema.step == 105
+        again.run(106, 160, ema)
+        updates = sorted({*range(every, 161, every), 105})
+        path = [*first.path[:105], *again.path]
+        values = {name: np.stack([path[step - 1][name].numpy() for step in updates]) for name in path[0]}
+        assert max(tracked_error(ema, name, value, updates) for name, value in values.items()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("step", [160, 170, 200])
-def test_a_checkpoint_in_half_precision_resumes_the_run(tmp_path: Path, dtype: torch.dtype, step: int) -> None:
-    _, checkpoints = finished(tmp_path, 200, saved=[step])
-    again = Training(seed=3).restored(checkpoints[step])
+def test_a_checkpoint_in_half_precision_resumes_the_run(tmp_path: Path, dtype: torch.dtype) -> None:
+    _, checkpoints = finished(tmp_path, 200, saved=[160])
+    again = Training(seed=3).restored(checkpoints[160])
     for parameter in again.model.parameters():
         parameter.data.copy_(parameter.data.to(dtype))
-    assert resumed(again.model, tmp_path).step == step // 40 * 40
+    assert resumed(again.model, tmp_path).step == 160
 
 
-@pytest.mark.parametrize("way", ["from_model", "from_path"])
-def test_a_large_first_step_is_accepted_if_the_model_was_on_the_path_when_the_tracker_was_made(
-    tmp_path: Path, way: str
-) -> None:
-    """Snapshots of every fourth step say little about the size of a step."""
-    first, _ = finished(tmp_path, 40, checkpoint_every=4, kind="sgd")
-    ema = resumed(first.model, tmp_path, way)
-    with torch.no_grad():
-        for parameter in first.model.parameters():
-            parameter.add_(0.3 * parameter.square().mean().sqrt() * torch.randn_like(parameter))
-    ema.update_(first.model)
-    assert ema.step == 41
+def test_a_model_in_half_precision_resumes_the_run(tmp_path: Path) -> None:
+    training = Training(dtype=torch.bfloat16)
+    with PostHocEMA.from_model(training.model, tmp_path, **SETTINGS) as ema:
+        training.run(1, 80, ema)
+    assert resumed(training.model, tmp_path).step == 80
 
 
 def test_weights_that_do_not_move_resume_from_the_newest_snapshot(tmp_path: Path) -> None:
@@ -196,35 +251,39 @@ def test_weights_that_do_not_move_resume_from_the_newest_snapshot(tmp_path: Path
 
 
 def test_a_requested_step_is_used_whatever_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Later predicted errors contain the distance of the model from the network of that step."""
     _, checkpoints = finished(tmp_path, 200, saved=[120, 160])
-    for named, weights, where in (
-        (160, None, "not on the run's path"),
-        (160, 120, "those of step 120, or a little later"),
-        (120, 120, None),
-    ):
+    for named, weights in ((160, None), (160, 120), (120, 120)):
         caplog.clear()
         training = Training(seed=1)
         if weights is not None:
             training.restored(checkpoints[weights])
+        expected = distance(recorded(training.model), checkpoints[named]["model"])
         with PostHocEMA.from_path(tmp_path, training.model, step=named) as ema:
             training.run(1, 1, ema)
             assert ema.step == named + 1
+            found = ema.state_dict(0.05).predicted_error
         as_if_killed(tmp_path)
         texts = [text for text in caplog.messages if "as requested" in text]
-        expected = f"{tmp_path}: the averages continue from step {named}, as requested; the model's weights are {where}"
-        assert texts == ([] if where is None else [expected])
+        assert found is not None
+        if weights == named:
+            assert not texts
+            assert found < 1e-3
+        else:
+            assert texts[0].startswith(f"{tmp_path}: the averages continue from step {named}, as requested;")
+            assert 0.5 * expected < found < 1.5 * expected
 
 
 def test_an_exact_state_is_used_if_it_is_of_the_models_place(tmp_path: Path) -> None:
     exact = {"keep_state": True, "checkpoint_dtype": "bfloat16"}
     settings = SETTINGS | exact
-    first, checkpoints = finished(tmp_path, 200, saved=[100], **exact)
+    first, checkpoints = finished(tmp_path, 200, saved=[80], **exact)
     with PostHocEMA.from_model(first.model, tmp_path, **settings, resume="auto") as ema:
         first.run(201, 210, ema)
         assert error(ema, first.path) < 1e-6
-    again = Training().restored(checkpoints[100])
+    again = Training().restored(checkpoints[80])
     with PostHocEMA.from_model(again.model, tmp_path, **settings, resume="auto") as ema:
-        again.run(101, 110, ema)
+        again.run(81, 90, ema)
         assert 1e-6 < error(ema, [*first.path[:80], *again.path]) < 1e-2
 
 
@@ -240,21 +299,6 @@ def test_a_state_in_the_users_own_checkpoint_needs_no_place_on_the_path(tmp_path
         ema.load_state_dict(states[0])
         again.run(21, 60, ema)
         assert error(ema, [*training.path[:20], *again.path]) < 1e-6
-
-
-def test_resuming_from_snapshots_of_an_earlier_release_warns_that_nothing_was_checked(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    finished(tmp_path, 80)
-    for snapshot in read_directory(tmp_path):
-        rewrite_snapshot(snapshot.path, sample="")
-    fresh = Training(seed=1)
-    with resumed(fresh.model, tmp_path) as ema:
-        fresh.run(81, 82, ema)
-        assert ema.step == 82
-    (text,) = (text for text in caplog.messages if "cannot be checked" in text)
-    reason = "whether the model is on the run's path cannot be checked: its snapshots hold no sample of it"
-    assert text == f"{tmp_path}: {reason}"
 
 
 def test_another_model_is_an_error_at_the_first_call_even_if_no_update_is_due(tmp_path: Path) -> None:
@@ -303,6 +347,8 @@ SHARDED = """
 from posthoc_cli.errors import ModelMismatchError
 model = spread(Net(), arguments[0]) if arguments[0] != "alone" else Net()
 first, weights, last, expected = map(int, arguments[1:])
+if weights:
+    move(model, weights)
 with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
     for step in range(first, last + 1):
         move(model, step)
@@ -321,42 +367,8 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as 
 def test_processes_decide_together_with_the_samples_of_another_arrangement(
     kinds: tuple[str, str], ranks: tuple[int, int], tmp_path: Path
 ) -> None:
-    """The walk at step 10 resumes from step 8, not from 12; that at step 1,000 is not on the path of 16 steps."""
+    """The walk at step 8 resumes from there, not from 12; that at step 1,000 is refused."""
     check_group(SHARDED, ranks[0], tmp_path, kinds[0], 1, 0, 16, 0)
     for out in check_group(SHARDED, ranks[1], tmp_path, kinds[1], 1_000, 0, 1_001, -1):
-        assert "are not on the path of the run" in out
-    check_group(SHARDED, ranks[1], tmp_path, kinds[1], 11, 0, 16, 8)
-
-
-# --- the criterion, on a recorded training
-
-
-def flat(weights: Mapping[str, torch.Tensor]) -> Any:
-    return torch.cat([value.reshape(-1) for value in weights.values()]).numpy()
-
-
-@pytest.mark.parametrize("kind", ["adam", "sgd"])
-@pytest.mark.parametrize("count", [1, 2, 5, 20])
-def test_every_step_of_a_training_is_found_and_no_fresh_weights_are(kind: str, count: int) -> None:
-    every, gammas = 600 // (count + 1), {"narrow": 16.97, "wide": 0.0469}
-    values = np.stack([flat(weights) for weights in Training(kind=kind).run(1, 600).path])
-
-    def average(t: int, gamma: float) -> Any:
-        edges = (np.arange(t + 1) / t) ** (gamma + 1)
-        return np.diff(edges) @ values[:t]
-
-    snapshots = [every * (index + 1) for index in range(count)]
-    path = [
-        Moment(t, t, values[t - 1], *(average(t, g) for g in gammas.values()), gammas["wide"], every) for t in snapshots
-    ]
-    misplaced = 0.0
-    for step in range(every, every * (count + 1), 3):
-        found = locate(values[step - 1].astype(np.float32), path)
-        assert found is not None
-        assert found.step is not None, step
-        misplaced = max(misplaced, (found.step - step) / every)
-    assert misplaced < 0.6  # of an interval that lies ahead of the step
-    for seed in range(1, 9):
-        found = locate(flat(recorded(Training(seed).model)).astype(np.float32), path)
-        assert found is not None
-        assert found.step is None
+        assert "are those of no snapshot of the run" in out
+    check_group(SHARDED, ranks[1], tmp_path, kinds[1], 9, 8, 16, 8)
