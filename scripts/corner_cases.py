@@ -256,19 +256,22 @@ def _flat(weights: Mapping[str, torch.Tensor]) -> FloatArray:
 # --- resumed runs, plans and pruning ---------------------------------------------------------------
 
 
-def resumes(root: Path, keep_state: bool = False) -> Iterator[Cell]:
+def resumes(root: Path, exactly: bool = False) -> Iterator[Cell]:
     """Close the tracker at every snapshot, and continue from the directory with a new one."""
     wanted = _targets(*USEFUL)
     for times, every, kept in ((19, 100, None), (99, 20, 20)):
         for rate, dtype in product(("constant", "cosine"), ("float16", "bfloat16")):
             run = walks.walk(rate, (times + 1) * every)
-            tracking = Tracking(TWO, dtype, every, max_checkpoints=kept, keep_state=keep_state)
+            tracking = Tracking(TWO, dtype, every, max_checkpoints=kept)
             replay, folder = Replay(run), Path(tempfile.mkdtemp(dir=root))
             trackers = [tracking.tracker(replay, folder)]
             for step in follow(run, replay, trackers, tracking.update_every):
                 if step % every == 0:
+                    state = trackers[0].state_dict()
                     trackers[0].close()
                     trackers[0] = PostHocEMA.from_path(folder, replay)
+                    if exactly:
+                        trackers[0].load_state_dict(state)
             found = _compare(folder, wanted, true_averages(run, wanted, tracking.update_every), tracking)
             yield from _cells(replace(run, name=f"{run.name}, {times} resumes"), tracking, wanted, found)
 
@@ -338,7 +341,7 @@ def measure(name: str, cache: Path | None = None) -> list[Cell]:
     others: dict[str, Callable[[Path], Iterator[Cell]]] = {
         "live": live,
         "resumes": resumes,
-        "resumes-kept": partial(resumes, keep_state=True),
+        "resumes-exactly": partial(resumes, exactly=True),
         "plan-promise": plan_promise,
         "pruning": partial(pruning, cache=cache),
     }

@@ -42,12 +42,10 @@ class Tracking:
     checkpoint_every: int
     update_every: int = 10
     max_checkpoints: int | None = None
-    keep_state: bool = False
 
     def __str__(self) -> str:
         kept = "" if self.max_checkpoints is None else f", keeping {self.max_checkpoints}"
         listed = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.sigma_rels)
-        kept += ", with a state" * self.keep_state
         return f"{self.checkpoint_dtype}, ({listed}), every {self.update_every} and {self.checkpoint_every}{kept}"
 
     def tracker(self, model: torch.nn.Module, folder: Path, t_unit: str = "steps") -> PostHocEMA:

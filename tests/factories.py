@@ -30,7 +30,6 @@ from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
-from posthoc_cli.tracker.state import open_state, write_state
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -375,11 +374,12 @@ def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[f
 
 
 def save_state(tracker: PostHocEMA, path: Path) -> None:
-    """Write the exact state of a tracker, as a tracker with `keep_state=True` does."""
-    write_state(path, *tracker._state())  # private: publicly a tracker writes its state only when snapshots are due
+    """Save a tracker's own state durably, as a training's checkpoint holds it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    torch.save(tracker.state_dict(), temporary)
+    temporary.replace(path)
 
 
 def load_state(tracker: PostHocEMA, path: Path) -> None:
-    """Continue from a state file."""
-    with open_state(path) as stored:
-        tracker.load_state_dict(stored)
+    """Continue from a saved state."""
+    tracker.load_state_dict(torch.load(path, weights_only=True))

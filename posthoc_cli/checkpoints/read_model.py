@@ -224,7 +224,7 @@ def _of_file(path: Path) -> IndexedCheckpoint:
     with OpenedFile(path) as file:
         if path.suffix == fmt.SUFFIX:
             header = decode_header(path, read_start(file), file.size)
-            if file_kind(header) in ("snapshot", "state"):
+            if file_kind(header) == "snapshot":
                 raise FileFormatError(path, f"is a {file_kind(header)} of this package, no checkpoint")
             start, values = header.payload_start, dict(header.metadata)
             content: dict[Keys, Any] = {

@@ -164,8 +164,8 @@ SPARED_TIMES = 5
 
 
 def spared_times(keep: int) -> int:
-    """Return how many of the newest snapshots of a profile thinning spares: at most half of those that it keeps."""
-    return max(1, min(SPARED_TIMES, keep // 2))
+    """Return how many of the newest snapshots of a profile thinning spares: at most a quarter of those it keeps."""
+    return max(1, min(SPARED_TIMES, keep // 4))
 
 
 USEFUL_RANGE = (0.05, 0.28)

@@ -47,7 +47,6 @@ from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
-from posthoc_cli.snapshots.states import COPY, decode_state, tensors_with
 from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.snapshots.writer import LOCK_NAME, move_aside, one_writer, remove_leftovers
 
@@ -78,7 +77,7 @@ class FileReport:
     """The result of verifying a file.
 
     `unit` is the path that a repair moves: the file, or the folder of a model in several files. `what` describes the
-    file in a few words; `kind` is "snapshot", "output", "state", "checkpoint" or None. `detail` explains the `state`,
+    file in a few words; `kind` is "snapshot", "output", "checkpoint" or None. `detail` explains the `state`,
     or notes something unusual. The other fields come from a valid header. The tensors in `averages` must be finite. A
     `snapshot` in parts is in the report of one part: of the first broken one, if there is any.
     """
@@ -371,10 +370,6 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
         output = decode_output(path, header)
         what, averages = f"{part}{_output_words(output)}", header.tensors.keys() - set(output.copies)
         return replace(report, what=what, output=output, averages=averages)
-    if kind == "state":
-        averages = header.tensors.keys() - set(tensors_with(COPY, header).values())
-        what = f"{part}state at t = {decode_state(path, header).t:,.12g}"
-        return replace(report, what=what, averages=averages)
     if kind == "checkpoint":
         return replace(report, what="checkpoint")
     info = decode_snapshot(path, header)
@@ -397,8 +392,8 @@ def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
     with suppress(FileFormatError):
         header = read_header(report.path)
         kind, version = file_kind(header), header.metadata.get("ema.version")
-        known = fmt.version_of(kind)
-        if kind not in (None, "snapshot", "output", "state", "checkpoint"):
+        known = fmt.VERSION
+        if kind not in (None, "snapshot", "output", "checkpoint"):
             state, detail = UNSUPPORTED, f"its ema.format is {shown(kind)}, which this release does not know"
         elif version not in (None, known):
             state, detail = UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {known}"

@@ -39,7 +39,7 @@ DAMAGED_FOLDER = "damaged"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """Suffixes of files that are usually pickles; such files are never opened."""
 
-OTHERS = (None, "output", "state", "checkpoint")
+OTHERS = (None, "output", "checkpoint")
 """The kinds of files that are not snapshots."""
 
 NAME_A_RUN = "name the directory that a tracker writes its snapshots to"

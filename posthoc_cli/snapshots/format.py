@@ -116,33 +116,6 @@ t, t_unit, checksums and checksum as a snapshot, and
     ema.snapshots        JSON list of {"file", "coefficient"}
     ema.copies           JSON list: names of the tensors that are copies (buffers), not averages
 
-A *state* (from which a tracker continues exactly) has ema.format "state", and ema.version, run_id, t, t_unit, step,
-sigma_rels, schedule, t_first, max_interval, checksums and checksum as a snapshot; t and step are those of
-the last call, t_first is 0 before the first update. Its version is "4". Before the first update it has no tensors.
-Copies are named `copy/<name>`. An average is kept in three tensors:
-
-    <sigma_rel>/<name>      "high": the average rounded to F32 (F64 for an F64 tensor); sigma_rel as in ema.sigma_rels
-    low-<sigma_rel>/<name>  "low": what that rounding removed, as BF16 whose bits are stored as I16; not for F64
-    mean/<name>             "mean": the mean of the values after ema.folded_t, for all profiles
-
-With m = 1 - (ema.folded_t / ema.averages_t)^(gamma + 1) the average is high + low + m (mean - high - low); for F64
-it is high alone. Unless ema.folds is "null" low is absent and the mean differs between profiles: one for the first
-profile, one for the last, and for those between them the linear interpolation by gamma. Each of the two is 32 bits
-wide: `mean/` holds the upper 16 bits of the first as its lower ones and the upper 16 of the last as its upper ones, and
-`low-` of each of these two profiles holds the lower 16. With one profile, `mean/` holds the mean itself. Further keys:
-
-    ema.averages_t, ema.averages_step  time and calls at the last update; 0 before
-    ema.updates          number of updates; "null" if unknown
-    ema.window           number of updates in the mean
-    ema.folded_t         time of the update at which a mean was last folded into the averages
-    ema.folds            number of folds, early in the run; "null" later
-    ema.inherited        JSON list: ema.inherited of each profile
-    ema.sketch           as in a snapshot, but exact, up to ema.folded_t or, unless ema.folds is "null", to
-                         ema.averages_t: a last window of 0 folds is then still open; empty without a sketch
-    ema.clock_state      JSON list: a tolerance, the two slopes (null: unlimited) that bound the clock's next knot,
-                         then the step and time of each knot, the last one those of the last call
-    ema.snapshots        JSON list: header checksums of the snapshots of the training so far
-
 A *checkpoint* (a copy that `ema import --copy` makes of another program's weights or average) has ema.format
 "checkpoint", and ema.version, run_id, t, t_unit, step, tensors, aliases, checksums and checksum as a snapshot, and
 
@@ -189,7 +162,6 @@ from posthoc_cli.snapshots.selection import Selection
 
 VERSION = "1"
 """The format version of snapshots, outputs and checkpoints."""
-STATE_VERSION = "4"
 """The format version of states."""
 BLOCK_BYTES = 4 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000
@@ -447,11 +419,6 @@ OPTIONAL = (*itertools.dropwhile(lambda name: name != "selection", SnapshotInfo.
 """The keys of optional metadata of a snapshot."""
 
 
-def version_of(kind: str | None) -> str:
-    """Return the version that this release reads and writes for files with this ema.format."""
-    return STATE_VERSION if kind == "state" else VERSION
-
-
 def lay_out(specs: Sequence[TensorSpec]) -> dict[str, TensorEntry]:
     """Assign places in a payload: wide items first, so that every tensor is aligned to its item size."""
     entries: dict[str, TensorEntry] = {}
@@ -499,7 +466,7 @@ def header_checksum(start: bytes) -> str:
 def encode_metadata(kind: str, values: Mapping[str, object]) -> dict[str, str]:
     """Return the metadata of a file as strings, without checksums: text unchanged, other values as JSON."""
     texts = {f"ema.{key}": value if isinstance(value, str) else compact(value) for key, value in values.items()}
-    return {"format": "pt", "ema.format": kind, "ema.version": version_of(kind), **texts}
+    return {"format": "pt", "ema.format": kind, "ema.version": VERSION, **texts}
 
 
 def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:

@@ -174,7 +174,7 @@ def decode_metadata(
     if actual != kind:
         reason = "has no ema.format" if actual is None else f"its ema.format is {shown(actual)}"
         raise FileFormatError(path, f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {reason}")
-    known, version = fmt.version_of(kind), header.metadata.get("ema.version")
+    known, version = fmt.VERSION, header.metadata.get("ema.version")
     if version not in (None, known):
         raise FileFormatError(path, f"ema.version: {shown(version)}; this release reads {known}")
     cache = cache or DecodeCache()

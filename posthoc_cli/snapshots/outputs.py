@@ -6,7 +6,7 @@ Face libraries define it:
     {"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file next to the index}}
 
 `describe` describes the snapshots or models at a path from headers alone, as a dict for JSON that begins with the kind:
-"directory", "snapshot", "output", "outputs", "state" or "safetensors".
+"directory", "snapshot", "output", "outputs" or "safetensors".
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from posthoc_cli.snapshots.format import FileHeader, OutputInfo, TensorSpecs, Tr
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind, parse_object
 from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.snapshots.sources import FileSource, Snapshot
-from posthoc_cli.snapshots.states import StoredState, decode_state
 from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -249,8 +248,6 @@ def describe_model(path: Path) -> Description:
     path = path if is_sharded else first
     if kinds == {"snapshot"} and not is_sharded:
         return _describe_snapshot(Snapshot(first, header, decode_snapshot(first, header)))
-    if kinds == {"state"} and not is_sharded:
-        return _describe_state(StoredState(first, header, decode_state(first, header)))
     if kinds != {"output"}:
         return {"kind": "safetensors", "path": str(path), **_sizes(by_file.values())}
     outputs = {file: decode_output(file, shard) for file, shard in by_file.items()}
@@ -262,17 +259,6 @@ def describe_model(path: Path) -> Description:
         "snapshots": [{"file": file, "coefficient": coefficient} for file, coefficient in outputs[first].snapshots],
         **_sizes(by_file.values()),
         "notes": _notes(name for output in outputs.values() for name in output.copies),
-    }
-
-
-def _describe_state(state: StoredState) -> Description:
-    fields = "t t_unit step sigma_rels averages_t t_first max_interval"
-    return {
-        **_values("state", state.path, state.info, fields),
-        "sigma_rels": list(state.info.sigma_rels),
-        "schedule": _describe_schedule(state.info.schedule),
-        "known_snapshots": len(state.info.snapshots),
-        **_sizes([state.header]),
     }
 
 

@@ -118,7 +118,7 @@ class Pipeline:
         self._updates, self._writes = Worker("averages"), Worker("snapshots")
         self._values: tuple[ModelTensors, LayoutReader] | None = None
         self._storage: StorageLayout | None = None
-        self._host_memory: tuple[list[HostTensors], AverageTensors | None] | None = None
+        self._host_memory: list[HostTensors] | None = None
         self._readers: WeakSet[LiveAverages] = WeakSet()
         every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
         self._update_monitor = BackpressureMonitor(
@@ -136,9 +136,8 @@ class Pipeline:
 
     def figures(self) -> dict[str, float]:
         """Return the memory held, and measurements of the last written snapshots; see `PostHocEMA.metrics`."""
-        copies, exact = self._host_memory or ([], None)
         reader = None if self._values is None else self._values[1]
-        holders = [self.tracking.averages, self._copier, *copies, exact, reader]
+        holders = [self.tracking.averages, self._copier, *(self._host_memory or ()), reader]
         held = {"bytes": float(sum(holder.nbytes for holder in holders if holder is not None))}
         if self.snapshotter is None or not self.snapshotter.written[0]:
             return held
@@ -249,8 +248,13 @@ class Pipeline:
 
         def work() -> Tracking:
             current = self._current()
-            tensors = current.averages.tensors if current.averages.exist else None
-            return self._exact_copy(current, tensors and AverageTensors(on_host(tensors.layout), len(tensors.high)))
+            made, tensors = self._without_averages(current, exact=True), current.averages.tensors
+            if tensors is not None and current.averages.exist:
+                memory = AverageTensors(on_host(tensors.layout), len(tensors.high))
+                with self._streams.in_own_streams():
+                    tensors.copy_to(memory, current.averages.standing.early)
+                made.averages.tensors = memory
+            return made
 
         return self._updates.call(work)
 
@@ -335,15 +339,6 @@ class Pipeline:
         rest = RunningAverages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
         return replace(current, averages=rest)
 
-    def _exact_copy(self, current: Tracking, memory: AverageTensors | None) -> Tracking:
-        """Return a copy of the state on the host, with the averages, if any, copied into `memory`."""
-        made, tensors = self._without_averages(current, exact=True), current.averages.tensors
-        if tensors is not None and memory is not None:
-            with self._streams.in_own_streams():
-                tensors.copy_to(memory, current.averages.standing.early)
-            made.averages.tensors = memory
-        return made
-
     def _current(self) -> Tracking:
         """Return the state with all calls counted since the last update; without them if an update is queued."""
         counted, now = self._counted, self.tracking
@@ -358,13 +353,12 @@ class Pipeline:
             storage = self._storage = StorageLayout(layout, tracked, self._settings.schedule.checkpoint_dtype)
         return storage
 
-    def _host_memory_for(self, storage: StorageLayout) -> tuple[list[HostTensors], AverageTensors | None]:
-        """Return memory on the host for staged averages and for the exact state; it is reused: allocation is slow."""
+    def _host_memory_for(self, storage: StorageLayout) -> list[HostTensors]:
+        """Return memory on the host for staged averages; it is reused: allocation is slow."""
         if self._host_memory is None:
             layout, profiles = storage.layout, len(self.tracking.averages.sigma_rels)
             pinned = any(bucket.device.type == "cuda" for bucket in layout)
-            exact = AverageTensors(on_host(layout), profiles) if self._settings.keep_state else None
-            self._host_memory = [HostTensors(storage.stored, pinned) for _ in range(profiles)], exact
+            self._host_memory = [HostTensors(storage.stored, pinned) for _ in range(profiles)]
         return self._host_memory
 
     @torch.inference_mode(False)  # scratch made in inference mode could not be written to outside it
@@ -445,13 +439,11 @@ class Pipeline:
             return
         self._writes.wait()  # earlier snapshots use the same memory
         storage = self._storage_of(tensors.layout)
-        copies, exact_memory = self._host_memory_for(storage)
+        copies = self._host_memory_for(storage)
         state = self._without_averages(current)
         with self._streams.in_own_streams():
             staged = stage(storage, current.averages, copies, network, self._pool_for(tensors.layout))
-        exact = None if exact_memory is None else self._exact_copy(current, exact_memory)
-
-        self._writes.submit(lambda: self._write_monitor.run(lambda: snapshotter.record(state, staged, exact, is_due)))
+        self._writes.submit(lambda: self._write_monitor.run(lambda: snapshotter.record(state, staged, is_due)))
 
 
 _pipelines: WeakSet[Pipeline] = WeakSet()

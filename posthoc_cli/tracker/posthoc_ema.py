@@ -63,7 +63,7 @@ class PostHocEMA(Tracker):
         max_checkpoints: int | None = 20, checkpoint_dtype: Dtype = torch.float16, t_unit: str = "steps",
         on_nonfinite: str = "raise", include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None, buffers: str = "statistics",
-        device: str | None = None, keep_state: bool = False, resume: str | int | None = None,
+        device: str | None = None, resume: str | int | None = None,
     ) -> PostHocEMA:  # fmt: skip
         """Return a tracker for a new run, or with `resume` for an existing one. The first `update_` begins to write.
 
@@ -93,14 +93,12 @@ class PostHocEMA(Tracker):
             device: "model" for averages on the parameters' devices, updated by the training thread; "cpu" for averages
                 on the host, updated by a background thread, with the same bits; None for "cpu" where a parameter is
                 on an accelerator.
-            keep_state: keep the exact averages next to the snapshots, in `state.safetensors`: `from_path` and `resume`
-                then continue without rounding. 4 bytes an element and 6 per profile (float64: 8 and 8), also on disk.
             resume: "auto" to continue the directory's run of this model, if it holds one, from the newest snapshots at
-                or before the place of the model's weights on the run's path. Restore the model's checkpoint first: the
-                first `update_` raises an error if its weights are not on the path, unless `load_state_dict` was called.
-                A number to continue from the snapshots of that call of `update_`, whatever the weights. None for a new
-                run; it means "auto" if a tracker of this process writes averages of this very model to the directory,
-                as when a notebook's cell runs again.
+                whose time the network had the model's weights, exactly or as float16 or bfloat16. Restore the model's
+                checkpoint first: for any other weights the first `update_` raises an error, unless `load_state_dict`
+                was called. A number to continue from the snapshots of that call of `update_`, whatever the weights.
+                None for a new run, or to continue exactly where a tracker of this process writes averages of this
+                very model to the directory, as when a notebook's cell runs again.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -110,7 +108,7 @@ class PostHocEMA(Tracker):
         selection = make_selection(include, exclude, buffers)
         settings = Settings.checked(
             sigma_rels, update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype,
-            t_unit, selection, on_nonfinite, keep_state,
+            t_unit, selection, on_nonfinite,
         )  # fmt: skip
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         directory = resuming.check_path(checkpoint_dir)
@@ -146,9 +144,8 @@ class PostHocEMA(Tracker):
         """Return a tracker of the run in a directory, with its settings: to synthesize from, or to continue tracking.
 
         Tracking continues at the first `update_`, as with `resume="auto"` of `from_model`: from values rounded to the
-        snapshots' dtype (float16: 2e-4 relative), unless `keep_state` has left an exact state of their time. To
-        continue exactly without one, use `load_state_dict`; with other settings, use `from_model`. The call waits for
-        due snapshots of other trackers of this process.
+        snapshots' dtype (float16: 2e-4 relative). To continue exactly, use `load_state_dict`; with other settings, use
+        `from_model`. The call waits for due snapshots of other trackers of this process.
 
         Arguments:
             checkpoint_dir: a directory with snapshots.
@@ -167,12 +164,11 @@ class PostHocEMA(Tracker):
         stored = read_directory(directory)
         profiles = stored[-1].info.sigma_rels
         snapshots = resuming.snapshots_until(stored, step)
-        newest, kept = snapshots[-1].info, resuming.read_state_info(directory)
+        newest = snapshots[-1].info
         selection = (newest.selection or Selection()).resumed(newest.roles)
-        keeps_state = kept is not None and kept.run_id == newest.run_id
         on_nonfinite = "skip" if newest.skip_nonfinite else "raise"
-        settings = Settings(profiles, newest.schedule, newest.t_unit, selection, on_nonfinite, keeps_state)
-        tracking = resuming.resumed_tracking(directory, snapshots, profiles)
+        settings = Settings(profiles, newest.schedule, newest.t_unit, selection, on_nonfinite)
+        tracking = resuming.resumed_tracking(snapshots, profiles)
         if model is not None:
             # By the names in the snapshots: a model that is only to be filled may be frozen.
             tensors = collect_tensors(model, selection, tracking.tracked.known_names)
@@ -407,9 +403,6 @@ def _with_members(
     """Return `tracking`, of a sharded model for the part that this process keeps, after a rendezvous of all."""
     if not tensors.chunks:
         return tracking
-    if settings.keep_state:
-        reason = "must be False where each process keeps a part of the averages"
-        raise InvalidValueError("keep_state", reason, "save the exact averages with ema.state_dict()", value=True)
     if tracking.resumes:
         tracking.tracked.check(TrackedModel.of_model(tensors))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)

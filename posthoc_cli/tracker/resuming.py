@@ -1,6 +1,6 @@
 """Resuming a run from the snapshots of the newest time at which the network had the model's weights.
 
-Snapshots hold the averages rounded to their storage dtype. If there is an exact state of their time, it is used.
+Snapshots hold the averages rounded to their storage dtype; the exact state is `ema.state_dict()`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from posthoc_cli import files
 from posthoc_cli.errors import (
     DirectoryError,
-    FileFormatError,
     InvalidValueError,
     MismatchError,
     ModelMismatchError,
@@ -28,14 +27,10 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
-from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.codecs import Floats, path_of_part
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
-from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.path import are_equal, recorded_weights, squared_distance
 from posthoc_cli.snapshots.sources import Snapshot, SnapshotBoxes, Source
-from posthoc_cli.snapshots.states import StateInfo, decode_state
-from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker.layout import FlatTensors
@@ -43,15 +38,12 @@ from posthoc_cli.tracker.model_tensors import TrackedModel
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
 from posthoc_cli.tracker.sharding import Group, mesh_of, while_rank_0_holds
 from posthoc_cli.tracker.state import (
-    STATE_NAME,
     Settings,
     Tracking,
     TrainingProgress,
     check_profiles,
     host_layout,
-    open_state,
     read_tensor,
-    unpack_state,
 )
 
 log = logging.getLogger(__name__)
@@ -114,7 +106,7 @@ class Start:
             if self.step is not None:
                 text, level = f"{text}; later snapshots, up to step {newest:,}, will be set aside", logging.WARNING
             log.log(level, "%s: %s", self._directory, text)
-        resumed = resumed_tracking(self._directory, snapshots_until(stored, self.step), self._settings.sigma_rels)
+        resumed = resumed_tracking(snapshots_until(stored, self.step), self._settings.sigma_rels)
         return replace(now, progress=resumed.progress)
 
     def _distance(self, values: Floats, stored: Sequence[Snapshot], tracked: TrackedModel) -> float:
@@ -197,7 +189,7 @@ def find_run(
         # The run was killed while it wrote its first snapshots: they are set aside when it begins again.
         return Tracking.new(newest.run_id, tracked, sigma_rels, resumes=True), 0
     step = None if isinstance(resume, str) else resume
-    return resumed_tracking(directory, snapshots_until(stored, step, "resume"), sigma_rels), step
+    return resumed_tracking(snapshots_until(stored, step, "resume"), sigma_rels), step
 
 
 def find_step(snapshots: Sequence[Snapshot], values: Floats) -> int | None:
@@ -224,32 +216,22 @@ def ways_to_resume(step: int) -> str:
     return f"{restored}; {state}; or whatever the weights with resume={step} or from_path(..., step={step})"
 
 
-def resumed_tracking(directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> Tracking:
+def resumed_tracking(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> Tracking:
     """Return the tracking at the newest time with snapshots."""
-    _, exact = _find_start(directory, snapshots, sigma_rels)
     last = snapshots[-1]
     clock = ClockRecorder.of_knots(last.info.clock_pairs)
-    if exact is not None:
-        clock = states.clock_at(list(exact.clock), exact.step, exact.t)
     tracking = Tracking.new(last.info.run_id, TrackedModel.of_snapshot(last), sigma_rels, resumes=True)
     return replace(tracking, progress=TrainingProgress.resumed(clock))
 
 
 def load_from_directory(directory: Path, settings: Settings, tracked: TrackedModel, step: int | None) -> Tracking:
-    """Load the exact state, or else the averages of a call `step`, of None the newest one, from snapshots.
+    """Load the averages of a call `step`, of None the newest one, from snapshots.
 
     An average without a snapshot at that time is reconstructed from the snapshots at or before it.
     """
     snapshots = snapshots_until(read_directory(directory), step)
     check_profiles(snapshots[-1].info.sigma_rels, settings.sigma_rels)
-    chosen, exact = _find_start(directory, snapshots, settings.sigma_rels)
-    if exact is not None:
-        try:
-            with open_state(directory / STATE_NAME) as state:
-                return unpack_state(state, settings, tracked)
-        except FileFormatError as error:
-            _warn_of_damage(error)
-    loaded = _rounded_state(directory, snapshots, chosen, settings.sigma_rels, tracked)
+    loaded = _rounded_state(directory, snapshots, settings.sigma_rels, tracked)
     return replace(loaded, snapshots=frozenset(StoredSnapshot.of(snapshot).checksum for snapshot in snapshots))
 
 
@@ -267,48 +249,15 @@ def snapshots_until(snapshots: Sequence[Snapshot], step: int | None, argument: s
     return [snapshot for snapshot in snapshots if snapshot.info.step <= step]
 
 
-def _find_start(
-    directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]
-) -> tuple[dict[float, Snapshot], StateInfo | None]:
-    """Return the snapshots of the newest time by profile, and the exact state of that time or None."""
-    newest = {s.info.sigma_rel: s for s in snapshots if s.info.t == snapshots[-1].info.t}
-    state = read_state_info(directory)
-    if state is None:
-        return newest, None
-    # The state is used only where its averages, rounded, are those in the snapshots.
-    stored = [StoredSnapshot.of(snapshot) for snapshot in newest.values()]
-    same = all(snapshot.checksum in state.snapshots and snapshot.t == state.averages_t for snapshot in stored)
-    if same and set(state.sigma_rels) >= set(sigma_rels):
-        return newest, state
-    path = directory / STATE_NAME
-    log.info("%s does not belong to the snapshots of t = %g, which are used instead", path, stored[0].t)
-    return newest, None
-
-
-def read_state_info(directory: Path) -> StateInfo | None:
-    """Read the header of the state next to the snapshots; None where there is no such state, or a damaged one."""
-    path = directory / STATE_NAME
-    try:
-        header = read_header(path) if path.is_file() else None
-        return None if header is None or file_kind(header) != "state" else decode_state(path, header)
-    except FileFormatError as error:
-        _warn_of_damage(error)
-        return None
-
-
-def _warn_of_damage(error: FileFormatError) -> None:
-    log.warning("%s; the averages continue from the snapshots, with their rounding", error)
-
-
 @torch.inference_mode(False)
 @torch.no_grad()
 def _rounded_state(
-    directory: Path, snapshots: Sequence[Snapshot], chosen: Mapping[float, Snapshot], sigma_rels: Sequence[float],
-    tracked: TrackedModel,
-) -> Tracking:  # fmt: skip
+    directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], tracked: TrackedModel
+) -> Tracking:
     """Load the averages from the snapshots of one time, with their rounding; reconstruct those that have none there."""
     newest = snapshots[-1]
     last = newest.info
+    chosen = {s.info.sigma_rel: s for s in snapshots if s.info.t == last.t}
     kept = AverageTensors(host_layout(tracked), len(sigma_rels))
     inherited = tuple(
         _read_average(chosen[sigma_rel], high, tracked)
@@ -342,7 +291,7 @@ def _reconstruct(
     if predicted is None or predicted > _MOST_MISSING:
         error = "an unknown error" if predicted is None else f"an error of {percent(predicted)}"
         reason = f"{at}, and would be reconstructed with {error}; at most {percent(_MOST_MISSING)} is accepted"
-        hint = "restore a checkpoint of another step with a snapshot, or begin a new run in another directory"
+        hint = "restore a checkpoint of another step with a snapshot, or track fewer: from_model(..., sigma_rels=...)"
         raise DirectoryError(directory, reason, hint)
     if tracked.leads:
         log.warning("%s: %s: it is reconstructed, with a predicted error of %s", directory, at, percent(predicted))

@@ -60,7 +60,7 @@ from posthoc_cli.tracker.resuming import ways_to_resume
 from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.staging import StagedAverages
-from posthoc_cli.tracker.state import STATE_NAME, Settings, Tracking, state_info, write_state
+from posthoc_cli.tracker.state import Settings, Tracking
 from posthoc_cli.tracker.worker import Worker
 
 if TYPE_CHECKING:
@@ -223,7 +223,6 @@ class Snapshotter:
         self._run_id = snapshots[0].info.run_id if snapshots else None
         # Ordered by time: later snapshots are set aside before an earlier one is written.
         self._stored = [StoredSnapshot.of(snapshot) for snapshot in snapshots]
-        self._kept_step = 0
 
     @property
     def checksums(self) -> frozenset[str]:
@@ -275,14 +274,9 @@ class Snapshotter:
         return frozenset(s.checksum for s, norm in stored if math.isclose(norm, norms[s.sigma_rel], rel_tol=_SAME_NORM))
 
     def is_behind(self, tracking: Tracking, at_end: bool = False) -> bool:
-        """Return whether averages, or calls that the exact state counts, are not stored.
-
-        With `at_end`, log why a directory stays empty.
-        """
-        settings, standing, schedule = self._settings, tracking.averages.standing, self._settings.schedule
-        # Calls without an update may have been counted since the exact state was written.
-        state_is_behind = settings.keep_state and self._kept_step != tracking.progress.step
-        behind = standing.t > 0 and (state_is_behind or not self._holds(standing.t))
+        """Return whether the averages are not stored; with `at_end`, log why a directory stays empty."""
+        standing, schedule = tracking.averages.standing, self._settings.schedule
+        behind = standing.t > 0 and not self._holds(standing.t)
         if at_end and not behind and not self._stored and not files.is_absent(self.directory):
             log.warning(
                 "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d",
@@ -290,8 +284,8 @@ class Snapshotter:
             )  # fmt: skip
         return behind
 
-    def record(self, state: Tracking, staged: StagedAverages, exact: Tracking | None, is_due: bool = True) -> None:
-        """Write the snapshots of one time, thin, and replace the exact state if one is given.
+    def record(self, state: Tracking, staged: StagedAverages, is_due: bool = True) -> None:
+        """Write the snapshots of one time, and thin.
 
         `staged` are the averages of `state`. Without `is_due` only averages that are not stored yet are written.
         """
@@ -309,12 +303,8 @@ class Snapshotter:
             except PostHocError as error:
                 self._members.announce_failure(error)
                 raise
-        if exact is not None:  # after the snapshots, so that it is never of a later time
-            info = state_info(replace(exact, snapshots=self.checksums), self._settings)
-            write_state(self.directory / STATE_NAME, exact, info)
-            self._kept_step = exact.progress.step
         if self._spool is not None:
-            self._spool.kept = frozenset([*self._newest(), self.directory / STATE_NAME])
+            self._spool.kept = frozenset(self._newest())
             if not self._spool.is_due:  # one queued upload is enough: while a store fails, each attempt takes long
                 self._spool.is_due = True
                 self._uploads.submit(self._spool.sync)

@@ -1,21 +1,16 @@
-"""The settings and the state of a tracker: in memory, as a dict, and as a file.
-
-A dict and a file hold the averages exactly; snapshots hold them rounded to their storage dtype.
-"""
+"""The settings and the state of a tracker: in memory, and as a dict, which holds the averages exactly."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from posthoc_cli.dtypes import parse_dtype, stored_name, torch_dtype
+from posthoc_cli.dtypes import parse_dtype, torch_dtype
 from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
@@ -33,15 +28,14 @@ from posthoc_cli.snapshots.codecs import encode_path, path_of_part
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.selection import Selection
-from posthoc_cli.snapshots.states import StateInfo, high_prefix, low_prefix
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, tensor_bytes, tensor_from_bytes
+from posthoc_cli.snapshots.states import StateInfo
+from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.model_tensors import TrackedModel, named_tensors, nonfinite_name
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
 from posthoc_cli.tracker.sharding import as_dtensor, held_box, reshard
 
-STATE_NAME = "state.safetensors"  # the file next to the snapshots with a tracker's exact state
-STATE_VERSION = int(fmt.STATE_VERSION)
+STATE_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -53,13 +47,12 @@ class Settings:
     t_unit: str = "steps"
     selection: Selection = field(default_factory=Selection)
     on_nonfinite: str = "raise"
-    keep_state: bool = False
 
     @classmethod
     def checked(
         cls, sigma_rels: Sequence[float], update_every: int, checkpoint_every: int, update_after_step: int,
         max_checkpoints: int | None, checkpoint_dtype: torch.dtype | str | None, t_unit: str, selection: Selection,
-        on_nonfinite: str, keep_state: bool,
+        on_nonfinite: str,
     ) -> Settings:  # fmt: skip
         """Return the settings, with profiles in ascending order; an InvalidValueError names an unfit argument."""
         numbers = () if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable) else sigma_rels
@@ -80,7 +73,7 @@ class Settings:
             raise InvalidValueError("t_unit", reason, value=f"{t_unit!r}")
         check_word("on_nonfinite", on_nonfinite, ("raise", "skip"))
         schedule = TrackingSchedule(every, snapshot_every, after, most, dtype, range_of(profiles))
-        return cls(tuple(profiles), schedule, t_unit, selection, on_nonfinite, keep_state)
+        return cls(tuple(profiles), schedule, t_unit, selection, on_nonfinite)
 
     def tracked_index(self, tracked: float) -> int:
         """Return the index of a tracked profile; an InvalidValueError names the profiles if `tracked` is not one."""
@@ -340,85 +333,6 @@ def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
 def listed(sigma_rels: Sequence[float]) -> str:
     """Return the profiles as a text with commas."""
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
-
-
-# --- a file ---
-
-
-def write_state(path: Path, state: Tracking, info: StateInfo) -> None:
-    """Write a state to a file, replacing an older one: complete or not at all, durable, with checksums."""
-    averages, kept = state.averages, state.averages.tensors
-    sets: dict[str, Mapping[str, torch.Tensor]] = {}
-    if kept is not None:  # None before the first update
-        sets[states.MEAN] = kept.mean.views
-        for sigma_rel, high, low in zip(averages.sigma_rels, kept.high, kept.bits, strict=True):
-            sets |= {high_prefix(sigma_rel): high.views, low_prefix(sigma_rel): low.views}
-    sets[states.COPY] = averages.copies
-    tensors = {states.tensor_name(prefix, name): view for prefix, views in sets.items() for name, view in views.items()}
-    specs = [fmt.TensorSpec(name, stored_name(v.dtype, name), tuple(v.shape)) for name, v in tensors.items()]
-    with TensorFileWriter(path, specs, states.state_metadata(info), overwrite=True) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor_bytes(tensor))
-        writer.commit()
-
-
-@contextmanager
-def open_state(path: Path) -> Iterator[dict[str, Any]]:
-    """Open a state file as the dict that `pack_state` returns, except that each tensor is read when it is used."""
-    stored = states.read_state(path)
-    info, header = stored.info, stored.header
-    prefixes = [states.MEAN, *map(high_prefix, info.sigma_rels), *map(low_prefix, info.sigma_rels), states.COPY]
-    names = {prefix: states.tensors_with(prefix, header) for prefix in prefixes}
-    with stored.open() as file:
-        if (masses := states.older_masses(header)) is not None:
-            yield _plain(info) | _converted(file, info, masses)
-            return
-        sets = {prefix: _StoredTensors(file, stored_names) for prefix, stored_names in names.items()}
-        high = {repr(sigma_rel): sets[high_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
-        low = {repr(sigma_rel): sets[low_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
-        yield _plain(info) | {"mean": sets[states.MEAN], "high": high, "low": low, "copies": sets[states.COPY]}
-
-
-class _StoredTensors(Mapping[str, torch.Tensor]):
-    """The tensors of one kind in a state file, by the model's names; each is read and verified when it is used."""
-
-    def __init__(self, file: TensorReader, names: Mapping[str, str]) -> None:
-        self._file, self._names = file, names
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return read_tensor(self._file, self._names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _converted(file: TensorReader, info: StateInfo, masses: Sequence[float]) -> dict[str, Any]:
-    """Return the tensors of a state of release 0.2, see `states.older_masses`, in today's form, with an empty mean."""
-    parts: dict[str, Any] = {"high": {}, "low": {}}
-    for sigma_rel, mass in zip(info.sigma_rels, masses, strict=True):
-        for kind in ("high", "low"):
-            parts[kind][repr(sigma_rel)] = _OlderTensors(file, high_prefix(sigma_rel), mass, kind == "low")
-    copies = _StoredTensors(file, states.tensors_with(states.COPY, file.header))
-    return parts | {"mean": parts["high"][repr(info.sigma_rels[0])], "copies": copies}
-
-
-class _OlderTensors(_StoredTensors):
-    """The averages of a profile in a state of release 0.2: rounded to the dtype of their means, or the remainders."""
-
-    def __init__(self, file: TensorReader, prefix: str, mass: float, is_low: bool) -> None:
-        names, self._means = (states.tensors_with(kind, file.header) for kind in (prefix, f"recent-{prefix}"))
-        wide = [name for name in names if file.tensors[self._means[name]].dtype == "F64"] if is_low else ()
-        super().__init__(file, {name: stored for name, stored in names.items() if name not in wide})
-        self._mass, self._is_low = mass, is_low
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        total, mean = super().__getitem__(name), read_tensor(self._file, self._means[name])
-        exact = total + self._mass * (mean - total)
-        high = exact.to(mean.dtype)
-        return (exact - high).to(torch.bfloat16).view(torch.int16) if self._is_low else high
 
 
 def read_tensor(file: TensorReader, name: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ from groups import alone, check_group, run_group
 from remote.faulty import FaultyServer
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import LockedError, MismatchError, RemoteError, WriteError
+from posthoc_cli.errors import LockedError, RemoteError, WriteError
 from posthoc_cli.remote import lease, store
 from posthoc_cli.remote.lease import Lease
 from posthoc_cli.remote.store import RemotePath
@@ -194,18 +194,6 @@ def test_a_full_spool_makes_training_wait_with_one_warning(
     assert max(counts) <= 8  # four that the next ones are measured against, two that wait, two being written
     assert len([record for record in caplog.records if "waits for uploads" in record.getMessage()]) == 1
     assert_same_as_on_a_disk(tmp_path / "local")
-
-
-def test_a_run_is_continued_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tracked(keep_state=True) as tracker:
-        train(tracker, 45)
-    monkeypatch.setenv("EMA_SPOOL", str(tmp_path / "other machine"))
-    with pytest.raises(MismatchError, match="holds snapshots of run"):
-        tracked()
-    with tracked(keep_state=True, resume="auto") as tracker:
-        assert tracker.step == 45
-        train(tracker, 95)
-    assert_same_as_on_a_disk(tmp_path / "local", keep_state=True)
 
 
 def test_snapshots_of_a_later_time_are_set_aside_in_the_store(spool: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from factories import save_state
 from snapshots.recorded import Walk, new_tracker
-from torture.victims import small_output, small_snapshot, small_state
+from torture.victims import small_output, small_snapshot
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, walk = tmp_path_factory.mktemp("recorded") / "run", Walk()
     with new_tracker(walk, folder) as tracker:
         walk.train(tracker, 60)
-        save_state(tracker, folder / "state.safetensors")
+        save_state(tracker, folder / "state.pt")
     return folder
 
 
@@ -29,11 +29,11 @@ def run(_recorded: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def _small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    makers = {"snapshot": small_snapshot, "output": small_output, "state": small_state}
+    makers = {"snapshot": small_snapshot, "output": small_output}
     return {kind: make(tmp_path_factory.mktemp(kind)).path for kind, make in makers.items()}
 
 
 @pytest.fixture
 def small(_small: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A function that copies a small file of a kind, "snapshot", "output" or "state", and returns its path."""
+    """A function that copies a small file of a kind, "snapshot" or "output", and returns its path."""
     return lambda kind: Path(shutil.copy(_small[kind], tmp_path))

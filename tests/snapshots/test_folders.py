@@ -369,7 +369,7 @@ def test_the_next_training_removes_incomplete_snapshots(run: Path, caplog: pytes
     (others[0] / ".ema-1.tmp").write_text("half")
     os.utime(others[0] / ".ema-1.tmp", (0, 0))
     walk = Walk()
-    with PostHocEMA.from_path(run, walk.model) as tracker:
+    with PostHocEMA.from_path(run, walk.model, step=60) as tracker:
         walk.train(tracker, 10)
     found = verify(run)
     assert found.is_fine

@@ -18,12 +18,11 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import xxhash
-from factories import OTHER_RUN_ID, RUN_ID, exact_average, exact_gamma, load_state, make_info, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, exact_average, exact_gamma, make_info, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import Run
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
@@ -247,20 +246,3 @@ def test_files_of_the_first_format_stay_readable(tmp_path: Path, run: str) -> No
         biases = np.cos(0.1 * steps[:, None] + np.arange(4))
         assert weights["b"].dtype == torch.bfloat16
         np.testing.assert_allclose(weights["b"].float(), exact_average(biases, 0.28, steps), atol=2**-8)
-
-
-def test_an_output_and_a_state_of_the_first_format_stay_readable(tmp_path: Path) -> None:
-    found = PostHocEMA.from_path(FORMAT_1 / "run").state_dict(0.28)["w"]
-    np.testing.assert_allclose(found, load_file(FORMAT_1 / "output.safetensors")["w"], atol=2**-11)
-    state = FORMAT_1 / "state.safetensors"
-    assert Run(state).check().is_fine
-    model, steps = torch.nn.Module(), np.arange(2, 41, 2)
-    model.w, model.b = torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
-    model.register_buffer("count", torch.tensor(0))
-    with PostHocEMA.from_model(model, tmp_path / "run", sigma_rels=(0.05, 0.28), update_every=2) as ema:
-        load_state(ema, state)
-        for sigma_rel in (0.05, 0.28):
-            values = np.sin(0.1 * steps[:, None] + np.arange(12)).reshape(-1, 3, 4).astype(np.float32)
-            weights = ema.state_dict(sigma_rel)
-            np.testing.assert_allclose(weights["w"], exact_average(values, sigma_rel, steps), atol=1e-7)
-            assert weights["count"] == 40

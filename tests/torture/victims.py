@@ -16,7 +16,7 @@ import torch
 import xxhash
 from factories import split_snapshot, write_snapshot
 
-from posthoc_cli import PostHocEMA, disk_sources
+from posthoc_cli import disk_sources
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import OutputOptions
@@ -26,9 +26,7 @@ from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index, decode_output
 from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.states import decode_state
 from posthoc_cli.synthesis.plan import plan_synthesis
-from posthoc_cli.tracker.state import open_state
 from torture import Tally
 
 RUN_ID = "ab12" * 8
@@ -59,7 +57,7 @@ def examine(path: Path) -> Content:
 
 
 DECODERS: dict[str | None, Callable[..., object]] = {
-    "snapshot": decode_snapshot, "output": decode_output, "state": decode_state,
+    "snapshot": decode_snapshot, "output": decode_output,
 }  # fmt: skip
 REFUSED = object()
 
@@ -101,7 +99,7 @@ class Victim:
 
 def all_victims(folder: Path) -> Iterator[Victim]:
     """Yield one file of each kind."""
-    for make in (small_snapshot, small_part, small_output, small_state, small_index, small_shard):
+    for make in (small_snapshot, small_part, small_output, small_index, small_shard):
         (folder / make.__name__).mkdir()
         yield make(folder / make.__name__)
 
@@ -195,22 +193,6 @@ class Tiny(torch.nn.Module):
         super().__init__()
         self.w = torch.nn.Parameter(torch.tensor([0.5, -1.0]))
         self.register_buffer("count", torch.tensor(3, dtype=torch.int16))
-
-
-def small_state(folder: Path) -> Victim:
-    """Write the exact state next to snapshots, from which a tracker continues."""
-    path, model = folder / "run/state.safetensors", Tiny()
-    with PostHocEMA.from_model(
-        model, folder / "run", update_every=1, checkpoint_every=1, max_checkpoints=None, keep_state=True
-    ) as tracker:
-        tracker.update_(model)
-
-    def use() -> object:
-        with open_state(path) as state:
-            tensors = {kind: {key: dict(part) for key, part in state[kind].items()} for kind in ("high", "low")}
-            return repr(state | tensors | {kind: dict(state[kind]) for kind in ("mean", "copies")})
-
-    return Victim("state", path, use, folder / "no-output", str(path))
 
 
 def synthesize(run: Path, out: Path) -> object:

@@ -367,11 +367,15 @@ def test_a_cell_that_makes_everything_anew_waits_for_no_garbage_collector(tmp_pa
     """A scheduler and its optimizer form a reference cycle, and the optimizer holds the tracker and its directory."""
     gc.disable()
     try:
+        saved = None
         for _ in range(2):
             model, optimizer = sgd()
+            if saved is not None:
+                model.load_state_dict(saved)
             scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
             tracker = attached(model, tmp_path, optimizer, resume="auto")
             step(model, optimizer)
+            saved = {name: value.clone() for name, value in model.state_dict().items()}
             scheduler.step()
     finally:
         gc.enable()

@@ -151,24 +151,6 @@ def test_a_statistic_that_is_not_finite_is_named_at_once(tmp_path: Path) -> None
 # --- resumed runs
 
 
-def test_a_run_of_an_early_release_goes_on_with_copies(tmp_path: Path) -> None:
-    _, tracker, _ = trained(tmp_path, 20, buffers="copy")
-    tracker.close()
-    as_early_releases_wrote(tmp_path)
-    for opened in (
-        lambda model: PostHocEMA.from_path(tmp_path, model),
-        lambda model: PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5, resume="auto"),
-    ):
-        model = Network()
-        model.load_state_dict(load_file(sorted(tmp_path.glob("*-0.05.safetensors"))[-1]))
-        with opened(model) as tracker:
-            model.norm.running_mean.fill_(tracker.step)
-            tracker.update_(model)
-            assert tracker.state_dict(sigma_rel=0.2)["norm.running_mean"].tolist() == [tracker.step - 1.0] * 6
-        info = Run(tmp_path).snapshots[-1].info
-        assert {info.tensors[name].role for name in STATISTICS} == {"copy"}
-
-
 # --- the notice
 
 

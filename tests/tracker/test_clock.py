@@ -184,8 +184,8 @@ def test_resuming_from_snapshots_keeps_their_knots(tmp_path: Path) -> None:
     as_if_killed(tmp_path)
     between = PostHocEMA.from_path(tmp_path)
     assert between.state_dict()["clock"][3:] == [1250, 80000.0]
-    track(tmp_path, times[:1500].tolist(), 1251, PostHocEMA.from_path(tmp_path))
-    track(tmp_path, times.tolist(), 1501, PostHocEMA.from_path(tmp_path))
+    track(tmp_path, times[:1500].tolist(), 1251, PostHocEMA.from_path(tmp_path, step=1250))
+    track(tmp_path, times.tolist(), 1501, PostHocEMA.from_path(tmp_path, step=1500))
     # Neither resume is a knot: steps are as long after it as before.
     assert clocks(tmp_path)[times[-1]] == ((1290, 82560.0), (1440, 120960.0), (2000, 156800.0))
 

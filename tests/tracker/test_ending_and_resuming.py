@@ -6,23 +6,20 @@ from __future__ import annotations
 import gc
 import logging
 import re
-import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from factories import exact_average, flip_bit
+from factories import exact_average
 from safetensors.torch import load_file
 from tracker.runs import STEPS, VALUES, matrix, scheduled, times, tracked_error, walk
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header
 from posthoc_cli.tracker import pipeline
-from posthoc_cli.tracker.state import STATE_NAME
 
 SETTINGS: dict = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None, "max_checkpoints": 3}
 
@@ -43,7 +40,7 @@ def error(tracker: PostHocEMA, last: int) -> float:
 
 def test_a_script_that_is_run_again_resumes_with_its_new_settings(tmp_path: Path) -> None:
     model, found = matrix(), []
-    for first, last, every in ((1, 23, 10), (23, 37, 10), (37, STEPS, 20)):
+    for first, last, every in ((1, 22, 10), (23, 36, 10), (37, STEPS, 20)):
         settings = SETTINGS | {"checkpoint_every": every}
         with PostHocEMA.from_model(model, tmp_path, **settings, resume="auto") as tracker:
             found.append(tracker.step)
@@ -68,7 +65,7 @@ def test_a_run_that_does_not_fit_is_not_resumed(tmp_path: Path) -> None:
         ({"resume": "auto", "sigma_rels": (0.1, 0.28)}, r"sigma_rels: 0\.1 is none of the tracked ones"),
         *(({"resume": value}, f"resume {value!r}: must be 'auto', a call") for value in ("yes", True, False)),
         *(({"resume": step}, f"resume {step}: must be a whole number") for step in (0, 3.5)),
-        ({"resume": 5}, "resume 5: this call of update_ has no snapshots"),
+        ({"resume": 5}, "resume 5: this call of update_ has no snapshot; calls that have one: 10"),
     ):
         with pytest.raises(InvalidValueError, match=message):
             PostHocEMA.from_model(model, tmp_path, **SETTINGS, **wrong)
@@ -93,7 +90,7 @@ def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) 
         snapshot.path.unlink()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
         assert tracker.step == 30
-        with pytest.raises(DirectoryError, match="has no time with a snapshot of every profile"):
+        with pytest.raises(DirectoryError, match=r"sigma_rel 0\.05 has no snapshot at step 30, .*at most 1 %"):
             tracker.update_(model)
 
 
@@ -123,11 +120,12 @@ def test_resuming_from_an_earlier_call_sets_later_snapshots_aside(
     assert re.search("later or of another attempt, moved to .* and 2 more$", text)
 
 
-def test_a_call_without_snapshots_of_every_profile_is_refused(tmp_path: Path) -> None:
+def test_a_call_without_snapshots_is_refused(tmp_path: Path) -> None:
     model = begun(tmp_path, 33)
-    read_directory(tmp_path)[0].path.unlink()
+    for snapshot in read_directory(tmp_path)[:2]:
+        snapshot.path.unlink()
     for step in (10, 25, 99):
-        with pytest.raises(InvalidValueError, match=rf"step {step}: .* \(0\.05, 0\.28\); .*: 20, 30, 32$"):
+        with pytest.raises(InvalidValueError, match=rf"step {step}: .*calls that have one: 20, 30, 32$"):
             PostHocEMA.from_path(tmp_path, model, step=step)
 
 
@@ -142,62 +140,6 @@ def test_a_time_that_is_not_after_the_snapshots_is_refused(tmp_path: Path) -> No
         walk(model, tracker, 21, 30, t=64.0)
         assert tracker.t == 1920
     assert times(tmp_path) == {640, 1280, 1920}
-
-
-@pytest.mark.parametrize("device", ["cpu", "model"])
-def test_stops_of_a_run_with_keep_state_change_no_byte_of_any_later_snapshot(tmp_path: Path, device: str) -> None:
-    """Stops at updates, at snapshots and between them; in float16, so that resuming from snapshots would change some.
-
-    Each stop writes a last snapshot.
-    """
-    settings = SETTINGS | {"checkpoint_dtype": "float16", "device": device}
-    model, last = begun(tmp_path / "complete", STEPS, **settings), 0
-    for step in (7, 10, 11, 13, 20, 33, 45, STEPS):
-        with PostHocEMA.from_model(model, tmp_path / "run", **settings, keep_state=True, resume="auto") as tracker:
-            assert tracker.step == last
-            walk(model, tracker, last + 1, step)
-            last = step
-    assert scheduled(tmp_path / "run") == scheduled(tmp_path / "complete")
-    assert not (tmp_path / "run" / "superseded").exists()
-
-
-def test_from_path_keeps_a_state_if_the_run_kept_one(tmp_path: Path) -> None:
-    for keep in (False, True):
-        begun(tmp_path / str(keep), 15, keep_state=keep)
-        assert (tmp_path / str(keep) / STATE_NAME).exists() == keep
-        assert PostHocEMA.from_path(tmp_path / str(keep)).settings.keep_state == keep
-
-
-def test_after_a_kill_the_state_is_that_of_the_newest_snapshot(tmp_path: Path) -> None:
-    model = matrix()
-    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS, keep_state=True) as killed:
-        walk(model, killed, 1, 27)
-        killed.flush()
-        shutil.copytree(tmp_path / "run", tmp_path / "left", ignore=shutil.ignore_patterns(".ema*"))
-    tracker = PostHocEMA.from_path(tmp_path / "left", model)
-    assert (tracker.step, tracker.state_dict()["inherited"]) == (20, [0.0, 0.0])
-
-
-@pytest.mark.parametrize("wrong", ["older", "later", "of another version", "flipped"])
-def test_a_state_of_other_snapshots_is_not_used(tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The averages are then those of the snapshots, rounded; a damaged state is named."""
-    model = begun(tmp_path, 20, checkpoint_dtype="float16", keep_state=True)
-    state = tmp_path / STATE_NAME
-    if wrong == "older":
-        with PostHocEMA.from_model(model, tmp_path, **SETTINGS | {"checkpoint_dtype": "float16"}, resume=20) as tracker:
-            walk(model, tracker, 21, 30)
-    elif wrong == "of another version":
-        with TensorFileWriter(state, [], read_header(state).metadata | {"ema.version": "1"}, overwrite=True) as writer:
-            writer.commit()
-    elif wrong == "flipped":
-        flip_bit(state)
-    step = {"older": 30, "later": 10}.get(wrong, 20)
-    with PostHocEMA.from_path(tmp_path, model, step=10 if wrong == "later" else None) as tracker:
-        assert tracker.step == step
-        walk(model, tracker, step + 1, STEPS)
-        assert 1e-6 < error(tracker, STEPS) < 1e-3
-        assert min(tracker.state_dict()["inherited"]) > 0
-    assert (f"{state}: " in caplog.text) == (wrong in ("of another version", "flipped"))
 
 
 def written(folder: Path) -> list[tuple[float, bool]]:
@@ -266,13 +208,13 @@ def test_snapshot_writes_one_unless_there_is_no_new_update(tmp_path: Path) -> No
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
     with pytest.raises(NotReadyError, match="no update yet"):
         tracker.snapshot()
-    walk(model, tracker, 1, 5)
+    walk(model, tracker, 1, 4)
     tracker.snapshot()
     assert written(tmp_path) == [(4, True)]
     before = [s.path.stat().st_ino for s in read_directory(tmp_path)]
     tracker.snapshot()
     assert [s.path.stat().st_ino for s in read_directory(tmp_path)] == before
-    walk(model, tracker, 6, 10)
+    walk(model, tracker, 5, 10)
     tracker.snapshot()
     tracker.close()
     assert written(tmp_path) == [(4, True), (10, False)]
@@ -289,12 +231,15 @@ def test_an_empty_run_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])
 def test_snapshots_off_the_schedule_change_no_others(tmp_path: Path, device: str, max_checkpoints: int | None) -> None:
-    """Headers hold distances, the motion so far and what thinning has left, none of them from those snapshots."""
+    """Headers hold distances, the motion so far and what thinning has left, none of them from those snapshots.
+
+    A snapshot between two updates would add an update, see `test_place`.
+    """
     settings = SETTINGS | {"max_checkpoints": max_checkpoints, "device": device}
     begun(tmp_path / "complete", STEPS, **settings)
     model, last = matrix(), 0
     with PostHocEMA.from_model(model, tmp_path / "run", **settings) as tracker:
-        for step in (3, 8, 12, 19, 20, 44, 47, STEPS):
+        for step in (2, 8, 12, 18, 20, 44, 46, STEPS):
             walk(model, tracker, last + 1, step)
             tracker.snapshot()
             last = step

@@ -274,19 +274,6 @@ def test_a_requested_step_is_used_whatever_the_weights(tmp_path: Path, caplog: p
             assert 0.5 * expected < found < 1.5 * expected
 
 
-def test_an_exact_state_is_used_if_it_is_of_the_models_place(tmp_path: Path) -> None:
-    exact = {"keep_state": True, "checkpoint_dtype": "bfloat16"}
-    settings = SETTINGS | exact
-    first, checkpoints = finished(tmp_path, 200, saved=[80], **exact)
-    with PostHocEMA.from_model(first.model, tmp_path, **settings, resume="auto") as ema:
-        first.run(201, 210, ema)
-        assert error(ema, first.path) < 1e-6
-    again = Training().restored(checkpoints[80])
-    with PostHocEMA.from_model(again.model, tmp_path, **settings, resume="auto") as ema:
-        again.run(81, 90, ema)
-        assert 1e-6 < error(ema, [*first.path[:80], *again.path]) < 1e-2
-
-
 def test_a_state_in_the_users_own_checkpoint_needs_no_place_on_the_path(tmp_path: Path) -> None:
     training, states = Training(), {}
     with PostHocEMA.from_model(training.model, tmp_path, **SETTINGS) as ema:

@@ -163,9 +163,3 @@ refused(ema.state_dict)
         assert lines[4].startswith("RankError rank 1: is at step 6 of update_, and rank 0 at step 5")
         assert lines[5] == "4 averages up to t = 6"
         assert all("their group was destroyed" in line for line in lines[6:])
-
-
-def test_keep_state_is_refused_for_sharded_models_with_a_way_out(tmp_path: Path) -> None:
-    for out in check_group(f'{BEGIN}refused(lambda: tracker("run", keep_state=True))', 2, tmp_path, "fsdp"):
-        assert out.startswith("InvalidValueError keep_state True: must be False")
-        assert "ema.state_dict()" in out

@@ -306,6 +306,8 @@ import shutil
 from posthoc_cli.snapshots.directory import inspect_directory
 model = spread(Net(), "fsdp")
 late = [f"0000000000000008-{sigma_rel}/part-00002-of-00002.safetensors" for sigma_rel in (0.1, 0.2)]
+if int(arguments[0]):
+    move(model, 4)
 with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume=4 if int(arguments[0]) else None) as ema:
     for step in range(ema.step + 1, 9):
         move(model, step if step <= 4 else step + int(arguments[0]))
@@ -395,6 +397,8 @@ ema.close()
 RESUME = """
 model = spread(Net(), arguments[0])
 first, last = int(arguments[1]), int(arguments[2])
+if first > 1:
+    move(model, first - 1)
 with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
     assert ema.step == first - 1
     train(model, first, last, ema)

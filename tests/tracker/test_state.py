@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import pickle
-import re
 from pathlib import Path
 
 import numpy as np
@@ -75,23 +73,6 @@ def same(one: object, other: object) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     return one == other
-
-
-def test_a_state_next_to_the_snapshots_is_not_taken_for_a_snapshot(tmp_path: Path, ema: Ema) -> None:
-    run = trained(tmp_path, 23, keep_state=True)
-    path = tmp_path / "state.safetensors"
-    run.tracker.close()
-    assert len(read_directory(tmp_path)) == 6
-    assert PostHocEMA.from_path(tmp_path).step == 23
-    assert ema("info", tmp_path).code == 0
-    found = json.loads(ema("info", path, "--json").out)
-    expected = {"kind": "state", "run": run.tracker.run_id, "step": 23, "t": 23.0, "averages_t": 22.0, "t_first": 2.0}
-    expected |= {"sigma_rels": [0.05, 0.28], "known_snapshots": 6, "tensors": 31}
-    assert found.items() >= expected.items()
-    assert re.search(r"kind +state(.|\n)*sigma_rels +0\.05, 0\.28", ema("info", path).out)
-    refused = ema("export", path, "--out", tmp_path / "out.pt")
-    assert refused.code == 1
-    assert "'state': no weights" in refused.err
 
 
 WITHOUT_GROUP = pytest.mark.filterwarnings("ignore")  # torch warns where there is no process group
