@@ -183,6 +183,34 @@ class HalfLife(_Named):
 
 
 @dataclass(frozen=True)
+class HalfLifeShare(_Named):
+    """The power function whose half-life is a share f of the training so far: gamma + 1 = ln 2 / f.
+
+    torchtitan's `half_life_fraction` and arXiv 2602.03702 name averages so; f = 0.05 is sigma_rel 0.0629.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        reason = f"lie in (0, {math.log(2):.2%}), a share of training; the bound is the uniform average"
+        share = check_number("half-life", self.share, lambda share: 0 < share < math.log(2), reason)
+        object.__setattr__(self, "share", share)
+        check_sigma_rel(self.sigma_rel)
+
+    @property
+    def sigma_rel(self) -> float:  # type: ignore[override]  # in other targets an attribute
+        """The width of the power function."""
+        return PowerFunction(math.log(2) / self.share - 1, 1.0).sigma_rel
+
+    def _text(self) -> str:
+        return f"half-life:{_plain(100 * self.share)}%"
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> PowerFunction:  # noqa: ARG002
+        """Return the power function on (0, t]."""
+        return PowerFunction(math.log(2) / self.share - 1, t)
+
+
+@dataclass(frozen=True)
 class Window(_Named):
     """The mean of the last `steps` steps: a whole number from 1 to the run's number of steps."""
 
@@ -394,7 +422,11 @@ def _plain(value: float) -> str:
 
 FORMS = {
     "beta": ("beta:0.9999", "a decay for every step: x <- beta x + (1 - beta) theta"),
-    "half-life": ("half-life:5000", "a decay for every step, by the number of steps after which a weight counts half"),
+    "half-life": (
+        "half-life:5000",
+        "a decay for every step, by the number of steps after which a weight counts half; "
+        "half-life:5% is the power function whose half-life is 5 % of the training so far",
+    ),
     "window": ("window:1000", "the mean of the last steps"),
     "between": ("between:50000:80000", "the mean over a span of training time"),
     "last": ("last:10", "the plain mean of the last checkpoints, whatever their distances"),
@@ -407,7 +439,7 @@ _MOST_DIGITS = 1_000
 """Limit of the digits before and after the point: far more than a float has, and few enough for exact arithmetic."""
 NUMBER_FORMS = {
     "beta": "a number, a list such as 0.999,0.9999 or a range such as 0.99:0.999:0.003",
-    "half-life": "a number of steps, a list such as 500,1000 or a range such as 500:2000:500",
+    "half-life": "a number of steps or a share such as 5%, a list such as 500,1000 or a range such as 500:2000:500",
     "window": "a whole number of steps, a list such as 500,1000 or a range such as 500:2000:500",
     "last": "a whole number of checkpoints, a list such as 5,10 or a range such as 5:20:5",
 }
@@ -432,6 +464,8 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
             targets = [Between(*_ends(part)) for part in rest.split(",")]
         elif kind == "decay":
             targets = [*_decays(rest)]
+        elif kind == "half-life" and "%" in rest:
+            targets = [HalfLifeShare(number / 100) for number in _numbers(rest.replace("%", ""), NUMBER_FORMS[kind])]
         else:
             make: dict[str, Callable[[Any], Target]] = {
                 "beta": Beta, "half-life": HalfLife, "window": Window, "last": Mean,

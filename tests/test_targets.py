@@ -197,3 +197,18 @@ def test_weights_of_a_half_life_ago_count_half() -> None:
 )
 def test_a_text_names_targets(text: str, targets: list[Target]) -> None:
     assert parse_targets(text) == targets
+
+
+@pytest.mark.parametrize(("share", "width"), [(0.05, 0.0629), (0.1, 0.1111)])
+def test_a_half_life_in_percent_is_a_power_function(share: float, width: float) -> None:
+    """An update at step n keeps 2^(-1 / (share n)), as (1 - 1 / n)^(gamma + 1) does for many steps."""
+    (target,) = parse_targets(f"half-life:{100 * share:g}%")
+    assert target.sigma_rel == pytest.approx(width, abs=5e-5)
+    profile = target.profile(1000.0, STEPS, 1.0)
+    kept = 1 - profile.tail(999.0)
+    assert kept == pytest.approx(2 ** (-1 / (share * 1000)), rel=2e-5)
+
+
+@pytest.mark.parametrize("text", ["half-life:0%", "half-life:70%", "half-life:-1%", "half-life:x%"])
+def test_a_half_life_that_no_power_function_has_is_refused(text: str) -> None:
+    refused(f"target {text}: must", parse_targets, text)

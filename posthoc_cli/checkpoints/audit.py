@@ -62,8 +62,12 @@ _CLEARLY = 0.5
 _WARMER = 2.0
 """Smallest advantage of a warm-up over a constant decay: log residuals, summed over the intervals."""
 
+_VAGUE, _BEYOND_DOUBT = 0.25, 5.0
+"""The relative uncertainty of a length above which it is undetermined, unless it differs from the claimed one by that
+multiple of the uncertainty."""
+
 BAD = ("too long", "too short", "does not move", "stalls", "is the weights", "began again", "moves away", "swapped",
-       "some tensors", "was not updated", "other weights")  # fmt: skip
+       "some tensors", "was not updated")  # fmt: skip
 """Verdicts that name a fault; the others are "as claimed", "found" and "undetermined"."""
 
 
@@ -326,7 +330,8 @@ _HOW = {
     "that are saved (names after torch.compile, shards of ZeRO-3)?",
     "is the weights": "the average is equal to the weights: it is copied, or its decay is 0",
     "swapped": "the weights are an average of the average: the two are stored under each other's names",
-    "other weights": "these weights do not explain how the average moves: they are of another run, or of other steps",
+    "undetermined": "the weights at these checkpoints do not explain how the average moves between them: they forget "
+    "faster than checkpoints are apart, or are of another run",
     "moves away": "the average moves away from the weights: the sign of its update is wrong (it adds e - x, not x - e)",
 }
 _16_BITS = "as in an average kept in 16 bits: keep it in float32"
@@ -380,7 +385,7 @@ def _faults(
         yield {"verdict": "began again", "text": text}
     unexplained = [interval.unexplained for interval in intervals if not interval.note]
     if case.model.what == "decay" and unexplained and np.median(unexplained) > _FOREIGN and not case.is_16_bit:
-        yield {"verdict": "other weights", "text": _HOW["other weights"], "found": None}
+        yield {"verdict": "undetermined", "text": _HOW["undetermined"], "found": None}
     lost, count = case.lost, len(set(case.tensors))
     if case.is_16_bit and case.still.any():
         yield {"verdict": "stalls", "text": f"{len(lost)} of {count} tensors stand still, {_16_BITS}", "tensors": lost}
@@ -400,8 +405,9 @@ def _compare_lengths(audit: Audit, case: _Case, fit: Fit, value: float) -> Audit
         closer = f"checkpoints closer than {max(1, (claimed or length) / _SHORTEST):,.0f} {unit} would show it"
         text = f"its time constant is below {_SHORTEST * spacing:,.3g} {unit}, too short for the time between these"
         return replace(audit, verdict="undetermined", text=f"{text} checkpoints; {closer}", found=None)
-    if sigma > 1:
-        return replace(audit, verdict="undetermined", text="the checkpoints do not show its length", found=None)
+    if sigma > _VAGUE and (claimed is None or abs(math.log(length / claimed)) < _BEYOND_DOUBT * sigma):
+        text = f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
+        return replace(audit, verdict="undetermined", text=text, found=None)
     reached, rising = _final_parameter(model, value, case.products[-1].end)
     shown = f"{model.what} {reached:.7g}, a time constant of {length:,.4g} {unit} (± {sigma:.1%})"
     if model.what == "sigma_rel":

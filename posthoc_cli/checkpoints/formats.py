@@ -16,6 +16,7 @@ Ordinary EMAs, with the places of the average and of the weights, and what the f
     torch-ema               a list `shadow_params`            another group            `decay`, `num_updates`
     mmengine's EMAHook      `state_dict`                      `ema_state_dict`         absent; `steps`
     EDM, StyleGAN           `ema`, `G_ema` of a pickle        `net`, `G`               `training_options.json`
+    any other (DiT, ...)    a key with a word for it          a set with its names     absent
 
 EDM has `net` in `training-state-*.pt` next to the pickle. Both count images, with the half-life min(its largest, 0.05
 of the images so far), so that the k-th update of a batch keeps 2**(-1 / (0.05 (k - 1))), and the first one copies.
@@ -29,6 +30,7 @@ import functools
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,7 +48,7 @@ from posthoc_cli.checkpoints.read_model import (
     tensor_shape,
 )
 from posthoc_cli.checkpoints.read_step import checked_step, step_of
-from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings, Updates, make_checkpoint
+from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, Updates, make_checkpoint
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, gamma_from_sigma_rel
@@ -114,8 +116,10 @@ def kind_of(path: Path, indexed: IndexedCheckpoint, settings: ImportSettings) ->
         FileFormatError: its name does not fit the given kind.
         InvalidValueError: a setting that its files do not hold is missing.
     """
-    name = settings.kind or next(
-        name for name, kind in TABLE.items() if kind.is_named(path) and kind.is_in(path, indexed)
+    name = (
+        settings.kind
+        or ("ema" if settings.average or settings.weights else None)
+        or next(name for name, kind in TABLE.items() if kind.is_named(path) and kind.is_in(path, indexed))
     )
     if not TABLE[name].is_named(path):
         raise FileFormatError(path, f"is not named as files of {name} are: {TABLE[name].form}")
@@ -491,6 +495,80 @@ def _find(library: str, indexed: IndexedCheckpoint) -> _FoundEMA | None:
     return found
 
 
+# --- any other trainer: two sets of tensors with the same names, one of whose keys says that it is the average
+
+_AVERAGE_WORD = re.compile(r"(?<![a-z])(?:ema\d*|averaged?|avg|shadow|polyak)(?![a-z])", re.IGNORECASE)
+
+
+def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED) -> _FoundEMA | None:
+    """Return the average and the weights in a checkpoint, by their keys, or by prefixes of the names in one set.
+
+    The average is the set whose key has a word for it, the weights are a set next to it with the same names and shapes;
+    or both are those that the settings name.
+
+    Raises:
+        FileFormatError: two sets may be the average, or the weights; or a set of that name is missing.
+    """
+    sets = _sets_of_tensors(indexed)
+    wanted, given = (_named_set(indexed, sets, text) for text in (settings.average, settings.weights))
+    averages = [key for key in sets if _AVERAGE_WORD.search(key[-1])]
+    pairs = {}
+    for key in [wanted] if wanted else averages:
+        others = [
+            other
+            for other in sets
+            if other[:-1] == key[:-1] and other not in (key, *averages) and _are_alike(sets[key], sets[other])
+        ]
+        if given or others:
+            pairs[key] = [given] if given else others
+    if wanted and not pairs:
+        return _FoundEMA(sets[wanted])
+    unclear = [*pairs] if len(pairs) > 1 else next(iter(pairs.values()), [])
+    if len(unclear) > 1:
+        reason = f"which of its sets of tensors is the {'average' if len(pairs) > 1 else 'model'} is unclear: "
+        listed = names_in([".".join(key) for key in unclear])
+        raise FileFormatError(indexed.path, reason + listed, "name them by `average` and `weights` in an import")
+    for key, (weights,) in pairs.items():
+        return _FoundEMA(sets[key], sets[weights])
+    return None
+
+
+def _sets_of_tensors(indexed: IndexedCheckpoint) -> dict[Keys, dict[str, Find]]:
+    """Return the sets of tensors by the keys that lead to them, of which the last may be the first part of names."""
+    sets: dict[Keys, dict[str, Find]] = {}
+    prefixes: dict[Keys, dict[str, Find]] = {}
+    for keys, find in indexed.tensors.items():
+        for depth in range(1, min(len(keys), _DEEPEST_SET + 1)):
+            sets.setdefault(keys[:depth], {})[".".join(keys[depth:])] = find
+        first, dot, rest = keys[-1].partition(".")
+        if dot and len(keys) <= _DEEPEST_SET:
+            prefixes.setdefault((*keys[:-1], first), {})[rest] = find
+    # A prefix of fewer names is that of a layer.
+    counts = Counter(keys[:-1] for keys in indexed.tensors)
+    return sets | {key: part for key, part in prefixes.items() if 4 * len(part) >= counts[key[:-1]]}
+
+
+_DEEPEST_SET = 2
+"""The most keys that lead to a set of tensors: deeper ones are the states of optimizers."""
+
+
+def _named_set(indexed: IndexedCheckpoint, sets: Collection[Keys], text: str | None) -> Keys | None:
+    if text is None:
+        return None
+    for keys in sets:
+        if ".".join(keys) == text.rstrip("."):
+            return keys
+    known = names_in([".".join(keys) for keys in sets])
+    raise FileFormatError(indexed.path, f"has no set of tensors {shown(text)}; it has {known}")
+
+
+def _are_alike(averaged: Tensors, weights: Tensors) -> bool:
+    """Return whether the weights have all names of an average, with the same shapes, and mostly no others."""
+    if not averaged.keys() <= weights.keys() or 2 * len(averaged) < len(weights):
+        return False
+    return all(tensor_shape(find()) == tensor_shape(weights[name]()) for name, find in averaged.items())
+
+
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 """Pattern in the name of a file or folder whose tensors are an ordinary EMA."""
 
@@ -499,8 +577,10 @@ def _read_ordinary(
     library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
 ) -> list[Checkpoint]:
     """Return the average that a library stored, or an average alone, and the weights if the checkpoint has them."""
-    is_alone = library == "ema"
-    found = _FoundEMA(indexed.model_tensors(settings.prefix)) if is_alone else _find(library, indexed)
+    found = _two_sets(indexed, settings) if library == "ema" else _find(library, indexed)
+    is_alone = library == "ema" and found is None
+    if is_alone:
+        found = _FoundEMA(indexed.model_tensors(settings.prefix))
     if found is None:
         raise FileFormatError(path, f"holds no EMA of {library}")
     averaged, weights = (
@@ -539,9 +619,33 @@ def _ordinary(library: str, **fields: Any) -> Kind:
     return Kind(functools.partial(_read_ordinary, library), is_in, takes=_EMA_TAKES, **fields)
 
 
+def stored_in(path: Path, weights: bool = False) -> Checkpoint:
+    """Return the average that a training's checkpoint holds, as it is, or with `weights` its raw weights.
+
+    Raises:
+        FileFormatError: the checkpoint cannot be read, or nothing in it says that it is an average.
+    """
+    indexed = index_checkpoint(path)
+    found = next(filter(None, (_find(library, indexed) for library in FINDERS)), None) or _two_sets(indexed)
+    if weights:
+        tensors: Tensors = found.weights if found and found.weights else indexed.model_tensors()
+    elif found is not None:
+        tensors = {name: found.averaged.get(name, find) for name, find in found.weights.items()} or found.averaged
+    else:
+        alone = [key for key in _sets_of_tensors(indexed) if _AVERAGE_WORD.search(key[-1])]
+        if len(alone) != 1 and not _EMA_NAME.search(path.name):
+            keys = names_in([".".join(key) for key in _sets_of_tensors(indexed) if len(key) == 1])
+            reason = f"holds no average that its keys name ({keys})" if keys else "holds no average that a key names"
+            raise FileFormatError(path, reason, "export the raw weights with `weights`")
+        tensors = indexed.under(*alone[0]) if len(alone) == 1 else indexed.model_tensors()
+    return make_checkpoint(path, tensors, Point(1.0), 1)
+
+
 # --- EDM2: power functions, with images and width in the name
 
-_EDM2 = re.compile(r"network-snapshot-(?P<step>\d{1,20})-(?P<width>\d*\.\d+)\.pkl")
+_EDM2 = re.compile(r"(?:network-snapshot|edm2(?:-[a-z0-9]+)+)-(?P<step>\d{1,20})-(?P<width>\d*\.\d+)\.pkl")
+
+_EDM2_FORM = "network-snapshot-<images in thousands>-<width>.pkl, or edm2-<model>-<images in thousands>-<width>.pkl"
 
 
 def _read_edm2(path: Path, indexed: IndexedCheckpoint, images: int, settings: ImportSettings) -> list[Checkpoint]:
@@ -554,7 +658,7 @@ def _read_edm2(path: Path, indexed: IndexedCheckpoint, images: int, settings: Im
 
 
 TABLE = {
-    "edm2": Kind(_read_edm2, name=_EDM2, form="network-snapshot-<images in thousands>-<width>.pkl", of_name=1000),
+    "edm2": Kind(_read_edm2, name=_EDM2, form=_EDM2_FORM, of_name=1000),
     "ema-pytorch": _numbered("ema-pytorch", True, ()),
     "posthoc-ema": _numbered("posthoc-ema", False, ("update_after_step",)),
     "torchtitan": Kind(
@@ -564,7 +668,9 @@ TABLE = {
     **{name: _ordinary(name) for name in FINDERS},
     "edm": _ordinary("edm", name=_EDM_FILE, form="network-snapshot-<images in thousands>.pkl", of_name=1000),
     "ema": Kind(
-        functools.partial(_read_ordinary, "ema"), lambda path, _: bool(_EMA_NAME.search(path.name)), takes=_EMA_TAKES
+        functools.partial(_read_ordinary, "ema"),
+        lambda path, indexed: bool(_EMA_NAME.search(path.name)) or _two_sets(indexed) is not None,
+        takes=(*_EMA_TAKES, "average", "weights"),
     ),
     "checkpoints": Kind(_read_weights, takes=("step_from",)),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import inspect_directory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -195,4 +198,6 @@ def _check_decay(found: Sequence[Checkpoint]) -> Iterator[str]:
     for audit in audits:
         if audit.is_bad:
             raise InvalidValueError("ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed)
+        if audit.verdict == "undetermined":
+            log.warning("ema_decay is taken as given, and could not be checked: %s", audit.text)
         yield f"given: {audit.text}"

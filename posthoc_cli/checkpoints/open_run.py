@@ -27,7 +27,7 @@ from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of
 from posthoc_cli.checkpoints.import_files import COPY, is_import, read_copy, read_manifest
 from posthoc_cli.checkpoints.read_model import ENDINGS, NOT_WEIGHTS, index_checkpoint, model_in, names_in
 from posthoc_cli.checkpoints.read_step import named_step
-from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, Updates, make_checkpoint
+from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, shown
 from posthoc_cli.profiles import Point
@@ -69,7 +69,9 @@ def open_checkpoints(
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
     if settings.ema_decay is not None and settings.kind is None and {one.kind for one in read} == {"checkpoints"}:
-        read = [replace(one, kind="ema", updates=Updates()) for one in read]  # all are averages, under any name
+        reason = f"is for averages, and nothing in {read[0].path.name} says that its tensors are one"
+        hint = "if all files are averages, say kind 'ema'; else name the average's key by `average`"
+        raise InvalidValueError("ema_decay", reason, hint, value=settings.ema_decay)
     check_used(settings, {one.kind for one in read} - {""})
     default_decay = _ANY_DECAY if unclaimed else 0.0
     checkpoints = [one.with_settings(settings, default_decay) for one in read]
@@ -118,7 +120,10 @@ def _read(path: Path, settings: ImportSettings, by_word: str) -> list[Checkpoint
         return [read_copy(path)] if file_kind == COPY else []
     kind = TABLE[kind_of(path, indexed, settings)]
     step = kind.step(path, indexed, settings, by_word)
-    return kind.read(path, indexed, step, settings) if step else []
+    if not step:
+        log.warning("%s: left out, as its weights are those before the training, of step 0", path)
+        return []
+    return kind.read(path, indexed, step, settings)
 
 
 def disk_sources(directory: str | Path, also: str | Path | None = None, unclaimed: bool = False) -> list[Source]:

@@ -48,7 +48,7 @@ EMA_ENDING = "_ema"
 CONFIG = "config.json"
 NOT_WEIGHTS = (
     "optimizer", "optim", "scheduler", "lr_scheduler", "rng", "random_state", "scaler", "training_args",
-    "training-state",
+    "training-state", "chained_",
 )  # fmt: skip
 """Prefixes of the names of files and groups that do not hold the model."""
 MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
@@ -138,7 +138,7 @@ class IndexedCheckpoint:
         model: Keys = known[0] if known else tuple(others) if len(others) == 1 else ()
         named = self.under(*model) if model else {}
         if not known:
-            ignored = tuple(f"{name}." for name in _OTHER_GROUPS)
+            ignored = tuple(name if name.endswith("_") else f"{name}." for name in _OTHER_GROUPS)
             single = [keys for keys in self.tensors if len(keys) == 1 and not keys[0].startswith(ignored)]
             named = {keys[0]: self.tensors[keys] for keys in single} or named
         if prefix and not any(name.startswith(prefix) for name in named):

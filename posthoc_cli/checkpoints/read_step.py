@@ -80,7 +80,7 @@ def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None, by_wo
             reason = f"its name has no word such as step at its number, as {shown(by_word)} has"
             raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
         step = named.step
-    return checked_step(path, step)
+    return checked_step(path, step) if step else 0
 
 
 def _optimizer_step(path: Path, indexed: IndexedCheckpoint, epoch: int) -> float:

@@ -34,8 +34,9 @@ from posthoc_cli.snapshots.reading import BackingFile
 from posthoc_cli.snapshots.selection import check_globs, make_selection
 from posthoc_cli.snapshots.sources import FileSource
 
-_NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
-"""Last parts of the names of BatchNorm's statistics. They are copied: a variance must not be extrapolated."""
+_NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked", "weight_u", "weight_v")
+"""Last parts of the names of BatchNorm's statistics and of spectral norm's vectors. They are copied: a variance must
+not be extrapolated, and the vectors have norm 1."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,15 @@ class ImportSettings:
         sigma_rels: widths of the averages of `ema-pytorch` or `posthoc-ema`, in the order of their numbers.
         update_every, update_after_step: settings of these libraries; torchtitan's `update_every_n_steps`, `start_step`;
             `update_every` also of ordinary EMAs.
-        ema_decay: decay of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images.
+        ema_decay: decay of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images; "half-life:5%" for
+            power functions, such as torchtitan's `half_life_fraction` 0.05.
         ema_warmup: "ratio" for (1 + n) / (10 + n), "power" for 1 - (1 + n)**(-2/3), "power:0.75" for another power, or
             "ramp-up" for a half-life of 0.05 of the training so far, "ramp-up:0.1" for another share.
         ema_restarts: steps at which an ordinary EMA restarted from the weights.
         ema_uncertainty: relative uncertainty of the time constant, if an import found the decay.
         ema_late: number of steps by which a restart may have been later, if an import found `ema_restarts`.
         steps_per_epoch: number of steps in an epoch, for files that hold only the epoch.
+        average, weights: the key or prefix of the average's tensors in a file, and of the weights', such as "ema".
     """
 
     kind: str | None = None
@@ -73,6 +76,8 @@ class ImportSettings:
     ema_uncertainty: float | None = None
     ema_late: int | None = None
     steps_per_epoch: int | None = None
+    average: str | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None:
@@ -86,6 +91,7 @@ class ImportSettings:
             ("sigma_rels", isinstance(self.sigma_rels, tuple), "a list of widths"),
             ("ema_restarts", are_steps, "steps, above 0"),
             ("prefix", isinstance(self.prefix, str), "a text"),
+            *((name, isinstance(getattr(self, name), str | None), "a text") for name in ("average", "weights")),
         ):
             if not is_valid:
                 raise InvalidValueError(name, f"must be {required}", value=brief(getattr(self, name)))
@@ -109,10 +115,15 @@ class ImportSettings:
         """Return the given arguments of `DecayRule` for an ordinary EMA that is updated at this interval."""
         rule: dict[str, Any] = {}
         if isinstance(self.ema_decay, str):
-            half_life = read_number(self.ema_decay.removeprefix("half-life:")) or 0.0
+            text = self.ema_decay.removeprefix("half-life:")
+            half_life = read_number(text.removesuffix("%")) or 0.0
             if half_life <= 0:
-                reason = "must lie in (0, 1), or be a half-life such as half-life:500000"
+                reason = "must lie in (0, 1), or be a half-life such as half-life:500000 or half-life:5%"
                 raise InvalidValueError("ema_decay", reason, value=repr(self.ema_decay))
+            if text.endswith("%"):  # a power function, which has no largest half-life
+                return {"decay": 0.5**1e-9, "warm_up": "ramp-up", "power": half_life / 100, "copies": 1} | (
+                    {} if self.ema_uncertainty is None else {"uncertainty": self.ema_uncertainty}
+                )
             rule["decay"] = 0.5 ** (every / half_life)
         elif self.ema_decay is not None:
             rule["decay"] = self.ema_decay

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from posthoc_cli.export.convert import ExportReport
 
 EPILOG = (
-    "Example:  ema export model.safetensors --out model.pt   or   "
+    "Example:  ema export model.safetensors --out model.pt   or   ema export last.pt --out average.safetensors   or   "
     "ema export avg.safetensors --base full.safetensors --out folder/"
 )
 
@@ -27,8 +27,8 @@ def export(
     file: Path = Argument(
         ...,
         metavar="FILE|DIR",
-        help="An output of ema synthesize, a snapshot, or any safetensors file; a folder of shards or its index; or a "
-        "folder of several outputs.",
+        help="An output of ema synthesize, a snapshot, or any safetensors file; a training's checkpoint, such as "
+        "last.pt; a folder of shards or its index; or a folder of several outputs.",
     ),
     out: Path = values.OUTPUT(
         ..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards or for several outputs."
@@ -49,12 +49,16 @@ def export(
     ),
     sigma_rel: str | None = values.TARGETS(None, help="With --merge: the length of the average."),
     target: list[str] = values.TARGETS([], metavar="KIND:VALUE", help="With --merge: an average of another kind."),
+    weights: bool = values.flag(
+        values.HOW, "--weights", help="Take the raw weights of a training's checkpoint, not its average."
+    ),
     prefix: str = values.HOW("", help="Put this in front of every name in FILE."),
     strip_prefix: str = values.HOW("", help="Remove this from the front of the names in FILE."),
 ) -> None:
     """Write averaged weights in another layout or dtype.
 
-    Tensors can be renamed, and a full model can supply the tensors that were not tracked.
+    Of a training's checkpoint, the average that it contains is written. Tensors can be renamed, and a full model can
+    supply the tensors that were not tracked.
 
     Layouts: one safetensors file; shards with an index, under the names that Hugging Face libraries expect (one
     file if all tensors fit into it); a .pt state dict for torch.load(weights_only=True).
@@ -74,8 +78,8 @@ def export(
     else:
         base = None if base is None else values.existing(base)
         report = export_file(
-            values.existing(file), out, layout, dtype, base, prefix, strip_prefix, overwrite,
-            max_shard_size, output.progress_bar(),
+            values.existing(file, pickles=True), out, layout, dtype, base, prefix, strip_prefix, overwrite,
+            max_shard_size, weights, output.progress_bar(),
         )  # fmt: skip
     output.print_report(report, as_json, _print, merge or base, out)
 

@@ -45,7 +45,7 @@ def import_(
         None,
         metavar="DECAY",
         show_default="from the files, else by comparison",
-        help="The decay of ordinary EMAs: 0.9999, or half-life:500000.",
+        help="The decay of ordinary EMAs: 0.9999, half-life:500000, or half-life:5% of the training so far.",
     ),
     ema_warmup: str | None = values.RUN(
         None,
@@ -62,6 +62,12 @@ def import_(
         help="A step at which the EMAs were restarted from the weights. Repeatable.",
     ),
     steps_per_epoch: int | None = values.RUN(None, help="Steps per epoch, for files that contain only their epoch."),
+    average: str | None = values.RUN(
+        None, metavar="KEY", show_default="by its name", help="The key or prefix of the average's tensors in the files."
+    ),
+    weights: str | None = values.RUN(
+        None, metavar="KEY", show_default="by its names", help="The key or prefix of the weights' tensors in the files."
+    ),
     copy: bool = values.flag(
         values.OUTPUT, "--copy", help="Write copies with checksums instead of references to the files."
     ),
@@ -87,7 +93,7 @@ def import_(
         exclude=exclude, sigma_rels=values.optional(parse_numbers, sigma_rels, "--sigma-rels") or (),
         update_every=update_every, update_after_step=update_after_step,
         ema_decay=values.optional(_decay, ema_decay), ema_warmup=ema_warmup, ema_restarts=ema_restarts,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=steps_per_epoch, average=average, weights=weights,
     )  # fmt: skip
     output.print_report(done, as_json, _print, copy)
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints.formats import stored_in
+from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
 from posthoc_cli.errors import (
     FileFormatError,
@@ -42,6 +44,7 @@ from posthoc_cli.export.layouts import (
 )
 from posthoc_cli.profiles import Point
 from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.snapshots.directory import PICKLES as PICKLED
 from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.format import (
     SUFFIX,
@@ -108,12 +111,14 @@ def export_file(
     strip_prefix: str = "",
     overwrite: bool = False,
     max_shard_size: str | None = None,
+    weights: bool = False,
     progress: ProgressBar = no_bar,
 ) -> ExportReport:
     """Write a model, or each model of a folder, in another layout; only "pt" and "dcp" need memory for all tensors.
 
     Arguments:
-        source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; or
+        source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; a
+            training's checkpoint that `torch.save` wrote, from which the average is taken; or
             shards or parts of one of these: their index, or its folder; or a folder of several outputs.
         out: the output, whose name decides the layout unless `layout` is given; a folder for several outputs.
         dtype: dtype of all floating-point tensors except copies; None to keep each tensor's own.
@@ -123,22 +128,33 @@ def export_file(
             with those in `base`.
         overwrite: replace existing outputs.
         max_shard_size: largest size of a shard, such as "5GB", which is the default.
+        weights: of a training's checkpoint take the raw weights, not the average.
         progress: opens a progress bar of the bytes to read.
 
     Raises:
         FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
     """
     started = time.perf_counter()
+    if weights and not _is_checkpoint(source):
+        raise InvalidValueError("weights", f"is for a training's checkpoint, and {source.name} is none")
     sources, wanted = models_at(source), parse_dtype(dtype)
     outs = [out] if len(sources) == 1 else _outputs_in(out, sources, layout, overwrite)
     options = OutputOptions(layout=layout, overwrite=overwrite, max_shard_size=max_shard_size)
     made = {}
-    total = sum(read_header(path).file_bytes for model in sources for path in model_files(model))
+    total = sum(
+        model.stat().st_size
+        if _is_checkpoint(model)
+        else sum(read_header(path).file_bytes for path in model_files(model))
+        for model in sources
+    )
     with progress("exporting", total) as advance:
         for model, path in zip(sources, outs, strict=True):
             options.check_layout(path)
             with ExitStack() as stack:
-                stored, info = _read_source(stack, model, wanted)
+                if _is_checkpoint(model):
+                    stored, info = _read_checkpoint(stack, stored_in(model, weights), wanted), None
+                else:
+                    stored, info = _read_source(stack, model, wanted)
                 tensors = _rename(stored, prefix, strip_prefix)
                 if base is not None:
                     tensors |= _read_base(stack, base, wanted, tensors)
@@ -146,7 +162,7 @@ def export_file(
                 if info is not None:
                     copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
                     metadata = output_metadata(replace(info, copies=copies))
-                if len(model_files(model)) == 1:
+                if not _is_checkpoint(model) and len(model_files(model)) == 1:
                     unchanged = wanted is None and not (prefix or strip_prefix or base)
                     metadata |= training_metadata(read_header(next(iter(model_files(model)))), unchanged)
                 specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
@@ -225,6 +241,20 @@ def _read_source(
             raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
         tensors |= in_file
     return tensors, infos[0][1] if infos else None
+
+
+def _is_checkpoint(source: Path) -> bool:
+    """Return whether a source is a training's checkpoint in a pickle."""
+    return source.name.endswith((*PICKLED, ".pth.tar")) and source.is_file()
+
+
+def _read_checkpoint(stack: ExitStack, one: Checkpoint, dtype: str | None) -> dict[str, _PlannedTensor]:
+    """Return the tensors of a checkpoint, under all their names."""
+    file, names = stack.enter_context(one.open()), {name: name for name in one.info.tensors} | one.info.aliases
+    return {
+        name: _planned(file, own, one.info.tensors[own].dtype, one.info.tensors[own].role, dtype)
+        for name, own in names.items()
+    }
 
 
 def _read_file(

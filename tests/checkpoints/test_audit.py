@@ -126,7 +126,7 @@ def two_stuck(content: dict[str, Any]) -> dict[str, Any]:
 
 CHANGED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str, ...], str]] = {
     "some tensors": (two_stuck, STUCK, "2 of 6 tensors are not followed"),
-    "other weights": (lambda old: old | {"state_dict": named(train(seed=7)[old["step"] - 1])}, (), "of another run"),
+    "undetermined": (lambda old: old | {"state_dict": named(train(seed=7)[old["step"] - 1])}, (), "of another run"),
     "swapped": (
         lambda old: old | {"state_dict": old["state_dict_ema"], "state_dict_ema": old["state_dict"]}, (),
         "stored under each other's names",
@@ -140,7 +140,8 @@ def test_files_with_changed_tensors_are_recognised(verdict: str, tmp_path: Path)
     run = write(tmp_path / "x", train(), averaged(DECAY))
     rewrite(run, change)
     (found,) = Run(run).audit(DECAY)
-    assert (found.verdict, found.is_bad, sorted(found.tensors)) == (verdict, True, sorted(tensors)), found.text
+    expected = verdict, verdict != "undetermined", sorted(tensors)
+    assert (found.verdict, found.is_bad, sorted(found.tensors)) == expected, found.text
     assert reason in found.text
 
 
@@ -188,10 +189,10 @@ def test_the_command(tmp_path: Path, ema: Ema) -> None:
     assert done.code == 1
     assert "too short: " in done.out
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    done = ema("audit", run, "--json")
+    done = ema("audit", write(tmp_path / "y", train(), averaged(DECAY)), "--json")
     (found,) = done.json["audits"]
     assert found["verdict"] == "found"
-    assert found["length"] == pytest.approx(1 / (1 - DECAY**8), rel=0.1)
+    assert found["length"] == pytest.approx(1 / (1 - DECAY), rel=0.1)
     assert len(found["intervals"]) == len(range(EVERY, STEPS, EVERY))
     refused = ema("audit", run, "--claimed", "7")
     assert (refused.code, refused.error) == (2, "--claimed 7.0: must lie in (0, 1)")

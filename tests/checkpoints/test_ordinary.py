@@ -72,7 +72,7 @@ def plain(folder: Path) -> dict[str, Any]:
     for path in write(folder, train(), ema(DECAY), torch.float16).iterdir():
         save_file(torch.load(path)["state_dict_ema"], path.with_suffix(".safetensors"))
         path.unlink()
-    return {"ema_decay": DECAY}
+    return {"ema_decay": DECAY, "kind": "ema"}
 
 
 def two_files(folder: Path) -> dict[str, Any]:
@@ -347,7 +347,7 @@ def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(tmp_path: Path) ->
     folder = write(tmp_path / "x", train(1e-2, False, "Adam"), ema(0.98))
     for step in range(EVERY, STEPS - EVERY, EVERY):  # the two files that remain show it to 72 %
         (folder / f"step{step}.pt").unlink()
-    with pytest.raises(errors.InvalidValueError, match="ema_decay: must be given: the files show it too vaguely: dec"):
+    with pytest.raises(errors.InvalidValueError, match="ema_decay: must be given: the checkpoints do not show"):
         import_checkpoints(folder, tmp_path / "run")
     assert import_checkpoints(folder, tmp_path / "run", ema_decay=0.98).written
 
@@ -358,7 +358,7 @@ def test_averages_alone_that_know_only_their_epoch_have_the_steps_of_the_optimiz
         moments = {"state": {0: {"step": torch.tensor(100.0 * (epoch + 1))}}}
         content = {"epoch": epoch, "model": {"w": torch.full((3,), float(epoch))}, "optimizer": moments}
         torch.save(content, tmp_path / f"model-{epoch}.pt")
-    done = import_checkpoints(tmp_path, tmp_path / "run", ema_decay=DECAY)
+    done = import_checkpoints(tmp_path, tmp_path / "run", kind="ema", ema_decay=DECAY)
     expected = [(t, "EMA of decay 0.995") for t in (100, 200, 300)]
     for found in (done.checkpoints, Run(tmp_path / "run").sources):
         assert [(one.info.step, one.info.holds) for one in found] == expected

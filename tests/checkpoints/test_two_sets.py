@@ -1,0 +1,184 @@
+"""Layouts of public trainings: two sets of tensors, one of whose keys says that it is the average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ema_command import Ema
+from safetensors.torch import load_file
+from trained import STEPS, TIMES, ema, error_of, named, train
+
+from posthoc_cli import Run, import_checkpoints
+from posthoc_cli.errors import FileFormatError, InvalidValueError
+
+DECAY = 0.99
+Weights = dict[str, torch.Tensor]
+
+
+def prefixed(prefix: str, weights: Weights) -> Weights:
+    return {f"{prefix}{name}": value for name, value in weights.items()}
+
+
+def optimizer(weights: Weights) -> dict[str, Any]:
+    return {"state": {i: {"exp_avg": torch.zeros_like(v), "step": 3} for i, v in enumerate(weights.values())}}
+
+
+LAYOUTS: dict[str, Callable[[Weights, Weights], dict[str, Any]]] = {
+    "DiT, SiT": lambda w, a: {"model": w, "ema": a, "opt": optimizer(w), "args": {"model": "DiT-XL/2"}},
+    "Self-Forcing": lambda w, a: {"generator": w, "generator_ema": a, "critic": prefixed("c.", w)},
+    "Cosmos-Predict2": lambda w, a: prefixed("net.", w) | prefixed("net_ema.", a),
+    "in a state dict": lambda w, a: {"state_dict": prefixed("model.", w) | prefixed("averaged_model.", a)},
+    "MAR": lambda w, a: {"model": w, "model_ema": a, "epoch": 3},
+    "shadow": lambda w, a: {"weights": w, "shadow": a},
+}
+
+
+def write(folder: Path, content: Callable[[Weights, Weights], dict[str, Any]]) -> Path:
+    """Write the checkpoints of a real training with an EMA of its weights, both in float32."""
+    folder.mkdir()
+    path = train()
+    average = path[0].copy()
+    for step in range(1, STEPS + 1):
+        average = ema(DECAY)(step, average, path[step - 1])
+        if step in TIMES:
+            torch.save(content(named(path[step - 1]), named(average)), folder / f"{step:07}.pt")
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_average_is_the_set_that_says_so_and_the_weights_are_the_other(layout: str, tmp_path: Path) -> None:
+    """Averages of any length are then within the predicted error of the sum over every step."""
+    folder = write(tmp_path / "run", LAYOUTS[layout])
+    for settings in ({}, {"ema_decay": DECAY}):
+        done = import_checkpoints(folder, tmp_path / f"imported {len(settings)}", **settings)
+        assert done.counts == {f"EMA of decay {DECAY}": len(TIMES), "weights": len(TIMES)}
+        found, predicted = error_of(Run(tmp_path / f"imported {len(settings)}"))
+        assert found < 2 * predicted < 0.04
+
+
+def test_which_set_is_meant_is_asked_where_two_have_a_word_or_fit(tmp_path: Path, ema: Ema) -> None:
+    two = write(tmp_path / "two", lambda w, a: {"model": w, "model_ema1": a, "model_ema2": w})
+    with pytest.raises(FileFormatError, match=r"average is unclear: 'model_ema1', 'model_ema2'; name"):
+        import_checkpoints(two, tmp_path / "imported")
+    asked = ema("import", two, "--out", tmp_path / "imported", "--ema-decay", DECAY, "--average", "model_ema1")
+    assert asked.code == 0
+    found, predicted = error_of(Run(tmp_path / "imported"))
+    assert found < 2 * predicted < 0.04
+    students = write(tmp_path / "students", lambda w, a: {"one": w, "other": w, "ema": a})
+    with pytest.raises(FileFormatError, match="model is unclear: 'one', 'other'"):
+        import_checkpoints(students, tmp_path / "again")
+    assert import_checkpoints(students, tmp_path / "again", weights="one").written
+    with pytest.raises(FileFormatError, match="has no set of tensors 'elsewhere'; it has 'one', 'other', 'ema'"):
+        import_checkpoints(students, tmp_path / "never", average="elsewhere")
+
+
+def test_sets_without_a_word_are_named_by_the_user(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", lambda w, a: {"student": w, "teacher": a})
+    with pytest.raises(FileFormatError, match="unclear"):
+        Run(folder).average(0.15)
+    import_checkpoints(folder, tmp_path / "imported", average="teacher", weights="student")
+    found, predicted = error_of(Run(tmp_path / "imported"))
+    assert found < 2 * predicted < 0.04
+
+
+def test_weights_are_never_taken_for_an_average(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", lambda w, _: {"model": w})
+    with pytest.raises(InvalidValueError, match=r"ema_decay 0\.99: is for averages, and nothing in .* says"):
+        import_checkpoints(folder, tmp_path / "imported", ema_decay=DECAY)
+
+
+def test_parts_of_a_model_whose_names_have_a_word_remain_in_it(tmp_path: Path) -> None:
+    """A layer named `ema` next to others is no average of the model."""
+    layers = {f"layer{i}.weight": torch.full((4, 4), float(i)) for i in range(6)}
+    (tmp_path / "run").mkdir()
+    for step in (10, 20):
+        content = {"ema.weight": torch.ones(4, 4), **layers, "quantize.embed_avg": torch.ones(3)}
+        torch.save({"model": content}, tmp_path / f"run/{step}.pt")
+    assert set(Run(tmp_path / "run").average(0.2)) == {"ema.weight", *layers, "quantize.embed_avg"}
+
+
+def test_the_states_of_megatrons_chained_optimizers_are_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for step in (10, 20):
+        state = {"w": torch.ones(4), "chained_0.optimizer.state.exp_avg.w": torch.ones(4)}
+        torch.save(state, tmp_path / f"run/iter_{step}.pt")
+    assert set(Run(tmp_path / "run").average(0.2)) == {"w"}
+
+
+def test_the_vectors_of_spectral_norm_are_copied(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    layer = torch.nn.utils.spectral_norm(torch.nn.Linear(5, 4))
+    for step in (10, 20):
+        layer.weight_u.copy_(torch.nn.functional.normalize(torch.randn(4), dim=0))
+        torch.save(layer.state_dict(), tmp_path / f"run/step{step}.pt")
+    found = Run(tmp_path / "run").average(0.2)
+    assert torch.equal(found["weight_u"], layer.weight_u)
+    assert np.isclose(float(found["weight_v"].norm()), 1.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_average_in_a_training_checkpoint_is_exported_exactly(layout: str, tmp_path: Path, ema: Ema) -> None:
+    weights, average = named(train()[-1]), named(train()[10])
+    torch.save(LAYOUTS[layout](weights, average), tmp_path / "last.pt")
+    for option, expected in (((), average), (("--weights",), weights)):
+        out = tmp_path / f"model{len(option)}.safetensors"
+        assert ema("export", tmp_path / "last.pt", "--out", out, *option).code == 0
+        found = load_file(out)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path: Path, ema: Ema) -> None:
+    torch.save({"model": named(train()[-1]), "optimizer": {}}, tmp_path / "last.pt")
+    refused = ema("export", tmp_path / "last.pt", "--out", tmp_path / "model.safetensors")
+    assert refused.code == 1
+    assert (
+        "last.pt: holds no average that its keys name ('model'); export the raw weights with --weights" in refused.err
+    )
+    assert not (tmp_path / "model.safetensors").exists()
+    torch.save({"ema": named(train()[-1]), "step": 3}, tmp_path / "alone.pt")
+    assert ema("export", tmp_path / "alone.pt", "--out", tmp_path / "alone.safetensors").code == 0
+    assert load_file(tmp_path / "alone.safetensors").keys() == named(train()[-1]).keys()
+
+
+def test_a_half_life_that_is_a_share_of_training_is_a_power_function(tmp_path: Path) -> None:
+    """The n-th update keeps 2^(-1 / (0.05 n)), as torchtitan's does."""
+    (folder := tmp_path / "run").mkdir()
+    path = train()
+    average = path[0].copy()
+    for step in range(1, STEPS + 1):
+        kept = 2 ** (-1 / (0.05 * (step - 1))) if step > 1 else 0.0
+        average = kept * average + (1 - kept) * path[step - 1]
+        if step in TIMES:
+            torch.save({"model": named(path[step - 1]), "ema": named(average)}, folder / f"{step:07}.pt")
+    import_checkpoints(folder, tmp_path / "imported", ema_decay="half-life:5%")
+    for width in (0.0629, 0.15):
+        found, predicted = error_of(Run(tmp_path / "imported"), width)
+        assert found < 2 * predicted < 0.04
+
+
+def test_checkpoints_of_step_0_are_left_out(tmp_path: Path, ema: Ema) -> None:
+    (tmp_path / "run").mkdir()
+    for step in (0, 10, 20):
+        torch.save({"w": torch.full((3,), float(step))}, tmp_path / f"run/step{step}.pt")
+    done = ema("info", tmp_path / "run")
+    assert done.code == 0
+    assert "step0.pt: left out, as its weights are those before the training, of step 0" in done.err
+    assert [one.info.step for one in Run(tmp_path / "run").sources] == [10, 20]
+
+
+def test_published_names_of_edm2_say_images_and_width(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for width in ("0.050", "0.100"):
+        for kimg in (1_048_576, 2_147_483):
+            content = {"ema": {"w": torch.full((3,), float(kimg))}}
+            torch.save(content, tmp_path / f"run/edm2-img512-s-{kimg}-{width}.pkl")
+    sources = Run(tmp_path / "run").sources
+    assert [(one.info.t, one.info.sigma_rel) for one in sources] == [
+        (1000.0 * kimg, width) for kimg in (1_048_576, 2_147_483) for width in (0.05, 0.1)
+    ]
