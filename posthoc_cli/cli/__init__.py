@@ -56,6 +56,18 @@ _ADVICE = re.compile(r"`(\w+)`|\b(\w+)=True")
 """Names of arguments in the hint of a library's error: "give `layout`", "or overwrite=True"."""
 
 
+class _Group(typer.core.TyperGroup):
+    """The group of all commands, whose help shows no type behind options without a value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options of the group."""
+        params = super().get_params(ctx)
+        for option in params:
+            if getattr(option, "is_flag", False):
+                option.metavar = ""
+        return params
+
+
 class _Command(typer.core.TyperCommand):
     """A command whose errors name its options, and the command that repairs a broken run."""
 
@@ -115,6 +127,7 @@ def _is_run(directory: Path) -> bool:
 
 
 app = typer.Typer(
+    cls=_Group,
     name="ema",
     help="Choose the length of a model's weight average after training.",
     epilog="Example:  ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors",

@@ -19,7 +19,11 @@ EPILOG = "Example:  ema demo --out ema-demo"
 def demo(
     out: Path = values.OUTPUT("ema-demo", "--out", "-o", help="The folder for all files of the demo; new, or empty."),
     overwrite: bool = values.flag(
-        values.OUTPUT, "--overwrite", help="Replace an earlier demo in that folder; other files are kept."
+        values.OUTPUT,
+        "--overwrite",
+        "--force",
+        "-f",
+        help="Replace an earlier demo in that folder; other files are kept.",
     ),
     as_json: bool = values.JSON,
     steps: str = values.HOW("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),

@@ -72,7 +72,7 @@ def import_(
         values.OUTPUT, "--copy", help="Write copies with checksums instead of references to the files."
     ),
     overwrite: bool = values.flag(
-        values.OUTPUT, "--overwrite", help="Replace an import of other files, or with other settings."
+        values.OUTPUT, "--overwrite", "--force", "-f", help="Replace an import of other files, or with other settings."
     ),
     dry_run: bool = values.flag(values.OUTPUT, "--dry-run", help="Show what was found; write nothing."),
     as_json: bool = values.JSON,

@@ -90,7 +90,7 @@ DIRECTORY_OR_CHECKPOINTS = Argument(
     None, metavar="DIR", help="The directory of the tracker's snapshots, or of checkpoints.", show_default=False
 )
 PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
-OVERWRITE = flag(OUTPUT, "--overwrite", help="Replace existing outputs.")
+OVERWRITE = flag(OUTPUT, "--overwrite", "--force", "-f", help="Replace existing outputs.")
 JSON = flag(OUTPUT, "--json", help="Print one JSON object.")
 YES = flag(HOW, "--yes", "-y", help="Do not ask.")
 CHECKPOINTS = RUN(

@@ -191,6 +191,10 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     """
     reshard(check_model(model))
     targets = check_weights(model, weights, own_dtypes)
+    for name, target in targets.items():
+        if target.tensor.is_inference():
+            hint = "make the model under torch.no_grad()"
+            raise InvalidValueError("model", f"its tensor {name!r} was made in inference mode, and is read-only", hint)
     new_dtypes = {id(target.tensor): weights[name].dtype for name, target in targets.items()}
     # Tensors may be replaced while the weights are swapped; the modules that hold them may not.
     holders = (

@@ -190,7 +190,7 @@ def attach(
     t: Callable[[], float] | None,
     before: Attachment | None,
 ) -> Attachment:
-    """Attach a tracker to an optimizer in place of `before`, and close other trackers attached for its model."""
+    """Attach a tracker to an optimizer in place of `before`; close another one of its model and directory."""
     unit = tracker.settings.t_unit
     if not callable(t) and (t is not None or unit != "steps"):
         reason = f"t {t!r}: must be a function that returns the training time in {unit}"
@@ -205,12 +205,9 @@ def attach(
         hint = "of several that train one model, attach to the one that steps last in an iteration, or detach() first"
         raise InvalidValueError("attach", reason, hint)
     for other in [*_attachments]:
-        if other.optimizer is stepping and other.tracker is not tracker and other.is_of(model):
-            log.warning(
-                "attach: the tracker of %s was attached to this optimizer for the same model; it is closed, and "
-                "the one of %s replaces it",
-                other.tracker.checkpoint_dir, tracker.checkpoint_dir,
-            )  # fmt: skip
+        is_same_run = other.tracker.checkpoint_dir == tracker.checkpoint_dir
+        if other.optimizer is stepping and other.tracker is not tracker and is_same_run and other.is_of(model):
+            log.warning("attach: an earlier tracker of %s is closed, and this one replaces it", tracker.checkpoint_dir)
             other.tracker.close()
     if before is not None:
         before.remove()

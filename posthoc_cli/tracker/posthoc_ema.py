@@ -78,7 +78,8 @@ class PostHocEMA(Tracker):
                 see `ema guide remote`. One run per directory.
             sigma_rels: profiles to track; two reach almost everything between them, see `ema error-plot`.
             update_every, update_after_step: averages are updated at multiples of the first, after the second.
-            checkpoint_every: snapshots are due at its multiples; it must be a multiple of update_every.
+            checkpoint_every: snapshots are due at its multiples; it must be a multiple of update_every, whose default
+                of 10 is else reduced to their common divisor, with a warning.
             max_checkpoints: number of snapshots to keep of each profile: those that reconstruction needs most for the
                 lengths between the tracked ones. None keeps all.
             checkpoint_dtype: dtype of stored averages, float32 where values do not fit; None for each parameter's.

@@ -37,6 +37,8 @@ from posthoc_cli.tracker.sharding import as_dtensor, held_box, reshard
 
 STATE_VERSION = 4
 
+DEFAULT_UPDATE_EVERY = 10
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -64,6 +66,9 @@ class Settings:
         snapshot_every = check_count("checkpoint_every", checkpoint_every)
         after = check_count("update_after_step", update_after_step, 0)
         most = None if max_checkpoints is None else check_count("max_checkpoints", max_checkpoints)
+        if snapshot_every % every and every == DEFAULT_UPDATE_EVERY:
+            every = math.gcd(every, snapshot_every)
+            warn(f"update_every is {every}, so that checkpoint_every {snapshot_every} is a multiple of it")
         if snapshot_every % every:
             reason = f"must be a multiple of update_every {every}, so that a snapshot holds the average of its own time"
             raise InvalidValueError("checkpoint_every", reason, value=snapshot_every)

@@ -159,9 +159,9 @@ class Tracker:
     def attach(self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None) -> Attachment:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
 
-        A step that a GradScaler skips does not count. `optimizer.step()` raises the errors of `update_`. Another
-        tracker that is attached to the optimizer for the same model is closed, with a warning: when a notebook's cell
-        runs again, nothing else can close it. To have two trackers of one model, call `update_` of one yourself.
+        A step that a GradScaler skips does not count. `optimizer.step()` raises the errors of `update_`. Trackers of
+        several directories may be attached to one optimizer. An earlier one of the same directory and model is closed,
+        with a warning: when a notebook's cell runs again, nothing else can close it.
 
         Arguments:
             optimizer: the optimizer that trains the model, also accelerate's; of several, the one that steps last.

@@ -343,24 +343,30 @@ def test_the_model_may_outlive_the_wrapper_that_the_tracker_was_made_with(tmp_pa
             pass
 
 
-@pytest.mark.parametrize("again", ["one", "other"])
+def test_trackers_of_several_directories_are_attached_to_one_optimizer(tmp_path: Path) -> None:
+    model, optimizer = sgd()
+    with attached(model, tmp_path / "one", optimizer) as one, attached(model, tmp_path / "other", optimizer) as other:
+        step(model, optimizer, 3)
+        assert (one.step, other.step) == (3, 3)
+
+
 @pytest.mark.parametrize("before", [0, 3])
 def test_a_cell_run_again_closes_its_first_tracker(
-    tmp_path: Path, again: str, before: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, before: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, optimizer = sgd()
     first = attached(model, tmp_path / "one", optimizer)
     step(model, optimizer, before)
     wrapped = torch.nn.DataParallel(model)
-    second = attached(wrapped, tmp_path / again, optimizer)
-    assert re.search("one was attached to this optimizer for the same model; it is closed", caplog.text)
+    second = attached(wrapped, tmp_path / "one", optimizer)
+    assert re.search("an earlier tracker of .* closed", caplog.text)
     with pytest.raises(NotReadyError, match="was closed"):
         first.update_(model)
     with second:
         step(model, optimizer, 2)
-    assert second.step == (2 + before if again == "one" else 2)  # the same model in the same directory is resumed
+    assert second.step == 2 + before  # the same model in the same directory is resumed
     assert first.step == before
-    assert {snapshot.info.run_id for snapshot in read_directory(tmp_path / again)} == {second.run_id}
+    assert {snapshot.info.run_id for snapshot in read_directory(tmp_path / "one")} == {second.run_id}
 
 
 def test_a_cell_that_makes_everything_anew_waits_for_no_garbage_collector(tmp_path: Path) -> None:

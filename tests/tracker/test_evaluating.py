@@ -370,3 +370,16 @@ def test_before_the_first_update_too_a_model_that_does_not_fit_stays_unchanged(t
         with pytest.raises(ModelMismatchError, match="tensor '"):
             tracker.load_into(wrong, 0.1)
         assert all(torch.equal(value, before[name]) for name, value in wrong.state_dict().items())
+
+
+def test_a_model_made_in_inference_mode_is_refused_in_one_line(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+        tracker.update_(model)
+        with torch.inference_mode():
+            other = torch.nn.Linear(3, 3)
+        with (
+            pytest.raises(InvalidValueError, match="its tensor 'weight' was made in inference mode"),
+            tracker.model(other, 0.15),
+        ):
+            pass

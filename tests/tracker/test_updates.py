@@ -341,7 +341,7 @@ def test_before_the_first_update_the_weights_stand_in_for_an_average(tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"checkpoint_every": 1005}, "checkpoint_every 1005: must be a multiple of update_every 10"),
+        ({"update_every": 4, "checkpoint_every": 1005}, "checkpoint_every 1005: must be a multiple of update_every 4"),
         ({"update_every": 0}, "update_every 0"),
         ({"sigma_rels": 0.1}, "sigma_rels 0.1: must be a sequence"),
         ({"sigma_rels": "0.05"}, "sigma_rels '0.05': must be a sequence"),
@@ -636,3 +636,13 @@ def test_the_error_for_buffers_without_their_final_shape_names_ways_out_that_wor
     with PostHocEMA.from_path(tmp_path / "2", with_shape, step=2) as tracker:
         tracker.update_(with_shape)
         assert tracker.step == 3
+
+
+def test_the_default_interval_of_updates_follows_that_of_snapshots(tmp_path: Path) -> None:
+    model = Scalar()
+    with pytest.warns(RuntimeWarning, match="update_every is 5, so that checkpoint_every 15 is a multiple of it"):
+        tracker = PostHocEMA.from_model(model, tmp_path, checkpoint_every=15)
+    with tracker:
+        for _ in range(15):
+            tracker.update_(model)
+    assert {snapshot.info.t for snapshot in read_directory(tmp_path)} == {15}
