@@ -110,7 +110,7 @@ def commands() -> dict:
     return typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("width", [80, 100])
 def test_help_is_not_wrapped_within_an_option_or_a_name(ema: Ema, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     for name in commands():
