@@ -380,7 +380,7 @@ class PostHocEMA(Tracker):
             of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
             label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
             profiles = [source.profile for source in chosen]
-            return Candidate(label, profiles, source_prior(chosen), self.settings.t_unit)
+            return Candidate(label, profiles, source_prior(chosen))
         schedule = self.settings.schedule
         every, count = schedule.checkpoint_every, schedule.max_checkpoints or 20
         rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
