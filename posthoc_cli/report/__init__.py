@@ -25,7 +25,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
-from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, shown
 from posthoc_cli.planning import error_curve
 from posthoc_cli.planning.curves import ErrorCurve, finite, no_formula
@@ -269,28 +268,16 @@ def _commands(run: Run, result: dict[str, Any] | None = None) -> list[str]:
     source = [str(run.directory), *([] if run.also is None else ["--checkpoints", str(run.also)])]
     if result is None:
         return [shlex.join([*synthesize, *source, "--sigma-rel", "0.1", "--out", "model.safetensors"])]
-    best, kind, settings = result["best"], result["length"], result["settings"]
-    value = f"{best[kind]:.12g}"
-    target = ("--sigma-rel", value) if kind == "sigma_rel" else ("--target", f"{kind}:{value}")
-    options = _synthesis_options(settings, None if settings["t"] == run.t else settings["t"], "model")
-    commands = [[*synthesize, *source, *target, *options]]
-    if result["guide"] is not None:
-        width, other = f"{best['guide']:.12g}", settings["guide"]
-        options = _synthesis_options(other, other["t"], "guide")
-        commands.append([*synthesize, result["guide"], "--sigma-rel", width, *options])
-    return [*([result["again"]] if result["again"] else ()), *map(shlex.join, commands)]
-
-
-def _synthesis_options(settings: dict[str, Any], t: float | None, name: str) -> list[str]:
-    """Return the options of a synthesis with a sweep's settings, except for the run and the lengths."""
-    like, layout, dtype = (settings.get(key) for key in ("like", "layout", "dtype"))
+    kind, settings = result["axis"], result["settings"]
+    value = f"{result['best'][kind]:.12g}"
+    target = ["--sigma-rel", value] if kind == "sigma_rel" else ["--target", f"{kind}:{value}"]
+    like = settings.get("like")
     given = {
-        "--t": None if t is None else f"{t:.12g}",
-        "--method": None if settings.get("method") == "minvar" else settings.get("method"),
-        "--dtype": None if like or dtype is None else DTYPES[dtype].torch_name,
-        "--layout": layout,
+        "--t": None if settings["t"] == run.t else f"{settings['t']:.12g}",
         "--like": like,
         "--component": settings.get("component"),
-        "--out": name if like or layout in ("sharded", "dcp") else f"{name}.{layout or 'safetensors'}",
+        "--out": "model" if like else "model.safetensors",
     }
-    return [word for option, value in given.items() if value is not None for word in (option, value)]
+    options = [word for option, text in given.items() if text is not None for word in (option, text)]
+    again = [result["again"]] if result["again"] else []
+    return [*again, shlex.join([*synthesize, *source, *target, *options])]

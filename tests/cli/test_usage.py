@@ -158,8 +158,8 @@ def test_the_number_of_options_is_limited() -> None:
         for name, command in commands().items()
     }
     assert counts["synthesize"] <= 22
-    assert counts["sweep"] <= 24
-    assert sum(counts.values()) <= 130
+    assert counts["sweep"] <= 13
+    assert sum(counts.values()) <= 120
 
 
 def test_help_of_a_command_and_the_version(ema: Ema) -> None:

@@ -211,8 +211,6 @@ def test_sweeps_of_other_targets_have_a_page(
     [
         ({}, "--out model.safetensors"),
         ({"t": 12}, "--t 12 --out model.safetensors"),
-        ({"dtype": "bfloat16", "layout": "pt"}, "--dtype bfloat16 --layout pt --out model.pt"),
-        ({"layout": "safetensors"}, "--layout safetensors --out model.safetensors"),
     ],
 )
 def test_the_command_of_a_page_makes_the_same_average(
@@ -231,7 +229,6 @@ def test_the_command_of_a_page_makes_the_same_average(
 
 HARMS: dict[str, Any] = {
     "settings": None, "curve": [], "trials": [{}], "estimate": "x", "equal_within_noise": [0.1], "best": {}, "axis": 1,
-    "length": 7, "guide": "x",
 }  # fmt: skip
 
 
