@@ -176,7 +176,7 @@ def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
             elif present.real_origin != manifest.real_origin:
                 reason = f"is an import of {present.origin}"
             if reason and not overwrite:
-                raise OutputExistsError(out, reason, "choose another name, or overwrite=True to replace it")
+                raise OutputExistsError(out, reason, "choose another name, or `overwrite` to replace it")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(out, "already exists, and holds something else", "choose another name")
     with files.new_directory(out):
@@ -278,7 +278,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
-        raise OutputExistsError(out, "already exists", "choose another name, or overwrite=True to replace it")
+        raise OutputExistsError(out, "already exists", "choose another name, or `overwrite` to replace it")
     for path in [out] if not out.is_dir() else sorted(out.iterdir()):
         with suppress(FileFormatError):
             if headers.file_kind(read_header(path)) == COPY:
