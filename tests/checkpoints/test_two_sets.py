@@ -93,7 +93,9 @@ def test_names_of_files_and_folders_say_which_is_the_average(layout: str, tmp_pa
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("content", [lambda a: {"ema": a, "opt": optimizer(a)}, lambda a: {"model_ema": a, "args": {"lr": 3}}])
+@pytest.mark.parametrize(
+    "content", [lambda a: {"ema": a, "opt": optimizer(a)}, lambda a: {"model_ema": a, "args": {"lr": 3}}]
+)
 def test_an_average_without_weights_is_not_taken_for_weights(content: Any, tmp_path: Path) -> None:
     folder = write(tmp_path / "run", lambda _, average: content(average))
     with pytest.raises(InvalidValueError, match="holds EMAs, and neither their decay nor weights next to them"):
