@@ -69,7 +69,7 @@ class _Group(typer.core.TyperGroup):
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose errors name its options, and the command that repairs a broken run."""
+    """A command whose errors name its options, and the command that checks a broken run."""
 
     def get_help_option(self, ctx: Any) -> Any:
         """Return the option --help, hidden: whoever reads the list of options has already used it."""
@@ -113,13 +113,13 @@ def _with_options(error: PostHocError, context: Any) -> PostHocError:
         for directory in (context.params.get("directory"), *(context.params.get("directories") or ())):
             path = None if directory is None else files.expanded(Path(directory))
             if path is not None and error.subject.startswith(f"{path}{os.sep}") and _is_run(path):
-                hint = f"`ema verify {directory}` checks every file, and --repair sets broken files aside"
+                hint = f"`ema verify {directory}` checks every file; move the broken ones away"
                 return changed.with_hint(hint)
     return changed
 
 
 def _is_run(directory: Path) -> bool:
-    """Return whether a tracker has written to a directory; files of other programs are never set aside."""
+    """Return whether a tracker has written to a directory; others hold files of other programs."""
     from posthoc_cli.snapshots.directory import inspect_directory
     from posthoc_cli.snapshots.writer import LOCK_NAME
 
