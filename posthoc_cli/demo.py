@@ -238,7 +238,7 @@ class Folder:
         if self.root.exists() and not (is_empty or marker.is_file()):
             raise OutputExistsError(self.root, "already exists, and no earlier demo made it", "name another folder")
         if marker.is_file() and not overwrite:
-            hint = "name another folder, or overwrite=True to replace it"
+            hint = "name another folder, or `overwrite` to replace it"
             raise OutputExistsError(self.root, "holds an earlier demo", hint)
         for folder in (self.snapshots, self.averages, self.root / "tracked", self.sweep):
             if folder.is_symlink():

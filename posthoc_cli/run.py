@@ -516,7 +516,7 @@ def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
     files.check_parent("out", path)
     if path.exists() and not overwrite:
-        raise OutputExistsError(path, "already exists", "choose another name, or overwrite=True to replace it")
+        raise OutputExistsError(path, "already exists", "choose another name, or `overwrite` to replace it")
     return path
 
 

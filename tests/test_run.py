@@ -98,7 +98,7 @@ def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema:
     assert written(run, [0.1, Beta(0.9)], tmp_path / "new", skip_existing=True).existing == {0, 1}
     with pytest.raises(OutputExistsError) as raised:
         run.write([0.1, 0.2], tmp_path / "new")
-    assert raised.value.hint == "choose another name, or overwrite=True to replace it"
+    assert raised.value.hint == "choose another name, or `overwrite` to replace it"
     with pytest.raises(InexactError):
         run.write(0.1, tmp_path / "no.safetensors", max_error=1e-9)
     assert not (tmp_path / "no.safetensors").exists()
@@ -127,7 +127,7 @@ def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema:
         (lambda run: run.prune(keep="20"), "keep", "'20': must be a whole number, at least 1"),
         (lambda run: run.prune(keep=2, sigma_range=(0.2, 0.1)), "sigma_range", "(0.2, 0.1): must be two numbers in"),
         (lambda run: run.prune(max_size="60"), "max_size", "60 bytes: the newest snapshots of each profile"),
-        (lambda run: run.prune(max_size=2, keep=1), "keep, max_size and max_error", ": give one of them"),
+        (lambda run: run.prune(max_size=2, keep=1), "keep and max_size and max_error", ": give one of them"),
         (lambda run: run.prune(keep=2.5), "keep", "2.5: must be a whole number"),
         (lambda run: run.prune(keep=True), "keep", "True: must be a whole number"),
         (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),

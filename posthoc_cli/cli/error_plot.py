@@ -29,12 +29,12 @@ def error_plot(
     target: list[str] = values.TARGETS(
         [],
         metavar="TARGET",
-        help="Also these averages, as points: window:1000, or another kind (see `ema help targets`). Repeatable.",
+        help="Also these averages, as points: window:1000, or another kind (see `ema guide synthesis`). Repeatable.",
     ),
     sigma_range: str = values.TARGETS("0.01:0.2886", metavar="LOW:HIGH", help="The curve's range of sigma_rel."),
     checkpoints: str | None = values.CHECKPOINTS,
     t: float | None = values.TIME,
-    method: str | None = values.METHOD,
+    method: values.Method | None = values.METHOD,
 ) -> None:
     """Draw how exact averages of any length will be.
 

@@ -131,5 +131,5 @@ def test_a_plan_is_drawn(ema: Ema, tmp_path: Path) -> None:
     fixed = ("--sigma-rels", "0.05,0.28", "--out", out)
     assert ema(*PLANNED, *fixed).out.splitlines()[-1] == f"wrote {out}"
     assert out.read_bytes()[:4] == b"\x89PNG"
-    assert "--overwrite to replace" in ema(*PLANNED, *fixed).error
+    assert "`overwrite` to replace" in ema(*PLANNED, *fixed).error
     assert ema(*PLANNED, *fixed, "--overwrite").code == 0
