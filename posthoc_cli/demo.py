@@ -70,7 +70,7 @@ class Result:
     @property
     def best(self) -> float:
         """The sigma_rel that the sweep chose, as named in the picture and the page."""
-        return self.sweep.chosen["sigma_rel"]
+        return self.sweep.found.best
 
     def to_dict(self) -> dict[str, Any]:
         """Return the results as data for JSON."""
@@ -113,7 +113,7 @@ def run(out: Path, steps: int, overwrite: bool, say: Say, watch: ProgressBar) ->
         say("")
         say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training never saw")
         swept = _measure(folder, model)
-        best = folder.average(swept.chosen["sigma_rel"])
+        best = folder.average(swept.found.best)
         lines.append(run_command(say, "export", best, "--out", folder.best, over))
         files.write_atomically(folder.loss_picture, plots.as_file(partial(draw, swept.to_dict()), ".png"))
         page = "--sweep", folder.sweep, "--out", folder.page, over
@@ -238,7 +238,7 @@ class Folder:
         if self.root.exists() and not (is_empty or marker.is_file()):
             raise OutputExistsError(self.root, "already exists, and no earlier demo made it", "name another folder")
         if marker.is_file() and not overwrite:
-            hint = "name another folder, or overwrite=True to replace it"
+            hint = "name another folder, or `overwrite` to replace it"
             raise OutputExistsError(self.root, "holds an earlier demo", hint)
         for folder in (self.snapshots, self.averages, self.root / "tracked", self.sweep):
             if folder.is_symlink():

@@ -232,10 +232,7 @@ def check_count(name: str, value: object, least: int = 1) -> int:
 def check_alone(least: int = 0, **given: object) -> None:
     """Raise InvalidValueError unless `least` to 1 of these arguments are given; None and False count as not given."""
     if not least <= sum(value is not None and value is not False for value in given.values()) <= 1:
-        *names, last = given
-        raise InvalidValueError(
-            f"{', '.join(names)} and {last}", "give one of them" if least else "give at most one of them"
-        )
+        raise InvalidValueError(" and ".join(given), "give one of them" if least else "give at most one of them")
 
 
 def check_word(name: str, value: object, accepted: Iterable[object]) -> None:

@@ -461,4 +461,4 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _exists(path: Path) -> OutputExistsError:
-    return OutputExistsError(path, "already exists", "choose another name, or overwrite=True to replace it")
+    return OutputExistsError(path, "already exists", "choose another name, or `overwrite` to replace it")

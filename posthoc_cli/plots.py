@@ -17,18 +17,18 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from posthoc_cli.errors import printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.planning import ErrorCurve, ProfileFit
+    from posthoc_cli.planning import ErrorCurve
 
 
 class _Figure(Figure):
@@ -63,14 +63,10 @@ _LEAST_ERRORS = (1e-8, 1e-5)
 _MOST_ERROR = 2.0
 
 _WIDTH = 8.0
-_FIT_HEIGHT = 2.6
-"""Width of a figure with one fit per row, and height of a row, in inches. More than two fits are drawn two in a row."""
+"""Width of a figure in inches."""
 
 _MARGIN = 0.1
 """Margin in inches, since the edges of the white background are visible on a dark page."""
-
-_MOST_HATCHED = 24
-"""Largest number of bars with a pattern, which in narrower bars would look like gaps."""
 
 _LEAST_WIDTH = 0.0001
 """The sigma_rel at which narrower targets are drawn."""
@@ -83,36 +79,21 @@ _MOST_TICKS = 8
 _FAR = 3.0
 """Distance of the raw weights' metric, as a multiple of the averages' spread, beyond which it is only in the legend."""
 
-PAGE_WIDTH = 4.8
-"""Width in inches of a figure on a page, which keeps its text legible on a phone."""
 
-
-def error_figure(
-    curves: Sequence[ErrorCurve], fits: Sequence[ProfileFit] = (), profile_error: bool = False, width: float = _WIDTH
-) -> Figure:
-    """Draw the reconstruction error against sigma_rel, and below it the fits, each with a title.
-
-    With `profile_error`, thin lines show the errors of the profiles.
-    """
+def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> Figure:
+    """Draw the reconstruction error against sigma_rel; with `profile_error`, thin lines show that of the profiles."""
     # A legend of several entries would cover the curves, so it is drawn below them, in a taller figure.
     entries = sum(1 + len(curve.others) for curve in curves)
     legend_rows = entries + 2 if entries > 1 else 0
-    height = 4.6 + 0.2 * legend_rows
-    columns = 1 if len(fits) <= 2 else 2
-    rows = -(-len(fits) // columns)
-    width *= 1 if columns == 1 else 1.5
-    figure = _figure(width, height + _FIT_HEIGHT * rows)
-    grid = figure.add_gridspec(1 + rows, columns, height_ratios=[height, *[_FIT_HEIGHT] * rows])
-    _draw_errors(figure.add_subfigure(grid[0, :]).add_subplot(), curves, legend_rows > 0, width, profile_error)
-    for index, fit in enumerate(fits):
-        _draw_fit(figure.add_subfigure(grid[1 + index // columns, index % columns]), fit, width / columns)
+    figure = _figure(_WIDTH, 4.6 + 0.2 * legend_rows)
+    _draw_errors(figure.add_subplot(), curves, legend_rows > 0, profile_error)
     return figure
 
 
-def as_file(draw: Callable[[], Figure], suffix: str, text: bool = False) -> bytes:
+def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
     """Return a figure as the content of a `.png`, `.svg` or `.pdf` file, reproducible byte for byte.
 
-    Text in SVG is drawn as paths, so that it looks the same everywhere, unless `text` is True.
+    Text in SVG is drawn as paths, so that it looks the same everywhere.
 
     matplotlibrc files are ignored: one in the working directory may be another user's and enable LaTeX, which runs
     programs.
@@ -121,7 +102,7 @@ def as_file(draw: Callable[[], Figure], suffix: str, text: bool = False) -> byte
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams["svg.hashsalt"] = "ema"
-        matplotlib.rcParams["svg.fonttype"] = "none" if text else "path"
+        matplotlib.rcParams["svg.fonttype"] = "path"
         draw().savefig(stream, format=suffix.removeprefix("."), metadata=_METADATA[suffix])
     return stream.getvalue()
 
@@ -201,63 +182,6 @@ def audit_figure(
     return figure
 
 
-def times_figure(lines: dict[str, tuple[FloatArray, FloatArray]], words: tuple[str, str]) -> Figure:
-    """Draw lines over training time; nan makes a gap. A line with one time more than values is drawn as stairs."""
-    figure = _figure(_WIDTH, 3.2)
-    axes = figure.add_subplot()
-    for index, (name, (times, values)) in enumerate(lines.items()):
-        line, label = _line(index), _plain(name)
-        if len(times) > len(values):
-            axes.stairs(values, times, baseline=None, linewidth=1.6, label=label, **line)
-        else:  # markers show a value between two gaps, which has no line
-            marker = MARKERS[index % len(MARKERS)]
-            axes.plot(times, values, linewidth=1.6, marker=marker, markersize=2.5, label=label, **line)
-    axes.set_yscale("log")
-    _round_ticks(axes.yaxis)
-    axes.set_xlabel(f"training time ({_plain(words[0])})")
-    axes.set_ylabel(_plain(words[1]))
-    _finish(axes)
-    return figure
-
-
-def fit_page(figure: Figure, linear: bool) -> None:
-    """Make a figure as wide as a page on a phone, and remove its title, which is in the page's text.
-
-    With `linear` a logarithmic axis of the first axes becomes linear: the vertical one, else the horizontal one.
-    """
-    figure.set_size_inches(PAGE_WIDTH, 0.9 * figure.get_figheight())
-    axes = figure.axes[0]
-    axes.set_title("")
-    if not linear:
-        return
-    if axes.get_yscale() == "log":
-        high, percent = min(axes.dataLim.y1, axes.get_ylim()[1]), axes.yaxis.get_major_formatter()
-        axes.set_yscale("linear")
-        axes.set_ylim(0, 1.1 * high)
-        if isinstance(percent, FuncFormatter):
-            axes.yaxis.set_major_formatter(percent)
-    else:
-        low, high = axes.dataLim.intervalx
-        axes.set_xscale("linear")
-        axes.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
-        axes.xaxis.set_major_locator(MaxNLocator(8))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-
-
-def frame(figure: Figure) -> dict[str, object]:
-    """Return the box of a figure's first axes (fractions from the top left), their limits, scales and names."""
-    figure.draw_without_rendering()
-    axes = figure.axes[0]
-    box = axes.get_window_extent().transformed(figure.transFigure.inverted())  # also of axes in a subfigure
-    return {
-        "box": [box.x0, 1 - box.y1, box.x1, 1 - box.y0],
-        "x": [float(end) for end in axes.get_xlim()],
-        "y": [float(end) for end in axes.get_ylim()],
-        "log": [axes.get_xscale() == "log", axes.get_yscale() == "log"],
-        "words": [label.partition(" (")[0] for label in (axes.get_xlabel(), axes.get_ylabel())],
-    }
-
-
 def _figure(width: float, height: float) -> Figure:
     """Return an empty figure; sizes are in inches."""
     left, bottom = _MARGIN / width, _MARGIN / height
@@ -268,9 +192,7 @@ def _figure(width: float, height: float) -> Figure:
 # --- error curves
 
 
-def _draw_errors(
-    axes: Axes, curves: Sequence[ErrorCurve], legend_below: bool, width: float, profile_error: bool
-) -> None:
+def _draw_errors(axes: Axes, curves: Sequence[ErrorCurve], legend_below: bool, profile_error: bool) -> None:
     known = [curve.predicted_error[np.isfinite(curve.predicted_error)] for curve in curves]
     lowest = min((float(np.quantile(errors, 0.1)) for errors in known if errors.size), default=1.0)
     # The largest power of ten below nearly all of the curves.
@@ -294,13 +216,13 @@ def _draw_errors(
             curve.sigma_rels, curve.profile_error, alpha=0.55, linewidth=0.9, zorder=1.9, label=label, **_line(index)
         )
     title = "Predicted error of the weights" + (f": {_good_range(curves[0])}" if len(curves) == 1 else "")
-    axes.set_title(_wrapped(title, width - 1, size=12), fontsize=12)
+    axes.set_title(_wrapped(title, _WIDTH - 1, size=12), fontsize=12)
     _sigma_axis(axes, curves)
     legend = _finish(axes)
     if legend_below:
         legend = axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     for text in legend.get_texts():
-        text.set_text(_wrapped(text.get_text(), width - (1 if legend_below else 3), size=8))
+        text.set_text(_wrapped(text.get_text(), _WIDTH - (1 if legend_below else 3), size=8))
 
 
 def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: bool) -> None:
@@ -324,7 +246,7 @@ def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: 
 
 
 def _draw_points(axes: Axes, curve: ErrorCurve, index: int, least: float) -> None:
-    """Draw the targets that are no power functions, each as a letter that the legend explains."""
+    """Draw the further targets, each as a letter that the legend explains."""
     for number, point in enumerate(curve.others):
         height = float(np.clip(point.predicted_error, least, _MOST_ERROR))
         axes.plot(
@@ -350,47 +272,6 @@ def _sigma_axis(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
 def _good_range(curve: ErrorCurve) -> str:
     ranges = curve.ranges_text(GOOD_ERROR)
     return f"below 1 % for sigma_rel {ranges}" if ranges else "nowhere below 1 %"
-
-
-# --- fits
-
-
-def _draw_fit(figure: SubFigure, fit: ProfileFit, width: float) -> None:
-    """Draw the profile over training time, and to its right the coefficients."""
-    figure.suptitle(_wrapped(_plain(fit.title), width - 4 * _MARGIN, size=10), fontsize=10)
-    profile, coefficients = figure.subplots(1, 2)
-    profile.plot(fit.times, fit.target, color=COLOURS[4], linewidth=1.2, label="target")
-    profile.plot(fit.times, fit.reconstructed, color=COLOURS[1], linestyle="--", linewidth=1.4, label="reconstructed")
-    profile.set_ylabel(f"density (1 / {_plain(fit.t_unit)})", fontsize=9)
-    profile.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
-    profile.yaxis.get_offset_text().set_fontsize(8)
-    _draw_coefficients(coefficients, fit)
-    for axes in (profile, coefficients):
-        axes.set_xlim(0, 1.02 * float(fit.times[-1]))
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.12g}"))
-        axes.set_xlabel(f"training time ({_plain(fit.t_unit)})", fontsize=9)
-        axes.tick_params(labelsize=8)
-        _finish(axes)
-
-
-def _draw_coefficients(axes: Axes, fit: ProfileFit) -> None:
-    times = np.unique(np.concatenate(list(fit.snapshot_times.values())))
-    spacing = float(np.min(np.diff(times))) if times.size > 1 else 0.1 * float(times[0])
-    # A snapshot off the schedule may be close to another one: overlapping bars are better than invisible bars.
-    spacing = max(spacing, float(times[-1] - times[0]) / (3 * times.size))
-    count = len(fit.snapshot_times)
-    width = 0.8 * spacing / count
-    hatches = ("", "////", "....") if times.size * count <= _MOST_HATCHED else ("",)
-    for index, label in enumerate(sorted(fit.snapshot_times)):  # a profile has one colour in all drawings
-        # Bars of one time are next to each other; the last one ends at that time.
-        right = fit.snapshot_times[label] - (count - 1 - index) * width
-        axes.bar(
-            right, fit.coefficients[label], -width, align="edge", color=COLOURS[index % len(COLOURS)],
-            hatch=hatches[index % len(hatches)], edgecolor="white", linewidth=0.3, label=label,
-        )  # fmt: skip
-    axes.axhline(0, color="0.35", linewidth=0.8)
-    axes.set_ylabel("coefficient", fontsize=9)
 
 
 # --- text and axes

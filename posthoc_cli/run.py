@@ -42,12 +42,9 @@ from posthoc_cli.planning import (
     ErrorCurve,
     ErrorReport,
     PlanReport,
-    Schedule,
     Task,
     error_curve,
-    profile_fit,
     propose,
-    relative_rounding,
     time_between,
 )
 from posthoc_cli.profiles import Point, PowerFunction, Profile
@@ -386,7 +383,7 @@ class Run:
     # --- errors
 
     def candidate(self, t: float | None = None) -> Candidate:
-        """Return the snapshots in the form that `error_curve` and `profile_fit` take.
+        """Return the snapshots in the form that `error_curve` takes.
 
         If the run has more snapshots than a solve can take, these are the ones that a synthesis at `t` uses. A sample
         of the tensors is read if headers have no measurements.
@@ -399,7 +396,7 @@ class Run:
         count = sum(info.t <= last for info in infos)
         label = f"{self.directory}: {counted(sources, len(usable), count)} up to {last:,.12g} {unit}"
         profiles, first = [source.profile for source in known], min(info.t_first for info in infos)
-        return Candidate(label, profiles, source_prior(known), unit, run_clock(infos), first)
+        return Candidate(label, profiles, source_prior(known), run_clock(infos), first)
 
     def error_curve(
         self,
@@ -418,11 +415,13 @@ class Run:
         *,
         t: float | None = None,
         method: str | None = None,
-        draw: Wanted | Sequence[Wanted] = (),
+        targets: Wanted | Sequence[Wanted] = (),
     ) -> Figure:
-        """Return a matplotlib figure of the error curve, and below it the targets in `draw` over training time."""
-        candidates, targets = [self.candidate(t)], as_targets(draw)
-        return _error_figure(candidates, _curves(candidates, targets, sigma_range, t, method), targets, t, method)
+        """Return a matplotlib figure of the error curve, and of other targets as points."""
+        from posthoc_cli import plots
+
+        others = as_targets(targets)
+        return plots.error_figure([self.error_curve(sigma_range, t=t, method=method, others=others)], method == "paper")
 
     # --- maintenance
 
@@ -503,9 +502,6 @@ class Run:
             return writer.prune(self.directory, planned, advance)
 
 
-MOST_DRAWINGS = 24
-"""Largest number of drawings over training time in one figure."""
-
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -520,34 +516,28 @@ def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
     files.check_parent("out", path)
     if path.exists() and not overwrite:
-        raise OutputExistsError(path, "already exists", "choose another name, or overwrite=True to replace it")
+        raise OutputExistsError(path, "already exists", "choose another name, or `overwrite` to replace it")
     return path
 
 
 def error_report(
-    runs: Sequence[Run] = (),
-    schedules: Sequence[Schedule] = (),
+    runs: Sequence[Run],
     sigma_range: tuple[float, float] = (0.01, 0.2886),
     *,
     t: float | None = None,
     method: str | None = None,
-    dtype: str = "float16",
-    like: Run | None = None,
-    draw: Wanted | Sequence[Wanted] = (),
+    targets: Wanted | Sequence[Wanted] = (),
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> ErrorReport:
-    """Compute error curves of runs and of schedules, as `ema error-plot` draws them.
+    """Compute error curves of runs, as `ema error-plot` draws them.
 
     Arguments:
         runs: runs with snapshots or checkpoints.
-        schedules: snapshots of a future training; their `rounding` follows from `dtype`.
         sigma_range: the curves' range.
         t: time of the targets; by default that of the last snapshot.
         method: the solver.
-        dtype: the dtype of the schedules' snapshots.
-        like: an earlier run, of a network that moved as it will in the schedules; by default it moves evenly.
-        draw: targets to draw over training time, with coefficients; if without a sigma_rel, also as points.
+        targets: other averages, which become points.
         out: a .png, .svg or .pdf file to draw, with profile errors if the method is "paper"; or a .csv file.
         overwrite: replace an existing file.
 
@@ -555,23 +545,11 @@ def error_report(
         InvalidValueError, OutputExistsError, WriteError; and the errors of `Run`.
     """
     path = None if out is None else new_file(out, (*PICTURES, ".csv"), overwrite)
-    if not runs and not schedules:
-        raise InvalidValueError("runs and schedules", "name one")
-    targets = as_targets(draw)
-    drawings = len(targets) * (len(runs) + len(schedules))
-    is_picture = path is not None and path.suffix in PICTURES
-    if is_picture and drawings > MOST_DRAWINGS:
-        reason = f"{drawings} drawings; at most {MOST_DRAWINGS} fit"
-        raise InvalidValueError("out", reason, value=out)
-    candidates = [run.candidate(t) for run in runs]
-    for schedule in schedules:
-        earlier, assumption = _earlier_run(like, schedule.steps)
-        rounding = earlier.rounding.get(dtype, relative_rounding(dtype))
-        candidates.append(Candidate.of_schedule(replace(schedule, rounding=rounding), earlier.motion, assumption))
-    curves = _curves(candidates, targets, sigma_range, t, method)
-    report = ErrorReport(tuple(curves))
-    if path is not None and is_picture:
-        _write_figure(lambda: _error_figure(candidates, curves, targets, t, method), path, overwrite)
+    others = as_targets(targets)
+    curves = tuple(run.error_curve(sigma_range, t=t, method=method, others=others) for run in runs)
+    report = ErrorReport(curves)
+    if path is not None and path.suffix in PICTURES:
+        _write_figure(lambda: _error_figure(curves, method == "paper"), path, overwrite)
     elif path is not None:
         files.write_atomically(path, report.to_csv().encode(), overwrite)
     return report
@@ -597,7 +575,7 @@ def plan_training(
         task = replace(task, motion=earlier.motion, rounding=earlier.rounding)
     proposals = tuple(propose(task))
     if picture is not None:
-        _write_figure(lambda: _error_figure((), [proposal.errors for proposal in proposals]), picture, overwrite)
+        _write_figure(lambda: _error_figure([proposal.errors for proposal in proposals]), picture, overwrite)
     return PlanReport(task, proposals, assumption, None if like is None else str(like.directory))
 
 
@@ -610,22 +588,10 @@ def _earlier_run(like: Run | None, steps: int) -> tuple[EarlierRun, str]:
     return earlier, f"{EVENLY}: the motion of {like.directory} is not known" if earlier.motion is None else known
 
 
-def _curves(
-    candidates: Sequence[Candidate], targets: Sequence[Target], sigma_range: tuple[float, float], t: float | None,
-    method: str | None,
-) -> list[ErrorCurve]:  # fmt: skip
-    others = [target for target in targets if target.sigma_rel is None]
-    return [error_curve(each, sigma_range, t=t, method=method, others=others) for each in candidates]
-
-
-def _error_figure(
-    candidates: Sequence[Candidate], curves: Sequence[ErrorCurve], targets: Sequence[Target] = (),
-    t: float | None = None, method: str | None = None,
-) -> Figure:  # fmt: skip
+def _error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> Figure:
     from posthoc_cli import plots
 
-    fits = [profile_fit(each, target, t, method=method) for target in targets for each in candidates]
-    return plots.error_figure(curves, fits, method == "paper")
+    return plots.error_figure(curves, profile_error)
 
 
 def _write_figure(draw: Callable[[], Figure], out: Path, overwrite: bool) -> None:

@@ -421,17 +421,9 @@ def _plain(value: float) -> str:
 
 
 FORMS = {
-    "beta": ("beta:0.9999", "a decay for every step: x <- beta x + (1 - beta) theta"),
-    "half-life": (
-        "half-life:5000",
-        "a decay for every step, by the number of steps after which a weight counts half; "
-        "half-life:5% is the power function whose half-life is 5 % of the training so far",
-    ),
-    "window": ("window:1000", "the mean of the last steps"),
-    "between": ("between:50000:80000", "the mean over a span of training time"),
-    "last": ("last:10", "the plain mean of the last checkpoints, whatever their distances"),
-    "decay": ("decay:linear:20%", f"a decay of the learning rate that was not run: {', '.join(SHAPES)}"),
-}
+    "beta": "beta:0.9999", "half-life": "half-life:5000", "window": "window:1000", "between": "between:50000:80000",
+    "last": "last:10", "decay": "decay:linear:20%",
+}  # fmt: skip
 """The kinds of targets other than sigma_rel: an example of each, and its meaning. All take lists and ranges."""
 
 MOST_VALUES = 10_000
@@ -457,7 +449,7 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     try:
         if not colon or kind not in FORMS:
             if any(character.isalpha() for character in kind):
-                forms = ", ".join(form for form, _ in FORMS.values())
+                forms = ", ".join(FORMS.values())
                 raise bad(name, text, f"must be a sigma_rel in (0, 0.2887), or one of {forms}")
             return [SigmaRel(width) for width in _numbers(text, _SIGMA_FORMS)]
         if kind == "between":

@@ -240,7 +240,7 @@ def _asked(
     paper = [tracker.state_dict(target, method="paper") for target in wanted]
     tracked = []
     for sigma_rel in tracking.sigma_rels:
-        with tracker.averaged(model, sigma_rel):
+        with tracker.model(model, sigma_rel):
             tracked.append(_flat(dict(model.named_parameters())))
     error, published = (distances(np.array([_flat(weights) for weights in made]), truth) for made in (ours, paper))
     stated = (weights.predicted_error for weights in ours)

@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +28,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from posthoc_cli import PostHocEMA, PostHocError, Run
 from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.tracker.sharding import held_part
 
 __all__ = [
     "SETTINGS", "Net", "Path", "PostHocEMA", "PostHocError", "Run", "close", "dist", "equal", "filled", "held", "move",
-    "refused", "spread", "torch", "train",
+    "refused", "restore", "spread", "torch", "train",
 ]  # fmt: skip
 HERE = str(Path(__file__).parent)
 SETTINGS: dict[str, Any] = {
@@ -169,9 +171,16 @@ def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> Non
             tracker.update_(model)
 
 
+def restore(model: nn.Module, directory: Path) -> None:
+    """Move a model to the newest time that has all snapshots, as a training restores its own checkpoint."""
+    stored = Counter(snapshot.info.step for snapshot in find_snapshots(directory)) if directory.exists() else {}
+    move(model, max((step for step, count in stored.items() if count == len(SETTINGS["sigma_rels"])), default=0))
+
+
 def alone(folder: Path, last: int, **options: Any) -> PostHocEMA:
     """Return the closed tracker of the same training in one process, continued from the folder."""
     net = Net()
+    restore(net, folder)
     with PostHocEMA.from_model(net, folder, **SETTINGS | options) as ema:
         train(net, ema.step + 1, last, ema)
     return ema

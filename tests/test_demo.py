@@ -115,7 +115,7 @@ def test_overwrite_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_o
 
     found = ema("demo", "--out", out, "--steps", 100)
     assert found.code == 1
-    assert found.error.endswith("my demo: holds an earlier demo; name another folder, or --overwrite to replace it")
+    assert found.error.endswith("my demo: holds an earlier demo; name another folder, or `overwrite` to replace it")
 
     done = ema("demo", "--out", "my demo", "--steps", 100, "--overwrite", "--json")
     assert done.code == 0, done.err

@@ -346,7 +346,7 @@ def test_an_existing_output_is_replaced_only_with_overwrite(tmp_path: Path, layo
     export_file(write_output(tmp_path / "old.safetensors", {"a": torch.zeros(3)}, ()), out)
     assert output_exists(out, layout)
     before = tree(tmp_path)
-    with pytest.raises(OutputExistsError, match="overwrite=True to replace it"):
+    with pytest.raises(OutputExistsError, match="`overwrite` to replace it"):
         export_file(new, out)
     assert tree(tmp_path) == before
     export_file(new, out, overwrite=True)

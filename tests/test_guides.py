@@ -34,9 +34,8 @@ PROGRAM = re.compile(r"# (\w+\.py)\n")
 EVALUATION = """
 import array, json, sys
 loss = 0.0
-for path in sys.argv[2::2]:  # --weights FILE, and --guide FILE
-    with open(path, "rb") as file:
-        loss += sum(weight**2 for weight in array.array("f", file.read()[-64:]))
+with open(sys.argv[2], "rb") as file:  # --weights FILE
+    loss += sum(weight**2 for weight in array.array("f", file.read()[-64:]))
 print(loss)
 print(json.dumps({"loss": loss, "loss_stderr": 1e-3}))
 """

@@ -26,7 +26,7 @@ ROOMS = (
 )  # fmt: skip
 COMMANDS = {
     "synthesize", "sweep", "report", "error-plot", "info", "export", "plan", "prune", "profile", "verify",
-    "import", "audit", "demo", "guide", "help",
+    "import", "audit", "demo", "guide",
 }  # fmt: skip
 
 

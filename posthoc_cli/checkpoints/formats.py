@@ -37,7 +37,9 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.checkpoints.read_model import (
+    AVERAGE_WORD,
     MODEL_GROUPS,
+    NOT_WEIGHTS,
     PARAMETERS,
     Find,
     IndexedCheckpoint,
@@ -58,6 +60,7 @@ from posthoc_cli.profiles.other_libraries import (
     TORCHTITAN_GAMMA,
     ema_pytorch_profile,
     posthoc_ema_profile,
+    power_function_profile,
     torchtitan_profile,
 )
 from posthoc_cli.reconstruction import DistanceTo, misfit
@@ -159,6 +162,12 @@ def _read_torchtitan(path: Path, indexed: IndexedCheckpoint, step: int, settings
     averaged = {name: averages.get(settings.prefix + name, find) for name, find in tensors.items()}
     if averaged == tensors:
         raise FileFormatError(path, "holds no average of torchtitan for these tensors")
+    if settings.ema_decay is not None:
+        weights, average = (
+            make_checkpoint(path, each, Point(float(step)), step, "torchtitan", updates=updates)
+            for each, updates in ((tensors, None), (averaged, Updates()))
+        )
+        return [weights, average]
     profile = torchtitan_profile(step, settings.update_every or 1, settings.update_after_step or 0)
     width = PowerFunction(TORCHTITAN_GAMMA, step).sigma_rel
     weights = make_checkpoint(path, tensors, Point(float(step)), step, "torchtitan")
@@ -498,8 +507,6 @@ def _find(library: str, indexed: IndexedCheckpoint) -> _FoundEMA | None:
 
 # --- any other trainer: two sets of tensors with the same names, one of whose keys says that it is the average
 
-_AVERAGE_WORD = re.compile(r"(?<![a-z])(?:ema\d*|averaged?|avg|shadow|polyak)(?![a-z])", re.IGNORECASE)
-
 
 def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED) -> _FoundEMA | None:
     """Return the average and the weights in a checkpoint, by their keys, or by prefixes of the names in one set.
@@ -512,7 +519,7 @@ def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED
     """
     sets = _sets_of_tensors(indexed)
     wanted, given = (_named_set(indexed, sets, text) for text in (settings.average, settings.weights))
-    averages = [key for key in sets if _AVERAGE_WORD.search(key[-1])]
+    averages = [key for key in sets if AVERAGE_WORD.search(key[-1])]
     pairs = {}
     for key in [wanted] if wanted else averages:
         others = [
@@ -531,7 +538,9 @@ def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED
         raise FileFormatError(indexed.path, reason + listed, "name them by `average` and `weights` in an import")
     for key, (weights,) in pairs.items():
         return _FoundEMA(sets[key], sets[weights])
-    return None
+    models = [name for name in indexed.groups() if not name.startswith(NOT_WEIGHTS) and name != "opt"]
+    is_alone = len(models) == 1 and AVERAGE_WORD.search(models[0])
+    return _FoundEMA(indexed.under(models[0])) if is_alone else None
 
 
 def _sets_of_tensors(indexed: IndexedCheckpoint) -> dict[Keys, dict[str, Find]]:
@@ -572,6 +581,8 @@ def _are_alike(averaged: Tensors, weights: Tensors) -> bool:
 
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 """Pattern in the name of a file or folder whose tensors are an ordinary EMA."""
+_NAMED_DECAY = re.compile(r"ema_(0\.\d+)_")
+"""Pattern of the decay in names of guided-diffusion, such as `ema_0.9999_000050.pt` next to `model000050.pt`."""
 
 
 def _read_ordinary(
@@ -581,7 +592,9 @@ def _read_ordinary(
     found = _two_sets(indexed, settings) if library == "ema" else _find(library, indexed)
     is_alone = library == "ema" and found is None
     if is_alone:
-        found = _FoundEMA(indexed.model_tensors(settings.prefix))
+        named = _NAMED_DECAY.match(path.name)
+        updates = Updates({"decay": float(named[1])} if named else {})
+        found = _FoundEMA(indexed.model_tensors(settings.prefix), updates=updates)
     if found is None:
         raise FileFormatError(path, f"holds no EMA of {library}")
     averaged, weights = (
@@ -606,7 +619,16 @@ def _read_ordinary(
     make = functools.partial(make_checkpoint, path, profile=Point(float(step)), step=step, kind=library,
                              t_unit=found.t_unit)  # fmt: skip
     made = [make(tensors={name: weights[name] for name in average})] if weights else []
-    return [*made, make(tensors=average, updates=found.updates)]
+    if not settings.sigma_rels:
+        return [*made, make(tensors=average, updates=found.updates)]
+    if len(settings.sigma_rels) > 1:
+        given = names_in([f"{sigma_rel:g}" for sigma_rel in settings.sigma_rels])
+        raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}", value=given)
+    (width,) = settings.sigma_rels
+    profile = power_function_profile(
+        gamma_from_sigma_rel(width), step, settings.update_every or 1, settings.update_after_step or 0
+    )
+    return [*made, make(tensors=average, profile=profile, sigma_rel=width)]
 
 
 _EMA_TAKES = (
@@ -636,7 +658,7 @@ def stored_in(path: Path, weights: bool = False) -> Checkpoint:
     elif found is not None:
         tensors = {name: found.averaged.get(name, find) for name, find in found.weights.items()} or found.averaged
     else:
-        alone = [key for key in _sets_of_tensors(indexed) if _AVERAGE_WORD.search(key[-1])]
+        alone = [key for key in _sets_of_tensors(indexed) if AVERAGE_WORD.search(key[-1])]
         if len(alone) != 1 and not _EMA_NAME.search(path.name):
             keys = names_in([".".join(key) for key in _sets_of_tensors(indexed) if len(key) == 1])
             reason = f"holds no average that its keys name ({keys})" if keys else "holds no average that a key names"
@@ -667,14 +689,14 @@ TABLE = {
     "posthoc-ema": _numbered("posthoc-ema", False, ("update_after_step",)),
     "torchtitan": Kind(
         _read_torchtitan, lambda _, indexed: bool(_titan_averages(indexed)),
-        takes=("step_from", "update_every", "update_after_step"),
+        takes=("step_from", "update_every", "update_after_step", "ema_decay"),
     ),
     **{name: _ordinary(name) for name in FINDERS},
     "edm": _ordinary("edm", name=_EDM_FILE, form="network-snapshot-<images in thousands>.pkl", of_name=1000),
     "ema": Kind(
         functools.partial(_read_ordinary, "ema"),
         lambda path, indexed: bool(_EMA_NAME.search(path.name)) or _two_sets(indexed) is not None,
-        takes=(*_EMA_TAKES, "average", "weights"),
+        takes=(*_EMA_TAKES, "average", "weights", "sigma_rels"),
     ),
     "checkpoints": Kind(_read_weights, takes=("step_from",)),
 }  # fmt: skip

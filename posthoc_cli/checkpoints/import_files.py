@@ -32,7 +32,7 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import TABLE
-from posthoc_cli.checkpoints.read_model import CONFIG, EMA_ENDING, index_checkpoint, model_in
+from posthoc_cli.checkpoints.read_model import CONFIG, EMA_ENDING, index_checkpoint, model_in, sets_in
 from posthoc_cli.checkpoints.read_step import checked_step
 from posthoc_cli.checkpoints.source import Checkpoint, CheckpointInfo, ImportSettings
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError, OutputExistsError, VanishedError
@@ -124,10 +124,11 @@ def make_manifest(folder: Path, origin: Path, settings: ImportSettings, checkpoi
     listed = {one.path: (one.path, one.kind, one.info.step) for one in checkpoints}
     paths = {part.path for part in _foreign_parts(checkpoints)}
     for path in listed:  # the index or configuration of a folder, too
-        model = model_in(path) if path.is_dir() else None
-        if model and model.name.endswith(EMA_ENDING):
-            model /= CONFIG
-        paths |= {model} if model and model.is_file() else set()
+        for place in [*sets_in(path).values()] or [path] if path.is_dir() else []:
+            model = model_in(place) if place.is_dir() else place
+            if model and model.name.endswith(EMA_ENDING):
+                model /= CONFIG
+            paths |= {model} if model and model.is_file() else set()
     identities = {}
     for path in sorted(paths):
         with OpenedFile(path) as file:
@@ -176,7 +177,7 @@ def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
             elif present.real_origin != manifest.real_origin:
                 reason = f"is an import of {present.origin}"
             if reason and not overwrite:
-                raise OutputExistsError(out, reason, "choose another name, or overwrite=True to replace it")
+                raise OutputExistsError(out, reason, "choose another name, or `overwrite` to replace it")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(out, "already exists, and holds something else", "choose another name")
     with files.new_directory(out):
@@ -278,7 +279,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
-        raise OutputExistsError(out, "already exists", "choose another name, or overwrite=True to replace it")
+        raise OutputExistsError(out, "already exists", "choose another name, or `overwrite` to replace it")
     for path in [out] if not out.is_dir() else sorted(out.iterdir()):
         with suppress(FileFormatError):
             if headers.file_kind(read_header(path)) == COPY:

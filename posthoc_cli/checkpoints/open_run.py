@@ -25,7 +25,7 @@ import xxhash
 from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of
 from posthoc_cli.checkpoints.import_files import COPY, is_import, read_copy, read_manifest
-from posthoc_cli.checkpoints.read_model import ENDINGS, NOT_WEIGHTS, index_checkpoint, model_in, names_in
+from posthoc_cli.checkpoints.read_model import ENDINGS, NOT_WEIGHTS, index_checkpoint, model_in, names_in, sets_in
 from posthoc_cli.checkpoints.read_step import named_step
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
 from posthoc_cli.dtypes import DTYPES, EPS
@@ -38,7 +38,8 @@ from posthoc_cli.snapshots.sources import Snapshot, Source, by_time, read_values
 
 log = logging.getLogger(__name__)
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_NO_MODEL = re.compile(r"-\d{5}-of-\d{5}\.|^opt\d")
+"""Pattern in the names of shards, and of optimizers beside guided-diffusion's `model000050.pt`."""
 _ANY_DECAY = 0.999
 """Placeholder for an unknown decay."""
 _COMPARED = 1024
@@ -192,7 +193,7 @@ def _candidates(place: str | Path) -> list[Path]:
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
-    loose = [entry for entry in entries if entry.name.endswith(ENDINGS) and not _SHARD.search(entry.name)]
+    loose = [entry for entry in entries if entry.name.endswith(ENDINGS) and not _NO_MODEL.search(entry.name)]
     loose = [entry for entry in loose if not entry.name.startswith(NOT_WEIGHTS)]
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to folders, no file is one.
     return folders if not loose or any(re.search(r"\d", folder.name) for folder in folders) else loose
@@ -201,7 +202,7 @@ def _candidates(place: str | Path) -> list[Path]:
 def _holds_model(folder: Path) -> bool:
     """Return whether a folder seems to hold a model."""
     try:
-        return model_in(folder) is not None
+        return bool(sets_in(folder)) or model_in(folder) is not None
     except FileFormatError:  # raised again when the folder is opened
         return True
 

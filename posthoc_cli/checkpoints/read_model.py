@@ -14,7 +14,8 @@ the chunk is an archive itself; or, from its HuggingFaceStorageWriter, safetenso
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,9 @@ NOT_WEIGHTS = (
     "training-state", "chained_",
 )  # fmt: skip
 """Prefixes of the names of files and groups that do not hold the model."""
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+AVERAGE_WORD = re.compile(r"(?<![a-z])(?:ema\d*|averaged?|avg|shadow|polyak)(?![a-z])", re.IGNORECASE)
+"""Pattern of a key, prefix or name that says that its tensors are an average."""
 MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
 """Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is an average, its
 weights are under `current_model_state`."""
@@ -159,6 +163,9 @@ def index_checkpoint(path: Path) -> IndexedCheckpoint:
     """Return the index of a checkpoint; raise FileFormatError if it cannot be read."""
     if not path.is_dir():
         return _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path)
+    if sets := sets_in(path):
+        models = {key: index_checkpoint(place).model_tensors() for key, place in sets.items()}
+        return IndexedCheckpoint(path, {(key, name): find for key in models for name, find in models[key].items()})
     model = model_in(path)
     if model is None:
         raise FileFormatError(path, "holds no weights: no safetensors, .bin or .pt file, and no .metadata")
@@ -169,8 +176,40 @@ def index_checkpoint(path: Path) -> IndexedCheckpoint:
     return _of_chunks(path) if model == path else index_checkpoint(model)
 
 
-def model_in(folder: Path) -> Path | None:
+def sets_in(folder: Path) -> dict[str, Path]:
+    """Return the models in a folder of which a name says that it is an average, by their names; else none.
+
+    They are files, such as `ema.safetensors` and `model.safetensors`, or folders, such as `ema` and `model`.
+    """
+    with named_on_error(folder, "read"):
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    folders = [entry for entry in entries if entry.is_dir() and not _is_of_diffusers(entry) and _one_model_in(entry)]
+    files = [entry for entry in entries if entry.name.endswith((*ENDINGS, INDEX_ENDING))]
+    found = {entry.name.split(".")[0]: entry for entry in (*files, *folders) if not SHARD.search(entry.name)}
+    averages = {key: entry for key, entry in found.items() if AVERAGE_WORD.search(key)}
+    if not averages:
+        return {}
+    weights = model_in(folder, skip=[entry.name for entry in averages.values()])
+    others = {entry.name: entry for entry in folders if entry.name not in averages}
+    return averages | ({"model": weights} if weights else others)
+
+
+def _is_of_diffusers(folder: Path) -> bool:
+    return folder.name.endswith(EMA_ENDING) and (folder / CONFIG).is_file()
+
+
+def _one_model_in(folder: Path) -> bool:
+    """Return whether a folder holds one model, and not the checkpoints of a training."""
+    try:
+        return model_in(folder) is not None
+    except FileFormatError:
+        return False
+
+
+def model_in(folder: Path, skip: Collection[str] = ()) -> Path | None:
     """Return the path of the weights in a folder: an index, a file, `.metadata`, or the folder itself if it has chunks.
+
+    Entries whose names are in `skip` are ignored.
 
     Raises:
         FileFormatError: there are several models, or the folder cannot be read.
@@ -178,7 +217,9 @@ def model_in(folder: Path) -> Path | None:
     with named_on_error(folder, "read"):
         if (folder / DCP_METADATA).is_file():
             return folder / DCP_METADATA
-        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        names = sorted(
+            entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in skip
+        )
     indexes = [name for name in names if name.endswith(INDEX_ENDING)]
     weights = [name for name in names if name.endswith(ENDINGS) and not name.startswith(NOT_WEIGHTS)]
     for ending in (fmt.SUFFIX, ""):  # safetensors before pickles
@@ -192,7 +233,7 @@ def model_in(folder: Path) -> Path | None:
             return folder
         if len(listed or single) > 1:
             raise FileFormatError(folder, f"holds several models: {names_in(listed or single)}", "name one by a glob")
-    averages = [name for name in names if name.endswith(EMA_ENDING) and (folder / name / CONFIG).is_file()]
+    averages = [name for name in names if _is_of_diffusers(folder / name)]
     if len(averages) > 1:
         raise FileFormatError(folder, f"holds several averages: {names_in(averages)}", "move all but one elsewhere")
     if averages:

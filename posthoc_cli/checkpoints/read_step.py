@@ -116,7 +116,7 @@ def named_step(path: Path) -> Reading:
     matches = [match for match in matches if match["strong"]] or matches
     by_word = bool(matches)
     if has_number and not matches:
-        matches = [*_ALONE.finditer(name)]
+        matches = [match for match in _ALONE.finditer(name) if not match["number"].startswith("0.")]  # such as a decay
     return _interpret(name, matches[0], by_word) if len(matches) == 1 else Reading()
 
 

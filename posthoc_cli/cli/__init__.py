@@ -5,7 +5,6 @@ No module of this room loads torch or matplotlib before a command needs it, so t
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import os
@@ -21,7 +20,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
 import posthoc_cli
 from posthoc_cli import files
@@ -42,18 +41,13 @@ from posthoc_cli.cli import (
     synthesize,
     verify,
 )
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError, printable
-from posthoc_cli.targets import FORMS
+from posthoc_cli.errors import InvalidValueError, PostHocError, printable
 
 # typer bundles click or uses the installed one, depending on its release; this is the base class of all usage errors
 # in either case.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 _DEBUG = "--debug"
 _LONGEST_LINE = 5_000
-_ARGUMENT = re.compile(r"(?:^|(?<=, )|(?<= and ))(\w+)(?=[, ]|$)")
-"""Names of arguments in the subject of a library's error: "t", "t and step", "beta 0.3"."""
-_ADVICE = re.compile(r"`(\w+)`|\b(\w+)=True")
-"""Names of arguments in the hint of a library's error: "give `layout`", "or overwrite=True"."""
 
 
 class _Group(typer.core.TyperGroup):
@@ -69,7 +63,7 @@ class _Group(typer.core.TyperGroup):
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose errors name its options, and the command that repairs a broken run."""
+    """A command that refuses empty paths, and whose errors about arguments name its options."""
 
     def get_help_option(self, ctx: Any) -> Any:
         """Return the option --help, hidden: whoever reads the list of options has already used it."""
@@ -91,39 +85,9 @@ class _Command(typer.core.TyperCommand):
         try:
             return super().invoke(ctx)
         except PostHocError as error:
-            raise _with_options(error, ctx).with_traceback(error.__traceback__) from error.__cause__
-
-
-def _options(command: Any) -> dict[str, str]:
-    """Return the options of a command by the names of its function's arguments."""
-    return {option.name: option.opts[0] for option in command.params if option.opts[0][:2] == "--"}
-
-
-def _with_options(error: PostHocError, context: Any) -> PostHocError:
-    """Return a copy of a library's error that names options for arguments, and `ema verify` for a broken snapshot."""
-    changed = copy.copy(error)
-    options = _options(context.command)
-    if isinstance(error, InvalidValueError) or error.value:
-        changed.subject = _ARGUMENT.sub(lambda match: options.get(match[1], match[1]), error.subject)
-    if "import with" in error.hint:
-        options = _options(context.find_root().command.commands["import"])
-    changed.hint = _ADVICE.sub(lambda match: options.get(match[1] or match[2], match[0]), error.hint)
-    may_be_snapshot = Path(error.subject).suffix in ("", ".safetensors")
-    if isinstance(error, FileFormatError | MismatchError) and may_be_snapshot and not isinstance(error, VanishedError):
-        for directory in (context.params.get("directory"), *(context.params.get("directories") or ())):
-            path = None if directory is None else files.expanded(Path(directory))
-            if path is not None and error.subject.startswith(f"{path}{os.sep}") and _is_run(path):
-                hint = f"`ema verify {directory}` checks every file, and --repair sets broken files aside"
-                return changed.with_hint(hint)
-    return changed
-
-
-def _is_run(directory: Path) -> bool:
-    """Return whether a tracker has written to a directory; files of other programs are never set aside."""
-    from posthoc_cli.snapshots.directory import inspect_directory
-    from posthoc_cli.snapshots.writer import LOCK_NAME
-
-    return (directory / LOCK_NAME).exists() or bool(inspect_directory(directory).snapshots)
+            options = {option.name: option.opts[0] for option in self.params if option.opts[0][:2] == "--"}
+            error.subject = " and ".join(options.get(name, name) for name in error.subject.split(" and "))
+            raise
 
 
 app = typer.Typer(
@@ -145,30 +109,6 @@ for _module in (
     _text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_function.__doc__ or ""))
     _examples = _module.EPILOG.replace("   or   ", "\n\nor:       ")
     app.command(_name, cls=_Command, help=_text, epilog=_examples)(_function)
-
-
-def _names(incomplete: str) -> list[str]:
-    """Return the names of commands that begin with `incomplete`, for completion in a shell."""
-    root: Any = typer.main.get_command(app)
-    return [name for name in root.commands if name.startswith(incomplete)]
-
-
-@app.command("help", cls=_Command, epilog="Example:  ema help synthesize")
-def _help(
-    context: typer.Context,
-    command: str | None = Argument(None, metavar="COMMAND", autocompletion=_names, help="A command, or targets."),
-) -> None:
-    """Show the help of a command, or list all commands.
-
-    ema help targets lists the kinds of averages that --target names.
-    """
-    if command == "targets":
-        width = "0.15", "sigma_rel: the width of a power function, as a fraction of training time"
-        output.print_pairs([width, *FORMS.values()])
-        output.print_line("each value may be a list, such as 0.05,0.10, or a range START:STOP:STEP, such as 5%:50%:5%")
-        return
-    root: Any = context.find_root().command
-    root.main([*([] if command is None else [command]), "--help"], prog_name="ema", standalone_mode=False)
 
 
 def _print_version(wanted: bool) -> None:

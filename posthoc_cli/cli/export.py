@@ -33,8 +33,8 @@ def export(
     out: Path = values.OUTPUT(
         ..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards or for several outputs."
     ),
-    dtype: str = values.DTYPE,
-    layout: str | None = values.LAYOUT,
+    dtype: values.Dtype = values.DTYPE,
+    layout: values.Layout | None = values.LAYOUT,
     max_shard_size: str | None = values.MAX_SHARD_SIZE,
     overwrite: bool = values.OVERWRITE,
     as_json: bool = values.JSON,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -13,8 +12,7 @@ from typing import Any
 from rich import progress as live
 from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Column
 
 from posthoc_cli import errors
 from posthoc_cli.errors import printable
@@ -23,8 +21,6 @@ from posthoc_cli.progress import ProgressBar
 STDOUT = "standard output"
 MOST_ROWS = 10
 """The number of rows that are shown of a long table; --json lists all."""
-_LONGEST_WORD = 12
-"""The longest word, in columns, that is never broken in a table too wide for the terminal."""
 
 
 def write(text: str, flush: bool = False) -> None:
@@ -38,53 +34,22 @@ def write(text: str, flush: bool = False) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
-    """Print an aligned table without rules; columns named in `left` are text, all others are numbers.
-
-    On a narrow terminal texts and titles are wrapped, but numbers are not; nothing is cut off.
-    """
+    """Print an aligned table without rules; columns named in `left` are text, all others are numbers."""
     lines = [[*map(printable, line)] for line in (columns, *rows)]
     widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
-    fits = sum(widths) + 2 * (len(widths) - 1) <= _terminal_width()
-    gap = 2 if fits else 1
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
-    total = gap * (len(widths) - 1)
-    for column, *cells in zip(*lines, strict=True):
-        title = column if fits else column.replace(" ", "\n")
-        if column in left:
-            longest = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
-            min_width = min(longest, _LONGEST_WORD)
-            table.add_column(Text(title), overflow="fold", min_width=min_width)
-        else:
-            min_width = max(map(cell_len, [*cells, *title.split("\n")]))
-            table.add_column(Text(title), justify="right", no_wrap=True, min_width=min_width)
-        total += min_width
-    for line in lines[1:]:
-        table.add_row(*map(Text, line))
-    _print(table, total)
+    for line in lines:
+        padded = []
+        for title, cell, width in zip(columns, line, widths, strict=True):
+            space = " " * (width - cell_len(cell))
+            padded.append(cell + space if title in left else space + cell)
+        write(f"{'  '.join(padded).rstrip()}\n")
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Print names and values in two aligned columns; on a terminal long values are wrapped within their column."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, min_width=max(cell_len(name) for name, _ in pairs))
-    table.add_column(overflow="fold")
+    """Print names and values in two aligned columns."""
+    width = max(cell_len(name) for name, _ in pairs)
     for name, value in pairs:
-        table.add_row(Text(name), Text(printable(value)))
-    _print(table)
-
-
-def _print(table: Table, min_width: int = 0) -> None:
-    """Print to stdout without trailing spaces, at least `min_width` columns wide: rich drops cells that do not fit."""
-    console = Console(width=max(min_width, _terminal_width()), highlight=False)
-    with console.capture() as captured:
-        console.print(table, crop=False)
-    for line in captured.get().splitlines():
-        write(f"{line.rstrip()}\n")
-
-
-def _terminal_width() -> int:
-    """Return the width of the terminal in columns; practically unlimited in a pipe."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+        write(f"{name}{' ' * (width - cell_len(name))}  {printable(value)}\n")
 
 
 def print_line(text: str = "") -> None:

@@ -18,6 +18,8 @@ EPILOG = (
     "ema plan --steps 400000 --params 1.2B --max-size 60GB --like run/ema --out plan.png"
 )
 
+_SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
 
 def plan(
     steps: str = values.RUN(..., metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K."),
@@ -31,9 +33,7 @@ def plan(
         "0.05%", metavar="ERROR", help="The largest accepted predicted error; the cheapest schedule within it is best."
     ),
     sigma_rels: str | None = values.HOW(None, show_default="the best", help="Track these widths, such as 0.05,0.28."),
-    dtype: str | None = values.HOW(
-        None, autocompletion=values.STORED, show_default="the best", help="float16, bfloat16 or float32."
-    ),
+    dtype: str | None = values.HOW(None, show_default="the best", help="float16, bfloat16 or float32."),
     checkpoint_every: str | None = values.HOW(
         None, metavar="COUNT", show_default="the best", help="Steps between snapshots."
     ),
@@ -67,7 +67,7 @@ def plan(
         sigma_range=values.parse_sigma_range(sigma_range),
         max_error=values.parse_max_error(max_error),
         sigma_rels=None if widths is None else tuple(sorted(widths)),
-        dtype=None if dtype is None else values.STORED_DTYPES.get(dtype, dtype),
+        dtype=None if dtype is None else _SHORT.get(dtype, dtype),
         checkpoint_every=values.optional(values.parse_count, checkpoint_every, "--checkpoint-every"),
         max_checkpoints=values.optional(values.parse_count, max_checkpoints, "--max-checkpoints", "20"),
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posthoc_cli import files, resources
+from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError, check_alone
 
@@ -33,17 +33,12 @@ def sweep(
         help="A range of another kind of average: beta:0.99:0.9999, half-life:500:9000, window:1000:50000, last:2:20, "
         "decay:linear:5%:50% or a list.",
     ),
-    guide_sigma_rel: str | None = values.TARGETS(
-        None,
-        show_default="all that are exact within 1 %",
-        help="The length of --guide: a range to search, a list, or a number.",
-    ),
     command: str = values.HOW(
         ...,
         "--run",
         metavar="COMMAND",
         help="The evaluation, run without a shell. {weights} becomes the file of an average; also {sigma_rel}, {seed}, "
-        "{dir} (a folder that is removed afterwards) and, with --guide, {weights:guide}.",
+        "{dir} (a folder that is removed afterwards).",
     ),
     metric: str | None = values.HOW(
         None,
@@ -56,40 +51,20 @@ def sweep(
         None, "--minimize/--maximize", metavar="", help="Whether lower or higher is better."
     ),
     repeats: int = values.HOW(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
-    budget: int = values.HOW(20, metavar="COUNT", help="The most lengths to measure in each search."),
-    jobs: int = values.HOW(1, metavar="COUNT", help="Parallel trials, among which the visible devices are divided."),
-    timeout: float | None = values.HOW(
-        None, metavar="SECONDS", help="End a trial that takes longer; it counts as failed."
-    ),
-    disk: str | None = values.HOW(
-        None, metavar="SIZE", show_default="one round's", help="The most disk space for averages at a time: 50GB."
-    ),
-    raw: Path | None = values.HOW(
-        None, metavar="FILE", show_default="the newest checkpoint", help="Raw weights to measure for comparison."
-    ),
+    budget: int = values.HOW(20, metavar="COUNT", help="The most lengths to measure."),
     out: Path = values.OUTPUT(
         "sweep", "--out", "-o", help="Folder for trials, logs and the best average: new, or of an earlier sweep."
     ),
-    dtype: str = values.DTYPE,
-    layout: str | None = values.LAYOUT,
     like: Path | None = values.LIKE_MODEL,
     component: str | None = values.COMPONENT,
-    keep_weights: bool = values.flag(
-        values.OUTPUT, "--keep-weights", help="Keep all averages in OUT/weights for a search by another metric."
-    ),
     as_json: bool = values.JSON,
     checkpoints: str | None = values.CHECKPOINTS,
     t: float | None = values.TIME,
-    guide: Path | None = values.RUN(
-        None,
-        metavar="DIR",
-        help="Snapshots of a second network, whose average is {weights:guide}; or DIR itself, for a second length.",
-    ),
 ) -> None:
     """Find the best length by your own metric.
 
-    Makes averages of several lengths in one pass, runs the command for each, and measures more lengths where the best
-    may be, until it is known within the noise of the metric. It also prints the range that is equal within the noise.
+    Runs the command for averages of several lengths, one after another, and measures more lengths where the best may
+    be, until it is known within the noise of the metric. It also prints the range that is equal within the noise.
 
     A standard error next to the metric (acc_stderr) is used as its noise. A failed trial is reported and does not
     count. The same call continues an earlier one. OUT receives trials.jsonl, sweep.json, logs and the best average.
@@ -109,13 +84,9 @@ def sweep(
     with output.status_bar() as watch:
         report = Sweep(
             run, command, Metric() if metric is None else Metric.parse(metric), out,
-            axis=axis, minimize=minimize, repeats=repeats, budget=budget,
-            jobs=jobs, timeout=timeout, disk=values.optional(resources.parse_bytes, disk, "--disk"),
-            raw=None if raw is None else files.expanded(raw), t=t,
-            guide=None if guide is None else values.open_run(guide),
-            guide_axis=values.optional(Axis.parse, guide_sigma_rel, "--guide-sigma-rel", "sigma_rel"),
-            dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
-            keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), say=say, watch=watch,
+            axis=axis, minimize=minimize, repeats=repeats, budget=budget, t=t,
+            like=None if like is None else files.expanded(like), component=component,
+            again=shlex.join(["ema", *sys.argv[1:]]), say=say, watch=watch,
         ).run_all()  # fmt: skip
     output.print_report(report, as_json, _print)
 
@@ -134,13 +105,13 @@ def _print(report: SweepReport) -> None:
     from posthoc_cli.sweep.results import answer
 
     texts = answer(report.to_dict())
-    raw = texts["raw"] if report.raw is not None else "not measured: the run lacks them; --raw FILE measures a file"
+    raw = texts["raw"] if report.raw is not None else "not measured: the run lacks them"
     output.print_line()
     output.print_pairs([
         ("best", texts["best"]),
         (f"estimate of {texts['metric']}", texts["estimate"]),
         ("equal within the noise", texts["equal"]),
-        ("guide", texts["second"]) if texts["second"] else ("raw weights", raw),
+        ("raw weights", raw),
         ("measured", texts["measured"]),
         ("wrote", ", ".join(map(str, report.outputs))),
     ])  # fmt: skip

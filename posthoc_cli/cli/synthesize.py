@@ -38,8 +38,8 @@ def synthesize(
         help="A file; a folder, for one file per target; or a name with {sigma_rel}, which becomes 0.15, or with "
         "{target}, which becomes sigma_rel-0.15, beta-0.9999, ...",
     ),
-    dtype: str = values.DTYPE,
-    layout: str | None = values.LAYOUT,
+    dtype: values.Dtype = values.DTYPE,
+    layout: values.Layout | None = values.LAYOUT,
     max_shard_size: str | None = values.MAX_SHARD_SIZE,
     like: Path | None = values.LIKE_MODEL,
     component: str | None = values.COMPONENT,
@@ -60,7 +60,7 @@ def synthesize(
     max_error: str | None = values.HOW(
         None, metavar="ERROR", show_default="warn at 1%", help="Fail if a predicted error exceeds this: 0.01, or 1%."
     ),
-    method: str | None = values.METHOD,
+    method: values.Method | None = values.METHOD,
     device: str = values.HOW("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
 ) -> None:
     """Make the average of any length from snapshots.
@@ -82,7 +82,7 @@ def synthesize(
     targets += [Groups(values.parse_groups(group))] if group else []
     run = values.open_run(directory, checkpoints)
     if not targets:
-        kinds = "--sigma-rel 0.15, --target beta:0.9999 (`ema help targets` lists the kinds) or --group '*=0.1'"
+        kinds = "--sigma-rel 0.15, --target beta:0.9999 (`ema guide synthesis` lists the kinds) or --group '*=0.1'"
         raise InvalidValueError("no target", f"name at least one by {kinds}")
     report = run.write(
         targets, out, t=t, step=values.optional(values.parse_count, step, "--step"), method=method,

@@ -6,6 +6,7 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from posthoc_cli.run import Run
 
 _T = TypeVar("_T")
-_PANELS = "Targets", "Output", "Which run", "How", "A schedule not yet run"
-TARGETS, OUTPUT, RUN, HOW, SCHEDULE = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
+_PANELS = "Targets", "Output", "Which run", "How"
+TARGETS, OUTPUT, RUN, HOW = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
 """Options by the panel of the help in which they appear; the panel that most users need comes first."""
 
 
@@ -35,9 +36,42 @@ def flag(option: Callable[..., Any], *names: str, help: str) -> Any:
     return option(False, *names, metavar="", help=help)
 
 
-STORED_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-"""Short names of the dtypes of planned snapshots."""
-STORED = one_of(*STORED_DTYPES.values())
+class _Word(str, Enum):
+    """A value of an option that takes one of several words."""
+
+    __str__ = str.__str__
+    __repr__ = str.__repr__
+
+
+class Method(_Word):
+    """A solver."""
+
+    minvar = "minvar"
+    paper = "paper"
+
+
+class Layout(_Word):
+    """A layout of outputs."""
+
+    safetensors = "safetensors"
+    sharded = "sharded"
+    pt = "pt"
+    dcp = "dcp"
+
+
+class Dtype(_Word):
+    """A dtype of outputs."""
+
+    keep = "keep"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp64 = "fp64"
+
 
 SIGMA_REL = TARGETS(
     None, help="Lengths of averages: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25."
@@ -47,25 +81,23 @@ TARGET = TARGETS(
     metavar="KIND:VALUE",
     autocompletion=one_of(*(f"{kind}:" for kind in FORMS)),
     help="Averages of other kinds, such as beta:0.9999, window:1000, last:10 or decay:linear:20%; each value may be a "
-    "list or a range (see `ema help targets`). Repeatable.",
+    "list or a range (see `ema guide synthesis`). Repeatable.",
 )
 METHOD = HOW(
     None,
-    autocompletion=one_of("minvar", "paper"),
-    metavar="minvar|paper",
     show_default="minvar",
     help="The solver: minvar, for the least expected error of the weights, or paper, for the nearest profile, as "
     "published.",
 )
 LAYOUT = OUTPUT(
     None,
-    autocompletion=one_of("safetensors", "sharded", "pt", "dcp"),
     show_default="from the output's name",
+    metavar="LAYOUT",
     help="safetensors, sharded (a folder), pt, or dcp (a folder, torch's distributed checkpoint).",
 )
 DTYPE = OUTPUT(
     "keep",
-    autocompletion=one_of("keep", "float32", "float16", "bfloat16", "float64"),
+    metavar="DTYPE",
     help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
 )
 COMPONENT = OUTPUT(None, metavar="NAME", help="With --like: the averaged component of a pipeline, such as unet.")

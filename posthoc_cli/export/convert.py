@@ -18,6 +18,7 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import stored_in
+from posthoc_cli.checkpoints.read_model import sets_in
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
 from posthoc_cli.errors import (
@@ -137,13 +138,14 @@ def export_file(
     started = time.perf_counter()
     if weights and not _is_checkpoint(source):
         raise InvalidValueError("weights", f"is for a training's checkpoint, and {source.name} is none")
-    sources, wanted = models_at(source), parse_dtype(dtype)
+    sources, wanted = [source] if _is_checkpoint(source) else models_at(source), parse_dtype(dtype)
+    checkpoints = {model: stored_in(model, weights) for model in sources if _is_checkpoint(model)}
     outs = [out] if len(sources) == 1 else _outputs_in(out, sources, layout, overwrite)
     options = OutputOptions(layout=layout, overwrite=overwrite, max_shard_size=max_shard_size)
     made = {}
     total = sum(
-        model.stat().st_size
-        if _is_checkpoint(model)
+        checkpoints[model].file_bytes
+        if model in checkpoints
         else sum(read_header(path).file_bytes for path in model_files(model))
         for model in sources
     )
@@ -151,8 +153,8 @@ def export_file(
         for model, path in zip(sources, outs, strict=True):
             options.check_layout(path)
             with ExitStack() as stack:
-                if _is_checkpoint(model):
-                    stored, info = _read_checkpoint(stack, stored_in(model, weights), wanted), None
+                if model in checkpoints:
+                    stored, info = _read_checkpoint(stack, checkpoints[model], wanted), None
                 else:
                     stored, info = _read_source(stack, model, wanted)
                 tensors = _rename(stored, prefix, strip_prefix)
@@ -162,7 +164,7 @@ def export_file(
                 if info is not None:
                     copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
                     metadata = output_metadata(replace(info, copies=copies))
-                if not _is_checkpoint(model) and len(model_files(model)) == 1:
+                if model not in checkpoints and len(model_files(model)) == 1:
                     unchanged = wanted is None and not (prefix or strip_prefix or base)
                     metadata |= training_metadata(read_header(next(iter(model_files(model)))), unchanged)
                 specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
@@ -244,8 +246,9 @@ def _read_source(
 
 
 def _is_checkpoint(source: Path) -> bool:
-    """Return whether a source is a training's checkpoint in a pickle."""
-    return source.name.endswith((*PICKLED, ".pth.tar")) and source.is_file()
+    """Return whether a source is a training's checkpoint: a pickle, or a folder with an average next to the weights."""
+    is_pickle = source.name.endswith((*PICKLED, ".pth.tar")) and source.is_file()
+    return is_pickle or (source.is_dir() and bool(sets_in(source)))
 
 
 def _read_checkpoint(stack: ExitStack, one: Checkpoint, dtype: str | None) -> dict[str, _PlannedTensor]:

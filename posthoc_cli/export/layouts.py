@@ -236,7 +236,7 @@ def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[i
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """The names of the weight files of a model folder."""
 
-OTHER_FOLDER = "choose another folder, or overwrite=True to replace it"
+OTHER_FOLDER = "choose another folder, or `overwrite` to replace it"
 
 
 @contextmanager
@@ -540,7 +540,7 @@ class _DcpSink(_MemorySink):
         is_free = not entries or (overwrite and _is_dcp_folder(entries) and not is_url)
         if (folder.is_symlink() or folder.exists()) and not (is_folder and is_free):
             what = "holds a model already" if _is_dcp_folder(entries) else "is or holds something else"
-            hint = "choose another folder" + ", or overwrite=True to replace a model" * (not is_url)
+            hint = "choose another folder" + ", or `overwrite` to replace a model" * (not is_url)
             raise OutputExistsError(folder, what, hint)
         super().__init__(specs)
 

@@ -234,7 +234,7 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
     Raises an OutputExistsError if one is damaged, of another run, target, time, method, dtype or snapshots, or if its
     layout does not record these.
     """
-    hint, existing = "choose another name, or overwrite=True to replace it", set()
+    hint, existing = "choose another name, or `overwrite` to replace it", set()
     expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
     for index, path in enumerate(paths):
         kind = layout_of(path, layout)

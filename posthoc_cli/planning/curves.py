@@ -1,4 +1,4 @@
-"""Error curves of snapshots against sigma_rel, and the fit of a reconstructed profile to the target's."""
+"""Error curves of snapshots against sigma_rel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     Clock,
     FloatArray,
-    Point,
     PowerFunction,
     StoredProfile,
     check_sigma_rel,
@@ -31,7 +30,6 @@ from posthoc_cli.reconstruction import (
     assumed_prior,
     check_method,
     expected_errors,
-    points_of,
     reconstruct,
     relative_width,
 )
@@ -51,31 +49,27 @@ class Candidate:
         label: name in a legend.
         snapshots: profiles of the snapshots.
         prior: prior of these snapshots.
-        t_unit: unit of their times.
         clock: steps over training time.
         t_first: time of the first update.
-        assumption: of the predicted errors if the motion is assumed, by default that it is even; otherwise empty.
     """
 
     label: str
     snapshots: Sequence[StoredProfile]
     prior: Prior
-    t_unit: str = "steps"
     clock: Clock = field(default_factory=Clock.of_steps)
     t_first: float = 1.0
-    assumption: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.assumption and self.prior.source == ASSUMED:
-            object.__setattr__(self, "assumption", EVENLY)
 
     @classmethod
-    def of_schedule(cls, schedule: Schedule, motion: Motion | None = None, assumption: str = EVENLY) -> Candidate:
-        """Return the snapshots that a schedule will leave; `motion` is relative to the norm, by default even."""
+    def of_schedule(cls, schedule: Schedule) -> Candidate:
+        """Return the snapshots that a schedule will leave, if the network moves evenly."""
         label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
-        motion = motion or Motion.even(schedule.steps)
-        snapshots = schedule.snapshots(motion)
-        return cls(label, snapshots, assumed_prior(snapshots, schedule.rounding, motion), assumption=assumption)
+        snapshots = schedule.snapshots()
+        return cls(label, snapshots, assumed_prior(snapshots, schedule.rounding, Motion.even(schedule.steps)))
+
+    @property
+    def assumption(self) -> str:
+        """The assumption of the predicted errors, in words that follow "if"; empty if the motion was measured."""
+        return EVENLY if self.prior.source == ASSUMED else ""
 
     def __repr__(self) -> str:
         return f"Candidate({self.label})"
@@ -88,7 +82,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ErrorPoint:
-    """Errors, as in `ErrorCurve`, of a target that is no power function; `sigma_rel` is its standard deviation / t."""
+    """Errors, as in `ErrorCurve`, of one target; `sigma_rel` is its standard deviation / t."""
 
     label: str
     sigma_rel: float
@@ -107,7 +101,7 @@ class ErrorCurve:
         profile_error: relative L2 error of the profile: shape [points].
         predicted_error: expected relative L2 error of the weights: shape [points].
         tracked: sigma_rels of the snapshots.
-        others: errors of targets that are no power functions.
+        others: errors of further targets.
         assumption: of the predicted errors; empty if the motion was measured.
     """
 
@@ -189,7 +183,7 @@ def _range_text(low: float, high: float) -> str:
 
 
 def error_curve(
-    candidate: Candidate | Schedule,
+    candidate: Candidate,
     sigma_range: tuple[float, float] = (0.01, 0.2886),
     t: float | None = None,
     method: str | None = None,
@@ -198,15 +192,13 @@ def error_curve(
     """Return the reconstruction error over a range of sigma_rel.
 
     Arguments:
-        candidate: the snapshots, or the schedule that will leave them; snapshots after `t` are not used.
+        candidate: the snapshots, of which those after `t` are not used.
         sigma_range: lowest and highest sigma_rel, both included.
         t: time of the targets; by default that of the last snapshot.
         method: "minvar" or "paper"; by default the first.
-        others: further targets, which are no power functions.
+        others: further targets.
     """
     low, high = check_sigma_range(sigma_range)
-    if isinstance(candidate, Schedule):
-        candidate = Candidate.of_schedule(candidate)
     t = time_between(candidate.snapshots, t)
     usable, prior = candidate.up_to(t)
     tracked = _tracked(usable)
@@ -251,7 +243,7 @@ def _zero_if_nan(predicted_error: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """Error curves to compare: those of runs, then those of schedules."""
+    """Error curves of runs, to compare."""
 
     curves: tuple[ErrorCurve, ...]
 
@@ -283,61 +275,6 @@ _FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spr
 def no_formula(text: str) -> str:
     """Return the text as a cell that no spreadsheet reads as a formula, with control characters escaped."""
     return f"'{printable(text)}" if text.lstrip()[:1] in _FORMULAS else printable(text)
-
-
-@dataclass(frozen=True)
-class ProfileFit:
-    """The profiles of a target and of its reconstruction over training time, as densities in 1 / time: shape [points].
-
-    `snapshot_times` and `coefficients` have an entry for each tracked profile: shape [its snapshots].
-    """
-
-    title: str
-    t_unit: str
-    times: FloatArray
-    target: FloatArray
-    reconstructed: FloatArray
-    snapshot_times: dict[str, FloatArray]
-    coefficients: dict[str, FloatArray]
-
-    def __repr__(self) -> str:
-        return f"ProfileFit({self.title})"
-
-
-def profile_fit(
-    candidate: Candidate, target: Target, t: float | None = None, points: int = 1000, method: str | None = None
-) -> ProfileFit:
-    """Return the profile of one target, and that of its reconstruction, at `points` times up to `t`."""
-    t = time_between(candidate.snapshots, t)
-    wanted = target.profile(t, candidate.clock, candidate.t_first)
-    usable, prior = candidate.up_to(t)
-    column = reconstruct(usable, [wanted], method, prior, t).coefficients[:, 0]
-    times = np.linspace(t / points, t, points)
-    knots = np.append(0.0, points_of(usable))
-    made = np.sum([c * _density(p, times, knots) for c, p in zip(column, usable, strict=True)], axis=0)
-    labels = np.array([_kind(profile) for profile in usable])
-    members = {label: labels == label for label in dict.fromkeys(labels.tolist())}
-    ends = np.array([profile.t for profile in usable])
-    return ProfileFit(
-        title=f"{target.title} from {candidate.label}", t_unit=candidate.t_unit, times=times,
-        target=wanted.density(times), reconstructed=made,
-        snapshot_times={label: ends[is_member] for label, is_member in members.items()},
-        coefficients={label: column[is_member] for label, is_member in members.items()},
-    )  # fmt: skip
-
-
-def _density(profile: StoredProfile, times: FloatArray, knots: FloatArray) -> FloatArray:
-    """Return the density at evenly spaced times; mass at a knot is spread over the time since the previous knot."""
-    if isinstance(profile, PowerFunction):
-        return profile.density(times)
-    tail = np.interp(times, knots, profile.tail(knots))
-    return np.asarray(-np.diff(tail, prepend=1.0) / times[0], dtype=np.float64)
-
-
-def _kind(profile: StoredProfile) -> str:
-    if isinstance(profile, PowerFunction):
-        return f"sigma_rel {profile.sigma_rel:.4g}"
-    return "checkpoints" if isinstance(profile, Point) else "other averages"
 
 
 def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:

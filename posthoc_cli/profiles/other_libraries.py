@@ -152,6 +152,22 @@ def posthoc_ema_profile(
     return ema_pytorch_profile(gamma, step - before, update_every, before)
 
 
+def power_function_profile(gamma: float, step: int, update_every: int = 1, update_after_step: int = 0) -> Discrete:
+    """Return the profile of an EMA whose n-th update keeps (1 - 1/n)^(gamma + 1), of Eq. 2 of arXiv 2312.02696.
+
+    The first update is at the first multiple of `update_every` after `update_after_step`.
+
+    Raises:
+        InvalidValueError: the step is before it.
+    """
+    first = (update_after_step // update_every + 1) * update_every
+    if step < first:
+        raise InvalidValueError("step", f"must be at least {first}, that of the first update", value=step)
+    calls = _calls(first, step, update_every)
+    counts = np.maximum(np.arange(1.0, calls.size + 1), 2.0)  # the first update keeps nothing in any case
+    return _product(calls, (gamma + 1) * np.log1p(-1 / counts), update_every, step)
+
+
 TORCHTITAN_GAMMA = 20 * math.log(2) - 1
 
 

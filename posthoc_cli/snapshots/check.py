@@ -221,7 +221,7 @@ def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     leftovers = sorted([*folders.incomplete, *(path for entries in listings for path in entries.leftovers)])
     moved, pickles = len(_readable(directory / DAMAGED_FOLDER).entries), len(listing.pickles)
     if not (units or old_units or leftovers or moved):
-        reason = "holds no snapshots, outputs or states" + "; no pickle is opened here" * bool(pickles)
+        reason = "holds no snapshots or outputs" + "; no pickle is opened here" * bool(pickles)
         raise DirectoryError(directory, reason, ACCEPTED)
     if pickles:
         notes.append(f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read")

@@ -60,24 +60,19 @@ def sweep(
     trials = _Trials(run, metric, model)
     stored, newest = trials.run, trials.run.sources[-1].info
     if values is not None:
-        if len(set(values)) < 2:
-            raise InvalidValueError("values", "name at least two lengths", value=list(values))
         axis = Axis.of_values("sigma_rel", values)
     else:
         good = good_range(stored) if low is None or high is None else Axis("sigma_rel", low, high)
         axis = Axis("sigma_rel", good.low if low is None else low, good.high if high is None else high)
-    check_counts(repeats, budget, [axis])
+    check_counts(repeats, budget, axis)
     if model is None and (notice := statistics_notice(newest.copies)):
         warn(notice)
     raw = [*trials.measure([(0.0, seed) for seed in range(repeats if trials.has_raw else 0)])]
     search = Search(axis, stored, None, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1)
-    for found in search.rounds(trials.measure):
-        best = SigmaRel(found.best)
+    for _ in search.rounds(trials.measure):
+        pass
     settings = {"run": newest.run_id, "t": trials.t, "command": None}
-    return SweepReport(
-        name, minimize, axis.kind, (*raw, *search.trials), search.found, search.stopped, best, best.title,
-        {axis.kind: best.sigma_rel}, settings=settings,
-    )  # fmt: skip
+    return SweepReport(name, minimize, (*raw, *search.trials), search.found, search.stopped, settings=settings)
 
 
 class _Trials:

@@ -71,45 +71,33 @@ class SweepReport:
     Attributes:
         metric: the name of the metric.
         minimize: whether lower is better.
-        searched: what was searched first: the kind of the length, or "guide" for the length of the second network.
         trials: all trials; failed ones have an error.
         found: the estimate.
         stopped: why the search ended.
-        best: the average whose metric is estimated to be best, which was written.
-        title: the title of the best average, and of the second network's average, if any.
-        chosen: the best length by its kind, and that of a second network by "guide".
-        kind: the kind of the length.
-        other_length: the end of the titles of the trials of `found`: the length of the other network.
-        outputs: the files of the best averages.
+        outputs: the files of the best average.
         settings: the settings that the trials share.
-        second: the result for a second network, if both were searched: the best length "value", "low" and "high" of the
-            range that is equal to it within the noise, and the metric at the best, "estimate" and "standard_error".
-        guide: the directory of the second network.
         again: the command line that repeats the sweep.
     """
 
     metric: str
     minimize: bool
-    searched: str
     trials: tuple[Trial, ...]
     found: Estimate
     stopped: str
-    best: Target
-    title: str
-    chosen: dict[str, float]
-    kind: str = "sigma_rel"
-    other_length: str = ""
     outputs: tuple[Path, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    second: dict[str, float] | None = None
-    guide: Path | None = None
     again: str = ""
+
+    @property
+    def best(self) -> Target:
+        """The average whose metric is estimated to be best, which was written."""
+        return self.found.axis.target(self.found.best)
 
     def __repr__(self) -> str:
         estimate = f"{self.metric} {self.found.mean:.6g} ± {self.found.standard_error:.2g} (estimate)"
         unmeasured = "not measured, since neither a checkpoint nor a tracker with its model has them"
         raw = f"raw weights {unmeasured if self.raw is None else f'{self.raw:.6g}'}"
-        return f"SweepReport({self.title}: {estimate}, {len(self.trials)} trials; {self.stopped}; {raw})"
+        return f"SweepReport({self.best.title}: {estimate}, {len(self.trials)} trials; {self.stopped}; {raw})"
 
     def _repr_html_(self) -> str:
         """Return the picture of the sweep, for a notebook."""
@@ -142,9 +130,8 @@ class SweepReport:
         return {
             "metric": self.metric,
             "minimize": self.minimize,
-            "axis": self.searched,
-            "length": self.kind,
-            "best": {"target": self.title, **self.chosen},
+            "axis": found.axis.kind,
+            "best": {"target": self.best.title, found.axis.kind: found.best},
             "estimate": found.mean,
             "standard_error": found.standard_error,
             "equal_within_noise": [found.low, found.high],
@@ -154,9 +141,6 @@ class SweepReport:
             "stopped": self.stopped,
             "trials": [vars(trial) for trial in self.trials],
             "curve": [{"x": x, "estimate": y, "standard_error": error} for x, y, error in curve],
-            "other_length": self.other_length,
-            "second": self.second,
-            "guide": None if self.guide is None else str(self.guide),
             "again": self.again,
             "outputs": list(map(str, self.outputs)),
             "settings": self.settings,
@@ -166,10 +150,10 @@ class SweepReport:
 def answer(found: dict[str, Any]) -> dict[str, str]:
     """Return the results of a report's `to_dict` as texts for people."""
     low, high = found["equal_within_noise"]
-    second, trials = found["second"], found["trials"]
+    trials = found["trials"]
     failed = sum(trial["value"] is None for trial in trials)
     measured = {trial["target"] for trial in trials if trial["value"] is not None} - {RAW}
-    texts = {
+    return {
         "best": str(found["best"]["target"]),
         "metric": str(found["metric"]),
         "estimate": f"{found['estimate']:.6g} ± {found['standard_error']:.2g}",
@@ -178,13 +162,7 @@ def answer(found: dict[str, Any]) -> dict[str, str]:
         "measured": f"{len(measured)} averages in {len(trials)} trials"
         + f", {failed} of which failed" * bool(failed)
         + f"; {found['stopped']}",
-        "second": "",
     }
-    if second is not None:
-        equal = f"{second['low']:.12g} to {second['high']:.12g} are equal within the noise"
-        estimate = f"estimate of {found['metric']} {second['estimate']:.6g} ± {second['standard_error']:.2g}"
-        texts["second"] = f"sigma_rel {second['value']:.12g}; {equal}; {estimate}"
-    return texts
 
 
 def draw(found: dict[str, Any]) -> Figure:
@@ -198,10 +176,7 @@ def draw(found: dict[str, Any]) -> Figure:
     points = [
         (shown_at(found, trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
         for trial in found["trials"]
-        # Leave out raw weights, and trials with another length of the other network than in the last search.
-        if trial["value"] is not None
-        and trial["target"].startswith((f"{found['axis']} ", f"{found['axis']}:"))
-        and "".join(trial["target"].partition(", ")[1:]) == found["other_length"]
+        if trial["value"] is not None and trial["target"] != RAW
     ]
     low, high = (shown_at(found, x) for x in found["equal_within_noise"])
     label = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]

@@ -81,7 +81,7 @@ class Axis:
         kind: "sigma_rel", "beta", "half-life", "window" or "last"; "decay:1-sqrt", "decay:linear" or "decay:cosine",
             whose values are fractions of training.
         low, high: ends of the range.
-        values: the values to measure, or None to search the range. A single value is used without a search.
+        values: the values to measure, or None to search the range.
     """
 
     kind: str
@@ -93,16 +93,18 @@ class Axis:
         for name in ("low", "high"):
             self.target(getattr(self, name))  # raises an InvalidValueError for a bad value
             object.__setattr__(self, name, float(getattr(self, name)))  # NumPy's numbers become Python's
-        if not self.low < self.high and not self.is_given:
+        if not self.low < self.high:
             ends = f"{self.low:g}:{self.high:g}"
             raise InvalidValueError(self.kind, "the first must be below the second", value=ends)
 
     @classmethod
-    def of_values(cls, kind: str, values: Sequence[float]) -> Axis:
-        """Return the axis of given values, which are all measured."""
+    def of_values(cls, kind: str, values: Sequence[float], name: str = "values") -> Axis:
+        """Return the axis of given values, which are all measured; an InvalidValueError is about a value or `name`."""
         for value in values:
             _KINDS[kind][0](value)  # raises an InvalidValueError for a bad value
         unique = sorted(set(map(float, values)))
+        if len(unique) < 2:
+            raise InvalidValueError(name, "name at least two lengths", value=list(values))
         return cls(kind, unique[0], unique[-1], tuple(unique))
 
     @classmethod
@@ -125,11 +127,6 @@ class Axis:
             return cls(kind, low, high)
         except InvalidValueError as error:
             raise InvalidValueError(name, error.reason, error.hint, value=text or "(empty)") from error
-
-    @property
-    def is_given(self) -> bool:
-        """Whether the axis is a single value, which needs no search."""
-        return self.values is not None and len(self.values) == 1
 
     def target(self, value: float) -> Target:
         """Return the target of a value."""
@@ -440,7 +437,6 @@ class Search:
         minimize: whether lower is better.
         budget: the most lengths to measure, each `repeats` times; a length that is measured again counts again.
         again: whether a length can be measured again with another seed.
-        batch: the number of lengths of each round after the first.
 
     Attributes:
         axis: the lengths that are searched, widened if an end was best.
@@ -453,10 +449,10 @@ class Search:
 
     def __init__(
         self, axis: Axis, run: Run, t: float | None, known: Iterable[Trial] = (), *, minimize: bool, budget: int,
-        repeats: int, again: bool, batch: int = NEXT,
+        repeats: int, again: bool,
     ) -> None:  # fmt: skip
         self._run, self._t, self._minimize = run, t, minimize
-        self._budget, self._repeats, self._again, self._batch = budget, repeats, again, batch
+        self._budget, self._repeats, self._again = budget, repeats, again
         self._first, self._known = first_batch(axis), list(known)
         self.trials: list[Trial] = []
         self._take(axis)
@@ -494,7 +490,7 @@ class Search:
 
     def _missing(self, values: Sequence[float]) -> list[tuple[float, int]]:
         """Return the pairs of given values and seeds that have not been measured."""
-        return [(v, seed) for seed in range(self._repeats) for v in values if seed not in self._seeds(v)]
+        return [(v, seed) for v in values for seed in range(self._repeats) if seed not in self._seeds(v)]
 
     @property
     def _left(self) -> int:
@@ -524,7 +520,7 @@ class Search:
             return self._end("the best length is known within the noise")
         if left <= 0:
             return self._end("the budget is spent")
-        proposed = next_batch(self.found, self.trials, min(self._batch, left), self._again)
+        proposed = next_batch(self.found, self.trials, min(NEXT, left), self._again)
         failed = {trial.x for trial in self.trials if trial.value is None}
         proposed = [v for v in proposed if v not in failed and (self._again or not self._seeds(v))]
         return proposed or self._end("nothing is left to measure between the measured lengths")
@@ -557,9 +553,9 @@ class Search:
         return estimate(self.trials, self.axis, self._minimize)
 
 
-def check_counts(repeats: int, budget: int, axes: Iterable[Axis]) -> None:
+def check_counts(repeats: int, budget: int, axis: Axis) -> None:
     """Raise an InvalidValueError unless `repeats` and `budget` are counts that suffice for a search."""
-    least = FIRST if any(axis.values is None for axis in axes) else 1  # all values of a list are measured
+    least = FIRST if axis.values is None else 1  # all values of a list are measured
     if check_count("budget", budget) < least:
         reason = f"must be at least {least}, the number of lengths that a search begins with"
         raise InvalidValueError("budget", reason, value=budget)

@@ -11,22 +11,16 @@ import os
 import re
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, printable, shown
-from posthoc_cli.sweep.search import Trial
 
-_DEVICES = "CUDA_VISIBLE_DEVICES"
 _GRACE = 0.5
 """Seconds between SIGTERM and SIGKILL."""
 _TICK = 0.01
@@ -38,125 +32,69 @@ _MOST_NAMES = 5
 _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
 
 
-@dataclass(frozen=True)
-class TrialCommand:
-    """The user's command for one trial.
+class TrialError(Exception):
+    """A trial has no usable metric; the text says why."""
 
-    Attributes:
-        trial: the trial without its metric.
-        words: the words of the command line, with all placeholders filled in.
-        folder: the existing folder of the trial.
-        log: the path of the logs, without the endings .out and .err.
+
+class MissingMetricError(TrialError):
+    """The command succeeded, but its output or files have no member with the metric's name."""
+
+
+def measure(words: Sequence[str], folder: Path, log: Path, metric: Metric) -> tuple[float, float | None]:
+    """Run a command, and return its metric and the standard error of that, if any.
+
+    Arguments:
+        words: the words of the command line.
+        folder: the existing folder of the trial, where files with the metric may be.
+        log: the path of the logs of standard output and error, without the endings .out and .err.
+        metric: where the metric is.
+
+    Raises:
+        TrialError: the command failed, or gave no metric.
     """
-
-    trial: Trial
-    words: Sequence[str]
-    folder: Path
-    log: Path
-
-    @property
-    def logs(self) -> tuple[Path, Path]:
-        """The files of standard output and error."""
-        out, err = (self.log.with_name(self.log.name + ending) for ending in (".out", ".err"))
-        return out, err
-
-
-def run_all(
-    commands: Sequence[TrialCommand],
-    metric: Metric,
-    start: Callable[[TrialCommand], None],
-    finish: Callable[[TrialCommand, Trial, bool], None],
-    jobs: int,
-    timeout: float | None,
-) -> None:
-    """Run commands, up to `jobs` in parallel, which divide CUDA_VISIBLE_DEVICES among them.
-
-    `start` is called with each command that begins; `finish` with a command that has ended, its trial with a value or
-    an error, and whether it succeeded without giving a metric. An exception, from `finish` too, ends all processes.
-    """
-    devices = [name for name in os.environ.get(_DEVICES, "").split(",") if name]
-    slots, parallel = SimpleQueue[int](), max(1, min(jobs, len(commands)))
-    for slot in range(parallel):
-        slots.put(slot)
-    stop = threading.Event()
-
-    def run(command: TrialCommand) -> tuple[Trial, bool]:
-        slot = slots.get()
-        try:
-            start(command)
-            share = devices[slot % len(devices) :: jobs] if devices else []
-            return _run(command, metric, share, timeout, stop)
-        finally:
-            slots.put(slot)
-
-    # Ctrl-C interrupts only the main thread, never a thread that is starting or ending a process.
-    pool, running = ThreadPoolExecutor(parallel), dict[Future[tuple[Trial, bool]], TrialCommand]()
-    waiting = iter(commands)
-    try:
-        while True:
-            # A command is submitted only after `finish` was called for the last one, which may raise an error.
-            for command in islice(waiting, parallel - len(running)):
-                running[pool.submit(run, command)] = command
-            if not running:
-                break
-            # The wait has a timeout: a signal may be delivered to another thread, which does not wake this one.
-            for future in wait(running, _GRACE, FIRST_COMPLETED).done:
-                finish(running.pop(future), *future.result())
-    finally:
-        stop.set()
-        pool.shutdown(wait=False)
-        with suppress(KeyboardInterrupt):  # a second Ctrl-C; all processes end soon
-            wait(running)
-        wait(running)
-
-
-def _run(
-    command: TrialCommand, metric: Metric, devices: Sequence[str], timeout: float | None, stop: threading.Event
-) -> tuple[Trial, bool]:
-    """Run one command; return its trial, and whether it succeeded without giving a metric."""
-    started, out, err = time.monotonic(), *command.logs
-    error, value, standard_error, is_missing = "", None, None, False
+    out, err = (log.with_name(log.name + ending) for ending in (".out", ".err"))
     for path in (out, err):
         files.unlink_if_exists(path)  # the process of a killed sweep may still write to the old file
+    try:
+        _run(words, out, err)
+        return metric.read(out, folder)
+    except TrialError as error:
+        raise type(error)(f"{error}{_end_of_logs(err, out)}") from error
+
+
+def _run(words: Sequence[str], out: Path, err: Path) -> None:
+    """Run a command until it ends; raise a TrialError if it fails. All its remaining children end with it."""
     with out.open("wb") as stdout, err.open("wb") as stderr:
         try:
             process = subprocess.Popen(
-                list(command.words), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True,
-                env=os.environ | ({_DEVICES: ",".join(devices)} if devices else {}),
-            )  # fmt: skip
+                list(words), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            )
         except OSError as failure:
-            error = f"cannot be started: {failure.strerror or failure}"
-    if not error:
-        deadline = math.inf if timeout is None else started + timeout
-        while process.poll() is None and not stop.is_set() and not error:
-            error = f"took more than {timeout:g} s" if time.monotonic() > deadline else ""
+            raise TrialError(f"cannot be started: {failure.strerror or failure}") from failure
+    try:
+        while process.poll() is None:  # not `wait`: another thread may receive the signal of Ctrl-C
             time.sleep(_TICK)
-        code = _end(process)
-        if not error and code:
-            error = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    seconds = time.monotonic() - started
-    if not error:
-        try:
-            value, standard_error = metric.read(out, command.folder)
-        except NoMetricError as failure:
-            error, is_missing = str(failure), isinstance(failure, MissingMetricError)
-    error = error and f"{error}{_end_of_logs(err, out)}"
-    trial = replace(command.trial, value=value, standard_error=standard_error, seconds=seconds, error=error or None)
-    return trial, is_missing
+    finally:
+        _end_group(process)
+    if process.returncode:
+        code = process.returncode
+        raise TrialError(f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> int:
-    """End a process and its group, and return its exit code; the group keeps the id of a process that has ended."""
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End the group of a process, also on a second Ctrl-C; the group keeps the id of a process that has ended."""
 
     def send(number: int) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
 
-    send(signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_GRACE)
-    send(signal.SIGKILL)
-    return process.wait()
+    try:
+        send(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
+    finally:
+        send(signal.SIGKILL)
+        process.wait()
 
 
 def _end_of_logs(*paths: Path) -> str:
@@ -167,14 +105,6 @@ def _end_of_logs(*paths: Path) -> str:
 
 
 # --- metrics
-
-
-class NoMetricError(Exception):
-    """A trial has no usable metric; the text names what was searched for, and what was found instead."""
-
-
-class MissingMetricError(NoMetricError):
-    """The output or the files have no member with the metric's name, not even an unusable one."""
 
 
 @dataclass(frozen=True)
@@ -211,13 +141,13 @@ class Metric:
         return self.key or "metric"
 
     def read(self, stdout: Path, folder: Path) -> tuple[float, float | None]:
-        """Return the metric and its standard error, if any; raise a NoMetricError if there is no metric."""
+        """Return the metric and its standard error, if any; raise a TrialError if there is no metric."""
         if self.file is None or self.key is None:
             return self._printed(_read_tail(stdout, _TAIL))
         try:
             return self._stored(folder, self.file, self.key)
         except OSError as error:
-            raise NoMetricError(f"{self.file} cannot be read: {error.strerror or error}") from error
+            raise TrialError(f"{self.file} cannot be read: {error.strerror or error}") from error
 
     def _printed(self, text: str) -> tuple[float, float | None]:
         """Return the metric from the last line that is a number, or the last JSON object with the key."""
@@ -309,7 +239,7 @@ def _pair(values: dict[str, Any], name: str) -> tuple[float, float | None]:
     error = next((error for error in errors if error is not None and 0 < error < math.inf), None)
     value = _number(values[name])
     if value is None:
-        raise NoMetricError(f"{shown(name)} is {shown(values[name])}, not a number")
+        raise TrialError(f"{shown(name)} is {shown(values[name])}, not a number")
     return _finite(value), error
 
 
@@ -322,9 +252,9 @@ def _number(value: object) -> float | None:
 
 
 def _finite(value: float) -> float:
-    """Return a finite value; raise a NoMetricError for nan and infinity."""
+    """Return a finite value; raise a TrialError for nan and infinity."""
     if not math.isfinite(value):
-        raise NoMetricError(f"its metric is {value}")
+        raise TrialError(f"its metric is {value}")
     return value
 
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import math
-import mmap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain, islice
-from pathlib import Path
-from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, warn
 from posthoc_cli.run import Weights
@@ -104,45 +99,6 @@ def copied_weights(tensors: ModelTensors, dtype: torch.dtype | str | None) -> We
     for alias, name in tensors.aliases.items():
         weights[alias] = weights[name]
     return weights
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def on_disk(plan: Plan, folder: Path) -> list[Weights]:
-    """Synthesize all targets of a plan in one pass, into an unnamed temporary file in `folder` that is memory-mapped.
-
-    Raises:
-        WriteError: there is no space for them on disk.
-    """
-    starts: dict[str, list[int]] = {}
-    last: list[torch.Tensor] = []
-    with (
-        files.reported_as_write_error(folder),
-        TemporaryFile(dir=folder, prefix=files.TEMPORARY_PREFIX, suffix=files.TEMPORARY_SUFFIX) as file,
-    ):
-        for name, values in synthesize(plan):
-            if last and values[0] is last[0]:  # another name of the tensor
-                starts[name] = starts[next(reversed(starts))]
-                continue
-            last, starts[name] = values, []
-            for value in values:
-                starts[name].append(file.tell())
-                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
-                file.write(bytes(-file.tell() % _ALIGNED))
-        file.flush()
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    averages = [Weights() for _ in plan.targets]
-    for index, weights in enumerate(averages):
-        weights.predicted_error, weights.profile_error = plan.predicted_error(index), plan.profile_error(index)
-        tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}  # names of tied tensors share one
-        for spec in plan.specs():
-            start, dtype = starts[spec.name][index], torch_dtype(spec.dtype)
-            if (start, spec.shape) not in tensors:
-                count = math.prod(spec.shape)
-                flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start) if count else torch.empty(0)
-                tensors[start, spec.shape] = flat.to(dtype).view(spec.shape)
-            weights[spec.name] = tensors[start, spec.shape]
-    return averages
 
 
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
@@ -298,22 +254,24 @@ def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
 def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = "cpu") -> None:
     """Fill a model's tensors with the first target of a plan; those on `meta` are created on `device`.
 
-    Everything is computed and dropped once before the first tensor changes, so that a damaged snapshot, a value that
-    is not finite or a model that does not fit leaves the model unchanged. That takes twice the time, and no memory.
+    Names, shapes and dtypes are checked before the first tensor changes. A snapshot that is found to be damaged later,
+    or a value that the model's dtype cannot hold, leaves the tensors before it filled.
     """
     shapes = {spec.name: spec.shape for spec in plan.specs()}
     targets = weight_targets(model, shapes)
     if plan.dtype is not None:
         check_dtypes_free(model, DTYPES[plan.dtype].torch_name)
-    created_on = check_device(device)
-    dtypes = {name: target.tensor.dtype for name, target in targets.items()} if plan.dtype is None else {}
-    for name, (value,) in synthesize(plan):
-        if name in dtypes:
-            check_fits(name, value, dtypes[name])
-    values = synthesize(plan)
+    created_on, values = check_device(device), synthesize(plan)
     with torch.inference_mode(False):
         first = list(islice(values, 1))  # now all files are open, so that none can vanish
-    fill(model, shapes, ((name, value) for name, (value,) in chain(first, values)), plan.dtype is None, created_on)
+
+    def checked() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, (value,) in chain(first, values):
+            if plan.dtype is None:
+                check_fits(name, value, targets[name].tensor.dtype)
+            yield name, value
+
+    fill(model, shapes, checked(), plan.dtype is None, created_on)
 
 
 def fill(
@@ -367,8 +325,8 @@ def warn_of_statistics(model: torch.nn.Module, weights: Mapping[str, torch.Tenso
 def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
     """Recompute a model's BatchNorm statistics for its present weights, with equal weight for every batch.
 
-    It works like `torch.optim.swa_utils.update_bn`. Within `with ema.model(...)` or `ema.averaged(...)` the new
-    statistics last until the end of the block, else permanently. Modes and momenta do not change.
+    It works like `torch.optim.swa_utils.update_bn`. Within `with ema.model(...)` the new statistics last
+    until the end of the block, else permanently. Modes and momenta do not change.
 
     Arguments:
         model: a model in any mode, on any device; without BatchNorm layers nothing happens.

@@ -255,10 +255,11 @@ class PostHocEMA(Tracker):
     ) -> WithStatement[Module]:  # fmt: skip
         """Return a context manager that gives the model averaged weights, in eval mode, for a `with` block.
 
-        After the block weights, buffers, train or eval mode and device are as before, also on an error. Meanwhile the
-        model's raw weights are kept in host memory. Blocks may be nested. The arguments are those of `state_dict`,
-        except that without `dtype` the weights take the model's dtypes. To keep averaged weights, save them within the
-        block, or use `ema.state_dict(sigma_rel=...)`.
+        A tracked length, without `t` or `step`, is the current average: exact, and from memory. Others are made of it
+        and of snapshots. After the block weights, buffers, train or eval mode and device are as before, also on an
+        error. Meanwhile the model's raw weights are kept in host memory. Blocks may be nested. The arguments are those
+        of `state_dict`, except that without `dtype` the weights take the model's dtypes. To keep averaged weights, save
+        them within the block, or use `ema.state_dict(sigma_rel=...)`.
 
         In a group of processes all that have made a tracker of this directory make the call, between the same two calls
         of `update_`. Of a sharded model each process fills the chunks that it holds; no complete tensor is made. An
@@ -278,11 +279,9 @@ class PostHocEMA(Tracker):
         return WithStatement(partial(self._filled, model, make, own_dtypes=dtype is None))
 
     def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, WithStatement[Module]]:
-        """Return a context manager like that of `model` for each of several lengths, from one pass over the snapshots.
+        """Return a context manager like that of `model` for each of several lengths, made when its block is entered.
 
-        This call makes that pass. Its results stay in an unnamed temporary file next to the snapshots, of the model's
-        size for each length; it needs no more memory than one length. In a group of processes all make the call, and
-        enter the blocks in their order.
+        In a group of processes all make the call, and enter the blocks in their order.
 
         Arguments:
             sigma_rels: lengths, or other targets as in `state_dict`, or their text forms, such as "decay:linear:20%".
@@ -292,35 +291,15 @@ class PostHocEMA(Tracker):
             too short for, such as a window of more steps, are left out, with a warning.
 
         Raises:
-            InvalidValueError, NotReadyError, WriteError, RankError: an argument, no space on disk, and see `model`.
+            InvalidValueError, NotReadyError, RankError: an argument, and see `model`.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         synthesizer = self._synthesizer(check_model(model), False, f"models({', '.join(wanted)})")
-        makers, refused = synthesizer.each(wanted)
-        for label in refused if self.keeps_averages else ():
+        refused = synthesizer.refused(wanted)
+        for label, reason in refused.items() if self.keeps_averages else ():
             if self._is_first_warning(label):
-                log.warning("%s; there is no average of it at step %d", refused[label], self.step)
-
-        def block(make: Callable[[], Weights]) -> WithStatement[Module]:
-            return WithStatement(partial(self._filled, model, lambda: (synthesizer, make())))
-
-        return {label: block(make) for label, make in makers.items()}
-
-    def averaged(self, model: Module, tracked: float, alone: bool = False) -> WithStatement[Module]:
-        """Return a context manager like that of `model`, with a tracked profile's live average: exact, from memory.
-
-        Raises:
-            InvalidValueError, ModelMismatchError: see `model`; or `tracked` is not a tracked profile.
-            NotReadyError: there was no update yet, or none since `from_path`.
-        """
-
-        def make() -> tuple[Synthesizer, Weights]:
-            index = self.settings.tracked_index(tracked)
-            call = f"averaged(tracked={self.settings.sigma_rels[index]:g})"
-            synthesizer = self._synthesizer(check_model(model), alone, call)
-            return synthesizer, synthesizer.live_weights(index)
-
-        return WithStatement(partial(self._filled, model, make))
+                log.warning("%s; there is no average of it at step %d", reason, self.step)
+        return {label: self.model(model, target) for label, target in wanted.items() if label not in refused}
 
     @contextmanager
     def _filled(
@@ -341,10 +320,10 @@ class PostHocEMA(Tracker):
     ) -> None:  # fmt: skip
         """Fill a model with averaged weights permanently, on any device, also a model on `meta`.
 
-        This needs memory for one tensor, in a group of processes for the weights that each process gets. Everything is
-        computed twice, the first time only to check it: an error leaves the model unchanged. Parameters stay the same
-        objects, so that the optimizer keeps its state, and later updates average the new weights: between two training
-        steps this is the switch of Switch EMA.
+        This needs memory for one tensor, in a group of processes for the weights that each process gets. Names, shapes
+        and `dtype` are checked before the first tensor is filled. Parameters stay the same objects, so that the
+        optimizer keeps its state, and later updates average the new weights: between two training steps this is the
+        switch of Switch EMA.
 
         Arguments:
             device: where to create the tensors on `meta` that an average fills; a warning names the others. Tensors on
@@ -352,7 +331,9 @@ class PostHocEMA(Tracker):
             alone: see `model`.
 
         Raises:
-            ModelMismatchError, NonFiniteError, others: see `model` and `state_dict`; nothing has changed.
+            ModelMismatchError, others: see `model` and `state_dict`; nothing has changed.
+            FileFormatError, NonFiniteError: a snapshot is damaged, or a value does not fit the model's dtype; the
+                tensors before it are filled.
         """
         query = Query(sigma_rel, t, step, dtype, method)
         self._synthesizer(check_model(model), alone, f"load_into({query})").fill(query, device)
@@ -380,7 +361,7 @@ class PostHocEMA(Tracker):
             of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
             label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
             profiles = [source.profile for source in chosen]
-            return Candidate(label, profiles, source_prior(chosen), self.settings.t_unit)
+            return Candidate(label, profiles, source_prior(chosen))
         schedule = self.settings.schedule
         every, count = schedule.checkpoint_every, schedule.max_checkpoints or 20
         rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]

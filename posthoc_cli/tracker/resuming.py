@@ -31,6 +31,7 @@ from posthoc_cli.snapshots.codecs import Floats, path_of_part
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
 from posthoc_cli.snapshots.path import are_equal, recorded_weights, squared_distance
 from posthoc_cli.snapshots.sources import Snapshot, SnapshotBoxes, Source
+from posthoc_cli.snapshots.writer import DirectoryLock
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker.layout import FlatTensors
@@ -92,6 +93,8 @@ class Start:
                 log.warning(f"%s: {text} then, and later predicted errors contain that", self._directory, self.step)
             return now
         found, newest = group.from_first(lambda: (find_step(stored, values), stored[-1].info.step))
+        if is_first_call and group.leads and writes and (found is None or newest > self._newest):
+            DirectoryLock(self._directory).release()  # a training that is still running here is the better reason
         if is_first_call and found is None:
             raise not_in_run_error(self._directory, stored, len(values))
         if is_first_call and newest > self._newest:

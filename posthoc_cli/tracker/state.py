@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import torch
@@ -80,14 +79,10 @@ class Settings:
         schedule = TrackingSchedule(every, snapshot_every, after, most, dtype, range_of(profiles))
         return cls(tuple(profiles), schedule, t_unit, selection, on_nonfinite)
 
-    def tracked_index(self, tracked: float) -> int:
-        """Return the index of a tracked profile; an InvalidValueError names the profiles if `tracked` is not one."""
-        for index, sigma_rel in enumerate(self.sigma_rels):
-            if isinstance(tracked, Real) and math.isclose(tracked, sigma_rel, rel_tol=1e-6):  # also 0.05 of float32
-                return index
-        reason = f"must be one of the tracked profiles, {listed(self.sigma_rels)}"
-        hint = "for any other use model(model, sigma_rel=...)"
-        raise InvalidValueError("tracked", reason, hint, value=f"{tracked!r}")
+    def tracked_index(self, wanted: float) -> int | None:
+        """Return the index of a tracked profile, also of its float32 value; None for any other."""
+        equal = (i for i, tracked in enumerate(self.sigma_rels) if math.isclose(wanted, tracked, rel_tol=1e-6))
+        return next(equal, None)
 
     def update_is_due(self, step: int) -> bool:
         """Return whether the averages are updated at this call."""

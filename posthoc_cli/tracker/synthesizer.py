@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,9 +32,9 @@ from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec
 from posthoc_cli.snapshots.sources import Snapshot, SnapshotBoxes, Source
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.targets import Target, as_target
+from posthoc_cli.targets import SigmaRel, Target, as_target
 from posthoc_cli.tracker.model_tensors import TrackedModel, collect_tensors, named_tensors
-from posthoc_cli.tracker.model_weights import check_weights, copied_weights, fill, fill_model, on_disk
+from posthoc_cli.tracker.model_weights import check_weights, copied_weights, fill, fill_model
 from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.sharding import Group, ShardOwners, as_dtensor, held_box, held_part, is_sharded, reshard
 from posthoc_cli.tracker.snapshotter import LiveSource, measured, run_snapshots, with_snapshots
@@ -63,34 +62,32 @@ class Query:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A plan for averages in the form that the first process sends to the others.
+    """A plan for an average in the form that the first process sends to the others.
 
     Attributes:
         specs: the specs of an average's stored tensors, complete.
         names: all names of each of these tensors, its stored name first.
         sources: the name and header checksum of each source; the checksum of a live average is empty.
-        plan: the plan without sources and targets; None where all averages are refused.
-        errors: the predicted error and the profile error of each average.
-        refused: why some averages cannot be made yet, by label.
+        plan: the plan without sources and targets.
+        errors: the predicted error and the profile error.
     """
 
     specs: Mapping[str, TensorSpec]
     names: Mapping[str, Sequence[str]]
     sources: tuple[tuple[str, str], ...]
-    plan: Plan | None
-    errors: Sequence[tuple[float | None, float]]
-    refused: dict[str, str] = field(default_factory=dict)
+    plan: Plan
+    errors: tuple[float | None, float]
 
     @classmethod
-    def of_plan(cls, plan: Plan, refused: dict[str, str]) -> Recipe:
+    def of_plan(cls, plan: Plan) -> Recipe:
         """Return the recipe for a plan."""
         specs = {n: TensorSpec(n, plan.output_dtype(n), plan.newest.stored[n].shape) for n in plan.tensors}
         sources = (
             (source.name, source.header.metadata["ema.checksum"] if isinstance(source, Snapshot) else "")
             for source in plan.sources
         )
-        errors = [(plan.predicted_error(index), plan.profile_error(index)) for index in range(len(plan.targets))]
-        return cls(specs, plan.names, tuple(sources), replace(plan, sources=(), targets=()), errors, refused)
+        errors = plan.predicted_error(0), plan.profile_error(0)
+        return cls(specs, plan.names, tuple(sources), replace(plan, sources=(), targets=()), errors)
 
 
 @dataclass(frozen=True)
@@ -110,34 +107,24 @@ class Synthesizer:
     def weights(self, query: Query) -> Weights:
         """Return an average, or for a sharded model the chunks of it that this process holds.
 
-        Before the first update, return the raw weights, with a warning, as `each` and `live_weights` do.
+        Before the first update, return the raw weights, with a warning.
         """
-        return self._one(query, lambda sources: self._plan_from(sources, query))
+        return self._one(query, lambda sources: self._plan_from(sources, query), self._is_live(query))
 
-    def each(self, wanted: Mapping[str, Target]) -> tuple[dict[str, Callable[[], Weights]], dict[str, str]]:
-        """Return, by label, a function that returns each average, and the reasons why others cannot be made yet.
+    def _is_live(self, query: Query) -> bool:
+        """Return whether a live average is wanted: that of a tracked length, at the present time."""
+        is_now = query.t is None and query.step is None and not self._pipeline.tracking.resumes
+        return is_now and self._index(query) is not None
 
-        The averages are of this moment and synthesized now, in one pass; several are kept on disk.
-        """
+    def _index(self, query: Query) -> int | None:
+        target = as_target(query.wanted)
+        return self.tracker.settings.tracked_index(target.sigma_rel) if isinstance(target, SigmaRel) else None
 
-        def recipe(sources: list[Source]) -> Recipe:
-            plan, refused = plan_possible(self._checked(sources), wanted)
-            return Recipe({}, {}, (), None, (), refused) if plan is None else Recipe.of_plan(plan, refused)
-
-        return self._synthesize_all(wanted, recipe)
-
-    def live_weights(self, index: int) -> Weights:
-        """Return the live average of the tracked profile of this index, exactly."""
-        query, tracked = Query(self.tracker.settings.sigma_rels[index]), self._pipeline.tracking.tracked
-        wide = torch.float64 if torch.float64 in tracked.dtypes(copied=False).values() else torch.float32
-
-        def plan(live: list[Source]) -> Plan:
-            if not live:
-                raise self._not_yet("live average")
-            log.info("live average of sigma_rel %g at t = %.12g: exact", query.wanted, live[index].info.t)
-            return plan_synthesis([live[index]], [query.wanted], dtype=wide)
-
-        return self._one(query, plan, live_only=True)
+    def refused(self, wanted: Mapping[str, Target]) -> dict[str, str]:
+        """Return the reasons why some averages cannot be made yet, by label."""
+        if not self.group.from_first(lambda: self.tracker.has_average):
+            return {}
+        return self.of_sources(lambda sources: plan_possible(self._checked(sources), wanted)[1])
 
     def check(self, weights: Weights, own_dtypes: bool = True) -> None:
         """Raise an error in all processes if the weights do not fit in one; `swapped_in` checks a single process."""
@@ -150,8 +137,9 @@ class Synthesizer:
         model = self.model
         assert model is not None
         if self.group.is_alone and self.tracker.has_average:
+            live_only = self._is_live(query)
             with_consistent_plan(
-                lambda: self._plan_from(self.sources(), query), lambda plan: fill_model(model, plan, device)
+                lambda: self._plan_from(self.sources(live_only), query), lambda plan: fill_model(model, plan, device)
             )
         else:
             self._fill_at_once(query, device, accept_meta=True)
@@ -207,7 +195,7 @@ class Synthesizer:
             )
         self.tracker.flush()
         if live_only:
-            return [*self._pipeline.live()]
+            return [*measured(self._pipeline.live(), [])]
         live, snapshots = self._pipeline.live(), run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
         return self._until_start(with_snapshots(measured(live, [*map(StoredSnapshot.of, snapshots)]), snapshots))
 
@@ -219,73 +207,53 @@ class Synthesizer:
 
     def _plan_from(self, sources: list[Source], query: Query) -> Plan:
         sources = self._checked(sources)
+        if self._is_live(query):
+            source = sources[self._index(query) or 0]
+            log.info("live average of sigma_rel %g at t = %.12g: exact", source.info.sigma_rel, source.info.t)
+            return plan_synthesis([source], [query.wanted], method=query.method, dtype=query.dtype)
         return _logged(plan_synthesis(sources, [query.wanted], query.t, query.step, query.method, dtype=query.dtype))
 
     def _checked(self, sources: list[Source]) -> list[Source]:
         """Return the sources, or raise a NotReadyError if there are none."""
         if not sources:
-            raise self._not_yet("average")
+            reason = f"{self.tracker.settings.first_update(self.tracker.step)}, so far {self.tracker.step:,}"
+            raise NotReadyError("no average yet", reason)
         return sources
-
-    def _not_yet(self, what: str) -> NotReadyError:
-        reason = f"{self.tracker.settings.first_update(self.tracker.step)}, so far {self.tracker.step:,}"
-        hint = "model(model, sigma_rel=...) reads the snapshots"
-        can_read = what == "live average" and self._pipeline.tracking.resumes
-        return NotReadyError(f"no {what} yet", reason, hint * can_read)
 
     # --- synthesizing them
 
     def _one(self, query: Query, plan: Callable[[list[Source]], Plan], live_only: bool = False) -> Weights:
         """Return one average, by the plan that the first process makes."""
-        target = {"": as_target(query.wanted)}
-        makers, _ = self._synthesize_all(target, lambda s: Recipe.of_plan(plan(s), {}), query.dtype, live_only)
-        return makers[""]()
-
-    def _synthesize_all(
-        self,
-        wanted: Mapping[str, Target],
-        recipe: Callable[[list[Source]], Recipe],
-        dtype: torch.dtype | str | None = None,
-        live_only: bool = False,
-    ) -> tuple[dict[str, Callable[[], Weights]], dict[str, str]]:
-        """Synthesize what this process owns; return functions that exchange it, and what is refused, by label."""
         if not self.group.from_first(lambda: self.tracker.has_average):
-            raw = self._raw(dtype)
-            return dict.fromkeys(wanted, lambda: raw), {}
+            return self._raw(query.dtype)
 
-        def make(shared_and_local: tuple[Recipe, dict[str, Source]]) -> tuple[Recipe, dict[str, Weights]]:
+        def make(shared_and_local: tuple[Recipe, dict[str, Source]]) -> Weights:
             shared, local = shared_and_local
-            targets = {label: target for label, target in wanted.items() if label not in shared.refused}
-            parts = self.group.together(lambda: self._own_parts(shared, [*targets.values()], local))
-            return shared, dict(zip(targets, parts, strict=True))
+            part = self.group.together(lambda: self._own_part(shared, as_target(query.wanted), local))
+            return self._exchanged(shared, part)
 
-        shared, made = with_consistent_plan(lambda: self._shared(recipe, live_only), make)
-        both = zip(made.items(), shared.errors, strict=True)
-        return {label: partial(self._exchanged, shared, part, errors) for (label, part), errors in both}, shared.refused
+        return with_consistent_plan(lambda: self._shared(lambda s: Recipe.of_plan(plan(s)), live_only), make)
 
-    def _own_parts(self, shared: Recipe, targets: Sequence[Target], local: Mapping[str, Source]) -> list[Weights]:
-        """Return what this process synthesizes of each average: the first process everything."""
+    def _own_part(self, shared: Recipe, target: Target, local: Mapping[str, Source]) -> Weights:
+        """Return what this process synthesizes of an average: the first process everything."""
         if not self.group.leads:
-            return [Weights() for _ in targets]
-        return self._synthesized(shared, targets, [local[name] for name, _ in shared.sources])
+            return Weights()
+        return self._synthesized(shared, target, [local[name] for name, _ in shared.sources])
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _synthesized(
-        self, shared: Recipe, targets: Sequence[Target], sources: Sequence[Source], subset: frozenset[str] | None = None
-    ) -> list[Weights]:
-        """Return these averages from these sources, or a subset of their tensors."""
-        if shared.plan is None:
-            return []
-        plan = replace(shared.plan, sources=tuple(sources), targets=tuple(targets), subset=subset)
-        return [make_weights(plan)] if len(targets) == 1 else on_disk(plan, self.tracker.checkpoint_dir)
+        self, shared: Recipe, target: Target, sources: Sequence[Source], subset: frozenset[str] | None = None
+    ) -> Weights:
+        """Return an average from these sources, or a subset of its tensors."""
+        return make_weights(replace(shared.plan, sources=tuple(sources), targets=(target,), subset=subset))
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _exchanged(self, shared: Recipe, part: Weights, errors: tuple[float | None, float]) -> Weights:
+    def _exchanged(self, shared: Recipe, part: Weights) -> Weights:
         """Return all that this process holds of an average, under all names, on the host, after exchanging it."""
         weights, shape_and_ranks = Weights(), self._shape_and_ranks()
-        weights.predicted_error, weights.profile_error = errors
+        weights.predicted_error, weights.profile_error = shared.errors
         for name, spec in shared.specs.items():
             shape, ranks = shape_and_ranks(spec)
             value = part.get(name)
@@ -335,12 +303,12 @@ class ChunkSynthesizer(Synthesizer):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _own_parts(self, shared: Recipe, targets: Sequence[Target], local: Mapping[str, Source]) -> list[Weights]:
-        """Return the chunks of each average that this process owns, after checking that the model holds them."""
+    def _own_part(self, shared: Recipe, target: Target, local: Mapping[str, Source]) -> Weights:
+        """Return the chunks of an average that this process owns, after checking that the model holds them."""
         tracked, tensors = self._pipeline.tracking.tracked, self._tensors()
         boxes = {name: tracked.box(name) for name in shared.specs if name in tracked.chunks}
         if not boxes:
-            return [Weights() for _ in targets]
+            return Weights()
         for name in boxes:
             _check_chunk(name, tracked, tensors.get(name))
         directory = self.tracker.checkpoint_dir
@@ -348,7 +316,7 @@ class ChunkSynthesizer(Synthesizer):
             local[name] if name in local else SnapshotBoxes.of(_read_again(directory / name, checksum), boxes)
             for name, checksum in shared.sources
         ]
-        return self._synthesized(shared, targets, sources, frozenset(boxes))
+        return self._synthesized(shared, target, sources, frozenset(boxes))
 
     def _shape_and_ranks(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
         """Return a function from a spec to this process's shape of it and the ranks that hold it, owner first."""

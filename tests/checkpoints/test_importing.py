@@ -119,7 +119,7 @@ def test_the_same_import_again_does_nothing_and_others_ask(write: Write, tmp_pat
     assert (again["written"], len(again["checkpoints"])) == (False, len(STEPS))
     assert contents(new) == before
     other = ema("import", folder, "--out", new)
-    assert other.error == f"{new}: has other settings; choose another name, or --overwrite to replace it"
+    assert other.error == f"{new}: has other settings; choose another name, or `overwrite` to replace it"
     (tmp_path / "else").mkdir()
     shutil.copy(folder / "step20.safetensors", tmp_path / "else")
     other = ema("import", tmp_path / "else", "--exclude", "*.bias", "--out", new)

@@ -315,7 +315,7 @@ def test_copies_are_the_same_run(tmp_path: Path, imported: Imported, ema: Ema) -
     again = ("import", old, *options, "--copy", "--out", new)
     assert "is this import already" in ema(*again).out
     shorter = ("import", old / "*.100.pt", *options, "--copy", "--out", new)
-    assert ema(*shorter).error.endswith("already exists; choose another name, or --overwrite to replace it")
+    assert ema(*shorter).error.endswith("already exists; choose another name, or `overwrite` to replace it")
     assert ema(*shorter, "--overwrite").code == 0
     assert len(Run(new).sources) == 2
     assert ema(*again, "--overwrite").code == 0

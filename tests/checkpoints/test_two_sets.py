@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ema_command import Ema
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trained import STEPS, TIMES, ema, error_of, named, train
 
 from posthoc_cli import Run, import_checkpoints
@@ -48,6 +49,99 @@ def write(folder: Path, content: Callable[[Weights, Weights], dict[str, Any]]) -
         if step in TIMES:
             torch.save(content(named(path[step - 1]), named(average)), folder / f"{step:07}.pt")
     return folder
+
+
+FOLDERS: dict[str, tuple[str, str]] = {
+    "guided-diffusion": ("ema_0.99_{:06}.pt", "model{:06}.pt"),
+    "two files of a folder": ("{:07}/ema.safetensors", "{:07}/model.safetensors"),
+    "a folder next to a file": ("{:07}/ema/model.safetensors", "{:07}/model.safetensors"),
+    "two folders": ("{:07}/model_ema/model.safetensors", "{:07}/model/model.safetensors"),
+}
+"""Places of the average and of the weights of a step."""
+
+
+def write_folders(folder: Path, layout: str) -> Path:
+    path = train()
+    average = path[0].copy()
+    for step in range(1, STEPS + 1):
+        average = ema(DECAY)(step, average, path[step - 1])
+        for place, values in zip(FOLDERS[layout], (average, path[step - 1]), strict=True):
+            if step in TIMES:
+                file = folder / place.format(step)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                (save_file if file.suffix == ".safetensors" else torch.save)(named(values), file)
+        if layout == "guided-diffusion" and step in TIMES:
+            torch.save(optimizer(named(average)), folder / f"opt{step:06}.pt")
+    return folder
+
+
+@pytest.mark.parametrize("layout", FOLDERS)
+def test_names_of_files_and_folders_say_which_is_the_average(layout: str, tmp_path: Path, ema: Ema) -> None:
+    folder = write_folders(tmp_path / "run", layout)
+    for settings in ({}, {"ema_decay": DECAY}):
+        done = import_checkpoints(folder, tmp_path / f"imported {len(settings)}", **settings)
+        assert done.counts == {f"EMA of decay {DECAY}": len(TIMES), "weights": len(TIMES)}
+        found, predicted = error_of(Run(tmp_path / f"imported {len(settings)}"))
+        assert found < 2 * predicted < 0.04
+    assert ema("audit", folder).code == 0
+    newest = max(path for path in folder.iterdir() if not path.name.startswith(("model", "opt")))
+    assert ema("export", newest, "--out", tmp_path / "one.safetensors").code == 0
+    stored = folder / FOLDERS[layout][0].format(STEPS)
+    expected = load_file(stored) if stored.suffix == ".safetensors" else torch.load(stored)
+    exported = load_file(tmp_path / "one.safetensors")
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "content", [lambda a: {"ema": a, "opt": optimizer(a)}, lambda a: {"model_ema": a, "args": {"lr": 3}}]
+)
+def test_an_average_without_weights_is_not_taken_for_weights(content: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", lambda _, average: content(average))
+    with pytest.raises(InvalidValueError, match="holds EMAs, and neither their decay nor weights next to them"):
+        _ = Run(folder).sources
+    import_checkpoints(folder, tmp_path / "imported", ema_decay=DECAY)
+    found, predicted = error_of(Run(tmp_path / "imported"))
+    assert found < 2 * predicted < 0.2
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_the_width_of_a_power_function_is_given(every: int, tmp_path: Path, ema: Ema) -> None:
+    """The n-th update keeps (1 - 1/n)^(gamma + 1), for gamma + 1 = 6.94 of sigma_rel 0.111."""
+    (folder := tmp_path / "run").mkdir()
+    path, exponent = train(), 6.94
+    width = math.sqrt(exponent) / ((exponent + 1) * math.sqrt(exponent + 2))
+    average = path[0].copy()
+    for step in range(1, STEPS + 1):
+        if step % every == 0:
+            kept = (1 - every / step) ** exponent
+            average = kept * average + (1 - kept) * path[step - 1]
+        if step in TIMES:
+            torch.save({"model": named(path[step - 1]), "ema": named(average)}, folder / f"{step:07}.pt")
+    with pytest.raises(InvalidValueError, match=r"sigma_rels '0.1', '0.2': must be one, of the average in"):
+        import_checkpoints(folder, tmp_path / "never", sigma_rels=(0.1, 0.2))
+    options = ("--sigma-rels", width, "--update-every", every, "--out", tmp_path / "imported")
+    assert ema("import", folder, *options).code == 0
+    for wanted in (0.08, 0.15):
+        found, predicted = error_of(Run(tmp_path / "imported"), wanted)
+        assert found < 2 * predicted < 0.04
+
+
+@pytest.mark.parametrize("decay", [DECAY, "half-life:10%"])
+def test_torchtitans_decay_is_given(decay: float | str, tmp_path: Path) -> None:
+    """Its default half-life is 5 % of the training; a fixed decay begins with the weights before the first step."""
+    (folder := tmp_path / "run").mkdir()
+    path = train()
+    average = path[0].copy()
+    for step in range(1, STEPS + 1):
+        kept = decay if isinstance(decay, float) else 2 ** (-1 / (0.1 * step))
+        average = kept * average + (1 - kept) * path[step - 1]
+        if step in TIMES:
+            states = {f"state.{name}.ema_params": value for name, value in named(average).items()}
+            torch.save({"model": named(path[step - 1]), "ema_optimizer": states}, folder / f"step-{step}.pt")
+    import_checkpoints(folder, tmp_path / "imported", ema_decay=decay, kind="torchtitan")
+    found, predicted = error_of(Run(tmp_path / "imported"))
+    assert found < 2 * predicted < 0.04
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

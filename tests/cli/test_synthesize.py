@@ -66,7 +66,7 @@ def test_an_output_is_replaced_only_with_overwrite_and_a_snapshot_never(ema: Ema
     out, before = tmp_path / "m.safetensors", contents(run)
     out.write_text("precious")
     arguments = ("synthesize", run, "--sigma-rel", "0.15", "--out")
-    for option, said in (("--json", "already exists"), ("--skip-existing", "--overwrite to replace it")):
+    for option, said in (("--json", "already exists"), ("--skip-existing", "`overwrite` to replace it")):
         assert said in ema(*arguments, out, option).error
         assert out.read_text() == "precious"
     assert ema(*arguments, out, "--overwrite").code == 0
@@ -111,7 +111,7 @@ def test_an_output_of_another_plan_is_not_skipped(
     assert ema(*base, *options).code == 0
     before = contents(tmp_path)
     refused = ema(*base, "--skip-existing")
-    assert f"is another output: {said}; choose another name, or --overwrite to replace it" in refused.error
+    assert f"is another output: {said}; choose another name, or `overwrite` to replace it" in refused.error
     assert ema(*base, *options, "--skip-existing").code == 0
     assert contents(tmp_path) == before
 

@@ -21,7 +21,6 @@ from posthoc_cli.cli import app, main
 from posthoc_cli.dtypes import WORDS
 from posthoc_cli.export.layouts import LAYOUTS
 from posthoc_cli.reconstruction import METHODS
-from posthoc_cli.targets import FORMS
 
 TASK = ("plan", "--steps", "1000", "--params", "1e6", "--max-size", "1GB")
 TARGET = ("--sigma-rel", "0.15")
@@ -63,9 +62,6 @@ def test_a_failed_write_of_standard_output_says_so(
 
 
 def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) -> None:
-    schedule = ("--sigma-rels", "0.1", "--checkpoint-every", "1,000", "--max-checkpoints", "5e0", "--steps", "10K")
-    (curve,) = ema("error-plot", *schedule, "--json").json["curves"]
-    assert curve["label"] == "plan: 0.1 at 5 times in 10,000 steps, if the network moves evenly"
     assert ema("profile", "--steps", "1e6", "--json").json["steps"] == 1_000_000
     # All counts are accepted up to the last option.
     late = ("--params", "1.2B", "--checkpoint-every", "0.1K", "--max-checkpoints", "many")
@@ -110,7 +106,7 @@ def commands() -> dict:
     return typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("width", [80, 100])
 def test_help_is_not_wrapped_within_an_option_or_a_name(ema: Ema, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     for name in commands():
@@ -133,7 +129,7 @@ def test_each_example_of_the_help_has_a_line_of_its_own(ema: Ema, monkeypatch: p
     ]
 
 
-PANELS = ["Targets", "Output", "Which run", "How", "A schedule not yet run"]
+PANELS = ["Targets", "Output", "Which run", "How"]
 
 
 @pytest.mark.parametrize("name", sorted(commands()))
@@ -158,23 +154,19 @@ def test_the_number_of_options_is_limited() -> None:
         for name, command in commands().items()
     }
     assert counts["synthesize"] <= 22
-    assert counts["sweep"] <= 24
-    assert sum(counts.values()) <= 130
+    assert counts["sweep"] <= 13
+    assert sum(counts.values()) <= 114
 
 
 def test_help_of_a_command_and_the_version(ema: Ema) -> None:
-    assert ema("help").out == ema("--help").out == ema().out
-    for name, command in commands().items():
-        shown = ema("help", name)
-        assert (shown.code, shown.out) == (0, ema(name, "--help").out)
+    assert ema("--help").out == ema().out
+    for command in commands().values():
         assert all("-o" in parameter.opts for parameter in command.params if "--out" in parameter.opts)
-    for command in (["help", "synthesise"], ["synthesise"]):
-        wrong = ema(*command)
-        assert wrong.code == 2
-        assert "synthesise" in wrong.error
-    assert all(f"{kind}:" in ema("help", "targets").out for kind in FORMS)
+    wrong = ema("synthesise")
+    assert wrong.code == 2
+    assert "synthesise" in wrong.error
     assert ema("-V").out == ema("--version").out == f"ema {posthoc_cli.__version__}\n"
-    assert re.search(rf"--method +{re.escape('|'.join(METHODS))} ", ema("synthesize", "--help").out)
+    assert re.search(rf"--method +<{re.escape('|'.join(METHODS))}> ", ema("synthesize", "--help").out)
 
 
 @pytest.fixture
@@ -192,7 +184,7 @@ def completed(ema: Ema, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[s
     return complete
 
 
-DTYPES = ["keep", "float32", "float16", "bfloat16", "float64"]
+DTYPES = ["keep", "float32", "float16", "bfloat16", "float64", "fp32", "fp16", "bf16", "fp64"]
 
 
 @pytest.mark.parametrize(
@@ -202,12 +194,11 @@ DTYPES = ["keep", "float32", "float16", "bfloat16", "float64"]
         (("synthesize", "run", "--dtype", "float"), ["float32", "float16", "float64"]),
         (("synthesize", "run", "--method", ""), list(METHODS)), (("synthesize", "run", "--layout", ""), list(LAYOUTS)),
         (("error-plot", "run", "--method", "p"), ["paper"]),
-        (("export", "m.safetensors", "--dtype", "b"), ["bfloat16"]),
+        (("export", "m.safetensors", "--dtype", "b"), ["bfloat16", "bf16"]),
         (("export", "m.safetensors", "--layout", "s"), ["safetensors", "sharded"]),
-        (("plan", "--dtype", ""), ["float16", "bfloat16", "float32"]), (("help", "pr"), ["prune", "profile"]),
         (("guide", "d"), ["development", "distributed", "durability"]),
     ],
 )  # fmt: skip
 def test_values_are_completed(completed: Callable[..., list[str]], words: tuple[str, ...], offered: list[str]) -> None:
     assert completed(*words) == offered
-    assert set(DTYPES) == {word for word in WORDS if "float" in word} | {"keep"}
+    assert set(DTYPES) == {*WORDS, "keep"}

@@ -94,6 +94,6 @@ if __name__ == "__main__":
     module = Sharded() if strategy == "sharded" else Regression()
     trainer.fit(module, loader(), loader(), ckpt_path=checkpoint)
     print(float(sum(value.sum() for value in module.validated.values())))
-    with callback.ema.averaged(module, 0.2) as averaged:
+    with callback.ema.model(module, 0.2) as averaged:
         average = recorded(averaged)
     torch.save([recorder.weights, average, callback.ema.step], folder / f"made-{trainer.global_rank}.pt")

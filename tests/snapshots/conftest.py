@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from factories import save_state
 from snapshots.recorded import Walk, new_tracker
 from torture.victims import small_output, small_snapshot
 
@@ -17,7 +16,6 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, walk = tmp_path_factory.mktemp("recorded") / "run", Walk()
     with new_tracker(walk, folder) as tracker:
         walk.train(tracker, 60)
-        save_state(tracker, folder / "state.pt")
     return folder
 
 

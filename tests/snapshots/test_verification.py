@@ -101,13 +101,12 @@ def test_an_intact_run_has_a_report_for_each_file(run: Path) -> None:
     assert (found.is_fine, found.notes) == (True, ())
     assert [report.path for report in found.files] == sorted(run.glob("*.safetensors"))
     assert found.files[0].what == "snapshot sigma_rel 0.05 at t = 10"
-    assert found.files[-1].what == "state at t = 60"
     assert {(report.state, report.detail) for report in found.files} == {("intact", "")}
     assert found.nbytes == sum(path.stat().st_size for path in run.glob("*.safetensors"))
 
 
 def test_outputs_in_any_layout_and_foreign_files(run: Path, output: Path, shards: Path, tmp_path: Path) -> None:
-    for path in (output, shards, shards / INDEX_NAME, next(shards.glob("*.safetensors")), run / "state.safetensors"):
+    for path in (output, shards, shards / INDEX_NAME, next(shards.glob("*.safetensors"))):
         found = verified(path)
         assert found.is_fine, found
         assert {report.state for report in found.files} == {"intact"}
@@ -172,7 +171,7 @@ def test_a_file_that_shrinks_during_reading_is_damaged_from_there_on(tmp_path: P
 @pytest.mark.parametrize("place", [3, 40, 0.5, -1])
 def test_a_flip_anywhere_is_found(run: Path, output: Path, shards: Path, place: float) -> None:
     """No other file is reported; `torture` flips every bit of small files."""
-    for path in (snapshot_files(run)[3], output, run / "state.safetensors", min(shards.glob("*.safetensors"))):
+    for path in (snapshot_files(run)[3], output, min(shards.glob("*.safetensors"))):
         data = path.read_bytes()
         flip_bit(path, place if isinstance(place, int) else int(len(data) * place))
         assert {name: state for name, (state, _) in wrong(path.parent).items()} == {path.name: "damaged"}
@@ -348,7 +347,7 @@ def test_folders_that_cannot_be_read_are_noted_or_skipped(run: Path) -> None:
         (run / name).mkdir()
     with failing("list", PermissionError(errno.EACCES, "Permission denied"), lambda path: path.parent == run):
         assert notes(run) == ("superseded/ cannot be read",)
-        assert len(verified(run).files) == 13
+        assert len(verified(run).files) == 12
         assert len(find_snapshots(run)) == 12
         assert inspect_directory(run).superseded == 0
 
@@ -415,7 +414,7 @@ def test_no_pickle_is_opened(run: Path, tmp_path: Path, suffix: str) -> None:
 
 def test_a_path_without_files_to_verify_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for name, reason in (("empty", "holds no snapshots, outputs or states; name"), ("absent", "no such file or dir")):
+    for name, reason in (("empty", "holds no snapshots or outputs; name"), ("absent", "no such file or dir")):
         with pytest.raises(DirectoryError, match=reason):
             verify(tmp_path / name)
     (tmp_path / "text").write_text("hello")

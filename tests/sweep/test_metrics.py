@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from posthoc_cli.sweep.trials import Metric, NoMetricError
+from posthoc_cli.sweep.trials import Metric, TrialError
 
 
 def printed(text: str, folder: Path, name: str | None = None) -> tuple[float, float | None]:
@@ -52,7 +52,7 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
 def test_an_output_without_a_metric_is_an_error_that_says_why(
     tmp_path: Path, text: str, name: str | None, message: str
 ) -> None:
-    with pytest.raises(NoMetricError, match=message):
+    with pytest.raises(TrialError, match=message):
         printed(text, tmp_path, name)
 
 
@@ -68,7 +68,7 @@ def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(t
     megabytes = json.dumps({"loss": 0.5, "all": list(range(300_000))}, indent=2)
     assert len(megabytes) > 3_000_000
     assert printed(megabytes, tmp_path, "loss") == (0.5, None)
-    with pytest.raises(NoMetricError, match="no line of its output is a number"):
+    with pytest.raises(TrialError, match="no line of its output is a number"):
         printed('{"loss": 0.5} of 3\n', tmp_path, "loss")
 
 
@@ -104,12 +104,12 @@ def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_foun
     assert read("results.hellaswag.acc_norm,none", "old.json") == (0.1, None)
     assert read("results.hellaswag.a.b.c", "my__model/results_*.json") == (3, None)
     assert read("old") == (5, None)
-    with pytest.raises(NoMetricError, match=r"has no member 'results.hellaswag.nothing'; found 'alias', 'acc_norm"):
+    with pytest.raises(TrialError, match=r"has no member 'results.hellaswag.nothing'; found 'alias', 'acc_norm"):
         read("results.hellaswag.nothing")
-    with pytest.raises(NoMetricError, match=r"no results.json in its folder; found 'my__model/results_2026.json'"):
+    with pytest.raises(TrialError, match=r"no results.json in its folder; found 'my__model/results_2026.json'"):
         read("loss", "results.json")
     for inside in ("../elsewhere.json", str(tmp_path / "old.json")):
-        with pytest.raises(NoMetricError, match="in its folder"):
+        with pytest.raises(TrialError, match="in its folder"):
             read("old", inside)
 
 
@@ -120,5 +120,5 @@ def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_foun
 )  # fmt: skip
 def test_a_truncated_file_or_one_without_a_number_is_an_error(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "m.json").write_text(content)
-    with pytest.raises(NoMetricError, match=message):
+    with pytest.raises(TrialError, match=message):
         Metric("loss", "m.json").read(tmp_path, tmp_path)

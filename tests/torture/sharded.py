@@ -36,6 +36,7 @@ TRAIN = f"""
 from posthoc_cli.integrations import read_state, write_state
 kind, most, *saves = arguments
 model = spread(Net(), kind)
+restore(model, folder / "run")
 (folder / f"durable-{{rank}}").write_text("0")
 most = None if most == "None" else int(most)
 with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=most, resume="auto") as ema:
@@ -200,6 +201,7 @@ from posthoc_cli import files
 from torture.faults import Faulty
 kind, victim, at = arguments
 model = spread(Net(), kind)
+restore(model, folder / "run")
 files.system = system = Faulty(int(at) if rank == int(victim) else None, "full")
 errors, stop = [], False
 try:

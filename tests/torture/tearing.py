@@ -153,7 +153,7 @@ def _read(tracker: PostHocEMA, elements: int, reads: int, tally: Tally, chance: 
         "state_dict(0.205)": lambda: wrong_weights(tracker.state_dict(0.205)),
         "file": lambda: wrong_file(tracker, path),
         "model": lambda: swapped_in(tracker.model, sigma_rel=0.205),
-        "averaged": lambda: swapped_in(tracker.averaged, tracked=0.2),
+        "tracked": lambda: swapped_in(tracker.model, sigma_rel=0.2),
     }
     for _, (way, wrong) in zip(range(reads), cycle(ways.items()), strict=False):
         time.sleep(chance.uniform(0, 0.001))

@@ -5,6 +5,7 @@ Every snapshot and every output therefore has one correct content, which is comp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.tensor_file import read_header
 
 SIGMA_RELS = (0.05, 0.28)
-STATE = "state.safetensors"
+STATE = "state.pt"
 UNIT = 2.0**-24
 """The relative rounding error of float32."""
 
@@ -76,8 +77,9 @@ def exact_average(step: int, sigma_rel: float, elements: int, every: int = 1) ->
 
 def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
     """Return a tracker that resumes the run in a directory as the README shows."""
-    state = directory / STATE
-    if not state.exists() and {snapshot.info.sigma_rel for snapshot in find_snapshots(directory)} == set(SIGMA_RELS):
+    state, times = directory / STATE, complete_times(directory)
+    if times and not state.exists():
+        network.go_to(max(times))
         return PostHocEMA.from_path(directory, network)
     settings = {"update_every": 1, "checkpoint_dtype": torch.float32, "resume": "auto", **settings}
     tracker = PostHocEMA.from_model(network, directory, SIGMA_RELS, **settings)  # type: ignore[arg-type]
@@ -86,11 +88,16 @@ def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
     return tracker
 
 
+def complete_times(directory: Path) -> list[int]:
+    """Return the steps at which every profile has a snapshot."""
+    stored = Counter(snapshot.info.step for snapshot in find_snapshots(directory))
+    return [step for step, count in stored.items() if count == len(SIGMA_RELS)]
+
+
 def remove_half_begun(directory: Path) -> None:
     """Remove the first snapshots of a training that was killed while writing them: it cannot be resumed from there."""
-    stored = find_snapshots(directory)
-    if len({snapshot.info.sigma_rel for snapshot in stored}) == 1 and not (directory / STATE).exists():
-        for snapshot in stored:
+    if not (complete_times(directory) or (directory / STATE).exists()):
+        for snapshot in find_snapshots(directory):
             snapshot.path.unlink()
 
 

@@ -228,7 +228,7 @@ def test_steps_that_only_make_state_for_a_checkpoint_do_not_count(tmp_path: Path
         tracker.attach(fresh)
         set_state_dict(model, fresh, model_state_dict=weights, optim_state_dict=stored)
         assert (tracker.step, tracker.t) == (6, 6)
-        with tracker.averaged(model, tracked=0.28):
+        with tracker.model(model, 0.28):
             # Six updates in float64: each rounds by at most half a unit in the last place of values below 2.
             assert abs(model.weight.detach().numpy() - exact_average(values, 0.28, range(1, 7))).max() < 6 * 2**-52
 
@@ -339,7 +339,7 @@ def test_the_model_may_outlive_the_wrapper_that_the_tracker_was_made_with(tmp_pa
         gc.collect()
         step(model, optimizer)
         assert (tracker.step, tracker.tracks(model)) == (1, True)
-        with tracker.averaged(model, tracked=0.28):
+        with tracker.model(model, 0.28):
             pass
 
 

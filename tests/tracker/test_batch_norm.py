@@ -167,7 +167,7 @@ def test_a_block_that_used_copies_warns_once_per_tracker(tmp_path: Path) -> None
         for _ in range(2):
             with tracker.model(model, sigma_rel=0.2) as averaged:
                 averaged(inputs(0))
-            with tracker.averaged(model, tracked=0.05) as averaged:
+            with tracker.model(model, 0.05) as averaged:
                 averaged(inputs(0))
     assert len(seen) == 1
     assert WAY_OUT in str(seen[0].message)
@@ -176,7 +176,7 @@ def test_a_block_that_used_copies_warns_once_per_tracker(tmp_path: Path) -> None
     with pytest.warns(RuntimeWarning, match=NOTICE), live.model(Network(), sigma_rel=0.2):
         pass
     model, tracker, _ = trained(tmp_path / "averaged", 20)
-    with tracker.model(model, sigma_rel=0.2), tracker.averaged(model, tracked=0.05):
+    with tracker.model(model, sigma_rel=0.2), tracker.model(model, 0.05):
         pass  # a warning would be an error
     plain = torch.nn.Linear(3, 3)
     with PostHocEMA.from_model(plain, tmp_path / "plain", update_every=1) as tracker:

@@ -154,7 +154,7 @@ def test_a_model_without_any_elements_has_averages(tmp_path: Path) -> None:
         weights = tracker.state_dict(sigma_rel=0.15)
         assert_same_tensors(weights, empty)
         assert weights["columns"].dtype == torch.float64
-        with tracker.model(model, sigma_rel=0.1), tracker.averaged(model, tracked=0.28):
+        with tracker.model(model, sigma_rel=0.1), tracker.model(model, 0.28):
             pass
 
 
@@ -239,11 +239,10 @@ def test_evaluating_inside_inference_mode_leaves_a_model_that_trains(tmp_path: P
     optimizer.step()
 
 
-@pytest.mark.parametrize("way", ["model", "averaged"])
-def test_a_block_without_with_is_an_error_and_changes_nothing(tmp_path: Path, way: str) -> None:
+def test_a_block_without_with_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
     model, tracker, _ = trained(tmp_path, steps=5)
     before = snapshot_of(model)
-    block = getattr(tracker, way)(model, 0.05)
+    block = tracker.model(model, 0.05)
     with pytest.raises(TypeError, match="'WithStatement' object is not callable"):
         block(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(AttributeError, match="'WithStatement' object has no attribute 'eval'"):
@@ -269,7 +268,7 @@ def test_a_model_on_meta_is_refused_except_by_load_into_which_fills_it(tmp_path:
     message = r"'embed\.weight': is on the meta device .*\.load_into\(model, sigma_rel=\.\.\.\) fills"
     for call in (
         lambda: tracker.model(model, sigma_rel=0.2).__enter__(),
-        lambda: tracker.averaged(model, tracked=0.05).__enter__(),
+        lambda: tracker.model(model, 0.05).__enter__(),
         lambda: PostHocEMA.from_path(tmp_path, model),
     ):
         with pytest.raises(InvalidValueError, match=message):

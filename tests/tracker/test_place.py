@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tracker.runs import as_if_killed, contents, times, tracked_error
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import FileFormatError, ModelMismatchError
+from posthoc_cli.errors import FileFormatError, LockedError, ModelMismatchError
 from posthoc_cli.snapshots.codecs import decode_sample
 from posthoc_cli.snapshots.directory import read_directory
 
@@ -359,3 +359,15 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(
     for out in check_group(SHARDED, ranks[1], tmp_path, kinds[1], 1_000, 0, 1_001, -1):
         assert "are those of no snapshot of the run" in out
     check_group(SHARDED, ranks[1], tmp_path, kinds[1], 9, 8, 16, 8)
+
+
+def test_a_second_job_is_refused_for_the_first_and_not_for_its_weights(tmp_path: Path) -> None:
+    training, second = Training(), Training()
+    with PostHocEMA.from_model(training.model, tmp_path, **SETTINGS) as ema:
+        training.run(1, 40, ema)
+        ema.flush()
+        other = PostHocEMA.from_model(second.model, tmp_path, resume="auto", **SETTINGS)
+        with pytest.raises(LockedError, match="is writing here"):
+            second.run(1, 1, other)
+        training.run(41, 80, ema)
+    assert times(tmp_path) == {40, 80}

@@ -32,11 +32,11 @@ def test_every_replica_gets_the_same_weights(tmp_path: Path) -> None:
 model = spread(Net(), "ddp")
 ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
 raw = held(model)
-with ema.averaged(model, tracked=0.2):  # the weights themselves, in all processes
+with ema.model(model, 0.2):  # the weights themselves, in all processes
     assert equal(held(model), raw)
 go(ema, 1, 10)
 raw = held(model)
-with ema.averaged(model, tracked=0.2):
+with ema.model(model, 0.2):
     close(model, folder / "truth-10.pt")
     same_in_all(model)
 assert model.training and equal(held(model), raw)
@@ -69,7 +69,7 @@ ema.close()
 dist.barrier()
 ema = PostHocEMA.from_path(folder / "run", model)
 ema.load_state_dict(state)
-with ema.averaged(model, tracked=0.2):
+with ema.model(model, 0.2):
     close(model, folder / "truth-10.pt")
 ema.close()
 """
@@ -89,7 +89,7 @@ refused(ema.model(torch.nn.Linear(2, 2) if rank == 1 else model, sigma_rel=0.15)
 assert model.training and equal(held(model), raw)
 dist.barrier()
 if rank == 0:
-    with ema.averaged(model, tracked=0.2, alone=True):
+    with ema.model(model, 0.2, alone=True):
         close(model, folder / "truth-8.pt")
 if rank != 2:
     refused(lambda: ema.state_dict(0.15), RankError)
@@ -103,11 +103,11 @@ if rank == 0:
 dist.barrier()
 if rank != 2:
     go(two, 1, 8)
-    with two.averaged(model, tracked=0.2):
+    with two.model(model, 0.2):
         close(model, folder / "truth-8.pt")
 if rank == 0:
     go(one, 1, 8)
-    with one.averaged(model, tracked=0.2):
+    with one.model(model, 0.2):
         close(model, folder / "truth-8.pt")
 """
     results = run_group(TRAINED + code, 3, tmp_path)

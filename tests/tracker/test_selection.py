@@ -152,7 +152,7 @@ def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Pat
         state = run.state_dict()
         wander(model, 8)
         with pytest.warns(RuntimeWarning, match="running statistics"):
-            for block in (run.model(model, sigma_rel=0.15), run.averaged(model, tracked=0.05)):
+            for block in (run.model(model, sigma_rel=0.15), run.model(model, 0.05)):
                 with block:
                     assert all(torch.equal(model.state_dict()[name], raw[name]) for name in COPIED)
         run.load_state_dict(state)

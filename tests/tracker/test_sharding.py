@@ -437,7 +437,7 @@ exact = torch.load(folder / "truth.pt")
 train(model, 1, 8, ema)
 dcp.save({"ema": ema}, checkpoint_id=folder / "dcp")
 dcp.load({"ema": ema}, checkpoint_id=folder / "dcp")
-with ema.averaged(model, tracked=0.2):
+with ema.model(model, 0.2):
     found = held(model)
     for name, right in exact.items():
         own = groups.local(dict(model.named_parameters())[name], right)

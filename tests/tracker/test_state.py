@@ -50,7 +50,7 @@ class Run:
         self.weights |= other.weights
 
     def live(self, sigma_rel: float) -> np.ndarray:
-        with self.tracker.averaged(self.model, tracked=sigma_rel):
+        with self.tracker.model(self.model, sigma_rel):
             return self.model[0].weight.detach().double().numpy().copy()
 
     def check(self, sigma_rel: float, times: list[int]) -> None:

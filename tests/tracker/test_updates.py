@@ -327,7 +327,7 @@ def test_before_the_first_update_the_weights_stand_in_for_an_average(tmp_path: P
         reason = r"first update is at call 30 of update_ \(update_every=10, update_after_step=25\)"
         with pytest.warns(RuntimeWarning, match=f"^posthoc_cli: no average yet, .* raw weights are used: .*{reason}"):
             assert_same_tensors(tracker.state_dict(sigma_rel=0.15), model.state_dict())
-        with tracker.model(model, 0.15) as same, tracker.averaged(same, 0.05):  # it warns once
+        with tracker.model(model, 0.15) as same, tracker.model(same, 0.05):  # it warns once
             assert not same.training
         other = Scalar()
         tracker.load_into(other, 0.15)
@@ -400,7 +400,7 @@ def test_an_argument_that_is_no_module_or_no_path_is_refused(tmp_path: Path, bad
         lambda: tracker.load_into(bad, 0.1),  # type: ignore[type-var]
         lambda: tracker.model(bad, 0.1).__enter__(),  # type: ignore[type-var]
         lambda: tracker.models(bad, [0.1]),  # type: ignore[type-var]
-        lambda: tracker.averaged(bad, 0.05).__enter__(),  # type: ignore[type-var]
+        lambda: tracker.model(bad, 0.05).__enter__(),  # type: ignore[type-var]
         lambda: PostHocEMA.from_path(tmp_path).load_into(bad, 0.1),  # type: ignore[type-var]
     ):
         with pytest.raises(InvalidValueError, match=message):

@@ -217,7 +217,7 @@ def test_reading_changes_no_later_bit(tmp_path: Path, begin: int) -> None:
                 tracker.update_(model, begin + step)
                 if reads and step > 1:
                     tracker.state_dict()
-                    with tracker.averaged(model, tracked=0.2):
+                    with tracker.model(model, 0.2):
                         pass
             state = tracker.state_dict()
             sets = {"mean": state["mean"]} | {f"{k} {key}": t for k in ("high", "low") for key, t in state[k].items()}

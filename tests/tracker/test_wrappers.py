@@ -270,7 +270,7 @@ run.load_state_dict(state)
 assert run.step == 4
 train(bare, run)
 assert (run.step, run.t, run.state_dict() == {}) == (8, 8.0, rank == 1)
-with run.averaged(bare, 0.28):
+with run.model(bare, 0.28):
     torch.save((values, bare.state_dict()), f"{folder}/result-{rank}.pt")
 run.close()
 dist.barrier()
