@@ -486,13 +486,13 @@ class Run:
             progress: opens a progress bar.
 
         Raises:
-            InvalidValueError: the directory is a URL that can only be read, and this is no dry run.
+            InvalidValueError: the directory is a URL, and this is no dry run.
             LockedError: a tracker is writing to the directory.
             MismatchError: the directory has changed in the meantime; nothing was deleted.
         """
         nbytes = None if max_size is None else parse_bytes(str(max_size), "max_size")
         if not dry_run:
-            files.check_writable("directory", self.directory)
+            files.local_path("directory", self.directory)
         if is_import(self.directory):
             raise DirectoryError(self.directory, "refers to files of other programs, which are never deleted")
         planned = writer.plan_pruning(self.snapshots, keep, nbytes, max_error, sigma_range)

@@ -155,7 +155,7 @@ PLACES: dict[str, Sequence[Use]] = {
     "x": TO_ANY,
     "x.pt": [("export", "MADE", "--base", "X", "--out", "OUT")],
     **dict.fromkeys((SNAPSHOT, "run/stray.safetensors", "run/stray.pt", "run/.ema-0123456789abcdef.tmp"), TO_A_RUN),
-    **dict.fromkeys((f"run/{name}" for name in (*LOCKS, "damaged")), (TO_A_RUN[2], TO_A_RUN[0])),
+    **dict.fromkeys((f"run/{name}" for name in LOCKS), (TO_A_RUN[2], TO_A_RUN[0])),
     **dict.fromkeys((SHARD, f"sharded/{INDEX_NAME}"), TO_SHARDS),
     "out/x.safetensors": [("synthesize", "RUN", *SIGMA_REL, "--out", "X")],
     "out/x.pt": [("export", "MADE", "--out", "X")],
