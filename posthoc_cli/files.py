@@ -73,7 +73,7 @@ class FileSystem:
 
     def fsync_directory(self, path: Path) -> None:
         """Wait until the directory's entries are on the disk, where the file system supports that; a store has none."""
-        if is_remote(path):
+        if is_url(path):
             return
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -126,11 +126,6 @@ def is_url(path: str | Path) -> bool:
     return _URL.match(str(path)) is not None
 
 
-def is_remote(path: Path) -> bool:
-    """Return whether a path is in an object store only: a tracker's spooled files are also on the local disk."""
-    return is_url(path) and not getattr(path, "is_spooled", False)
-
-
 def given_path(name: str, path: str | Path) -> Path:
     """Return an argument as a path; raise InvalidValueError, naming the argument, for an empty or invalid one."""
     if path == "":
@@ -175,7 +170,7 @@ def check_writable(name: str, path: Path) -> None:
 
 def check_parent(name: str, path: Path) -> None:
     """Raise InvalidValueError, naming the argument `name`, if the folder of the output `path` does not exist."""
-    if not (is_remote(path.parent) or path.parent.is_dir()):  # object stores have no folders
+    if not (is_url(path.parent) or path.parent.is_dir()):  # object stores have no folders
         raise InvalidValueError(name, "its folder does not exist", value=path)
 
 
@@ -201,7 +196,7 @@ def make_directory(path: Path) -> list[Path]:
 
     Object stores need no directories.
     """
-    missing = [] if is_remote(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
+    missing = [] if is_url(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
     made = []
     try:
         for directory in reversed(missing):
@@ -250,7 +245,7 @@ STILL_SECONDS = 3600.0
 def remove_leftovers(directory: Path, still: float = STILL_SECONDS) -> None:
     """Remove temporary files and folders that have not changed for `still` seconds; log those that stay."""
     before = time.time() - still
-    for path in () if is_remote(directory) else leftovers(directory):  # uploads leave none
+    for path in () if is_url(directory) else leftovers(directory):  # uploads leave none
         try:
             is_folder = stat.S_ISDIR(path.lstat().st_mode)
             inside = path.rglob("*") if is_folder else ()
@@ -277,7 +272,7 @@ def temporary_path_for(path: Path) -> Path:
 
     Raises InvalidValueError for a URL that can only be read.
     """
-    if not is_remote(path):
+    if not is_url(path):
         return temporary_path(path.parent)
     check_writable("out", path)
     return temporary_path(Path(tempfile.gettempdir()))
@@ -285,7 +280,7 @@ def temporary_path_for(path: Path) -> Path:
 
 def publish_folder(folder: Path, path: Path) -> None:
     """Rename a complete folder to `path`, or upload its files to a store: the indexes last, and all files or none."""
-    if not is_remote(path):
+    if not is_url(path):
         system.rename(folder, path)
         system.fsync_directory(path.parent)
         return
@@ -357,7 +352,7 @@ class PendingFile:
 
         A file for an object store is uploaded, and exists in the store when the upload is complete.
         """
-        if is_remote(self.path):
+        if is_url(self.path):
             self._send()
             return
         with reported_as_write_error(self.path):
@@ -444,7 +439,7 @@ def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
-    if is_remote(path):
+    if is_url(path):
         if not overwrite and path.is_file():
             raise _exists(path)
         return

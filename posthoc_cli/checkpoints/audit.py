@@ -369,7 +369,7 @@ def _faults(
 ) -> Iterator[dict[str, Any]]:
     """Yield the fields of a verdict for each fault that no average of any length has, the gravest first."""
     spacing = min(case.rows[i].length for i in case.usable)
-    if _is_swapped(fit):
+    if len(fit.products) > 1 and _is_swapped(fit):
         yield {"verdict": "swapped", "text": _HOW["swapped"], "found": None}
     if fit.model.what == "decay" and value * spacing < -0.05:
         yield {"verdict": "moves away", "text": _HOW["moves away"]}

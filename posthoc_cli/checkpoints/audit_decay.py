@@ -505,7 +505,7 @@ def refine(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, 
     The uncertainty has four parts: twice that of the likelihood; half the difference to paths without lasting motion;
     half the difference between the earlier and the later half; and `_UNLIKE` for other kinds of paths.
     """
-    if fit.value <= 0:  # no average has such a value
+    if fit.value <= 0 or last - first < 3:  # no average has such a value, or one interval shows any
         return fit.value, math.inf
     first = max(first, last - _MOST_CHECKPOINTS)
     log, sigma = _minimize(_cost(fit, series, pieces, first, last))

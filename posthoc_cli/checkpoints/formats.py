@@ -460,9 +460,11 @@ def _edm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
     if state.is_file():
         indexed = index_checkpoint(state)
     weights = indexed.under("net") or indexed.under("G")
+    rule: dict[str, Any] = {"copies": 1}
     file, options = path.with_name(_EDM_OPTIONS), {}
     if file.is_file():
         options = parse_object(file, read_small_file(file, 10_000_000), "options of a training")
+        rule["warm_up"] = ""
     batch, thousands, share = (
         next((options[name] for name in names if isinstance(options.get(name), int | float)), default)
         for names, default in (
@@ -470,8 +472,7 @@ def _edm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
         )
     )  # fmt: skip
     has_no_ramp_up = any(options.get(name, RAMP_UP) is None for name in ("ema_rampup_ratio", "ema_rampup"))
-    rule: dict[str, Any] = {"copies": 1}
-    if not has_no_ramp_up:
+    if options and not has_no_ramp_up:
         rule |= {"warm_up": "ramp-up", "power": float(share)}
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
@@ -607,6 +608,9 @@ def _read_ordinary(
         reason = f"must be given, the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
         raise InvalidValueError("update_every", reason)
     if found.t_unit == "images":  # names count thousands, rounded down
+        if settings.ema_decay is not None and "warm_up" not in found.updates.rule | settings.rule(every):
+            reason = f"must be given, ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
+            raise InvalidValueError("ema_warmup", reason)
         step = -(-step // every) * every
     if weights and (others := sorted(averaged.keys() - weights.keys())):
         reason = f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.audit import audit_sources
+from posthoc_cli.checkpoints.audit import Audit, audit_sources
 from posthoc_cli.checkpoints.formats import TABLE
 from posthoc_cli.checkpoints.import_files import copy_path, is_import, make_manifest, write_copies, write_manifest
-from posthoc_cli.checkpoints.open_run import checked_run, open_checkpoints
+from posthoc_cli.checkpoints.open_run import checked_run, is_copy, open_checkpoints
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import DirectoryError, InvalidValueError
+from posthoc_cli.profiles import Point
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import inspect_directory
@@ -109,15 +110,19 @@ def import_checkpoints(
             reason = "is a URL, and would refer to files of this machine"
             raise InvalidValueError("out", reason, "upload the files, and import them by URL", value=target)
     found = _open_foreign(origin, given)
-    finding, profiles = "", [one.profile for one in found if isinstance(one.profile, OrdinaryEMA)]
+    if given.update_after_step and all(isinstance(one.profile, Point) or is_copy(one) for one in found):
+        reason = f"is not before the last checkpoint, of step {found[-1].info.step:,}: no average has begun"
+        raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
+    profiles = [one.profile for one in found if isinstance(one.profile, OrdinaryEMA)]
     if profiles and given.update_every is None:  # known from all files together: one alone may not show it
         given = replace(given, update_every=profiles[-1].settings["every"])
     if any(isinstance(one.profile, OrdinaryEMA) and not one.info.decay for one in found):
-        given, finding = _find_decay(found, given)
-        found = checked_run([one.with_settings(given) for one in found])
+        given, checks = _find_decay(found, given)
+    else:
+        given, checks = _check_decay(found, given)
+    found = checked_run([one.with_settings(given) for one in found])
     by_kind = [(kind, [one for one in found if one.kind == name]) for name, kind in TABLE.items()]
-    checks = [kind.check(checkpoints, given) for kind, checkpoints in by_kind if checkpoints and kind.check]
-    checks += [finding] if finding else _check_decay(found)
+    checks += [kind.check(checkpoints, given) for kind, checkpoints in by_kind if checkpoints and kind.check]
     paths = tuple(copy_path(target, one.info) if copy and target else one.path for one in found)
     written = False
     if target is not None and not dry_run:
@@ -140,7 +145,7 @@ def _open_foreign(origin: Path, settings: ImportSettings) -> list[Checkpoint]:
     raise DirectoryError(origin, "is an import", "import the files that it was made of")
 
 
-def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, str]:
+def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:
     """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about it."""
     unclaimed = [replace(one, info=replace(one.info, decay=0.0)) for one in sources]  # also if the file says the decay
     try:
@@ -158,12 +163,23 @@ def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[I
     settings = replace(
         given,
         ema_decay=decay,
-        ema_warmup=given.ema_warmup or audit.warm_up or None,
-        ema_restarts=given.ema_restarts or tuple(round(time) for time in audit.starts),
+        ema_warmup=given.ema_warmup or audit.warm_up or ("none" if sources[0].info.t_unit == "images" else None),
         ema_uncertainty=sigma if decay == audit.found else sigma / 2,  # a rounded decay is probably exact
-        ema_late=None if given.ema_restarts or not audit.starts else round(_LATE * spacing),
     )
-    return settings, f"found: {audit.text}" + f"; taken as {decay:g}" * (decay != audit.found)
+    return _with_starts(settings, audit), [f"found: {audit.text}" + f"; taken as {decay:g}" * (decay != audit.found)]
+
+
+def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
+    """Return the settings with the starts that an audit found, unless they say any."""
+    if not audit.starts or given.ema_restarts or given.update_after_step is not None:
+        return given
+    first, *others = starts = sorted(map(round, audit.starts))
+    is_late = any(interval.note.startswith("begins") for interval in audit.intervals)
+    spacing = float(np.median([interval.end - interval.begin for interval in audit.intervals]))
+    return replace(
+        given, update_after_step=first if is_late else None, ema_restarts=tuple(others if is_late else starts),
+        ema_late=round(_LATE * spacing),
+    )  # fmt: skip
 
 
 _VAGUE = 0.05
@@ -186,18 +202,18 @@ def _round_decay(decay: float, uncertainty: float) -> float:
     return rounded if abs(math.log((1 - rounded) / rest)) <= min(2 * uncertainty, 0.03) else decay
 
 
-def _check_decay(found: Sequence[Checkpoint]) -> Iterator[str]:
-    """Compare the given decay of ordinary EMAs with the files, and yield a line about each average."""
+def _check_decay(found: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:
+    """Compare the known decay of ordinary EMAs with the files; return the settings with starts, and lines about it."""
     if not any(one.info.decay for one in found):
-        return
+        return given, []
     try:
         audits = audit_sources(found)
     except InvalidValueError:
-        yield "ema_decay is as given: without weights next to the averages it cannot be checked"
-        return
+        return given, ["ema_decay is as given: without weights next to the averages it cannot be checked"]
     for audit in audits:
         if audit.is_bad:
             raise InvalidValueError("ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed)
         if audit.verdict == "undetermined":
             log.warning("ema_decay is taken as given, and could not be checked: %s", audit.text)
-        yield f"given: {audit.text}"
+        given = _with_starts(given, audit)
+    return given, [f"given: {audit.text}" for audit in audits]

@@ -213,7 +213,8 @@ def _holds_model(folder: Path) -> bool:
 def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return checkpoints by time, as one run: with a common run id, and distinct names.
 
-    Of duplicates, such as a file `last` or `best` next to numbered files, take the first by name.
+    Of duplicates, such as a file `last` or `best` next to numbered files, take the first by name. An average that
+    has not begun is a copy of the weights, and is left out next to them.
 
     Raises:
         MismatchError: two checkpoints are of different models, or of one time with different values; both are named.
@@ -224,7 +225,8 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         if one is not other and not _is_duplicate(one, other):
             reason = f"are both of step {one.info.t:,.12g}"
             raise MismatchError(f"{one.path} and {other.path}", reason, "name the files of one run by a glob")
-    ordered = _with_labels([*kept.values()])
+    weights = {one.info.t for one in kept.values() if isinstance(one.profile, Point)}
+    ordered = _with_labels([one for one in kept.values() if one.info.t not in weights or not is_copy(one)])
     first = ordered[0]
     for one in ordered[1:]:
         if (difference := _difference(first, one)) is not None:
@@ -234,6 +236,11 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
     return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
+
+
+def is_copy(one: Checkpoint) -> bool:
+    """Return whether an ordinary EMA had not begun, so that it is a copy of the weights."""
+    return isinstance(one.profile, OrdinaryEMA) and one.profile.times[0] == one.profile.t
 
 
 def _is_duplicate(one: Checkpoint, other: Checkpoint) -> bool:

@@ -54,10 +54,10 @@ class ImportSettings:
         ema_decay: decay of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images; "half-life:5%" for
             power functions, such as torchtitan's `half_life_fraction` 0.05.
         ema_warmup: "ratio" for (1 + n) / (10 + n), "power" for 1 - (1 + n)**(-2/3), "power:0.75" for another power, or
-            "ramp-up" for a half-life of 0.05 of the training so far, "ramp-up:0.1" for another share.
+            "ramp-up" for a half-life of 0.05 of the training so far, "ramp-up:0.1" for another share, "none" for none.
         ema_restarts: steps at which an ordinary EMA restarted from the weights.
         ema_uncertainty: relative uncertainty of the time constant, if an import found the decay.
-        ema_late: number of steps by which a restart may have been later, if an import found `ema_restarts`.
+        ema_late: number of steps by which a start may have been later, if an import found it.
         steps_per_epoch: number of steps in an epoch, for files that hold only the epoch.
         average, weights: the key or prefix of the average's tensors in a file, and of the weights', such as "ema".
     """
@@ -133,10 +133,10 @@ class ImportSettings:
             kind, colon, text = str(self.ema_warmup).partition(":")
             usual = {"power": POWER, "ramp-up": RAMP_UP}.get(kind)
             number = read_number(text) if colon else usual
-            if kind not in WARM_UPS or (kind == "ratio") is (number is not None) or number == 0:
-                reason = f"must be one of {', '.join(WARM_UPS)}, or as power:0.75, ramp-up:0.1"
+            if kind not in (*WARM_UPS, "none") or (usual is None) is (number is not None) or number == 0:
+                reason = f"must be one of none, {', '.join(WARM_UPS)}, or as power:0.75, ramp-up:0.1"
                 raise InvalidValueError("ema_warmup", reason, value=repr(self.ema_warmup))
-            rule |= {"warm_up": kind} | ({} if number is None else {"power": float(number)})
+            rule |= {"warm_up": "" if kind == "none" else kind} | ({} if number is None else {"power": float(number)})
         return rule
 
     @property
@@ -147,10 +147,13 @@ class ImportSettings:
 
     @property
     def without_findings(self) -> ImportSettings:
-        """The settings without a decay that an import found, and its details: with more files it finds another one."""
-        if self.ema_uncertainty is None:
-            return self
-        return replace(self, ema_decay=None, ema_warmup=None, ema_restarts=(), ema_uncertainty=None, ema_late=None)
+        """The settings without a decay and starts that an import found: with more files it finds others."""
+        settings = self
+        if self.ema_late is not None:
+            settings = replace(settings, update_after_step=None, ema_restarts=(), ema_late=None)
+        if self.ema_uncertainty is not None:
+            settings = replace(settings, ema_decay=None, ema_warmup=None, ema_uncertainty=None)
+        return settings
 
     def select(self, tensors: Tensors, ignored: Collection[str] = ()) -> Tensors:
         """Return the tensors that `include` and `exclude` select, without the ignored names."""
@@ -263,7 +266,10 @@ class Updates:
             first, count = restart + every, (step - restart) // every
         elif count is None:
             first = after + 1 if self.from_first else (after // every + 1) * every
+            if after and step <= first - every:  # a copy of the weights
+                return DecayRule(**rule).profile(step, 0, every, step + every)
             count = max(0, (step - first) // every + 1)
+            rule |= {"late": settings.ema_late or 0} if after else {}
         elif count > step:
             raise FileFormatError(path, f"has counted {count:,} updates of its EMA, and is of step {step:,}")
         elif self.every > 1:  # calls are counted, of which the first is an update

@@ -50,10 +50,10 @@ def import_(
     ema_warmup: str | None = values.RUN(
         None,
         metavar="RULE",
-        autocompletion=values.one_of("ratio", "power", "ramp-up"),
+        autocompletion=values.one_of("none", "ratio", "power", "ramp-up"),
         show_default="from the files, else by comparison",
-        help="How the decay rises: ratio, (1 + n) / (10 + n); power, 1 - (1 + n)^-2/3 (power:0.75: ^-0.75); or EDM's "
-        "ramp-up.",
+        help="How the decay rises: ratio, (1 + n) / (10 + n); power, 1 - (1 + n)^-2/3 (power:0.75: ^-0.75); EDM's "
+        "ramp-up; or none.",
     ),
     ema_restarts: list[int] = values.RUN(
         [],

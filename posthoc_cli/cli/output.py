@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,16 +87,6 @@ def print_report(report: Any, as_json: bool, show: Callable[..., None], *argumen
         print_json(report if isinstance(report, dict) else report.to_dict())
     else:
         show(report, *arguments)
-
-
-def print_outcome(affected: Sized, done: bool, dry_run: bool, would: str, did: str, past: str) -> None:
-    """Print what a command has done, or would do, to the affected files; `past` is the past participle of its verb."""
-    if not affected:
-        print_line(f"nothing has to be {past}")
-    elif done:
-        print_line(did)
-    else:
-        print_line(f"would {would}; " * dry_run + f"nothing was {past}")
 
 
 def print_largest(columns: Sequence[str], rows: Sequence[Sequence[str]], values: Sequence[float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import typer
 
 from posthoc_cli import resources
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import check_alone, percent
+from posthoc_cli.errors import InvalidValueError, check_alone, percent
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.writer import Pruning
@@ -43,7 +44,11 @@ def prune(
     error = values.optional(values.parse_max_error, max_error)
     ends = values.parse_sigma_range(sigma_range)
     directory = values.existing(directory, directory=True)
-    values.check_confirmation(yes or dry_run, as_json, "; --dry-run shows what would be deleted")
+    alternative = "; --dry-run shows what would be deleted"
+    if as_json and not (yes or dry_run):
+        raise InvalidValueError("--json", "cannot ask before files are changed", f"add --yes{alternative}")
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise InvalidValueError("--yes", f"is needed without a terminal{alternative}")
 
     def agree(planned: Pruning) -> bool:
         if not as_json:
@@ -61,8 +66,12 @@ def prune(
             _print(pruning, ends)
         count_text = output.counted(len(pruning.to_delete), "snapshot")
         what = f"{count_text}, {resources.size_text(file_bytes(pruning.to_delete))}"
-        did = f"deleted {what}; {len(pruning.kept)} are left, verified"
-        output.print_outcome(pruning.to_delete, pruning.deleted, dry_run, f"delete {what}", did, "deleted")
+        if not pruning.to_delete:
+            output.print_line("nothing has to be deleted")
+        elif pruning.deleted:
+            output.print_line(f"deleted {what}; {len(pruning.kept)} are left, verified")
+        else:
+            output.print_line(f"would delete {what}; " * dry_run + "nothing was deleted")
     if pruning.to_delete and not (pruning.deleted or dry_run):
         raise typer.Exit(1)
 

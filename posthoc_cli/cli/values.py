@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
@@ -162,14 +161,6 @@ def parse_max_error(text: str) -> float:
         raise bad("--max-error", text, "must be a relative error in (0, 1), such as 0.01 or 1%") from None
 
 
-def check_confirmation(confirmed: bool, as_json: bool, alternative: str = "") -> None:
-    """Raise an InvalidValueError if a command that changes files is not confirmed and cannot ask."""
-    if as_json and not confirmed:
-        raise InvalidValueError("--json", "cannot ask before files are changed", f"add --yes{alternative}")
-    if not (confirmed or sys.stdin.isatty()):
-        raise InvalidValueError("--yes", f"is needed without a terminal{alternative}")
-
-
 def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T | None:
     """Return the parsed text of an option, or None without the option."""
     return None if text is None else parse(text, *arguments)
@@ -211,7 +202,7 @@ def _runs_in(directory: Path) -> list[str]:
 
     with suppress(OSError):
         paths = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
-        folders = [path for path in paths if path.is_dir() and path.name != "damaged"]
+        folders = [path for path in paths if path.is_dir()]
         has_weights = any(path.suffix in (".safetensors", *PICKLES) for path in paths)
         if not has_weights and all(any(map(is_snapshot_name, folder.iterdir())) for folder in folders):
             return [folder.name for folder in folders]

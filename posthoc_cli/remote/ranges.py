@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -51,7 +50,7 @@ def starts_ahead(paths: Sequence[Path]) -> Iterator[Path]:
     try:
         for number, path in enumerate(paths):
             for coming in paths[number : number + _OPENING]:
-                if coming not in _starts and not (getattr(coming, "is_spooled", False) and os.path.lexists(coming)):
+                if coming not in _starts:
                     _starts[coming] = _pool().submit(store.get, str(coming), 0, START)
             yield path
     finally:

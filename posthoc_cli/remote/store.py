@@ -17,9 +17,8 @@ import mmap
 import os
 import re
 import stat
-import time
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -50,14 +49,12 @@ _SECRETS: dict[str, tuple[str, str]] = {}
 class ObjectInfo(NamedTuple):
     """The facts that a store reports about an object.
 
-    `tag` may be empty, and differs for other content; some stores tell content apart by `version` instead. `modified`
-    is in seconds since 1970.
+    `tag` may be empty, and differs for other content. `modified` is in seconds since 1970.
     """
 
     size: int
     tag: str = ""
     modified: float = 0.0
-    version: str = ""
 
 
 def shown_url(text: str) -> str:
@@ -134,10 +131,8 @@ class RemotePath(PosixPath):
 
     Attributes:
         info: the facts about the object, if the store has reported them.
-        is_spooled: whether the file may also be on this machine, under the name that `os.fspath` returns.
     """
 
-    is_spooled = False
     info: ObjectInfo | None = None
     _is_known_folder = False
 
@@ -203,7 +198,7 @@ class RemotePath(PosixPath):
                     inode = zlib.crc32(repr(sorted(entries.items(), key=str)).encode())
                     return os.stat_result((stat.S_IFDIR | 0o777, inode, 0, 1, 0, 0, 0, 0, 0, 0))
             raise
-        inode, when = zlib.crc32(f"{info.tag}{info.version}".encode()), int(info.modified)
+        inode, when = zlib.crc32(info.tag.encode()), int(info.modified)
         return os.stat_result((stat.S_IFREG | 0o666, inode, 0, 1, 0, 0, info.size, when, when, when))
 
     def lstat(self) -> os.stat_result:
@@ -216,18 +211,6 @@ class RemotePath(PosixPath):
 
     def rmdir(self) -> None:
         """Do nothing: a folder ends with its last object."""
-
-    def replace(self, target: Any) -> Any:
-        """Move the object, or the objects directly in the folder; an interruption leaves some under both names."""
-        try:
-            moves = [(child, target / child.name) for child in self.iterdir()]
-        except NotADirectoryError:
-            moves = [(self, target)]
-        for old, new in moves:
-            copy(str(old), str(new))
-        for old, _ in moves:
-            delete(str(old))
-        return target
 
     def iterdir(self) -> Generator[RemotePath, None, None]:
         """Yield the paths in the folder; raise a FileNotFoundError without one, a NotADirectoryError for an object."""
@@ -338,11 +321,10 @@ _SLOWEST = 500_000
 """Bytes a second for which the timeout of a request allows."""
 
 
-def put(url: str, data: bytes | Path, *, create: bool = True, replaces: ObjectInfo | None = None) -> ObjectInfo:
-    """Write an object, complete or not at all, and return the facts that the store reports about it.
+def put(url: str, data: bytes | Path, *, create: bool = True) -> None:
+    """Write an object, complete or not at all.
 
-    With `create`, raise a FileExistsError if the object exists; with `replaces`, write only in place of exactly that
-    object, or raise a RemoteError with the errno ESTALE. Both are one conditional request; a RemoteError with ENOTSUP
+    With `create`, raise a FileExistsError if the object exists, in one conditional request; a RemoteError with ENOTSUP
     says that the store has none. `obstore` has no conditional multipart upload: for a new file above 5,000 MiB it is
     checked before that the object does not exist.
     """
@@ -352,15 +334,13 @@ def put(url: str, data: bytes | Path, *, create: bool = True, replaces: ObjectIn
     options: dict[str, Any] = {"chunk_size": _part_bytes(size), "max_concurrency": 4}
     if create and size <= _ONE_REQUEST:
         content = _mapped(data) if isinstance(data, Path) else data
-        mode = replaces and {"e_tag": replaces.tag} | ({"version": replaces.version} if replaces.version else {})
-        options = {"mode": mode or "create", "use_multipart": False}
+        options = {"mode": "create", "use_multipart": False}
     elif create:
         with suppress(FileNotFoundError):
             head(url)
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url)
     with request_errors(url, "written"):
-        answer = store.put(key, content, **options)
-    return ObjectInfo(size, answer.get("e_tag") or "", version=answer.get("version") or "")
+        store.put(key, content, **options)
 
 
 def _part_bytes(size: int) -> int:
@@ -376,37 +356,6 @@ def _mapped(path: Path) -> Any:
             return file.read()
 
 
-def repeated(request: Callable[[], Result]) -> Result:
-    """Return the result of a conditional request, made again if it fails: `obstore` does not retry it.
-
-    The first request may have succeeded and only its answer been lost, so that the condition fails: the caller checks.
-    """
-    try:
-        return request()
-    except RemoteError as error:
-        if error.errno != errno.EIO:
-            raise
-    time.sleep(0.5)
-    return request()
-
-
-def copy(url: str, to: str) -> None:
-    """Copy an object within its store; too large an object for a single request goes through this machine."""
-    info = head(url)
-    (store, key), (_, copied) = _place(url, info.size), _place(to)
-    with request_errors(to, "written"):
-        if info.size <= _ONE_REQUEST:
-            store.copy(key, copied)
-            return
-        from obstore import open_writer
-
-        count = _part_bytes(info.size)
-        writer = open_writer(store, copied, buffer_size=count)
-        for begin in range(0, info.size, count):
-            writer.write(get(url, begin, begin + count, info.tag)[0])
-        writer.close()  # the object appears; not before, and not after an error
-
-
 def delete(url: str) -> None:
     """Delete an object, if it exists."""
     store, key = _place(url)
@@ -417,7 +366,7 @@ def delete(url: str) -> None:
 def _info(facts: Any) -> ObjectInfo:
     modified: datetime | None = facts["last_modified"]
     seconds = modified.timestamp() if modified else 0.0
-    return ObjectInfo(facts["size"], facts["e_tag"] or "", seconds, facts.get("version") or "")
+    return ObjectInfo(facts["size"], facts["e_tag"] or "", seconds)
 
 
 # --- errors

@@ -1,7 +1,4 @@
-"""Verify a path: check each file against its checksums, compare snapshots with each other, set aside broken files.
-
-A repair moves broken files of a snapshot directory to its folder `damaged`, under their names, if nothing writes there.
-"""
+"""Verify a path: check each file against its checksums, and compare snapshots with each other."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +24,6 @@ from posthoc_cli.errors import (
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import (
-    DAMAGED_FOLDER,
     PICKLES,
     SUPERSEDED,
     Listing,
@@ -48,7 +44,6 @@ from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike,
 from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
 from posthoc_cli.snapshots.tensor_file import read_header
-from posthoc_cli.snapshots.writer import LOCK_NAME, move_aside, one_writer, remove_leftovers
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -62,9 +57,6 @@ MISMATCHED = "mismatched"  # an index that does not match its shards, or shards 
 UNREADABLE = "unreadable"  # the system refused to read it, so its content is unknown
 UNSUPPORTED = "unsupported"  # of a kind or version that this release does not know
 
-MOVED = frozenset({DAMAGED, MISSING, NONFINITE, MISMATCHED})
-"""The states of files that a repair sets aside."""
-
 _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 """Error numbers of opening or reading that mean a broken file: a bad disk, a broken link, not a regular file."""
 
@@ -76,7 +68,7 @@ _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 class FileReport:
     """The result of verifying a file.
 
-    `unit` is the path that a repair moves: the file, or the folder of a model in several files. `what` describes the
+    `unit` is the path of the whole: the file, or the folder of a model in several files. `what` describes the
     file in a few words; `kind` is "snapshot", "output", "checkpoint" or None. `detail` explains the `state`,
     or notes something unusual. The other fields come from a valid header. The tensors in `averages` must be finite. A
     `snapshot` in parts is in the report of one part: of the first broken one, if there is any.
@@ -106,8 +98,7 @@ class Verification:
 
     `problems` name files that contradict each other; `notes` are about unusual files that are not broken. `leftovers`
     are temporary files of interrupted writes, or of writes in progress. `superseded` counts snapshots that were set
-    aside, `moved` the broken files in `damaged/`. `to_move` maps the paths that a repair would move to their
-    identity, by which it notices files that were replaced.
+    aside.
     """
 
     path: Path
@@ -117,9 +108,7 @@ class Verification:
     notes: tuple[str, ...] = ()
     leftovers: tuple[Path, ...] = ()
     superseded: int = 0
-    moved: int = 0
     seconds: float = 0.0
-    to_move: Mapping[Path, tuple[int, ...] | None] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         wrong = len(self.broken) + len(self.problems)
@@ -131,20 +120,9 @@ class Verification:
         return tuple(dict.fromkeys(report.unit for report in self.files if not report.is_fine))
 
     @property
-    def not_moved(self) -> tuple[FileReport, ...]:
-        """The reports of files that are not fine but may be valid, so that a repair does not move them."""
-        return tuple(r for r in self.files if not (r.is_fine or {r.unit, r.path} & self.to_move.keys()))
-
-    @property
     def is_fine(self) -> bool:
         """Whether nothing is wrong."""
         return not (self.broken or self.problems)
-
-    @property
-    def is_of_tracker(self) -> bool:
-        """Whether a tracker writes, or has written, to the directory."""
-        has_snapshot = any(report.kind == "snapshot" and report.unit.parent == self.path for report in self.files)
-        return self.is_directory and (has_snapshot or (self.path / LOCK_NAME).exists())
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +146,6 @@ class Verification:
             "notes": list(self.notes),
             "leftovers": [self.name(path) for path in self.leftovers],
             "superseded": self.superseded,
-            "moved": self.moved,
             "bytes": self.nbytes,
             "seconds": self.seconds,
         }
@@ -178,10 +155,7 @@ class Verification:
 
 
 class _Unit(NamedTuple):
-    """A file, the parts of a snapshot, or the shards of a model, which need not exist, with the tensors of its index.
-
-    `path` is what a repair moves.
-    """
+    """A file, the parts of a snapshot, or the shards of a model, which need not exist."""
 
     path: Path
     files: Mapping[Path, Collection[str]]
@@ -205,7 +179,7 @@ def _listed(path: Path) -> tuple[Verification, list[_Unit]]:
 
 def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     listing = list_directory(directory)
-    models = [path for path in listing.entries if path.name not in (SUPERSEDED, DAMAGED_FOLDER) and _has_index(path)]
+    models = [path for path in listing.entries if path.name != SUPERSEDED and _has_index(path)]
     units = [_shards(folder / INDEX_NAME) for folder in (directory, *models) if _has_index(folder)]
     shards = {path for unit in units for path in unit.files}
     units += [_Unit(path, {path: ()}) for path in listing.files if path not in shards]
@@ -219,17 +193,13 @@ def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     old_units += [_parts(path)._replace(superseded=True) for path in parts_folders(superseded)]
     listings = (listing, *map(_readable, (*models, *of_parts)), superseded)
     leftovers = sorted([*folders.incomplete, *(path for entries in listings for path in entries.leftovers)])
-    moved, pickles = len(_readable(directory / DAMAGED_FOLDER).entries), len(listing.pickles)
-    if not (units or old_units or leftovers or moved):
+    pickles = len(listing.pickles)
+    if not (units or old_units or leftovers):
         reason = "holds no snapshots or outputs" + "; no pickle is opened here" * bool(pickles)
         raise DirectoryError(directory, reason, ACCEPTED)
     if pickles:
         notes.append(f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read")
-    if moved:
-        notes.append(f"{moved:,} in {DAMAGED_FOLDER}/, where a repair has moved them; not read")
-    result = Verification(
-        directory, True, notes=tuple(notes), leftovers=tuple(leftovers), superseded=len(old_units), moved=moved
-    )
+    result = Verification(directory, True, notes=tuple(notes), leftovers=tuple(leftovers), superseded=len(old_units))
     return result, [*units, *old_units]
 
 
@@ -288,12 +258,9 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     notes = [f"{listed.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
     if listed.is_directory:
         notes += missing_at_newest(snapshots)
-    broken = {report.unit for report in reports if report.state in MOVED}
-    # A model whose shards are in the directory itself is moved file by file.
-    to_move = (report.path if report.unit == path else report.unit for report in reports if report.unit in broken)
     return replace(
         listed, files=tuple(reports), problems=tuple(map(str, problems)), notes=(*notes, *listed.notes),
-        seconds=time.perf_counter() - started, to_move={moving: _stamp(moving) for moving in to_move},
+        seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -475,41 +442,3 @@ def _index_fault(unit: _Unit, index: Path, existing: Sequence[FileReport]) -> tu
     if total != nbytes:  # an index has no checksum
         return DAMAGED, f"its total_size is {shown(total)}; the shards hold {nbytes:,} bytes"
     return INTACT, ""
-
-
-# --- setting aside broken files
-
-
-def check_repairable(verified: Verification) -> None:
-    """Raise DirectoryError unless a directory of snapshots was verified, InvalidValueError if it can only be read."""
-    if not verified.is_of_tracker:
-        hint = "an output or an import can be made again; a snapshot is set aside in its own directory"
-        reason = "holds no snapshots of a tracker, and only these are set aside"
-        raise DirectoryError(verified.path, reason, hint if any(report.kind for report in verified.files) else "")
-    files.check_writable("directory", verified.path)
-
-
-def repair(verified: Verification) -> tuple[Path, ...]:
-    """Move broken files to the folder `damaged`, durably, while the directory is locked; return the new paths.
-
-    Raises:
-        LockedError: a tracker is writing to the directory.
-        MismatchError, DirectoryError: a file has changed since, or `damaged` is not a folder; nothing was moved.
-        WriteError: the system refused to move a file. Each file is either in `damaged` or where it was.
-    """
-    with one_writer(verified.path) as check_lease:
-        remove_leftovers(verified.path)
-        for path, identity in verified.to_move.items():
-            if _stamp(path) not in (identity, None):
-                raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
-        if not verified.to_move:
-            return ()
-        return tuple(move_aside([*verified.to_move], verified.path / DAMAGED_FOLDER, check_lease))
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Return the identity of a file or link, None if it does not exist."""
-    with suppress(FileNotFoundError):
-        status = path.lstat()
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-    return None

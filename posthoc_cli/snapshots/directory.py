@@ -33,8 +33,6 @@ from posthoc_cli.snapshots.tensor_file import opened_in_turn, read_header
 SUPERSEDED = "superseded"
 """The name of the folder for snapshots from after the step at which training was resumed."""
 
-DAMAGED_FOLDER = "damaged"
-"""The name of the folder to which a repair moves broken files."""
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """Suffixes of files that are usually pickles; such files are never opened."""

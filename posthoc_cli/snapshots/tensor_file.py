@@ -14,7 +14,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -95,11 +95,7 @@ def _opened(path: Path) -> _LocalBytes | RemoteBytes:
     if not files.is_url(path):
         return _LocalBytes(path)
     from posthoc_cli.remote.ranges import RemoteBytes
-    from posthoc_cli.remote.store import RemotePath
 
-    if isinstance(path, RemotePath) and path.is_spooled:
-        with suppress(FileNotFoundError):
-            return _LocalBytes(path)
     return RemoteBytes(path)
 
 

@@ -19,8 +19,8 @@ import socket
 import weakref
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, count
 from pathlib import Path
@@ -177,24 +177,6 @@ def _clear(holder: Path, process: int) -> bool:
     return is_own
 
 
-@contextmanager
-def one_writer(directory: Path) -> Iterator[Callable[[], None]]:
-    """Hold the lock of a directory, or the lease of a run in a store, for the block.
-
-    Yields a function that raises a LockedError if another process has taken over the lease meanwhile.
-    """
-    if not files.is_url(directory):
-        with DirectoryLock(directory):
-            yield lambda: None
-        return
-    from posthoc_cli.remote.lease import held
-
-    if not files.is_remote(directory):  # deletions in a spool wait for the next uploads of its tracker
-        raise LockedError(directory, "is opened by a tracker of this process", "open the run by its URL, as text")
-    with held(directory) as check:
-        yield check
-
-
 # --- removing from a directory
 
 
@@ -226,33 +208,28 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
-    """Move snapshots to the folder `superseded` of their directory; return their new paths. See `move_aside`."""
+    """Move snapshots durably to the folder `superseded` of their directory; return their new paths.
+
+    Nothing in the folder is replaced; missing paths are skipped. Raises DirectoryError if `superseded` is not a folder.
+    """
     if not stored:
         return []
-    return move_aside([snapshot.path for snapshot in stored], stored[0].path.parent / SUPERSEDED)
-
-
-def move_aside(paths: Sequence[Path], folder: Path, check: Callable[[], object] = lambda: None) -> list[Path]:
-    """Move files and directories durably into a folder of the same file system; return their new paths.
-
-    Nothing in the folder is replaced; missing paths are skipped. `check` is called before each move, and may raise an
-    error that ends them. Raises DirectoryError if `folder` is not a folder.
-    """
+    directory = stored[0].path.parent
+    folder = directory / SUPERSEDED
     if not files.is_absent(folder) and (folder.is_symlink() or not folder.is_dir()):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
     with files.reported_as_write_error(folder):
         files.make_directory(folder)
         moved = []
-        for path in paths:
-            if not files.is_absent(path):
-                check()
-                target = _free_name(folder / path.name)
-                files.system.rename(path, target)
+        for snapshot in stored:
+            if not files.is_absent(snapshot.path):
+                target = _free_name(folder / snapshot.path.name)
+                files.system.rename(snapshot.path, target)
                 moved.append(target)
         # Sync the new names first, so that a crash in between loses no file.
-        for directory in (folder, *sorted({path.parent for path in paths})):
-            files.system.fsync_directory(directory)
+        for changed in (folder, directory):
+            files.system.fsync_directory(changed)
     return moved
 
 
@@ -481,7 +458,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
         DirectoryError, MismatchError, FileFormatError: it has changed, or a survivor is damaged; nothing is deleted.
         WriteError: the system refused a deletion. All survivors remain.
     """
-    with one_writer(directory) as check_lease:
+    with DirectoryLock(directory):
         remove_leftovers(directory)
         planned = {snapshot.path: snapshot.header for snapshot in (*pruning.kept, *pruning.to_delete)}
         if {snapshot.path: snapshot.header for snapshot in read_directory(directory)} != planned:
@@ -491,7 +468,6 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
                 assert part.header is not None, "only files of other programs have none"
                 verify_payload(part.path, part.header, progress)
         for snapshot in pruning.to_delete:
-            check_lease()
             remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):
             files.system.fsync_directory(directory)

@@ -282,19 +282,13 @@ class Pipeline:
             self.write_missing(at_end=True)
 
     def flush(self) -> None:
-        """Wait until all work is done and durable; for a run in an object store, durable in its spool."""
+        """Wait until all work is done and durable."""
         self._updates.wait()
         self._writes.wait()
 
-    def upload(self) -> None:
-        """Wait until all snapshots are in the run's object store, if it has one; raise a WriteError if that fails."""
-        if self.snapshotter is not None:
-            self.snapshotter.upload()
-
     def take_error(self) -> Exception | None:
         """Return and forget the oldest error of work in the background, or None."""
-        uploads = None if self.snapshotter is None else self.snapshotter.take_error()
-        return self._updates.take_error() or self._writes.take_error() or uploads
+        return self._updates.take_error() or self._writes.take_error()
 
     @contextmanager
     def as_writer(self, directory: Path, run_id: str) -> Iterator[Snapshotter]:

@@ -119,7 +119,6 @@ class PostHocEMA(Tracker):
             earlier = state_of_tracker(directory, collect_tensors(model, selection))
             resume = resume if earlier is None else "auto"
         wait_for_writers(directory, last_too=earlier is None)
-        resuming.finish_uploads(directory, model)
         stored = [] if resume is None else resuming.stored_to_resume(directory, resume)
         if stored:
             settings = replace(settings, selection=selection.resumed(stored[-1].info.roles))
@@ -161,7 +160,6 @@ class PostHocEMA(Tracker):
         """
         directory = resuming.check_path(checkpoint_dir)
         wait_for_writers(directory)
-        resuming.finish_uploads(directory, model)
         stored = read_directory(directory)
         profiles = stored[-1].info.sigma_rels
         snapshots = resuming.snapshots_until(stored, step)

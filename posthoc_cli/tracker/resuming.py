@@ -37,7 +37,7 @@ from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker.layout import FlatTensors
 from posthoc_cli.tracker.model_tensors import TrackedModel
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
-from posthoc_cli.tracker.sharding import Group, mesh_of, while_rank_0_holds
+from posthoc_cli.tracker.sharding import Group
 from posthoc_cli.tracker.state import (
     Settings,
     Tracking,
@@ -139,27 +139,13 @@ def stored_to_resume(directory: Path, resume: str | int) -> Sequence[Snapshot]:
     return find_snapshots(directory) if resume == "auto" else read_directory(directory)
 
 
-def finish_uploads(directory: Path, model: torch.nn.Module | None) -> None:
-    """Upload what an earlier tracker of a run by URL has left on this machine, for a sharded model on any machine."""
-    if files.is_url(directory):
-        from posthoc_cli.tracker.spool import SpooledPath, finish, hold
-
-        assert isinstance(directory, SpooledPath)
-        if model is None or not mesh_of(model):
-            finish(directory)
-        else:
-            with while_rank_0_holds(lambda: hold(directory), "uploaded its remaining snapshots"):
-                finish(directory, leads=False)
-
-
 def check_path(path: str | Path) -> Path:
-    """Return an absolute path, since the working directory may change later, or a URL's path with a local spool."""
+    """Return an absolute path, since the working directory may change later."""
     absolute = files.given_path("checkpoint_dir", path).absolute()
-    if not files.is_url(absolute):
-        return absolute
-    from posthoc_cli.tracker.spool import spooled
-
-    return spooled(absolute)
+    if files.is_url(absolute):
+        reason = "must be a folder of this machine: snapshots are copied to a store by `rclone` or `aws s3 sync`"
+        raise InvalidValueError("checkpoint_dir", reason, value=absolute)
+    return absolute
 
 
 def check_directory(directory: Path, is_new: bool) -> None:

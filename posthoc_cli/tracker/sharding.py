@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -562,32 +562,6 @@ def is_fsdp(module: torch.nn.Module) -> bool:
     """Return whether a module is a wrapper of FSDP (version 1); `fully_shard` wraps nothing."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a class that nobody has imported wraps nothing
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
-
-
-@contextmanager
-def while_rank_0_holds(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
-    """Run a block that no process leaves before all have done it, while rank 0 holds a resource.
-
-    `take` acquires the resource and returns the function that releases it; `what` says what the block does. A RankError
-    names a process that does not come, or fails.
-    """
-    rank, world, store = dist.get_rank(), dist.get_world_size(), _new_store("while_rank_0_holds")
-    with ExitStack() as held:
-        with _after_rank_0(store, "while_rank_0_holds", _ABSENT):
-            if rank == 0:
-                held.callback(take())
-        try:
-            store.set(f"here/{rank}", "")
-            for other in range(world):
-                _wait(store, f"here/{other}", other, _ABSENT)
-            yield
-        except BaseException as error:
-            store.set(f"done/{rank}", _describe(error))
-            raise
-        store.set(f"done/{rank}", "")
-        for other in range(world):
-            if failed := _wait(store, f"done/{other}", other, f"has not {what}", 60.0):
-                raise RankError(f"rank {other}", failed)
 
 
 @contextmanager

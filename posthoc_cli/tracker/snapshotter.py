@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -61,10 +60,6 @@ from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.staging import StagedAverages
 from posthoc_cli.tracker.state import Settings, Tracking
-from posthoc_cli.tracker.worker import Worker
-
-if TYPE_CHECKING:
-    from posthoc_cli.tracker.spool import Spool
 
 log = logging.getLogger(__name__)
 
@@ -199,16 +194,9 @@ class Snapshotter:
         with files.reported_as_write_error(directory):
             files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
-        self._spool: Spool | None = None
-        self._uploads, self._has_waited = Worker("uploads"), False
-        if not self._leads and not files.is_url(directory):
+        if not self._leads:
             _check_shared(directory)
         try:
-            if files.is_url(directory):
-                from posthoc_cli.tracker import spool
-
-                assert isinstance(directory, spool.SpooledPath)
-                self._spool = spool.Spool(directory, members.part, self._leads)
             if self._leads:
                 remove_leftovers(directory)
                 # Parts of an interrupted training and of this one could look like one snapshot.
@@ -290,7 +278,6 @@ class Snapshotter:
         `staged` are the averages of `state`. Without `is_due` only averages that are not stored yet are written.
         """
         standing = state.averages.standing
-        self._wait_for_room()
         if is_due or not self._holds(standing.t):
             off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
             try:
@@ -303,40 +290,6 @@ class Snapshotter:
             except PostHocError as error:
                 self._members.announce_failure(error)
                 raise
-        if self._spool is not None:
-            self._spool.kept = frozenset(self._newest())
-            if not self._spool.is_due:  # one queued upload is enough: while a store fails, each attempt takes long
-                self._spool.is_due = True
-                self._uploads.submit(self._spool.sync)
-
-    def upload(self) -> None:
-        """Wait until all written files are in the store of a run by URL; raise a WriteError if they cannot be."""
-        if self._spool is not None:
-            self._uploads.call(partial(self._spool.sync, must=True))
-
-    def take_error(self) -> Exception | None:
-        """Return and forget the oldest error of an upload, or None."""
-        return self._uploads.take_error()
-
-    def _wait_for_room(self) -> None:
-        """Wait until the spool of a run by URL has room for more files."""
-        if self._spool is None or self._spool.has_room():
-            return
-        if not self._has_waited:
-            reason = "files that are not uploaded yet take more than is free on the spool's disk"
-            log.warning("%s: training waits for uploads: %s", self.directory, reason)
-            self._has_waited = True
-        while not self._spool.has_room():
-            self._uploads.call(self._spool.sync)
-            time.sleep(0.1)
-
-    def _newest(self) -> list[Path]:
-        """Return the snapshots that the next ones are measured against, see `newest_before`."""
-        newest = []
-        for stored in (self._stored, on_schedule(self._stored)):
-            for sigma_rel in self._settings.sigma_rels:
-                newest += [snapshot.path for snapshot in stored if snapshot.sigma_rel == sigma_rel][-2:]
-        return newest
 
     def write(self, infos: Sequence[SnapshotInfo], staged: StagedAverages, copies: Mapping[str, torch.Tensor]) -> None:
         """Write the snapshots of one time durably, with their measurements; none if an average is not finite.
@@ -376,13 +329,7 @@ class Snapshotter:
         self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
 
     def close(self) -> None:
-        """Release the directory for another writer, after an attempt to upload all written files."""
-        spool, self._spool = self._spool, None
-        if spool is not None:
-            spool.kept = frozenset()
-            self._uploads.submit(spool.sync)
-            self._uploads.close()
-            spool.close()
+        """Release the directory for another writer."""
         if self._lock is not None:
             self._lock.release()
 

@@ -197,18 +197,10 @@ class Tracker:
     def flush(self) -> None:
         """Wait until all updates are in the averages and all due snapshots, or this process's parts, are durable.
 
-        For a run by URL, wait until they are in the store.
-
         Raises:
-            WriteError, NonFiniteError: an error since the last call, raised once; or a snapshot cannot be uploaded.
-            LockedError: another process has taken the run by URL.
+            WriteError, NonFiniteError: an error since the last call, raised once.
             RankError: another process that keeps a part of the averages has failed.
         """
-        self._finish_writing()
-        self._pipeline.upload()
-
-    def _finish_writing(self) -> None:
-        """Do what `flush` does; for a run by URL, wait only until all snapshots are durable on this machine."""
         self._calls.check_process()
         if self._attachment is not None:
             self._attachment.check_steps()
@@ -313,7 +305,7 @@ class Tracker:
             self._pipeline.set(loaded)
 
     def _unpack(self, state: Mapping[str, Any]) -> Tracking:
-        self._finish_writing()
+        self.flush()
         loaded = unpack_state(state, self.settings, self._pipeline.tracking.tracked)
         if self.keeps_averages:
             return loaded
@@ -349,7 +341,7 @@ class Tracker:
         return tracking, replace(group.from_first(read_info), inherited=total, sketch=sketch)
 
     def _read_exactly(self) -> Tracking:
-        self._finish_writing()
+        self.flush()
         if self._pipeline.tracking.resumes:
             return self._start.read(self._pipeline.tracking)
         tracking = self._pipeline.read_exactly()

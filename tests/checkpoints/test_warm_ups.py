@@ -15,7 +15,7 @@ import torch
 from ema_command import Ema
 from trained import EVERY, STEPS, TIMES, Average, by, ema, error_of, named, network, ratio, train, write
 
-from posthoc_cli import Run, import_checkpoints
+from posthoc_cli import Run, errors, import_checkpoints
 from posthoc_cli.profiles import Point
 
 
@@ -52,7 +52,8 @@ def test_what_nobody_says_is_found(case: str, tmp_path: Path) -> None:
     assert re.search(f"^found: .*{said}", line), line
     settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
     assert settings.get("ema_warmup") == warm_up
-    assert settings.get("ema_restarts", []) == [pytest.approx(step, abs=30 if warm_up else 15) for step in begun]
+    found = [settings["update_after_step"]] if case == "late" else settings.get("ema_restarts", [])
+    assert found == [pytest.approx(step, abs=30 if warm_up else 15) for step in begun]
     error, predicted = error_of(Run(tmp_path / "run"))
     assert error < (5e-3 if begun and warm_up else 2e-3)
     assert 0.2 < error / predicted < 2.5
@@ -70,6 +71,38 @@ def test_a_restart_that_was_found_counts_as_uncertain(tmp_path: Path) -> None:
     assert made[0].predicted_error > made[1].predicted_error  # type: ignore[operator]
     settings = json.loads((tmp_path / "found" / "ema-import.json").read_text())["settings"]
     assert abs(settings["ema_restarts"][0] - 850) < 3 * settings["ema_late"]
+
+
+@pytest.mark.parametrize("begin", [400, 1000, 1400])
+@pytest.mark.parametrize("options", [{}, {"rate": 1e-2, "optimizer": "SGD"}], ids=["adam", "sgd"])
+def test_files_before_a_late_start_are_weights(options: dict[str, Any], begin: int, tmp_path: Path) -> None:
+    """Whether the start is said or found: a long average is at most as far off as with the weights alone."""
+    weights, update = train(**options), ema(0.995)
+    folder = write(tmp_path / "x", weights, lambda step, e, x: x.copy() if step <= begin else update(step, e, x))
+    (tmp_path / "weights").mkdir()
+    for path in folder.iterdir():
+        torch.save(torch.load(path)["state_dict"], tmp_path / "weights" / path.name)
+    alone, _ = error_of(Run(tmp_path / "weights"), 0.25, weights=weights)
+    said = {"ema_decay": 0.995, "update_after_step": begin}
+    for settings in [said, {}, {"ema_decay": 0.995}] if begin < 1400 else [said]:
+        done = import_checkpoints(folder, tmp_path / "run", overwrite=True, **settings)
+        assert done.counts["weights"] == len(TIMES)
+        assert sum(done.counts.values()) == len(TIMES) + sum(step > begin for step in TIMES)
+        error, predicted = error_of(Run(tmp_path / "run"), 0.25, weights=weights)
+        assert error < 1.01 * alone
+        assert 0.4 < error / predicted < 2
+    with pytest.raises(errors.InvalidValueError, match=r"update_after_step 1600: is not before the last .* 1,500: no"):
+        import_checkpoints(folder, tmp_path / "none", ema_decay=0.995, update_after_step=1600)
+
+
+def test_a_late_start_of_averages_alone(tmp_path: Path) -> None:
+    """The files before it are copies of the weights: an average of any length is as exact as predicted."""
+    folder = write(tmp_path / "x", train(), lambda step, e, x: x.copy() if step <= 700 else 0.995 * e + 0.005 * x)
+    for path in folder.iterdir():
+        torch.save(torch.load(path)["state_dict_ema"], path)
+    import_checkpoints(folder, tmp_path / "run", kind="ema", ema_decay=0.995, update_after_step=700)
+    error, predicted = error_of(Run(tmp_path / "run"))
+    assert 0.5 < error / predicted < 2
 
 
 def test_a_restart_that_is_said_makes_the_true_profile(tmp_path: Path, ema: Ema) -> None:
@@ -146,10 +179,19 @@ def persistent(vector: np.ndarray) -> torch.nn.Module:
     return net
 
 
-def edm(folder: Path, library: str) -> Path:
+def averages_by(beta: float) -> np.ndarray:
+    """Return the averages after each step with a constant decay, of which the first update copies."""
+    averages, average = [], train()[0]
+    for now in train():
+        average = beta * average + (1 - beta) * now
+        averages.append(average)
+    return np.array(averages)
+
+
+def edm(folder: Path, library: str, averages: np.ndarray | None = None) -> Path:
     """Write files in these trainings' format: pickles of objects with their source, named by thousands of images."""
     folder.mkdir()
-    averages = half_lives(train())
+    averages = half_lives(train()) if averages is None else averages
     for step in TIMES:
         kimg, weights, average = f"{step * BATCH // 1000:06d}", persistent(train()[step - 1]), averages[step - 1]
         path = folder / f"network-snapshot-{kimg}.pkl"
@@ -166,7 +208,10 @@ def test_half_lives_in_images(library: str, tmp_path: Path, ema: Ema) -> None:
     folder = edm(tmp_path / "x", library)
     done = ema("import", folder, "--out", tmp_path / "run")
     assert "--update-every: must be given, the images of a batch: neither network-snapshot-000040.pkl nor" in done.error
-    done = ema("import", folder, "--out", tmp_path / "run", "--update-every", BATCH, "--ema-decay", "half-life:60k")
+    said = ("import", folder, "--out", tmp_path / "run", "--update-every", BATCH, "--ema-decay", "half-life:60k")
+    done = ema(*said)
+    assert "--ema-warmup: must be given, ramp-up or none: without training_options.json network-snapshot" in done.error
+    done = ema(*said, "--ema-warmup", "ramp-up")
     assert "as claimed" in done.out, done.err
     found = ema("import", folder, "--out", tmp_path / "found", "--update-every", BATCH)
     assert "the ramp-up of its half-life to 0.05 of the training so far" in found.out, found.err
@@ -183,3 +228,25 @@ def test_half_lives_in_images(library: str, tmp_path: Path, ema: Ema) -> None:
     betas = [0.5 ** (BATCH / min(HALF_LIFE, 0.05 * n * BATCH)) for n in range(1, STEPS)]
     for step in (1, 50, 1400, 1499):
         assert average.profile.tail(step * BATCH) == pytest.approx(1 - np.prod(betas[step - 1 :]), abs=1e-9)
+
+
+@pytest.mark.parametrize("says", ["options", "option", "nothing"])
+def test_a_half_life_without_ramp_up(says: str, tmp_path: Path) -> None:
+    """Whether it is said or found, the profile is the product of equal decays."""
+    beta = 0.5 ** (BATCH / HALF_LIFE)
+    folder = edm(tmp_path / "x", "edm", averages=averages_by(beta))
+    settings: dict[str, Any] = {"update_every": BATCH}
+    if says == "options":
+        options = {"batch_size": BATCH, "ema_halflife_kimg": HALF_LIFE / 1000, "ema_rampup_ratio": None}
+        (folder / "training_options.json").write_text(json.dumps(options))
+    elif says == "option":
+        settings |= {"ema_decay": f"half-life:{HALF_LIFE}", "ema_warmup": "none"}
+    import_checkpoints(folder, tmp_path / "run", **settings)
+    run = Run(tmp_path / "run")
+    error, predicted = error_of(run, prefix="model.")
+    assert error < 2e-3
+    assert 0.3 < error / predicted < 2.5
+    average = next(one for one in run.sources if one.info.step == BATCH * STEPS and one.info.decay)
+    for step in (1, 1400, 1499):
+        tail = 1 - beta ** (STEPS - step)
+        assert average.profile.tail(step * BATCH) == pytest.approx(tail, abs=5e-3 if says == "nothing" else 1e-9)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,6 @@ from safetensors.torch import save_file
 
 from posthoc_cli import Run
 from posthoc_cli.cli import output
-from posthoc_cli.errors import percent
 from posthoc_cli.snapshots.writer import DirectoryLock
 
 
@@ -47,15 +45,12 @@ def test_a_run_that_is_intact(ema: Ema, run: Path) -> None:
     assert all(len(line) <= 80 for line in lines)
 
 
-def test_damaged_files_and_the_repair_are_named(ema: Ema, run: Path) -> None:
+def test_damaged_files_are_named(ema: Ema, run: Path) -> None:
     for path in snapshot_files(run)[:5]:
         flip_bit(path)
     last = ema("verify", run).out.splitlines()[-1]
     first = [path.name for path in snapshot_files(run)]
-    assert last == (
-        f"5 of 40 files are damaged: {', '.join(first[:3])} and 2 more; `ema verify {run} --repair` sets broken files "
-        "aside"
-    )
+    assert last == f"5 of 40 files are damaged: {', '.join(first[:3])} and 2 more"
     (run / "x.safetensors").symlink_to("nowhere")
     flip_bit(snapshot_files(run)[0], 30)
     result = ema("verify", run)
@@ -85,8 +80,7 @@ def test_of_many_files_only_broken_ones_have_a_line_and_the_report_has_all(ema: 
     assert report["seconds"] > 0
 
 
-def test_files_that_may_be_valid_are_not_moved_and_contradictions_are_reported(ema: Ema, run: Path) -> None:
-    """Examples are a snapshot of another run, and a file of a later release."""
+def test_contradictions_and_files_of_a_later_release_are_reported(ema: Ema, run: Path) -> None:
     files = snapshot_files(run)
     rewrite_snapshot(files[3], run_id=OTHER_RUN_ID)
     result = ema("verify", run)
@@ -94,10 +88,9 @@ def test_files_that_may_be_valid_are_not_moved_and_contradictions_are_reported(e
     assert re.search(rf"^problem: .*{files[3].name}: are of different runs", result.out, re.MULTILINE)
     assert ema("info", run).code == 1
     write_tensors(files[3], {"w": torch.ones(2)}, {"ema.format": "future", "ema.version": "9"}, overwrite=True)
-    result = ema("verify", run, "--repair", "--yes")
+    result = ema("verify", run)
     assert result.code == 1
-    assert f"{files[3].name}: not moved; see above" in result.out
-    assert files[3].exists()
+    assert "unsupported: its ema.format is 'future'" in result.out
 
 
 def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -150,57 +143,12 @@ def test_progress_counts_bytes(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPa
     assert 0 < sum(parts) <= total
 
 
-def test_repair(ema: Ema, run: Path, tmp_path: Path) -> None:
-    flip_bit(snapshot_files(run)[2])
-    leave(run)
-    command = ("verify", run, "--repair", "--yes")
-    shutil.copytree(run, tmp_path / "same")
-    result = ema(*command)
-    assert (result.code, result.err) == (0, "")
-    worst = percent(float(Run(run).error_curve((0.05, 0.28)).predicted_error.max()))
-    assert result.out.splitlines()[-2:] == [
-        f"set 1 file aside in {run / 'damaged'}",
-        f"predicted error now: at most {worst} for sigma_rel 0.05 to 0.28",
-    ]
-    result = ema("verify", run)
-    assert result.code == 0
-    assert "note: 1 in damaged/, where a repair has moved them; not read" in result.out
-    assert ema(*command).out.splitlines()[-1] == "nothing has to be set aside"
-    report = ema("verify", tmp_path / "same", *command[2:], "--json").json
-    name = "0000000000000200-0.05.safetensors"
-    assert {key: report["repair"][key] for key in ("gone", "moved", "done")} == {
-        "gone": [name], "moved": [f"damaged/{name}"], "done": True,
-    }  # fmt: skip
-
-
-def test_if_no_snapshot_is_left_the_error_is_unknown(ema: Ema, run: Path) -> None:
-    for path in snapshot_files(run):
-        flip_bit(path)
-    assert ema("verify", run, "--repair", "--yes").out.splitlines()[-2:] == [
-        f"set 40 files aside in {run / 'damaged'}", "predicted error now: unknown, no snapshots here",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("answer", "code"), [("n", 1), ("y", 0), ("", 130)])
-def test_repairing_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int) -> None:
-    flip_bit(snapshot_files(run)[2])
-    leave(run)
-    before, questions = contents(run), asked(answer, run)
-    result = ema("verify", run, "--repair")
-    assert result.code == code
-    assert questions == [f"set 1 file aside in {run / 'damaged'}?"]
-    changed = {name for name in before if contents(run).get(name) != before[name] and "lock" not in name}
-    assert changed == ({"0000000000000200-0.05.safetensors", ".ema-0123.tmp"} if answer == "y" else set())
-    assert answer != "n" or result.out.splitlines()[-1] == "nothing was set aside"
-
-
 def test_nothing_is_changed_while_a_tracker_writes(ema: Ema, run: Path) -> None:
     flip_bit(snapshot_files(run)[2])
     leave(run)
     before = {name: data for name, data in contents(run).items() if "lock" not in name}
     with DirectoryLock(run):
-        for command in (("verify", run, "--repair"), ("prune", run, "--keep", "5")):
-            assert "is writing here" in ema(*command, "--yes").error
+        assert "is writing here" in ema("prune", run, "--keep", "5", "--yes").error
         assert ema("verify", run).code == 1
         assert ema("prune", run, "--keep", "5", "--dry-run").code == 0
     assert {name: data for name, data in contents(run).items() if "lock" not in name} == before

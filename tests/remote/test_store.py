@@ -20,18 +20,17 @@ UNREAD = "the credentials cannot be read; `ema guide remote` says where they are
 
 def test_an_object_is_put_once_read_by_ranges_and_deleted(bucket: str) -> None:
     url = f"{bucket}/run/a b%20+ü"
-    tag = store.put(url, b"0123456789").tag
+    store.put(url, b"0123456789")
+    tag = store.head(url).tag
     with pytest.raises(FileExistsError):
         store.put(url, b"other")
     data, info = store.get(url, 2, 100, tag)
     assert (bytes(data), info.size, info.tag, info) == (b"23456789", 10, tag, store.head(url))
     assert bytes(store.get(url, 10, 12)[0]) == b""
-    newer = store.put(url, b"replaced", replaces=info)
-    for call in (lambda: store.get(url, 0, 1, tag), lambda: store.put(url, b"", replaces=info)):
-        with pytest.raises(RemoteError, match="was replaced while it was being used") as caught:
-            call()
-        assert caught.value.errno == errno.ESTALE
-    assert newer == store.put(url, b"replaced", create=False)
+    store.put(url, b"replaced", create=False)
+    with pytest.raises(RemoteError, match="was replaced while it was being used") as caught:
+        store.get(url, 0, 1, tag)
+    assert caught.value.errno == errno.ESTALE
     store.delete(url)
     store.delete(url)
     with pytest.raises(FileNotFoundError):

@@ -28,7 +28,6 @@ EXPERIMENTS = [
     Experiment(
         "trainings killed and resumed by their own script", partial(apart, "killing killed_trainings", 1_000), 0.02
     ),
-    Experiment("trainings killed while they upload", partial(apart, "killing killed_uploads", 50), 0.12),
     Experiment("sweeps killed and continued by the same call", partial(apart, "killing killed_sweeps", 50), 0.06),
     Experiment("every command stopped at a random moment", partial(apart, "killing signalled_commands", 600), 0.01),
     Experiment("every flipped bit", damage.flip_bits, 0.05),

@@ -6,8 +6,6 @@ Trainings, including those that write to an object store, are resumed by their o
 from __future__ import annotations
 
 import json
-import logging
-import os
 import random
 import shutil
 import signal
@@ -16,12 +14,11 @@ from collections import Counter
 from dataclasses import astuple, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from factories import random_walk, write_run
 
-from posthoc_cli import PostHocEMA, files
+from posthoc_cli import files
 from posthoc_cli.__main__ import main
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.format import SnapshotInfo
@@ -29,7 +26,7 @@ from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.sweep.results import TRIALS
 from torture import Tally
 from torture.processes import Nursery
-from torture.training import SIGMA_RELS, Network, damaged_files, problems, train, weights_up_to, wrong_snapshots
+from torture.training import damaged_files, problems, train, weights_up_to, wrong_snapshots
 
 STEPS = 40
 SAVES = range(8, STEPS + 1, 8)
@@ -73,78 +70,6 @@ def _said(directory: Path) -> dict[str, SnapshotInfo]:
     """
     unlike = {"run_id": "", "measurements": None, "motion": None, "inherited": 0.0, "sample": "", "sketch": ""}
     return {snapshot.path.name: replace(snapshot.info, **unlike) for snapshot in find_snapshots(directory)}
-
-
-# --- trainings that write to an object store, served on the loopback interface
-
-BUCKET = "bucket"
-URL = f"s3://{BUCKET}/some/run"
-
-
-def killed_uploads(folder: Path, count: int, chance: random.Random) -> Tally:
-    """Kill a training `count` times in total, and resume it by its own script each time."""
-    from moto.s3.models import s3_backends
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server.start()  # never stopped here, since forked children return through this function, too
-    host, port = server.get_host_and_port()
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-    }  # fmt: skip
-    tally, nursery = Tally(), Nursery(folder / "stderr")
-    weights_up_to(STEPS, 4 * ROWS)  # computed once, before the children are forked
-    backend = s3_backends["123456789012"]["aws"]
-    backend.create_bucket(BUCKET, "us-east-1")
-    os.environ["EMA_SPOOL"] = str(folder / "spool")
-    seconds = nursery.run_whole(partial(_upload, folder / "durable"))
-    while tally.tried < count:
-        for key in [*backend.buckets[BUCKET].keys]:
-            backend.delete_object(BUCKET, key)
-        spool, notes = folder / f"spool-{tally.tried}", folder / f"durable-{tally.tried}"
-        os.environ["EMA_SPOOL"] = str(spool)
-        for where, _ in nursery.kills(tally, count, chance, seconds, partial(_upload, notes)):
-            copy = _downloaded(backend, folder / "copy")
-            tally.lost += [f"{where}: {line}" for line in (*damaged_files(copy), *damaged_files(spool))]
-            names = {path.name for place in (copy, spool) for path in place.rglob("*.safetensors")}
-            durable = set(notes.read_text().split()) if notes.exists() else set()
-            tally.lost += [f"{where}: {name} was durable and is gone" for name in durable - names]
-        run = _downloaded(backend, folder / "copy") / "some/run"
-        due = {f"{step:016d}-{s!r}.safetensors" for step in range(4, STEPS + 1, 4) for s in SIGMA_RELS}
-        tally.lost += [f"{where}: {name} is not in the store" for name in due - {path.name for path in run.iterdir()}]
-        tally.lost += [f"{where}: {line}" for line in wrong_snapshots(run)]
-        tally.lost += [f"{where}: {path.name} stays in the spool" for path in spool.rglob("*.safetensors")]
-    return tally
-
-
-def _upload(notes: Path) -> None:
-    """Resume the run and train to the end, as a user's script; write the names of durable files to `notes`."""
-    descriptor = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def note(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return not text.startswith("wrote ") or bool(os.write(descriptor, f"{text.rpartition('/')[2]} ".encode()))
-
-    log = logging.getLogger("posthoc_cli.tracker.snapshotter")
-    log.setLevel(logging.INFO)
-    log.addFilter(note)
-    network, settings = Network(ROWS), {**SETTINGS, "max_checkpoints": None, "checkpoint_dtype": "float32"}
-    with PostHocEMA.from_model(network, URL, SIGMA_RELS, resume="auto", **settings) as tracker:  # type: ignore[arg-type]
-        for step in range(tracker.step + 1, STEPS + 1):
-            network.go_to(step)
-            tracker.update_(network)
-
-
-def _downloaded(backend: Any, folder: Path) -> Path:
-    """Replace the content of a folder by that of the bucket."""
-    for path in folder.rglob("*.safetensors"):
-        path.unlink()
-    for key, stored in backend.buckets[BUCKET].keys.items():
-        (folder / key).parent.mkdir(parents=True, exist_ok=True)
-        (folder / key).write_bytes(stored.value)
-    return folder
 
 
 # --- sweeps
@@ -199,7 +124,7 @@ COMMANDS = (
     "export OLD --out OUT/exported.safetensors --dtype float16",
     "export OLD --out SHARDS --max-shard-size 90KB --overwrite", "error-plot RUN --out OUT/error.png", "info RUN",
     "report RUN --out OUT/report.html",
-    "plan --steps 1000 --params 1e6 --max-size 50MB --out OUT/plan.png", "prune RUN --keep 3 --yes",
+    "plan --steps 1000 --params 1e6 --disk 50MB --out OUT/plan.png", "prune RUN --keep 3 --yes",
     "profile --sigma-rel 0.05,0.1 --steps 1000", "demo --out OUT/demo --steps 100",
 )  # fmt: skip
 PREPARED = (
