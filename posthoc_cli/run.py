@@ -33,6 +33,7 @@ from posthoc_cli.errors import (
     OutputExistsError,
     PostHocError,
     VanishedError,
+    check_count,
     percent,
 )
 from posthoc_cli.planning import (
@@ -42,7 +43,6 @@ from posthoc_cli.planning import (
     ErrorCurve,
     ErrorReport,
     PlanReport,
-    Task,
     error_curve,
     propose,
     time_between,
@@ -519,27 +519,37 @@ def error_report(
 
 
 def plan_training(
-    task: Task, like: Run | None = None, out: str | Path | None = None, overwrite: bool = False
+    steps: int,
+    params: int,
+    disk: int | None = None,
+    *,
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+    like: Run | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
 ) -> PlanReport:
-    """Propose what to track and store, as `ema plan` does; see `planning.propose`.
+    """Return named schedules of a training with their sizes and predicted errors, as `ema plan` does.
 
     Arguments:
-        task: the requirements; if `like` is given, its `motion` and `rounding` are replaced by those of that run.
-        like: an earlier run, of a network that moved as it will in the new run.
-        out: a .png, .svg or .pdf file for the error curves of the proposals.
+        steps: length of training, in calls of `update_`.
+        params: averaged elements of the network.
+        disk: the most bytes of snapshots at any moment.
+        sigma_range: range of the wanted averages.
+        like: an earlier run, of a network that moved as it will in the new run; by default it moves evenly.
+        out: a .png, .svg or .pdf file for the error curves of the schedules.
         overwrite: replace an existing file.
 
     Raises:
         InvalidValueError, OutputExistsError, WriteError; and the errors of `Run`.
     """
-    assumption, picture = EVENLY, None if out is None else new_file(out, PICTURES, overwrite)
-    if like is not None:
-        earlier, assumption = _earlier_run(like, task.steps)
-        task = replace(task, motion=earlier.motion, rounding=earlier.rounding)
-    proposals = tuple(propose(task))
+    picture = None if out is None else new_file(out, PICTURES, overwrite)
+    if disk is not None:
+        check_count("disk", disk)
+    earlier, assumption = _earlier_run(like, steps)
+    proposals = tuple(propose(steps, params, sigma_range, earlier.motion, earlier.rounding))
     if picture is not None:
         _write_figure(lambda: _error_figure([proposal.errors for proposal in proposals]), picture, overwrite)
-    return PlanReport(task, proposals, assumption, None if like is None else str(like.directory))
+    return PlanReport(proposals, disk, assumption)
 
 
 def _earlier_run(like: Run | None, steps: int) -> tuple[EarlierRun, str]:

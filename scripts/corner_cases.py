@@ -24,8 +24,7 @@ from trajectories import Replay, Trajectory, record
 
 from posthoc_cli import Between, Decay, PostHocEMA, Schedule, Window
 from posthoc_cli.errors import InexactError
-from posthoc_cli.planning import USEFUL_RANGE, evaluate
-from posthoc_cli.planning.proposals import Task, relative_rounding
+from posthoc_cli.planning import USEFUL_RANGE, evaluate, relative_rounding
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.writer import plan_pruning
 from posthoc_cli.targets import Target, as_target
@@ -281,7 +280,7 @@ def plan_promise(root: Path) -> Iterator[Cell]:
     steps, dtype, places = 4000, "float32", slice(None, None, 8)
     for tracked, every, kept in ((TWO, 200, None), (THREE, 200, None), (TWO, 50, 10), (THREE, 50, 10)):
         schedule = Schedule(tracked, steps, every, kept, relative_rounding(dtype))
-        proposal = evaluate(Task(steps, 1000, 10**9), schedule, dtype)
+        proposal = evaluate("", schedule, dtype, 1000)
         tracking = Tracking(tracked, dtype, every, proposal.update_every, kept)
         promised = proposal.errors.predicted_error[places]
         for seed in range(3):

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from posthoc_cli import Beta, Between, Groups, PostHocEMA, PowerFunction, Run, Window
 from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, InvalidValueError, OutputExistsError
-from posthoc_cli.planning import Task
 from posthoc_cli.run import error_report, plan_training
 
 TARGETS = {
@@ -136,7 +135,7 @@ def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema:
         (lambda run: run.plot_errors(targets=Groups({"*": 0.1})), "sigma_rel 0.1 (*)", "has a profile for each group"),
         (lambda run: error_report([run], out="x.gif"), "out", "x.gif: must end in .png, .svg, .pdf, .csv"),
         (lambda run: run.audit(out="x.gif"), "out", "x.gif: must end in .png, .svg, .pdf"),
-        (lambda _: plan_training(Task(1000, 100, 10_000), out=5), "out", "5: must be a path"),
+        (lambda _: plan_training(1000, 100, out=5), "out", "5: must be a path"),
     ],
 )
 def test_an_invalid_argument_is_refused(run: Run, call: Callable[[Run], object], subject: str, words: str) -> None:
@@ -151,10 +150,10 @@ def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema, tmp_pa
     words = "--sigma-range 0.05:0.28 --target window:50 --json --out"
     assert ema("error-plot", run.directory, *words.split(), tmp_path / "other.csv").json == report.to_dict()
     assert table.read_text() == (tmp_path / "other.csv").read_text() == report.to_csv()
-    task = Task(1000, 100, 10_000, sigma_rels=(0.1,), dtype="float16")
-    fixed = "--steps 1000 --params 100 --max-size 10kB --sigma-rels 0.1 --dtype fp16 --json"
-    printed = ema("plan", *fixed.split(), "--like", run.directory).json
-    assert printed == json.loads(json.dumps(plan_training(task, run).to_dict()))
+    printed = ema(
+        "plan", *["--steps", "1000", "--params", "100", "--disk", "10kB", "--json", "--like"], run.directory
+    ).json
+    assert printed == json.loads(json.dumps(plan_training(1000, 100, 10_000, like=run).to_dict()))
 
 
 def test_damage_is_found_and_the_undamaged_snapshots_are_described(run: Run) -> None:

@@ -11,7 +11,6 @@ from factories import random_walk, write_run
 
 from posthoc_cli import Run
 from posthoc_cli.checkpoints.audit import Audit, Interval
-from posthoc_cli.planning import Task
 from posthoc_cli.run import error_report, plan_training
 from posthoc_cli.sweep import sweep
 
@@ -34,7 +33,7 @@ THINGS: dict[str, Callable[[Run], object]] = {
     "candidate": lambda run: run.candidate(),
     "curve": lambda run: run.error_curve(),
     "curves": lambda run: error_report([run] * 16),
-    "proposals": lambda _: plan_training(Task(10_000, 1000, 10**6)),
+    "proposals": lambda _: plan_training(10_000, 1000),
     "check": lambda run: run.check(),
     "audit": lambda _: [Audit("", "found", "decay 0.99", intervals=(Interval(1, 2, 100.0, None, 0.1),) * 100)],
     "pruning": lambda run: run.prune(keep=20, dry_run=True),

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg  # noqa: F401  # which loads an OpenBLAS other than NumPy's
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.planning import Task, proposals, propose, schedule, snapshots_to_drop
+from posthoc_cli.planning import proposals, propose, schedule, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import assumed_prior, one_blas_thread
 
@@ -55,7 +55,7 @@ def test_planning_and_thinning_use_one_thread(monkeypatch: pytest.MonkeyPatch) -
     for module, name in ((schedule, "losses_of"), (proposals, "forecast")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, **k: (seen.append(blas_threads()), real(*a, **k))[1])
-    propose(Task(100, 10, 10**6, sigma_rels=(0.1,), dtype="float16", max_checkpoints=4, checkpoint_every=20))
+    propose(100, 10)
     snapshots = [PowerFunction.from_sigma_rel(0.1, float(t)) for t in range(1, 6)]
     assert snapshots_to_drop(snapshots, assumed_prior(snapshots, 1e-4), 4)
     assert len(seen) > 2

@@ -69,6 +69,6 @@ def _print(result: Result) -> None:
     for command in (
         ["synthesize", folder.snapshots, "--sigma-rel", "0.13", "--out", mine],
         ["info", folder.average(result.best)],
-        ["plan", "--steps", "100000", "--params", "100K", "--max-size", "10MB", "--out", plan],
+        ["plan", "--steps", "100000", "--params", "100K", "--disk", "10MB", "--out", plan],
     ):
         print_line(f"  {shlex.join(['ema', *map(str, command)])}")

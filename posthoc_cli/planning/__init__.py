@@ -16,7 +16,7 @@ from posthoc_cli.planning.curves import (
     forecast,
     time_between,
 )  # fmt: skip
-from posthoc_cli.planning.proposals import PlanReport, Task, evaluate, propose
+from posthoc_cli.planning.proposals import PlanReport, evaluate, propose
 from posthoc_cli.planning.schedule import (
     SPARED_TIMES,
     USEFUL_RANGE,
@@ -39,7 +39,6 @@ __all__ = [
     "ErrorReport",
     "PlanReport",
     "Schedule",
-    "Task",
     "check_max_error",
     "check_sigma_range",
     "check_within",

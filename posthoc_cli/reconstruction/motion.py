@@ -405,7 +405,7 @@ class Sketch:
     spread: FloatArray
 
     def measured(self, profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        """Return a column per profile whose combinations are errors: projected, [D, n], and unseen, [K + 1, n].
+        """Return a column per profile whose combinations are errors: projected, [D, n], and unseen, [K + 2, n].
 
         The projected columns are the averages, relative to the weights of the first window.
         """
@@ -417,7 +417,9 @@ class Sketch:
         seen = np.diff(self.means, axis=0).T @ tails[1:-1] + self._steady.T @ bend
         # Noise may be equal in all windows, as of weights that alternate: then its contributions add up.
         aligned = self._noise @ bend
-        return seen, np.vstack((np.hypot(self._walk, self._noise)[:, None] * bend, aligned))
+        # The mass of the first update lies on one value, not on the mean of its window.
+        first = np.sqrt(self.spread[0]) * tails[0]
+        return seen, np.vstack((np.hypot(self._walk, self._noise)[:, None] * bend, aligned, first))
 
     def of_shared_means(
         self, profiles: Sequence[PowerFunction], largest: float, updates: FloatArray

@@ -151,7 +151,7 @@ class MinimumVariance:
     def _measured(self) -> slice:
         """The rows of measured errors; all rows if there is no sketch."""
         rows = self._rows.shape[0]
-        return slice(0 if self._prior.sketch is None else rows - sum(self._prior.sketch.means.shape) - 1, rows)
+        return slice(0 if self._prior.sketch is None else rows - sum(self._prior.sketch.means.shape) - 2, rows)
 
     @property
     def unsure(self) -> float:

@@ -205,7 +205,7 @@ def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(["file", "size"], [["名\x1b", "1"], ["longer-name", "12,000"]], left=["file"])
     assert capsys.readouterr().out.splitlines() == [
         "file           size",
-        "名\\x1b             1",
+        "名\\x1b            1",
         "longer-name  12,000",
     ]
     print_pairs([("run", "x"), ("schedule", "y")])

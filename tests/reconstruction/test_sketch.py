@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from factories import FloatArray, power_functions
 
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import METHODS, Motion, Prior, Sketch, reconstruct
 from posthoc_cli.reconstruction import motion as sketches
@@ -105,6 +108,28 @@ def test_the_size_of_motion_within_windows_is_known() -> None:
     assert np.abs(np.diff(sketch.means[1:-1], axis=0)).max() < 1e-12
     error, _, predicted = measured(path, 2)
     assert np.all(error < 3 * predicted)
+
+
+@pytest.mark.parametrize(("beta", "after"), [(0.9999, 500), (0.999, 500), (0.9999, 0)])
+def test_the_share_of_the_first_value_is_known(beta: float, after: int, tmp_path: Path) -> None:
+    """Weights that alternate, and an average that keeps much of its initial value, which is not its window's mean."""
+    random, steps = np.random.default_rng(0), 2000
+    place, side = random.standard_normal((2, 400)) * [[1], [0.1]]
+    drift = np.cumsum(2e-4 * random.standard_normal((steps, 400)), axis=0)
+    path = place + drift + side * np.where(np.arange(steps) % 2, 1, -1)[:, None]
+    model = torch.nn.Linear(400, 1, bias=False)
+    tracker = PostHocEMA.from_model(model, tmp_path, checkpoint_every=100, update_every=1, update_after_step=after)
+    for weights in path:
+        model.weight.data = torch.tensor(weights[None], dtype=torch.float32)
+        tracker.update_(model)
+    tracker.close()
+    truth = path[after]
+    for weights in path[after:]:
+        truth = beta * truth + (1 - beta) * weights
+    made = Run(tmp_path).average(f"beta:{beta}", dtype="float64")
+    error = np.linalg.norm(made["weight"].numpy().ravel() - truth) / np.linalg.norm(truth)
+    assert made.predicted_error is not None
+    assert error < 2 * made.predicted_error
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -137,7 +137,7 @@ SHARD = "sharded/model-00001-of-00002.safetensors"
 TO_ANY: Sequence[Use] = (
     ("info", "X"), ("synthesize", "X", *SIGMA_REL, "--out", "OUT"), ("export", "X", "--out", "OUT"),
     ("error-plot", "X", "--out", "picture.png"), ("prune", "X", "--keep", "1", "--yes"),
-    ("plan", "--steps", "1000", "--params", "10", "--max-size", "9kB", "--like", "X"),
+    ("plan", "--steps", "1000", "--params", "10", "--disk", "9kB", "--like", "X"),
     lambda _, thing: PostHocEMA.from_path(thing).state_dict(0.1),
 )  # fmt: skip
 TO_A_RUN: Sequence[Use] = (
@@ -329,9 +329,7 @@ class Stage:
         yield "error-plot", run, "--out", f"{new}.svg", "--target", "0.1"
         yield "error-plot", run, "--target", "window:5", "--out", f"{new}.png"
         yield "error-plot", run, "--target", "window:5", "--out", f"{new}.csv"
-        quick = ("--sigma-rels", "0.05,0.28", "--dtype", "float16")
-        task = ("--steps", "1000", "--params", "10", "--max-size", "1MB", *quick)
-        yield "plan", *task, "--like", run, "--out", f"{new}.pdf"
+        yield "plan", "--steps", "1000", "--params", "10", "--like", run, "--out", f"{new}.pdf"
         yield "prune", run, "--keep", "1", "--dry-run"
         yield "prune", run, "--keep", "99", "--yes"
         yield "profile", "--sigma-rel", self.name

@@ -124,7 +124,7 @@ COMMANDS = (
     "export OLD --out OUT/exported.safetensors --dtype float16",
     "export OLD --out SHARDS --max-shard-size 90KB --overwrite", "error-plot RUN --out OUT/error.png", "info RUN",
     "report RUN --out OUT/report.html",
-    "plan --steps 1000 --params 1e6 --max-size 50MB --out OUT/plan.png", "prune RUN --keep 3 --yes",
+    "plan --steps 1000 --params 1e6 --disk 50MB --out OUT/plan.png", "prune RUN --keep 3 --yes",
     "profile --sigma-rel 0.05,0.1 --steps 1000", "demo --out OUT/demo --steps 100",
 )  # fmt: skip
 PREPARED = (
