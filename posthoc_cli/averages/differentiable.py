@@ -330,10 +330,11 @@ class EMAStats(WideBuffers):
         eps: variance added where `correlation` divides; at least 0.
 
     Attributes:
+        num_features_x, num_features_y: dim_x and dim_y.
         mean_x, mean_y: [dim_x], [dim_y]; 0 before the first batch.
         cov_xx, cov_yy, cov_xy: [dim_x, dim_x], [dim_y, dim_y], [dim_x, dim_y]; 1, 1 and 0 before the first batch.
         num_batches_tracked: batches so far, a tensor of int64.
-        All six are buffers, in the state dict; a state of symm-learning's class (`running_mean_x`, ...) loads too.
+        The last six are buffers, in the state dict; a state of symm-learning's class (`running_mean_x`, ...) loads too.
 
     Raises:
         InvalidValueError: (a ValueError) names the argument, or what is wrong with the batch.
@@ -367,8 +368,8 @@ class EMAStats(WideBuffers):
         center_with_running_mean: bool = True,
     ) -> None:
         super().__init__()
-        self.dim_x = check_count("dim_x", dim_x)
-        self.dim_y = self.dim_x if dim_y is None else check_count("dim_y", dim_y)
+        self.num_features_x = check_count("dim_x", dim_x)
+        self.num_features_y = self.num_features_x if dim_y is None else check_count("dim_y", dim_y)
         self.momentum = check_number("momentum", momentum, lambda m: 0 < m <= 1, "lie in (0, 1]")
         self.eps = check_number("eps", eps, lambda e: 0 <= e < math.inf, "be finite and at least 0")
         self.center_with_running_mean = center_with_running_mean
@@ -381,8 +382,8 @@ class EMAStats(WideBuffers):
         """Update the statistics in train mode; return the batch unchanged, `(x, x)` without y."""
         if y is None:
             y = x if self._y_may_be_x else x.new_empty(0)
-        self._check("x", x, self.dim_x)
-        self._check("y", y, self.dim_y, x.shape[0])
+        self._check("x", x, self.num_features_x)
+        self._check("y", y, self.num_features_y, x.shape[0])
         if self.training:
             with _without_autocast(x.device.type):
                 self._update(x.to(self.cov_xx.dtype), y.to(self.cov_xx.dtype))
@@ -405,7 +406,7 @@ class EMAStats(WideBuffers):
 
     def extra_repr(self) -> str:
         """Return the settings, for `print`."""
-        names = ("dim_x", "dim_y", "momentum", "eps", "center_with_running_mean")
+        names = ("num_features_x", "num_features_y", "momentum", "eps", "center_with_running_mean")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -424,7 +425,7 @@ class EMAStats(WideBuffers):
         self.num_batches_tracked = self.num_batches_tracked + 1
 
     def _initial(self, dtype: torch.dtype, device: torch.device | None) -> dict[str, torch.Tensor]:
-        x, y = self.dim_x, self.dim_y
+        x, y = self.num_features_x, self.num_features_y
         means = {"mean_x": torch.zeros(x), "mean_y": torch.zeros(y)}
         statistics = means | {"cov_xx": torch.eye(x), "cov_yy": torch.eye(y), "cov_xy": torch.zeros(x, y)}
         count = {"num_batches_tracked": torch.tensor(0, device=device)}

@@ -1,13 +1,13 @@
 """Averages of a model's weights with one decay, compatible with mmengine's class and with TensorFlow's formula.
 
-Averages of bfloat16 (8 significant bits) and float16 (11) are accumulated in float32: an update by 2e-4 of a distance
-is less than half of a weight's last bit, so that an average rounded after every update never leaves its start.
+The averaged module of a bfloat16 model (8 significant bits) or a float16 model (11) is float32: an update by 2e-4 of a
+distance is less than half of a weight's last bit, so that an average rounded after every update never leaves its start.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,8 @@ class WideBuffers(torch.nn.Module):
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, new in dict(self.named_buffers(recurse=False)).items():
-            setattr(self, name, _kept_wide(before[name], new))
+            if is_narrow(new.dtype) and not is_narrow(before[name].dtype):
+                setattr(self, name, before[name].to(new.device))
         return self
 
 
@@ -40,9 +41,8 @@ class ExponentialMovingAverage(torch.nn.Module):
     of `mmengine.model.ExponentialMovingAverage` (also of mmedit's and mmagic's), whose states load; one from before
     mmengine 1.0 (names without `module.`, no `steps`) as the state after one update.
 
-    Half-precision parameters are averaged in float32; `module` holds them rounded, and the exact averages are in the
-    state dict as `accumulators.*`. A model wrapped by torch.compile or DistributedDataParallel is unwrapped. Tied
-    parameters are averaged once, integer parameters are copied. Non-finite values pass into the average.
+    Half-precision tensors are float32 in `module`. A model wrapped by torch.compile or DistributedDataParallel is
+    unwrapped. Tied parameters are averaged once, integers are copied. Non-finite values pass into the average.
 
     Arguments:
         model: its weights are copied, but have no share in the average.
@@ -58,7 +58,7 @@ class ExponentialMovingAverage(torch.nn.Module):
 
     Raises:
         InvalidValueError: (a ValueError) names the argument and its range.
-        ModelMismatchError: (in `update_parameters` and `sync_*`) lists names or shapes that are not the average's.
+        ModelMismatchError: (in `update_parameters`) lists names or shapes that are not the average's.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -94,23 +94,12 @@ class ExponentialMovingAverage(torch.nn.Module):
         self.update_buffers = update_buffers
         self.warmup = warmup
         self.module = make_average(model, device)
-        self.accumulators = WideAverages()
         with torch.inference_mode(False):
             self.register_buffer("steps", torch.tensor(0, device=device))
-        self._steps = HostNumber()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the averaged module."""
         return self.module(*args, **kwargs)
-
-    def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> torch.Tensor | None:
-        """Average one tensor in place; an override is called for every averaged tensor.
-
-        `averaged_param` (float32 for a half-precision tensor) and `source_param` have the same shape, device and dtype;
-        `steps` are the calls of `update_parameters` before. A tensor returned replaces the average, as in mmengine 0.x.
-        """
-        averaged_param.lerp_(source_param.to(averaged_param), self.momentum_at(steps))
-        return None
 
     def momentum_at(self, steps: int) -> float:
         """Return the share of the new value after `steps` calls."""
@@ -120,31 +109,18 @@ class ExponentialMovingAverage(torch.nn.Module):
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
         """Average the model's weights. Call it after every optimizer step."""
-        steps = int(self._steps.read(self.steps))
+        steps = int(self.steps)
         parameters, buffers = paired("parameters", self.module, model), paired("buffers", self.module, model)
         if steps == 0:
-            self._copy(parameters + buffers)
+            copy_(parameters + buffers)
         else:
             names = self._averaged_buffers() if self.update_buffers else set()
             copy_([pair for pair in buffers if pair.name not in names])
             if steps % self.interval == 0:
-                self._average(parameters, [pair for pair in buffers if pair.name in names], steps)
-        self._steps.write_(self.steps, steps + 1)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def sync_buffers(self, model: torch.nn.Module) -> None:
-        """Copy the model's buffers. With `update_buffers=True` that replaces their averages, and warns."""
-        if self.update_buffers:
-            text = "this average has update_buffers=True; the model's buffers now replace their averages"
-            warn(f"sync_buffers: {text}")
-        copy_(paired("buffers", self.module, model))
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def sync_parameters(self, model: torch.nn.Module) -> None:
-        """Copy the model's parameters and buffers and restart the average from them; `steps` is kept."""
-        self._copy(paired("parameters", self.module, model) + paired("buffers", self.module, model))
+                share = self.momentum_at(steps)
+                average_(parameters, share)
+                average_unless_equal_([pair for pair in buffers if pair.name in names], share)
+        self.steps += 1
 
     def extra_repr(self) -> str:
         """Return the settings, for `print`."""
@@ -160,27 +136,9 @@ class ExponentialMovingAverage(torch.nn.Module):
             state_dict.setdefault(f"{prefix}steps", torch.tensor(1))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
-    def _copy(self, pairs: list[Pair]) -> None:
-        copy_(pairs)
-        self.accumulators.values.clear()
-
     def _averaged_buffers(self) -> set[str]:
         transient = {found.raw for found in named_tensors(self.module) if not found.in_state}
         return {name for name, buffer in self.module.named_buffers() if is_averaged(buffer)} - transient
-
-    def _average(self, parameters: list[Pair], buffers: list[Pair], steps: int) -> None:
-        averaged = [pair for pair in parameters if is_averaged(pair.average)]
-        copy_([pair for pair in parameters if not is_averaged(pair.average)])
-        if type(self).avg_func is ExponentialMovingAverage.avg_func:
-            share = self.momentum_at(steps)
-            average_(averaged, self.accumulators, share)
-            average_unless_equal_(buffers, self.accumulators, share)
-            return
-        for averages, sources in wide_averages(averaged + buffers, self.accumulators):
-            for average, source in zip(averages, sources, strict=True):
-                result = self.avg_func(average, source, steps)
-                if result is not None and result is not average:
-                    average.copy_(result)
 
 
 class ShadowModel(WideBuffers):
@@ -193,8 +151,8 @@ class ShadowModel(WideBuffers):
 
     Both are submodules: they move, cast, save and load together. Every floating-point parameter is averaged, also one
     that requires no gradients at that moment, since adversarial training switches that off and on around each step.
-    The shadow needs no gradients and is always in eval mode. Half-precision parameters are averaged as in
-    `ExponentialMovingAverage`.
+    The shadow needs no gradients and is always in eval mode. That of a half-precision model is float32, and so are the
+    inputs that it takes.
 
     Arguments:
         model: the model to train; held, not copied.
@@ -238,7 +196,6 @@ class ShadowModel(WideBuffers):
         self.zero_debias = zero_debias
         self.model = check_model(model)
         self.shadow = make_average(model).eval()
-        self.accumulators = WideAverages()
         if num_updates is None or isinstance(num_updates, torch.Tensor):
             self.num_updates = num_updates
         else:
@@ -246,7 +203,6 @@ class ShadowModel(WideBuffers):
         self._counts = "num_updates" in dict(self.named_buffers(recurse=False))
         if zero_debias:
             self.register_buffer("debias_mass", torch.tensor(0.0, dtype=torch.float32))
-        self._read_updates, self._read_mass = HostNumber(), HostNumber()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model in train mode, the shadow in eval mode."""
@@ -262,8 +218,8 @@ class ShadowModel(WideBuffers):
             return
         parameters, buffers = paired("parameters", self.shadow, self.model), paired("buffers", self.shadow, self.model)
         share = self._next_share()
-        average_([pair for pair in parameters if is_averaged(pair.average)], self.accumulators, share)
-        copy_([pair for pair in parameters if not is_averaged(pair.average)] + buffers)
+        average_(parameters, share)
+        copy_(buffers)
 
     def train(self, mode: bool = True) -> ShadowModel:
         """Set the mode; the shadow stays in eval mode."""
@@ -284,24 +240,21 @@ class ShadowModel(WideBuffers):
         """Count this update and return the share of its new value."""
         decay = self.decay
         if self.num_updates is not None:
-            count = self._read_updates.read(self.num_updates)
+            count = int(self.num_updates)
             decay = min(decay, (1 + count) / (10 + count))
             if self._counts:
-                self._read_updates.write_(self.num_updates, count + 1)
+                self.num_updates += 1
         share = 1 - decay
         if not self.zero_debias:
             return share
         # The sum of weights w follows the recursion of the biased average b: w <- decay w + (1 - decay). With b = w u
         # the debiased average u moves by share / w.
-        mass = decay * self._read_mass.read(self.debias_mass) + share
-        self._read_mass.write_(self.debias_mass, mass)
-        return share / mass
+        self.debias_mass.fill_(decay * float(self.debias_mass) + share)
+        return share / float(self.debias_mass)
 
 
-# --- pairs of tensors, and float32 accumulators -------------------------------------------------------
+# --- pairs of tensors ---------------------------------------------------------------------------------
 
-ELEMENTS_AT_A_TIME = 2**24
-"""An update copies half-precision tensors and sources on other devices: at most about 64 MiB at a time."""
 _LISTED_NAMES = 5
 
 
@@ -315,12 +268,13 @@ class Pair(NamedTuple):
 
 @torch.inference_mode(False)  # an update cannot write to tensors made in inference mode
 def make_average(model: torch.nn.Module, device: torch.device | str | None = None) -> torch.nn.Module:
-    """Copy a model without gradients to `device`, by default where the model's tensors are."""
+    """Copy a model without gradients to `device`, by default where its tensors are; half precision becomes float32."""
     source = unwrapped(check_model(model))
     for name, parameter in source.named_parameters():
         if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
             raise InvalidValueError(f"parameter {name!r}", "has no shape yet", "run a batch through the model first")
     average = copy.deepcopy(source).requires_grad_(False)
+    average._apply(lambda tensor: tensor.float() if is_narrow(tensor.dtype) else tensor)  # type: ignore[no-untyped-call]
     return average if device is None else average.to(device)
 
 
@@ -365,140 +319,22 @@ def copy_(pairs: Sequence[Pair]) -> None:
         torch._foreach_copy_([pair.average for pair in pairs], [pair.source for pair in pairs])
 
 
-def average_(pairs: Iterable[Pair], accumulators: WideAverages, share: float) -> None:
-    """Set average + share (source - average) for `is_averaged` tensors, in one fused pass a device and dtype."""
-    for averages, sources in wide_averages(pairs, accumulators):
-        groups: dict[tuple[torch.device, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        for average, source in zip(averages, sources, strict=True):
-            group = groups.setdefault((average.device, average.dtype), ([], []))
-            group[0].append(average)
-            group[1].append(source)
-        for group in groups.values():
-            torch._foreach_lerp_(*group, share)
+def average_(pairs: Sequence[Pair], share: float) -> None:
+    """Set average + share (source - average) for `is_averaged` tensors; copy the others."""
+    copy_([pair for pair in pairs if not is_averaged(pair.average)])
+    averaged = [pair for pair in pairs if is_averaged(pair.average)]
+    if averaged:
+        sources = [pair.source.to(pair.average) for pair in averaged]
+        torch._foreach_lerp_([pair.average for pair in averaged], sources, share)
 
 
-def average_unless_equal_(pairs: Iterable[Pair], accumulators: WideAverages, share: float) -> None:
+def average_unless_equal_(pairs: Iterable[Pair], share: float) -> None:
     """Average as `average_`, but keep equal elements: the average of two infinities in a mask would be nan."""
-    for averages, sources in wide_averages(pairs, accumulators):
-        for average, source in zip(averages, sources, strict=True):
-            average.copy_(torch.where(average == source, source, torch.lerp(average, source, share)))
-
-
-def wide_averages(
-    pairs: Iterable[Pair], accumulators: WideAverages
-) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Yield batches of averages to change in place, and their sources on the same devices and in the same dtypes.
-
-    A half-precision average comes as its float32 accumulator, and is rounded from it after each turn of the loop.
-    """
-    for batch in _batches(pairs):
-        narrow = {pair.name: pair.average for pair in batch if is_narrow(pair.average.dtype)}
-        wide = accumulators.behind(narrow)
-        averages = [wide.get(pair.name, pair.average) for pair in batch]
-        unlike = {
-            pair.name: (pair.source, average.device, average.dtype)
-            for pair, average in zip(batch, averages, strict=True)
-            if pair.source.dtype != average.dtype or pair.source.device != average.device
-        }
-        copies = dict(zip(unlike, copies_like([*unlike.values()]), strict=True))
-        yield averages, [copies.get(pair.name, pair.source) for pair in batch]
-        if narrow:
-            torch._foreach_copy_(list(narrow.values()), [wide[name] for name in narrow])
-
-
-def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Yield batches that limit both the overhead and the memory of copies."""
-    batch: list[Pair] = []
-    elements = 0
-    for pair in pairs:
-        batch.append(pair)
-        elements += pair.average.numel()
-        if elements >= ELEMENTS_AT_A_TIME:
-            yield batch
-            batch, elements = [], 0
-    if batch:
-        yield batch
+    for _, average, source in pairs:
+        source = source.to(average)
+        average.copy_(torch.where(average == source, source, torch.lerp(average, source, share)))
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
     """Return whether averages in this dtype would stop moving: floating point of fewer than 32 bits."""
     return dtype.is_floating_point and torch.finfo(dtype).bits < 32
-
-
-def _kept_wide(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Return `after`, which is `before` moved or cast; if it became narrow, `before` on its device."""
-    return before.to(after.device) if is_narrow(after.dtype) and not is_narrow(before.dtype) else after
-
-
-def copies_like(wanted: Sequence[tuple[torch.Tensor, torch.device, torch.dtype]]) -> list[torch.Tensor]:
-    """Return copies of tensors on the given devices and in the given dtypes, made in one fused pass."""
-    copies = [torch.empty_like(tensor, device=device, dtype=dtype) for tensor, device, dtype in wanted]
-    if copies:
-        torch._foreach_copy_(copies, [tensor for tensor, _, _ in wanted])
-    return copies
-
-
-class WideAverages(torch.nn.Module):
-    """The float32 averages of half-precision tensors by name; part of the state dict, one key for each tensor.
-
-    An element is valid while it rounds to the tensor's element. Otherwise the tensor was written to since (a swap, a
-    `load_state_dict` without accumulators), and its value is taken.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, torch.Tensor] = {}
-
-    def behind(self, rounded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the accumulators of named tensors, to change in place; the caller rounds them into the tensors."""
-        known = {
-            name: self.values[name].to(tensor.device)
-            for name, tensor in rounded.items()
-            if name in self.values and self.values[name].shape == tensor.shape
-        }
-        again = copies_like([(value, value.device, rounded[name].dtype) for name, value in known.items()])
-        for (name, value), same in zip(known.items(), again, strict=True):
-            torch.where(same == rounded[name], value, rounded[name], out=value)
-        new = {name: tensor for name, tensor in rounded.items() if name not in known}
-        made = copies_like([(tensor, tensor.device, torch.float32) for tensor in new.values()])
-        known.update(zip(new, made, strict=True))
-        self.values.update(known)
-        return known
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> WideAverages:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.values = {name: _kept_wide(value, fn(value)) for name, value in self.values.items()}
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: value for name, value in self.values.items()})
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Load accumulators; a state without them, of another class or of a float32 model, is accepted."""
-        loaded = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        self.values = {name: value.detach().clone() for name, value in loaded.items()}
-
-
-class HostNumber:
-    """The number in a scalar buffer, cached on the host: reading it from a GPU waits for all work in the queue.
-
-    The buffer is saved, loaded, moved and broadcast; it is read again after others have written to it.
-    """
-
-    def __init__(self) -> None:
-        self._buffer: torch.Tensor | None = None
-        self._version = -1
-        self._value = 0.0
-
-    def read(self, buffer: torch.Tensor) -> float:
-        """Return the number in `buffer`."""
-        if buffer is not self._buffer or buffer._version != self._version:
-            self._buffer, self._version, self._value = buffer, buffer._version, float(buffer.item())
-        return self._value
-
-    def write_(self, buffer: torch.Tensor, value: float) -> None:
-        """Write `value` to `buffer`; cache it as rounded there, so that a resumed run reads the same."""
-        buffer.fill_(value)
-        self._buffer, self._version = buffer, buffer._version
-        self._value = float(torch.tensor(value, dtype=buffer.dtype))

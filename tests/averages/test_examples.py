@@ -29,7 +29,7 @@ def test_settings_show() -> None:
         averages.ExponentialMovingAverage(layer, 0.01, 2, warmup=True)
     )
     assert "decay=0.9, num_updates=3, zero_debias=True" in repr(averages.ShadowModel(layer, 0.9, 3, True))
-    assert "dim_x=3, dim_y=2, momentum=0.5, eps=1e-06" in repr(averages.EMAStats(3, 2, 0.5))
+    assert "num_features_x=3, num_features_y=2, momentum=0.5, eps=1e-06" in repr(averages.EMAStats(3, 2, 0.5))
 
 
 def one(kind: type, **usual: object) -> Callable[..., object]:

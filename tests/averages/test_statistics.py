@@ -70,6 +70,7 @@ def test_statistics_are_the_formulas(running_mean: bool, momentum: float, rows: 
     # A few additions an element and batch, float64 on both sides; differences of values up to 10 that are about 1.
     check(stats, expected_statistics(data, momentum, running_mean), 1e-12)
     assert stats.num_batches_tracked == 12
+    assert (stats.num_features_x, stats.num_features_y) == (4, 3)
 
 
 def test_one_batch_has_the_unbiased_covariances_and_correlations_of_numpy() -> None:

@@ -14,7 +14,7 @@ import torch
 from checking import assert_same_tensors, refused, saved_and_loaded
 from factories import FloatArray, tiny_model
 
-from posthoc_cli.averages import ExponentialMovingAverage, ShadowModel, weights
+from posthoc_cli.averages import ExponentialMovingAverage, ShadowModel
 from posthoc_cli.errors import ModelMismatchError
 
 
@@ -126,54 +126,8 @@ def test_half_precision_averages_move(dtype: torch.dtype) -> None:
     for _ in range(2000):
         ema.update_parameters(model)
     expected = 2 - (1 - 2e-4) ** 2000
-    half_a_bit = torch.finfo(dtype).eps / 2
-    assert ema.module.weight.dtype == dtype
-    assert abs(ema.module.weight.item() - expected) <= half_a_bit + rounding(2000, 2.0)
-    assert abs(ema.accumulators.values["weight"].item() - expected) < rounding(2000, 2.0)
-
-
-def test_what_is_written_into_the_averaged_module_counts() -> None:
-    """After a state without accumulators, or a swap of weights, older accumulators are invalid."""
-    model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
-    ema = ExponentialMovingAverage(model, momentum=0.5)
-    for _ in range(3):
-        ema.update_parameters(model)
-    torch.nn.init.zeros_(ema.module.weight)
-    torch.nn.init.constant_(model.weight, 6.0)
-    ema.update_parameters(model)
-    assert ema.module.weight.item() == 3.0
-    torch.nn.init.constant_(model.weight, 3.01)  # 3.005 in the accumulator, which rounds to 3
-    ema.update_parameters(model)
-    torch.nn.init.constant_(model.weight, 3.0)
-    ema.sync_parameters(model)
-    ema.update_parameters(model)
-    assert ema.accumulators.values["weight"].item() == 3.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tensors_are_averaged_a_few_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bits do not depend on the size of a batch."""
-    model = tiny_model().to(dtype)
-    ema = ExponentialMovingAverage(model, momentum=0.3, update_buffers=True)
-    for _ in random_steps(model, 3):
-        ema.update_parameters(model)
-    twin = copy.deepcopy(ema)
-    for _ in random_steps(model, 1):
-        ema.update_parameters(model)
-    monkeypatch.setattr(weights, "ELEMENTS_AT_A_TIME", 6)
-    twin.update_parameters(model)
-    assert_same_tensors(twin.state_dict(), ema.state_dict())
-
-
-def test_casting_keeps_accumulators_in_float32() -> None:
-    model = torch.nn.Linear(1, 1).half()
-    ema = ExponentialMovingAverage(model, momentum=0.1)
-    for _ in random_steps(model, 3):
-        ema.update_parameters(model)
-    exact = ema.accumulators.values["weight"].clone()
-    ema.half().bfloat16().half()
-    assert torch.equal(ema.accumulators.values["weight"], exact)
-    assert ema.to("meta").accumulators.values["weight"].is_meta
+    assert ema.module.weight.dtype == torch.float32
+    assert abs(ema.module.weight.item() - expected) < rounding(2000, 2.0)
 
 
 def test_a_half_precision_model_and_a_float32_average() -> None:
@@ -185,7 +139,6 @@ def test_a_half_precision_model_and_a_float32_average() -> None:
     torch.nn.init.constant_(model.weight, 4.0)
     ema.update_parameters(model)
     np.testing.assert_allclose(numbers(ema.module.weight), 0.75 * first + 1.0, rtol=0, atol=1e-6)
-    assert not ema.accumulators.values
 
 
 def mmengine_state(model: torch.nn.Module, steps: int) -> dict[str, torch.Tensor]:
@@ -242,85 +195,12 @@ def test_a_model_with_a_child_called_module_loads_from_both_kinds_of_states() ->
         assert ema.module["module"].weight == 5.0
 
 
-def test_the_counter_is_read_again_after_somebody_wrote_to_it() -> None:
-    model = torch.nn.Linear(1, 1)
-    ema = ExponentialMovingAverage(model, momentum=0.5)
-    for _ in range(3):
-        ema.update_parameters(model)
-    ema.steps.zero_()
-    torch.nn.init.constant_(model.weight, ema.module.weight.item() + 1)
-    ema.update_parameters(model)
-    assert ema.module.weight.item() == model.weight.item()
-    ema.steps = torch.tensor(70)
-    ema.update_parameters(model)
-    assert ema.steps == 71
-
-
 def test_loading_is_strict_about_names() -> None:
     ema = ExponentialMovingAverage(torch.nn.Linear(1, 1))
     with pytest.raises(RuntimeError, match="steps"):
         ema.load_state_dict({"module.weight": torch.zeros(1, 1), "module.bias": torch.zeros(1)})
     with pytest.raises(RuntimeError, match=r"module\.extra"):
         ema.load_state_dict({**ema.state_dict(), "module.extra": torch.zeros(1)})
-
-
-def test_sync_parameters_begins_anew_and_sync_buffers_copies_buffers_only() -> None:
-    model = tiny_model()
-    ema = ExponentialMovingAverage(model, update_buffers=True)
-    ema.update_parameters(model)
-    before = ema.module.head.weight.clone()
-    for _ in random_steps(model, 1):
-        with pytest.warns(RuntimeWarning, match="^posthoc_cli: .*replace their averages") as caught:
-            ema.sync_buffers(model)
-    assert [warning.filename for warning in caught] == [__file__]
-    assert torch.equal(ema.module.head.weight, before)
-    assert torch.equal(ema.module.norm.running_var, model.norm.running_var)
-    ema.sync_parameters(model)
-    assert torch.equal(ema.module.head.weight, model.head.weight)
-    assert ema.steps == 1
-
-
-class Uniform(ExponentialMovingAverage):
-    """The uniform average, in place, as in mmengine's StochasticWeightAverage."""
-
-    def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> None:
-        averaged_param.add_(source_param - averaged_param, alpha=1 / float(steps // self.interval + 1))
-
-
-class Returning(ExponentialMovingAverage):
-    """An avg_func in the style of mmengine's first releases, which returns the result."""
-
-    def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> torch.Tensor:
-        return averaged_param + (source_param - averaged_param) / (steps // self.interval + 1)
-
-
-@pytest.mark.parametrize("kind", [Uniform, Returning])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_subclass_has_its_own_average(kind: type[ExponentialMovingAverage], dtype: torch.dtype) -> None:
-    model = tiny_model().to(dtype)
-    ema = kind(model, interval=2, update_buffers=True)
-    seen, means = [], []
-    for step in random_steps(model, 9):
-        ema.update_parameters(model)
-        if step % 2 == 0:
-            seen.append(numbers(model.frozen))
-            means.append(numbers(model.norm.running_mean))
-    for tensor, values in ((ema.module.frozen, seen), (ema.module.norm.running_mean, means)):
-        largest = float(np.abs(values).max())
-        tolerance = rounding(5, largest) + (largest * 2**-8 if dtype == torch.bfloat16 else 0)
-        assert np.abs(numbers(tensor) - np.mean(values, axis=0)).max() < tolerance
-
-
-def test_avg_func_is_what_update_parameters_does() -> None:
-    """The bits are the same, fused over all tensors or called for one."""
-    model = tiny_model()
-    ema = ExponentialMovingAverage(model, momentum=0.3, warmup=True)
-    ema.update_parameters(model)
-    for _ in random_steps(model, 1):
-        expected = ema.module.head.bias.clone()
-        assert ema.avg_func(expected, model.head.bias.detach(), 1) is None
-        ema.update_parameters(model)
-    assert torch.equal(ema.module.head.bias, expected)
 
 
 def test_forward_runs_the_averaged_module_with_any_signature() -> None:
@@ -556,7 +436,7 @@ def test_everything_moves_and_casts_together_but_the_mass_stays_exact() -> None:
     assert net.shadow.head.weight.dtype == net.model.head.weight.dtype == torch.float16
     assert torch.equal(net.debias_mass, mass)
     net.update()
-    assert net.debias_mass.dtype == net.accumulators.values["head.bias"].dtype == torch.float32
+    assert net.debias_mass.dtype == torch.float32
     assert net.double().shadow.head.weight.dtype == torch.float64
     assert all(tensor.is_meta for tensor in net.to("meta").state_dict().values())
 
@@ -584,6 +464,18 @@ def test_compiled() -> None:
     assert "shadow.weight" in inside.state_dict()
 
 
+def test_the_shadow_of_a_half_precision_model_is_float32() -> None:
+    net = ShadowModel(tiny_model().bfloat16(), 0.9)
+    assert {tensor.dtype for tensor in net.shadow.parameters()} == {torch.float32}
+    assert net.shadow.head.weight is net.shadow.embed.weight
+    shadow = numbers(net.shadow.head.weight)
+    values = train(net, 20)
+    for value in values:
+        shadow = 0.9 * shadow + 0.1 * value
+    assert np.abs(numbers(net.shadow.head.weight) - shadow).max() < rounding(20, float(np.abs(values).max()))
+    assert net.model.head.weight.dtype == torch.bfloat16
+
+
 # --- both ---------------------------------------------------------------------------------------------
 
 
@@ -608,8 +500,6 @@ def test_a_copy_goes_on_alone_and_exactly(kind: str, how: str, dtype: torch.dtyp
     model = tiny_model().to(dtype)
     first = updated(MAKE[kind](model), model)
     before = copy.deepcopy(first.state_dict())
-    accumulators = [value for name, value in before.items() if name.startswith("accumulators.")]
-    assert {value.dtype for value in accumulators} == ({torch.float32} if dtype == torch.bfloat16 else set())
     if how == "by state":
         twin = MAKE[kind](tiny_model(3).to(dtype))
         twin.load_state_dict(copy.deepcopy(before), strict=True)
