@@ -74,7 +74,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from posthoc_cli.checkpoints.audit import Audit
-    from posthoc_cli.export.convert import ExportReport
     from posthoc_cli.export.writing import SynthesisReport
 
 log = logging.getLogger(__name__)
@@ -343,42 +342,6 @@ class Run:
                     planned = plan()
                 return write_shards(ranks, planned, outputs, progress)
         return with_consistent_plan(plan, functools.partial(outputs.write, progress=progress))
-
-    def merge(
-        self,
-        target: Wanted,
-        base: str | Path,
-        out: str | Path,
-        *,
-        t: float | None = None,
-        step: int | None = None,
-        method: str | None = None,
-        dtype: torch.dtype | str | None = None,
-        progress: ProgressBar = no_bar,
-        **options: Any,
-    ) -> ExportReport:
-        """Write a base model with the average of a low-rank adapter's products B A added; this is the adapter's run.
-
-        For checkpoints the average of the products is added, which no adapter of this rank can hold. For snapshots,
-        whose factors are averages already, it is the product of the averaged factors, which `write` writes.
-
-        Arguments:
-            target, t, step, method: see `average`.
-            base: the model that the adapter was trained on: a safetensors file, or a folder of shards.
-            out: a file, or a folder for shards.
-            dtype: dtype of the output's floating-point tensors; None for those of the base.
-            progress: opens a progress bar.
-            options: `layout`, `max_shard_size` and `overwrite` of `export.layouts.OutputOptions`.
-
-        Raises:
-            InvalidValueError, FileFormatError, MismatchError, OutputExistsError, WriteError, NonFiniteError.
-        """
-        from posthoc_cli.export.convert import merge
-        from posthoc_cli.export.layouts import OutputOptions
-
-        base, out = files.expanded(base), files.expanded(out)
-        plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
-        return with_consistent_plan(plan, lambda planned: merge(planned, base, out, OutputOptions(**options), progress))
 
     # --- errors
 

@@ -10,7 +10,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import adapter_means
 import any_ema
 import bench_averages
 import bench_batch_norm
@@ -127,16 +126,6 @@ def test_torture(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         runpy.run_path(str(Path(evidence.__file__).with_name("torture.py")), run_name="__main__")
     assert ended.value.code == 0
     assert re.search(r"^\| every truncation \| [1-9]\d* \| 0 \| 0 \| 0 \| \d+ s \|$", capsys.readouterr().out, re.M)
-
-
-def test_adapter_means(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """More checkpoints bring the mean of their products nearer to the mean over all steps."""
-    monkeypatch.setattr(adapter_means, "RANKS", (2,))
-    monkeypatch.setattr(adapter_means, "SEEDS", 1)
-    adapter_means.main(400)
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
-    assert [row[1] for row in rows] == ["0.05", "0.1", "0.2"]
-    assert all(float(row[4].rstrip(" %")) < float(row[3].rstrip(" %")) < 20 for row in rows)
 
 
 def test_every_script_is_run_here_or_by_the_wheels_test() -> None:

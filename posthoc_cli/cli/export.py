@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +9,6 @@ from typer import Argument
 
 from posthoc_cli import files, resources
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.run import Run
-from posthoc_cli.targets import Target
 
 if TYPE_CHECKING:
     from posthoc_cli.export.convert import ExportReport
@@ -41,14 +37,6 @@ def export(
     base: Path | None = values.HOW(
         None, help="A full model (a file, or a folder with an index), from which tensors that FILE lacks are taken."
     ),
-    merge: Path | None = values.HOW(
-        None,
-        metavar="BASE",
-        help="Add the average of a LoRA adapter's products to this full model. FILE is then a run: the adapter's "
-        "snapshots, or a folder or glob of its checkpoints.",
-    ),
-    sigma_rel: str | None = values.TARGETS(None, help="With --merge: the length of the average."),
-    target: list[str] = values.TARGETS([], metavar="KIND:VALUE", help="With --merge: an average of another kind."),
     weights: bool = values.flag(
         values.HOW, "--weights", help="Take the raw weights of a training's checkpoint, not its average."
     ),
@@ -66,30 +54,12 @@ def export(
     from posthoc_cli.export.convert import export_file
 
     out = files.expanded(out)
-    targets = values.parse_targets(sigma_rel, target)
-    if merge is not None:
-        _check_merge(targets, base is not None or bool(prefix or strip_prefix))
-        report = Run(file).merge(
-            targets[0], values.existing(merge), out, dtype=dtype, layout=layout, max_shard_size=max_shard_size,
-            overwrite=overwrite, progress=output.progress_bar(),
-        )  # fmt: skip
-    elif targets:
-        raise InvalidValueError("--sigma-rel and --target", "are for --merge; ema synthesize makes other averages")
-    else:
-        base = None if base is None else values.existing(base)
-        report = export_file(
-            values.existing(file, pickles=True), out, layout, dtype, base, prefix, strip_prefix, overwrite,
-            max_shard_size, weights, output.progress_bar(),
-        )  # fmt: skip
-    output.print_report(report, as_json, _print, merge or base, out)
-
-
-def _check_merge(targets: Sequence[Target], renames: bool) -> None:
-    """Raise an InvalidValueError for options that --merge cannot use."""
-    if len(targets) != 1:
-        raise InvalidValueError("--merge", f"needs one average, not {len(targets)}: --sigma-rel 0.15, or one --target")
-    if renames:
-        raise InvalidValueError("--merge", "finds the names of BASE itself: leave out --base, --prefix, --strip-prefix")
+    base = None if base is None else values.existing(base)
+    report = export_file(
+        values.existing(file, pickles=True), out, layout, dtype, base, prefix, strip_prefix, overwrite,
+        max_shard_size, weights, output.progress_bar(),
+    )  # fmt: skip
+    output.print_report(report, as_json, _print, base, out)
 
 
 def _print(report: ExportReport, base: Path | None, out: Path) -> None:

@@ -80,7 +80,7 @@ def import_(
     """Make a run of other programs' checkpoints.
 
     Needed if the files lack a setting, such as update_every: give it here once, and every command takes RUN, except
-    prune, and export without --merge.
+    prune and export.
 
     RUN is a manifest of a few kB that refers to the files by path: move both together. With --copy it contains
     copies with checksums, all or none. Repeat the call to take in what has changed in DIR.

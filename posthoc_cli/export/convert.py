@@ -1,15 +1,11 @@
-"""Export of a model in another layout, dtype or naming, completed from a full model; and the merge of an adapter."""
+"""Export of a model in another layout, dtype or naming, completed from a full model."""
 
 from __future__ import annotations
 
-import json
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,7 +39,6 @@ from posthoc_cli.export.layouts import (
     stored_tensor,
     suffix_of,
 )
-from posthoc_cli.profiles import Point
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES as PICKLED
 from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
@@ -65,9 +60,7 @@ from posthoc_cli.snapshots.outputs import (
 )
 from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.selection import running_statistics
-from posthoc_cli.snapshots.sources import FileSource
 from posthoc_cli.snapshots.tensor_file import read_header
-from posthoc_cli.synthesis.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -168,27 +161,13 @@ def export_file(
                     unchanged = wanted is None and not (prefix or strip_prefix or base)
                     metadata |= training_metadata(read_header(next(iter(model_files(model)))), unchanged)
                 specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-                read = {name: tensor.read for name, tensor in tensors.items()}
-                made[path] = _write(path, specs, len(tensors) - len(stored), metadata, read, options, advance)
+                with open_outputs([path], specs, [metadata], options) as ((sink,), lists):
+                    for name in chain.from_iterable(lists):
+                        tensor = tensors[name].read()
+                        sink.write(name, tensor)
+                        advance(tensor.nbytes)
+                made[path] = Exported(len(specs), len(specs) - len(stored), sum(spec.nbytes for spec in specs))
     return ExportReport(made, len(sources) > 1, time.perf_counter() - started)
-
-
-def _write(
-    path: Path,
-    specs: Sequence[TensorSpec],
-    from_base: int,
-    metadata: Mapping[str, str],
-    read: Mapping[str, Callable[[], torch.Tensor]],
-    options: OutputOptions,
-    advance: Callable[[int], object],
-) -> Exported:
-    """Write an output of these tensors, one at a time, reporting the bytes; it appears complete or not at all."""
-    with open_outputs([path], specs, [metadata], options) as ((sink,), lists):
-        for name in chain.from_iterable(lists):
-            tensor = read[name]()
-            sink.write(name, tensor)
-            advance(tensor.nbytes)
-    return Exported(len(specs), from_base, sum(spec.nbytes for spec in specs))
 
 
 def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overwrite: bool) -> list[Path]:
@@ -323,155 +302,3 @@ def _read_base(
         hint = "rename them by `prefix` and `strip_prefix`"
         raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)
     return tensors
-
-
-# --- low-rank adapters
-#
-# A module's update is s B A, with factors B of shape [out, r] and A of shape [r, in]. The mean of the products over
-# training, sum_i c_i s_i B_i A_i over checkpoints, is not the product of the mean factors: its rank is up to r times
-# the number of checkpoints, so only the full weight can hold it. It is computed as one matrix product of the
-# concatenated factors, tensor by tensor. Snapshots are averages of factors, from which the products cannot be
-# recovered: the product of their mean factors is closer than the mean of their products (`scripts/adapter_means.py`).
-
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|down|up)(?:\.[^.]+)?\.weight")
-_ALPHA, _CONFIG = ".alpha", "adapter_config.json"
-_MERGED = ("F64", "F32", "BF16", "F16")
-
-
-@dataclass(frozen=True)
-class _Adapted:
-    """A module of an adapter, with the names of its factors A (down) and B (up).
-
-    The product is scaled by alpha / rank**power, where alpha is a value or a tensor's name, and perhaps transposed.
-    """
-
-    name: str
-    down: str
-    up: str
-    alpha: str | float
-    power: float = 1.0
-    is_transposed: bool = False
-
-
-def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: ProgressBar = no_bar) -> ExportReport:
-    """Write a base model with the average of an adapter's products added, for a plan of one target: see `Run.merge`.
-
-    One tensor at a time is in memory; sums are float32. Raises a MismatchError if the base lacks a module, or has
-    another shape or quantized weights; or if the adapter is not LoRA, or its scale is unknown.
-    """
-    started = time.perf_counter()
-    options.check_layout(out)
-    sources = [source for source in plan.sources if isinstance(source, FileSource)]
-    modules, are_weights = (
-        _modules(plan, sources[-1].path),
-        all(isinstance(source.profile, Point) for source in sources),
-    )
-    with ExitStack() as stack:
-        opened = [stack.enter_context(source.open()) for source in sources]
-        readers = open_model(stack, base)
-        stored = {name: (file, entry) for file in readers for name, entry in file.tensors.items()}
-        modules_by_weight = _place_modules(modules, base, {name: entry.dtype for name, (_, entry) in stored.items()})
-        dtypes = {name: plan.dtype if entry.dtype in _MERGED else None for name, (_, entry) in stored.items()}
-        specs = [TensorSpec(name, dtypes[name] or entry.dtype, entry.shape) for name, (_, entry) in stored.items()]
-
-        def merged(name: str) -> torch.Tensor:
-            file, entry = stored[name]
-            value = stored_tensor(file, name)
-            dtype = torch_dtype(dtypes[name] or entry.dtype)
-            if (module := modules_by_weight.get(name)) is None:
-                return converted(f"tensor {name!r}", value, dtype)
-            coefficients = plan.reconstruction.coefficients[:, plan.columns_of(module.down)[0]].tolist()
-            change = _change(module, opened, coefficients, are_weights)
-            if value.dim() > 2 and change.shape == value.flatten(1).shape:  # a convolution
-                change = change.view(value.shape)
-            check_shape(file.path, name, entry.shape, change.shape)
-            value = value.to(torch.promote_types(value.dtype, torch.float32)) + change
-            if not bool(value.isfinite().all()):
-                raise NonFiniteError(f"{file.path}: tensor {name!r}", "holds nan or infinity after the merge")
-            return converted(f"tensor {name!r}", value, dtype)
-
-        read = {name: partial(merged, name) for name in stored}
-        metadata = output_metadata(replace(plan.output_info(0), copies=()))
-        advance = stack.enter_context(progress("merging", sum(spec.nbytes for spec in specs)))
-        made = _write(out, specs, len(specs) - len(modules_by_weight), metadata, read, options, advance)
-    return ExportReport({out: made}, False, time.perf_counter() - started)
-
-
-def _change(module: _Adapted, opened: Sequence[Any], coefficients: Sequence[float], are_weights: bool) -> torch.Tensor:
-    """Return the average of a module's products, float32, shape [out, in], for a convolution [out, in x its window]."""
-    downs, ups, scale = [], [], 0.0
-    for file, coefficient in zip(opened, coefficients, strict=True):
-        names = [name for name in (module.down, module.up, module.alpha) if isinstance(name, str)]
-        down, up, *alpha = (stored_tensor(file, name).float() for name in names)
-        scale = (float(alpha[0]) if alpha else float(module.alpha)) / down.shape[0] ** module.power
-        downs.append(down.flatten(1) * (1.0 if are_weights else coefficient))
-        ups.append(up.flatten(1) * (coefficient * scale if are_weights else coefficient))
-    if are_weights:
-        change = torch.cat(ups, 1) @ torch.cat(downs)
-    else:
-        change = scale * torch.stack(ups).sum(0) @ torch.stack(downs).sum(0)
-    return change.T if module.is_transposed else change
-
-
-def _modules(plan: Plan, path: Path) -> list[_Adapted]:
-    """Return the modules of an adapter, or raise an error if a tensor is no LoRA factor and would be lost."""
-    factors: dict[str, dict[str, str]] = {}
-    for name in plan.tensors:
-        match = _FACTOR.fullmatch(name)
-        if match is not None:
-            factors.setdefault(match["module"], {})["up" if match["part"] in ("B", "up") else "down"] = name
-        elif not name.endswith(_ALPHA):
-            reason = f"{name!r} is no factor of LoRA (lora_A.weight and lora_B.weight, or lora_down and lora_up)"
-            raise MismatchError(path, reason, "only these are merged")
-    for module, names in factors.items():
-        if len(names) < 2:
-            raise MismatchError(path, f"{module!r} has only one of its two factors")
-    if all(module + _ALPHA in plan.tensors for module in factors):
-        return [_Adapted(module, names["down"], names["up"], module + _ALPHA) for module, names in factors.items()]
-    config = _config(path)
-    patterns, power = config.get("alpha_pattern") or {}, 0.5 if config.get("use_rslora") else 1.0
-    modules = []
-    for module, names in factors.items():  # as in PEFT: the alpha of the first pattern that ends the module's name
-        fitting = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        alpha = float(next(fitting, config["lora_alpha"]))
-        modules.append(_Adapted(module, names["down"], names["up"], alpha, power, bool(config.get("fan_in_fan_out"))))
-    return modules
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """Return PEFT's configuration from the folder that is, or that holds, the checkpoint or snapshot at a path."""
-    file = next((folder / _CONFIG for folder in (path, path.parent) if (folder / _CONFIG).is_file()), None)
-    if file is None:
-        hint = f"put the adapter's {_CONFIG} next to it"
-        raise MismatchError(path, "does not say the alpha by which its products are scaled", hint)
-    try:
-        config: dict[str, Any] = json.loads(file.read_text())
-        float(config["lora_alpha"])
-        for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-            re.compile(pattern)
-            float(alpha)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
-        raise FileFormatError(file, "is no configuration of LoRA with numbers lora_alpha and alpha_pattern") from error
-    return config
-
-
-def _place_modules(modules: Sequence[_Adapted], base: Path, dtypes: Mapping[str, str]) -> dict[str, _Adapted]:
-    """Return the module of each weight of the base, of the same name, or of kohya's name with underscores for dots."""
-    weights = {name.removesuffix(".weight"): name for name in dtypes if name.endswith(".weight")}
-    counts = Counter(short.replace(".", "_") for short in weights)
-    known = {flat: name for short, name in weights.items() if counts[flat := short.replace(".", "_")] == 1} | weights
-    placed: dict[str, _Adapted] = {}
-    for module in modules:
-        short = module.name.removeprefix("base_model.model.")
-        forms = (short, short.partition(".")[2], re.sub(r"^lora_[^_]+_", "", short))
-        name = next((known[form] for form in forms if form in known), None)
-        if name is None:
-            reason = f"has no weight of the adapter's module {short!r}; it has such as {min(weights, default='')!r}"
-            raise MismatchError(base, reason, "an import of the adapter with include takes some of its modules")
-        if dtypes[name] not in _MERGED:
-            reason = f"tensor {name!r} is quantized: {dtypes[name]} cannot take up an adapter"
-            raise MismatchError(base, reason, "use the model in bf16, fp16 or fp32")
-        if name in placed:
-            raise InvalidValueError("merge", f"{placed[name].name!r} and {module.name!r} are both of {name!r}")
-        placed[name] = module
-    return placed

@@ -415,12 +415,11 @@ def expected_errors(
     return _Problem(snapshots, prior, t).solve(targets, METHODS[0], at_once=True)[1:]
 
 
-_GAIN_OF_MANY, _GAIN_OF_FEW, _GAIN_OF_ONE = (0.8, 0.95), (0.6, 0.75), (0.4, 0.6)
+_GAIN, _GAIN_OF_ONE = (0.8, 0.95), (0.4, 0.6)
 """Predicted error of minimum variance, relative to that of the published coefficients. Up to the first number minimum
 variance is used alone, from the second on the published coefficients alone, and a blend in between: an imperfect fit of
 the motion costs more than so small a gain (measured: with 0.9 and 1 up to 1.22 times the published error, after a pause
-of the clock). The motion is less certain with few snapshots (measured: up to 1.6 times the published error), and even
-less with few snapshots of one profile (with 0.6 and 0.75 up to 1.8)."""
+of the clock). The motion is less certain with few snapshots of one profile (with 0.6 and 0.75 up to 1.8)."""
 
 _FEW_TIMES = 6
 """Up to this number of distinct times the snapshots are few."""
@@ -452,8 +451,8 @@ class _Problem:
         self._densities = Densities(snapshots, edges)
         self._factor = self._densities.of_stored(snapshots).reshape(-1, len(snapshots))
         self._may_blend = are_powers(snapshots)
-        few = _GAIN_OF_FEW if gammas_of(snapshots).size > 1 else _GAIN_OF_ONE
-        self._gains = few if np.unique(times).size <= _FEW_TIMES else _GAIN_OF_MANY
+        is_unsure = gammas_of(snapshots).size == 1 and np.unique(times).size <= _FEW_TIMES
+        self._gains = _GAIN_OF_ONE if is_unsure else _GAIN
 
     def solve(
         self, targets: Sequence[Profile], method: str, at_once: bool = False
