@@ -189,7 +189,7 @@ def snapshots_to_drop(
     First, always the snapshot goes whose loss raises the predicted error over `sigma_range`, at the time of the last
     snapshot, least; among equals (where nothing moved) the one whose neighbours are closest together. Then exchanges
     improve the rest, see `exchanged`. The last `spared` snapshots of each profile stay. Of very many snapshots, those
-    outside a subset (`thinned_subset`) go before all others. The snapshots, and their prior, may have any order.
+    outside a subset (`thinned_subset`) go before all others.
     """
     left, beyond = list(range(len(snapshots))), list[int]()
     newest: set[int] = set()
@@ -255,7 +255,7 @@ def exchanged(
     kept, order = list(kept), list(dropped)
     if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
         return order
-    everyone = [*kept, *order]
+    everyone = sorted([*kept, *order])
     losses = losses_of([snapshots[i] for i in everyone], prior.of(everyone), sigma_range)
     place = {index: number for number, index in enumerate(everyone)}
     least = float(_combined(losses.of([place[i] for i in kept]).squares[:, None])[0])

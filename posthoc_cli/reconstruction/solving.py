@@ -15,10 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError, brief, check_word
@@ -34,7 +32,6 @@ from posthoc_cli.reconstruction.basis import (
     are_powers,
     cells_between,
     gammas_of,
-    order_of,
     solve_once,
     with_points,
 )
@@ -86,10 +83,7 @@ class MinimumVariance:
     """
 
     def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
-        # Sorted, so that the caller's order changes no bit of the results.
-        self._order = sorted(range(len(snapshots)), key=lambda i: order_of(snapshots[i]))
-        self._stored = [snapshots[i] for i in self._order]
-        self._prior = prior = prior.of(self._order)
+        self._stored, self._prior = snapshots, prior
         times = [profile.t for profile in self._stored]
         start = prior.motion.edges[0]
         edges = np.unique(np.clip(np.concatenate((prior.motion.edges, times, [t])), min(start, t), t))
@@ -113,11 +107,12 @@ class MinimumVariance:
         solution = np.vstack((others, 1 - others.sum(axis=0)))
         # Coefficients below the rounding of the sum become 0, so that their snapshots need not be read.
         solution[np.abs(solution) < np.finfo(np.float64).eps * np.abs(solution).sum(axis=0)] = 0.0
-        exact = {self._stored[i]: i for i in np.flatnonzero(self._prior.rounding <= _NO_ROUNDING * self._prior.norm)}
+        unrounded = np.flatnonzero(self._prior.rounding <= _NO_ROUNDING * self._prior.norm)
+        exact = {self._stored[i]: i for i in unrounded.tolist()}
         for column, target in enumerate(goals.targets):
             if isinstance(target, PowerFunction) and target in exact:
                 solution[:, column] = np.arange(len(self._stored)) == exact[target]
-        return self._as_given(solution)
+        return np.asarray(solution)
 
     def expected_squares(self, coefficients: FloatArray, goals: Goals, solved: bool = False) -> FloatArray:
         """Return E |error|^2 of targets, each with its column of coefficients of sum 1: shape [2, targets].
@@ -125,21 +120,19 @@ class MinimumVariance:
         The rows are the parts from motion and from rounding. The former is measured if there is a sketch, otherwise
         expected and widened by the doubt. Of coefficients that were `solved` for, residuals are scaled by `_left_out`.
         """
-        ordered = coefficients[self._order]
-        missed = self._rows @ ordered - goals.columns
+        missed = self._rows @ coefficients - goals.columns
         if not self.is_measured:
             motion = (goals.unreachable + np.sum(missed**2, axis=0)) * np.exp(2 * _WIDENING * self.doubt)
         else:
             measured = missed[self._measured] / (self._left_out[:, None] if solved else 1.0)
             motion = np.sum(measured**2, axis=0) / self._root**2
-        return np.stack((motion, np.sum((self._errors @ ordered) ** 2, axis=0)))
+        return np.stack((motion, np.sum((self._errors @ coefficients) ** 2, axis=0)))
 
     def error_of(self, coefficients: FloatArray) -> float:
         """Return the predicted error of given coefficients, [n], from the errors of the stored copies alone."""
         column = coefficients[:, None]
-        ordered = column[self._order]
-        made = self._rows @ ordered
-        squares = np.sum((self._rounding @ ordered) ** 2, axis=0, keepdims=True)
+        made = self._rows @ column
+        squares = np.sum((self._rounding @ column) ** 2, axis=0, keepdims=True)
         return float(self.expected_errors(squares, column, Goals((), made, np.sum(made**2, axis=0)))[0])
 
     @property
@@ -175,9 +168,9 @@ class MinimumVariance:
         return np.where((norms > 0) | (errors > 0), relative, 0.0)
 
     def losses(self, targets: Sequence[Profile]) -> Losses:
-        """Return the targets' squared errors as snapshots, numbered in the caller's order, are lost."""
+        """Return the targets' squared errors as snapshots are lost."""
         goals = self.goals(targets)
-        return Losses(self._as_given(self._stacked.T).T, self._with_errors(goals), goals.unreachable)
+        return Losses(self._stacked, self._with_errors(goals), goals.unreachable)
 
     def _norms(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
         """Return the probable norms of targets that have these coefficients, whose sum is 1: shape [targets].
@@ -186,18 +179,18 @@ class MinimumVariance:
         Without a sketch |theta_i|^2 = |theta_0|^2 + |motion since theta_0|^2 is expected of stored averages and of
         targets, and the result is at least half the smallest stored norm. Assumed motion is relative to stored norms.
         """
-        ordered, norms, rows = coefficients[self._order], self._prior.norm, self._rows
+        norms, rows = self._prior.norm, self._rows
         if self._prior.source == ASSUMED or not norms.any():
             return np.full(goals.norms.size, np.sqrt(norms.mean()))
         if (sketch := self._prior.sketch) is None:
-            squares = (norms - np.sum(rows**2, axis=0)) @ ordered + goals.norms
+            squares = (norms - np.sum(rows**2, axis=0)) @ coefficients + goals.norms
             return np.asarray(np.sqrt(np.maximum(squares, norms.min() / 4)))
         projections = slice(self._measured.start, self._measured.start + sketch.means.shape[1])
         projected, wanted = (
             np.sum((sketch.means[:1].T + values[projections] / self._root) ** 2, axis=0)
             for values in (rows, goals.columns)
         )
-        exact, sketched = (squares @ np.abs(ordered) for squares in (norms, projected))
+        exact, sketched = (squares @ np.abs(coefficients) for squares in (norms, projected))
         return np.asarray(np.sqrt(wanted * np.divide(exact, sketched, out=np.zeros_like(sketched), where=sketched > 0)))
 
     @cached_property
@@ -242,12 +235,6 @@ class MinimumVariance:
     def _problem(self) -> LeastSquares:
         """The problem for all coefficients but the last."""
         return LeastSquares(self._differences)
-
-    def _as_given(self, values: npt.NDArray[Any]) -> FloatArray:
-        """Return values of the snapshots, [n, ...], in the caller's order."""
-        given = np.empty(values.shape)
-        given[self._order] = values
-        return given
 
 
 @dataclass(frozen=True)

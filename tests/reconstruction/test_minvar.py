@@ -218,17 +218,6 @@ def problems(draw: st.DrawFn) -> Problem:
     return snapshots, prior, power(draw(st.floats(0.02, 0.288)), float(times[-1]))
 
 
-@given(problems(), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
-def test_the_order_of_snapshots_changes_nothing(problem: Problem, random: Any) -> None:
-    snapshots, prior, target = problem
-    order = list(range(len(snapshots)))
-    random.shuffle(order)
-    c = solved(MinimumVariance(snapshots, prior, target.t), target)
-    shuffled = solved(MinimumVariance([snapshots[i] for i in order], prior.of(order), target.t), target)
-    np.testing.assert_array_equal(shuffled, c[order])
-
-
 @given(problems(), st.floats(1e-3, 1e6), st.floats(1e-6, 1e6))
 @settings(max_examples=60, deadline=None)
 def test_units_of_time_and_of_weights_change_nothing(problem: Problem, time: float, weights: float) -> None:
