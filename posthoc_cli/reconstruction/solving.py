@@ -415,12 +415,11 @@ def expected_errors(
     return _Problem(snapshots, prior, t).solve(targets, METHODS[0], at_once=True)[1:]
 
 
-_GAIN_OF_MANY, _GAIN_OF_FEW, _GAIN_OF_ONE = (0.8, 0.95), (0.6, 0.75), (0.4, 0.6)
+_GAIN, _GAIN_OF_ONE = (0.8, 0.95), (0.4, 0.6)
 """Predicted error of minimum variance, relative to that of the published coefficients. Up to the first number minimum
 variance is used alone, from the second on the published coefficients alone, and a blend in between: an imperfect fit of
 the motion costs more than so small a gain (measured: with 0.9 and 1 up to 1.22 times the published error, after a pause
-of the clock). The motion is less certain with few snapshots (measured: up to 1.6 times the published error), and even
-less with few snapshots of one profile (with 0.6 and 0.75 up to 1.8)."""
+of the clock). The motion is less certain with few snapshots of one profile (with 0.6 and 0.75 up to 1.8)."""
 
 _FEW_TIMES = 6
 """Up to this number of distinct times the snapshots are few."""
@@ -452,8 +451,8 @@ class _Problem:
         self._densities = Densities(snapshots, edges)
         self._factor = self._densities.of_stored(snapshots).reshape(-1, len(snapshots))
         self._may_blend = are_powers(snapshots)
-        few = _GAIN_OF_FEW if gammas_of(snapshots).size > 1 else _GAIN_OF_ONE
-        self._gains = few if np.unique(times).size <= _FEW_TIMES else _GAIN_OF_MANY
+        is_unsure = gammas_of(snapshots).size == 1 and np.unique(times).size <= _FEW_TIMES
+        self._gains = _GAIN_OF_ONE if is_unsure else _GAIN
 
     def solve(
         self, targets: Sequence[Profile], method: str, at_once: bool = False
@@ -525,33 +524,23 @@ class _Problem:
 
 
 # --- very many snapshots
-#
-# The time of a solve is cubic in the number of snapshots, with little gain beyond a thousand. Most averages depend more
-# on late snapshots, so that the subset in use has the newest ones, and earlier ones at growing distances.
 
 MOST_SOLVED = 1024
-"""Limit of the snapshots in one reconstruction."""
+"""Limit of the snapshots in one reconstruction: its time is cubic in them, with little gain beyond a thousand."""
 
 
 def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
-    """Return the indices, ascending, of at most `most` snapshots: the newest, and a logarithmic spread of earlier ones.
+    """Return the indices, ascending, of at most `most` snapshots, spread evenly back from each profile's newest.
 
-    Each power function, and all other profiles together, get equal shares, of at least `keep` each.
+    Of each power function, and of all other profiles together, at least `keep` are among them, if there are so many.
     """
-    if len(snapshots) <= most:
-        return list(range(len(snapshots)))
     groups: dict[float, list[int]] = {}
     for index in sorted(range(len(snapshots)), key=lambda i: -snapshots[i].t):
         groups.setdefault(getattr(snapshots[index], "gamma", np.inf), []).append(index)
     subset: list[int] = []
-    room = most
-    for done, group in enumerate(sorted(groups.values(), key=len)):
-        count = min(len(group), max(keep, room // (len(groups) - done)))
-        room = max(0, room - count)
-        age = 1
-        for left in range(count - 1, -1, -1):  # towards the oldest, by a constant factor in age, or to the next one
-            subset.append(group[age - 1])
-            age = max(age + 1, int(age * (len(group) / age) ** (1 / max(1, left)) + 1e-6))
+    for group in groups.values():
+        count = min(len(group), max(keep, most * len(group) // len(snapshots)))
+        subset += [group[place * len(group) // count] for place in range(count)]
     return sorted(subset)
 
 

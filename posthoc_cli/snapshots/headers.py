@@ -146,11 +146,10 @@ def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
 
 
 def has_checksum(start: bytes, checksum: str) -> bool:
-    """Return whether a header contains this checksum exactly once and matches it."""
+    """Return whether a header matches this checksum of it."""
     marked = fmt.CHECKSUM_MARK + checksum.encode()
     blank = start.replace(marked, fmt.CHECKSUM_MARK + b"0" * fmt.CHECKSUM_DIGITS)
-    is_once = marked in start and start.count(fmt.CHECKSUM_MARK) == 1
-    return is_once and checksum == xxhash.xxh3_64_hexdigest(blank)
+    return checksum == xxhash.xxh3_64_hexdigest(blank)
 
 
 def file_kind(header: fmt.FileHeader) -> str | None:

@@ -24,7 +24,15 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     reconstruct,
 )
-from posthoc_cli.reconstruction.motion import ASSUMED_STRETCH, MOST_SEGMENTS, PairDistance, fit_motion, influences
+from posthoc_cli.reconstruction.motion import (
+    ASSUMED_STRETCH,
+    MOST_SEGMENTS,
+    PairDistance,
+    fit_motion,
+    influences,
+)
+from posthoc_cli.reconstruction.prior import Prior, assumed_prior
+from posthoc_cli.reconstruction.solving import expected_errors
 from posthoc_cli.tracker.layout import BucketTile, LayoutReader, lay_out
 from posthoc_cli.tracker.running import RunningAverages
 
@@ -374,3 +382,32 @@ def test_the_error_bar_holds_whether_rounding_or_motion_dominates(
         truth = exact_weights(target.sigma_rel, np.arange(1, steps + 1)) @ path
         actual = np.linalg.norm(c @ list(stored.values()) - truth) / np.linalg.norm(truth)
         assert 0.7 < actual / predicted < 1.4
+
+
+def test_the_motion_of_a_header_keeps_the_variance_of_the_path() -> None:
+    """Segments that are joined have the sum of their variances, whatever their lengths."""
+    random = np.random.default_rng(0)
+    edges = np.cumsum(random.uniform(0.1, 20.0, 300))
+    motion = Motion(edges, random.uniform(0.1, 5.0, 299), random.uniform(0.0, 3.0, 299))
+    kept = motion.handed_on()
+    assert kept.walk.size < 100
+    assert set(kept.edges) <= set(edges)
+    for name in ("walk", "noise"):
+        total = np.concatenate(([0.0], np.cumsum(getattr(motion, name) * np.diff(edges))))
+        found = np.cumsum(getattr(kept, name) * np.diff(kept.edges))
+        assert found == pytest.approx(total[np.searchsorted(edges, kept.edges[1:])], rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [None, Steps(Clock.of_steps())])
+def test_a_longer_run_of_the_same_training_has_the_same_errors(steps: Steps | None) -> None:
+    """The same snapshots, at the same fractions of both runs, give averages of equal error, relative to the norm."""
+    motion = Motion(np.array([1.0, 300.0, 1000.0]), np.array([2.0, 0.5]), np.array([40.0, 10.0]))
+    zeros, norm = np.zeros(6), 9.0
+    prior = Prior(motion, zeros, zeros, np.full(6, norm), "measured", steps)
+    found = []
+    relative = replace(motion, walk=motion.walk / norm, noise=motion.noise / norm)
+    for t, expected in ((1000.0, relative), (4000.0, prior.stretched(4000.0, 1000.0, norm))):
+        snapshots = power_functions([0.5 * t, 0.8 * t, t], (0.05, 0.28))
+        targets = [PowerFunction.from_sigma_rel(width, t) for width in (0.08, 0.15)]
+        found.append(expected_errors(snapshots, targets, assumed_prior(snapshots, motion=expected), t)[0])
+    assert found[1] == pytest.approx(found[0], rel=0.01)  # the short run begins with its first update, at 1

@@ -19,6 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from snapshots.recorded import failing
 
+from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, MismatchError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import (
@@ -267,6 +268,28 @@ def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path
     assert len(list(superseded.iterdir())) == 6
     assert {safetensors.torch.load_file(path)["w"][0, 0].item() for path in superseded.iterdir()} == {0.0, 1.0, 2.0}
     assert times_in(tmp_path) == [10]
+
+
+def test_snapshots_that_are_set_aside_have_their_new_names_durably(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder with the new names is synced before the directory that loses the old ones."""
+
+    class Recording(files.FileSystem):
+        def rename(self, source: Path, target: Path) -> None:
+            super().rename(source, target)
+            done.append("rename")
+
+        def fsync_directory(self, path: Path) -> None:
+            super().fsync_directory(path)
+            done.append(path)
+
+    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(2, 3)})
+    (tmp_path / "superseded").mkdir()
+    done: list[object] = []
+    monkeypatch.setattr(files, "system", Recording())
+    set_aside(stored(tmp_path))
+    assert done[-3:] == ["rename", tmp_path / "superseded", tmp_path]
 
 
 def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -> None:

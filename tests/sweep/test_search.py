@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import pytest
 
+from posthoc_cli import Run
 from posthoc_cli.sweep import Axis
-from posthoc_cli.sweep.search import NEXT, POINTS, Trial, estimate, first_batch, next_batch
+from posthoc_cli.sweep.search import NEXT, POINTS, Search, Trial, estimate, first_batch, next_batch
 
 LOW, HIGH = 0.02, 0.28
 AXIS = Axis("sigma_rel", LOW, HIGH)
@@ -135,3 +138,41 @@ def test_a_metric_that_is_always_the_same_has_no_error(value: float) -> None:
     assert found.mean == pytest.approx(value, rel=1e-6, abs=1e-6)
     assert found.standard_error <= 1e-6 * max(1.0, abs(value))
     assert (found.low, found.high) == pytest.approx((LOW, HIGH), rel=0.1)
+
+
+# --- the rounds of a search
+
+
+def searched(noise: float, budget: int, repeats: int = 1, seed: int = 0) -> Search:
+    """Search a bowl within the range, whose best is never at an end, so that no run is asked to widen it."""
+    search = Search(AXIS, cast(Run, None), None, minimize=True, budget=budget, repeats=repeats, again=True)
+    random = np.random.default_rng(seed)
+
+    def measure(wanted: Sequence[tuple[float, int]]) -> list[Trial]:
+        return [trial(x, bowl(x) + noise * random.normal(), seed=number) for x, number in wanted]
+
+    *_, _ = search.rounds(measure)
+    return search
+
+
+def test_a_search_stops_when_further_trials_would_hardly_help() -> None:
+    """More noise needs more trials; the chosen length is then worse than the best by a small part of the noise."""
+    counts = []
+    for noise in (0.1, 1.0):
+        done = [searched(noise, 60, seed=seed) for seed in range(12)]
+        assert all(search.stopped == "the best length is known within the noise" for search in done)
+        counts.append(np.mean([len(search.trials) for search in done]))
+        assert np.mean([bowl(search.found.best) for search in done]) < noise / 6
+    assert 6 <= counts[0] < 8
+    assert 9 < counts[1] < 15
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_search_measures_as_many_lengths_as_its_budget(repeats: int) -> None:
+    """A length that is measured again with other seeds counts again."""
+    done = [searched(1.0, 7, repeats, seed) for seed in range(20)]
+    assert any(search.stopped == "the budget is spent" for search in done)
+    for search in done:
+        assert len({(one.x, one.seed) for one in search.trials}) == len(search.trials) <= 7 * repeats
+        if search.stopped == "the budget is spent":
+            assert len(search.trials) == 7 * repeats
