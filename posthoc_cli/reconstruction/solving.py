@@ -524,33 +524,23 @@ class _Problem:
 
 
 # --- very many snapshots
-#
-# The time of a solve is cubic in the number of snapshots, with little gain beyond a thousand. Most averages depend more
-# on late snapshots, so that the subset in use has the newest ones, and earlier ones at growing distances.
 
 MOST_SOLVED = 1024
-"""Limit of the snapshots in one reconstruction."""
+"""Limit of the snapshots in one reconstruction: its time is cubic in them, with little gain beyond a thousand."""
 
 
 def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
-    """Return the indices, ascending, of at most `most` snapshots: the newest, and a logarithmic spread of earlier ones.
+    """Return the indices, ascending, of at most `most` snapshots, spread evenly back from each profile's newest.
 
-    Each power function, and all other profiles together, get equal shares, of at least `keep` each.
+    Of each power function, and of all other profiles together, at least `keep` are among them, if there are so many.
     """
-    if len(snapshots) <= most:
-        return list(range(len(snapshots)))
     groups: dict[float, list[int]] = {}
     for index in sorted(range(len(snapshots)), key=lambda i: -snapshots[i].t):
         groups.setdefault(getattr(snapshots[index], "gamma", np.inf), []).append(index)
     subset: list[int] = []
-    room = most
-    for done, group in enumerate(sorted(groups.values(), key=len)):
-        count = min(len(group), max(keep, room // (len(groups) - done)))
-        room = max(0, room - count)
-        age = 1
-        for left in range(count - 1, -1, -1):  # towards the oldest, by a constant factor in age, or to the next one
-            subset.append(group[age - 1])
-            age = max(age + 1, int(age * (len(group) / age) ** (1 / max(1, left)) + 1e-6))
+    for group in groups.values():
+        count = min(len(group), max(keep, most * len(group) // len(snapshots)))
+        subset += [group[place * len(group) // count] for place in range(count)]
     return sorted(subset)
 
 

@@ -96,7 +96,7 @@ class Plan:
         if self.solved == self.available:
             return None
         counts = counted(self.sources, self.solved, self.available)
-        return f"{counts} up to t = {self.t:,.12g}, the newest and ever fewer of the earlier ones"
+        return f"{counts} up to t = {self.t:,.12g}, evenly in time"
 
     @cached_property
     def newest(self) -> Source:
