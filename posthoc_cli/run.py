@@ -402,8 +402,7 @@ class Run:
         except DirectoryError as error:
             if not holds_checkpoints(path):
                 raise
-            reason = "holds checkpoints of other programs, which have no checksums"
-            raise DirectoryError(path, reason, "an import with copies has checksums") from error
+            raise DirectoryError(path, "holds checkpoints of other programs, which have no checksums") from error
 
     def audit(
         self, claimed: float | None = None, *, out: str | Path | None = None, overwrite: bool = False

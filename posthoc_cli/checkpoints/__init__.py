@@ -3,7 +3,7 @@
     read_pickle, read_model, read_step    the places of tensors in a file, the tensors of the model, the step
     source, formats                       a checkpoint as a source, with settings; the kinds that programs write
     open_run                              all checkpoints of a folder as one run
-    import_run, import_files              the work of `ema import`, and its manifest or copies
+    import_run, import_files              the work of `ema import`, and its manifest
     audit, audit_decay                    the check of an average, and the search for its decay
 
 A file is read once for its index; a synthesis then streams the bytes of its tensors, as it does those of snapshots.

@@ -1,8 +1,6 @@
-"""The output of an import: a manifest that refers to other programs' files in their place, or copies with checksums.
+"""The output of an import: a manifest that refers to other programs' files in their place.
 
-Copies have this package's own format, see `snapshots.format`.
-
-The manifest holds the settings that the files lack. It is `ema-import.json` in the folder of the run, one JSON object:
+It holds the settings that the files lack. It is `ema-import.json` in the folder of the run, one JSON object:
 
     key          value
     format       "ema import"
@@ -21,10 +19,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +32,16 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import TABLE
 from posthoc_cli.checkpoints.read_model import CONFIG, EMA_ENDING, index_checkpoint, model_in, sets_in
 from posthoc_cli.checkpoints.read_step import checked_step
-from posthoc_cli.checkpoints.source import Checkpoint, CheckpointInfo, ImportSettings
-from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError, OutputExistsError, VanishedError
-from posthoc_cli.profiles import Discrete, Point, PowerFunction, StoredProfile
-from posthoc_cli.profiles.other_libraries import OrdinaryEMA
-from posthoc_cli.progress import ProgressBar
-from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
+from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.chunks import Box
-from posthoc_cli.snapshots.directory import snapshot_path
-from posthoc_cli.snapshots.reading import BackingFile, sampled_identity
+from posthoc_cli.snapshots.reading import sampled_identity
 from posthoc_cli.snapshots.tensor_file import (
     OpenedFile,
-    TensorFileWriter,
-    holds_nonfinite,
-    read_header,
     read_small_file,
 )
 
 _NAME = "ema-import.json"
-COPY = "checkpoint"
-"""Value of ema.format in a copy."""
 _FORMAT = {"format": "ema import", "version": 1}
 _MOST_BYTES = 100_000_000
 _AGAIN = "import again"
@@ -98,7 +85,7 @@ class Manifest:
             for path, kind, step in self.checkpoints
             for checkpoint in TABLE[kind].read(path, index_checkpoint(path), step, self.settings)
         ]
-        for part in _foreign_parts(checkpoints):
+        for part in chain.from_iterable(checkpoint.parts for checkpoint in checkpoints):
             if self.files.get(part.path, (0, ""))[1] != part.identity:
                 raise FileFormatError(part.path, f"was replaced since {self.folder} was imported", _AGAIN)
         return checkpoints
@@ -106,11 +93,6 @@ class Manifest:
     def describe(self) -> dict[str, Any]:
         """Return the origin, the number of files, and the settings, for JSON."""
         return {"refers_to": str(self.origin), "files": len(self.files), "settings": self.settings.given}
-
-
-def _foreign_parts(checkpoints: Sequence[Checkpoint]) -> Iterator[BackingFile]:
-    """Yield the files of checkpoints that other programs wrote."""
-    return (part for checkpoint in checkpoints for part in checkpoint.parts if part.identity)
 
 
 def is_import(path: str | Path) -> bool:
@@ -122,7 +104,7 @@ def is_import(path: str | Path) -> bool:
 def make_manifest(folder: Path, origin: Path, settings: ImportSettings, checkpoints: Sequence[Checkpoint]) -> Manifest:
     """Return the manifest, to be written into `folder`, of checkpoints that were found at `origin`."""
     listed = {one.path: (one.path, one.kind, one.info.step) for one in checkpoints}
-    paths = {part.path for part in _foreign_parts(checkpoints)}
+    paths = {part.path for checkpoint in checkpoints for part in checkpoint.parts}
     for path in listed:  # the index or configuration of a folder, too
         for place in [*sets_in(path).values()] or [path] if path.is_dir() else []:
             model = model_in(place) if place.is_dir() else place
@@ -218,130 +200,3 @@ def _absolute(base: Path, text: str) -> Path:
 def _checksum(values: dict[str, Any]) -> str:
     """Return the checksum of a manifest without its checksum."""
     return xxhash.xxh3_64_hexdigest(json.dumps(values, separators=(",", ":")).encode())
-
-
-# --- copies
-
-
-def copy_path(folder: Path, info: CheckpointInfo) -> Path:
-    """Return the path of a checkpoint's copy in a folder."""
-    path = snapshot_path(folder, info.t, info.sigma_rel)
-    what = "weights" if isinstance(info.profile, Point) else "average"
-    return path if info.sigma_rel else path.with_name(path.name.replace("-0.0.safe", f"-{what}.safe"))
-
-
-def write_copies(checkpoints: Sequence[Checkpoint], out: Path, overwrite: bool, progress: ProgressBar) -> bool:
-    """Write all checkpoints as files of this package into a new folder, or none; return False if they are in it.
-
-    Raises:
-        OutputExistsError: the folder exists and is not empty; with `overwrite` if it holds anything but copies.
-        NonFiniteError: a tensor to be averaged holds nan or infinity.
-        FileFormatError, WriteError: a file cannot be read, or written.
-    """
-    if _are_copied(checkpoints, out):
-        return False
-    _check_replaceable(out, overwrite)
-    total = sum(entry.nbytes for one in checkpoints for entry in one.stored.values())
-    files.remove_leftovers(out.parent)
-    new, old = files.temporary_path(out.parent), files.temporary_path(out.parent)
-    with files.reported_as_write_error(out), progress("importing", total) as advance:
-        files.make_directory(new)
-        try:
-            for one in checkpoints:
-                _write(one, copy_path(new, one.info), advance)
-            if overwrite and out.exists():
-                files.system.rename(out, old)
-            files.system.rename(new, out)
-            files.system.fsync_directory(out.parent)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            if old.exists() and not out.exists():
-                files.system.rename(old, out)
-            raise
-    shutil.rmtree(old, ignore_errors=True)
-    return True
-
-
-def _are_copied(checkpoints: Sequence[Checkpoint], out: Path) -> bool:
-    """Return whether a folder holds copies of these checkpoints and nothing else."""
-    expected = {copy_path(out, one.info): _metadata(one) for one in checkpoints}
-    with suppress(FileFormatError):
-        return (
-            out.is_dir()
-            and expected.keys() == set(out.iterdir())
-            and all(metadata.items() <= read_header(path).metadata.items() for path, metadata in expected.items())
-        )
-    return False
-
-
-def _check_replaceable(out: Path, overwrite: bool) -> None:
-    """Raise OutputExistsError if a folder holds anything; with `overwrite` if it holds anything but copies."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise OutputExistsError(out, "already exists", "choose another name, or `overwrite` to replace it")
-    for path in [out] if not out.is_dir() else sorted(out.iterdir()):
-        with suppress(FileFormatError):
-            if headers.file_kind(read_header(path)) == COPY:
-                continue
-        raise OutputExistsError(out, f"holds something else: {path.name}", "choose another name")
-
-
-def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the metadata of a checkpoint's copy."""
-    info = checkpoint.info
-    keys = ("run_id", "t", "t_unit", "step", "sigma_rel", "gamma", "decay", "tensors", "aliases")
-    values: dict[str, object] = {key: getattr(info, key) for key in keys} | {"source": checkpoint.identity}
-    if isinstance(info.profile, OrdinaryEMA):
-        values["ordinary"] = info.profile.settings
-    elif isinstance(info.profile, Discrete):
-        values["masses"] = {"times": info.profile.times, "masses": info.profile.masses}
-    return fmt.encode_metadata(COPY, values)
-
-
-def _write(checkpoint: Checkpoint, path: Path, advance: Any) -> None:
-    """Write the copy of one checkpoint."""
-    tensors = checkpoint.info.tensors
-    specs = [fmt.TensorSpec(name, entry.dtype, entry.shape) for name, entry in checkpoint.stored.items()]
-    buffer = memoryview(bytearray(fmt.BLOCK_BYTES))
-    with TensorFileWriter(path, specs, _metadata(checkpoint)) as writer, checkpoint.open() as file:
-        for spec in specs:
-            reader = file.read_range(spec.name, 0, spec.nbytes)
-            output = writer.write_range(spec.name, 0)
-            for begin in range(0, spec.nbytes, fmt.BLOCK_BYTES):
-                view = buffer[: min(fmt.BLOCK_BYTES, spec.nbytes - begin)]
-                reader.read_into(view)
-                if tensors[spec.name].role == "average" and holds_nonfinite(view, spec.dtype):
-                    raise NonFiniteError(checkpoint.path, f"tensor {spec.name!r}: holds nan or infinity")
-                output.write(view)
-                advance(len(view))
-        writer.commit()
-
-
-def read_copy(path: Path) -> Checkpoint:
-    """Return the checkpoint in a file that `write_copies` wrote; raise FileFormatError if it is damaged."""
-    header = read_header(path)
-    values = headers.decode_metadata(path, header, COPY, _COPY_KINDS, _OPTIONAL)
-    t, gamma, masses, ordinary, _ = (values.pop(key, None) for key in ("t", "gamma", "masses", "ordinary", "source"))
-    try:
-        profile: StoredProfile = PowerFunction(gamma, t) if values["sigma_rel"] else Point(t)
-        headers.check_tensors(values["tensors"], values["aliases"], header.tensors)
-        if ordinary is not None:
-            profile = OrdinaryEMA.of(values["step"], **ordinary)
-        elif masses is not None:
-            profile = Discrete(masses.get("times", ()), masses.get("masses", ()), t)
-    except (ValueError, TypeError) as error:
-        raise FileFormatError(path, f"ema.masses, ema.tensors or ema.aliases: {error}") from error
-    boxes = {name: Box.full(entry.shape) for name, entry in header.tensors.items()}
-    info, file = CheckpointInfo(profile, **values), BackingFile(path, header.tensors, boxes, header)
-    return Checkpoint(path, header.tensors, info, (file,))
-
-
-_COPY_KINDS = {
-    "run_id": fmt.RunId, "t": fmt.Time, "t_unit": fmt.Unit, "step": fmt.Count, "sigma_rel": float, "gamma": float,
-    "decay": float, "tensors": dict[str, fmt.TrackedTensor], "aliases": dict[str, str], "masses": dict[str, Any],
-    "ordinary": dict[str, Any], "source": str,
-}  # fmt: skip
-"""Types of the metadata of a copy."""
-
-_OPTIONAL = ("decay", "masses", "ordinary", "source")

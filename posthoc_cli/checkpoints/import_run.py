@@ -15,13 +15,12 @@ import numpy as np
 from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import Audit, audit_sources
 from posthoc_cli.checkpoints.formats import TABLE
-from posthoc_cli.checkpoints.import_files import copy_path, is_import, make_manifest, write_copies, write_manifest
+from posthoc_cli.checkpoints.import_files import is_import, make_manifest, write_manifest
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, open_checkpoints
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.profiles import Point
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
-from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import inspect_directory
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,6 @@ class Import:
     Attributes:
         checkpoints: the imported checkpoints.
         out: folder of the run; None in a dry run without an output.
-        paths: path of each checkpoint, or of its copy.
         checks: results of the comparison of settings and files, a line each.
         written: whether anything was written: not in a dry run, and not if the run existed already.
         dry_run: whether this was a dry run.
@@ -42,7 +40,6 @@ class Import:
 
     checkpoints: tuple[Checkpoint, ...]
     out: Path | None
-    paths: tuple[Path, ...]
     checks: tuple[str, ...]
     written: bool
     dry_run: bool
@@ -60,8 +57,7 @@ class Import:
             "written": self.written,
             "checks": list(self.checks),
             "checkpoints": [
-                {"from": str(one.path), "to": str(path), "t": one.info.t, "holds": one.info.holds}
-                for one, path in zip(self.checkpoints, self.paths, strict=True)
+                {"path": str(one.path), "t": one.info.t, "holds": one.info.holds} for one in self.checkpoints
             ],
         }
 
@@ -70,31 +66,26 @@ def import_checkpoints(
     directory: str | Path,
     out: str | Path | None,
     *,
-    copy: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-    progress: ProgressBar = no_bar,
     **settings: Any,
 ) -> Import:
     """Make a run of other programs' checkpoints or averages, which every command and `Run` opens.
 
-    The run is a manifest of a few kB that refers to the files in their place; or it consists of copies with checksums.
+    The run is a manifest of a few kB that refers to the files in their place.
     The same import into the same folder does nothing, or takes in what has changed at `directory`.
 
     Arguments:
         directory: a folder, a file, or a glob that names files or folders.
         out: folder of the run; None only in a dry run.
-        copy: write copies with checksums; all, or none.
         overwrite: replace an import of something else, or with other settings.
         dry_run: read and check only.
-        progress: opens a progress bar.
         settings: fields of `source.ImportSettings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
 
     Raises:
         InvalidValueError: a setting is missing, or does not fit the files.
         DirectoryError, FileFormatError, MismatchError: there are no checkpoints, or they are not of one run.
         OutputExistsError: `out` exists, and holds something else.
-        NonFiniteError: a tensor to be copied holds nan or infinity.
         WriteError: the system refused.
     """
     given, origin = ImportSettings(**settings), files.expanded(files.given_path("directory", directory))
@@ -103,9 +94,6 @@ def import_checkpoints(
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
     if target is not None and files.is_url(target):
         files.check_writable("out", target)
-        if copy:
-            reason = "is a URL; copies are written to a disk"
-            raise InvalidValueError("out", reason, "upload the folder when it is complete", value=target)
         if not files.is_url(origin):
             reason = "is a URL, and would refer to files of this machine"
             raise InvalidValueError("out", reason, "upload the files, and import them by URL", value=target)
@@ -123,26 +111,20 @@ def import_checkpoints(
     found = checked_run([one.with_settings(given) for one in found])
     by_kind = [(kind, [one for one in found if one.kind == name]) for name, kind in TABLE.items()]
     checks += [kind.check(checkpoints, given) for kind, checkpoints in by_kind if checkpoints and kind.check]
-    paths = tuple(copy_path(target, one.info) if copy and target else one.path for one in found)
     written = False
     if target is not None and not dry_run:
         files.check_parent("out", target)
-        if copy:
-            written = write_copies(found, target, overwrite, progress)
-        else:
-            written = write_manifest(make_manifest(target, origin, given, found), overwrite)
-    return Import(tuple(found), target, paths, tuple(checks), written, dry_run)
+        written = write_manifest(make_manifest(target, origin, given, found), overwrite)
+    return Import(tuple(found), target, tuple(checks), written, dry_run)
 
 
 def _open_foreign(origin: Path, settings: ImportSettings) -> list[Checkpoint]:
     """Return other programs' checkpoints, also EMAs of unknown decay; raise DirectoryError for this package's files."""
-    if not is_import(origin):
-        if origin.is_dir() and inspect_directory(origin).snapshots:
-            raise DirectoryError(origin, "holds snapshots of a tracker, which need no import")
-        found = open_checkpoints(origin, settings, unclaimed=True)
-        if all(one.kind for one in found):
-            return found
-    raise DirectoryError(origin, "is an import", "import the files that it was made of")
+    if is_import(origin):
+        raise DirectoryError(origin, "is an import", "import the files that it was made of")
+    if origin.is_dir() and inspect_directory(origin).snapshots:
+        raise DirectoryError(origin, "holds snapshots of a tracker, which need no import")
+    return open_checkpoints(origin, settings, unclaimed=True)
 
 
 def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:

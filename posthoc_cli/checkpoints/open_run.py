@@ -24,7 +24,7 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of
-from posthoc_cli.checkpoints.import_files import COPY, is_import, read_copy, read_manifest
+from posthoc_cli.checkpoints.import_files import is_import, read_manifest
 from posthoc_cli.checkpoints.read_model import ENDINGS, NOT_WEIGHTS, index_checkpoint, model_in, names_in, sets_in
 from posthoc_cli.checkpoints.read_step import named_step
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
@@ -73,7 +73,7 @@ def open_checkpoints(
         reason = f"is for averages, and nothing in {read[0].path.name} says that its tensors are one"
         hint = "if all files are averages, say kind 'ema'; else name the average's key by `average`"
         raise InvalidValueError("ema_decay", reason, hint, value=settings.ema_decay)
-    check_used(settings, {one.kind for one in read} - {""})
+    check_used(settings, {one.kind for one in read})
     default_decay = _ANY_DECAY if unclaimed else 0.0
     checkpoints = [one.with_settings(settings, default_decay) for one in read]
     if settings.update_every is None and (every := _common_interval(checkpoints)):
@@ -116,9 +116,8 @@ def _common_interval(checkpoints: Sequence[Checkpoint]) -> int | None:
 def _read(path: Path, settings: ImportSettings, by_word: str) -> list[Checkpoint]:
     """Return the checkpoints in a file or folder; none from an output of this package, or from step 0."""
     indexed = index_checkpoint(path)
-    file_kind = indexed.values.get("ema.format")
-    if file_kind in ("output", COPY):
-        return [read_copy(path)] if file_kind == COPY else []
+    if indexed.values.get("ema.format") == "output":
+        return []
     kind = TABLE[kind_of(path, indexed, settings)]
     step = kind.step(path, indexed, settings, by_word)
     if not step:
@@ -231,8 +230,6 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     for one in ordered[1:]:
         if (difference := _difference(first, one)) is not None:
             raise MismatchError(f"{first.path} and {one.path}", difference, _CHOOSE)
-    if first.info.run_id:
-        return ordered
     names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
     return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
@@ -316,7 +313,7 @@ def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
         if first.info.tensors[name].role != other.info.tensors[name].role:
             words = [DTYPES[dtype].torch_name for dtype in (entry.dtype, found.dtype)]
             return f"do not match: tensor {shown(name)} is of {words[0]} and of {words[1]}"
-    return None if first.info.run_id == other.info.run_id else "are of different runs"
+    return None
 
 
 # --- for JSON

@@ -293,9 +293,9 @@ class Checkpoint(FileSource):
     """The tensors of a checkpoint, or of an average that another program stored, and their description.
 
     Attributes:
-        kind: one of `formats.TABLE`; empty for a copy that an import wrote.
+        kind: one of `formats.TABLE`.
         label: name to show in place of that of the file or folder.
-        updates: updates of an ordinary EMA; None for a copy and for other tensors.
+        updates: updates of an ordinary EMA; None for other tensors.
     """
 
     path: Path
@@ -318,9 +318,8 @@ class Checkpoint(FileSource):
 
     @property
     def file_bytes(self) -> int:
-        """The size of its tensors, of a copy with the header."""
-        start = sum(part.header.payload_start for part in self.parts if part.header)
-        return start + sum(tensor.nbytes for tensor in self.stored.values())
+        """The size of its tensors."""
+        return sum(tensor.nbytes for tensor in self.stored.values())
 
     def with_settings(self, settings: ImportSettings, default_decay: float = 0.0) -> Checkpoint:
         """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine.
@@ -336,9 +335,7 @@ class Checkpoint(FileSource):
 
     @property
     def identity(self) -> str:
-        """A hash of its files' content; for a copy the checksum of its header."""
-        if (header := self.parts[0].header) is not None:
-            return header.metadata["ema.checksum"]
+        """A hash of its files' content."""
         identities = {part.path: part.identity for part in self.parts}
         return xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
 

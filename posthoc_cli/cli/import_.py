@@ -68,9 +68,6 @@ def import_(
     weights: str | None = values.RUN(
         None, metavar="KEY", show_default="by its names", help="The key or prefix of the weights' tensors in the files."
     ),
-    copy: bool = values.flag(
-        values.OUTPUT, "--copy", help="Write copies with checksums instead of references to the files."
-    ),
     overwrite: bool = values.flag(
         values.OUTPUT, "--overwrite", "--force", "-f", help="Replace an import of other files, or with other settings."
     ),
@@ -82,20 +79,20 @@ def import_(
     Needed if the files lack a setting, such as update_every: give it here once, and every command takes RUN, except
     prune and export.
 
-    RUN is a manifest of a few kB that refers to the files by path: move both together. With --copy it contains
-    copies with checksums, all or none. Repeat the call to take in what has changed in DIR.
+    RUN is a manifest of a few kB that refers to the files by path: move both together. Repeat the call to take in
+    what has changed in DIR.
     """
     from posthoc_cli.checkpoints.import_run import import_checkpoints
 
     done = import_checkpoints(
-        values.open_run(directory, directory=False).directory, out, copy=copy, overwrite=overwrite, dry_run=dry_run,
-        progress=output.progress_bar(), kind=kind, step_from=step_from, prefix=prefix, include=include,
+        values.open_run(directory, directory=False).directory, out, overwrite=overwrite, dry_run=dry_run,
+        kind=kind, step_from=step_from, prefix=prefix, include=include,
         exclude=exclude, sigma_rels=values.optional(parse_numbers, sigma_rels, "--sigma-rels") or (),
         update_every=update_every, update_after_step=update_after_step,
         ema_decay=values.optional(_decay, ema_decay), ema_warmup=ema_warmup, ema_restarts=ema_restarts,
         steps_per_epoch=steps_per_epoch, average=average, weights=weights,
     )  # fmt: skip
-    output.print_report(done, as_json, _print, copy)
+    output.print_report(done, as_json, _print)
 
 
 def _decay(text: str) -> float | str:
@@ -106,13 +103,12 @@ def _decay(text: str) -> float | str:
         return text
 
 
-def _print(done: Import, copy: bool) -> None:
+def _print(done: Import) -> None:
     for what, count in done.counts.items():
         output.print_line(f"{count:,} x {what}")
     for check in done.checks:
         output.print_line(check)
     if done.written:
-        what = f"{len(done.paths):,} copies" if copy else "a run that refers to these files"
-        output.print_line(f"wrote {what}: {done.out}")
+        output.print_line(f"wrote a run that refers to these files: {done.out}")
     else:
         output.print_line("nothing was written" + ("" if done.dry_run else f": {done.out} is this import already"))

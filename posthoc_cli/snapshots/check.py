@@ -69,7 +69,7 @@ class FileReport:
     """The result of verifying a file.
 
     `unit` is the path of the whole: the file, or the folder of a model in several files. `what` describes the
-    file in a few words; `kind` is "snapshot", "output", "checkpoint" or None. `detail` explains the `state`,
+    file in a few words; `kind` is "snapshot", "output" or None. `detail` explains the `state`,
     or notes something unusual. The other fields come from a valid header. The tensors in `averages` must be finite. A
     `snapshot` in parts is in the report of one part: of the first broken one, if there is any.
     """
@@ -337,8 +337,6 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
         output = decode_output(path, header)
         what, averages = f"{part}{_output_words(output)}", header.tensors.keys() - set(output.copies)
         return replace(report, what=what, output=output, averages=averages)
-    if kind == "checkpoint":
-        return replace(report, what="checkpoint")
     info = decode_snapshot(path, header)
     what = f"{part}snapshot sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
     snapshot = None if part else Snapshot(path, header, info)
@@ -360,7 +358,7 @@ def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
         header = read_header(report.path)
         kind, version = file_kind(header), header.metadata.get("ema.version")
         known = fmt.VERSION
-        if kind not in (None, "snapshot", "output", "checkpoint"):
+        if kind not in (None, "snapshot", "output"):
             state, detail = UNSUPPORTED, f"its ema.format is {shown(kind)}, which this release does not know"
         elif version not in (None, known):
             state, detail = UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {known}"

@@ -37,9 +37,6 @@ SUPERSEDED = "superseded"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """Suffixes of files that are usually pickles; such files are never opened."""
 
-OTHERS = (None, "output", "checkpoint")
-"""The kinds of files that are not snapshots."""
-
 NAME_A_RUN = "name the directory that a tracker writes its snapshots to"
 
 ON_ONE_FILE_SYSTEM = "all processes of a training write to one directory, on a file system that they share"
@@ -166,7 +163,7 @@ def _snapshots_in(
     for path in opened_in_turn(paths):
         try:
             header = read_header(path, cache_of(path.name))
-            if file_kind(header) not in OTHERS:
+            if file_kind(header) not in (None, "output"):
                 yield Snapshot(path, header, decode_snapshot(path, header, cache_of(path.name)))
         except FileFormatError as error:
             if not files.is_absent(path):
@@ -219,9 +216,6 @@ def read_directory(directory: Path) -> list[Snapshot]:
         raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
     if is_parts_folder(directory):
         raise DirectoryError(directory, "holds the parts of one snapshot", NAME_A_RUN)
-    if any(file_kind(read_header(path)) == "checkpoint" for path in inspection.listing.files):
-        reason = "holds copies of checkpoints that `ema import` wrote, no snapshots of a tracker"
-        raise DirectoryError(directory, reason, "delete the folder to remove them")
     foreign = [path.name for path in inspection.listing.entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
     example = f"; {foreign[0]} is not a snapshot of this package" if foreign else ""
     raise DirectoryError(directory, f"no snapshots here{example}", NAME_A_RUN)

@@ -116,15 +116,6 @@ t, t_unit, checksums and checksum as a snapshot, and
     ema.snapshots        JSON list of {"file", "coefficient"}
     ema.copies           JSON list: names of the tensors that are copies (buffers), not averages
 
-A *checkpoint* (a copy that `ema import --copy` makes of another program's weights or average) has ema.format
-"checkpoint", and ema.version, run_id, t, t_unit, step, tensors, aliases, checksums and checksum as a snapshot, and
-
-    ema.sigma_rel        width of the average that the other program was asked for; 0 for the weights at `t` themselves
-    ema.gamma            exponent of that average, or 0
-    ema.masses           JSON object: {"times", "masses"}, lists: for an average that is not a power function, the
-                         times of its values, increasing, up to `t`, and their shares in it, with sum 1 (optional)
-    ema.source           identifies the content that was copied (optional)
-
 A part of an output has some of its complete tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal
 digits, the same in all parts of a plan) and ema.release (the release that wrote it).
 """

@@ -153,7 +153,7 @@ def has_checksum(start: bytes, checksum: str) -> bool:
 
 
 def file_kind(header: fmt.FileHeader) -> str | None:
-    """Return the kind of a file: "snapshot", "output", "state", "checkpoint", or None for another library's file."""
+    """Return the kind of a file: "snapshot", "output", or None for another library's file."""
     return header.metadata.get("ema.format")
 
 

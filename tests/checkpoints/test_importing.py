@@ -135,7 +135,6 @@ def test_the_same_import_again_does_nothing_and_others_ask(write: Write, tmp_pat
     assert Run(new).step == 300
     for place, reason in ((folder, "holds something else"), (folder / "step20.safetensors", "holds something else")):
         assert reason in ema("import", folder, "--out", place, "--overwrite").error
-        assert reason in ema("import", folder, "--out", place, "--overwrite", "--copy").error
     assert "its folder does not exist" in ema("import", folder, "--out", tmp_path / "x" / "y").error
 
 
@@ -153,12 +152,6 @@ def test_nothing_that_it_refers_to_is_deleted(write: Write, tmp_path: Path, ema:
     before = contents(tmp_path)
     refused = ema("prune", new, "--keep", "2", "--yes")
     assert (refused.code, refused.error) == (1, f"{new}: refers to files of other programs, which are never deleted")
-    import_checkpoints(folder, tmp_path / "copies", copy=True)
-    before = contents(tmp_path)
-    refused = ema("prune", tmp_path / "copies", "--keep", "2", "--yes")
-    assert refused.code == 1
-    assert refused.error.startswith(f"{tmp_path / 'copies'}: holds copies of checkpoints that `ema import` wrote")
-    assert "delete the folder to remove them" in refused.error
     checked = ema("verify", new)
     assert checked.code == 0
     assert f"{len(STEPS)} without checksums" in checked.out
@@ -183,11 +176,8 @@ def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch
     assert not import_checkpoints(folder / "step?0*.pt", folder / "run").written
     one = import_checkpoints(folder / "step40.pt", tmp_path / "one")
     assert Run(one.out or "").step == 40
-    import_checkpoints(folder / "step40.pt", tmp_path / "copy", copy=True)
-    for place in (folder / "run", tmp_path / "copy"):
-        with pytest.raises(errors.DirectoryError, match="is an import; import the files"):
-            import_checkpoints(place, tmp_path / "two")
-    assert Run(tmp_path / "copy").info()["checkpoints"][0]["identity"]
+    with pytest.raises(errors.DirectoryError, match="is an import; import the files"):
+        import_checkpoints(folder / "run", tmp_path / "two")
     (folder / "step40.pt").rename(folder / os.fsdecode(b"step40-\xff.pt"))
     with pytest.raises(errors.InvalidValueError, match="its name is no valid text"):
         import_checkpoints(folder / "step40*", tmp_path / "two")

@@ -102,19 +102,6 @@ def commands() -> dict:
     return typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("width", [80, 100])
-def test_help_is_not_wrapped_within_an_option_or_a_name(ema: Ema, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    monkeypatch.setenv("COLUMNS", str(width))
-    for name in commands():
-        result = ema(name, "--help")
-        assert result.code == 0
-        for line in result.out.splitlines():
-            assert len(line) <= width
-            assert not line.endswith("-") or line.endswith(" -"), line
-            assert "…" not in line  # options and values are not cut off
-        assert not re.search(r"[^\x00-\x7f─│╭╮╰╯]", result.out)  # rich replaces some words between colons by emojis
-
-
 def test_each_example_of_the_help_has_a_line_of_its_own(ema: Ema, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     lines = ema("profile", "--help").out.splitlines()

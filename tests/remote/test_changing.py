@@ -75,8 +75,6 @@ def test_an_import_into_a_bucket_refers_to_objects(server: FaultyServer, tmp_pat
     with pytest.raises(OutputExistsError, match="has other settings"):
         import_checkpoints("s3://bucket/old", RUN, include=["w"])
     assert import_checkpoints("s3://bucket/old", RUN, include=["w"], overwrite=True).written
-    with pytest.raises(InvalidValueError, match="copies are written to a disk; upload the folder when it is complete"):
-        import_checkpoints("s3://bucket/old", "s3://bucket/copies", copy=True)
     with pytest.raises(InvalidValueError, match="would refer to files of this machine; upload the files"):
         import_checkpoints(tmp_path, "s3://bucket/local")
     server.answer = lambda request: "403 AccessDenied" if request["METHOD"] == "PUT" else None

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from ema_command import Ema
 from factories import (
     contents,
@@ -20,7 +19,6 @@ from factories import (
 from snapshots.recorded import Walk, failing
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.checkpoints.import_run import import_checkpoints
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.directory import find_snapshots
@@ -77,16 +75,13 @@ def test_the_next_writer_removes_leftovers_that_no_longer_change(
     assert (run / ".ema-not-ours").exists()
 
 
-def test_outputs_and_imports_remove_leftovers_an_hour_old(run: Path, tmp_path: Path) -> None:
+def test_outputs_remove_leftovers_an_hour_old(run: Path, tmp_path: Path) -> None:
     old, young = tmp_path / ".ema-1.tmp", leave(tmp_path / ".ema-2.tmp", 3000)
     writers = (
         lambda: Run(run).write(0.15, tmp_path / "m.safetensors"),
         lambda: Run(run).write(0.15, tmp_path / "shards", layout="sharded"),
         lambda: export_file(tmp_path / "m.safetensors", tmp_path / "m.pt"),
-        lambda: import_checkpoints(tmp_path / "ck", tmp_path / "imported", copy=True),
     )
-    (tmp_path / "ck").mkdir()
-    torch.save({"w": torch.ones(3)}, tmp_path / "ck" / "model-100.pt")
     for write in writers:
         leave(old, 4000)
         write()
