@@ -37,6 +37,7 @@ from numbers import Real
 from typing import Any, TypeVar
 
 _LONGEST = 200
+_LONGEST_LINE = 5_000
 _BETWEEN = {__name__.partition(".")[0], "contextlib", "threading", "torch"}
 """Packages whose stack frames are skipped to find the user's line that a warning is about."""
 _Error = TypeVar("_Error", bound="PostHocError")
@@ -45,6 +46,11 @@ _Error = TypeVar("_Error", bound="PostHocError")
 def printable(text: str) -> str:
     """Return `text` with characters that control a terminal escaped: control codes, line ends, changes of direction."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    """Return a message with control characters escaped, and of limited length."""
+    return printable(text[:_LONGEST_LINE]) + "..." * (len(text) > _LONGEST_LINE)
 
 
 def shown(value: object) -> str:
@@ -125,7 +131,7 @@ class PostHocError(Exception):
 
     def __str__(self) -> str:
         what = f"{self.subject} {self.value}" if self.value else self.subject
-        return f"{what}: {self.reason}" + (f"; {self.hint}" if self.hint else "")
+        return one_line(f"{what}: {self.reason}" + (f"; {self.hint}" if self.hint else ""))
 
     def with_hint(self: _Error, hint: str) -> _Error:
         """Return a copy of this error with a further hint."""

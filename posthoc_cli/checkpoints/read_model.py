@@ -17,6 +17,7 @@ import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -419,6 +420,18 @@ class _ChunkFiles:
             offset: Any = key.get("offset") or ()
             if isinstance(key.get("fqn"), str) and is_sizes(offset):
                 self._places[key["fqn"], tuple(offset)] = _state(place)
+        self._check_apart()
+
+    def _check_apart(self) -> None:
+        """Raise FileFormatError if objects share bytes: reading many would take the square of their number."""
+        ranges: list[tuple[Any, Any, Any]] = []
+        for place in self._places.values():
+            name, begin, nbytes = map(place.get, ("relative_path", "offset", "length"))
+            if isinstance(name, str) and is_sizes((begin, nbytes)):
+                ranges.append((name, begin, nbytes))
+        for (name, begin, nbytes), (other, later, _) in pairwise(sorted(ranges)):
+            if name == other and later < begin + nbytes:
+                raise FileFormatError(self._metadata, f"two of its objects share bytes of {shown(name)}")
 
     def chunks(self, name: str, described: Any) -> list[FoundChunk]:
         """Return the chunks of a tensor, with their places in the files."""

@@ -4,10 +4,10 @@ A tensor in a pickle is a call with a storage, an offset, a shape and strides. A
 file: an uncompressed member of the archive, a part of the stream after the pickles, or a string of bytes in a pickle
 that holds such a stream itself, as `pickle.dump` of a tensor writes it.
 
-Pickles are read by Python's own unpickler, which imports nothing: it gets functions of this module for the few names
-that make tensors, and an inert `Node`, whose call makes another node, for each other name. It is the unpickler written
-in Python: the one in C can neither leave strings of bytes in the file nor refuse keys of dicts whose hash takes
-forever. `torch.load` can do neither, and it maps files: a file that shrinks would end the process.
+Pickles are read by the interpreter of their opcodes here, which imports nothing: it has functions of this module for
+the few names that make tensors, and an inert `Node`, whose call makes another node, for each other name. Python's own
+unpickler can neither leave strings of bytes in the file nor limit what a pickle makes in proportion to its length.
+`torch.load` can do neither, and it maps files: a file that shrinks would end the process.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError
@@ -33,7 +33,8 @@ _ZIP = b"PK\x03\x04"
 _MOST_REPEATED = 64 * 1024 * 1024
 """Largest number of bytes of a tensor that repeats stored elements, as `expand` makes it."""
 _MOST_ARGUMENTS = 16
-"""Largest number of arguments of a call that are used: a pickle may pass a million to each of a million calls."""
+"""Largest number of arguments of a call that are used, and of a key's items: a pickle may pass a million to each of a
+million calls."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LONGEST_LINE = 4096
@@ -208,7 +209,16 @@ class _Range(io.RawIOBase):
 
 
 class _Buffered(io.BufferedReader):
-    """A buffered range of a file with lines of limited length."""
+    """A buffered range of a file with lines of limited length, and without reading beyond its end."""
+
+    def __init__(self, file: OpenedFile, begin: int, end: int) -> None:
+        super().__init__(_Range(file, begin, end))
+        self.size = end - begin
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size > self.size - self.tell():
+            raise EOFError
+        return super().read(size)
 
     def readline(self, size: int | None = _LONGEST_LINE) -> bytes:
         line = super().readline(size)
@@ -222,45 +232,90 @@ class _Buffered(io.BufferedReader):
 
 def _unpickled(file: OpenedFile, begin: int, end: int, calls: _Calls, locate: _Locate = None) -> tuple[Any, int]:
     """Return the object in the pickle that begins at `begin`, and the end of the pickle, which is `end` at most."""
-    stream = _Buffered(_Range(file, begin, end))
+    stream = _Buffered(file, begin, end)
     try:
-        return _Unpickler(stream, calls, locate, begin).load(), begin + stream.tell()
+        return _Interpreter(stream, calls, locate, begin).load(), begin + stream.tell()
     except (
-        pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError, OverflowError,
-        struct.error, RecursionError, MemoryError,
+        EOFError, LookupError, TypeError, AttributeError, ValueError, OverflowError, struct.error, RecursionError,
+        MemoryError,
     ) as error:  # fmt: skip
         raise _PickleError(f"a damaged pickle, near byte {begin + stream.tell():,}") from error
 
 
-class _Unpickler(pickle._Unpickler):
-    """An unpickler that imports nothing, and calls only `calls` and nodes."""
+class _Interpreter:
+    """The machine that a pickle is a program for: a stack, marks in it, and a memo, see the standard `pickletools`."""
 
-    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch}
-    stack: list[Any]
-    append: Callable[[Any], None]
-    read: Callable[[int], bytes]
-    pop_mark: Callable[[], list[Any]]
+    def __init__(self, stream: _Buffered, calls: _Calls, locate: _Locate, begin: int) -> None:
+        self.stream, self._calls, self._locate, self._begin = stream, calls, locate, begin
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self._left = _FREE_OBJECTS + stream.size // _BYTES_OF_OBJECT
 
-    def __init__(self, stream: Any, calls: _Calls, locate: _Locate, begin: int) -> None:
-        super().__init__(stream, encoding="latin-1")
-        self._stream, self._calls, self._locate, self._begin = stream, calls, locate, begin
+    def load(self) -> Any:
+        """Run the program, and return the object that it leaves."""
+        while True:
+            read, do, makes_object = _OPCODES[self.stream.read(1)]
+            if makes_object:
+                self._left -= 1
+                _check(self._left >= 0, "it makes more objects than its length explains")
+            argument = read(self.stream) if read else None
+            if do is None:
+                return self.stack.pop()
+            do(self, argument)
 
-    def find_class(self, module: str, name: str) -> Any:
+    def since_mark(self) -> list[Any]:
+        """Remove and return what was pushed since the last mark."""
+        begin = self.marks.pop()
+        items = self.stack[begin:]
+        del self.stack[begin:]
+        return items
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        """Remove and return the last object, or remove a mark on top of it."""
+        return self.marks.pop() if self.marks and self.marks[-1] == len(self.stack) else self.stack.pop()
+
+    def push_tuple(self, count: int) -> None:
+        """Replace the last objects by a tuple of them."""
+        items = tuple(self.stack[-count:])
+        _check(len(items) == count, "a tuple of missing objects")
+        self.stack[-count:] = [items]
+
+    def name_of(self, module: Any, name: Any) -> Any:
         """Return the function for a name, or a node."""
+        _check(isinstance(module, str) and isinstance(name, str), "a name that is no text")
         return self._calls.get(f"{module}.{name}") or Node(f"{module}.{name}")
 
-    def persistent_load(self, pid: Any) -> Any:
-        """Return the storage of ("storage", type, key, location, number of elements, ...)."""
+    def push_storage(self) -> None:
+        """Replace ("storage", type, key, location, number of elements, ...) by the storage."""
+        pid = self.stack.pop()
         is_storage = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str)
         if self._locate is None or not is_storage or not is_sizes(pid[4:5]):
             raise _PickleError("refers to objects outside the file, or to a storage without a size")
         dtype, count = _dtype_of(pid[1]), pid[4]
-        return replace(self._locate(pid[2], count * (ITEM_BYTES[dtype] if dtype else 1)), dtype=dtype)
+        self.push(replace(self._locate(pid[2], count * (ITEM_BYTES[dtype] if dtype else 1)), dtype=dtype))
 
-    def call(self, _: object = None) -> None:
-        """Call a function, or make an object without `__init__`, which is the same here; ignore keyword arguments."""
-        arguments, function = self.stack.pop(), self.stack.pop()
-        self.append(function(*arguments[:_MOST_ARGUMENTS]))
+    def push_bytes(self, layout: str) -> None:
+        """Push the range of a string of bytes without reading it."""
+        (count,) = struct.unpack(layout, self.stream.read(struct.calcsize(layout)))
+        begin = self.stream.tell()
+        if count > self.stream.size - begin:
+            raise EOFError
+        self.push(_Bytes(self._begin + begin, count))
+        self.stream.seek(count, os.SEEK_CUR)
+
+    def call(self, arguments: Any) -> None:
+        """Call the last object, or make an object without `__init__`, which is the same here."""
+        function = self.stack.pop()
+        self.push(function(*arguments[:_MOST_ARGUMENTS]))
+
+    def call_from(self, items: list[Any]) -> None:
+        """Make an object of a class, the first item, and its arguments."""
+        self.push(items[0])
+        self.call(items[1:])
 
     def build(self) -> None:
         """Set the state of the last object."""
@@ -272,45 +327,73 @@ class _Unpickler(pickle._Unpickler):
         """Put keys and values into the last object."""
         self.stack[-1].update(_checked_pairs(zip(items[::2], items[1::2], strict=True)))
 
-    def make_dict(self) -> None:
-        """Make a dict of the values since the last mark."""
-        items = self.pop_mark()
-        self.append({})
+    def push_dict(self, items: list[Any]) -> None:
+        self.push({})
         self.fill(items)
 
-    def skip_bytes(self, layout: str) -> None:
-        """Push the range of a string of bytes without reading it."""
-        (count,) = struct.unpack(layout, self.read(struct.calcsize(layout)))
-        self.append(_Bytes(self._begin + self._stream.tell(), count))
-        self._stream.seek(count, os.SEEK_CUR)  # from beyond the end, nothing more can be read
 
-    # Frames are not buffered, so that places in the file are known. Sets become lists: a set would hash its items.
-    # Opcodes of the extension registry are removed: its entries may be real functions.
-    dispatch |= {
-        pickle.FRAME[0]: lambda self: self.read(8),
-        pickle.SHORT_BINBYTES[0]: lambda self: self.skip_bytes("<B"),
-        pickle.BINBYTES[0]: lambda self: self.skip_bytes("<I"),
-        pickle.BINBYTES8[0]: lambda self: self.skip_bytes("<Q"),
-        pickle.BYTEARRAY8[0]: lambda self: self.skip_bytes("<Q"),
-        pickle.EMPTY_SET[0]: dispatch[pickle.EMPTY_LIST[0]],
-        pickle.ADDITEMS[0]: dispatch[pickle.APPENDS[0]],
-        pickle.FROZENSET[0]: dispatch[pickle.LIST[0]],
-        pickle.REDUCE[0]: call,
-        pickle.NEWOBJ[0]: call,
-        pickle.NEWOBJ_EX[0]: lambda self: self.call(self.stack.pop()),
-        pickle.BUILD[0]: build,
-        pickle.SETITEM[0]: lambda self: self.fill([self.stack.pop(), self.stack.pop()][::-1]),
-        pickle.SETITEMS[0]: lambda self: self.fill(self.pop_mark()),
-        pickle.DICT[0]: make_dict,
-    }
-    for _extension in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
-        del dispatch[_extension[0]]
+_FREE_OBJECTS, _BYTES_OF_OBJECT = 2**18, 4
+"""A pickle may make so many objects, and one more for so many of its bytes. The densest of real pickles, metadata of
+torch.distributed.checkpoint, make one in 5 bytes."""
+
+_DO: dict[str, Callable[[_Interpreter, Any], object] | None] = {
+    **dict.fromkeys(
+        ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "STRING", "BINSTRING", "SHORT_BINSTRING",
+         "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "FLOAT", "BINFLOAT"), _Interpreter.push
+    ),
+    "NONE": lambda m, _: m.push(None), "NEWTRUE": lambda m, _: m.push(True), "NEWFALSE": lambda m, _: m.push(False),
+    # Strings of bytes stay in the file.
+    "SHORT_BINBYTES": lambda m, _: m.push_bytes("<B"), "BINBYTES": lambda m, _: m.push_bytes("<I"),
+    "BINBYTES8": lambda m, _: m.push_bytes("<Q"), "BYTEARRAY8": lambda m, _: m.push_bytes("<Q"),
+    # Sets become lists: a set would hash its items.
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda m, _: m.push([])),
+    **dict.fromkeys(("LIST", "FROZENSET"), lambda m, _: m.push(m.since_mark())),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda m, _: (items := m.since_mark(), m.stack[-1].extend(items))),
+    "APPEND": lambda m, _: (item := m.stack.pop(), m.stack[-1].append(item)),
+    "EMPTY_TUPLE": lambda m, _: m.push(()), "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),
+    "TUPLE1": lambda m, _: m.push_tuple(1), "TUPLE2": lambda m, _: m.push_tuple(2),
+    "TUPLE3": lambda m, _: m.push_tuple(3),
+    "EMPTY_DICT": lambda m, _: m.push({}), "DICT": lambda m, _: m.push_dict(m.since_mark()),
+    "SETITEM": lambda m, _: m.fill([m.stack.pop(), m.stack.pop()][::-1]),
+    "SETITEMS": lambda m, _: m.fill(m.since_mark()),
+    "MARK": lambda m, _: m.marks.append(len(m.stack)), "POP_MARK": lambda m, _: m.since_mark(),
+    "POP": lambda m, _: m.pop(), "DUP": lambda m, _: m.push(m.stack[-1]),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda m, index: m.push(m.memo[index])),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda m, index: m.memo.update({index: m.stack[-1]})),
+    "MEMOIZE": lambda m, _: m.memo.update({len(m.memo): m.stack[-1]}),
+    "GLOBAL": lambda m, names: m.push(m.name_of(*names.split(" ", 1))),
+    "STACK_GLOBAL": lambda m, _: m.push(m.name_of(*[m.stack.pop(), m.stack.pop()][::-1])),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, _: m.call(m.stack.pop())),
+    "NEWOBJ_EX": lambda m, _: m.call([m.stack.pop(), m.stack.pop()][1]),
+    "OBJ": lambda m, _: m.call_from(m.since_mark()),
+    "INST": lambda m, names: m.call_from([m.name_of(*names.split(" ", 1)), *m.since_mark()]),
+    "BUILD": lambda m, _: m.build(), "BINPERSID": lambda m, _: m.push_storage(),
+    "PROTO": lambda *_: None, "FRAME": lambda *_: None, "STOP": None,
+}  # fmt: skip
+"""What opcodes do. Others are refused: the extension registry may hold real functions, and buffers are elsewhere."""
+
+_MAKING = (
+    "MARK", "EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "LIST", "FROZENSET", "DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST",
+    "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8",
+)  # fmt: skip
+"""Opcodes that make an object, or an entry of the memo, that is longer than themselves."""
+
+_OPCODES: dict[bytes, tuple[Callable[[Any], Any] | None, Callable[[_Interpreter, Any], object] | None, bool]] = {
+    opcode.code.encode("latin-1"): (
+        None if opcode.arg is None or "BYTE" in opcode.name else opcode.arg.reader, _DO[opcode.name],
+        opcode.name in _MAKING,
+    )
+    for opcode in pickletools.opcodes if opcode.name in _DO
+}  # fmt: skip
+"""The reader of an opcode's argument, what it does, and whether it makes an object."""
 
 
 def _checked_pairs(pairs: Any) -> dict[Any, Any]:
-    """Return a dict of the pairs; raise _PickleError for keys whose hash or text may take forever, as nested tuples."""
+    """Return a dict of the pairs; raise _PickleError for keys whose hash or text may take forever, as long tuples."""
     checked = {}
     for key, value in pairs:
+        _check(not isinstance(key, tuple) or len(key) <= _MOST_ARGUMENTS, "a key of a dict is a long tuple")
         for part in key if isinstance(key, tuple) else (key,):
             is_long = isinstance(part, int) and abs(part) >= 2**63
             if is_long or not isinstance(part, str | int | float | Node | None):

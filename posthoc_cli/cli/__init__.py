@@ -41,13 +41,12 @@ from posthoc_cli.cli import (
     synthesize,
     verify,
 )
-from posthoc_cli.errors import InvalidValueError, PostHocError, printable
+from posthoc_cli.errors import InvalidValueError, PostHocError, one_line
 
 # typer bundles click or uses the installed one, depending on its release; this is the base class of all usage errors
 # in either case.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 _DEBUG = "--debug"
-_LONGEST_LINE = 5_000
 
 
 class _Group(typer.core.TyperGroup):
@@ -182,8 +181,7 @@ def main() -> NoReturn:
 
 def _print_message(kind: str, message: object) -> None:
     """Print a message to stderr as one line of limited length."""
-    line = printable(" ".join(str(message).split()))
-    output.print_note(f"ema: {kind}: {line[:_LONGEST_LINE]}{'...' * (len(line) > _LONGEST_LINE)}")
+    output.print_note(f"ema: {kind}: {one_line(' '.join(str(message).split()))}")
 
 
 def _report_unexpected(kind: type[BaseException], error: BaseException, _: object) -> None:

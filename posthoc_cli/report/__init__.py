@@ -18,7 +18,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, shown
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, printable, shown
 from posthoc_cli.run import Run, summary
 from posthoc_cli.snapshots.tensor_file import read_small_file
 from posthoc_cli.sweep.results import RESULT, answer, draw
@@ -45,7 +45,7 @@ def render(runs: Run | Sequence[Run], sweeps: Sequence[Path] = (), out: Path = P
     environment = jinja2.Environment(autoescape=True, loader=loader, undefined=jinja2.StrictUndefined)
     curves = [part["curve"] for part in parts]
     return environment.get_template("page.html").render(
-        title=" and ".join(str(part["run"].directory) for part in parts),
+        title=printable(" and ".join(str(part["run"].directory) for part in parts)),
         parts=parts,
         sweeps=swept,
         errors=_picture(partial(plots.error_figure, curves)) if len(parts) > 1 else None,
@@ -79,6 +79,7 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
         raise InvalidValueError("sweep", f"holds no {RESULT}", "name the folder of a sweep", value=folder)
     try:
         result = json.loads(read_small_file(path, _MOST_BYTES))
+        json.dumps(result, ensure_ascii=False).encode()  # lone surrogates cannot be shown
         run_ids = [part["info"]["run"] for part in parts]
         if result["settings"]["run"] not in run_ids:
             names = (shown(str(run_id)[:8]) for run_id in (result["settings"]["run"], *run_ids))
@@ -95,7 +96,7 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
         part["commands"] += _commands(part["run"], result)
     except PostHocError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
         raise FileFormatError(path, "is no result of a sweep") from error
     part["sweeps"].append(swept)
     return swept

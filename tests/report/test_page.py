@@ -160,14 +160,15 @@ def test_the_command_of_a_page_makes_the_same_average(
 
 HARMS: dict[str, Any] = {
     "settings": None, "trials": [{}], "estimate": "x", "equal_within_noise": [0.1], "best": {}, "axis": 1,
+    "metric": "a\ud800",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("harm", ["empty", "list", *HARMS])
+@pytest.mark.parametrize("harm", ["empty", "list", "huge", *HARMS])
 def test_a_file_that_is_no_result_of_a_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path, harm: str) -> None:
     run, out = swept
     path, result = tmp_path / "sweep.json", json.loads((out / "sweep.json").read_text())
-    texts = {"empty": "", "list": "[]"}
+    texts = {"empty": "", "list": "[]", "huge": json.dumps(result | {"estimate": 10**400})}
     path.write_text(texts.get(harm) if harm in texts else json.dumps(result | {harm: HARMS[harm]}))
     with refused(str(path), "no result of a sweep", kind=FileFormatError):
         render(run, [tmp_path])

@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torture.victims import examine, forge
 
-from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import FileFormatError, InvalidValueError
+from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory
@@ -447,3 +447,12 @@ def test_a_foreign_file_is_no_snapshot(small: Small) -> None:
     path = forge(small("snapshot"), dict.fromkeys(read_header(small("snapshot")).metadata))
     with pytest.raises(FileFormatError, match=r"not a snapshot of this package: has no ema\.format"):
         read_snapshot(path)
+
+
+def test_errors_in_python_are_one_line_of_limited_length(tmp_path: Path) -> None:
+    """Names come from files and folders, and a terminal would obey their control characters."""
+    with pytest.raises(DirectoryError) as caught:
+        _ = Run(tmp_path / "a\x1b[31m\nb").snapshots
+    assert "a\\x1b[31m\\nb" in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(InvalidValueError("prefix", "is too long", value="x" * 10**6))) < 6_000
