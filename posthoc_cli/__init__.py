@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from posthoc_cli.checkpoints.open_run import disk_sources
     from posthoc_cli.errors import PostHocError
     from posthoc_cli.export.convert import export_file
-    from posthoc_cli.planning import Schedule, error_curve
+    from posthoc_cli.planning import error_curve
     from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel, sigma_rel_from_gamma
     from posthoc_cli.reconstruction import reconstruct
     from posthoc_cli.run import Run
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
-    "Run", "Schedule", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
+    "Run", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
     "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep",
     "synthesize", "update_bn",
 ]  # fmt: skip
@@ -41,7 +41,7 @@ __all__ = [
 _HOMES = {
     "Beta": "targets", "Between": "targets", "Decay": "targets", "Groups": "targets", "HalfLife": "targets",
     "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker", "PostHocError": "errors",
-    "PowerFunction": "profiles", "Run": "run", "Schedule": "planning", "disk_sources": "checkpoints.open_run",
+    "PowerFunction": "profiles", "Run": "run", "disk_sources": "checkpoints.open_run",
     "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
     "import_checkpoints": "checkpoints.import_run", "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction",
     "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine", "update_bn": "tracker.model_weights",

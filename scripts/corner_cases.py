@@ -22,9 +22,9 @@ from compare_peers import distances, true_averages
 from fidelity_runs import FloatArray, Tracking, compare, follow, quiet, stored, track
 from trajectories import Replay, Trajectory, record
 
-from posthoc_cli import Between, Decay, PostHocEMA, Schedule, Window
+from posthoc_cli import Between, Decay, PostHocEMA, Window
 from posthoc_cli.errors import InexactError
-from posthoc_cli.planning import USEFUL_RANGE, evaluate, relative_rounding
+from posthoc_cli.planning import USEFUL_RANGE, Schedule, evaluate, relative_rounding
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.writer import plan_pruning
 from posthoc_cli.targets import Target, as_target

@@ -40,7 +40,7 @@ def commands() -> dict:
 def test_public_names() -> None:
     assert posthoc_cli.__all__ == [
         "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
-        "Run", "Schedule", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
+        "Run", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
         "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep",
         "synthesize", "update_bn",
     ]  # fmt: skip

@@ -126,25 +126,6 @@ def test_few_snapshots_are_thinned_exactly_as_they_arrive() -> None:
     assert held(schedule.snapshots()) == held(full)
 
 
-@pytest.mark.parametrize(
-    ("keep", "taken"), [(30, 31), (30, 60), (64, 200), (500, 501), (500, 20_000), (1000, 1500), (25, 20_000)]
-)
-def test_a_long_schedule_keeps_as_many_different_snapshots_as_it_says(keep: int, taken: int) -> None:
-    schedule = Schedule((0.05, 0.28), 7 * taken + 3, 7, keep, rounding=2e-4)
-    snapshots = schedule.snapshots()
-    assert len(held(snapshots)) == 2 * keep
-    assert all(p.t % 7 == 0 and 7 <= p.t <= 7 * taken for p in snapshots)
-    assert sorted(p.t for p in snapshots)[-2:] == [7.0 * taken, 7.0 * taken]
-
-
-def test_spreading_snapshots_like_fewer_ones_is_close_to_simulating_them_all() -> None:
-    schedule, prior_of = Schedule((0.05, 0.28), 3000, 50, 30, rounding=2e-4), walking(3000.0)
-    full = thinned(range(50, 3001, 50), 30, prior_of)
-    simulated, approximated = (forecast(snapshots, prior_of(snapshots)) for snapshots in (full, schedule.snapshots()))
-    assert approximated.worst == pytest.approx(simulated.worst, rel=0.1)
-    assert approximated.median == pytest.approx(simulated.median, rel=0.15)
-
-
 def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() -> None:
     schedule = Schedule((0.05, 0.10), 10_000, 500)
     curve = error_curve(Candidate.of_schedule(schedule), (0.02, 0.28))
@@ -246,13 +227,3 @@ def test_a_range_has_its_ends_tracked_and_short_averages_are_updated_more_often(
 def test_a_plan_refuses_empty_and_fractional_values(arguments: Any, subject: str) -> None:
     with refused(subject):
         propose(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("steps", 0), ("steps", 10.5), ("sigma_rels", ()), ("sigma_rels", (0.1, 0.4)), ("max_checkpoints", 0),
-     ("checkpoint_every", 100.0)],
-)  # fmt: skip
-def test_a_schedule_refuses_empty_and_fractional_values(name: str, value: object) -> None:
-    with refused(name):
-        replace(Schedule((0.1,), 1000, 100), **{name: value})

@@ -32,6 +32,7 @@ from posthoc_cli.reconstruction import (
     expected_errors,
     reconstruct,
     relative_width,
+    thinned_subset,
 )
 from posthoc_cli.targets import Target
 
@@ -61,9 +62,10 @@ class Candidate:
 
     @classmethod
     def of_schedule(cls, schedule: Schedule) -> Candidate:
-        """Return the snapshots that a schedule will leave, if the network moves evenly."""
+        """Return the snapshots that a schedule will leave, if the network moves evenly; of very many some."""
         label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
         snapshots = schedule.snapshots()
+        snapshots = [snapshots[index] for index in thinned_subset(snapshots)]
         return cls(label, snapshots, assumed_prior(snapshots, schedule.rounding, Motion.even(schedule.steps)))
 
     @property

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from posthoc_cli.dtypes import EPS, WORDS
-from posthoc_cli.errors import InvalidValueError, check_count
-from posthoc_cli.profiles import FloatArray, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
+from posthoc_cli.profiles import FloatArray, PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import (
     MOST_SOLVED,
     ROUNDING,
@@ -22,16 +21,6 @@ from posthoc_cli.reconstruction import (
     one_blas_thread,
     thinned_subset,
 )
-
-MOST_TIMES = 20_000
-MOST_SNAPSHOTS = 2_048
-"""Limits of a schedule: with 2,048 snapshots the dense solve takes seconds."""
-
-_SIMULATED_TIMES = 8
-"""Limit of the arrivals in a simulation of thinning, as a multiple of the snapshots kept; more change little."""
-
-_SIMULATED_SNAPSHOTS = 24
-"""Limit of the snapshots per profile in a simulation; more snapshots are spread with the same density."""
 
 
 def relative_rounding(dtype: str) -> float:
@@ -57,19 +46,6 @@ class Schedule:
     max_checkpoints: int | None = None
     rounding: float = 0.0
 
-    def __post_init__(self) -> None:
-        check_tracked(self.sigma_rels)
-        for name in ("steps", "checkpoint_every", "max_checkpoints"):
-            if (value := getattr(self, name)) is not None:
-                check_count(name, value)
-        check_interval(self.checkpoint_every, self.steps)
-        kept = self.kept * len(self.sigma_rels)
-        if self.taken > MOST_TIMES or kept > MOST_SNAPSHOTS:
-            schedule = f"takes snapshots at {self.taken:,} times and keeps {kept:,}"
-            reason = f"{schedule}; at most {MOST_TIMES:,} and {MOST_SNAPSHOTS:,} are supported"
-            hint = "use a larger one, or fewer max_checkpoints"
-            raise InvalidValueError("checkpoint_every", reason, hint, value=f"{self.checkpoint_every:,}")
-
     @property
     def taken(self) -> int:
         """The number of times at which snapshots are taken."""
@@ -87,60 +63,20 @@ class Schedule:
         if self.kept == self.taken:
             counts = range(1, self.taken + 1)
             return [PowerFunction(gamma, float(count * self.checkpoint_every)) for count in counts for gamma in gammas]
-        if self.kept > _SIMULATED_SNAPSHOTS:
-            return self._spread_like(self._with_fewer().snapshots(motion))
-        stride = max(1, self.taken // (_SIMULATED_TIMES * self.kept))
         left: list[PowerFunction] = []
-        # The first time is chosen so that the last one is reached in strides.
-        for count in range(self.taken - (self.taken - 1) // stride * stride, self.taken + 1, stride):
+        for count in range(1, self.taken + 1):
             left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
             if len(left) > self.kept * len(gammas):
                 prior = assumed_prior(left, self.rounding, motion)
-                spared = max(1, spared_times(self.kept) // stride)
+                spared = spared_times(self.kept)
                 dropped = set(snapshots_to_drop(left, prior, self.kept, range_of(self.sigma_rels), spared))
                 left = [p for index, p in enumerate(left) if index not in dropped]
         return left
-
-    def _with_fewer(self) -> Schedule:
-        """Return a schedule small enough to simulate; each snapshot represents several, whose roundings average out."""
-        share = _SIMULATED_SNAPSHOTS / self.kept
-        every = self.steps // max(round(self.taken * share), _SIMULATED_SNAPSHOTS)
-        rounding = self.rounding * share**0.5
-        return replace(self, checkpoint_every=every, max_checkpoints=_SIMULATED_SNAPSHOTS, rounding=rounding)
-
-    def _spread_like(self, fewer: Sequence[PowerFunction]) -> list[PowerFunction]:
-        """Return as many snapshots as this schedule keeps, with the density of `fewer` snapshots, by profile."""
-        spread = []
-        for gamma in {p.gamma: None for p in fewer}:
-            times = [0.0, *sorted(p.t for p in fewer if p.gamma == gamma)]
-            wanted = np.linspace(0, len(times) - 1, self.kept + 1)[1:]
-            at = np.interp(wanted, np.arange(len(times)), times) * self.taken / times[-1]
-            number = np.arange(self.kept)
-            # Distinct multiples of checkpoint_every that end with the last one.
-            counts = np.maximum.accumulate(np.maximum(at.round(), 1) - number) + number
-            counts = np.minimum(counts, self.taken - number[::-1])
-            spread += [PowerFunction(gamma, float(count * self.checkpoint_every)) for count in counts]
-        return sorted(spread, key=lambda p: (p.t, -p.gamma))
 
 
 def powers(sigma_rels: FloatArray, t: float) -> list[PowerFunction]:
     """Return the power functions of these widths at time `t`."""
     return [PowerFunction.from_sigma_rel(float(sigma_rel), t) for sigma_rel in sigma_rels]
-
-
-def check_tracked(sigma_rels: Sequence[float]) -> None:
-    """Raise an InvalidValueError unless there is at least one sigma_rel and all are in range."""
-    if not sigma_rels:
-        raise InvalidValueError("sigma_rels", "must be at least one")
-    for sigma_rel in sigma_rels:
-        check_sigma_rel(sigma_rel, "sigma_rels")
-
-
-def check_interval(checkpoint_every: int, steps: int) -> None:
-    """Raise an InvalidValueError if no snapshot would be taken."""
-    if checkpoint_every > steps:
-        reason = f"must be at most steps ({steps:,}), or no snapshot is ever taken"
-        raise InvalidValueError("checkpoint_every", reason, value=f"{checkpoint_every:,}")
 
 
 def listed(sigma_rels: Sequence[float]) -> str:

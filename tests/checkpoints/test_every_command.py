@@ -44,11 +44,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_plan_moves_like_the_checkpoints(ema: Ema, run: Path) -> None:
     """This random walk moves as is assumed without a run: the errors are the same."""
-    fixed = "--steps 5000 --params 1M --max-size 1GB --sigma-rels 0.05,0.28 --dtype float32 --checkpoint-every 500"
-    (even,) = ema("plan", *fixed.split(), "--json").json["proposals"]
-    report = ema("plan", *fixed.split(), "--like", run / "own", "--json").json
-    assert report["proposals"][0]["predicted_error"] == pytest.approx(even["predicted_error"], rel=0.1)
-    assert report["like"] == str(run / "own")
+    task = ["--steps", "5000", "--params", "1M", "--json"]
+    (even,) = (each for each in ema("plan", *task).json["schedules"] if each["name"] == "fine")
+    report = ema("plan", *task, "--like", run / "own").json
+    (like,) = (each for each in report["schedules"] if each["name"] == "fine")
+    assert like["predicted_error"] == pytest.approx(even["predicted_error"], rel=0.1)
+    assert report["assumption"] == f"the network moves as in {run / 'own'}"
 
 
 def test_checkpoints_are_not_called_snapshots(ema: Ema, run: Path) -> None:

@@ -213,8 +213,7 @@ for line in (
     "synthesize run --sigma-rel 0.1 --layout sharded --max-shard-size 20 --out shards",
     "export a.safetensors --out c.safetensors", "error-plot run --out a.png", "error-plot run --out a.csv",
     "error-plot run --out a.svg",
-    "plan --steps 1000 --params 10 --max-size 1MB --like run --sigma-rels 0.05,0.28 --dtype float16 "
-    "--max-checkpoints 4 --checkpoint-every 100 --out a.pdf",
+    "plan --steps 1000 --params 10 --like run --out a.pdf",
 ):
     sys.argv = ["ema", *line.split()]
     try:

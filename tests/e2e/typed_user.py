@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from posthoc_cli import Beta, PostHocEMA, Run, Schedule, Window, synthesize
+from posthoc_cli import Beta, PostHocEMA, Run, Window, synthesize
 
 
 def train(model: torch.nn.Module, directory: Path) -> dict[str, torch.Tensor]:
@@ -31,5 +31,4 @@ def choose(directory: Path) -> dict[str, torch.Tensor]:
     report = run.write([0.05, 0.10], directory / "out", max_error=0.01)
     if report is not None:
         print(report.to_dict())
-    print(Schedule((0.05, 0.28), steps=1000, checkpoint_every=100))
     return run.average(0.15, dtype="bfloat16")
