@@ -662,7 +662,7 @@ def stored_in(path: Path, weights: bool = False) -> Checkpoint:
         if len(alone) != 1 and not _EMA_NAME.search(path.name):
             keys = names_in([".".join(key) for key in _sets_of_tensors(indexed) if len(key) == 1])
             reason = f"holds no average that its keys name ({keys})" if keys else "holds no average that a key names"
-            raise FileFormatError(path, reason, "export the raw weights with `weights`")
+            raise FileFormatError(path, reason, "export the raw weights with --weights (weights=True in Python)")
         tensors = indexed.under(*alone[0]) if len(alone) == 1 else indexed.model_tensors()
     return make_checkpoint(path, tensors, Point(1.0), 1)
 
