@@ -280,7 +280,9 @@ def _reconstruct(
     if predicted is None or predicted > _MOST_MISSING:
         error = "an unknown error" if predicted is None else f"an error of {percent(predicted)}"
         reason = f"{at}, and would be reconstructed with {error}; at most {percent(_MOST_MISSING)} is accepted"
-        hint = "restore a checkpoint of another step with a snapshot, or track fewer: from_model(..., sigma_rels=...)"
+        steps = [snapshot.info.step for snapshot in snapshots if snapshot.info.sigma_rel == sigma_rel]
+        anyway = f"from_model(..., resume={max(steps)}), whatever the weights; " if steps else ""
+        hint = f"restore a checkpoint of another step; or {anyway}or track fewer: from_model(..., sigma_rels=...)"
         raise DirectoryError(directory, reason, hint)
     if tracked.leads:
         log.warning("%s: %s: it is reconstructed, with a predicted error of %s", directory, at, percent(predicted))

@@ -232,6 +232,20 @@ def test_a_run_resumes_without_a_profile_whose_snapshots_were_deleted_only_on_re
     assert [(d.t, d.sigma_rel) for d in last.measurements.distances] == [(5, 0.05), (10, 0.05)]
 
 
+def test_a_run_whose_newest_time_is_incomplete_names_the_step_that_resumes_it(tmp_path: Path) -> None:
+    """As after a kill between the two files of a time, early in a training."""
+    model = tiny_model()
+    watched_run(model, tmp_path, 10)
+    max(tmp_path.glob("*-0.28.safetensors")).unlink()
+    with (
+        PostHocEMA.from_path(tmp_path, model) as tracker,
+        pytest.raises(DirectoryError, match=r"no snapshot at step 10, .*; or from_model\(\.\.\., resume=5\), whatever"),
+    ):
+        tracker.update_(model)
+    with PostHocEMA.from_model(model, tmp_path, (0.05, 0.28), **SETTINGS, resume=5) as tracker:
+        Watched(tracker).train(model, 6, 10)
+
+
 SPOIL: dict[str, Callable[[Path], object]] = {
     "removed": Path.unlink,
     "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
