@@ -11,7 +11,7 @@ Ordinary EMAs, with the places of the average and of the weights, and what the f
     timm                    `state_dict_ema`                  `state_dict`             absent
     Lightning               `state_dict`                      `current_model_state`    absent; `n_averaged`
     torch's AveragedModel   `module.*` next to `n_averaged`   another group            absent; `n_averaged`
-    ema-pytorch's EMA       `ema_model.*`                     `online_model.*`         its defaults, and `step`
+    ema-pytorch's EMA       `ema_model.*`                     `online_model.*`         absent; `step`
     LitEma                  `model_ema.*` without dots        in the same group        `decay`, `num_updates`
     torch-ema               a list `shadow_params`            another group            `decay`, `num_updates`
     mmengine's EMAHook      `state_dict`                      `ema_state_dict`         absent; `steps`
@@ -394,7 +394,7 @@ def _ema_pytorch(indexed: IndexedCheckpoint) -> _FoundEMA | None:
         averaged, weights = _without_prefix(group, "ema_model."), _without_prefix(group, "online_model.")
         calls = _as_count(indexed.number(*parent, "step"))
         if averaged and calls:
-            updates = Updates({"decay": 0.9999, "warm_up": "power", "copies": 101}, calls, 10, True)
+            updates = Updates({"warm_up": "power"}, calls, from_first=True, counts_calls=True)
             return _FoundEMA(averaged, weights or _model_tensors(indexed, parent), updates)
     return None
 
@@ -612,6 +612,10 @@ def _read_ordinary(
             reason = f"must be given, ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
             raise InvalidValueError("ema_warmup", reason)
         step = -(-step // every) * every
+    if found.updates.counts_calls and settings.ema_decay is not None and settings.update_every is None:
+        raise InvalidValueError(
+            "update_every", f"must be given: files of {library[:-4]} do not say it; its default is 10"
+        )
     if weights and (others := sorted(averaged.keys() - weights.keys())):
         reason = f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"
         raise FileFormatError(path, reason)
@@ -662,7 +666,7 @@ def stored_in(path: Path, weights: bool = False) -> Checkpoint:
         if len(alone) != 1 and not _EMA_NAME.search(path.name):
             keys = names_in([".".join(key) for key in _sets_of_tensors(indexed) if len(key) == 1])
             reason = f"holds no average that its keys name ({keys})" if keys else "holds no average that a key names"
-            raise FileFormatError(path, reason, "export the raw weights with --weights (weights=True in Python)")
+            raise FileFormatError(path, reason, "say weights to export the raw ones")
         tensors = indexed.under(*alone[0]) if len(alone) == 1 else indexed.model_tensors()
     return make_checkpoint(path, tensors, Point(1.0), 1)
 

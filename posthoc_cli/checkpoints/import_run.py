@@ -145,10 +145,13 @@ def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[I
     settings = replace(
         given,
         ema_decay=decay,
-        ema_warmup=given.ema_warmup or audit.warm_up or ("none" if sources[0].info.t_unit == "images" else None),
+        ema_warmup=given.ema_warmup or audit.warm_up or "none",
         ema_uncertainty=sigma if decay == audit.found else sigma / 2,  # a rounded decay is probably exact
     )
-    return _with_starts(settings, audit), [f"found: {audit.text}" + f"; taken as {decay:g}" * (decay != audit.found)]
+    settings = _with_starts(settings, audit)
+    if settings.update_after_step is None and any(one.updates and one.updates.counts_calls for one in sources):
+        settings = replace(settings, update_after_step=0)
+    return settings, [f"found: {audit.text}" + f"; taken as {decay:g}" * (decay != audit.found)]
 
 
 def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:

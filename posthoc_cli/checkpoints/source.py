@@ -246,14 +246,16 @@ class Updates:
     Attributes:
         rule: arguments of `profiles.other_libraries.DecayRule`; without "decay" if the file does not hold it.
         count: number of updates; None if the file does not hold it.
-        every: calls between updates by the library's default; for EDM images of a batch, 0 if they are unknown.
+        every: calls between updates; for EDM images of a batch, 0 if they are unknown.
         from_first: whether the first call is an update, and not call number `every`.
+        counts_calls: whether the file counts calls, and does not say how many there are between two updates.
     """
 
     rule: dict[str, Any] = field(default_factory=dict)
     count: int | None = None
     every: int = 1
     from_first: bool = False
+    counts_calls: bool = False
 
     def profile(self, path: Path, step: int, settings: ImportSettings, default_decay: float) -> OrdinaryEMA | None:
         """Return the profile at a step, with the default decay if none is known; None if that is 0."""
@@ -272,9 +274,9 @@ class Updates:
             rule |= {"late": settings.ema_late or 0} if after else {}
         elif count > step:
             raise FileFormatError(path, f"has counted {count:,} updates of its EMA, and is of step {step:,}")
-        elif self.every > 1:  # calls are counted, of which the first is an update
-            if settings.update_after_step is not None:
-                rule["copies"] = after + 1
+        elif self.counts_calls:
+            usual = 100 if settings.ema_decay is not None else 0  # ema-pytorch's default; found EMAs are as found
+            rule["copies"] = 1 + (usual if settings.update_after_step is None else after)
             rule["stride"], first, count = every, step - count + 1, (count - 1) // every + 1
         else:
             if settings.update_every is None and count:

@@ -173,6 +173,9 @@ def fit_motion(
     cells, walks, noises, rounding = influences(edges, distances, steps)
     segment = np.clip(np.searchsorted(edges, cells.edges[:-1], side="right") - 1, 0, segments - 1)
     first = np.flatnonzero(np.diff(segment, prepend=-1))  # the first cell of each segment
+    # Averages that should be equal, and differ, are not what their files say: no motion explains them.
+    explained = walks.any(axis=1) | (rounding > 0)
+    walks, noises, rounding = walks[explained], noises[explained], rounding[explained]
     influence = np.add.reduceat(walks, first, axis=1) * walk
     knows_noise = len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and known.noise.any())
     if knows_noise and may_have_noise:

@@ -126,17 +126,17 @@ def averaged_model(folder: Path) -> dict[str, Any]:
     return {"ema_decay": DECAY}
 
 
-def ema_pytorch(folder: Path) -> dict[str, Any]:
+def ema_pytorch(folder: Path, update_every: int = 5, update_after_step: int = 20) -> dict[str, Any]:
     library = pytest.importorskip("ema_pytorch")
     online = network()
-    average = library.EMA(online, beta=DECAY, update_every=5, update_after_step=20)
+    average = library.EMA(online, beta=DECAY, update_every=update_every, update_after_step=update_after_step)
 
     def update(model: torch.nn.Module) -> None:
         online.load_state_dict(model.state_dict())
         average.update()
 
     replay(update, lambda step, _: torch.save(average.state_dict(), folder / f"step{step}.pt"))
-    return {"ema_decay": DECAY, "update_every": 5, "update_after_step": 20}
+    return {"ema_decay": DECAY, "update_every": update_every, "update_after_step": update_after_step}
 
 
 def rewritten(folder: Path, update: Average, form: Callable[[int, Weights, Weights], Any]) -> None:
@@ -289,6 +289,22 @@ def test_the_decay_is_found(tmp_path: Path, ema: Ema, caplog: pytest.LogCaptureF
         assert "decay 0.99" in done.error
     import_checkpoints(tmp_path / "x", tmp_path / "said", ema_decay=DECAY)
     assert error_of(Run(tmp_path / "said"))[0] == pytest.approx(error_of(Run(tmp_path / "run"))[0], rel=0.1)
+
+
+def test_the_interval_of_ema_pytorch_is_not_guessed(tmp_path: Path) -> None:
+    """Its files count calls, and do not say how many there are between two updates."""
+    (folder := tmp_path / "x").mkdir()
+    ema_pytorch(folder, 1, 0)
+    (audit,) = Run(folder).audit()
+    assert audit.verdict == "found"
+    assert audit.found == pytest.approx(min(DECAY, 1 - STEPS ** (-2 / 3)), abs=1e-3)  # its warm-up
+    error, predicted = error_of(Run(import_checkpoints(folder, tmp_path / "found").out or ""))
+    assert 0.3 < error / predicted < 2.5
+    with pytest.raises(errors.InvalidValueError, match=r"update_every: must be given: .*ema-pytorch .*default is 10"):
+        import_checkpoints(folder, tmp_path / "asked", ema_decay=DECAY)
+    # By default the library copies the weights for 100 calls, which these files did not: distances contradict that.
+    assumed = import_checkpoints(folder, tmp_path / "assumed", ema_decay=DECAY, update_every=1)
+    assert error_of(Run(assumed.out or ""))[0] < 2 * error
 
 
 def test_the_decay_is_found_though_some_of_the_files_say_theirs(tmp_path: Path) -> None:

@@ -231,9 +231,7 @@ def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path: Path, 
     torch.save({"model": named(train()[-1]), "optimizer": {}}, tmp_path / "last.pt")
     refused = ema("export", tmp_path / "last.pt", "--out", tmp_path / "model.safetensors")
     assert refused.code == 1
-    assert (
-        "last.pt: holds no average that its keys name ('model'); export the raw weights with --weights" in refused.err
-    )
+    assert "last.pt: holds no average that its keys name ('model'); say weights to export the raw ones" in refused.err
     assert not (tmp_path / "model.safetensors").exists()
     torch.save({"ema": named(train()[-1]), "step": 3}, tmp_path / "alone.pt")
     assert ema("export", tmp_path / "alone.pt", "--out", tmp_path / "alone.safetensors").code == 0

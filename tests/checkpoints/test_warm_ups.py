@@ -51,7 +51,7 @@ def test_what_nobody_says_is_found(case: str, tmp_path: Path) -> None:
     (line,) = done.checks
     assert re.search(f"^found: .*{said}", line), line
     settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
-    assert settings.get("ema_warmup") == warm_up
+    assert settings.get("ema_warmup") == (warm_up or "none")
     found = [settings["update_after_step"]] if case == "late" else settings.get("ema_restarts", [])
     assert found == [pytest.approx(step, abs=30 if warm_up else 15) for step in begun]
     error, predicted = error_of(Run(tmp_path / "run"))
