@@ -612,10 +612,12 @@ def _read_ordinary(
             reason = f"must be given, ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
             raise InvalidValueError("ema_warmup", reason)
         step = -(-step // every) * every
-    if found.updates.counts_calls and settings.ema_decay is not None and settings.update_every is None:
-        raise InvalidValueError(
-            "update_every", f"must be given: files of {library[:-4]} do not say it; its default is 10"
-        )
+    if found.updates.counts_calls and settings.ema_decay is not None:
+        for name, usual in (("update_every", 10), ("update_after_step", 100)):
+            if getattr(settings, name) is None:
+                raise InvalidValueError(
+                    name, f"must be given: {path.name} does not say it; the default of the library is {usual}"
+                )
     if weights and (others := sorted(averaged.keys() - weights.keys())):
         reason = f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"
         raise FileFormatError(path, reason)

@@ -275,8 +275,7 @@ class Updates:
         elif count > step:
             raise FileFormatError(path, f"has counted {count:,} updates of its EMA, and is of step {step:,}")
         elif self.counts_calls:
-            usual = 100 if settings.ema_decay is not None else 0  # ema-pytorch's default; found EMAs are as found
-            rule["copies"] = 1 + (usual if settings.update_after_step is None else after)
+            rule["copies"] = 1 + after
             rule["stride"], first, count = every, step - count + 1, (count - 1) // every + 1
         else:
             if settings.update_every is None and count:
