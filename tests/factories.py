@@ -286,33 +286,10 @@ def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     """Return the averages in a tracker's state by sigma_rel and name, in float64, see `snapshots.format`."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, high in state["high"].items():
-        low, mean = state["low"][key], _means(state, key)
         mass = 1 - (state["folded_t"] / (state["averages_t"] or 1.0)) ** (exact_gamma(float(key)) + 1)
         found[key] = {}
         for name, one in high.items():
-            total = one.double()
-            if state["folds"] is None and name in low:
-                total += low[name].view(torch.bfloat16).double()
-            found[key][name] = total + mass * (mean[name].double() - total) if name in low else one
-    return found
-
-
-def _means(state: Mapping[str, Any], key: str) -> dict[str, torch.Tensor]:
-    """Return the mean of a profile in a state."""
-    first, *_, last = keys = [*map(repr, state["sigma_rels"])] * 2
-    if state["folds"] is None or len(keys) == 2:
-        return dict(state["mean"])
-    most, own, least = (exact_gamma(float(one)) for one in (first, key, last))
-    found = {}
-    for name, mean in state["mean"].items():
-        if name in state["low"][key]:
-            upper = mean.numpy().view(np.uint32)
-            bits = [
-                upper << 16 | state["low"][first][name].numpy().view(np.uint16),
-                upper & 0xFFFF0000 | state["low"][last][name].numpy().view(np.uint16),
-            ]
-            means = [torch.from_numpy(one.astype(np.uint32).view(np.float32)).double() for one in bits]
-            found[name] = means[0] + (most - own) / (most - least) * (means[1] - means[0])
+            found[key][name] = one.double() + mass * (state["mean"][key][name].double() - one.double())
     return found
 
 

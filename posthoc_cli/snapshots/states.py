@@ -16,9 +16,9 @@ from posthoc_cli.snapshots import headers
 class StateInfo:
     """A tracker's state without its tensors, as of the last call; fields `averages_...` are as of the last update.
 
-    Values are 0 before the first update; `updates` is None if unknown. `window`, `folded_t`, `folds` and `inherited`
-    are those of `tracker.running.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are the header checksums
-    of the snapshots on disk.
+    Values are 0 before the first update; `updates` is None if unknown. `window`, `folds`, `folded_t`, `shared` and
+    `inherited` are those of `tracker.averages.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are the
+    header checksums of the snapshots on disk.
     """
 
     run_id: fmt.RunId
@@ -32,8 +32,9 @@ class StateInfo:
     max_interval: float
     updates: int | None
     window: int
+    folds: int
     folded_t: float
-    folds: int | None
+    shared: bool
     inherited: tuple[float, ...]
     schedule: fmt.TrackingSchedule
     clock: tuple[float, ...]

@@ -34,9 +34,9 @@ from posthoc_cli.snapshots.sources import Snapshot, SnapshotBoxes, Source
 from posthoc_cli.snapshots.writer import DirectoryLock
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import plan_synthesis
+from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.layout import FlatTensors
 from posthoc_cli.tracker.model_tensors import TrackedModel
-from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
 from posthoc_cli.tracker.sharding import Group
 from posthoc_cli.tracker.state import (
     Settings,
@@ -256,10 +256,10 @@ def _rounded_state(
     )
     with newest.open(tracked.boxes()) as file:
         copies = {name: read_tensor(file, name) for name, tensor in tracked.tensors.items() if tensor.role == "copy"}
-    standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, 0, inherited)
-    averages = RunningAverages(
-        tuple(sigma_rels), standing, kept, copies, known_path=path_of_part(last.sketch, tracked.part)
+    standing = Standing(
+        last.t, last.step, last.t_first, last.max_interval, last.updates, 0, 0, last.t, False, inherited
     )
+    averages = Averages(tuple(sigma_rels), standing, kept, copies, known_path=path_of_part(last.sketch, tracked.part))
     progress = TrainingProgress.resumed(ClockRecorder.of_knots(last.clock_pairs))
     return Tracking(last.run_id, progress, tracked, averages)
 

@@ -53,10 +53,10 @@ from posthoc_cli.snapshots.writer import (
     set_aside,
     thin,
 )
+from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.measuring import Subset, measurements
 from posthoc_cli.tracker.resuming import ways_to_resume
-from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.staging import StagedAverages
 from posthoc_cli.tracker.state import Settings, Tracking
@@ -251,7 +251,7 @@ class Snapshotter:
             )
         self._stored = own
 
-    def holding(self, averages: RunningAverages, norms: Mapping[float, float]) -> frozenset[str]:
+    def holding(self, averages: Averages, norms: Mapping[float, float]) -> frozenset[str]:
         """Return the header checksums of the snapshots off the schedule that hold these averages, of these norms.
 
         A state that was saved before such a snapshot was written does not list it. Averages of another attempt at the

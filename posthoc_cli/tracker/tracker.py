@@ -25,6 +25,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.codecs import encode_path, joined_paths
 from posthoc_cli.snapshots.states import StateInfo
+from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
@@ -37,7 +38,6 @@ from posthoc_cli.tracker.model_tensors import (
 from posthoc_cli.tracker.optimizer import Attachment, WeakModel, attach
 from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.resuming import Start
-from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.sharding import Group, ShardOwners
 from posthoc_cli.tracker.staging import squared_norms
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info, unpack_state
@@ -309,7 +309,7 @@ class Tracker:
         loaded = unpack_state(state, self.settings, self._pipeline.tracking.tracked)
         if self.keeps_averages:
             return loaded
-        return replace(loaded, averages=RunningAverages.none_yet(self.settings.sigma_rels))
+        return replace(loaded, averages=Averages.none_yet(self.settings.sigma_rels))
 
     def _write_from(self, loaded: Tracking, norms: Mapping[float, float]) -> None:
         """Become the directory's writer, and set aside snapshots that are not of the state's training."""

@@ -33,8 +33,8 @@ from posthoc_cli.reconstruction.motion import (
 )
 from posthoc_cli.reconstruction.prior import Prior, assumed_prior
 from posthoc_cli.reconstruction.solving import expected_errors
+from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import BucketTile, LayoutReader, lay_out
-from posthoc_cli.tracker.running import RunningAverages
 
 START = 2.0
 EDGES = np.array([START, *range(50, 1001, 50)])
@@ -308,12 +308,12 @@ def test_the_distance_to_the_weights_counts_if_they_are_much_shorter_than_the_av
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.28])
 @pytest.mark.parametrize("steps", [9, 31, 201, 1001, 4001])
 def test_the_rounding_of_updates_is_that_of_the_hooks_averages(steps: int, sigma_rel: float) -> None:
-    """Means of 32 values are rounded at each value, averages at each fold, and once more when they are read."""
+    """Means of up to 256 values are rounded at each value, averages at each fold, and once more when they are read."""
     size = 2000
     generator = np.random.default_rng(0)
     model = torch.from_numpy(generator.normal(size=size).astype(np.float32))
     reader = LayoutReader.of_tensors(lay_out({"w": model}), {"w": model})
-    averages, gammas = RunningAverages.none_yet((0.05, 0.28)), (exact_gamma(0.05), exact_gamma(0.28))
+    averages, gammas = Averages.none_yet((0.05, 0.28)), (exact_gamma(0.05), exact_gamma(0.28))
     gamma, exact = exact_gamma(sigma_rel), np.zeros(size)
     for k in range(1, steps + 1):
         model += torch.from_numpy(generator.normal(size=size).astype(np.float32) * 0.01)
@@ -323,7 +323,7 @@ def test_the_rounding_of_updates_is_that_of_the_hooks_averages(steps: int, sigma
     profile, measured = RecordedPowerFunction(gamma, float(k), 1.0, 1.0), Measurements(float(exact @ exact), 0.0)
     stored = StoredAverage(profile, k, 2.0**-23, measured, gammas=gammas)
     error = np.sum((computed - exact) ** 2) / measured_prior([stored]).arithmetic[0]
-    assert 0.5 < error < 1.6
+    assert 0.4 < error < 1.6  # the open window has fewer values than the others
 
 
 def test_without_motion_or_without_distances_the_prior_is_defined() -> None:

@@ -44,8 +44,8 @@ dcp.save({"ema": ema}, checkpoint_id=folder / f"closed-{after}")
 
 
 def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    found = {"copies": state["copies"], "mean": state["mean"]}
-    for kind in ("high", "low"):
+    found = {"copies": state["copies"]}
+    for kind in ("high", "mean"):
         found |= {f"{kind}/{key}": own for key, own in state[kind].items()}
     return {f"{kind}/{name}": tensor for kind, own in found.items() for name, tensor in own.items()}
 
@@ -125,7 +125,7 @@ complete = torch.load(folder / "state.pt") | {key: own[key] for key in ("run_id"
 ema.load_state_dict(complete)
 again = ema.state_dict()
 assert again["high"].keys() == {"0.1", "0.2"}
-for kind in ("high", "low"):
+for kind in ("high", "mean"):
     for name, tensor in again[kind]["0.2"].items():
         parameter = dict(model.named_parameters())[name]
         assert isinstance(tensor, DTensor) and tensor.placements == parameter.placements
