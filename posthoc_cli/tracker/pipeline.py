@@ -60,7 +60,7 @@ from posthoc_cli.tracker.staging import (
     stage,
 )
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info
-from posthoc_cli.tracker.worker import SINGLE_THREAD, BackpressureMonitor, ThreadPool, Worker, divisor, end_threads
+from posthoc_cli.tracker.worker import SINGLE_THREAD, BackpressureMonitor, ThreadPool, Worker, end_threads
 
 log = logging.getLogger(__name__)
 
@@ -120,13 +120,8 @@ class Pipeline:
         self._storage: StorageLayout | None = None
         self._host_memory: list[HostTensors] | None = None
         self._readers: WeakSet[LiveAverages] = WeakSet()
-        every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
-        self._update_monitor = BackpressureMonitor(
-            "an update of the averages", "update_every", lambda factor: divisor(snapshots, every * factor)
-        )
-        self._write_monitor = BackpressureMonitor(
-            "writing snapshots", "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every)
-        )
+        self._update_monitor = BackpressureMonitor("an update of the averages", "update_every")
+        self._write_monitor = BackpressureMonitor("writing snapshots", "checkpoint_every")
         _pipelines.add(self)
 
     @property

@@ -160,8 +160,8 @@ class Tracker:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
 
         A step that a GradScaler skips does not count. `optimizer.step()` raises the errors of `update_`. Trackers of
-        several directories may be attached to one optimizer. An earlier one of the same directory and model is closed,
-        with a warning: when a notebook's cell runs again, nothing else can close it.
+        several directories may be attached to one optimizer; of one directory the last one is. Steps of other
+        optimizers do not count: after replacing one, `detach` and attach again. `close` logs how many steps counted.
 
         Arguments:
             optimizer: the optimizer that trains the model, also accelerate's; of several, the one that steps last.
@@ -173,7 +173,6 @@ class Tracker:
         Raises:
             InvalidValueError: not an optimizer, a second one, a tracker without model, or no `t` for this run's clock.
             NotReadyError: this tracker is closed.
-            others: closing the other tracker failed. This tracker is not attached then; the next attempt will succeed.
         """
         self._calls.check_open()
         self._attachment = attach(self, optimizer, self._model, t, self._attachment)
@@ -202,8 +201,6 @@ class Tracker:
             RankError: another process that keeps a part of the averages has failed.
         """
         self._calls.check_process()
-        if self._attachment is not None:
-            self._attachment.check_steps()
         self._pipeline.flush()
         self._pending = self._take_error()
         self._raise_pending()
@@ -242,8 +239,9 @@ class Tracker:
         The last snapshot is that of `snapshot`. The averages can still be read. The end of a `with` block or of the
         process does the same.
         """
-        if self._attachment is not None:
-            self._attachment.check_steps()
+        if self._attachment is not None and self._attachment.optimizer is not None:
+            counted = self._attachment.steps
+            log.info("%s: %d steps of the attached optimizer were counted", self.checkpoint_dir, counted)
         self.detach()
         self._calls.closed = True
         if self._calls.is_forked:
