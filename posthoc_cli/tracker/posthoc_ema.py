@@ -74,8 +74,7 @@ class PostHocEMA(Tracker):
 
         Arguments:
             model: the model to track, wrapped or bare: names are those of the bare model.
-            checkpoint_dir: the directory for the snapshots, created if it is missing; or a URL, s3://, gs:// or az://,
-                see `ema guide remote`. One run per directory.
+            checkpoint_dir: the directory for the snapshots, created if it is missing. One run per directory.
             sigma_rels: profiles to track; two reach almost everything between them, see `ema error-plot`.
             update_every, update_after_step: averages are updated at multiples of the first, after the second.
             checkpoint_every: snapshots are due at its multiples; it must be a multiple of update_every, whose default
@@ -211,12 +210,12 @@ class PostHocEMA(Tracker):
     @overload
     def state_dict(
         self, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None, full: bool = False, alone: bool = False,
+        dtype: Dtype = None, method: str | None = None, full: bool = False,
     ) -> Weights: ...  # fmt: skip
 
     def state_dict(
         self, sigma_rel: Wanted | None = None, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None, full: bool = False, alone: bool = False,
+        dtype: Dtype = None, method: str | None = None, full: bool = False,
     ) -> Weights | dict[str, Any]:  # fmt: skip
         """Return averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
 
@@ -232,7 +231,6 @@ class PostHocEMA(Tracker):
             dtype: dtype of the averages; None for each parameter's own.
             method: the solver, "minvar" or "paper"; None for the first.
             full: for a sharded model, complete tensors in rank 0, gathered one by one, and none in other ranks.
-            alone: see `model`.
 
         Returns:
             Copies of the tensors by name, on the CPU, with their `predicted_error`. For a sharded model, whose
@@ -244,12 +242,12 @@ class PostHocEMA(Tracker):
         if sigma_rel is None:
             return self._own_state()
         model, query = self._chunked_model(), Query(sigma_rel, t, step, dtype, method)
-        weights = self._synthesizer(model, alone, f"state_dict({query}{', full' * full})").weights(query)
+        weights = self._synthesizer(model, f"state_dict({query}{', full' * full})").weights(query)
         return weights if model is None else as_dtensors(weights, model, full)
 
     def model(
         self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None, alone: bool = False,
+        dtype: Dtype = None, method: str | None = None,
     ) -> WithStatement[Module]:  # fmt: skip
         """Return a context manager that gives the model averaged weights, in eval mode, for a `with` block.
 
@@ -261,7 +259,7 @@ class PostHocEMA(Tracker):
 
         In a group of processes all that have made a tracker of this directory make the call, between the same two calls
         of `update_`. Of a sharded model each process fills the chunks that it holds; no complete tensor is made. An
-        error in one process is raised in all. With `alone=True` the writer of replicas makes the weights by itself.
+        error in one process is raised in all. A tracker that only one process has made needs no other.
 
         Raises:
             NotReadyError: no average exists yet.
@@ -271,7 +269,7 @@ class PostHocEMA(Tracker):
 
         def make() -> tuple[Synthesizer, Weights]:
             query = Query(sigma_rel, t, step, dtype, method)
-            synthesizer = self._synthesizer(check_model(model), alone, f"model({query})")
+            synthesizer = self._synthesizer(check_model(model), f"model({query})")
             return synthesizer, synthesizer.weights(query)
 
         return WithStatement(partial(self._filled, model, make, own_dtypes=dtype is None))
@@ -292,7 +290,7 @@ class PostHocEMA(Tracker):
             InvalidValueError, NotReadyError, RankError: an argument, and see `model`.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        synthesizer = self._synthesizer(check_model(model), False, f"models({', '.join(wanted)})")
+        synthesizer = self._synthesizer(check_model(model), f"models({', '.join(wanted)})")
         refused = synthesizer.refused(wanted)
         for label, reason in refused.items() if self.keeps_averages else ():
             if self._is_first_warning(label):
@@ -314,7 +312,7 @@ class PostHocEMA(Tracker):
 
     def load_into(
         self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None, device: torch.device | str = "cpu", alone: bool = False,
+        dtype: Dtype = None, method: str | None = None, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         """Fill a model with averaged weights permanently, on any device, also a model on `meta`.
 
@@ -326,7 +324,6 @@ class PostHocEMA(Tracker):
         Arguments:
             device: where to create the tensors on `meta` that an average fills; a warning names the others. Tensors on
                 `meta` of a sharded model are refused.
-            alone: see `model`.
 
         Raises:
             ModelMismatchError, others: see `model` and `state_dict`; nothing has changed.
@@ -334,7 +331,7 @@ class PostHocEMA(Tracker):
                 tensors before it are filled.
         """
         query = Query(sigma_rel, t, step, dtype, method)
-        self._synthesizer(check_model(model), alone, f"load_into({query})").fill(query, device)
+        self._synthesizer(check_model(model), f"load_into({query})").fill(query, device)
 
     update_bn = staticmethod(update_bn)
 
@@ -365,12 +362,12 @@ class PostHocEMA(Tracker):
         rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
         return Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
 
-    def _synthesizer(self, model: torch.nn.Module | None, alone: bool, call: str) -> Synthesizer:
-        """Begin a call for averages, by all processes that keep parts of them or replicas, or by this one alone."""
+    def _synthesizer(self, model: torch.nn.Module | None, call: str) -> Synthesizer:
+        """Begin a call for averages, by all processes that keep parts of them or replicas."""
         tracked = self._tracked_model(model)
         parameter = None if tracked is None else next(tracked.parameters(), None)
         device = HOST if parameter is None else parameter.device
-        group = self._members.callers(call, alone, not self._pipeline.tracking.resumes, device)
+        group = self._members.callers(call, not self._pipeline.tracking.resumes, device)
         return self._synthesizer_of(group, model)
 
     def _synthesizer_of(self, group: Group, model: torch.nn.Module | None) -> Synthesizer:

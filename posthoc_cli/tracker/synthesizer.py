@@ -190,8 +190,7 @@ class Synthesizer:
         if not (self._pipeline.tracking.resumes or self.tracker.keeps_averages):
             raise NotReadyError(
                 "this process keeps no averages, the first one of its group does",
-                "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
-                "new PostHocEMA.from_path(directory), before any update_ of it",
+                "read the snapshots on disk with a new PostHocEMA.from_path(directory), before any update_ of it",
             )
         self.tracker.flush()
         if live_only:
