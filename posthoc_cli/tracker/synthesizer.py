@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -38,7 +38,9 @@ from posthoc_cli.tracker.model_weights import check_weights, copied_weights, fil
 from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.sharding import Group, ShardOwners, as_dtensor, held_box, held_part, is_sharded, reshard
 from posthoc_cli.tracker.snapshotter import LiveSource, measured, run_snapshots, with_snapshots
-from posthoc_cli.tracker.tracker import Tracker
+
+if TYPE_CHECKING:
+    from posthoc_cli.tracker.posthoc_ema import PostHocEMA
 
 Result = TypeVar("Result")
 
@@ -100,7 +102,7 @@ class Synthesizer:
         model: the model to fill; a sharded one says which chunks this process holds.
     """
 
-    tracker: Tracker
+    tracker: PostHocEMA
     group: Group
     model: torch.nn.Module | None
 
