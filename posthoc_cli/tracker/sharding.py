@@ -49,6 +49,7 @@ the processes that have made one before it warns; and before it gives up."""
 
 _FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
 
+_LEFT = "left this call by "
 _ABSENT = "made no tracker of this model"
 _NO_WRITER = "has not taken the directory yet"
 
@@ -316,14 +317,16 @@ class Rendezvous:
         self._store.set(f"{prefix}/{self._rank}", call)
         try:
             self._wait_for_all(prefix)
-        except BaseException:
-            self._store.set(f"{prefix}/{self._rank}", "no average: it has left the call")
+        except BaseException as error:
+            self._store.set(f"{prefix}/{self._rank}", f"{_LEFT}{type(error).__name__}")
             raise
         kinds, calls = (
             [self._store.get(f"{key}/{n}").decode() for n in range(self._world)] for key in ("made", prefix)
         )
         first = kinds.index("keeps") if "keeps" in kinds else 0
         for rank, other in enumerate(calls):
+            if other.startswith(_LEFT):
+                raise RankError(f"rank {rank}", other, self._hint)
             if other != calls[first]:
                 reason = f"asks for {other}, and rank {first} for {calls[first]}"
                 raise RankError(f"rank {rank}", reason, "make the same call in every process")

@@ -59,22 +59,6 @@ def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) 
         assert_same_tensors(states[1][sigma_rel], average)
 
 
-def test_every_item_is_done_once_and_by_several_threads() -> None:
-    pool, barrier = ThreadPool(3), threading.Barrier(3)
-    done: list[tuple[int, int]] = []
-
-    def work(item: int, thread: int) -> None:
-        if item < 3:
-            barrier.wait(60)  # three items are worked on at once
-        assert torch.get_num_threads() == 1 or thread == 0
-        done.append((item, thread))
-
-    pool.each(work, range(100))
-    assert sorted(item for item, _ in done) == list(range(100))
-    assert {thread for item, thread in done if item < 3} == {0, 1, 2}
-    pool.close()
-
-
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_any_thread_is_raised_when_all_threads_have_stopped(failing: int) -> None:
     pool, barrier, working = ThreadPool(2), threading.Barrier(2), []
@@ -91,17 +75,6 @@ def test_an_error_in_any_thread_is_raised_when_all_threads_have_stopped(failing:
     assert working == [failing]
     pool.each(lambda *_: None, range(2))  # the pool can be used again
     pool.close()
-
-
-def test_a_pool_without_helper_threads_works_in_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    done: list[int] = []
-    pool = ThreadPool(4)
-    monkeypatch.setattr(threading.Thread, "start", refused)
-    pool.each(lambda item, _: done.append(item), range(9))
-    assert done == list(range(9))
 
 
 @pytest.mark.usefixtures("_small_tiles", "_two_threads")
