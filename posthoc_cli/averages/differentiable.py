@@ -63,17 +63,6 @@ class DifferentiableEMA(WideBuffers):
     Raises:
         InvalidValueError: (a ValueError) names the argument; such a value is not taken in.
         NotReadyError: (in eval mode) there is no average yet.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-        >>> ema = DifferentiableEMA(2, decay=0.5, mode="carried")
-        >>> for data in (torch.tensor([1.0, 1.0]), torch.tensor([3.0, 5.0])):
-        ...     average = ema(weight * data, leaves=[weight])
-        >>> average.detach()
-        tensor([2., 6.])
-        >>> average.sum().backward()
-        >>> weight.grad  # 0.5 * 1 + 0.5 * 3, and 0.5 * 1 + 0.5 * 5
-        tensor([2., 3.])
     """
 
     average: torch.Tensor
@@ -339,17 +328,6 @@ class EMAStats(WideBuffers):
     Raises:
         InvalidValueError: (a ValueError) names the argument, or what is wrong with the batch.
         NotReadyError: (in the methods that read the statistics) no batch yet.
-
-    Example:
-        >>> stats = EMAStats(dim_x=1, dim_y=1, momentum=0.5)
-        >>> x = torch.tensor([[0.0], [2.0]], requires_grad=True)
-        >>> _ = stats(x, 3 * x)
-        >>> stats.cov_xy.tolist()
-        [[6.0]]
-        >>> (-stats.cov_xy.sum()).backward()  # a loss that wants x and y to vary together
-        >>> x.grad
-        tensor([[ 6.],
-                [-6.]])
     """
 
     mean_x: torch.Tensor

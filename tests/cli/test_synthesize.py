@@ -75,13 +75,6 @@ def test_an_output_is_replaced_only_with_overwrite_and_a_snapshot_never(ema: Ema
     assert contents(run) == before
 
 
-def test_a_warning_shows_numbers_as_the_result_does(ema: Ema, run: Path, tmp_path: Path) -> None:
-    result = ema("synthesize", run, "--target", "beta:0.5", "--out", tmp_path / "m.safetensors")
-    error = re.search(r"predicted error (\S+ %)", result.out)
-    assert error is not None
-    assert f"predicted error {error[1]} from the 40 snapshots up to t = 2,000" in result.err
-
-
 def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path) -> None:
     for folder, widths in (("some", "0.05,0.15"), ("all", "0.05,0.10,0.15")):
         assert ema("synthesize", run, "--sigma-rel", widths, "--out", tmp_path / folder).code == 0
@@ -203,12 +196,6 @@ def test_the_table_shows_the_error_of_every_target_and_the_last_line_the_largest
     assert lines[-1].startswith(f"made 3 averages at t = 2,000 from 40 snapshots, {said}, 128 B each, in ")
     assert lines[-1].endswith(f": {tmp_path / 'averages'}")
     assert len({line.index(" %") for line in lines[first + 1 : first + 4]}) == 1  # aligned
-
-
-def test_without_measurements_the_motion_is_measured_on_a_sample(ema: Ema, unmeasured_run: Path) -> None:
-    report = ema("synthesize", unmeasured_run, "--sigma-rel", "0.15", "--dry-run", "--json").json
-    assert report["movement"]["source"] == "sampled"
-    assert report["targets"][0]["predicted_error"] > 0
 
 
 def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema: Ema, tmp_path: Path) -> None:
