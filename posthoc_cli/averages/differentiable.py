@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from posthoc_cli.averages.weights import WideBuffers, is_narrow
@@ -119,28 +118,13 @@ class DifferentiableEMA(WideBuffers):
     def recording(self) -> Iterator[None]:
         """Make the graphs of values in this block so that they remain valid after the next optimizer step.
 
-        They keep copies of the tensors that autograd saves, one a block for each tensor. In modes "truncated" and
-        "carried", which keep no graph, it does nothing. Not covered: what a custom `torch.autograd.Function` keeps
-        without `save_for_backward`. Of nested hooks on saved tensors torch calls only the innermost.
+        They keep copies of the tensors that autograd saves. In modes "truncated" and "carried", which keep no graph, it
+        does nothing. Not covered: what a custom `torch.autograd.Function` keeps without `save_for_backward`. Of nested
+        hooks on saved tensors torch calls only the innermost.
         """
-        copies: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-
-        def keep(saved: torch.Tensor) -> torch.Tensor:
-            value = saved.detach()
-            if value.layout != torch.strided:
-                return value.clone()
-            place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.device, value.dtype)
-            view = (*place, value.shape, value.stride(), saved._version)
-            if view not in copies:
-                # Held until the block ends: the address of a freed tensor could be given to another one.
-                copies[view] = value, value.clone()
-            return copies[view][1]
-
-        try:
-            with saved_tensors_hooks(keep, lambda kept: kept) if self.mode in ("window", "full") else nullcontext():
-                yield
-        finally:
-            copies.clear()
+        hooks = saved_tensors_hooks(lambda saved: saved.detach().clone(), lambda kept: kept)
+        with hooks if self.mode in ("window", "full") else nullcontext():
+            yield
 
     def reset(self) -> None:
         """Forget everything: the next value is the first."""
@@ -226,7 +210,11 @@ class _Carried:
                 jacobian.add_(self._jacobians[index].to(jacobian), alpha=kept)
         self._leaves, self._jacobians = found, jacobians
         result = _next(average, value.detach(), decay)
-        return cast(torch.Tensor, _Attached.apply(result, len(found), *jacobians, *found))  # type: ignore[no-untyped-call]
+        for leaf, jacobian in zip(found, jacobians, strict=True):
+            # 0, with the derivative J with respect to the leaf.
+            nothing = torch.tensordot(jacobian, (leaf - leaf.detach()).to(jacobian), dims=leaf.dim())
+            result = result + nothing.view_as(result).to(result)
+        return result
 
     def _check_leaves(self, leaves: Iterable[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
         found = tuple(leaves or ()) if not isinstance(leaves, torch.Tensor) else ()
@@ -264,27 +252,6 @@ def _jacobians(value: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> tuple[l
                 jacobians[index][row] = gradient
                 unreached.discard(index)
     return jacobians, sorted(unreached)
-
-
-class _Attached(torch.autograd.Function):
-    """A tensor, unchanged, with a given derivative with respect to leaves."""
-
-    @staticmethod
-    def forward(ctx: Any, result: torch.Tensor, count: int, *tensors: Any) -> Any:
-        """Return the result. `tensors` are `count` Jacobians, then the `count` leaves that they belong to."""
-        ctx.save_for_backward(*tensors[:count])
-        ctx.dtypes = [leaf.dtype for leaf in tensors[count:]]
-        return result.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """Return g^T J for each leaf."""
-        pulled = [
-            torch.tensordot(gradient.flatten().to(jacobian), jacobian, dims=1).to(dtype)
-            for jacobian, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (None, None, *[None] * len(pulled), *pulled)
 
 
 def _described(tensor: torch.Tensor) -> str:
