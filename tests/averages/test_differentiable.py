@@ -293,21 +293,6 @@ def test_reset_forgets_everything(mode: str) -> None:
     assert weight.grad is None
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_it_moves_to_another_dtype_with_its_graphs(mode: str) -> None:
-    """The window and the carried derivative continue after the conversion."""
-    weight = torch.nn.Parameter(torch.ones(2))
-    ema = DifferentiableEMA((), 0.5, mode, **MODES[mode])
-    take(ema, weight.sum(), weight)
-    ema.double()
-    average = take(ema, 3 * weight.double().sum(), weight)
-    assert average.dtype == torch.float64
-    average.backward()
-    assert torch.equal(weight.grad, torch.full((2,), 1.5 if mode == "truncated" else 2.0))
-    with refused("value"):
-        take(ema, weight.sum(), weight)
-
-
 def test_a_bad_value_is_named_and_not_taken_in_and_the_average_stays_wide() -> None:
     ema = DifferentiableEMA(2, 0.9).half()
     for changed in ({"dtype": torch.float64}, {"dtype": torch.float16}, {"device": "meta"}):

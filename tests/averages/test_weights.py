@@ -329,16 +329,6 @@ def test_train_mode_runs_the_model_and_eval_mode_the_shadow() -> None:
     assert not any(module.training for module in net.shadow.modules())
 
 
-def test_making_one_leaves_the_models_mode_and_tensors_alone() -> None:
-    model = tiny_model()
-    model.norm.eval()
-    net = ShadowModel(model, 0.9)
-    assert model.training
-    assert not model.norm.training
-    assert net.model.head.weight is model.head.weight
-    assert not net.shadow.training
-
-
 def test_only_the_model_gets_gradients_and_steps_of_an_optimizer() -> None:
     net = ShadowModel(torch.nn.Linear(2, 1), 0.9).requires_grad_(True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
@@ -375,29 +365,6 @@ def test_everything_moves_and_casts_together_but_the_mass_stays_exact() -> None:
     assert net.debias_mass.dtype == torch.float32
     assert net.double().shadow.head.weight.dtype == torch.float64
     assert all(tensor.is_meta for tensor in net.to("meta").state_dict().values())
-
-
-def test_the_state_holds_both_and_names_no_more_than_it_needs() -> None:
-    model = torch.nn.Linear(1, 1)
-    weights = {"model.weight", "model.bias", "shadow.weight", "shadow.bias"}
-    assert set(ShadowModel(model, 0.9).state_dict()) == weights
-    both = ShadowModel(model, 0.9, num_updates=3, zero_debias=True)
-    assert set(both.state_dict()) == {*weights, "num_updates", "debias_mass"}
-
-
-def test_compiled() -> None:
-    net, x = ShadowModel(torch.nn.Linear(2, 1, bias=False), 0.5), torch.ones(1, 2)
-    compiled = torch.compile(net, backend="eager")
-    compiled(x).sum().backward()
-    assert net.model.weight.grad is not None
-    torch.nn.init.ones_(net.model.weight)
-    torch.nn.init.zeros_(net.shadow.weight)
-    compiled.update()
-    assert (compiled(x).item(), compiled.eval()(x).item()) == (2.0, 1.0)
-    inside = ShadowModel(torch.compile(net.model, backend="eager"), 0.5)
-    inside.update()
-    assert inside.train()(x).item() == 2.0
-    assert "shadow.weight" in inside.state_dict()
 
 
 def test_the_shadow_of_a_half_precision_model_is_float32() -> None:

@@ -129,18 +129,6 @@ def test_an_output_of_other_snapshots_or_damaged_or_without_a_header_is_not_skip
     assert "does not say which average it holds" in ema(*base, tmp_path / "m.pt", "--skip-existing").error
 
 
-def test_a_dry_run_shows_the_largest_coefficients(ema: Ema, run: Path) -> None:
-    arguments = ["synthesize", run, "--sigma-rel", "0.15", "--dry-run"]
-    (target,) = ema(*arguments, "--json").json["targets"]
-    largest = sorted((abs(item["coefficient"]) for item in target["snapshots"]), reverse=True)[:10]
-    lines = ema(*arguments).out.splitlines()
-    assert all(len(line) <= 80 for line in lines[:-1])
-    shown = [line.split() for line in lines[1:11]]
-    assert sorted((abs(float(row[-1])) for row in shown), reverse=True) == pytest.approx(largest, abs=1e-6)
-    assert [row[0] for row in shown] == sorted(row[0] for row in shown)  # by time
-    assert lines[11] == "and 30 more with smaller coefficients; --json lists them"
-
-
 def test_a_missing_snapshot_is_reported_and_averages_can_still_be_made(ema: Ema, run: Path) -> None:
     """Only a gap at the newest time is reported: thinning keeps different earlier times of each profile."""
     sorted(run.glob("*.safetensors"))[5].unlink()
