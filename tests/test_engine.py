@@ -17,6 +17,7 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from factories import RUN_ID, flip_bit, write_snapshot
+from posthoc_cli.synthesis.tiles import Tile
 from safetensors.torch import load_file
 from synthesis_cases import peak_memory, write_sparse_snapshots
 
@@ -24,8 +25,8 @@ from posthoc_cli import Between, PostHocEMA, disk_sources
 from posthoc_cli.errors import FileFormatError, NonFiniteError, WriteError
 from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots.format import TrackedTensor
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.synthesis import engine
 from posthoc_cli.synthesis.engine import (
     COLUMNS,
@@ -37,7 +38,6 @@ from posthoc_cli.synthesis.engine import (
     synthesize_into,
 )
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.synthesis.tiles import Tile
 
 LARGE = 2_500_003
 """Elements of a tensor of two tiles in float16, which ends within a block and within a vector register."""
@@ -231,7 +231,7 @@ def harmed(mixed: Path, tmp_path: Path, name: str = "large") -> tuple[Path, Plan
     """A copy of the snapshots, its plan, and one of its files, in which a bit of a tensor is flipped after planning."""
     run = Path(shutil.copytree(mixed, tmp_path / "run"))
     plan, path = plan_of(run), sorted(run.iterdir())[1]
-    header = read_header(path)
+    header = read_file(path)
     flip_bit(path, header.payload_start + header.tensors[name].begin + header.tensors[name].nbytes - 1)
     return run, plan, path
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from posthoc_cli import Groups, PostHocEMA, Run, disk_sources
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
@@ -110,8 +111,8 @@ def test_the_specs_of_a_plan_are_what_it_makes(tmp_path: Path, dtype: torch.dtyp
     write_random(tmp_path, aliases={"tied": "w", "tied too": "w", "count too": "count"})
     plan = plan_of(tmp_path, dtype=dtype)
     specs, tensors = {spec.name: spec for spec in plan.specs()}, dict(synthesize(plan))
-    assert specs["tied"] == TensorSpec("tied", own, (3, 7))
-    assert specs["count"] == TensorSpec("count", "I64", ())
+    assert specs["tied"] == Entry("tied", own, (3, 7))
+    assert specs["count"] == Entry("count", "I64", ())
     assert specs.keys() == tensors.keys()
     for name, values in tensors.items():
         assert all(value.nbytes == specs[name].nbytes and tuple(value.shape) == specs[name].shape for value in values)

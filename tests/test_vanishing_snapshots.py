@@ -21,7 +21,7 @@ from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots import sources
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.tracker import synthesizer
 

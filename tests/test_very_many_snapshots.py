@@ -20,9 +20,9 @@ from posthoc_cli.planning import schedule, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MOST_SOLVED, Motion, assumed_prior, reconstruct, thinned_subset
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots import sources, writer
+from posthoc_cli.snapshots import sources
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.writer import plan_pruning
+from posthoc_cli.snapshots.prune import plan_pruning
 
 SIGMA_RELS = (0.05, 0.28)
 

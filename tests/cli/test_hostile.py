@@ -25,8 +25,8 @@ from posthoc_cli.cli import output
 from posthoc_cli.demo import Folder
 from posthoc_cli.errors import OutputExistsError, WriteError
 from posthoc_cli.files import PendingFile
-from posthoc_cli.snapshots.tensor_file import read_header
-from posthoc_cli.snapshots.writer import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.tensorfile import read_file
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_a_run_with_a_norm_of_0_in_its_headers_has_a_picture(ema: Ema, run: Path
 def test_long_texts_of_an_output_are_cut(ema: Ema, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.safetensors"
     ema("synthesize", run, "--sigma-rel", "0.1", "--out", out)
-    metadata = {k: v for k, v in read_header(out).metadata.items() if k not in ("ema.checksum", "ema.checksums")}
+    metadata = {k: v for k, v in read_file(out).metadata.items() if k not in ("ema.checksum", "ema.checksums")}
     metadata |= {f"ema.{key}": "x" * 100_000 for key in ("profile", "method", "t_unit")}
     metadata["ema.snapshots"] = json.dumps([{"file": "y" * 100_000, "coefficient": -1e308}])
     write_tensors(out, load_file(out), metadata, overwrite=True)

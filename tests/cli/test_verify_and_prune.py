@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from posthoc_cli import Run
 from posthoc_cli.cli import output
-from posthoc_cli.snapshots.writer import DirectoryLock
+from posthoc_cli.snapshots.directory import DirectoryLock
 
 
 def leave(run: Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from posthoc_cli.snapshots.chunks import Box, copy_range, cover_problem
+from posthoc_cli.snapshots.chunks import Box, cover_problem
 
 SHAPES = [(), (1,), (7,), (5, 3), (4, 1, 6), (3, 4, 2, 2), (0, 3)]
 

@@ -29,12 +29,17 @@ from posthoc_cli import PostHocEMA, PostHocError, Run, export_file
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import directory as directories
-from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.chunks import Box
-from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory
-from posthoc_cli.snapshots.format import BLOCK_BYTES
+from posthoc_cli.snapshots.directory import (
+    find_snapshots,
+    inspect_directory,
+    read_directory,
+    remove_snapshot,
+    set_aside,
+    thin,
+)
 from posthoc_cli.snapshots.outputs import describe
-from posthoc_cli.snapshots.writer import remove_snapshot, set_aside, thin
+from posthoc_cli.snapshots.verify import verify
 from posthoc_cli.synthesis.engine import Options, synthesize
 
 GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}
@@ -339,7 +344,7 @@ def test_pruning_and_thinning_delete_folders(run: Path) -> None:
     assert done.deleted
     assert not any(os.path.lexists(snapshot.path) for snapshot in done.to_delete)
     assert [s.path for s in read_directory(run)] == [s.path for s in done.kept]
-    stored = [directories.StoredSnapshot.of(snapshot) for snapshot in read_directory(run)]
+    stored = [directories.Snapshot.of(snapshot) for snapshot in read_directory(run)]
     left = thin(stored, 2)
     assert [snapshot.path for snapshot in left] == [snapshot.path for snapshot in read_directory(run)]
     assert len(left) < len(stored)

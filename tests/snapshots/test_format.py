@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from posthoc_cli import Run
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.format import OutputInfo, output_metadata
-from posthoc_cli.snapshots.headers import decode_header, decode_snapshot
-from posthoc_cli.snapshots.outputs import decode_output
+from posthoc_cli.snapshots.outputs import OutputInfo, decode_output
+from posthoc_cli.snapshots.snapshot import TrackingSchedule, decode_snapshot
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import BLOCK, Entry
 
 BLOCK = 4_194_304
 NUMPY_DTYPES = {
@@ -136,8 +136,8 @@ def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
     path = write_snapshot(
         tmp_path, 1234.5, 0.1, RUN_ID, values,
         t_unit="images", step=77, t_first=0.1, max_interval=32.5, aliases={"tied": "w"}, left_out=("frozen",),
-        tensors={"w": fmt.TrackedTensor("average", "BF16"), "seen": fmt.TrackedTensor("copy", "I64")},
-        schedule=fmt.TrackingSchedule(5, 10, 15, None, "F16"), sigma_rels=(0.1, 0.28),
+        tensors={"w": TrackedTensor("average", "BF16"), "seen": TrackedTensor("copy", "I64")},
+        schedule=TrackingSchedule(5, 10, 15, None, "F16"), sigma_rels=(0.1, 0.28),
         clock=((3, 0.1), (77, 1234.5)),
         measurements=Measurements(
             1 / 3, 1e-9, (Distance(1234.5, 0.28, 0.5, 0.0), Distance(999.0, 0.1, 2.0, 1e-9)), 0.25
@@ -195,8 +195,8 @@ def test_the_metadata_of_a_snapshot_is_read_back_exactly(
         max_interval=t * interval, t_unit=unit, aliases={alias: stored[0]}, left_out=tuple(tensor_names),
         measurements=measurements, sigma_rels=tuple(sorted({sigma_rel, 0.28, 0.2885})), **(optional if known else {}),
     )  # fmt: skip
-    entries = fmt.lay_out([fmt.TensorSpec(name, "F32", (1,)) for name in stored])
-    start = fmt.encode_header(entries, fmt.snapshot_metadata(info), dict.fromkeys(stored, "0" * 16))
+    entries = lay_out([Entry(name, "F32", (1,)) for name in stored])
+    start = encode_header(entries, snapshot_metadata(info), dict.fromkeys(stored, "0" * 16))
     header = decode_header(Path("x"), start, len(start) + 4 * len(stored))
     assert decode_snapshot(Path("x"), header) == info
     assert known or {f"ema.{name}" for name in optional}.isdisjoint(header.metadata)
@@ -208,7 +208,7 @@ def test_the_metadata_of_an_output_is_read_back_exactly(predicted_error: float |
         RUN_ID, "sigma_rel 0.15", 0.15, exact_gamma(0.15), 1e15 / 3, "tokens", "paper", 1e-3, predicted_error,
         (("a.safetensors", 1 / 3), ("b.safetensors", -2e-17)), ("norm.running_mean",),
     )  # fmt: skip
-    start = fmt.encode_header({}, output_metadata(info), {})
+    start = encode_header({}, output_metadata(info), {})
     assert decode_output(Path("x"), decode_header(Path("x"), start, len(start))) == info
 
 

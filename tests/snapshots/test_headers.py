@@ -27,14 +27,11 @@ from torture.victims import examine, forge
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory
-from posthoc_cli.snapshots.format import TrackedTensor
-from posthoc_cli.snapshots.headers import decode_header
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
-from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.selection import Selection
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_from_bytes
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, read_file, tensor_from_bytes
 
 Small = Callable[[str], Path]
 
@@ -90,7 +87,7 @@ LIES: list[tuple[Any, int]] = [
 def test_a_false_header_is_refused(tmp_path: Path, header: Any, size: int) -> None:
     path = craft(tmp_path / "x.safetensors", header, size)
     with pytest.raises(FileFormatError) as caught:
-        read_header(path)
+        read_file(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert len(str(caught.value)) < 600
     assert "\n" not in str(caught.value)
@@ -102,7 +99,7 @@ def test_an_impossible_header_length_is_refused_before_memory_is_allocated(tmp_p
     if length == 10**8 + 1:
         os.truncate(path, 2 * length)  # the header would fit; the rest of the file is a hole
     with pytest.raises(FileFormatError, match=f"header would take {length:,} bytes"):
-        read_header(path)
+        read_file(path)
 
 
 @pytest.mark.parametrize("key", [b'"dtype"', b'"d\\u0074ype"'])
@@ -112,13 +109,13 @@ def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path, key: bytes,
     path = craft(tmp_path / "a.safetensors", b"{%b}" % text)
     message = f"{path}: its header names 200,001 tensors; at most 200,000 are read"
     with pytest.raises(FileFormatError, match=re.escape(message)):
-        read_header(path)
+        read_file(path)
     done = ema("info", path)
     assert (done.code, done.error) == (1, message)
 
 
 def test_no_file_is_written_that_could_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = [fmt.TensorSpec(str(number), "F32", (0,)) for number in range(200_001)]
+    specs = [Entry(str(number), "F32", (0,)) for number in range(200_001)]
     with pytest.raises(InvalidValueError, match="header: would name 200,001 tensors; at most 200,000 are allowed"):
         TensorFileWriter(tmp_path / "a.safetensors", specs, {})
     monkeypatch.setattr(fmt, "MAX_TENSORS", 199)
@@ -174,7 +171,7 @@ def test_any_foreign_header_is_refused_or_tiles_the_payload(path: Sequence[str],
 def test_files_of_the_safetensors_library_are_read(tmp_path: Path) -> None:
     tensors = {"w": torch.randn(3, 2), "n": torch.tensor(5), "e": torch.empty(0, 2), "h": torch.ones(3).bfloat16()}
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-    with open_file(tmp_path / "x.safetensors") as file:
+    with read_file(tmp_path / "x.safetensors") as file:
         for name, tensor in tensors.items():
             found = file.header.tensors[name]
             assert torch.equal(tensor_from_bytes(file.read(name), found.dtype, found.shape), tensor)
@@ -183,7 +180,7 @@ def test_files_of_the_safetensors_library_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", [b'{"__metadata__":M,A}', b'{A,"__metadata__":M}', b' { "__metadata__" : M , A }'])
 def test_metadata_may_be_anywhere_in_the_header(tmp_path: Path, order: bytes) -> None:
     text = order.replace(b"A", A).replace(b"M", b'{"k":"a},\\"b"}')
-    header = read_header(craft(tmp_path / "x", text, 4))
+    header = read_file(craft(tmp_path / "x", text, 4))
     assert header.metadata == {"k": 'a},"b'}
     assert [(n, e.dtype, e.shape, e.begin, e.nbytes) for n, e in header.tensors.items()] == [("a", "F32", (1,), 0, 4)]
 
@@ -193,7 +190,7 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) 
     (tmp_path / "folder").mkdir()
     path = craft(tmp_path / "folder" / "x.safetensors", {name: entry(0, 8)}, 8)
     with pytest.raises(FileFormatError) as caught:
-        read_header(path)
+        read_file(path)
     assert repr(name) in str(caught.value)
     assert str(caught.value).isprintable()
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "x.safetensors"]
@@ -380,7 +377,7 @@ def test_an_impossible_value_is_refused_in_one_short_line(
 
 @pytest.mark.parametrize(("kind", "count"), [("snapshot", 15), ("output", 13)])
 def test_a_missing_key_is_named(small: Small, kind: str, count: int) -> None:
-    keys = {key.removeprefix("ema.") for key in read_header(small(kind)).metadata if key.startswith("ema.")}
+    keys = {key.removeprefix("ema.") for key in read_file(small(kind)).metadata if key.startswith("ema.")}
     required = keys - {"format", "checksum", *fmt.OPTIONAL}
     assert len(required) == count
     for key in required:
@@ -444,7 +441,7 @@ def test_escapes_that_are_not_text_are_refused_at_any_depth(small: Small, key: s
 
 
 def test_a_foreign_file_is_no_snapshot(small: Small) -> None:
-    path = forge(small("snapshot"), dict.fromkeys(read_header(small("snapshot")).metadata))
+    path = forge(small("snapshot"), dict.fromkeys(read_file(small("snapshot")).metadata))
     with pytest.raises(FileFormatError, match=r"not a snapshot of this package: has no ema\.format"):
         read_snapshot(path)
 

@@ -19,9 +19,10 @@ from posthoc_cli.errors import FileFormatError, InexactError, InvalidValueError,
 from posthoc_cli.planning import ErrorCurve, forecast, removal_order, snapshots_to_drop
 from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
-from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.sources import Snapshot, scaled_run, source_prior
-from posthoc_cli.snapshots.writer import DirectoryLock, plan_pruning, prune
+from posthoc_cli.snapshots.directory import DirectoryLock, read_directory
+from posthoc_cli.snapshots.prune import plan_pruning, prune
+from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.sources import scaled_run, source_prior
 
 
 @pytest.fixture(scope="session")

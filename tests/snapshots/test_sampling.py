@@ -13,9 +13,13 @@ from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import sources
-from posthoc_cli.snapshots.format import TrackedTensor
-from posthoc_cli.snapshots.reading import TensorReader
-from posthoc_cli.snapshots.sources import Snapshot, expected_rounding, sample_measurements, with_sampled_measurements
+from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.sources import (
+    TrackedTensor,
+    expected_rounding,
+    sample_measurements,
+    with_sampled_measurements,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -22,13 +22,12 @@ from posthoc_cli import disk_sources, files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
 from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.format import OutputInfo, output_metadata
-from posthoc_cli.snapshots.headers import decode_checksums
-from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.tensor_file import (
+from posthoc_cli.snapshots.outputs import OutputInfo
+from posthoc_cli.snapshots.tensorfile import (
+    BLOCK,
+    Entry,
     TensorFileWriter,
-    read_header,
+    read_file,
     read_small_file,
     tensor_bytes,
     tensor_from_bytes,
@@ -42,7 +41,7 @@ Small = Callable[[str], Path]
 
 def test_a_file_that_shrinks_under_a_reader_is_an_error_and_no_crash(small: Small) -> None:
     path = small("snapshot")
-    with open_file(path) as file:
+    with read_file(path) as file:
         os.truncate(path, path.stat().st_size - 1)
         with pytest.raises(FileFormatError, match=r"'b': the file became shorter"):
             file.read("b")
@@ -54,11 +53,11 @@ def test_a_file_that_shrinks_while_its_header_is_read_is_an_error(
     path, real = small("snapshot"), files.system.read
     monkeypatch.setattr(files.system, "read", lambda file, view, at: real(file, view, at) if at == 0 else 0)
     with pytest.raises(FileFormatError, match="became shorter"):
-        read_header(path)
+        read_file(path)
 
 
 def read_tensor(path: Path) -> object:
-    with open_file(path) as file:
+    with read_file(path) as file:
         return file.read("a")
 
 
@@ -88,7 +87,7 @@ def test_an_error_of_reading_names_the_file_and_the_reason(
 )  # fmt: skip
 def test_the_reason_why_a_file_cannot_be_opened_is_named(code: int, kind: type[FileFormatError], message: str) -> None:
     with failing("open", code), pytest.raises(FileFormatError) as caught:
-        read_header(Path("x"))
+        read_file(Path("x"))
     assert type(caught.value) is kind
     assert str(caught.value).startswith(f"x: cannot be opened: {message}")
     assert ("raise the limit" in str(caught.value)) == (code == errno.EMFILE)
@@ -101,8 +100,8 @@ def test_a_file_that_was_replaced_after_its_header_was_read_is_refused(
 ) -> None:
     """The new file has the same size, and perhaps wrongly the checksum of the old one."""
     path = small(kind)
-    header = read_header(path)
-    open_file(path, header).close()
+    header = read_file(path)
+    read_file(path, header).close()
     start = path.read_bytes()
     other = bytearray(start.replace(b'"ema.t":"10.0"', b'"ema.t":"11.0"'))
     assert other != start
@@ -114,16 +113,16 @@ def test_a_file_that_was_replaced_after_its_header_was_read_is_refused(
     path.write_bytes(other)
     reason = "damaged header: its checksum does not match" if same_checksum else "was replaced while it was being used"
     with pytest.raises(FileFormatError, match=reason):
-        open_file(path, header)
+        read_file(path, header)
 
 
 def test_a_file_without_checksums_that_changes_during_reading_is_an_error(small: Small, tmp_path: Path) -> None:
     """With checksums each block shows by itself whether it has changed."""
     foreign = tmp_path / "foreign.safetensors"
     save_file({"w": torch.ones(3)}, foreign)
-    with pytest.raises(FileFormatError, match="was changed while it was"), open_file(foreign):
+    with pytest.raises(FileFormatError, match="was changed while it was"), read_file(foreign):
         os.utime(foreign, (0, 0))
-    with open_file(path := small("output")):
+    with read_file(path := small("output")):
         os.utime(path, (0, 0))
 
 
@@ -142,7 +141,7 @@ def test_a_small_file_is_read_up_to_a_limit_and_an_impossible_name_is_refused(tm
     with pytest.raises(FileFormatError, match=r"x: has 4 bytes; at most 3 are allowed"):
         read_small_file(tmp_path / "x", 3)
     with pytest.raises(FileFormatError, match="cannot be opened"):
-        read_header(Path("a\0b"))
+        read_file(Path("a\0b"))
 
 
 # --- ranges of a tensor, in pieces of any size, with the checksums of complete blocks
@@ -160,7 +159,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_pieces(path: Path, size: int, cut: int = 2 * BLOCK) -> Path:
     """Write a tensor between two others, in two ranges, the later one first, in pieces of `size` bytes."""
-    specs = [fmt.TensorSpec(name, "U8", (count,)) for name, count in (("before", 3), ("x", SIZE), ("after", 2))]
+    specs = [Entry(name, "U8", (count,)) for name, count in (("before", 3), ("x", SIZE), ("after", 2))]
     with TensorFileWriter(path, specs, {"ema.format": "snapshot"}) as writer:
         for begin, end in ((cut, SIZE), (0, cut)):
             part = writer.write_range("x", begin)
@@ -177,8 +176,8 @@ def write_pieces(path: Path, size: int, cut: int = 2 * BLOCK) -> Path:
 def test_a_tensor_written_in_pieces_is_the_tensor(tmp_path: Path, size: int) -> None:
     path = write_pieces(tmp_path / "x.safetensors", size)
     digits = "".join(xxhash.xxh3_64_hexdigest(DATA[begin : begin + BLOCK]) for begin in range(0, SIZE, BLOCK))
-    assert decode_checksums(path, read_header(path))["x"] == digits
-    with open_file(path) as file:
+    assert decode_checksums(path, read_file(path))["x"] == digits
+    with read_file(path) as file:
         assert [file.read(name).tobytes() for name in ("before", "x", "after")] == [b"abc", DATA, b"de"]
         assert file.read_sample("x", 4, 8).tobytes() == DATA[4:8]
         assert file.read_sample("x", 1, 1).size == 0
@@ -193,14 +192,14 @@ def test_a_range_is_read_and_each_of_its_blocks_is_verified(tmp_path: Path, begi
     path = write_pieces(tmp_path / "x.safetensors", 1000)
 
     def read() -> bytes:
-        with open_file(path) as file:
+        with read_file(path) as file:
             reader, found = file.read_range("x", begin, end), bytearray(end - begin)
             for piece in range(0, len(found), size):
                 reader.read_into(memoryview(found)[piece : piece + size])
             return bytes(found)
 
     assert read() == DATA[begin:end]
-    start = read_header(path).payload_start + 3
+    start = read_file(path).payload_start + 3
     data = bytearray(path.read_bytes())
     for position in range(SIZE):
         data[start + position] ^= 1
@@ -215,7 +214,7 @@ def test_a_range_is_read_and_each_of_its_blocks_is_verified(tmp_path: Path, begi
 
 # --- writing
 
-SPECS = [fmt.TensorSpec("a", "U8", (4,)), fmt.TensorSpec("b", "F32", (1,))]
+SPECS = [Entry("a", "U8", (4,)), Entry("b", "F32", (1,))]
 
 
 def write(path: Path, overwrite: bool = False) -> None:
@@ -245,7 +244,7 @@ def refused(folder: Path, match: str) -> Iterator[None]:
 def test_headers_that_readers_refuse_are_not_written(
     tmp_path: Path, names: list[str], metadata: dict[str, str], message: str
 ) -> None:
-    specs = [fmt.TensorSpec(name, "U8", (1,)) for name in names]
+    specs = [Entry(name, "U8", (1,)) for name in names]
     with refused(tmp_path, message), TensorFileWriter(tmp_path / "x", specs, metadata) as writer:
         for name in names[:1]:
             writer.write(name, b"x")
@@ -272,7 +271,7 @@ def test_a_number_that_json_lacks_is_never_written(number: float) -> None:
 def test_a_replaced_output_is_a_new_file_and_open_readers_keep_the_old_one(tmp_path: Path) -> None:
     write(tmp_path / "x")
     before = (tmp_path / "x").stat().st_ino
-    with open_file(tmp_path / "x") as reader:
+    with read_file(tmp_path / "x") as reader:
         write(tmp_path / "x", overwrite=True)
         assert reader.read("a").tobytes() == b"abcd"
     assert (tmp_path / "x").stat().st_ino != before

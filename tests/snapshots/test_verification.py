@@ -26,18 +26,11 @@ from posthoc_cli.dtypes import ITEM_BYTES, stored_name
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots import reading
-from posthoc_cli.snapshots.check import Verification, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
-from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.reading import open_file, verify_payload
-from posthoc_cli.snapshots.tensor_file import (
-    decode_values,
-    holds_nonfinite,
-    read_header,
-)
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import decode_values, holds_nonfinite, read_file
+from posthoc_cli.snapshots.verify import Verification, verify
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 W = {"w": torch.ones(3)}
@@ -125,7 +118,7 @@ def test_outputs_in_any_layout_and_foreign_files(run: Path, output: Path, shards
 
 def harm(path: Path, names: str | list[str]) -> None:
     """Flip a bit at the end of these tensors."""
-    header = read_header(path)
+    header = read_file(path)
     for name in names:
         flip_bit(path, header.payload_start + header.tensors[name].begin + header.tensors[name].nbytes - 1)
 
@@ -142,22 +135,22 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(
     values |= {"wide": torch.randn(300_001, generator=generator), "n": torch.tensor(3)}
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
     advances: list[int] = []
-    verify_payload(path, read_header(path), advances.append)
+    verify_payload(path, read_file(path), advances.append)
     assert sum(advances) == sum(value.nbytes for value in values.values())
-    assert max(advances) <= fmt.BLOCK_BYTES
+    assert max(advances) <= BLOCK_BYTES
     harmed = ["5", "6", "1500", "wide"]
     harm(path, harmed)
     with pytest.raises(FileFormatError, match=r"is damaged: its checksum"):
-        verify_payload(path, read_header(path))
-    with open_file(path) as file:
+        verify_payload(path, read_file(path))
+    with read_file(path) as file:
         assert {name for found in file.check_payload() for name in found.damaged} == set(harmed)
     assert "(and 3 tensors more)" in only_wrong(path)[1]
 
 
 def test_a_file_that_shrinks_during_reading_is_damaged_from_there_on(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {name: torch.ones(1_000_000) for name in "abc"})
-    header = read_header(path)
-    with open_file(path) as file:
+    header = read_file(path)
+    with read_file(path) as file:
         os.truncate(path, header.payload_start + header.tensors["b"].begin + 8)
         found = list(file.check_payload())
     assert sum(checked.nbytes for checked in found) == 12_000_000
@@ -246,7 +239,7 @@ def test_nonfinite_numbers_are_recognized_by_their_bits(dtype: str) -> None:
 def test_nan_in_averages_of_outputs_is_an_error_and_in_copies_a_note(tmp_path: Path) -> None:
     run = record(tmp_path / "copies", buffers="copy")
     output = synthesize(run, 0.1, tmp_path / "output.safetensors")
-    values, metadata = load_file(output), read_header(output).metadata
+    values, metadata = load_file(output), read_file(output).metadata
     first, second = sorted(name for name in values if "running" in name)
     values[first][2] = values[second][3] = np.nan
     write_tensors(output, values, metadata, overwrite=True)
@@ -312,7 +305,7 @@ def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
         state, detail = only_wrong(shards)
         assert (state, name in detail, "its target is sigma_rel 0." in detail) == ("mismatched", True, True)
         (shards / name).write_bytes(kept)
-    used = read_header(shards / last).metadata["ema.snapshots"]
+    used = read_file(shards / last).metadata["ema.snapshots"]
     forge(shards / last, {"ema.snapshots": json.dumps(json.loads(used)[1:])})
     assert only_wrong(shards)[1].endswith("its coefficients differ")
     save_file({name: value.clone() for name, value in load_file(shards / last).items()}, shards / last)

@@ -28,8 +28,8 @@ from factories import RUN_ID, flip_bit, random_walk, write_run, write_snapshot
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.files import is_temporary
+from posthoc_cli.snapshots.directory import HOLDER_NAME, DirectoryLock
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.writer import HOLDER_NAME, DirectoryLock
 from torture import Tally
 from torture.victims import forge, synthesize
 

@@ -23,7 +23,7 @@ from groups import SETTINGS, alone, check_group, run_group, start_group, truth
 from posthoc_cli import Run
 from posthoc_cli.integrations import STATE_NAME
 from posthoc_cli.snapshots.directory import find_snapshots
-from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
+from posthoc_cli.snapshots.tensorfile import tensor_from_bytes
 from torture import Tally
 
 STEPS = 24

@@ -22,10 +22,10 @@ from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.reconstruction import Distance, Measurements
-from posthoc_cli.snapshots.check import verify
-from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index, decode_output
-from posthoc_cli.snapshots.reading import open_file
+from posthoc_cli.snapshots.snapshot import decode_snapshot
+from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.snapshots.verify import verify
 from posthoc_cli.synthesis.plan import plan_synthesis
 from torture import Tally
 
@@ -47,7 +47,7 @@ def examine(path: Path) -> Content:
             raise FileFormatError(report.path, report.detail)
     content: Content = {}
     for shard in [path.parent / name for name in decode_index(path).shards] if path.name == INDEX_NAME else [path]:
-        with open_file(shard) as file:
+        with read_file(shard) as file:
             kind = file_kind(file.header)
             if kind not in DECODERS:
                 raise FileFormatError(shard, f"its ema.format is {str(kind)[:40]!r}")

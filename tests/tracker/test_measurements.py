@@ -24,8 +24,7 @@ from tracker.runs import train
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, NonFiniteError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.tracker import layout, measuring
 from posthoc_cli.tracker.sharding import THIS_PROCESS
 from posthoc_cli.tracker.synthesizer import Synthesizer
@@ -56,7 +55,7 @@ class Watched:
         for sigma_rel in self.tracker.settings.sigma_rels:
             self.exact[self.tracker.t, sigma_rel] = self.tracker.state_dict(sigma_rel, dtype="float64")
 
-    def check(self, info: SnapshotInfo, stored: Tensors, snapshots: list[Snapshot]) -> None:
+    def check(self, info: Snapshot, stored: Tensors, snapshots: list[Snapshot]) -> None:
         """Compare with the definition: squared distances to the averages of the same time, and to the two newest
         earlier files of each profile, whose values are rounded."""
         every = {key: {name: values[name] for name in info.averages} for key, values in self.exact.items()}

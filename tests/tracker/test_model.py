@@ -14,7 +14,6 @@ from checking import assert_same_tensors
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import read_directory
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from factories import exact_average
+from posthoc_cli.synthesis.tiles import Tile
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.reading import ElementRange, open_file
-from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
+from posthoc_cli.snapshots.sources import ElementRange
+from posthoc_cli.snapshots.tensorfile import read_file, tensor_from_bytes
 from posthoc_cli.synthesis.engine import check_finite
-from posthoc_cli.synthesis.tiles import Tile
 
 SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_every": 3, "checkpoint_dtype": None}
 
@@ -233,7 +233,7 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
         count = snapshot.info.step
         assert snapshot.header.tensors["w"].dtype == stored_name(dtype)
         exact = exact_average([state["w"] for state in states[:count]], snapshot.info.sigma_rel, range(1, count + 1))
-        with open_file(snapshot.path) as file:
+        with read_file(snapshot.path) as file:
             stored = tensor_from_bytes(file.read("w"), snapshot.header.tensors["w"].dtype, (3, 4))
         np.testing.assert_allclose(stored.float(), exact, rtol=1.01 * torch.finfo(dtype).eps / 2, atol=1e-5)
     with PostHocEMA.from_model(model, tmp_path / "nan", **SETTINGS) as run:
