@@ -25,7 +25,7 @@ from posthoc_cli.reconstruction import Measurements, MinimumVariance
 from posthoc_cli.snapshots import codecs
 from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.directory import snapshot_path
-from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
+from posthoc_cli.snapshots.outputs import INDEX_NAME, OutputInfo, encode_index
 from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, decode_snapshot
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, read_file, tensor_bytes
@@ -92,10 +92,10 @@ def make_info(
     return replace(info, **overrides)
 
 
-def write_tensors(path: Path, values: Mapping[str, torch.Tensor], info: Snapshot, overwrite: bool) -> None:
+def write_tensors(path: Path, values: Mapping[str, torch.Tensor], info: Snapshot | OutputInfo, overwrite: bool) -> None:
     """Write a file of these values and this header, with correct checksums."""
     entries = {name: Entry(stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()}
-    with TensorFileWriter(path, entries, info.encoded(), info.for_dcp, overwrite) as writer:
+    with TensorFileWriter(path, entries, info.encoded(), getattr(info, "for_dcp", {}), overwrite) as writer:
         for name, value in values.items():
             writer.write(name, tensor_bytes(value))
         writer.commit()

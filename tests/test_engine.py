@@ -17,7 +17,6 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from factories import RUN_ID, flip_bit, write_snapshot
-from posthoc_cli.synthesis.tiles import Tile
 from safetensors.torch import load_file
 from synthesis_cases import peak_memory, write_sparse_snapshots
 
@@ -32,7 +31,8 @@ from posthoc_cli.synthesis.engine import (
     COLUMNS,
     Options,
     Sums,
-    TileWriter,
+    Tile,
+    Writer,
     check_device,
     synthesize,
     synthesize_into,
@@ -121,7 +121,7 @@ def test_chunks_and_threads_of_any_number_give_the_same_bytes(
 ) -> None:
     plan, read = plan_of(mixed), list[int]()
     reference = bits(plan, workers=1)
-    monkeypatch.setattr(engine, "CHUNK", chunk)
+    monkeypatch.setattr(engine, "BLOCK", chunk)
     assert bits(plan, workers=workers, progress=read.append) == reference
     assert sum(read) == plan.read_bytes  # no block is read twice
 
@@ -310,9 +310,9 @@ class Streams:
     """Outputs of a device whose streams only log what happens, in place of those of `Maker`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.writers: list[TileWriter] = []  # kept, so that no id is used twice
+        self.writers: list[Writer] = []  # kept, so that no id is used twice
         self.log: list[tuple[str, object]] = []
-        self.outputs = [*[SimpleNamespace(open_tile=lambda _: TileWriter())] * (len(TARGETS) - 1), self]
+        self.outputs = [*[SimpleNamespace(open_tile=lambda _: lambda _: None)] * (len(TARGETS) - 1), self]
         make = engine.Maker.make
 
         def with_stream(maker: engine.Maker, *arguments: object) -> None:
@@ -332,8 +332,8 @@ class Streams:
         monkeypatch.setattr(engine, "caller_event", caller_event)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
 
-    def open_tile(self, _: Tile) -> TileWriter:
-        self.writers.append(TileWriter())
+    def open_tile(self, _: Tile) -> Writer:
+        self.writers.append(lambda _: None)
         self.log.append(("open", id(self.writers[-1])))
         return self.writers[-1]
 

@@ -39,7 +39,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import layout_of, output_exists
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots.outputs import OutputInfo, decode_output
+from posthoc_cli.snapshots.outputs import OutputInfo, Used, decode_output
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.synthesis.plan import plan_synthesis
@@ -58,9 +58,9 @@ WEIGHTS: Tensors = {
 def write_output(path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = ("var", "count")) -> Path:
     """A file as a synthesis writes it."""
     info = OutputInfo(
-        RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (("x", 1.0),), copies
+        RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (Used("x", 1.0),), copies
     )
-    write_tensors(path, tensors, output_metadata(info), overwrite=True)
+    write_tensors(path, tensors, info, overwrite=True)
     return path
 
 
@@ -123,8 +123,8 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
 def test_an_exported_file_keeps_the_metadata(tmp_path: Path) -> None:
     source = write_output(tmp_path / "in.safetensors")
     export_file(source, tmp_path / "out.safetensors", prefix="unet.")
-    before = decode_output(source, read_file(source))
-    after = decode_output(tmp_path / "out.safetensors", read_file(tmp_path / "out.safetensors"))
+    before = decode_output(read_file(source))
+    after = decode_output(read_file(tmp_path / "out.safetensors"))
     assert sorted(after.copies) == ["unet.count", "unet.var"]
     assert {**vars(after), "copies": ()} == {**vars(before), "copies": ()}
 
@@ -225,7 +225,7 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
     for path, name in ((source, source.name), (folder, "10"), (folder / INDEX, "10")):
         export_file(path, out, overwrite=True)
         assert_same_tensors(load_output(out), {"w": w.float(), "tied": w.float(), "var": var, "var too": var})
-        info = decode_output(out, read_file(out))
+        info = decode_output(read_file(out))
         assert (info.sigma_rel, info.t, info.method, info.profile_error) == (0.05, 10, "tracked", 0)
         assert (info.snapshots, sorted(info.copies)) == (((name, 1.0),), ["var", "var too"])
     export_file(source, tmp_path / "half.pt", dtype="float16")

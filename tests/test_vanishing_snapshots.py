@@ -48,7 +48,8 @@ def test_a_plan_whose_snapshot_vanishes_is_made_again(
 
     def use(plan: Plan) -> Plan:
         for source in plan.sources:
-            source.open().close()
+            with source:
+                pass
         return plan
 
     with caplog.at_level(logging.WARNING):

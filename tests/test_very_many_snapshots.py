@@ -20,7 +20,7 @@ from posthoc_cli.planning import schedule, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MOST_SOLVED, Motion, assumed_prior, reconstruct, thinned_subset
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots import sources
+from posthoc_cli.snapshots import prune, sources
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning
 
@@ -102,7 +102,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let reconstructions use at most 20 snapshots."""
-    for module in (sources, writer):
+    for module in (sources, prune):
         monkeypatch.setattr(module, "thinned_subset", partial(thinned_subset, most=20))
 
 

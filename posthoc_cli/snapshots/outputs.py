@@ -1,7 +1,7 @@
 """Outputs and models on disk: a safetensors file, shards with an index, a folder of either, or a folder of several.
 
-The dataclass `OutputInfo` is the content of an output's header, see `tensorfile`. The index of a sharded model is a JSON
-file as the Hugging Face libraries define it:
+The dataclass `OutputInfo` is the content of an output's header, see `tensorfile`. The index of a sharded model is a
+JSON file as the Hugging Face libraries define it:
 
     {"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file next to the index}}
 

@@ -172,7 +172,7 @@ class Snapshot(FileSource, SourceInfo):
     chunks: dict[str, Chunk] = field(default_factory=dict)
     mesh: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
     session: int = 0
-    path: Path = field(default=Path(), compare=False)
+    path: Path = field(default_factory=Path, compare=False)
     files: tuple[TensorFile, ...] = field(default=(), compare=False)
     entries: Mapping[str, Entry] = field(default_factory=dict, compare=False)
 
@@ -344,7 +344,7 @@ def converted(value: Any, kind: Any) -> Any:
         return {name: _member(value, name, args[1]) for name in value}
     form: Any = kind
     for each in fields(form):
-        if each.name not in value and each.default is MISSING and each.default_factory is MISSING:
+        if each.name not in value and each.default_factory is MISSING and (each.default is MISSING or each.default):
             raise ValueError(f"{each.name}: is missing")
     members = {name: member for name, member in kinds_of(form).items() if name in value}
     return form(**{name: _member(value, name, member) for name, member in members.items()})

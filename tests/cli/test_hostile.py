@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import shutil
 import socket
@@ -26,6 +25,7 @@ from posthoc_cli.demo import Folder
 from posthoc_cli.errors import OutputExistsError, WriteError
 from posthoc_cli.files import PendingFile
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.outputs import Used, decode_output
 from posthoc_cli.snapshots.tensorfile import read_file
 
 
@@ -190,10 +190,9 @@ def test_a_run_with_a_norm_of_0_in_its_headers_has_a_picture(ema: Ema, run: Path
 def test_long_texts_of_an_output_are_cut(ema: Ema, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.safetensors"
     ema("synthesize", run, "--sigma-rel", "0.1", "--out", out)
-    metadata = {k: v for k, v in read_file(out).metadata.items() if k not in ("ema.checksum", "ema.checksums")}
-    metadata |= {f"ema.{key}": "x" * 100_000 for key in ("profile", "method", "t_unit")}
-    metadata["ema.snapshots"] = json.dumps([{"file": "y" * 100_000, "coefficient": -1e308}])
-    write_tensors(out, load_file(out), metadata, overwrite=True)
+    long = dict.fromkeys(("profile", "method", "t_unit"), "x" * 100_000)
+    info = replace(decode_output(read_file(out)), snapshots=(Used("y" * 100_000, -1e308),), **long)
+    write_tensors(out, load_file(out), info, overwrite=True)
     assert max(map(len, ema("info", out).out.splitlines())) < 300
     write_snapshot(tmp_path / "long", 10, 0.05, RUN_ID, {"x" * 100_000: torch.tensor([float("nan")])})
     assert len(ema("synthesize", tmp_path / "long", "--sigma-rel", "0.1", "--out", tmp_path / "o.pt").err) < 6_000

@@ -14,7 +14,6 @@ from factories import RUN_ID, flip_bit, write_snapshot
 from posthoc_cli.errors import DirectoryError, FileFormatError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.snapshots.outputs import INDEX_NAME, ShardIndex, decode_index, describe, encode_index, is_plain_name
-from posthoc_cli.snapshots.tensorfile import SUFFIX
 
 SUFFIX = ".safetensors"
 

@@ -78,7 +78,7 @@ def test_the_newest_time_stays_and_the_newest_with_all_profiles(run: Path, wish:
 
 def test_max_size_keeps_as_many_as_fit(run: Path) -> None:
     snapshots = read_directory(run)
-    sizes = {s.path: s.header.file_bytes for s in snapshots}
+    sizes = {s.path: s.nbytes for s in snapshots}
     limit = sum(sizes.values()) // 3
     pruning = plan_pruning(snapshots, max_size=limit)
     left = sum(sizes[s.path] for s in pruning.kept)

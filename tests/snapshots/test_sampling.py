@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import sources
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import (
+    FileSource,
     TrackedTensor,
     expected_rounding,
     sample_measurements,
@@ -129,24 +131,23 @@ def test_estimates_are_unbiased_over_runs(tmp_path: Path, monkeypatch: pytest.Mo
     snapshot = write(tmp_path, 10, 0.05, values)
     estimates = []
     for seed in range(400):
-        info = snapshot.info.__class__(**{**vars(snapshot.info), "run_id": f"{seed:032x}"})
-        estimates.append(sample_measurements([Snapshot(snapshot.path, snapshot.header, info)])[0].norm)
+        estimates.append(sample_measurements([replace(snapshot, run_id=f"{seed:032x}")])[0].norm)
     error = np.std(estimates) / np.sqrt(len(estimates))
     assert abs(np.mean(estimates) - squares(*((x, torch.zeros(1)) for x in values.values()))) < 4 * error
     assert np.std(estimates) > 0
 
 
 def elements_read(snapshots: list[Snapshot], monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, int, int]]]:
-    """Return the ranges, in bytes, that are read from each file."""
+    """Return the ranges, in elements, that are read from each file."""
     parts: dict[Path, list[tuple[str, int, int]]] = {s.path: [] for s in snapshots}
-    real = TensorReader.read_sample
+    real = FileSource.values
 
-    def listen(self: TensorReader, name: str, begin: int, end: int) -> np.ndarray:
+    def listen(self: FileSource, name: str, begin: int, end: int) -> np.ndarray:
         parts[self.path].append((name, begin, end))
         return real(self, name, begin, end)
 
     with monkeypatch.context() as patched:
-        patched.setattr(TensorReader, "read_sample", listen)
+        patched.setattr(FileSource, "values", listen)
         sample_measurements(snapshots)
     return list(parts.values())
 

@@ -304,7 +304,7 @@ class Stage:
         flip_bit(write_snapshot(self.home / "harmed", 10, 0.05, RUN_ID, {self.name: torch.ones(3)}))
         synthesize(self.run, self.output)
         made_of = json.dumps([{"file": self.name, "coefficient": 1.0}])
-        forge(self.output, {"ema.profile": self.name, "ema.method": self.name, "ema.snapshots": made_of})
+        forge(self.output, {"profile": json.dumps(self.name), "method": json.dumps(self.name), "snapshots": made_of})
 
     def commands(self) -> Iterator[tuple[object, ...]]:
         """Yield the commands to run."""

@@ -171,7 +171,7 @@ def damaged_files(folder: Path) -> list[str]:
 def wrong_output(path: Path) -> list[str]:
     """Return what is wrong with an output, computed from the snapshots and coefficients that it names."""
     try:
-        wrong, info = problems(path), decode_output(path, read_file(path))
+        wrong, info = problems(path), decode_output(read_file(path))
     except PostHocError as error:
         return [str(error)]
     if wrong:

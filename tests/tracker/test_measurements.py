@@ -162,7 +162,7 @@ def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(tmp_path: Path
     model.weight.requires_grad_(False)  # constant, but tracked
     watched_run(model, tmp_path, 10, include="*").check_all(tmp_path)
     for snapshot in read_directory(tmp_path):
-        found = {name: entry.dtype for name, entry in snapshot.header.tensors.items()}
+        found = {name: entry.dtype for name, entry in snapshot.entries.items()}
         assert found == {"weight": "F32", "bias": "F16"}
 
 
@@ -174,7 +174,7 @@ def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(tmp
         tracker.update_(model)
         tracker.update_(model)
     for snapshot in read_directory(tmp_path):
-        assert snapshot.header.tensors["bias"].dtype == "F64"
+        assert snapshot.entries["bias"].dtype == "F64"
         assert snapshot.info.measurements is None
         assert torch.equal(load_file(snapshot.path)["bias"], model.bias)
 
@@ -330,7 +330,7 @@ def test_values_that_are_not_measured_are_stored_or_refused_as_others_are(
             for _ in range(4):
                 tracker.update_(model)
         for snapshot in read_directory(tmp_path / f"large-{place}"):
-            found = {name: entry.dtype for name, entry in snapshot.header.tensors.items()}
+            found = {name: entry.dtype for name, entry in snapshot.entries.items()}
             assert [found.pop(f"{number}.weight") for number in range(3)] == ["F16", "F32", "F16"]
             assert {*found.values()} == {"F32", "I64"}  # statistics, and their count
             assert torch.equal(load_file(snapshot.path)["1.weight"], model[1].weight)

@@ -13,7 +13,7 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.snapshot import decode_snapshot
-from posthoc_cli.snapshots.tensorfile import read_file, tensor_from_bytes
+from posthoc_cli.snapshots.tensorfile import read_file
 
 SPREAD = [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)]
 
@@ -28,10 +28,8 @@ def parts_of(snapshot: Path) -> list[tuple[dict[str, torch.Tensor], dict[str, Bo
     """Return the tensors of each part of a snapshot, and their boxes."""
     found = []
     for path in sorted(snapshot.iterdir()):
-        info = decode_snapshot(path, read_file(path))
-        with read_file(path) as file:
-            entries = file.header.tensors
-            values = {n: tensor_from_bytes(file.read(n), e.dtype, e.shape) for n, e in entries.items()}
+        info = decode_snapshot(read_file(path))
+        values = {name: info.tensor(name) for name in info.entries}
         found.append((values, {name: info.chunks[name].box(tuple(one.shape)) for name, one in values.items()}))
     return found
 
@@ -47,8 +45,7 @@ def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
     assert [path.name for path in folders] == [path.stem for path in files]
     for folder, file in zip(folders, files, strict=True):
         with read_file(file) as complete:
-            entries = complete.header.tensors
-            expected = {n: tensor_from_bytes(complete.read(n), e.dtype, e.shape) for n, e in entries.items()}
+            expected = {name: complete.tensor(name) for name in complete.entries}
         parts = parts_of(folder)
         for name, tensor in expected.items():
             boxes = [boxes[name] for _, boxes in parts if name in boxes]
@@ -183,7 +180,7 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, on_nonfinite="skip
     check_group(code, 2, tmp_path)
     for updates, snapshot in zip((1, 2, 4), Run(tmp_path / "run").snapshots[::2], strict=True):
         for path in snapshot.path.iterdir():
-            assert decode_snapshot(path, read_file(path)).updates == updates
+            assert decode_snapshot(read_file(path)).updates == updates
     assert_near(Run(tmp_path / "run").average(0.2), truth(0.2, [4, 6, 10, 12]))
 
 
