@@ -107,7 +107,7 @@ def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen_times(run: Path, t: float) -> list[float]:
-    profiles = [s.info.profile.pure for s in read_directory(run) if s.info.t <= t]
+    profiles = [s.profile for s in read_directory(run) if s.info.t <= t]
     return [profiles[i].t for i in thinned_subset(profiles, 20)]
 
 

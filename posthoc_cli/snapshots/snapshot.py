@@ -234,7 +234,7 @@ class Snapshot(FileSource, SourceInfo):
         values = {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name not in unstored and (f.default is MISSING or getattr(self, f.name) != f.default)
+            if f.name not in unstored and (f.default is f.default_factory is MISSING or getattr(self, f.name))
         }
         return {"kind": "snapshot", "format": FORMAT, **values}
 

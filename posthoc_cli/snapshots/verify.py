@@ -293,7 +293,8 @@ def _read_unit(unit: _Unit, progress: Callable[[int], object]) -> list[FileRepor
         return [replace(report, what=f"superseded {report.what}", snapshot=None) for report in reports]
     if unit.has_parts:  # if a part is missing, a training is deleting the snapshot
         return _part_reports(unit, reports) if len(reports) == len(results) else []
-    return reports
+    strays = (report.snapshot is not None and report.snapshot.part is not None for report in reports)
+    return [replace(r, snapshot=None) if is_stray else r for r, is_stray in zip(reports, strays, strict=True)]
 
 
 def _read_file(path: Path, unit: Path, progress: Callable[[int], object]) -> FileReport | None:

@@ -29,7 +29,7 @@ W = {"w": torch.ones(2, 3)}
 
 
 def stored(directory: Path) -> list[Snapshot]:
-    return [Snapshot.of(s) for s in read_directory(directory)]
+    return read_directory(directory)
 
 
 def write_times(directory: Path, times: list[float], sigma_rels: tuple[float, ...] = (0.05,)) -> None:
@@ -179,7 +179,7 @@ def test_an_inspection_lists_every_problem_and_continues(tmp_path: Path) -> None
     message = f"{snapshot_path(tmp_path, 10, 0.05)} and {double}: both hold sigma_rel 0.05 at t = 10; remove one"
     assert message in map(str, found.problems)
     assert found.notes == ("t = 30, the newest: no snapshot of sigma_rel 0.28",)
-    assert found.listing.leftovers == [tmp_path / ".ema-0123.tmp"]
+    assert found.leftovers == [tmp_path / ".ema-0123.tmp"]
     assert found.superseded == 1
 
 
@@ -211,10 +211,10 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     write_run(tmp_path, trajectory, range(10, 101, 10), (0.05, 0.28))
     snapshots = read_directory(tmp_path)
     measured = [
-        replace(snapshot, info=replace(snapshot.info, measurements=average.measurements, motion=None))
+        replace(snapshot, measurements=average.measurements, motion=None)
         for snapshot, average in zip(snapshots, with_sampled_measurements(snapshots), strict=True)
     ]
-    left = thin([Snapshot.of(snapshot) for snapshot in measured], 3)
+    left = thin(measured, 3)
     assert sum(40 <= s.t <= 80 for s in left) >= 3  # it hardly matters which earlier snapshot is left
 
 

@@ -340,7 +340,7 @@ def test_pruning_and_thinning_delete_folders(run: Path) -> None:
     assert done.deleted
     assert not any(os.path.lexists(snapshot.path) for snapshot in done.to_delete)
     assert [s.path for s in read_directory(run)] == [s.path for s in done.kept]
-    stored = [directories.Snapshot.of(snapshot) for snapshot in read_directory(run)]
+    stored = read_directory(run)
     left = thin(stored, 2)
     assert [snapshot.path for snapshot in left] == [snapshot.path for snapshot in read_directory(run)]
     assert len(left) < len(stored)

@@ -29,6 +29,7 @@ HOLDER = """
 import os, sys
 from pathlib import Path
 from posthoc_cli.errors import LockedError
+from posthoc_cli.snapshots.directory import DirectoryLock
 held = DirectoryLock(Path(sys.argv[1]))
 print("held", flush=True)
 """

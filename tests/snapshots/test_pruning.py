@@ -45,7 +45,7 @@ def unmeasured(tmp_path: Path) -> Path:
 
 
 def profiles_of(snapshots: Sequence[Snapshot]) -> list[PowerFunction]:
-    return [snapshot.info.profile.pure for snapshot in snapshots]
+    return [snapshot.profile for snapshot in snapshots]
 
 
 def errors_of(snapshots: Sequence[Snapshot], *sigma_range: tuple[float, float]) -> ErrorCurve:

@@ -163,9 +163,9 @@ def test_the_same_elements_are_read_of_every_snapshot_and_others_in_another_run(
     assert elements_read(run, monkeypatch) == [first, first]
     assert elements_read(other, monkeypatch) != [first]
     assert {name for name, *_ in first} == {"a", "b"}
-    seen = {(name, i) for name, begin, end in first for i in range(begin, end, 4)}
+    seen = {(name, i) for name, begin, end in first for i in range(begin, end)}
     assert 990_000 < len(seen) <= 1_000_000
-    assert sum(end - begin for _, begin, end in first) == 4 * len(seen)  # no element twice
+    assert sum(end - begin for _, begin, end in first) == len(seen)  # no element twice
     share = sum(name == "a" for name, _ in seen) / len(seen)
     assert share == pytest.approx(0.75, abs=0.06)
 
@@ -175,12 +175,12 @@ def test_a_run_of_elements_continues_in_the_next_tensors(tmp_path: Path, monkeyp
     monkeypatch.setattr(sources, "RUN_ELEMENTS", 4)
     values = {name: torch.zeros(size) for name, size in zip("abcdefghi", [3, 0, 4, 0, 4, 0, 4, 0, 4], strict=True)}
     (parts,) = elements_read([write(tmp_path, 10, 0.05, values)], monkeypatch)
-    assert all(0 <= begin < end <= 4 * values[name].numel() for name, begin, end in parts)
-    read = sorted((name, byte) for name, begin, end in parts for byte in range(begin, end, 4))
-    assert read == [(name, 4 * k) for name, value in values.items() for k in range(value.numel())]
+    assert all(0 <= begin < end <= values[name].numel() for name, begin, end in parts)
+    read = sorted((name, i) for name, begin, end in parts for i in range(begin, end))
+    assert read == [(name, k) for name, value in values.items() for k in range(value.numel())]
     monkeypatch.setattr(sources, "MOST_ELEMENTS", 8)
     (parts,) = elements_read([write(tmp_path, 20, 0.05, values)], monkeypatch)
-    assert sum(end - begin for _, begin, end in parts) in (4 * 8, 4 * (4 + 19 % 4))
+    assert sum(end - begin for _, begin, end in parts) in (8, 4 + 19 % 4)
 
 
 # --- values that cannot be measured

@@ -28,7 +28,7 @@ from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots import tensorfile
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
-from posthoc_cli.snapshots.outputs import INDEX_NAME
+from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import BLOCK, decode_values, holds_nonfinite, read_file
 from posthoc_cli.snapshots.verify import Verification, verify
@@ -121,7 +121,7 @@ def harm(path: Path, names: str | list[str]) -> None:
     """Flip a bit at the end of these tensors."""
     header = read_file(path)
     for name in names:
-        flip_bit(path, header.payload_start + header.tensors[name].begin + header.tensors[name].nbytes - 1)
+        flip_bit(path, header.entries[name].begin + header.entries[name].nbytes - 1)
 
 
 @pytest.mark.parametrize("threads", [1, 8])
@@ -239,13 +239,13 @@ def test_nonfinite_numbers_are_recognized_by_their_bits(dtype: str) -> None:
 def test_nan_in_averages_of_outputs_is_an_error_and_in_copies_a_note(tmp_path: Path) -> None:
     run = record(tmp_path / "copies", buffers="copy")
     output = synthesize(run, 0.1, tmp_path / "output.safetensors")
-    values, metadata = load_file(output), read_file(output).metadata
+    values, info = load_file(output), decode_output(read_file(output))
     first, second = sorted(name for name in values if "running" in name)
     values[first][2] = values[second][3] = np.nan
-    write_tensors(output, values, metadata, overwrite=True)
+    write_tensors(output, values, info, overwrite=True)
     assert notes(output) == (f"{output}: copy {first!r} holds nan or infinity (and 1 tensor more)",)
     values["0.weight"][2, 2] = np.nan
-    write_tensors(output, values, metadata, overwrite=True)
+    write_tensors(output, values, info, overwrite=True)
     assert only_wrong(output) == ("nonfinite", "average '0.weight' holds nan or infinity")
 
 
@@ -305,8 +305,8 @@ def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
         state, detail = only_wrong(shards)
         assert (state, name in detail, "its target is sigma_rel 0." in detail) == ("mismatched", True, True)
         (shards / name).write_bytes(kept)
-    used = read_file(shards / last).metadata["ema.snapshots"]
-    forge(shards / last, {"ema.snapshots": json.dumps(json.loads(used)[1:])})
+    used = read_file(shards / last).content["snapshots"]
+    forge(shards / last, {"snapshots": json.dumps(used[1:])})
     assert only_wrong(shards)[1].endswith("its coefficients differ")
     save_file({name: value.clone() for name, value in load_file(shards / last).items()}, shards / last)
     state, detail = only_wrong(shards)

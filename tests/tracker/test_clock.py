@@ -73,7 +73,7 @@ def error(folder: Path, target: Target, exact: np.ndarray, known: bool = True) -
     """Return the relative distance of the synthesized weights; with `known` False, headers have no clock."""
     sources = disk_sources(folder)
     if not known:
-        sources = [replace(s, info=replace(s.info, clock=())) for s in sources]
+        sources = [replace(s, clock=()) for s in sources]
     plan = plan_synthesis(sources, [target])
     (found,) = dict(synthesize(plan))["w"]
     return float(np.linalg.norm(found.numpy() - exact) / np.linalg.norm(exact))
