@@ -281,7 +281,7 @@ def tiny_model(seed: int = 0) -> TinyModel:
 
 
 def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the averages in a tracker's state by sigma_rel and name, in float64, see `snapshots.format`."""
+    """Return the averages in a tracker's state by sigma_rel and name, in float64."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, high in state["high"].items():
         low, mean = state["low"][key], _means(state, key)

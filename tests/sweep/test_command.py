@@ -121,7 +121,7 @@ def test_a_trial_that_fails_is_reported_and_has_no_value(run: Run, tmp_path: Pat
     report = swept(
         run, tmp_path / "out", command, axis=Axis.of_values("sigma_rel", [*LENGTHS, 0.15]), say=reported.append
     )
-    (failed,) = report.failed
+    (failed,) = (trial for trial in report.trials if trial.value is None)
     assert failed.error == message
     assert failed in reported
     assert (tmp_path / "out" / f"{failed.log}.err").exists()
@@ -213,16 +213,6 @@ def test_raw_weights_that_the_run_contains_are_measured(ema: Ema, run: Run, tmp_
     assert re.search(r"raw weights +not measured: the run lacks them", ema("sweep", run.directory, *options).out)
 
 
-def test_a_progress_bar_gets_each_action(run: Run, tmp_path: Path) -> None:
-    actions: list[tuple[str, int, int]] = []
-    swept(run, tmp_path / "out", shell("echo $2"), axis=GRID, watch=lambda *action: actions.append(action))
-    assert actions == [
-        ("trial 1: sigma_rel 0.05", 0, 3),
-        ("trial 2: sigma_rel 0.1; best 0.05 at sigma_rel 0.05", 1, 3),
-        ("trial 3: sigma_rel 0.2; best 0.05 at sigma_rel 0.05", 2, 3),
-    ]
-
-
 def test_a_sweep_whose_trials_all_fail_says_why(run: Run, tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text("#!/no/such/interpreter\n")
@@ -252,6 +242,11 @@ def alive(path: Path) -> bool:
     return state != "Z"
 
 
+def gone(path: Path) -> bool:
+    """Return whether that process ends within seconds: one that was killed may still have to be scheduled."""
+    return any(not alive(path) or time.sleep(0.05) for _ in range(100))
+
+
 def test_only_the_children_of_a_trial_end_with_it(run: Run, tmp_path: Path) -> None:
     """Processes that another command has started, or that have left the process group, continue."""
     script = f"(sleep 60 & echo $! > {tmp_path}/grandchild) & sleep 60 & echo $! > {tmp_path}/child;"
@@ -259,8 +254,8 @@ def test_only_the_children_of_a_trial_end_with_it(run: Run, tmp_path: Path) -> N
     other = os.posix_spawnp("sleep", ["sleep", "60"], os.environ)
     try:
         swept(run, tmp_path / "out", command, axis=Axis.of_values("sigma_rel", LENGTHS[:2]))
-        assert not alive(tmp_path / "child")
-        assert not alive(tmp_path / "grandchild")
+        assert gone(tmp_path / "child")
+        assert gone(tmp_path / "grandchild")
         assert alive(tmp_path / "escaped")
         os.kill(other, 0)
     finally:
@@ -301,8 +296,8 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_measured(run: Run, tmp_path: Pa
         thread.join()
         signal.signal(signal.SIGINT, usual)
     assert time.monotonic() - stopped[0] < 5  # within 1 s where nothing else runs
-    assert not alive(tmp_path / "hangs")
-    assert not alive(tmp_path / "child")
+    assert gone(tmp_path / "hangs")
+    assert gone(tmp_path / "child")
     assert names(out) == {"logs", "trials.jsonl", ".ema.lock"}
     (line,) = (out / "trials.jsonl").read_text().splitlines()
     assert json.loads(line)["trial"]["x"] == 0.05
@@ -317,7 +312,7 @@ def test_a_sweep_that_is_ended_by_sigterm_ends_its_trial(run: Run, tmp_path: Pat
         wait_for(tmp_path / "hangs", process)
         process.terminate()
         assert process.wait(60) == 143
-    assert not alive(tmp_path / "hangs")
+    assert gone(tmp_path / "hangs")
     assert names(tmp_path / "out") == {"logs", ".ema.lock"}
 
 
@@ -365,7 +360,7 @@ def test_a_folder_of_other_files_is_refused_before_any_is_replaced(run: Run, tmp
 def test_each_length_of_a_narrow_range_is_measured_once(run: Run, tmp_path: Path, axis: Axis, count: int) -> None:
     command = "sh -c 'touch $1/file && echo $2' sh {dir} {sigma_rel} {weights}"
     report = swept(run, tmp_path / "out", command, axis=axis, budget=6)
-    assert not report.failed
+    assert not any(trial.error for trial in report.trials)
     assert len(report.trials) == len({trial.x for trial in report.trials})
     assert sum(axis.low <= trial.x <= axis.high for trial in report.trials) == count
 
@@ -532,6 +527,6 @@ def test_in_python_a_search_stays_within_its_budget_also_if_a_trial_fails(run: R
 
     report = sweep(run, metric, low=0.05, high=0.25, budget=7)
     assert len(norms) <= 7
-    assert [trial.error for trial in report.failed] == ["its metric is nan"]
+    assert [trial.error for trial in report.trials if trial.error] == ["its metric is nan"]
     with refused("the sweep", "6 of 6 trials have failed", kind=PostHocError):
         sweep(run, lambda _: math.inf, low=0.05, high=0.25)
