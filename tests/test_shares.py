@@ -227,7 +227,7 @@ def test_files_of_other_models_are_not_replaced(run: Path, tmp_path: Path) -> No
         write(run, out)
     assert contents(out) == {"model.safetensors": b"precious"}
     save_file({"w": torch.ones(2)}, shard)
-    with pytest.raises(OutputExistsError, match=r"not an output of this package: has no ema\.format"):
+    with pytest.raises(OutputExistsError, match=r"not an output of this package: has no header of it"):
         write(run, out)
     shutil.copy(min(run.iterdir()), shard)
     with pytest.raises(OutputExistsError, match="is a snapshot of a run and is not replaced"):
