@@ -288,7 +288,8 @@ class TensorFile:
     @property
     def kind(self) -> str | None:
         """The kind of the file: "snapshot", "output", or None for another program's file."""
-        return self.content.get("kind")
+        kind = self.content.get("kind")
+        return kind if kind is None else str(kind)
 
     def box(self, name: str) -> Box | None:
         """Return the box of a tensor's elements in the file; None if it has none."""
