@@ -87,9 +87,9 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
 
 def test_shards_have_nearly_equal_bytes_and_are_never_empty(run: Path) -> None:
     plan = plan_synthesis(disk_sources(run), [0.1])
-    specs = {spec.name: spec.nbytes for spec in plan.specs()}
+    specs = {name: entry.nbytes for name, entry in plan.entries.items()}
     costs = {
-        name: sum(specs[n] for n in names) + sum(source.stored[name].nbytes for source in plan.sources)
+        name: sum(specs[n] for n in names) + sum(source.entries[name].nbytes for source in plan.sources)
         for name, names in plan.names.items()
     }
     for parts in (1, 2, 3, 7, 1000):
@@ -227,7 +227,7 @@ def test_files_of_other_models_are_not_replaced(run: Path, tmp_path: Path) -> No
         write(run, out)
     assert contents(out) == {"model.safetensors": b"precious"}
     save_file({"w": torch.ones(2)}, shard)
-    with pytest.raises(OutputExistsError, match=r"not an output of this package: has no ema\.format"):
+    with pytest.raises(OutputExistsError, match=r"not an output of this package: has no header of it"):
         write(run, out)
     shutil.copy(min(run.iterdir()), shard)
     with pytest.raises(OutputExistsError, match="is a snapshot of a run and is not replaced"):

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -31,24 +32,20 @@ from posthoc_cli.errors import (
     WriteError,
     check_word,
 )
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import PART_NAME
-from posthoc_cli.snapshots.format import TensorSpec
-from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.outputs import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    check_indexed,
-    encode_index,
-    model_files,
+from posthoc_cli.snapshots.outputs import INDEX_NAME, SINGLE_NAME, check_indexed, encode_index, model_files
+from posthoc_cli.snapshots.tensorfile import (
+    SUFFIX,
+    Entry,
+    TensorFile,
+    TensorFileWriter,
+    read_file,
+    tensor_bytes,
 )
-from posthoc_cli.snapshots.reading import TensorReader, open_file
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
-from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, holds
-from posthoc_cli.synthesis.tiles import Tile
+from posthoc_cli.synthesis.engine import Options, TensorOutput, Tile, Writer, holds
 from posthoc_cli.targets import Target
 
-LAYOUTS = {"safetensors": (fmt.SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
+LAYOUTS = {"safetensors": (SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
 """The layouts of an output, each with the file name endings that it accepts; layouts without endings are folders."""
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -163,7 +160,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
         is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
         if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
             return [path], None
-        if not is_folder and path.suffix in (fmt.SUFFIX, *PICKLES):
+        if not is_folder and path.suffix in (SUFFIX, *PICKLES):
             place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
             example = f"a name with {place} in it, such as {path.stem}-{place}{path.suffix}"
             raise InvalidValueError("out", f"{len(targets)} targets need a folder, or {example}", value=out)
@@ -206,22 +203,16 @@ def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return tensor.to(dtype)
 
 
-def open_model(stack: ExitStack, path: Path) -> list[TensorReader]:
+def open_model(stack: ExitStack, path: Path) -> list[TensorFile]:
     """Open the files of a model until the stack ends, and check that each holds the tensors that the index says."""
     opened = []
     try:
         for file_path, names in model_files(path).items():
-            opened.append(stack.enter_context(open_file(file_path)))
-            check_indexed(file_path, opened[-1].header, names)
+            opened.append(stack.enter_context(read_file(file_path)))
+            check_indexed(opened[-1], names)
     except VanishedError as error:  # which callers would take for a snapshot that was thinned away meanwhile
         raise FileFormatError(error.subject, error.reason) from error
     return opened
-
-
-def stored_tensor(file: TensorReader, name: str) -> torch.Tensor:
-    """Read and verify a tensor of a file, in its stored dtype."""
-    entry = file.tensors[name]
-    return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
@@ -236,18 +227,21 @@ def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[i
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """The names of the weight files of a model folder."""
 
+Header = tuple[Mapping[str, Any], Mapping[str, str]]
+"""The content of an output's header, see `TensorFileWriter`, and further strings."""
+
 OTHER_FOLDER = "choose another folder, or `overwrite` to replace it"
 
 
 @contextmanager
 def open_outputs(
     paths: Sequence[Path],
-    specs: Sequence[TensorSpec],
-    metadata: Sequence[Mapping[str, str]],
+    entries: Mapping[str, Entry],
+    headers: Sequence[Header],
     options: OutputOptions,
     folders: Sequence[Path] = (),
 ) -> Iterator[tuple[list[Sink], Iterator[list[str]]]]:
-    """Open outputs of the same tensors, each with its metadata, and create the folders if missing.
+    """Open outputs of the same tensors, each with its header, and create the folders if missing.
 
     The block gets a sink per output, and lists of names: it writes the tensors of one list into all sinks before it
     takes the next list. No output appears before the block ends, except for shards in an object store.
@@ -256,7 +250,7 @@ def open_outputs(
         WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
         OutputExistsError: an output already exists, and `options.overwrite` is False.
     """
-    sizes, needed = [spec.nbytes for spec in specs], {}
+    sizes, needed = [entry.nbytes for entry in entries.values()], {}
     for path in paths:
         in_turn = layout_of(path, options.layout) == "sharded" and files.is_url(path)  # one shard is on disk at a time
         needed[path] = min(sum(sizes), max([options.shard_bytes, *sizes])) if in_turn else sum(sizes)
@@ -265,24 +259,24 @@ def open_outputs(
     with ExitStack() as stack:
         for folder in folders:
             stack.enter_context(files.new_directory(folder))
-        for path, entries in zip(paths, metadata, strict=True):
-            sinks.append(_sink(path, specs, entries, options))
+        for path, header in zip(paths, headers, strict=True):
+            sinks.append(_sink(path, entries, header, options))
             stack.callback(sinks[-1].discard)
-        yield sinks, _names_in_turn(sinks, specs)
+        yield sinks, _names_in_turn(sinks, entries)
         for sink in sinks:
             sink.commit()
 
 
-def _names_in_turn(sinks: Sequence[Sink], specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
+def _names_in_turn(sinks: Sequence[Sink], entries: Mapping[str, Entry]) -> Iterator[list[str]]:
     """Yield the names of all tensors; for an object store those of each shard, which is uploaded once they exist."""
     remote = [sink for sink in sinks if isinstance(sink, _ShardedSink) and files.is_url(sink.folder)]
-    for names in remote[0].files if remote else [[spec.name for spec in specs]]:
+    for names in remote[0].files if remote else [[*entries]]:
         yield names
         for shards in remote:
             shards.publish_next()
 
 
-def _sink(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions) -> Sink:
+def _sink(path: Path, entries: Mapping[str, Entry], header: Header, options: OutputOptions) -> Sink:
     layout = layout_of(path, options.layout)
     files.check_parent("out", path)
     if options.overwrite:
@@ -291,13 +285,13 @@ def _sink(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], 
         if not files.is_url(folder) and folder.is_dir():
             files.remove_leftovers(folder)
     if layout == "pt":
-        return _TorchSink(path, specs, options.overwrite)
+        return _TorchSink(path, entries, options.overwrite)
     if layout == "dcp":
-        return _DcpSink(path, specs, options.overwrite)
+        return _DcpSink(path, entries, options.overwrite)
     if layout == "sharded":
-        return _ShardedSink(path, specs, metadata, options)
-    writer = TensorFileWriter(path, specs, metadata, options.overwrite)
-    return FileSink({writer: [spec.name for spec in specs]})
+        return _ShardedSink(path, entries, header, options)
+    writer = TensorFileWriter(path, entries, *header, options.overwrite)
+    return FileSink({writer: [*entries]})
 
 
 def check_no_snapshot(path: Path) -> None:
@@ -305,7 +299,7 @@ def check_no_snapshot(path: Path) -> None:
     for file in files.system.list(path) if path.is_dir() else [path]:
         is_replaced = file == path or MODEL_FILE.fullmatch(file.name) or PART_NAME.fullmatch(file.name)
         with suppress(FileFormatError):
-            if is_replaced and file.is_file() and file_kind(read_header(file)) == "snapshot":
+            if is_replaced and file.is_file() and read_file(file).kind == "snapshot":
                 raise OutputExistsError(path, "is a snapshot of a run and is not replaced", "choose another name")
 
 
@@ -341,9 +335,25 @@ class FileSink:
         """Write a complete tensor."""
         self._places[name].write(name, tensor_bytes(tensor))
 
-    def open_tile(self, tile: Tile) -> TileWriter:
-        """Return a writer for a tile; see `synthesis.engine.Output`."""
-        return _FileTile(self._places, tile)
+    def open_tile(self, tile: Tile) -> Writer:
+        """Return the function that writes a tile, under all names of its tensors; see `synthesis.engine.Output`."""
+        return partial(self._write_tile, tile)
+
+    def _write_tile(self, tile: Tile, values: torch.Tensor) -> None:
+        view, size = tensor_bytes(values), ITEM_BYTES[tile.dtype]
+        if len(tile.names) == 1:
+            for alias in tile.aliases[tile.names[0]]:
+                self._places[alias].write(alias, view, tile.begin * size)
+            return
+        begin = 0  # neighbours in one file are written together, then each under its other names
+        for writer, run in groupby(tile.names, self._places.__getitem__):
+            names = list(run)
+            end = begin + len(names)
+            writer.write_many(names, view[tile.bounds[begin] * size : tile.bounds[end] * size])
+            begin = end
+        for name, (start, stop) in zip(tile.names, pairwise(tile.bounds), strict=True):
+            for alias in tile.aliases[name][1:]:
+                self._places[alias].write(alias, view[start * size : stop * size])
 
     def commit(self) -> None:
         """Give the complete files their names."""
@@ -356,36 +366,6 @@ class FileSink:
             writer.discard()
 
 
-class _FileTile(TileWriter):
-    """A writer that writes a tile to files, under all names of its tensors."""
-
-    def __init__(self, places: Mapping[str, TensorFileWriter], tile: Tile) -> None:
-        self._places, self._names = places, {name: tile.aliases[name] for name in tile.names}
-        size, first = ITEM_BYTES[tile.dtype], tile.ranges[0]
-        self._bounds = [bound * size for bound in tile.bounds]
-        aliases = self._names[first.name] if len(tile.ranges) == 1 else ()
-        self._ranges = [places[name].write_range(name, first.begin * size) for name in aliases]
-
-    def write(self, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
-        view = tensor_bytes(values)
-        for tensor_range in self._ranges:
-            tensor_range.write(view)
-        if not self._ranges:
-            self._write_batch(view)
-
-    def _write_batch(self, view: memoryview) -> None:
-        """Write small tensors: neighbours in one file together, then each under its other names."""
-        begin = 0
-        for writer, run in groupby(self._names, self._places.__getitem__):
-            names = list(run)
-            end = begin + len(names)
-            writer.write_many(names, view[self._bounds[begin] : self._bounds[end]])
-            begin = end
-        for aliases, (start, stop) in zip(self._names.values(), pairwise(self._bounds), strict=True):
-            for alias in aliases[1:]:
-                self._places[alias].write(alias, view[start:stop])
-
-
 class _ShardedSink(FileSink):
     """A folder of shards and an index, laid out as by the Hugging Face libraries.
 
@@ -394,9 +374,7 @@ class _ShardedSink(FileSink):
     they look for first; if replacing fails, the old model stays complete.
     """
 
-    def __init__(
-        self, folder: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
-    ) -> None:
+    def __init__(self, folder: Path, entries: Mapping[str, Entry], header: Header, options: OutputOptions) -> None:
         # The objects of a model in a store would be replaced one after the other.
         overwrite = options.overwrite and not files.is_url(folder)
         check_free_folder(folder, overwrite)
@@ -407,10 +385,9 @@ class _ShardedSink(FileSink):
         self._old: dict[Path, Path] = {}  # temporary names of the files of the replaced model
         self._published: list[Path] = []
         self._committed = False
-        by_name = {spec.name: spec for spec in specs}
         self._split = split_state_dict_into_shards_factory(
-            by_name,
-            get_storage_size=lambda spec: spec.nbytes,
+            dict(entries),
+            get_storage_size=lambda entry: entry.nbytes,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=options.shard_bytes,
         )
@@ -420,8 +397,8 @@ class _ShardedSink(FileSink):
         self._writers = writers
         try:
             for file, names in self._split.filename_to_tensors.items():
-                shard = [by_name[name] for name in names]
-                writers[TensorFileWriter(folder / file, shard, metadata, overwrite)] = names
+                shard = {name: entries[name] for name in names}
+                writers[TensorFileWriter(folder / file, shard, *header, overwrite)] = names
         except BaseException:
             self.discard()
             raise
@@ -492,13 +469,13 @@ def model_files_in(folder: Path) -> list[Path]:
 class _MemorySink(TensorOutput):
     """A sink that collects the tensors in memory, for a library that writes a model in one call."""
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        super().__init__({spec.name: spec.shape for spec in specs}, torch.device("cpu"))
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        super().__init__({name: entry.shape for name, entry in entries.items()}, torch.device("cpu"))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         self.tensors[name] = tensor.cpu()
 
-    def open_tile(self, tile: Tile) -> TileWriter:
+    def open_tile(self, tile: Tile) -> Writer:
         writer = super().open_tile(tile)
         for name in tile.names:
             self.tensors |= dict.fromkeys(tile.aliases[name], self.tensors[name])
@@ -508,8 +485,8 @@ class _MemorySink(TensorOutput):
 class _TorchSink(_MemorySink):
     """A sink for a .pt file with a state dict."""
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
-        super().__init__(specs)
+    def __init__(self, path: Path, entries: Mapping[str, Entry], overwrite: bool) -> None:
+        super().__init__(entries)
         self._file = files.PendingFile(path, overwrite)
 
     def commit(self) -> None:
@@ -533,16 +510,16 @@ _DCP_METADATA = ".metadata"
 class _DcpSink(_MemorySink):
     """A sink for a folder of torch.distributed.checkpoint, which appears complete or not at all."""
 
-    def __init__(self, folder: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
+    def __init__(self, folder: Path, entries: Mapping[str, Entry], overwrite: bool) -> None:
         self._folder, self._made = folder, files.temporary_path_for(folder)
         is_folder, is_url = folder.is_dir() and not folder.is_symlink(), files.is_url(folder)
-        entries = list(folder.iterdir()) if is_folder else []
-        is_free = not entries or (overwrite and _is_dcp_folder(entries) and not is_url)
+        present = list(folder.iterdir()) if is_folder else []
+        is_free = not present or (overwrite and _is_dcp_folder(present) and not is_url)
         if (folder.is_symlink() or folder.exists()) and not (is_folder and is_free):
-            what = "holds a model already" if _is_dcp_folder(entries) else "is or holds something else"
+            what = "holds a model already" if _is_dcp_folder(present) else "is or holds something else"
             hint = "choose another folder" + ", or `overwrite` to replace a model" * (not is_url)
             raise OutputExistsError(folder, what, hint)
-        super().__init__(specs)
+        super().__init__(entries)
 
     def commit(self) -> None:
         from torch.distributed.checkpoint.api import CheckpointException  # slow to import

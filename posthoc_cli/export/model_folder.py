@@ -21,11 +21,9 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS, torch_dtype
 from posthoc_cli.errors import InvalidValueError, MismatchError, OutputExistsError
-from posthoc_cli.export.layouts import FileSink, OutputOptions, check_shape, check_space, converted, stored_tensor
-from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
+from posthoc_cli.export.layouts import FileSink, OutputOptions, check_shape, check_space, converted
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
-from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFileWriter, read_file
 from posthoc_cli.synthesis.engine import Options, synthesize
 from posthoc_cli.synthesis.plan import Plan
 
@@ -77,12 +75,11 @@ class ModelFolder:
         return self.path / self.component
 
     @cached_property
-    def entries(self) -> dict[str, tuple[Path, TensorEntry]]:
+    def entries(self) -> dict[str, tuple[Path, Entry]]:
         """The file and the header entry of each tensor in the folder."""
         weights = _weights_at(self.place)
         assert weights is not None, "find has checked it"
-        headers = {file: read_header(file) for file in model_files(weights)}
-        return {name: (file, entry) for file, header in headers.items() for name, entry in header.tensors.items()}
+        return {name: (path, entry) for path in model_files(weights) for name, entry in read_file(path).entries.items()}
 
     @cached_property
     def others(self) -> list[Path]:
@@ -163,27 +160,26 @@ class ModelFolder:
     def _write_files(self, plan: Plan, folders: Sequence[Path], options: Options) -> tuple[str, ...]:
         """Write the weight files of new folders, with the same tensors in each file as in this folder."""
         known = {alias: name for name, aliases in plan.names.items() for alias in aliases}
-        by_file: dict[Path, list[TensorSpec]] = {}
+        by_file: dict[Path, dict[str, Entry]] = {}
         for name, (file, entry) in self.entries.items():
-            by_file.setdefault(file, []).append(TensorSpec(name, entry.dtype, entry.shape))
+            by_file.setdefault(file, {})[name] = entry
             if name in known:
-                check_shape(file, name, entry.shape, plan.newest.stored[known[name]].shape)
+                check_shape(file, name, entry.shape, plan.newest.entries[known[name]].shape)
         taken = tuple(name for name in self.entries if name not in known)
         with ExitStack() as stack:
             sinks = []
             for index, folder in enumerate(folders):
-                metadata, writers = output_metadata(plan.output_info(index)), dict[TensorFileWriter, list[str]]()
-                for file, specs in by_file.items():
+                content, writers = plan.output_info(index).encoded(), dict[TensorFileWriter, list[str]]()
+                for file, entries in by_file.items():
                     path = folder / self.component / file.name
-                    writer = stack.enter_context(TensorFileWriter(path, specs, metadata))
-                    writers[writer] = [spec.name for spec in specs]
+                    writer = stack.enter_context(TensorFileWriter(path, entries, content, {}))
+                    writers[writer] = [*entries]
                 sinks.append(FileSink(writers))
-            for file, specs in by_file.items():
-                with open_file(file) as source:
-                    for spec in (spec for spec in specs if spec.name not in known):
-                        value = stored_tensor(source, spec.name)
+            for file, entries in by_file.items():
+                with read_file(file) as source:
+                    for name in (name for name in entries if name not in known):
                         for sink in sinks:
-                            sink.write(spec.name, value)
+                            sink.write(name, source.tensor(name))
             for name, values in synthesize(plan, options):
                 if name in self.entries:
                     _, entry = self.entries[name]

@@ -56,11 +56,10 @@ from posthoc_cli.export.layouts import (
 from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.resources import worker_count
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
-from posthoc_cli.snapshots.format import SUFFIX, FileHeader, OutputInfo, output_metadata
 from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
+    OutputInfo,
     decode_output,
     encode_index,
     model_files,
@@ -68,9 +67,8 @@ from posthoc_cli.snapshots.outputs import (
     same_coefficients,
     training_metadata,
 )
-from posthoc_cli.snapshots.reading import verify_payload
 from posthoc_cli.snapshots.sources import FileSource
-from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, Entry, TensorFile, read_file, read_small_file
 from posthoc_cli.synthesis.engine import Progress, check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
@@ -209,13 +207,14 @@ def write_synthesis(
     marks: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Synthesize every target of a plan into its path; `marks` are additional metadata. See also `open_outputs`."""
-    newest, kept, left = plan.newest, {}, dict(plan.names)
-    if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
-        kept = training_metadata(read_header(newest.path))
-    metadata = [kept | output_metadata(plan.output_info(index)) for index in range(len(paths))]
-    for entries, mark in zip(metadata, marks, strict=bool(marks)):
-        entries |= mark
-    with open_outputs(paths, plan.specs(), metadata, options, folders) as (sinks, lists):
+    newest, left, kept = plan.newest, dict(plan.names), dict[str, str]()
+    if isinstance(newest, FileSource) and newest.path.suffix == SUFFIX and newest.path.is_file():
+        kept = training_metadata(read_file(newest.path))
+    headers = [
+        (replace(plan.output_info(index), marks=dict(marks[index]) if marks else {}).encoded(), kept)
+        for index in range(len(paths))
+    ]
+    with open_outputs(paths, plan.entries, headers, options, folders) as (sinks, lists):
         for names in map(set, lists):
             subset = frozenset(name for name, aliases in left.items() if not names.isdisjoint(aliases))
             for name in subset:  # the engine writes a tensor under all of its names
@@ -235,7 +234,7 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
     layout does not record these.
     """
     hint, existing = "choose another name, or `overwrite` to replace it", set()
-    expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
+    expected = {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in plan.entries.items()}
     for index, path in enumerate(paths):
         kind = layout_of(path, layout)
         if not output_exists(path, kind):
@@ -246,9 +245,9 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
         stored: dict[str, str] = {}
         try:
             for shard in model_files(path):
-                header = _checked_header(shard, plan.output_info(index), {})
-                verify_payload(shard, header)
-                stored |= {name: f"{item.dtype} of shape {list(item.shape)}" for name, item in header.tensors.items()}
+                file = _checked_header(shard, plan.output_info(index), {})
+                file.verify()
+                stored |= {name: f"{item.dtype} of shape {list(item.shape)}" for name, item in file.entries.items()}
             for name in sorted(stored.keys() | expected.keys()):
                 actual, wanted = stored.get(name, "absent"), expected.get(name, "absent")
                 if actual != wanted:
@@ -259,19 +258,19 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
     return existing
 
 
-def _checked_header(path: Path, wanted: OutputInfo, marks: Mapping[str, str]) -> FileHeader:
+def _checked_header(path: Path, wanted: OutputInfo, marks: Mapping[str, str]) -> TensorFile:
     """Return the header of an existing output; raise a FileFormatError or MismatchError unless it is as `wanted`."""
-    header = read_header(path)
-    info = decode_output(path, header)
+    file = read_file(path)
+    info = decode_output(file)
     difference = output_difference(info, wanted)
-    stored, planned = ([name for name, coefficient in each.snapshots if coefficient] for each in (info, wanted))
+    stored, planned = ([used.file for used in each.snapshots if used.coefficient] for each in (info, wanted))
     if difference is None and (stored != planned or not same_coefficients(info, wanted)):
         difference = "its snapshots or their coefficients are others"
-    elif difference is None and not marks.items() <= header.metadata.items():
+    elif difference is None and not marks.items() <= info.marks.items():
         difference = "its release, snapshots, dtype, tensors or number of shards are others"
     if difference is not None:
         raise MismatchError(path, f"is another output: {difference}")
-    return header
+    return file
 
 
 # --- shards of several processes
@@ -311,7 +310,7 @@ class Shards:
         self._made = [*filter(None, [outputs.container]), *outputs.paths]
         division = divide(plan, wanted)
         self.plans = [replace(plan, subset=frozenset(names)) for names in division]
-        self._marks = [{"ema.plan": fingerprint(plan, target, division)} for target in range(len(self._folders))]
+        self._marks = [{"plan": fingerprint(plan, target, division)} for target in range(len(self._folders))]
 
     def begin(self) -> None:
         """Check that all shards may be written and fit on the disk, and remove the index of a model to replace."""
@@ -353,7 +352,7 @@ class Shards:
         return folder / f"model-{shard + 1:05d}-of-{len(self.plans):05d}.safetensors"
 
     def _marks_of(self, shard: int, target: int) -> dict[str, str]:
-        return self._marks[target] | {"ema.part": f"{shard + 1}/{len(self.plans)}"}
+        return self._marks[target] | {"part": f"{shard + 1}/{len(self.plans)}"}
 
     def _is_there(self, shard: int, target: int, verify: bool = False) -> bool:
         """Return whether a shard exists, or raise an OutputExistsError if another file with its name must be kept."""
@@ -361,9 +360,9 @@ class Shards:
         if files.is_absent(path):
             return False
         try:
-            header = _checked_header(path, self.plans[shard].output_info(target), self._marks_of(shard, target))
+            file = _checked_header(path, self.plans[shard].output_info(target), self._marks_of(shard, target))
             if verify:
-                verify_payload(path, header)
+                file.verify()
         except (FileFormatError, MismatchError) as error:
             if not self._options.overwrite:
                 raise OutputExistsError(error.subject, error.reason, OTHER_FOLDER) from error
@@ -372,7 +371,7 @@ class Shards:
 
     def _index(self, folder: Path) -> bytes:
         paths = [self._path(shard, folder) for shard in range(len(self.plans))]
-        places = {spec.name: path.name for path, plan in zip(paths, self.plans, strict=True) for spec in plan.specs()}
+        places = {name: path.name for path, plan in zip(paths, self.plans, strict=True) for name in plan.entries}
         return encode_index(places, sum(plan.nbytes for plan in self.plans))
 
     def _others(self, folder: Path) -> list[Path]:
@@ -393,8 +392,8 @@ def divide(plan: Plan, shards: int) -> list[list[str]]:
     """Divide the stored tensors into shards of neighbours with nearly equal numbers of bytes to read and write."""
     costs = {}
     for name, aliases in plan.names.items():
-        written = fmt.TensorSpec(name, plan.output_dtype(name), plan.newest.stored[name].shape).nbytes
-        costs[name] = len(plan.targets) * len(aliases) * written + sum(s.stored[name].nbytes for s in plan.sources)
+        written = Entry(plan.output_dtype(name), plan.newest.entries[name].shape).nbytes
+        costs[name] = len(plan.targets) * len(aliases) * written + sum(s.entries[name].nbytes for s in plan.sources)
     division: dict[int, list[str]] = {}
     total, done = sum(costs.values()) or 1, 0
     for name, cost in costs.items():
@@ -412,8 +411,8 @@ def fingerprint(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> s
     used = [source for source, row in zip(plan.sources, columns, strict=True) if row.any()]
     info, checksums = plan.output_info(target), [source.identity for source in used if isinstance(source, FileSource)]
     facts = [
-        fmt.VERSION, posthoc_cli.__version__, info.run_id, info.profile, info.t, info.t_unit, info.method,
-        checksums, [(spec.name, spec.dtype, spec.shape) for spec in plan.specs()], division,
+        FORMAT, posthoc_cli.__version__, info.run_id, info.profile, info.t, info.t_unit, info.method,
+        checksums, [(name, entry.dtype, entry.shape) for name, entry in plan.entries.items()], division,
     ]  # fmt: skip
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, separators=(",", ":")).encode())
 
