@@ -1,9 +1,7 @@
 """A copy of a model folder with averaged weights in place of the folder's own.
 
 The folder determines how weights are laid out: names, files, dtypes, and the name under which a tied tensor is stored.
-All other files are copied, except through links that lead out of the folder: an output may be uploaded. Where the
-library's names on disk differ from those in memory, as for mixture-of-experts models in transformers, the library
-itself loads the folder and saves the filled model.
+All other files are copied, except through links that lead out of the folder: an output may be uploaded.
 """
 
 from __future__ import annotations
@@ -31,6 +29,10 @@ from posthoc_cli.synthesis.plan import Plan
 
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")  # of transformers, diffusers and PEFT
 _ANOTHER = "take a folder that the trained model itself was saved to"
+_RENAMED = (
+    f"{_ANOTHER}; if transformers renames them on disk, as the experts of a mixture, load the averages into the model "
+    "(load_into) and save that by save_pretrained"
+)
 _WEIGHTS = (SUFFIX, ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
 """The file name endings of weights, which are not copied: next to the averaged weights they would be out of date."""
 
@@ -140,6 +142,9 @@ class ModelFolder:
         copied = sum((self.path / name).stat().st_size for name in self.others)
         check_space(dict.fromkeys(outs, copied + sum(entry.nbytes for _, entry in self.entries.values())))
         absent = [name for name in averaged if not any(alias in self.entries for alias in plan.names[name])]
+        if absent:
+            missing = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
+            raise MismatchError(self.place, f"{missing}; it has tensors such as {min(self.entries)!r}", _RENAMED)
         try:
             with (
                 nullcontext() if container is None else files.new_directory(container),
@@ -147,10 +152,7 @@ class ModelFolder:
             ):
                 for folder in temporary:
                     (folder / self.component).mkdir(parents=True)
-                if absent:
-                    taken = self._write_through_library(plan, temporary, options, absent)
-                else:
-                    taken = self._write_files(plan, temporary, options)
+                taken = self._write_files(plan, temporary, options)
                 for folder, out in zip(temporary, outs, strict=True):
                     self._copy_others(folder)
                     _make_durable(folder)
@@ -193,55 +195,10 @@ class ModelFolder:
                 sink.commit()
         return taken
 
-    def _write_through_library(
-        self, plan: Plan, folders: Sequence[Path], options: Options, absent: Sequence[str]
-    ) -> tuple[str, ...]:
-        """Load the folder by transformers, fill the model with the averages, and save it by transformers."""
-
-        def refused(reason: str, hint: str = _ANOTHER) -> MismatchError:
-            missing = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
-            return MismatchError(self.place, f"{missing}; {reason}", hint)
-
-        kinds = self.config.get("architectures")
-        try:
-            import transformers
-        except ImportError as error:
-            hint = "install transformers, which may know these names: pip install 'posthoc-cli[transformers]'"
-            raise refused("its library is needed", hint) from error
-        kind = getattr(transformers, str(kinds[0]), None) if isinstance(kinds, list) and kinds else None
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-            raise refused("its config.json names no model of transformers")
-        try:
-            model, loaded = kind.from_pretrained(  # type: ignore[attr-defined]
-                self.place, dtype="auto", local_files_only=True, output_loading_info=True
-            )
-        except Exception as error:
-            first, _, _ = str(error).partition("\n")
-            raise refused(f"transformers cannot load it as {kind.__name__}: {first}", "") from error
-        known = {alias for aliases in plan.names.values() for alias in aliases}
-        if made_up := sorted(set(loaded["missing_keys"]) - known):
-            raise refused(f"it has no tensor {made_up[0]!r}, and neither has the run ({len(made_up)} in all)")
-        in_model = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-        lost = [name for name in absent if not any(alias in in_model for alias in plan.names[name])]
-        if lost:
-            reason = f"{kind.__name__} has no tensor {lost[0]!r}, which the run has ({len(lost)} in all)"
-            raise refused(reason, f"it has tensors such as {min(in_model)!r}")
-        largest = max(file.stat().st_size for file in {file for file, _ in self.entries.values()})
-        for index, folder in enumerate(folders):
-            for name, (value,) in synthesize(plan.only([index]), options):
-                if name not in in_model:
-                    continue
-                check_shape(self.place, name, in_model[name].shape, value.shape)
-                in_model[name].data.copy_(converted(f"tensor {name!r}", value, in_model[name].dtype))
-            model.save_pretrained(folder / self.component, max_shard_size=largest)
-        return tuple(name for name in model.state_dict() if name not in known)
-
     def _copy_others(self, folder: Path) -> None:
-        """Copy all files but the weights, replacing files that a library has saved, except its index."""
+        """Copy all files but the weights."""
         for name in self.others:
             source, target = self.path / name, folder / name
-            if target.exists() and target.name.endswith(INDEX_SUFFIX):
-                continue
             target.parent.mkdir(parents=True, exist_ok=True)
             with files.reported_as_write_error(source, "copied"):
                 shutil.copyfile(source, target)
