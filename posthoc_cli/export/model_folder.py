@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS, torch_dtype
-from posthoc_cli.errors import InvalidValueError, MismatchError, OutputExistsError
-from posthoc_cli.export.layouts import FileSink, OutputOptions, check_shape, check_space, converted, stored_tensor
+from posthoc_cli.errors import InvalidValueError, MismatchError
+from posthoc_cli.export.layouts import check_shape, converted, open_outputs, stored_tensor
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
 from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header
+from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.synthesis.engine import Options, synthesize
 from posthoc_cli.synthesis.plan import Plan
 
@@ -122,86 +120,47 @@ class ModelFolder:
         return config if isinstance(config, dict) else {}
 
     def write(
-        self, plan: Plan, outs: Sequence[Path], options: OutputOptions, container: Path | None = None
+        self, plan: Plan, outs: Sequence[Path], options: Options, container: Path | None = None
     ) -> tuple[str, ...]:
-        """Write a folder for each target of a plan, and create `container`; each appears complete or not at all.
+        """Write a folder for each target of a plan, with the same tensors in each file as in this folder.
 
         Returns the names of the tensors that the run lacks, which are copied from this folder. Raises a MismatchError
-        if a tensor of the run has another shape in the folder, or is known to neither the folder nor the library; or if
-        the folder's weights are quantized.
+        if a tensor of the run has another shape in the folder, or is not in it; or if the folder's weights are
+        quantized.
         """
-        temporary = [files.temporary_path_for(out) for out in outs]
-        for out in outs:
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise OutputExistsError(out, "already exists", "name a new folder: a model folder is not replaced")
+        known = {alias: name for name, aliases in plan.names.items() for alias in aliases}
+        self._check(plan, known)
+        parts: dict[str, list[TensorSpec]] = {}
+        for name, (file, entry) in self.entries.items():
+            parts.setdefault(str(file.relative_to(self.path)), []).append(TensorSpec(name, entry.dtype, entry.shape))
+        others = {str(name): self.path / name for name in self.others}
+        metadata = [output_metadata(plan.output_info(index)) for index in range(len(outs))]
+        with open_outputs(outs, "like", parts, metadata, others, container=container) as opened:
+            for sinks, specs in opened:
+                dtypes = {spec.name: torch_dtype(spec.dtype) for spec in specs}
+                with open_file(self.entries[specs[0].name][0]) as source:
+                    for name in dtypes.keys() - known.keys():
+                        for sink in sinks:
+                            sink.write(name, stored_tensor(source, name))
+                subset = frozenset(known[name] for name in dtypes.keys() & known.keys())
+                for name, values in synthesize(replace(plan, subset=subset), options):
+                    for sink, value in zip(sinks, values, strict=True) if name in dtypes else ():
+                        sink.write(name, converted(f"tensor {name!r}", value, dtypes[name]))
+        return tuple(name for name in self.entries if name not in known)
+
+    def _check(self, plan: Plan, known: Mapping[str, str]) -> None:
         averaged = [name for name, tensor in plan.tensors.items() if tensor.role == "average"]
         replaced = [self.entries[alias][1] for name in averaged for alias in plan.names[name] if alias in self.entries]
         if "quantization_config" in self.config or any(entry.dtype not in EPS for entry in replaced):
             reason = "its weights are quantized, as its quantization_config or their dtype says"
             raise MismatchError(self.place, reason, _ANOTHER)
-        copied = sum((self.path / name).stat().st_size for name in self.others)
-        check_space(dict.fromkeys(outs, copied + sum(entry.nbytes for _, entry in self.entries.values())))
         absent = [name for name in averaged if not any(alias in self.entries for alias in plan.names[name])]
         if absent:
             missing = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
             raise MismatchError(self.place, f"{missing}; it has tensors such as {min(self.entries)!r}", _RENAMED)
-        try:
-            with (
-                nullcontext() if container is None else files.new_directory(container),
-                files.reported_as_write_error(outs[0]),
-            ):
-                for folder in temporary:
-                    (folder / self.component).mkdir(parents=True)
-                taken = self._write_files(plan, temporary, options)
-                for folder, out in zip(temporary, outs, strict=True):
-                    self._copy_others(folder)
-                    _make_durable(folder)
-                    files.publish_folder(folder, out)
-        finally:
-            for folder in temporary:
-                shutil.rmtree(folder, ignore_errors=True)
-        return taken
-
-    def _write_files(self, plan: Plan, folders: Sequence[Path], options: Options) -> tuple[str, ...]:
-        """Write the weight files of new folders, with the same tensors in each file as in this folder."""
-        known = {alias: name for name, aliases in plan.names.items() for alias in aliases}
-        by_file: dict[Path, list[TensorSpec]] = {}
         for name, (file, entry) in self.entries.items():
-            by_file.setdefault(file, []).append(TensorSpec(name, entry.dtype, entry.shape))
             if name in known:
                 check_shape(file, name, entry.shape, plan.newest.stored[known[name]].shape)
-        taken = tuple(name for name in self.entries if name not in known)
-        with ExitStack() as stack:
-            sinks = []
-            for index, folder in enumerate(folders):
-                metadata, writers = output_metadata(plan.output_info(index)), dict[TensorFileWriter, list[str]]()
-                for file, specs in by_file.items():
-                    path = folder / self.component / file.name
-                    writer = stack.enter_context(TensorFileWriter(path, specs, metadata))
-                    writers[writer] = [spec.name for spec in specs]
-                sinks.append(FileSink(writers))
-            for file, specs in by_file.items():
-                with open_file(file) as source:
-                    for spec in (spec for spec in specs if spec.name not in known):
-                        value = stored_tensor(source, spec.name)
-                        for sink in sinks:
-                            sink.write(spec.name, value)
-            for name, values in synthesize(plan, options):
-                if name in self.entries:
-                    _, entry = self.entries[name]
-                    for sink, value in zip(sinks, values, strict=True):
-                        sink.write(name, converted(f"tensor {name!r}", value, torch_dtype(entry.dtype)))
-            for sink in sinks:
-                sink.commit()
-        return taken
-
-    def _copy_others(self, folder: Path) -> None:
-        """Copy all files but the weights."""
-        for name in self.others:
-            source, target = self.path / name, folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with files.reported_as_write_error(source, "copied"):
-                shutil.copyfile(source, target)
 
 
 def _weights_at(place: Path) -> Path | None:
@@ -230,14 +189,3 @@ def _foreign(path: Path, folder: Path) -> str:
 def _is_weights(path: Path) -> bool:
     """Return whether a file holds weights, or is an index of weights in another format than safetensors."""
     return path.suffix in _WEIGHTS or (path.name.endswith(".index.json") and not path.name.endswith(INDEX_SUFFIX))
-
-
-def _make_durable(folder: Path) -> None:
-    for base, _, names in os.walk(folder):
-        for name in names:
-            descriptor = files.system.open(Path(base) / name)
-            try:
-                files.system.fsync(descriptor)
-            finally:
-                files.system.close(descriptor)
-        files.system.fsync_directory(Path(base))

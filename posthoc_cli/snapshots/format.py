@@ -115,9 +115,6 @@ t, t_unit, checksums and checksum as a snapshot, and
     ema.predicted_error  expected relative L2 error of the weights, or "null"
     ema.snapshots        JSON list of {"file", "coefficient"}
     ema.copies           JSON list: names of the tensors that are copies (buffers), not averages
-
-A part of an output has some of its complete tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal
-digits, the same in all parts of a plan) and ema.release (the release that wrote it).
 """
 
 from __future__ import annotations
