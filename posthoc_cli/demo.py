@@ -31,7 +31,7 @@ from posthoc_cli import files, plots
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
 from posthoc_cli.progress import ProgressBar
 from posthoc_cli.sweep import SweepReport, sweep
-from posthoc_cli.sweep.results import RAW, draw
+from posthoc_cli.sweep.results import RAW
 from posthoc_cli.sweep.search import Trial
 from posthoc_cli.tracker import PostHocEMA
 
@@ -115,7 +115,7 @@ def run(out: Path, steps: int, overwrite: bool, say: Say, watch: ProgressBar) ->
         swept = _measure(folder, model)
         best = folder.average(swept.found.best)
         lines.append(run_command(say, "export", best, "--out", folder.best, over))
-        files.write_atomically(folder.loss_picture, plots.as_file(partial(draw, swept.to_dict()), ".png"))
+        files.write_atomically(folder.loss_picture, plots.as_file(partial(plots.sweep_figure, swept.to_dict()), ".png"))
         page = "--sweep", folder.sweep, "--out", folder.page, over
         lines.append(run_command(say, "report", folder.snapshots, *page))
         checks = [compare(folder, width) for width in DIRECT_SIGMA_RELS]

@@ -23,7 +23,7 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -171,6 +171,17 @@ def check_parent(name: str, path: Path) -> None:
     """Raise InvalidValueError, naming the argument `name`, if the folder of the output `path` does not exist."""
     if not (is_url(path.parent) or path.parent.is_dir()):  # object stores have no folders
         raise InvalidValueError(name, "its folder does not exist", value=path)
+
+
+def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
+    """Return the path of an output after checking its ending, that its folder exists, and that it may be written."""
+    path = expanded(given_path("out", out))
+    if path.suffix not in endings:
+        raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
+    check_parent("out", path)
+    if path.exists() and not overwrite:
+        raise OutputExistsError(path, "already exists", "choose another name, or `overwrite` to replace it")
+    return path
 
 
 def is_absent(path: Path) -> bool:

@@ -30,6 +30,9 @@ from posthoc_cli.errors import printable
 if TYPE_CHECKING:
     from posthoc_cli.planning import ErrorCurve
 
+PICTURES = (".png", ".svg", ".pdf")
+"""The endings of pictures."""
+
 
 class _Figure(Figure):
     """A figure that a notebook can show without pyplot."""
@@ -107,15 +110,23 @@ def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
     return stream.getvalue()
 
 
-def sweep_figure(
-    widths: FloatArray, means: FloatArray, errors: FloatArray, points: Sequence[tuple[float, float, float]],
-    best: float, flat: tuple[float, float], raw: float | None, words: tuple[str, str],
-) -> Figure:  # fmt: skip
-    """Draw a metric against the length of the average, on a logarithmic axis, with the measurements.
+def sweep_figure(found: dict[str, Any]) -> Figure:
+    """Draw a metric against the length of the average, on a logarithmic axis, from `SweepReport.to_dict`.
 
-    The curve `means` with its standard `errors` is over `widths`; `points` are length, value and noise of each
-    measurement; `flat` is the range that is equal to the best within the noise; `words` are the names of the axes.
+    Of a beta the time constant in steps is drawn, 1 / (1 - beta).
     """
+
+    def place(value: Any) -> float:
+        return 1 / (1 - float(value)) if found["axis"] == "beta" else float(value)
+
+    curve = [(place(point["x"]), point["estimate"], point["standard_error"]) for point in found["curve"]]
+    widths, means, errors = np.array(curve, float).T
+    measured = [trial for trial in found["trials"] if trial["value"] is not None and trial["x"]]
+    lengths, values, noise = np.array(
+        [(place(trial["x"]), trial["value"], trial["standard_error"] or found["noise"]) for trial in measured], float
+    ).reshape(-1, 3).T  # fmt: skip
+    flat, best = [*map(place, found["equal_within_noise"])], place(found["best"][found["axis"]])
+    raw = found["raw"]
     figure = _figure(_WIDTH, 4.2)
     axes = figure.add_subplot()
     axes.axvspan(
@@ -123,7 +134,6 @@ def sweep_figure(
     )
     axes.fill_between(widths, means - 2 * errors, means + 2 * errors, color=COLOURS[0], alpha=0.2, linewidth=0)
     axes.plot(widths, means, color=COLOURS[0], linewidth=1.6, label="estimate, band: two standard errors")
-    lengths, values, noise = np.array(points, float).reshape(-1, 3).T
     axes.errorbar(
         lengths, values, noise, color=COLOURS[4], marker="o", markersize=4, linestyle="none", capsize=3,
         label="measured, bars: noise",
@@ -137,32 +147,28 @@ def sweep_figure(
     if raw is not None and max(low - raw, raw - high) <= _FAR * (high - low):
         low, high = min(low, raw), max(high, raw)
     axes.set_ylim(low - 0.15 * (high - low or 1), high + 0.15 * (high - low or 1))
-    axes.set_xlabel(_plain(words[0]))
-    axes.set_ylabel(_plain(words[1]))
+    axes.set_xlabel("steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else _plain(found["axis"]))
+    axes.set_ylabel(_plain(found["metric"]))
     _finish(axes)
     return figure
 
 
-def audit_figure(
-    title: str, spans: FloatArray, found: FloatArray, claimed: float | None, unexplained: FloatArray, word: str,
-    band: tuple[float, float] | None = None,
-) -> Figure:  # fmt: skip
+def audit_figure(audit: dict[str, Any]) -> Figure:
     """Draw the length of an average over training, with the claimed length as a line; below it the unexplained share.
 
-    Arguments:
-        title: the verdict.
-        spans: begin and end of each interval, [intervals, 2].
-        found, unexplained: length and unexplained share of each interval, [intervals].
-        claimed: the claimed length.
-        word: name of the quantity that the length is.
-        band: bounds of the length of all intervals together.
+    A band shows the length of all intervals together. `audit` is the `to_dict` of an audit.
     """
+    intervals = audit["intervals"]
+    spans = np.array([(interval["begin"], interval["end"]) for interval in intervals])
+    found, unexplained = np.array([(abs(each["found"]), each["unexplained"]) for each in intervals], float).T
+    claimed, length, sigma = intervals[0]["claimed"], audit["length"] or 0.0, audit["uncertainty"] or 0.0
     figure = _figure(_WIDTH, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     middle = spans.mean(axis=1)
     upper.hlines(found, spans[:, 0], spans[:, 1], color="C0")
     upper.plot(middle, found, "o", color="C0", markersize=4, label="found")
-    if band is not None:
+    if audit["found"] is not None and 0 < length < math.inf and sigma <= 1:
+        band = length / math.exp(sigma), length * math.exp(sigma)
         upper.axhspan(*band, color="C0", alpha=0.25, linewidth=0, label="found, all together")
     if claimed is not None:
         upper.axhline(claimed, color="C1", label="claimed")
@@ -173,8 +179,8 @@ def audit_figure(
         upper.set_ylim(shown.min() / 1.5, shown.max() * 1.5)
     for axis in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
         axis("{x:,.3g}")
-    upper.set_ylabel(word)
-    upper.set_title(title)
+    upper.set_ylabel("time constant (steps)" if audit["what"] == "decay" else "sigma_rel")
+    upper.set_title(_plain(f"{audit['name']}: " * bool(audit["name"]) + audit["verdict"]))
     lower.bar(middle, 100 * unexplained, width=0.8 * np.diff(spans, axis=1)[:, 0], color="C0")
     lower.set_ylabel("unexplained (%)")
     lower.set_xlabel("training time")

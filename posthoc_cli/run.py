@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.import_files import Manifest, is_import, read_manifest
@@ -30,7 +26,6 @@ from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
     InvalidValueError,
-    OutputExistsError,
     PostHocError,
     VanishedError,
     check_count,
@@ -41,15 +36,14 @@ from posthoc_cli.planning import (
     USEFUL_RANGE,
     Candidate,
     ErrorCurve,
-    ErrorReport,
     PlanReport,
     error_curve,
     propose,
     time_between,
 )
-from posthoc_cli.profiles import Point, PowerFunction, Profile
+from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.resources import parse_bytes, size_text
+from posthoc_cli.resources import parse_bytes
 from posthoc_cli.snapshots import writer
 from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, verify
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
@@ -71,7 +65,6 @@ from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
     import torch
-    from matplotlib.figure import Figure
 
     from posthoc_cli.checkpoints.audit import Audit
     from posthoc_cli.export.writing import SynthesisReport
@@ -172,16 +165,6 @@ class Run:
         what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}" if widths else "checkpoints"
         return f"Run({str(self.directory)!r}: {len(sources)} {what} up to {last.t:g} {last.t_unit})"
 
-    def _repr_html_(self) -> str:
-        """Return a summary of `info` as a table, for notebooks."""
-        try:
-            info = self.info()
-        except PostHocError:
-            return f"<pre>{escape(repr(self))}</pre>"
-        pairs = [*summary(info), *(("problem", problem) for problem in info.get("problems", ()))]
-        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in pairs)
-        return f"<table>{''.join(rows)}</table>"
-
     # --- contents
 
     @property
@@ -208,12 +191,6 @@ class Run:
     def step(self) -> int:
         """Calls of `update_` up to the newest snapshot."""
         return self.sources[-1].info.step
-
-    def has_raw(self, t: float | None = None) -> bool:
-        """Return whether a checkpoint holds the weights themselves at a time, by default at the newest snapshot's."""
-        sources = self.sources
-        time = sources[-1].info.t if t is None else t
-        return any(isinstance(source.profile, Point) and source.info.t == time for source in sources)
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -345,46 +322,28 @@ class Run:
 
     # --- errors
 
-    def candidate(self, t: float | None = None) -> Candidate:
-        """Return the snapshots in the form that `error_curve` takes.
-
-        If the run has more snapshots than a solve can take, these are the ones that a synthesis at `t` uses. A sample
-        of the tensors is read if headers have no measurements.
-        """
-        sources = self.sources
-        infos = [source.info for source in sources]
-        unit = infos[0].t_unit
-        usable, later = chosen_up_to(sources, time_between([source.profile for source in sources], t))
-        last, known = usable[-1].info.t, [*usable, *later]
-        count = sum(info.t <= last for info in infos)
-        label = f"{self.directory}: {counted(sources, len(usable), count)} up to {last:,.12g} {unit}"
-        profiles, first = [source.profile for source in known], min(info.t_first for info in infos)
-        return Candidate(label, profiles, source_prior(known), run_clock(infos), first)
-
     def error_curve(
         self,
         sigma_range: tuple[float, float] = (0.01, 0.2886),
         *,
         t: float | None = None,
         method: str | None = None,
-        others: Sequence[Target] = (),
+        others: Wanted | Sequence[Wanted] = (),
     ) -> ErrorCurve:
-        """Compute the reconstruction error against sigma_rel; see the function of this name for the arguments."""
-        return error_curve(self.candidate(t), sigma_range, t=t, method=method, others=others)
+        """Compute the reconstruction error against sigma_rel; see the function of this name for the arguments.
 
-    def plot_errors(
-        self,
-        sigma_range: tuple[float, float] = (0.01, 0.2886),
-        *,
-        t: float | None = None,
-        method: str | None = None,
-        targets: Wanted | Sequence[Wanted] = (),
-    ) -> Figure:
-        """Return a matplotlib figure of the error curve, and of other targets as points."""
-        from posthoc_cli import plots
-
-        others = as_targets(targets)
-        return plots.error_figure([self.error_curve(sigma_range, t=t, method=method, others=others)], method == "paper")
+        If the run has more snapshots than a solve can take, those are used that a synthesis at `t` uses. A sample of
+        the tensors is read if headers have no measurements.
+        """
+        sources = self.sources
+        infos = [source.info for source in sources]
+        usable, later = chosen_up_to(sources, time_between([source.profile for source in sources], t))
+        last, known = usable[-1].info.t, [*usable, *later]
+        found = counted(sources, len(usable), sum(info.t <= last for info in infos))
+        label = f"{self.directory}: {found} up to {last:,.12g} {infos[0].t_unit}"
+        profiles, first = [source.profile for source in known], min(info.t_first for info in infos)
+        candidate = Candidate(label, profiles, source_prior(known), run_clock(infos), first)
+        return error_curve(candidate, sigma_range, t=t, method=method, others=as_targets(others))
 
     # --- maintenance
 
@@ -404,29 +363,21 @@ class Run:
                 raise
             raise DirectoryError(path, "holds checkpoints of other programs, which have no checksums") from error
 
-    def audit(
-        self, claimed: float | None = None, *, out: str | Path | None = None, overwrite: bool = False
-    ) -> list[Audit]:
+    def audit(self, claimed: float | None = None) -> list[Audit]:
         """Find the decay, or the sigma_rel, that the averages really have; see `checkpoints.audit`.
 
         Arguments:
             claimed: the decay that they should have, in (0, 1); by default the decay in the files or of an import.
-            out: a .png, .svg or .pdf file for a figure of the first audit.
-            overwrite: replace an existing file.
 
         Returns:
             One audit for each average of the run; `is_bad` if the average contradicts the claim.
 
         Raises:
-            InvalidValueError: less than two times have both an average and the weights; OutputExistsError, WriteError.
+            InvalidValueError: less than two times have both an average and the weights.
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
-        picture = None if out is None else new_file(out, PICTURES, overwrite)
-        audits = audit_sources(disk_sources(self.directory, self.also, unclaimed=True), claimed)
-        if picture is not None and audits[0].intervals:
-            _write_figure(lambda: _audit_figure(audits[0]), picture, overwrite)
-        return audits
+        return audit_sources(disk_sources(self.directory, self.also, unclaimed=True), claimed)
 
     def prune(
         self,
@@ -464,59 +415,6 @@ class Run:
             return writer.prune(self.directory, planned, advance)
 
 
-PICTURES = (".png", ".svg", ".pdf")
-
-
-def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
-    """Return the path of an output with `~` expanded, after checking its ending and that it may be written.
-
-    Raises:
-        InvalidValueError, OutputExistsError.
-    """
-    path = files.expanded(files.given_path("out", out))
-    if path.suffix not in endings:
-        raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
-    files.check_parent("out", path)
-    if path.exists() and not overwrite:
-        raise OutputExistsError(path, "already exists", "choose another name, or `overwrite` to replace it")
-    return path
-
-
-def error_report(
-    runs: Sequence[Run],
-    sigma_range: tuple[float, float] = (0.01, 0.2886),
-    *,
-    t: float | None = None,
-    method: str | None = None,
-    targets: Wanted | Sequence[Wanted] = (),
-    out: str | Path | None = None,
-    overwrite: bool = False,
-) -> ErrorReport:
-    """Compute error curves of runs, as `ema error-plot` draws them.
-
-    Arguments:
-        runs: runs with snapshots or checkpoints.
-        sigma_range: the curves' range.
-        t: time of the targets; by default that of the last snapshot.
-        method: the solver.
-        targets: other averages, which become points.
-        out: a .png, .svg or .pdf file to draw, with profile errors if the method is "paper"; or a .csv file.
-        overwrite: replace an existing file.
-
-    Raises:
-        InvalidValueError, OutputExistsError, WriteError; and the errors of `Run`.
-    """
-    path = None if out is None else new_file(out, (*PICTURES, ".csv"), overwrite)
-    others = as_targets(targets)
-    curves = tuple(run.error_curve(sigma_range, t=t, method=method, others=others) for run in runs)
-    report = ErrorReport(curves)
-    if path is not None and path.suffix in PICTURES:
-        _write_figure(lambda: _error_figure(curves, method == "paper"), path, overwrite)
-    elif path is not None:
-        files.write_atomically(path, report.to_csv().encode(), overwrite)
-    return report
-
-
 def plan_training(
     steps: int,
     params: int,
@@ -524,8 +422,6 @@ def plan_training(
     *,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
     like: Run | None = None,
-    out: str | Path | None = None,
-    overwrite: bool = False,
 ) -> PlanReport:
     """Return named schedules of a training with their sizes and predicted errors, as `ema plan` does.
 
@@ -535,55 +431,20 @@ def plan_training(
         disk: the most bytes of snapshots at any moment.
         sigma_range: range of the wanted averages.
         like: an earlier run, of a network that moved as it will in the new run; by default it moves evenly.
-        out: a .png, .svg or .pdf file for the error curves of the schedules.
-        overwrite: replace an existing file.
 
     Raises:
-        InvalidValueError, OutputExistsError, WriteError; and the errors of `Run`.
+        InvalidValueError; and the errors of `Run`.
     """
-    picture = None if out is None else new_file(out, PICTURES, overwrite)
     if disk is not None:
         check_count("disk", disk)
-    earlier, assumption = _earlier_run(like, steps)
+    earlier, assumption = EarlierRun(None, {}), EVENLY
+    if like is not None:
+        earlier = scaled_run([source for source in like.sources if isinstance(source, FileSource)], steps)
+        assumption = f"the network moves as in {like.directory}"
+        if earlier.motion is None:
+            assumption = f"{EVENLY}: the motion of {like.directory} is not known"
     proposals = tuple(propose(steps, params, sigma_range, earlier.motion, earlier.rounding))
-    if picture is not None:
-        _write_figure(lambda: _error_figure([proposal.errors for proposal in proposals]), picture, overwrite)
     return PlanReport(proposals, disk, assumption)
-
-
-def _earlier_run(like: Run | None, steps: int) -> tuple[EarlierRun, str]:
-    """Return an earlier run, scaled to a number of steps, and the assumption, in words that follow "if"."""
-    if like is None:
-        return EarlierRun(None, {}), EVENLY
-    earlier = scaled_run([source for source in like.sources if isinstance(source, FileSource)], steps)
-    known = f"the network moves as in {like.directory}"
-    return earlier, f"{EVENLY}: the motion of {like.directory} is not known" if earlier.motion is None else known
-
-
-def _error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> Figure:
-    from posthoc_cli import plots
-
-    return plots.error_figure(curves, profile_error)
-
-
-def _write_figure(draw: Callable[[], Figure], out: Path, overwrite: bool) -> None:
-    from posthoc_cli import plots
-
-    files.write_atomically(out, plots.as_file(draw, out.suffix), overwrite)
-
-
-def _audit_figure(audit: Audit) -> Figure:
-    from posthoc_cli import plots
-
-    spans = np.array([(interval.begin, interval.end) for interval in audit.intervals])
-    lengths = np.array([abs(interval.found) for interval in audit.intervals])
-    unexplained = np.array([interval.unexplained for interval in audit.intervals])
-    word = "time constant (steps)" if audit.what == "decay" else "sigma_rel"
-    title = f"{audit.name}: " * bool(audit.name) + audit.verdict
-    length, sigma, band = audit.length or 0.0, audit.uncertainty or 0.0, None
-    if audit.found is not None and 0 < length < math.inf and sigma <= 1:
-        band = length / math.exp(sigma), length * math.exp(sigma)
-    return plots.audit_figure(title, spans, lengths, audit.intervals[0].claimed, unexplained, word, band)
 
 
 def _check_import(manifest: Manifest) -> Verification:
@@ -598,62 +459,6 @@ def _check_import(manifest: Manifest) -> Verification:
         reports.append(report)
     note = "of other programs' files, which have no checksums, only the size and a sample of the content were compared"
     return Verification(manifest.folder, False, tuple(reports), notes=(note,))
-
-
-def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the result of `Run.info` as names and texts to print, without its tables and notes."""
-    hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
-    hidden |= set() if description.get("method") == "paper" else {"profile_error"}
-    names = {key: key.replace("_", " ").replace("sigma rel", "sigma_rel") for key in description}
-    pairs = [(names[key], _text(key, value)) for key, value in description.items() if key not in hidden]
-    return [(name, text) for name, text in pairs if text]
-
-
-def summary(description: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return `facts`, with one line each for the profiles and the checkpoints in place of their tables."""
-    pairs = facts(description)
-    if profiles := description.get("profiles"):
-        pairs.append(("averages", ", ".join(f"sigma_rel {profile['sigma_rel']:g}" for profile in profiles)))
-    if checkpoints := description.get("checkpoints"):
-        counts = Counter(checkpoint["holds"] for checkpoint in checkpoints)
-        listed = ", ".join(f"{count:,} x {holds}" for holds, count in counts.items())
-        size = size_text(sum(checkpoint["bytes"] for checkpoint in checkpoints))
-        pairs.append(("checkpoints", f"{listed}, {size}"))
-    return pairs
-
-
-def brief_text(text: str) -> str:
-    """Return a text for a table, truncated if it is long."""
-    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
-
-
-_LONGEST_TEXT = 200
-_FORMATS: dict[str, Callable[[Any], str]] = {
-    "path": str,
-    "bytes": size_text,
-    "norm": "{:.4g}".format,
-    "measured": lambda count: f"{count:,} of them" if count else "none of them: errors are predicted from a sample",
-    **dict.fromkeys(("profile_error", "predicted_error", "relative_rounding"), percent),
-}
-
-
-def _text(key: str, value: Any) -> str:
-    """Return a value of a report as text to print; empty to omit it."""
-    if key in _FORMATS:
-        return _FORMATS[key](value)
-    if key == "snapshots" and isinstance(value, list):
-        return f"{len({snapshot['file'] for snapshot in value}):,}"  # a target of groups lists them once per group
-    if value is None:
-        return "" if key in ("sigma_rel", "gamma") else "none"  # profiles other than power functions have no width
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_text(name, item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value[:5])) + (f" and {len(value) - 5} more" if len(value) > 5 else "")
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return f"{value:,}" if isinstance(value, int) else f"{value:,.12g}"
-    return brief_text(str(value))
 
 
 def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:

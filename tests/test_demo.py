@@ -29,7 +29,7 @@ from posthoc_cli.demo import (
     train,
 )
 from posthoc_cli.errors import OutputExistsError
-from posthoc_cli.sweep.results import draw
+from posthoc_cli.plots import sweep_figure
 
 pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it
 
@@ -55,7 +55,7 @@ def test_a_demo_makes_snapshots_averages_and_pictures_and_names_one_best_length(
     assert f"Best: {result['best']['target']}" in (out / "report.html").read_text()
     best = result["best"]["sigma_rel"]
     assert_same_tensors(torch.load(out / "best.pt", weights_only=True), load_file(Folder(out).average(best)))
-    legend = {text.get_text() for text in draw(result).axes[0].get_legend().get_texts()}  # as in loss.png
+    legend = {text.get_text() for text in sweep_figure(result).axes[0].get_legend().get_texts()}  # as in loss.png
     assert f"best: {best:g}" in legend
     weights = torch.load(out / "best.pt", weights_only=True)
     assert make_denoiser(seed=1).load_state_dict(weights)

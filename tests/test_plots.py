@@ -95,10 +95,14 @@ def swept(widths: tuple[float, float], raw: float | None) -> Figure:
     """The figure of a metric between 3.2 and 3.4 over a range of lengths."""
     xs = np.geomspace(*widths, 101)
     means = 3.2 + 0.2 * np.linspace(-1, 1, 101) ** 2
-    points = [(float(x), float(y), 0.01) for x, y in zip(xs[::25], means[::25], strict=True)]
     best = float(np.sqrt(widths[0] * widths[1]))
-    words = "sigma_rel", "loss"
-    return plots.sweep_figure(xs, means, 0 * xs, points, best, (0.9 * best, 1.1 * best), raw, words)
+    points = [*zip(xs.tolist(), means.tolist(), strict=True)]
+    return plots.sweep_figure({
+        "axis": "sigma_rel", "metric": "loss", "best": {"sigma_rel": best}, "raw": raw, "noise": 0.01,
+        "equal_within_noise": [0.9 * best, 1.1 * best],
+        "trials": [{"x": x, "value": y, "standard_error": None} for x, y in points[::25]],
+        "curve": [{"x": x, "estimate": y, "standard_error": 0.0} for x, y in points],
+    })  # fmt: skip
 
 
 @pytest.mark.parametrize("widths", [(0.025, 0.275), (0.1, 0.11), (700, 61_000), (1e-4, 0.28)])

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import typer
 from typer import Argument
 
-from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import percent
 
@@ -36,15 +35,21 @@ def audit(
 
     Exit code 1 if an average is not what it claims to be.
     """
-    run = values.open_run(directory, directory=False)
-    audits = run.audit(claimed, out=out, overwrite=overwrite)
+    picture = values.new_picture(out, overwrite)
+    audits = values.open_run(directory, directory=False).audit(claimed)
+    if not audits[0].intervals:
+        picture = None  # there is nothing to draw
+    if picture is not None:
+        from posthoc_cli import plots
+
+        output.write_picture(lambda: plots.audit_figure(audits[0].to_dict()), picture, overwrite)
     if as_json:
         output.print_json({"audits": [audit.to_dict() for audit in audits]})
     else:
         for audit in audits:
             _print(audit)
-        if out is not None and audits[0].intervals:
-            output.print_line(f"wrote {files.expanded(out)}")
+        if picture is not None:
+            output.print_line(f"wrote {picture}")
     if any(audit.is_bad for audit in audits):
         raise typer.Exit(1)
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from typer import Argument
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError, percent
-
-if TYPE_CHECKING:
-    from posthoc_cli.planning import ErrorReport
+from posthoc_cli.planning import ErrorReport
 
 EPILOG = "Example:  ema error-plot run/ema --out error.png"
 
@@ -44,18 +41,22 @@ def error_plot(
 
     ema plan draws the same curve before a training.
     """
-    from posthoc_cli.run import error_report
+    from posthoc_cli import plots
 
     if out is None and not as_json:
         raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf) or a table (.csv), or add --json")
-    targets = values.parse_targets(None, target)
-    ends = values.parse_sigma_range(sigma_range)
+    path = None if out is None else files.new_file(out, (*plots.PICTURES, ".csv"), overwrite)
+    targets, ends = values.parse_targets(None, target), values.parse_sigma_range(sigma_range)
     runs = values.open_runs(directories, checkpoints)
-    report = error_report(runs, ends, t=t, method=method, targets=targets, out=out, overwrite=overwrite)
-    output.print_report(report, as_json, _print, 2 if method == "paper" else 1, out)
+    report = ErrorReport(tuple(run.error_curve(ends, t=t, method=method, others=targets) for run in runs))
+    if path is not None and path.suffix == ".csv":
+        files.write_atomically(path, report.to_csv().encode(), overwrite)
+    elif path is not None:
+        output.write_picture(lambda: plots.error_figure(report.curves, method == "paper"), path, overwrite)
+    output.print_report(report, as_json, _print, 2 if method == "paper" else 1, path)
 
 
-def _print(report: ErrorReport, shown: int, out: Path | None) -> None:
+def _print(report: ErrorReport, shown: int, path: Path | None) -> None:
     """Print a summary of each curve, and of each other target the first `shown` of its two errors."""
     for curve in report.curves:
         output.print_line(curve.label)
@@ -69,5 +70,5 @@ def _print(report: ErrorReport, shown: int, out: Path | None) -> None:
             rows.append([f"  {other.label}", f"{other.sigma_rel:.3g}", *errors])
         if rows:
             output.print_table(columns, rows, left=["  target"])
-    if out is not None:
-        output.print_line(f"wrote {files.expanded(out)}")
+    if path is not None:
+        output.print_line(f"wrote {path}")

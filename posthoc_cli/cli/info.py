@@ -11,7 +11,7 @@ from typer import Argument
 from posthoc_cli import resources
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import percent
-from posthoc_cli.run import brief_text, facts
+from posthoc_cli.report.facts import brief_text, facts
 
 EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
 

@@ -7,16 +7,19 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import progress as live
 from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Column
 
-from posthoc_cli import errors
+from posthoc_cli import errors, files
 from posthoc_cli.errors import printable
 from posthoc_cli.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STDOUT = "standard output"
 MOST_ROWS = 10
@@ -97,6 +100,13 @@ def print_largest(columns: Sequence[str], rows: Sequence[Sequence[str]], values:
     print_rest(len(rows) - len(shown), "with smaller coefficients")
 
 
+def write_picture(draw: Callable[[], Figure], path: Path, overwrite: bool) -> None:
+    """Write a figure to a file, which appears complete or not at all."""
+    from posthoc_cli import plots
+
+    files.write_atomically(path, plots.as_file(draw, path.suffix), overwrite)
+
+
 def counted(count: int, what: str) -> str:
     """Return a count with its noun: "1 file", "1,200 files"."""
     return f"{count:,} {what}{'s' * (count != 1)}"
@@ -116,28 +126,12 @@ def progress_bar(unit: str = "") -> ProgressBar:
         in_bytes = live.DownloadColumn(), live.TransferSpeedColumn()
         numbers = (live.MofNCompleteColumn(), live.TextColumn(unit)) if unit else in_bytes
         columns = live.TextColumn(what), live.BarColumn(), *numbers, live.TimeRemainingColumn()
-        with _live(*columns) as progress:
+        console = Console(stderr=True)
+        hidden, redirected = not console.is_terminal, sys.stdout.isatty()
+        with live.Progress(
+            *columns, console=console, transient=True, disable=hidden, redirect_stdout=redirected
+        ) as progress:
             task = progress.add_task(what, total=total)
             yield lambda count: progress.advance(task, count)
 
     return bar
-
-
-@contextmanager
-def status_bar() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show a bar on a terminal's stderr; the yielded function takes the current action, the progress and its total."""
-    words = live.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-    left = live.TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))
-    since = live.TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7))
-    columns = live.BarColumn(bar_width=10, table_column=Column(min_width=10)), since, left, words
-    with _live(*columns) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda what, done, most: progress.update(task, description=what, completed=done, total=most)
-
-
-def _live(*columns: Any) -> live.Progress:
-    console = Console(stderr=True)
-    return live.Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal,
-        redirect_stdout=sys.stdout.isatty(),
-    )  # fmt: skip

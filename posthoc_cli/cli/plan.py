@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posthoc_cli import files, resources
+from posthoc_cli import resources
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import percent
 
@@ -44,19 +44,22 @@ def plan(
     """
     from posthoc_cli.run import plan_training
 
+    picture = values.new_picture(out, overwrite)
     report = plan_training(
         values.parse_count(steps, "--steps"),
         values.parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
         values.optional(resources.parse_bytes, disk, "--disk"),
         sigma_range=values.parse_sigma_range(sigma_range),
         like=None if like is None else values.open_run(like),
-        out=out,
-        overwrite=overwrite,
     )
-    output.print_report(report, as_json, _print, out)
+    if picture is not None:
+        from posthoc_cli import plots
+
+        output.write_picture(lambda: plots.error_figure([each.errors for each in report.proposals]), picture, overwrite)
+    output.print_report(report, as_json, _print, picture)
 
 
-def _print(report: PlanReport, out: Path | None) -> None:
+def _print(report: PlanReport, picture: Path | None) -> None:
     chosen = report.within_disk
     columns = ["", "tracked", "dtype", "kept", "every", "disk", "worst error", "median error"]
     rows = []
@@ -75,6 +78,6 @@ def _print(report: PlanReport, out: Path | None) -> None:
         output.print_line()
         output.print_line(f"{proposal.name}:")
         output.print_line(f"ema = {proposal.call()}")
-    if out is not None:
+    if picture is not None:
         output.print_line()
-        output.print_line(f"wrote {files.expanded(out)}")
+        output.print_line(f"wrote {picture}")

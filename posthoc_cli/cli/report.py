@@ -32,10 +32,9 @@ def report(
     Writes one HTML file that needs no network: what the run is, the metric against the length with its noise, how exact
     each length is, all trials, and the commands to repeat them. Several runs or sweeps are compared.
     """
-    from posthoc_cli.report import render
-    from posthoc_cli.run import new_file
+    from posthoc_cli.report.page import render
 
-    page = new_file(out, (".html",), overwrite)
+    page = files.new_file(out, (".html",), overwrite)
     runs = values.open_runs(directories, checkpoints)
     folders = [files.expanded(folder) for folder in sweep]
     text = render(runs, folders, page).encode()

@@ -81,13 +81,12 @@ def sweep(
     run = values.open_run(directory, checkpoints)
     output.warn_of_statistics(run.sources[-1].info.copies)
     say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line)
-    with output.status_bar() as watch:
-        report = Sweep(
-            run, command, Metric() if metric is None else Metric.parse(metric), out,
-            axis=axis, minimize=minimize, repeats=repeats, budget=budget, t=t,
-            like=None if like is None else files.expanded(like), component=component,
-            again=shlex.join(["ema", *sys.argv[1:]]), say=say, watch=watch,
-        ).run_all()  # fmt: skip
+    report = Sweep(
+        run, command, Metric() if metric is None else Metric.parse(metric), out,
+        axis=axis, minimize=minimize, repeats=repeats, budget=budget, t=t,
+        like=None if like is None else files.expanded(like), component=component,
+        again=shlex.join(["ema", *sys.argv[1:]]), say=say, progress=output.progress_bar("trials"),
+    ).run_all()  # fmt: skip
     output.print_report(report, as_json, _print)
 
 

@@ -132,6 +132,13 @@ CHECKPOINTS = RUN(
 )
 
 
+def new_picture(out: Path | None, overwrite: bool) -> Path | None:
+    """Return the path of the picture that `--out` names, after checking that it may be written."""
+    from posthoc_cli import plots
+
+    return None if out is None else files.new_file(out, plots.PICTURES, overwrite)
+
+
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 

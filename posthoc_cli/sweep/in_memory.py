@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import InvalidValueError, shown, warn
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.selection import statistics_notice
-from posthoc_cli.sweep.results import RAW, SweepReport
+from posthoc_cli.sweep.results import RAW, SweepReport, has_raw
 from posthoc_cli.sweep.search import Axis, Search, Trial, check_counts, good_range
 from posthoc_cli.targets import Mean, SigmaRel
 
@@ -54,11 +56,14 @@ def sweep(
         InvalidValueError: an argument cannot be used.
         PostHocError: the metric was finite for too few lengths, or the same for all.
     """
+    from posthoc_cli.tracker import PostHocEMA
+
     if not callable(metric):
         reason = "must be a function that returns the metric of a model, or of weights by name"
         raise InvalidValueError("metric", reason, value=shown(metric))
-    trials = _Trials(run, metric, model)
-    stored, newest = trials.run, trials.run.sources[-1].info
+    tracker = run if isinstance(run, PostHocEMA) else None
+    stored = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
+    newest = stored.sources[-1].info
     if values is not None:
         axis = Axis.of_values("sigma_rel", values)
     else:
@@ -67,74 +72,51 @@ def sweep(
     check_counts(repeats, budget, axis)
     if model is None and (notice := statistics_notice(newest.copies)):
         warn(notice)
-    raw = [*trials.measure([(0.0, seed) for seed in range(repeats if trials.has_raw else 0)])]
+    is_tracked = model is not None and tracker is not None and tracker.tracks(model)
+    averages = functools.partial(_average, stored, tracker, model, is_tracked)
+
+    def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Trial]:
+        for length, seed in wanted:
+            started = time.perf_counter()
+            with averages(length) as (average, error):
+                result = metric(average)
+            value, standard_error = _checked(result)
+            title, seconds = SigmaRel(length).title if length else RAW, time.perf_counter() - started
+            trial = Trial(title, length, seed, value, standard_error, error, seconds)
+            finite = math.isfinite(value)
+            yield trial if finite else replace(trial, value=None, error=f"its metric is {value}")
+
+    raw = [*measure([(0.0, seed) for seed in range(repeats)])] if is_tracked or has_raw(stored) else []
     search = Search(axis, stored, None, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1)
-    for _ in search.rounds(trials.measure):
+    for _ in search.rounds(measure):
         pass
-    settings = {"run": newest.run_id, "t": trials.t, "command": None}
+    settings = {"run": newest.run_id, "t": newest.t if tracker is None else tracker.t, "command": None}
     return SweepReport(name, minimize, (*raw, *search.trials), search.found, search.stopped, settings=settings)
 
 
-class _Trials:
-    """The calls of a metric with averages of a run, and with its raw weights."""
+@contextmanager
+def _average(
+    run: Run, tracker: PostHocEMA | None, model: torch.nn.Module | None, is_tracked: bool, length: float
+) -> Iterator[tuple[Any, float | None]]:
+    """Yield the argument of the metric, and the predicted error of the average; the length 0 means the raw weights."""
+    from posthoc_cli.tracker.model_weights import swapped_in, warn_of_statistics
 
-    def __init__(
-        self, run: Run | PostHocEMA | str | Path, metric: Callable[[Any], Any], model: torch.nn.Module | None
-    ) -> None:
-        from posthoc_cli.tracker import PostHocEMA
-
-        self._tracker = run if isinstance(run, PostHocEMA) else None
-        self.run = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
-        self._metric, self._model, self._warned = metric, model, False
-        self._is_tracked = model is not None and self._tracker is not None and self._tracker.tracks(model)
-
-    @property
-    def t(self) -> float:
-        """The time of the averages."""
-        return self.run.sources[-1].info.t if self._tracker is None else self._tracker.t
-
-    @property
-    def has_raw(self) -> bool:
-        """Whether the raw weights are available."""
-        return self._is_tracked or self.run.has_raw()
-
-    def measure(self, wanted: Sequence[tuple[float, int]]) -> Iterator[Trial]:
-        """Yield a trial for each length and seed; the length 0 means the raw weights."""
-        for length, seed in wanted:
-            started = time.perf_counter()
-            with self._average(length) as (average, error):
-                result = self._metric(average)
-            yield _record(SigmaRel(length).title if length else RAW, length, seed, result, error, started)
-
-    @contextmanager
-    def _average(self, length: float) -> Iterator[tuple[Any, float | None]]:
-        """Yield the argument of the metric, and the predicted error of the average."""
-        from posthoc_cli.tracker.model_weights import swapped_in, warn_of_statistics
-
-        model, tracker = self._model, self._tracker
-        if model is not None and tracker is not None and (length or self._is_tracked):
-            # Without a length the model keeps its weights, and is only put into eval mode.
-            with tracker.model(model, sigma_rel=length) if length else swapped_in(model, {}):
-                yield model, None
-            return
-        if length:
-            weights = self.run.average(length) if tracker is None else tracker.state_dict(sigma_rel=length)
-        else:
-            weights = self.run.average(Mean(1))
-        with nullcontext() if model is None else swapped_in(model, weights):
-            yield (weights if model is None else model), weights.predicted_error if length else None
-            if model is not None and not self._warned:
-                copies = self.run.sources[-1].info.copies
-                self._warned = warn_of_statistics(model, weights, copies)
+    if model is not None and tracker is not None and (length or is_tracked):
+        # Without a length the model keeps its weights, and is only put into eval mode.
+        with tracker.model(model, sigma_rel=length) if length else swapped_in(model, {}):
+            yield model, None
+        return
+    weights = tracker.state_dict(sigma_rel=length) if tracker and length else run.average(length or Mean(1))
+    with nullcontext() if model is None else swapped_in(model, weights):
+        yield (weights if model is None else model), weights.predicted_error if length else None
+        if model is not None:
+            warn_of_statistics(model, weights, run.sources[-1].info.copies)
 
 
-def _record(target: str, x: float, seed: int, result: Any, predicted: float | None, started: float) -> Trial:
-    """Return the trial whose metric has returned `result`; raise an InvalidValueError if that is not a number."""
+def _checked(result: Any) -> tuple[float, float | None]:
+    """Return what a metric has returned, as a number and its standard error; else raise an InvalidValueError."""
     try:
         value, error = result if isinstance(result, tuple) else (result, None)
-        value = float(value)
-        error = float(error) if error is not None and 0 < error < math.inf else None
+        return float(value), float(error) if error is not None and 0 < error < math.inf else None
     except (TypeError, ValueError, RuntimeError) as cause:
         raise InvalidValueError("metric", "must return a number, or a number and its standard error") from cause
-    failure = None if math.isfinite(value) else f"its metric is {value}"
-    return Trial(target, x, seed, None if failure else value, error, predicted, time.perf_counter() - started, failure)

@@ -8,29 +8,30 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from posthoc_cli import files
+from posthoc_cli.profiles import Point
+from posthoc_cli.run import Run
 from posthoc_cli.sweep.search import Estimate, Trial
 from posthoc_cli.targets import Target
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TRIALS, RESULT = "trials.jsonl", "sweep.json"
 RAW = "raw"
 """The target of trials of raw weights, which are not an average."""
 
 
-class Records:
-    """The recorded trials of one question, in a file that may contain trials of other questions.
+def has_raw(run: Run, t: float | None = None) -> bool:
+    """Return whether a checkpoint holds the weights themselves at a time, by default at the newest snapshot's."""
+    sources = run.sources
+    time = sources[-1].info.t if t is None else t
+    return any(isinstance(source.profile, Point) and source.info.t == time for source in sources)
 
-    Arguments:
-        folder: the folder of the sweep.
-        question: the settings that comparable trials share: the run, its time, the command, the metric, ...; plain
-            values.
+
+class Records:
+    """The recorded trials of one question, in a file of `folder` that may contain trials of other questions.
+
+    The question is the settings that comparable trials share: the run, its time, the command, the metric, ...
     """
 
     def __init__(self, folder: Path, question: Mapping[str, Any]) -> None:
@@ -103,12 +104,7 @@ class SweepReport:
         """Return the picture of the sweep, for a notebook."""
         from posthoc_cli import plots
 
-        return plots.as_file(partial(draw, self.to_dict()), ".svg").decode().partition("?>")[2]
-
-    @property
-    def failed(self) -> list[Trial]:
-        """The trials without a value."""
-        return [trial for trial in self.trials if trial.value is None]
+        return plots.as_file(partial(plots.sweep_figure, self.to_dict()), ".svg").decode().partition("?>")[2]
 
     @property
     def raw(self) -> float | None:
@@ -163,28 +159,3 @@ def answer(found: dict[str, Any]) -> dict[str, str]:
         + f", {failed} of which failed" * bool(failed)
         + f"; {found['stopped']}",
     }
-
-
-def draw(found: dict[str, Any]) -> Figure:
-    """Draw the metric against the length, from a report's `to_dict`."""
-    from posthoc_cli import plots
-
-    curve = found["curve"]
-    xs, estimates, errors = (
-        np.array([point[key] for point in curve], float) for key in ("x", "estimate", "standard_error")
-    )
-    points = [
-        (shown_at(found, trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
-        for trial in found["trials"]
-        if trial["value"] is not None and trial["target"] != RAW
-    ]
-    low, high = (shown_at(found, x) for x in found["equal_within_noise"])
-    label = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]
-    best = shown_at(found, found["best"][found["axis"]])
-    xs = np.array([shown_at(found, x) for x in xs.tolist()])
-    return plots.sweep_figure(xs, estimates, errors, points, best, (low, high), found["raw"], (label, found["metric"]))
-
-
-def shown_at(found: dict[str, Any], value: float) -> float:
-    """Return the abscissa of a searched value: for a beta its time constant in steps, else the value."""
-    return 1 / (1 - value) if found["axis"] == "beta" else float(value)

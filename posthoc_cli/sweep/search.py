@@ -118,51 +118,46 @@ class Axis:
             kind, rest = re.fullmatch(r"(decay:[^:]*|[^:]*):?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
             if kind not in _KINDS:
                 raise InvalidValueError(name, f"must be a range or a list of {', '.join([*_KINDS][1:])}", value=text)
-        numbers = rest.replace("%", "e-2")
         form = f"a range LOW:HIGH, such as {_KINDS[kind][1]}, or a list"
         try:
             if rest.count(":") != 1:
-                return cls.of_values(kind, parse_numbers(numbers, name, form))
-            low, high = (parse_numbers(end, name, form)[0] for end in numbers.split(":"))
+                return cls.of_values(kind, parse_numbers(rest.replace("%", "e-2"), name, form))
+            low, high = (parse_numbers(end, name, form)[0] for end in rest.replace("%", "e-2").split(":"))
             return cls(kind, low, high)
         except InvalidValueError as error:
             raise InvalidValueError(name, error.reason, error.hint, value=text or "(empty)") from error
 
+    def __contains__(self, value: float) -> bool:
+        return value in self.values if self.values else self.low <= value <= self.high
+
     def target(self, value: float) -> Target:
         """Return the target of a value."""
         return _KINDS[self.kind][0](value)
-
-    def title(self, value: float) -> str:
-        """Return a value as text for people: `sigma_rel 0.15`."""
-        return self.target(value).title
 
     def place(self, values: FloatArray | Sequence[float]) -> FloatArray:
         """Return the places of values in the range, from 0 to 1 by the logarithm of `_scaled`."""
         low, high = self._scaled(self.low), self._scaled(self.high)
         return np.asarray(np.log(self._scaled(np.asarray(values)) / low) / math.log(high / low))
 
-    def at(self, places: FloatArray) -> FloatArray:
+    def at(self, places: FloatArray | float) -> FloatArray:
         """Return the exact values at places in [0, 1], the inverse of `place`."""
         low, high = self._scaled(self.low), self._scaled(self.high)
-        x = low * (high / low) ** places
-        return np.asarray(1 - 1 / x if self.kind == "beta" else x)
+        return np.asarray(self._unscaled(low * (high / low) ** places))
 
     def value_at(self, place: float) -> float:
         """Return the value at a place: a given one, or one rounded to three digits (more in a narrow range)."""
-        exact = float(self.at(np.array(place)))
+        exact = float(self.at(place))
         for given in self.values or ():
             if math.isclose(self._scaled(given), self._scaled(exact)):
                 return given
         width = math.log(self._scaled(self.high) / self._scaled(self.low))
-        digits = max(3, 2 - math.floor(math.log10(width or 1)))
-        return min(max(self._rounded(exact, digits), self.low), self.high)
+        return min(max(self._rounded(exact, max(3, 2 - math.floor(math.log10(width)))), self.low), self.high)
 
     def widened(self, upwards: bool, run: Run, t: float | None) -> Axis | None:
         """Return the axis with its upper or lower end further out; None if averages beyond that end are not exact."""
         end = self._scaled(self.high if upwards else self.low)
         for stride in _STRIDES:
-            x = end * stride if upwards else end / stride
-            value = self._rounded(1 - 1 / x if self.kind == "beta" else x, 3)
+            value = self._rounded(self._unscaled(end * stride if upwards else end / stride), 3)
             if self.low <= value <= self.high or (self.kind.startswith("decay") and value * run.step < 1):
                 continue  # no whole number lies that near beyond the end, or a decay is shorter than a step
             try:
@@ -176,6 +171,9 @@ class Axis:
     def _scaled(self, value: Any) -> Any:
         """Return the quantity whose logarithm is scaled: for a beta its time constant in steps, else the value."""
         return 1 / (1 - value) if self.kind == "beta" else value
+
+    def _unscaled(self, value: Any) -> Any:
+        return 1 - 1 / value if self.kind == "beta" else value
 
     def _rounded(self, value: float, digits: int) -> float:
         """Return a value rounded to a number of significant digits, for a beta of 1 - beta."""
@@ -265,10 +263,6 @@ class Estimate:
     errors: FloatArray
     draws: FloatArray
 
-    def __repr__(self) -> str:
-        where = f"best {self.best:.6g} in {self.low:.6g} to {self.high:.6g}"
-        return f"Estimate({where}: {self.mean:.6g} ± {self.standard_error:.2g})"
-
     @property
     def settled(self) -> bool:
         """Whether more measurements would hardly lead to a better choice."""
@@ -290,16 +284,12 @@ def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Esti
     upper = float(np.quantile(values, 0.75))
     reach = upper - float(np.sort(values)[1])
     values = np.minimum(values, upper + _FAR * reach) if reach > 0 else values
-    largest = float(np.abs(values).max()) or 1.0  # its square may overflow or underflow
-    values /= largest
     centre = float(values.mean())
     scale = float(values.std()) if np.ptp(values) > 0 else 1e-9 * (abs(centre) or 1.0)
-    stated = (math.nan if trial.standard_error is None else trial.standard_error for trial, _ in measured)
-    errors = np.array([error / largest / scale for error in stated])
+    errors = np.array([trial.standard_error or math.nan for trial, _ in measured]) / scale
     _, seeds = np.unique([trial.seed for trial, _ in measured], return_inverse=True)
     places = axis.place([trial.x for trial, _ in measured])
     draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp), _GRID)
-    centre, scale = largest * centre, largest * scale
     curve, spread = centre + scale * draws.mean(axis=0), scale * draws.std(axis=0)
     choices = _GRID if axis.values is None else axis.place(axis.values)
     points = np.abs(_GRID - choices[:, None]).argmin(axis=1)
@@ -440,23 +430,25 @@ class Search:
 
     Attributes:
         axis: the lengths that are searched, widened if an end was best.
-        trials: all trials; failed ones have an error.
         found: the estimate after the latest round.
         stopped: why the search ended.
     """
 
     found: Estimate
+    stopped = "it is still measuring"
 
     def __init__(
         self, axis: Axis, run: Run, t: float | None, known: Iterable[Trial] = (), *, minimize: bool, budget: int,
         repeats: int, again: bool,
     ) -> None:  # fmt: skip
-        self._run, self._t, self._minimize = run, t, minimize
+        self.axis, self._run, self._t, self._minimize = axis, run, t, minimize
         self._budget, self._repeats, self._again = budget, repeats, again
-        self._first, self._known = first_batch(axis), list(known)
-        self.trials: list[Trial] = []
-        self._take(axis)
-        self.stopped = "it is still measuring"
+        self._all = list(known)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All trials of lengths of the axis; failed ones have an error."""
+        return [trial for trial in self._all if trial.x in self.axis]
 
     def rounds(self, measure: Measure) -> Iterator[Estimate]:
         """Measure until the best is known within the noise or the budget is spent; yield the estimate of each round.
@@ -464,29 +456,23 @@ class Search:
         Raises:
             PostHocError: too few trials have succeeded.
         """
-        wanted = self._missing(self._first)
+        first = first_batch(self.axis)
+        wanted = self._missing(first)
         while True:
-            self.trials += measure(wanted)
-            self.found = self._estimate()
+            self._all += measure(wanted)
+            self.found = self._estimate(min(3, len(first)))
             yield self.found
-            if further := self._widen():
-                wanted = self._missing(further)
-                continue
-            values = self._next()
-            if not values:
+            if wider := self._widen():
+                wanted = self._missing(wider)
+            elif values := self._next():
+                after = {value: max(self._seeds(value), default=-1) + 1 for value in values}
+                wanted = [(value, after[value] + index) for value in values for index in range(self._repeats)]
+            else:
                 return
-            wanted = []
-            for value in values:
-                start = max(self._seeds(value), default=-1) + 1
-                wanted += [(value, seed) for seed in range(start, start + self._repeats)]
 
-    def _take(self, axis: Axis) -> None:
-        """Set the axis, and move the known trials of its values to `trials`."""
-        self.axis, known = axis, self._known
-        self._known = []
-        for trial in known:
-            within = trial.x in axis.values if axis.values else axis.low <= trial.x <= axis.high
-            (self.trials if within else self._known).append(trial)
+    def _seeds(self, value: float) -> set[int]:
+        """Return the seeds of the trials of a value."""
+        return {trial.seed for trial in self.trials if trial.x == value}
 
     def _missing(self, values: Sequence[float]) -> list[tuple[float, int]]:
         """Return the pairs of given values and seeds that have not been measured."""
@@ -500,50 +486,43 @@ class Search:
 
     def _widen(self) -> list[float]:
         """Widen the axis if its end is best, and return the new values to measure, if any."""
-        edge = self.found.edge
-        if edge is None or self.axis.values is not None or self._left <= 0:
+        edge, left = self.found.edge, self._left
+        if edge is None or self.axis.values is not None or left <= 0:
             return []
-        wider = self.axis.widened(edge == self.axis.high, self._run, self._t)
+        upwards = edge == self.axis.high
+        wider = self.axis.widened(upwards, self._run, self._t)
         if wider is None:
             return []
-        end = wider.high if edge == self.axis.high else wider.low
-        self._take(wider)
-        middle = float(wider.place([edge, end]).mean())
-        return list(dict.fromkeys((wider.value_at(middle), end)))[: self._left]
+        self.axis, end = wider, wider.high if upwards else wider.low
+        return list(dict.fromkeys((wider.value_at(float(wider.place([edge, end]).mean())), end)))[:left]
 
     def _next(self) -> list[float]:
         """Return the values of the next round; none if the search has ended, for the reason in `stopped`."""
-        axis, left = self.axis, self._left
-        if axis.values is not None:
-            return self._end("all given lengths are measured")
-        if self.found.settled:
-            return self._end("the best length is known within the noise")
-        if left <= 0:
-            return self._end("the budget is spent")
-        proposed = next_batch(self.found, self.trials, min(NEXT, left), self._again)
-        failed = {trial.x for trial in self.trials if trial.value is None}
-        proposed = [v for v in proposed if v not in failed and (self._again or not self._seeds(v))]
-        return proposed or self._end("nothing is left to measure between the measured lengths")
-
-    def _end(self, reason: str) -> list[float]:
-        """Record why the search ended, and return no values."""
-        edge = self.found.edge
+        edge, left = self.found.edge, self._left
+        if self.axis.values is not None:
+            reason = "all given lengths are measured"
+        elif self.found.settled:
+            reason = "the best length is known within the noise"
+        elif left <= 0:
+            reason = "the budget is spent"
+        else:
+            reason = "nothing is left to measure between the measured lengths"
+            failed = {trial.x for trial in self.trials if trial.value is None}
+            proposed = next_batch(self.found, self.trials, min(NEXT, left), self._again)
+            if values := [v for v in proposed if v not in failed and (self._again or not self._seeds(v))]:
+                return values
         if edge is not None:
-            kind = "list" if self.axis.values else "range"
-            reason += f"; the best lies at the end of the {kind}, {self.axis.title(edge)}"
+            kind, title = "list" if self.axis.values else "range", self.axis.target(edge).title
+            reason += f"; the best lies at the end of the {kind}, {title}"
             limit = f", beyond which no average is exact within {100 * GOOD_ERROR:g} %"
-            reason += ", and may lie beyond" if self.axis.values or self._left <= 0 else limit
+            reason += ", and may lie beyond" if self.axis.values or left <= 0 else limit
         self.stopped = reason
         return []
 
-    def _seeds(self, value: float) -> set[int]:
-        """Return the seeds of the trials of a value."""
-        return {trial.seed for trial in self.trials if trial.x == value}
-
-    def _estimate(self) -> Estimate:
-        """Estimate the best value, or raise a PostHocError if the trials do not allow it."""
+    def _estimate(self, least: int) -> Estimate:
+        """Estimate the best value, or raise a PostHocError if less than `least` lengths allow it."""
         good = {trial.x: trial.value for trial in self.trials if trial.value is not None}
-        if len(good) < min(3, len(self._first)):
+        if len(good) < least:
             failed = [trial for trial in self.trials if trial.value is None]
             reason = f"{len(failed)} of {len(self.trials)} trials have failed, too many to choose; the last one"
             raise PostHocError("the sweep", f"{reason}: {failed[-1].target}: {failed[-1].error}")

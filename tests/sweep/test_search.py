@@ -114,7 +114,7 @@ def test_the_end_of_a_steep_metric_is_the_best(axis: Axis) -> None:
     assert abs(found.mean - values[0.2]) < 2 * found.standard_error
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e-9, 1e9, 1e300])
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
 def test_the_estimate_does_not_depend_on_the_unit_of_the_metric(scale: float) -> None:
     usual = estimate(trials(0.1), AXIS)
     found = estimate([trial(one.x, scale * (one.value or 0.0)) for one in trials(0.1)], AXIS)

@@ -10,15 +10,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
+from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.writer import HOLDER_NAME, LOCK_NAME, DirectoryLock
-from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Records, SweepReport
+from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Records, SweepReport, has_raw
 from posthoc_cli.sweep.search import Axis, Search, Trial, check_counts, good_range
 from posthoc_cli.sweep.trials import Metric, MissingMetricError, TrialError, measure
 from posthoc_cli.targets import Mean, SigmaRel, Target
@@ -44,7 +44,7 @@ class Sweep:
         like, component: as in `Run.write`.
         again: the command line that repeats this sweep.
         say: called with every trial when it ends.
-        watch: called when a trial begins, with its description, the number of finished trials and the most expected.
+        progress: opens a progress bar, of trials.
     """
 
     run: Run
@@ -60,10 +60,7 @@ class Sweep:
     component: str | None = None
     again: str = ""
     say: Callable[[Trial], None] = lambda _: None
-    watch: Callable[[str, int, int], None] = lambda _what, _done, _most: None
-    _best: Trial | None = field(default=None, init=False)
-    _ended: int = field(default=0, init=False)
-    _most: int = field(default=0, init=False)
+    progress: ProgressBar = no_bar
 
     def run_all(self) -> SweepReport:
         """Run the sweep, or continue one with the same settings that was stopped.
@@ -88,8 +85,41 @@ class Sweep:
             "run": planned.plan.newest.info.run_id, "t": self.t, "command": self.command, "metric": self.metric.text,
             "like": None if self.like is None else str(self.like.resolve()), "component": self.component,
         }  # fmt: skip
-        with self._locked_folder():
-            return self._search(axis, settings)
+        most = self.repeats * (self.budget if axis.values is None else len(axis.values))
+        with self._locked_folder(), self.progress("measuring", most) as advance:
+            raw_records = Records(self.out, settings | {"searched": RAW})
+            raw = raw_records.read()
+            if has_raw(self.run, self.t):
+                seeds = sorted(set(range(self.repeats)) - {trial.seed for trial in raw})
+                for trial in self._measure([(0.0, seed) for seed in seeds], lambda _: Mean(1), raw_records):
+                    raw.append(trial)
+            records = Records(self.out, settings | {"searched": axis.kind})
+            search = Search(
+                axis, self.run, self.t, records.read(), minimize=self.minimize, budget=self.budget,
+                repeats=self.repeats, again=self.repeats > 1 or "{seed}" in self.command,
+            )  # fmt: skip
+            advance(len(search.trials))
+
+            def measured(wanted: Sequence[tuple[float, int]]) -> Iterator[Trial]:
+                for trial in self._measure(wanted, axis.target, records):
+                    yield trial
+                    advance(1)
+
+            def report(outputs: tuple[Path, ...] = ()) -> SweepReport:
+                trials, label = (*raw, *search.trials), self.metric.label
+                made = SweepReport(
+                    label, self.minimize, trials, search.found, search.stopped, outputs, settings, self.again
+                )
+                made.write(self.out)
+                return made
+
+            for _ in search.rounds(measured):
+                report()  # of what is known if the next round is interrupted
+            best = self.out / f"best{self._suffix}"
+            if self.like is not None:  # a model folder is never overwritten
+                _remove(best)
+            self._write(axis.target(search.found.best), best, overwrite=self.like is None)
+            return report((best,))
 
     def _checked_words(self) -> list[str]:
         """Return the words of the command; an InvalidValueError names an argument that cannot be used."""
@@ -129,36 +159,6 @@ class Sweep:
             finally:
                 _remove(self.out / _SCRATCH)
 
-    def _search(self, axis: Axis, settings: dict[str, Any]) -> SweepReport:
-        """Measure the raw weights, search the length, and write the best average; the folder is locked."""
-        records = Records(self.out, settings | {"searched": RAW})
-        raw = records.read()
-        if self.run.has_raw(self.t):
-            seeds = sorted(set(range(self.repeats)) - {trial.seed for trial in raw})
-            raw += self._measure([(0.0, seed) for seed in seeds], lambda _: Mean(1), records)
-        records = Records(self.out, settings | {"searched": axis.kind})
-        search = Search(
-            axis, self.run, self.t, records.read(), minimize=self.minimize, budget=self.budget, repeats=self.repeats,
-            again=self.repeats > 1 or "{seed}" in self.command,
-        )  # fmt: skip
-        self._ended = len(search.trials)
-        self._most = self.repeats * (self.budget if axis.values is None else len(axis.values))
-        for trial in search.trials:
-            self._update_best(trial)
-        for found in search.rounds(lambda wanted: self._measure(wanted, axis.target, records)):
-            report = SweepReport(
-                self.metric.label, self.minimize, (*raw, *search.trials), found, search.stopped, settings=settings,
-                again=self.again,
-            )  # fmt: skip
-            report.write(self.out)
-        best = self.out / f"best{self._suffix}"
-        if self.like is not None:  # a model folder is never overwritten
-            _remove(best)
-        self._write(report.best, best, overwrite=self.like is None)
-        report = replace(report, stopped=search.stopped, outputs=(best,))
-        report.write(self.out)
-        return report
-
     @property
     def _suffix(self) -> str:
         return ".safetensors" if self.like is None else ""
@@ -171,43 +171,35 @@ class Sweep:
 
     def _measure(
         self, wanted: Sequence[tuple[float, int]], target_of: Callable[[float], Target], records: Records
-    ) -> list[Trial]:
-        """Make one average after another, run the command with each seed, and record the results."""
-        trials, scratch = list[Trial](), self.out / _SCRATCH
+    ) -> Iterator[Trial]:
+        """Make one average after another, run the command with each seed, and yield the recorded results."""
+        scratch = (self.out / _SCRATCH).absolute()  # the command may change the directory
         for value, pairs in itertools.groupby(wanted, lambda pair: pair[0]):
-            title = target_of(value).title if value else RAW
-            best = "" if self._best is None else f"; best {self._best.value:.6g} at {self._best.target}"
             with files.reported_as_write_error(scratch):
                 files.make_directory(scratch)
-            for place, (_, seed) in enumerate(pairs):
-                self.watch(f"trial {self._ended + 1}: {title}{best}", self._ended, max(self._most, self._ended + 1))
-                if not place:
-                    predicted = self._write(target_of(value), scratch / f"weights{self._suffix}")
-                trial = self._evaluate(Trial(title, value, seed, predicted_error=predicted if value else None))
+            weights = scratch / f"weights{self._suffix}"
+            predicted = self._write(target_of(value), weights)
+            for _, seed in pairs:
+                title = target_of(value).title if value else RAW
+                trial = Trial(title, value, seed, predicted_error=predicted if value else None)
+                trial = self._evaluate(trial, weights, is_first=not records.read())
                 records.append(trial)
-                trials.append(trial)
-                self._ended += 1
-                self._update_best(trial)
                 self.say(trial)
+                yield trial
             _remove(scratch)
-        return trials
 
-    def _evaluate(self, trial: Trial) -> Trial:
+    def _evaluate(self, trial: Trial, weights: Path, is_first: bool) -> Trial:
         """Run the command for one trial; return the trial with its metric, or with the reason why it failed."""
         name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{trial.target}-seed-{trial.seed}")
         # Each trial has a new folder: the process of a killed sweep may still write to its old one.
-        scratch = (self.out / _SCRATCH).absolute()  # the command may change the directory
-        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=scratch))
-        texts = {
-            "weights": str(scratch / f"weights{self._suffix}"), "sigma_rel": str(trial.x), "seed": str(trial.seed),
-            "dir": str(folder),
-        }  # fmt: skip
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=weights.parent))
+        texts = {"weights": str(weights), "sigma_rel": str(trial.x), "seed": str(trial.seed), "dir": str(folder)}
         words = [_PLACEHOLDER.sub(lambda match: texts[match[1]], word) for word in shlex.split(self.command)]
         started, value, standard_error, reason = time.monotonic(), None, None, None
         try:
             value, standard_error = measure(words, folder, self.out / _LOGS / name, self.metric)
         except TrialError as error:
-            if isinstance(error, MissingMetricError) and self._best is None:  # further trials would fail, too
+            if isinstance(error, MissingMetricError) and is_first:  # further trials would fail, too
                 raise InvalidValueError("metric", str(error), value=self.metric.key or "") from None
             reason = str(error)
         _remove(folder)
@@ -215,12 +207,6 @@ class Sweep:
             trial, value=value, standard_error=standard_error, seconds=time.monotonic() - started, error=reason,
             log=f"{_LOGS}/{name}",
         )  # fmt: skip
-
-    def _update_best(self, trial: Trial) -> None:
-        """Remember the trial if its metric is the best so far."""
-        sign = 1 if self.minimize else -1
-        if trial.value is not None and (self._best is None or sign * trial.value < sign * (self._best.value or 0.0)):
-            self._best = trial
 
 
 def _remove(path: Path) -> None:

@@ -1,0 +1,151 @@
+"""A page about runs and sweeps of their averages: one HTML file that loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import urllib.parse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from posthoc_cli import plots
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, printable, shown
+from posthoc_cli.report.facts import summary
+from posthoc_cli.run import Run
+from posthoc_cli.snapshots.tensor_file import read_small_file
+from posthoc_cli.sweep.results import RESULT, answer
+
+_MOST_BYTES = 50_000_000
+
+
+def render(runs: Run | Sequence[Run], sweeps: Sequence[Path] = (), out: Path = Path("report.html")) -> str:
+    """Return the page as HTML.
+
+    Arguments:
+        runs: runs of snapshots or checkpoints; several are compared.
+        sweeps: folders of sweeps of these runs; several are compared.
+        out: the path that the page will have, for links to logs.
+
+    Raises:
+        InvalidValueError: one of `sweeps` is not the folder of a sweep.
+        FileFormatError, MismatchError: a sweep cannot be read, or is of another run.
+        DirectoryError: a run has no snapshots.
+    """
+    parts = [_describe_run(run) for run in ([runs] if isinstance(runs, Run) else runs)]
+    swept = [_describe_sweep(folder, parts, out) for folder in sweeps]
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(autoescape=True, loader=loader, undefined=jinja2.StrictUndefined)
+    curves = [part["curve"] for part in parts]
+    return environment.get_template("page.html").render(
+        title=printable(" and ".join(str(part["run"].directory) for part in parts)),
+        parts=parts,
+        sweeps=swept,
+        errors=_picture(partial(plots.error_figure, curves)) if len(parts) > 1 else None,
+        commands=[line for part in parts for line in part["commands"] or _commands(part["run"])],
+        versions=[
+            ("Python", platform.python_version()),
+            *((name, importlib.metadata.version(name)) for name in ("posthoc-cli", "torch", "numpy", "safetensors")),
+        ],
+    )
+
+
+def _describe_run(run: Run) -> dict[str, Any]:
+    """Return the texts and the figure of a run for the page."""
+    curve, info = run.error_curve(), run.info()
+    return {
+        "run": run,
+        "info": info,
+        "facts": summary(info),
+        "curve": curve,
+        "error": _picture(partial(plots.error_figure, [curve])),
+        "good": curve.ranges_text(plots.GOOD_ERROR),
+        "sweeps": [],
+        "commands": [],
+    }
+
+
+def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Return the texts and figures of a sweep, after adding them and its commands to the part of its run."""
+    path = folder / RESULT
+    if not path.is_file():
+        raise InvalidValueError("sweep", f"holds no {RESULT}", "name the folder of a sweep", value=folder)
+    try:
+        result = json.loads(read_small_file(path, _MOST_BYTES))
+        json.dumps(result, ensure_ascii=False).encode()  # lone surrogates cannot be shown
+        run_ids = [part["info"]["run"] for part in parts]
+        if result["settings"]["run"] not in run_ids:
+            names = (shown(str(run_id)[:8]) for run_id in (result["settings"]["run"], *run_ids))
+            raise MismatchError(path, f"is of another run: {' and '.join(names)}")
+        part = parts[run_ids.index(result["settings"]["run"])]
+        swept = {
+            "folder": folder,
+            "axis": str(result["axis"]),
+            **answer(result),
+            "picture": _picture(partial(plots.sweep_figure, result)),
+            "rows": [_cells(trial) for trial in _trials(result)],
+            "logs": urllib.parse.quote(os.path.relpath(folder.resolve(), out.resolve().parent)),
+        }
+        part["commands"] += _commands(part["run"], result)
+    except PostHocError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
+        raise FileFormatError(path, "is no result of a sweep") from error
+    part["sweeps"].append(swept)
+    return swept
+
+
+def _trials(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the trials and the estimated best one of a sweep, by length."""
+    best = {
+        "target": f"best: {result['best']['target']}", "x": float(result["best"][result["axis"]]), "seed": "",
+        "value": result["estimate"], "standard_error": result["standard_error"], "predicted_error": None,
+        "seconds": None, "error": "estimate", "log": "",
+    }  # fmt: skip
+    return sorted([*result["trials"], best], key=lambda trial: (trial["x"], trial["target"]))
+
+
+def _cells(trial: dict[str, Any]) -> dict[str, Any]:
+    exact, seconds = trial["predicted_error"], trial["seconds"]
+    numbers = [_number(trial[key]) for key in ("value", "standard_error")]
+    error = "–" if exact is None else f"{100 * exact:.2g} %"
+    cells = [str(trial["target"]), trial["seed"], *numbers, error, "–" if seconds is None else f"{seconds:.1f}"]
+    return {"cells": cells, "best": trial["seed"] == "", "error": trial["error"] or "", "log": str(trial["log"])}
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.6g}"
+
+
+def _picture(draw: Callable[[], Figure]) -> str:
+    """Return the address of a figure, which is in the page itself."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(plots.as_file(draw, '.svg')).decode()}"
+
+
+def _commands(run: Run, result: dict[str, Any] | None = None) -> list[str]:
+    """Return the commands that repeat a sweep and make its best average; without a sweep an example."""
+    synthesize = ["ema", "synthesize"]
+    source = [str(run.directory), *([] if run.also is None else ["--checkpoints", str(run.also)])]
+    if result is None:
+        return [shlex.join([*synthesize, *source, "--sigma-rel", "0.1", "--out", "model.safetensors"])]
+    kind, settings = result["axis"], result["settings"]
+    value = f"{result['best'][kind]:.12g}"
+    target = ["--sigma-rel", value] if kind == "sigma_rel" else ["--target", f"{kind}:{value}"]
+    like = settings.get("like")
+    given = {
+        "--t": None if settings["t"] == run.t else f"{settings['t']:.12g}",
+        "--like": like,
+        "--component": settings.get("component"),
+        "--out": "model" if like else "model.safetensors",
+    }
+    options = [word for option, text in given.items() if text is not None for word in (option, text)]
+    again = [result["again"]] if result["again"] else []
+    return [*again, shlex.join([*synthesize, *source, *target, *options])]
