@@ -255,7 +255,10 @@ STILL_SECONDS = 3600.0
 def remove_leftovers(directory: Path, still: float = STILL_SECONDS) -> None:
     """Remove temporary files and folders that have not changed for `still` seconds; log those that stay."""
     before = time.time() - still
-    for path in () if is_url(directory) else leftovers(directory):  # uploads leave none
+    found: list[Path] = []
+    with suppress(PermissionError):  # a folder that may not be listed
+        found = [] if is_url(directory) else leftovers(directory)  # uploads leave none
+    for path in found:
         try:
             inside = () if path.is_symlink() else path.rglob("*")
             if max(entry.lstat().st_mtime for entry in (path, *inside)) < before:
