@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import xxhash
-from compare_peers import without_noise
-from safetensors.torch import save_file
 
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import snapshot_path
@@ -74,42 +70,6 @@ def _times(snapshots: int) -> list[tuple[float, float]]:
 
 def _tracked(shapes: Shapes) -> dict[str, Any]:
     return {"sigma_rels": TRACKED, "tensors": {name: fmt.TrackedTensor("average", "F32") for name in shapes}}
-
-
-# --- other programs' checkpoints -------------------------------------------------------------------
-
-
-def _save_shards(place: Path, weights: Mapping[str, torch.Tensor], ending: str) -> None:
-    """Write two files and their index, as transformers does."""
-    place.mkdir()
-    files = {name: f"model-0000{1 + 2 * index // len(weights)}-of-00002.{ending}" for index, name in enumerate(weights)}
-    for file in set(files.values()):
-        held = {name: value for name, value in weights.items() if files[name] == file}
-        save_file(held, place / file) if ending == "safetensors" else torch.save(held, place / file)
-    (place / f"model.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-
-
-def _save_distributed(place: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    with without_noise():
-        dcp.save({"model": dict(weights)}, checkpoint_id=place)
-
-
-CHECKPOINTS: dict[str, Callable[[Path, Mapping[str, torch.Tensor]], object]] = {
-    "safetensors files": lambda place, weights: save_file(dict(weights), place.with_suffix(".safetensors")),
-    "folders of safetensors shards": lambda place, weights: _save_shards(place, weights, "safetensors"),
-    "folders of .bin shards": lambda place, weights: _save_shards(place, weights, "bin"),
-    ".pt files": lambda place, weights: torch.save({"model": dict(weights)}, place.with_suffix(".pt")),
-    "folders of torch.distributed.checkpoint": _save_distributed,
-}
-
-
-def write_checkpoints(folder: Path, layout: str, shapes: Shapes, count: int = 20) -> None:
-    """Write as many checkpoints of random numbers in float16."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
-    for index in range(1, count + 1):
-        CHECKPOINTS[layout](folder / f"checkpoint-{1000 * index}", weights)
 
 
 # --- plain loops -----------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import unicodedata
-from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -18,13 +17,11 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from ema_command import Ema, run_ema, unmeasured_environment
-from factories import RUN_ID, contents, read_snapshot, rewrite_snapshot, write_snapshot, write_tensors
+from factories import RUN_ID, contents, write_snapshot, write_tensors
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli.cli import output
 from posthoc_cli.demo import Folder
 from posthoc_cli.errors import OutputExistsError, WriteError
-from posthoc_cli.files import PendingFile
 from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.snapshots.writer import LOCK_NAME, DirectoryLock
 
@@ -101,17 +98,6 @@ def test_a_demo_removes_nothing_through_a_link(tmp_path: Path, precious: Path, n
     assert precious.read_bytes() == b"mine"
 
 
-def test_an_existing_file_with_the_name_of_a_temporary_is_not_used(
-    tmp_path: Path, precious: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("posthoc_cli.files.secrets.token_hex", lambda _: "guessed")
-    (tmp_path / ".ema-guessed.tmp").symlink_to(precious)
-    with pytest.raises(WriteError, match="file exists"):
-        PendingFile(tmp_path / "out")
-    assert precious.read_bytes() == b"mine"
-    assert (tmp_path / ".ema-guessed.tmp").is_symlink()
-
-
 def test_texts_from_files_are_escaped_on_the_terminal(tmp_path: Path) -> None:
     name = "\x1b]0;x\x07\u202e\nema: error: "
     write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {name: torch.tensor([float("nan")])})
@@ -128,14 +114,6 @@ def test_texts_from_files_are_escaped_on_the_terminal(tmp_path: Path) -> None:
         assert result.code == 1
         assert (result.out + result.err).replace("\n", "").isprintable()
         assert "\\x1b" in result.out
-
-
-@pytest.mark.parametrize("name", ["[bold]x[/]", "\\[red]x", "[link=file:///etc/passwd]x", ":smile:"])
-def test_a_table_does_not_interpret_markup_in_names(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    output.print_table([f"c({name})", "n"], [[name, "1"]])
-    header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == [f"c({name})", "n"]
-    assert row.split() == [name, "1"]
 
 
 def test_names_that_some_file_systems_do_not_distinguish_are_different_tensors(ema: Ema, tmp_path: Path) -> None:
@@ -168,23 +146,6 @@ def test_a_command_with_a_closed_stdin_does_not_ask(run: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("ema: error: --yes: is needed without a terminal")
-
-
-@pytest.mark.parametrize("which", [slice(-1, None), slice(None)])
-def test_a_run_with_a_norm_of_0_in_its_headers_has_a_picture(ema: Ema, run: Path, tmp_path: Path, which: slice) -> None:
-    for path in sorted(run.glob("*.safetensors"))[which]:
-        measured = read_snapshot(path).info.measurements
-        rewrite_snapshot(path, measurements=replace(measured, norm=0.0), sketch="")  # type: ignore[type-var]
-    plot, table = tmp_path / "$\\undefined{$.png", tmp_path / "e.csv"
-    for out in (plot, table):
-        result = ema("error-plot", run, "--target", "beta:0.99", "--out", out, "--json")
-        assert result.code == 0, result.err
-    (curve,) = result.json["curves"]
-    # If all averages are 0, so is every combination of them.
-    assert (max(curve["predicted_error"]) == 0) == (which == slice(None))
-    assert (curve["others"][0]["predicted_error"] == 0) == (which == slice(None))
-    assert "nan" not in table.read_text()
-    assert plot.stat().st_size > 1000
 
 
 def test_long_texts_of_an_output_are_cut(ema: Ema, run: Path, tmp_path: Path) -> None:
