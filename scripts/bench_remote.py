@@ -26,7 +26,7 @@ import torch
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.remote import ranges, store
-from posthoc_cli.synthesis.engine import TileWriter, synthesize_into
+from posthoc_cli.synthesis.engine import Writer, synthesize_into
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -42,9 +42,9 @@ IMPORTED = resident()
 class Discarded:
     """An output that discards its tiles."""
 
-    def open_tile(self, _: Any) -> TileWriter:
+    def open_tile(self, _: Any) -> Writer:
         """Return a destination for a tile, see `synthesis.engine.Output`."""
-        return TileWriter()
+        return lambda _: None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

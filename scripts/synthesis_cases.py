@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import xxhash
 
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import snapshot_path
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -50,15 +51,15 @@ def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, snapshot
     """Write the same snapshots of zeros as sparse files: a model of any size takes no disk."""
     folder.mkdir()
     shapes = large_tensors(parameters, tensors)
-    entries = fmt.lay_out([fmt.TensorSpec(name, "F16", shape) for name, shape in shapes.items()])
-    full = xxhash.xxh3_64_hexdigest(bytes(fmt.BLOCK_BYTES))
+    entries = lay_out({name: Entry("F16", shape) for name, shape in shapes.items()})
+    full = xxhash.xxh3_64_hexdigest(bytes(2 * BLOCK))
     checksums = {}
     for name, entry in entries.items():
-        blocks, rest = divmod(entry.nbytes, fmt.BLOCK_BYTES)
-        checksums[name] = full * blocks + (xxhash.xxh3_64_hexdigest(bytes(rest)) if rest else "")
+        blocks, rest = divmod(entry.nbytes, 2 * BLOCK)
+        checksums[name] = [full] * blocks + ([xxhash.xxh3_64_hexdigest(bytes(rest))] if rest else [])
     for t, sigma_rel in _times(snapshots):
         info = make_info({}, t, sigma_rel, RUN_ID, **_tracked(shapes))
-        header = fmt.encode_header(entries, fmt.snapshot_metadata(info), checksums)
+        header = encode_header(entries, info.encoded(), {}, checksums)
         path = snapshot_path(folder, t, sigma_rel)
         path.write_bytes(header)
         os.truncate(path, len(header) + sum(entry.nbytes for entry in entries.values()))
@@ -69,7 +70,7 @@ def _times(snapshots: int) -> list[tuple[float, float]]:
 
 
 def _tracked(shapes: Shapes) -> dict[str, Any]:
-    return {"sigma_rels": TRACKED, "tensors": {name: fmt.TrackedTensor("average", "F32") for name in shapes}}
+    return {"sigma_rels": TRACKED, "tensors": {name: TrackedTensor("average", "F32") for name in shapes}}
 
 
 # --- plain loops -----------------------------------------------------------------------------------

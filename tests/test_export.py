@@ -39,10 +39,9 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import layout_of, output_exists
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.format import OutputInfo, output_metadata
-from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.outputs import OutputInfo, Used, decode_output
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 INDEX = "model.safetensors.index.json"
@@ -59,9 +58,9 @@ WEIGHTS: Tensors = {
 def write_output(path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = ("var", "count")) -> Path:
     """A file as a synthesis writes it."""
     info = OutputInfo(
-        RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (("x", 1.0),), copies
+        RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (Used("x", 1.0),), copies
     )
-    write_tensors(path, tensors, output_metadata(info), overwrite=True)
+    write_tensors(path, tensors, info, overwrite=True)
     return path
 
 
@@ -124,8 +123,8 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
 def test_an_exported_file_keeps_the_metadata(tmp_path: Path) -> None:
     source = write_output(tmp_path / "in.safetensors")
     export_file(source, tmp_path / "out.safetensors", prefix="unet.")
-    before = decode_output(source, read_header(source))
-    after = decode_output(tmp_path / "out.safetensors", read_header(tmp_path / "out.safetensors"))
+    before = decode_output(read_file(source))
+    after = decode_output(read_file(tmp_path / "out.safetensors"))
     assert sorted(after.copies) == ["unet.count", "unet.var"]
     assert {**vars(after), "copies": ()} == {**vars(before), "copies": ()}
 
@@ -218,7 +217,7 @@ def test_averages_of_eight_bits(tmp_path: Path, stored: torch.dtype) -> None:
 
 def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_path: Path) -> None:
     w, var = torch.tensor([1 / 3, -2.0]).half(), torch.tensor([0.1])
-    tensors = {"w": fmt.TrackedTensor("average", "F32"), "var": fmt.TrackedTensor("copy", "F32")}
+    tensors = {"w": TrackedTensor("average", "F32"), "var": TrackedTensor("copy", "F32")}
     aliases = {"tied": "w", "var too": "var"}
     source = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": w, "var": var}, tensors=tensors, aliases=aliases)
     folder = write_sharded(tmp_path / "10", read_snapshot(source).info, [{"w": w}, {"var": var}])
@@ -226,7 +225,7 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
     for path, name in ((source, source.name), (folder, "10"), (folder / INDEX, "10")):
         export_file(path, out, overwrite=True)
         assert_same_tensors(load_output(out), {"w": w.float(), "tied": w.float(), "var": var, "var too": var})
-        info = decode_output(out, read_header(out))
+        info = decode_output(read_file(out))
         assert (info.sigma_rel, info.t, info.method, info.profile_error) == (0.05, 10, "tracked", 0)
         assert (info.snapshots, sorted(info.copies)) == (((name, 1.0),), ["var", "var too"])
     export_file(source, tmp_path / "half.pt", dtype="float16")
@@ -652,7 +651,7 @@ def test_kohyas_metadata_stays_with_an_adapter(tmp_path: Path) -> None:
     newest = run / "x-000010.safetensors"
 
     def kept(name: str) -> dict[str, str]:
-        metadata = read_header(tmp_path / name).metadata
+        metadata = read_file(tmp_path / name).metadata
         return {key: value for key, value in metadata.items() if not key.startswith("ema.")}
 
     export_file(newest, tmp_path / "same.safetensors")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from posthoc_cli import Run, disk_sources, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
+from posthoc_cli.export.layouts import nbytes
 from posthoc_cli.export.writing import divide
 from posthoc_cli.synthesis.plan import plan_synthesis
 
@@ -84,14 +85,14 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
 
 
 def test_shards_have_nearly_equal_bytes_and_are_never_empty(run: Path) -> None:
-    specs = plan_synthesis(disk_sources(run), [0.1]).specs()
+    entries = plan_synthesis(disk_sources(run), [0.1]).entries
     for parts in (1, 2, 3, 7, 1000):
-        division = divide(specs, parts)
-        assert [spec for shard in division.values() for spec in shard] == specs
+        division = divide(entries, parts)
+        assert [name for shard in division.values() for name in shard] == [*entries]
         assert all(division.values())
-        loads = [sum(spec.nbytes for spec in shard) for shard in division.values()]
-        assert max(loads) <= sum(loads) / parts + max(spec.nbytes for spec in specs)
-    assert len(divide(specs, 3)) == 3
+        loads = [nbytes(shard) for shard in division.values()]
+        assert max(loads) <= sum(loads) / parts + max(entry.nbytes for entry in entries.values())
+    assert len(divide(entries, 3)) == 3
 
 
 def test_an_existing_model_is_replaced_only_with_overwrite_and_other_files_never(run: Path, tmp_path: Path) -> None:

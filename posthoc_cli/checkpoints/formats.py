@@ -64,9 +64,8 @@ from posthoc_cli.profiles.other_libraries import (
     torchtitan_profile,
 )
 from posthoc_cli.reconstruction import DistanceTo, misfit
-from posthoc_cli.snapshots.headers import parse_object
 from posthoc_cli.snapshots.sources import sample_measurements
-from posthoc_cli.snapshots.tensor_file import read_small_file
+from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 
 log = logging.getLogger(__name__)
 

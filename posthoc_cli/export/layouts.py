@@ -33,24 +33,13 @@ from posthoc_cli.errors import (
     WriteError,
     check_word,
 )
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
-from posthoc_cli.snapshots.format import TensorSpec
-from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.outputs import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    check_indexed,
-    encode_index,
-    model_files,
-)
-from posthoc_cli.snapshots.reading import TensorReader, open_file
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
-from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, holds
-from posthoc_cli.synthesis.tiles import Tile
+from posthoc_cli.snapshots.outputs import INDEX_NAME, SINGLE_NAME, check_indexed, encode_index, model_files
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, TensorFileWriter, read_file, tensor_bytes
+from posthoc_cli.synthesis.engine import Options, TensorOutput, Tile, Writer, holds
 from posthoc_cli.targets import Target
 
-LAYOUTS = {"safetensors": (fmt.SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
+LAYOUTS = {"safetensors": (SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
 """The layouts of an output, each with the file name endings that it accepts; layouts without endings are folders."""
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -165,7 +154,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
         is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
         if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
             return [path], None
-        if not is_folder and path.suffix in (fmt.SUFFIX, *PICKLES):
+        if not is_folder and path.suffix in (SUFFIX, *PICKLES):
             place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
             example = f"a name with {place} in it, such as {path.stem}-{place}{path.suffix}"
             raise InvalidValueError("out", f"{len(targets)} targets need a folder, or {example}", value=out)
@@ -210,22 +199,16 @@ def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return tensor.to(dtype)
 
 
-def open_model(stack: ExitStack, path: Path) -> list[TensorReader]:
+def open_model(stack: ExitStack, path: Path) -> list[TensorFile]:
     """Open the files of a model until the stack ends, and check that each holds the tensors that the index says."""
     opened = []
     try:
         for file_path, names in model_files(path).items():
-            opened.append(stack.enter_context(open_file(file_path)))
-            check_indexed(file_path, opened[-1].header, names)
+            opened.append(stack.enter_context(read_file(file_path)))
+            check_indexed(opened[-1], names)
     except VanishedError as error:  # which callers would take for a snapshot that was thinned away meanwhile
         raise FileFormatError(error.subject, error.reason) from error
     return opened
-
-
-def stored_tensor(file: TensorReader, name: str) -> torch.Tensor:
-    """Read and verify a tensor of a file, in its stored dtype."""
-    entry = file.tensors[name]
-    return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
@@ -247,38 +230,44 @@ _FOLDERS = {
 }
 """The layouts that are folders, each with a pattern of the files of an old model that `overwrite` replaces."""
 
-Parts = Mapping[str, Sequence[TensorSpec]]
+Parts = Mapping[str, Mapping[str, Entry]]
 """The tensors of each file of an output: its path within the folder, or "" for an output that is one file."""
+
+Header = tuple[Mapping[str, Any], Mapping[str, str]]
+"""The content of an output's header, see `TensorFileWriter`, and further strings."""
 
 Others = Mapping[str, Path | bytes]
 """The other files of a folder: their content, or the file to copy."""
 
 
-def shards_of(specs: Sequence[TensorSpec], most: int) -> Parts:
+def shards_of(entries: Mapping[str, Entry], most: int) -> Parts:
     """Return the shards, of at most so many bytes where tensors allow it, as the Hugging Face libraries cut them."""
-    by_name = {spec.name: spec for spec in specs}
     split = split_state_dict_into_shards_factory(
-        by_name,
-        get_storage_size=lambda spec: spec.nbytes,
+        dict(entries),
+        get_storage_size=lambda entry: entry.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=most,
     )
-    return {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
+    return {file: {name: entries[name] for name in names} for file, names in split.filename_to_tensors.items()}
 
 
 def index_of(parts: Parts) -> Others:
     """Return the index of shards; none for one shard, which has the name of a model in one file."""
-    places = {spec.name: file for file, specs in parts.items() for spec in specs}
-    total = sum(spec.nbytes for specs in parts.values() for spec in specs)
-    return {INDEX_NAME: encode_index(places, total)} if len(parts) > 1 else {}
+    places = {name: file for file, entries in parts.items() for name in entries}
+    return {INDEX_NAME: encode_index(places, sum(map(nbytes, parts.values())))} if len(parts) > 1 else {}
 
 
-def files_of(layout: str, specs: Sequence[TensorSpec], shard_bytes: int) -> tuple[Parts, Others]:
+def files_of(layout: str, entries: Mapping[str, Entry], shard_bytes: int) -> tuple[Parts, Others]:
     """Return the files of an output with these tensors."""
     if layout != "sharded":
-        return {"": specs}, {}
-    parts = shards_of(specs, shard_bytes)
+        return {"": entries}, {}
+    parts = shards_of(entries, shard_bytes)
     return parts, index_of(parts)
+
+
+def nbytes(entries: Mapping[str, Entry]) -> int:
+    """Return the bytes of all tensors."""
+    return sum(entry.nbytes for entry in entries.values())
 
 
 @contextmanager
@@ -286,12 +275,12 @@ def open_outputs(
     paths: Sequence[Path],
     layout: str,
     parts: Parts,
-    metadata: Sequence[Mapping[str, str]],
+    headers: Sequence[Header],
     others: Others = MappingProxyType({}),
     overwrite: bool = False,
     container: Path | None = None,
-) -> Iterator[Iterator[tuple[list[Sink], Sequence[TensorSpec]]]]:
-    """Open outputs of the same tensors, each with its metadata, and create the folder that contains them.
+) -> Iterator[Iterator[tuple[list[Sink], Mapping[str, Entry]]]]:
+    """Open outputs of the same tensors, each with its header, and create the folder that contains them.
 
     The block iterates over the files: it gets a sink for each output, and writes the tensors of that file into all of
     them. No output appears before the block ends, except for shards in an object store.
@@ -300,25 +289,25 @@ def open_outputs(
         WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
         OutputExistsError: an output already exists, and `overwrite` is False.
     """
-    sizes = [sum(spec.nbytes for spec in specs) for specs in parts.values()]
+    sizes = [*map(nbytes, parts.values())]
     copied = sum(other.stat().st_size for other in others.values() if isinstance(other, Path))
     check_space({path: (max if files.is_url(path) else sum)([0, *sizes]) + copied for path in paths})
     with ExitStack() as stack:
         if container is not None:
             stack.enter_context(files.new_directory(container))
         outputs = [
-            stack.enter_context(Output(path, layout, parts, entries, others, overwrite))
-            for path, entries in zip(paths, metadata, strict=True)
+            stack.enter_context(Output(path, layout, parts, header, others, overwrite))
+            for path, header in zip(paths, headers, strict=True)
         ]
         yield in_turn(outputs, parts)
         for output in outputs:
             output.publish()
 
 
-def in_turn(outputs: Sequence[Output], parts: Parts) -> Iterator[tuple[list[Sink], Sequence[TensorSpec]]]:
+def in_turn(outputs: Sequence[Output], parts: Parts) -> Iterator[tuple[list[Sink], Mapping[str, Entry]]]:
     """Yield for one file after the other a sink for each output, and the tensors to write into all of them."""
-    for name, specs in parts.items():
-        yield [output.open(name) for output in outputs], specs
+    for name, entries in parts.items():
+        yield [output.open(name) for output in outputs], entries
         for output in outputs:
             output.finish()
 
@@ -331,14 +320,12 @@ class Output:
     Arguments:
         layout: one of `LAYOUTS`, or "like" for a copy of a model folder.
         parts: the tensors of each file that this process writes.
-        metadata: that of each safetensors file.
+        header: that of each safetensors file.
         others: the other files of a folder.
     """
 
-    def __init__(
-        self, path: Path, layout: str, parts: Parts, metadata: Mapping[str, str], others: Others, overwrite: bool
-    ) -> None:
-        self._layout, self._parts, self._metadata, self._others = layout, parts, metadata, others
+    def __init__(self, path: Path, layout: str, parts: Parts, header: Header, others: Others, overwrite: bool) -> None:
+        self._layout, self._parts, self._header, self._others = layout, parts, header, others
         files.check_parent("out", path)
         if not files.is_url(path.parent):
             files.remove_leftovers(path.parent)
@@ -352,7 +339,7 @@ class Output:
         elif layout == "pt":
             self._file = files.PendingFile(path, overwrite)
         else:
-            self._file = TensorFileWriter(path, parts[""], metadata, overwrite)
+            self._file = TensorFileWriter(path, parts[""], *header, overwrite)
 
     def open(self, name: str) -> Sink:
         """Return a sink for the tensors of a file."""
@@ -363,9 +350,9 @@ class Output:
         if self._folder is not None:
             place = self._folder.temporary / name
             files.make_directory(place.parent)
-            self._file = TensorFileWriter(place, self._parts[name], self._metadata)
+            self._file = TensorFileWriter(place, self._parts[name], *self._header)
         assert isinstance(self._file, TensorFileWriter)
-        return FileSink(self._file, {spec.name for spec in self._parts[name]})
+        return FileSink(self._file, self._parts[name].keys())
 
     @property
     def place(self) -> Path:
@@ -425,7 +412,7 @@ def check_no_snapshot(path: Path) -> None:
     """Raise an OutputExistsError if an output at a path, a file or a folder, would replace a snapshot."""
     for file in files.system.list(path) if path.is_dir() else [path]:
         with suppress(FileFormatError):
-            if file.suffix == fmt.SUFFIX and file.is_file() and file_kind(read_header(file)) == "snapshot":
+            if file.suffix == SUFFIX and file.is_file() and read_file(file).kind == "snapshot":
                 raise OutputExistsError(path, "is a snapshot of a run and is not replaced", "choose another name")
 
 
@@ -439,45 +426,37 @@ class FileSink:
         """Write a complete tensor."""
         self._file.write(name, tensor_bytes(tensor))
 
-    def open_tile(self, tile: Tile) -> TileWriter:
-        """Return a writer for a tile; see `synthesis.engine.Output`."""
+    def open_tile(self, tile: Tile) -> Writer:
+        """Return the function that writes a tile under all names that its tensors have in the file."""
         aliases = [[alias for alias in tile.aliases[name] if alias in self._names] for name in tile.names]
-        return _FileTile(self._file, aliases, tile)
+        size = ITEM_BYTES[tile.dtype]
 
-
-class _FileTile(TileWriter):
-    """A writer that writes a tile to a file, under all names that its tensors have there."""
-
-    def __init__(self, file: TensorFileWriter, aliases: Sequence[Sequence[str]], tile: Tile) -> None:
-        self._file, self._aliases = file, aliases
-        size, begin = ITEM_BYTES[tile.dtype], tile.ranges[0].begin
-        self._bounds = [bound * size for bound in tile.bounds]
-        names = aliases[0] if len(aliases) == 1 else ()
-        self._ranges = [file.write_range(name, begin * size) for name in names]
-
-    def write(self, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
-        view = tensor_bytes(values)
-        for tensor_range in self._ranges:
-            tensor_range.write(view)
-        if not self._ranges:
-            self._file.write_many([names[0] for names in self._aliases], view)
-            for names, (start, stop) in zip(self._aliases, pairwise(self._bounds), strict=True):
+        def write(values: torch.Tensor) -> None:
+            view = tensor_bytes(values)
+            if len(aliases) == 1:
+                for name in aliases[0]:
+                    self._file.write(name, view, tile.begin * size)
+                return
+            self._file.write_many([names[0] for names in aliases], view)
+            for names, (start, stop) in zip(aliases, pairwise(tile.bounds), strict=True):
                 for alias in names[1:]:
-                    self._file.write(alias, view[start:stop])
+                    self._file.write(alias, view[start * size : stop * size])
+
+        return write
 
 
 class MemorySink(TensorOutput):
     """A sink that collects the tensors in memory, for a library that writes a model in one call."""
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        super().__init__({spec.name: spec.shape for spec in specs}, torch.device("cpu"))
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        super().__init__({name: entry.shape for name, entry in entries.items()}, torch.device("cpu"))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Keep a complete tensor."""
         self.tensors[name] = tensor.cpu()
 
-    def open_tile(self, tile: Tile) -> TileWriter:
-        """Return a writer for a tile; see `synthesis.engine.Output`."""
+    def open_tile(self, tile: Tile) -> Writer:
+        """Return the function that copies a tile into its tensors; see `synthesis.engine.Output`."""
         writer = super().open_tile(tile)
         for name in tile.names:
             self.tensors |= dict.fromkeys(tile.aliases[name], self.tensors[name])

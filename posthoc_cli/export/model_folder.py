@@ -17,11 +17,9 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS, torch_dtype
 from posthoc_cli.errors import InvalidValueError, MismatchError
-from posthoc_cli.export.layouts import check_shape, converted, open_outputs, stored_tensor
-from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
+from posthoc_cli.export.layouts import check_shape, converted, open_outputs
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
-from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
 from posthoc_cli.synthesis.engine import Options, synthesize
 from posthoc_cli.synthesis.plan import Plan
 
@@ -77,12 +75,11 @@ class ModelFolder:
         return self.path / self.component
 
     @cached_property
-    def entries(self) -> dict[str, tuple[Path, TensorEntry]]:
+    def entries(self) -> dict[str, tuple[Path, Entry]]:
         """The file and the header entry of each tensor in the folder."""
         weights = _weights_at(self.place)
         assert weights is not None, "find has checked it"
-        headers = {file: read_header(file) for file in model_files(weights)}
-        return {name: (file, entry) for file, header in headers.items() for name, entry in header.tensors.items()}
+        return {name: (path, entry) for path in model_files(weights) for name, entry in read_file(path).entries.items()}
 
     @cached_property
     def others(self) -> list[Path]:
@@ -130,18 +127,18 @@ class ModelFolder:
         """
         known = {alias: name for name, aliases in plan.names.items() for alias in aliases}
         self._check(plan, known)
-        parts: dict[str, list[TensorSpec]] = {}
+        parts: dict[str, dict[str, Entry]] = {}
         for name, (file, entry) in self.entries.items():
-            parts.setdefault(str(file.relative_to(self.path)), []).append(TensorSpec(name, entry.dtype, entry.shape))
+            parts.setdefault(str(file.relative_to(self.path)), {})[name] = entry
         others = {str(name): self.path / name for name in self.others}
-        metadata = [output_metadata(plan.output_info(index)) for index in range(len(outs))]
-        with open_outputs(outs, "like", parts, metadata, others, container=container) as opened:
-            for sinks, specs in opened:
-                dtypes = {spec.name: torch_dtype(spec.dtype) for spec in specs}
-                with open_file(self.entries[specs[0].name][0]) as source:
+        headers = [(plan.output_info(index).encoded(), dict[str, str]()) for index in range(len(outs))]
+        with open_outputs(outs, "like", parts, headers, others, container=container) as opened:
+            for sinks, entries in opened:
+                dtypes = {name: torch_dtype(entry.dtype) for name, entry in entries.items()}
+                with read_file(self.entries[min(entries)][0]) as source:
                     for name in dtypes.keys() - known.keys():
                         for sink in sinks:
-                            sink.write(name, stored_tensor(source, name))
+                            sink.write(name, source.tensor(name))
                 subset = frozenset(known[name] for name in dtypes.keys() & known.keys())
                 for name, values in synthesize(replace(plan, subset=subset), options):
                     for sink, value in zip(sinks, values, strict=True) if name in dtypes else ():
@@ -160,7 +157,7 @@ class ModelFolder:
             raise MismatchError(self.place, f"{missing}; it has tensors such as {min(self.entries)!r}", _RENAMED)
         for name, (file, entry) in self.entries.items():
             if name in known:
-                check_shape(file, name, entry.shape, plan.newest.stored[known[name]].shape)
+                check_shape(file, name, entry.shape, plan.newest.entries[known[name]].shape)
 
 
 def _weights_at(place: Path) -> Path | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -34,6 +34,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.export.layouts import (
     PICKLES,
+    Header,
     Output,
     OutputOptions,
     Parts,
@@ -43,6 +44,7 @@ from posthoc_cli.export.layouts import (
     in_turn,
     index_of,
     layout_of,
+    nbytes,
     open_outputs,
     output_exists,
     output_paths,
@@ -50,18 +52,17 @@ from posthoc_cli.export.layouts import (
 from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.resources import worker_count
-from posthoc_cli.snapshots.format import SUFFIX, FileHeader, OutputInfo, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import (
     SINGLE_NAME,
+    OutputInfo,
     decode_output,
     model_files,
     output_difference,
     same_coefficients,
     training_metadata,
 )
-from posthoc_cli.snapshots.reading import verify_payload
 from posthoc_cli.snapshots.sources import FileSource
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, read_file
 from posthoc_cli.synthesis.engine import check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
@@ -198,29 +199,28 @@ def write_synthesis(
 ) -> None:
     """Synthesize every target of a plan into its path. See also `open_outputs`."""
     layout = layout_of(paths[0], options.layout)
-    parts, others = files_of(layout, plan.specs(), options.shard_bytes)
-    with open_outputs(paths, layout, parts, _metadata(plan), others, options.overwrite, container) as opened:
+    parts, others = files_of(layout, plan.entries, options.shard_bytes)
+    with open_outputs(paths, layout, parts, _headers(plan), others, options.overwrite, container) as opened:
         synthesize_files(plan, opened, options)
 
 
 def synthesize_files(
-    plan: Plan, opened: Iterable[tuple[Sequence[Sink], Sequence[TensorSpec]]], options: OutputOptions
+    plan: Plan, opened: Iterable[tuple[Sequence[Sink], Mapping[str, Entry]]], options: OutputOptions
 ) -> None:
     """Synthesize the tensors of one file after the other, each into a sink for every target."""
-    for sinks, specs in opened:
-        names = {spec.name for spec in specs}
-        subset = frozenset(name for name, aliases in plan.names.items() if not names.isdisjoint(aliases))
+    for sinks, entries in opened:
+        subset = frozenset(name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases))
         with closing(synthesize_into(replace(plan, subset=subset), sinks, options)) as tiles:
             for _ in tiles:
                 pass
 
 
-def _metadata(plan: Plan) -> list[dict[str, str]]:
-    """Return the metadata of the output of each target, with what kohya's scripts keep about the training."""
+def _headers(plan: Plan) -> list[Header]:
+    """Return the header of the output of each target, with what kohya's scripts keep about the training."""
     newest, kept = plan.newest, dict[str, str]()
     if isinstance(newest, FileSource) and newest.path.suffix == SUFFIX and newest.path.is_file():
-        kept = training_metadata(read_header(newest.path))
-    return [kept | output_metadata(plan.output_info(index)) for index in range(len(plan.targets))]
+        kept = training_metadata(read_file(newest.path))
+    return [(plan.output_info(index).encoded(), kept) for index in range(len(plan.targets))]
 
 
 # --- outputs that already exist
@@ -233,7 +233,7 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
     layout does not record these.
     """
     hint, existing = "choose another name, or `overwrite` to replace it", set()
-    expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
+    expected = {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in plan.entries.items()}
     for index, path in enumerate(paths):
         kind = layout_of(path, layout)
         if not output_exists(path, kind):
@@ -244,9 +244,9 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
         stored: dict[str, str] = {}
         try:
             for shard in model_files(path):
-                header = _checked_header(shard, plan.output_info(index))
-                verify_payload(shard, header)
-                stored |= {name: f"{item.dtype} of shape {list(item.shape)}" for name, item in header.tensors.items()}
+                file = _checked_file(shard, plan.output_info(index))
+                file.verify()
+                stored |= {name: f"{item.dtype} of shape {list(item.shape)}" for name, item in file.entries.items()}
             for name in sorted(stored.keys() | expected.keys()):
                 actual, wanted = stored.get(name, "absent"), expected.get(name, "absent")
                 if actual != wanted:
@@ -257,17 +257,17 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
     return existing
 
 
-def _checked_header(path: Path, wanted: OutputInfo) -> FileHeader:
-    """Return the header of an existing output; raise a FileFormatError or MismatchError unless it is as `wanted`."""
-    header = read_header(path)
-    info = decode_output(path, header)
+def _checked_file(path: Path, wanted: OutputInfo) -> TensorFile:
+    """Return the file of an existing output; raise a FileFormatError or MismatchError unless it is as `wanted`."""
+    file = read_file(path)
+    info = decode_output(file)
     difference = output_difference(info, wanted)
-    stored, planned = ([name for name, coefficient in each.snapshots if coefficient] for each in (info, wanted))
+    stored, planned = ([used.file for used in each.snapshots if used.coefficient] for each in (info, wanted))
     if difference is None and (stored != planned or not same_coefficients(info, wanted)):
         difference = "its snapshots or their coefficients are others"
     if difference is not None:
         raise MismatchError(path, f"is another output: {difference}")
-    return header
+    return file
 
 
 # --- shards of several processes
@@ -283,7 +283,7 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
     if not paths:
         return None if rank else outputs.report(plan)
     is_remote = files.is_url(paths[0])
-    parts = divide(plan.specs(), world * max(1, -(-plan.nbytes // (options.shard_bytes * world))))
+    parts = divide(plan.entries, world * max(1, -(-plan.nbytes // (options.shard_bytes * world))))
     own = {name: parts[name] for name in [*parts][rank::world]}
     with ExitStack() as stack:
         with ranks.together():
@@ -293,8 +293,8 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
                 stack.enter_context(files.new_directory(outputs.container))
             others = {} if rank else index_of(parts)
             opened = [
-                stack.enter_context(Output(path, "sharded", own, metadata, others, options.overwrite))
-                for path, metadata in zip(paths, _metadata(plan), strict=True)
+                stack.enter_context(Output(path, "sharded", own, header, others, options.overwrite))
+                for path, header in zip(paths, _headers(plan), strict=True)
             ]
         with ranks.together(), (no_bar if rank else progress)("synthesizing", plan.read_bytes // world) as advance:
             workers = max(1, worker_count() // _local_rank()[1])
@@ -310,12 +310,12 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
     return None if rank else outputs.report(plan)
 
 
-def divide(specs: Sequence[TensorSpec], most: int) -> Parts:
+def divide(entries: Mapping[str, Entry], most: int) -> Parts:
     """Divide tensors into at most so many shards of neighbours with nearly equal numbers of bytes."""
-    total, done, shards = sum(spec.nbytes for spec in specs) or 1, 0, dict[int, list[TensorSpec]]()
-    for spec in specs:
-        shards.setdefault(min(most - 1, most * (2 * done + spec.nbytes) // (2 * total)), []).append(spec)
-        done += spec.nbytes
+    total, done, shards = nbytes(entries) or 1, 0, dict[int, dict[str, Entry]]()
+    for name, entry in entries.items():
+        shards.setdefault(min(most - 1, most * (2 * done + entry.nbytes) // (2 * total)), {})[name] = entry
+        done += entry.nbytes
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     return dict(zip(names if len(shards) > 1 else [SINGLE_NAME], shards.values(), strict=True))
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from posthoc_cli.snapshots.reading import ElementRange
+from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.worker import SINGLE_THREAD, ThreadPool
 
 HOST = torch.device("cpu")

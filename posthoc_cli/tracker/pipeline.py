@@ -43,7 +43,7 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.resources import worker_count
-from posthoc_cli.snapshots.reading import ElementRange
+from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.layout import HostTensors, Layout, LayoutReader, lay_out, on_host
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error

@@ -62,7 +62,7 @@ import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, is_late, new_value_share, window_ends
 from posthoc_cli.snapshots.codecs import PathSketch
-from posthoc_cli.snapshots.reading import ElementRange
+from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.layout import BucketTile, Elements, FlatTensors, Layout, LayoutReader, tiles_of, zeros
 from posthoc_cli.tracker.measuring import Sketcher, closed
 from posthoc_cli.tracker.worker import SINGLE_THREAD, ThreadPool

@@ -21,14 +21,11 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.codecs import encode_path, path_of_part
-from posthoc_cli.snapshots.format import TrackingSchedule
-from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.selection import Selection
+from posthoc_cli.snapshots.snapshot import EARLIEST, LATEST, TrackingSchedule
 from posthoc_cli.snapshots.states import StateInfo
-from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.model_tensors import TrackedModel, named_tensors, nonfinite_name
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
@@ -140,8 +137,8 @@ class TrainingProgress:
         if t is None and unit != "steps":
             raise InvalidValueError("t", f"this run counts {unit}", "pass t= at every call of update_")
         time = float(step) if t is None else _number(t)
-        if not fmt.EARLIEST <= time <= fmt.LATEST or time <= self.t:
-            within = f"must lie between {fmt.EARLIEST:g} and {fmt.LATEST:g}"
+        if not EARLIEST <= time <= LATEST or time <= self.t:
+            within = f"must lie between {EARLIEST:g} and {LATEST:g}"
             reason = f"{within}, and be larger than at the last call, {self.t:,.12g} {unit}"
             raise InvalidValueError("t", reason, value=f"{time:.12g}")
         updated = step if settings.update_is_due(step) else self.updated
@@ -333,9 +330,3 @@ def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
 def listed(sigma_rels: Sequence[float]) -> str:
     """Return the profiles as a text with commas."""
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
-
-
-def read_tensor(file: TensorReader, name: str) -> torch.Tensor:
-    """Return a tensor of a file, after verifying its checksums."""
-    entry = file.tensors[name]
-    return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)

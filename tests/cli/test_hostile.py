@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from posthoc_cli.demo import Folder
 from posthoc_cli.errors import OutputExistsError, WriteError
-from posthoc_cli.snapshots.tensor_file import read_header
-from posthoc_cli.snapshots.writer import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.outputs import Used, decode_output
+from posthoc_cli.snapshots.tensorfile import read_file
 
 
 @pytest.fixture
@@ -151,10 +152,9 @@ def test_a_command_with_a_closed_stdin_does_not_ask(run: Path) -> None:
 def test_long_texts_of_an_output_are_cut(ema: Ema, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.safetensors"
     ema("synthesize", run, "--sigma-rel", "0.1", "--out", out)
-    metadata = {k: v for k, v in read_header(out).metadata.items() if k not in ("ema.checksum", "ema.checksums")}
-    metadata |= {f"ema.{key}": "x" * 100_000 for key in ("profile", "method", "t_unit")}
-    metadata["ema.snapshots"] = json.dumps([{"file": "y" * 100_000, "coefficient": -1e308}])
-    write_tensors(out, load_file(out), metadata, overwrite=True)
+    long = dict.fromkeys(("profile", "method", "t_unit"), "x" * 100_000)
+    info = replace(decode_output(read_file(out)), snapshots=(Used("y" * 100_000, -1e308),), **long)
+    write_tensors(out, load_file(out), info, overwrite=True)
     assert max(map(len, ema("info", out).out.splitlines())) < 300
     write_snapshot(tmp_path / "long", 10, 0.05, RUN_ID, {"x" * 100_000: torch.tensor([float("nan")])})
     assert len(ema("synthesize", tmp_path / "long", "--sigma-rel", "0.1", "--out", tmp_path / "o.pt").err) < 6_000

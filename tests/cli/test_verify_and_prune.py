@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from ema_command import Asked, Ema
-from factories import OTHER_RUN_ID, contents, flip_bit, rewrite_snapshot, snapshot_files, write_tensors
+from factories import OTHER_RUN_ID, contents, flip_bit, rewrite_snapshot, snapshot_files
 from safetensors.torch import save_file
+from torture.victims import forge
 
-from posthoc_cli.snapshots.writer import DirectoryLock
+from posthoc_cli.snapshots.directory import DirectoryLock
 
 
 def leave(run: Path) -> Path:
@@ -83,10 +84,10 @@ def test_contradictions_and_files_of_a_later_release_are_reported(ema: Ema, run:
     assert result.code == 1
     assert re.search(rf"^problem: .*{files[3].name}: are of different runs", result.out, re.MULTILINE)
     assert ema("info", run).code == 1
-    write_tensors(files[3], {"w": torch.ones(2)}, {"ema.format": "future", "ema.version": "9"}, overwrite=True)
+    forge(files[3], {"kind": '"future"'})
     result = ema("verify", run)
     assert result.code == 1
-    assert "unsupported: its ema.format is 'future'" in result.out
+    assert "unsupported: its kind is 'future'" in result.out
 
 
 def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:

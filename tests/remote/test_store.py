@@ -13,7 +13,7 @@ from moto.iam.models import iam_backends
 from posthoc_cli.errors import PostHocError, RemoteError
 from posthoc_cli.remote import store
 from posthoc_cli.remote.store import RemotePath, matching, remote_path
-from posthoc_cli.snapshots.tensor_file import OpenedFile
+from posthoc_cli.snapshots.tensorfile import OpenedFile
 
 UNREAD = "the credentials cannot be read; `ema guide remote` says where they are read from"
 

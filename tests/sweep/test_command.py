@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError, PostHocError
-from posthoc_cli.snapshots.writer import DirectoryLock
+from posthoc_cli.snapshots.directory import DirectoryLock
 from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
 from posthoc_cli.sweep.results import Records
 from posthoc_cli.sweep.search import Trial

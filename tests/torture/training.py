@@ -17,10 +17,10 @@ from safetensors.numpy import load_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError, WriteError
-from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory, snapshot_path
 from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.snapshots.verify import verify
 
 SIGMA_RELS = (0.05, 0.28)
 STATE = "state.pt"
@@ -171,7 +171,7 @@ def damaged_files(folder: Path) -> list[str]:
 def wrong_output(path: Path) -> list[str]:
     """Return what is wrong with an output, computed from the snapshots and coefficients that it names."""
     try:
-        wrong, info = problems(path), decode_output(path, read_header(path))
+        wrong, info = problems(path), decode_output(read_file(path))
     except PostHocError as error:
         return [str(error)]
     if wrong:
