@@ -227,7 +227,7 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
         assert_same_tensors(load_output(out), {"w": w.float(), "tied": w.float(), "var": var, "var too": var})
         info = decode_output(read_file(out))
         assert (info.sigma_rel, info.t, info.method, info.profile_error) == (0.05, 10, "tracked", 0)
-        assert (info.snapshots, sorted(info.copies)) == (((name, 1.0),), ["var", "var too"])
+        assert (info.snapshots, sorted(info.copies)) == ((Used(name, 1.0),), ["var", "var too"])
     export_file(source, tmp_path / "half.pt", dtype="float16")
     assert_same_tensors(load_output(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var})
 

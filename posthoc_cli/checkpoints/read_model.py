@@ -279,7 +279,7 @@ def _of_file(path: Path) -> IndexedCheckpoint:
             header = decode_file(file)
             if header.kind == "snapshot":
                 raise FileFormatError(path, "is a snapshot of this package, no checkpoint")
-            values = dict(header.metadata)
+            values = dict(header.metadata) | ({} if header.kind is None else {"ema.format": header.kind})
             content: dict[Keys, Any] = {(name,): entry for name, entry in header.entries.items()}
         else:
             content = _leaves(path, read_pickled(file, 0, file.size))

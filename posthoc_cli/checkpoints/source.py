@@ -33,9 +33,8 @@ from posthoc_cli.snapshots.selection import check_globs, make_selection
 from posthoc_cli.snapshots.sources import FileSource, SourceInfo, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Entry, TensorFile
 
-_NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked", "weight_u", "weight_v")
-"""Last parts of the names of BatchNorm's statistics and of spectral norm's vectors. They are copied: a variance must
-not be extrapolated, and the vectors have norm 1."""
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
 
 
 @dataclass(frozen=True)
@@ -384,12 +383,18 @@ def make_checkpoint(
         if all(box == Box.full(specs[name].shape) for name, box in boxes.items()) and len(layers) == 1:
             boxes = {}
         held.append(TensorFile(file, entries, stamp, boxes=boxes, checksum=identity))
-    roles = {name: _tracked(name, spec.dtype) for name, spec in specs.items()}
+    copied = {name for name in specs if name.rpartition(".")[2] in _STATISTICS or _is_of_spectral_norm(name, specs)}
+    roles = {
+        name: TrackedTensor("average" if spec.dtype in EPS and name not in copied else "copy", spec.dtype)
+        for name, spec in specs.items()
+    }
     info = CheckpointInfo(profile, step, t_unit, roles, aliases, sigma_rel)
     return Checkpoint(path, specs, info, tuple(held), kind, "", updates)
 
 
-def _tracked(name: str, dtype: str) -> TrackedTensor:
-    """Return a tensor's role: floating-point tensors are averaged, others copied."""
-    is_weight = dtype in EPS and name.rpartition(".")[2] not in _NO_WEIGHTS
-    return TrackedTensor("average" if is_weight else "copy", dtype)
+def _is_of_spectral_norm(name: str, names: Collection[str]) -> bool:
+    """Return whether a tensor is one of spectral norm's two vectors; `weight_v` of weight norm is a weight."""
+    stem = name[:-1]
+    if not (name.endswith(("_u", "_v")) and f"{stem}u" in names and f"{stem}v" in names):
+        return False
+    return f"{stem}orig" in names or ("parametrizations." in name and stem.endswith("._"))

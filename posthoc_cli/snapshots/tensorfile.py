@@ -288,7 +288,8 @@ class TensorFile:
     @property
     def kind(self) -> str | None:
         """The kind of the file: "snapshot", "output", or None for another program's file."""
-        return self.content.get("kind")
+        kind = self.content.get("kind")
+        return kind if kind is None else str(kind)
 
     def box(self, name: str) -> Box | None:
         """Return the box of a tensor's elements in the file; None if it has none."""
@@ -301,7 +302,7 @@ class TensorFile:
             if not self._shared.users:
                 file = OpenedFile(self.path)
                 try:
-                    if file.stamp != self.stamp:
+                    if file.stamp != self.stamp and not self._is_in(file):
                         raise FileFormatError(self.path, "was replaced while it was being used", "run again")
                 except BaseException:
                     file.close()
@@ -309,6 +310,11 @@ class TensorFile:
                 self._shared.file = file
             self._shared.users += 1
         return self
+
+    def _is_in(self, file: OpenedFile) -> bool:
+        """Return whether an opened file has this header, although it was written to; its blocks are verified."""
+        start = file.read_at(_DIGITS.stop, 0)
+        return bool(self.sums) and file.size == self.nbytes and start[_DIGITS] == self.checksum.encode()
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Close the file; raise FileFormatError if it has no checksums and was changed meanwhile."""

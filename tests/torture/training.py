@@ -176,13 +176,13 @@ def wrong_output(path: Path) -> list[str]:
         return [str(error)]
     if wrong:
         return wrong
-    total = sum(coefficient for _, coefficient in info.snapshots)
+    total = sum(used.coefficient for used in info.snapshots)
     wrong = [f"{path.name}: coefficients add up to {total}"] if abs(total - 1) > 1e-9 else []
     for name, value in load_file(path).items():
         if name == "count":
             continue
         exact, allowed = np.zeros(value.size), 0.0
-        for source, coefficient in info.snapshots:
+        for source, coefficient in ((used.file, used.coefficient) for used in info.snapshots):
             t, _, sigma_rel = source.removesuffix(".safetensors").partition("-")
             average, away, unit = exact_average(int(t), float(sigma_rel), value.size)
             exact += coefficient * average

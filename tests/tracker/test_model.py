@@ -16,6 +16,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
 from posthoc_cli.snapshots import tensorfile
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.tracker import model_tensors
 
 
 class Network(torch.nn.Module):
@@ -362,7 +363,8 @@ def test_more_tensors_than_a_header_can_name_are_refused_at_once(
         tracker.update_(model)
     (path, *_) = read_directory(tmp_path / "ema")
     needed = path.nbytes - sum(entry.nbytes for entry in path.entries.values())
-    monkeypatch.setattr(tensorfile, "MAX_HEADER_BYTES", needed - 2000)
+    for module in (tensorfile, model_tensors):
+        monkeypatch.setattr(module, "MAX_HEADER_BYTES", needed - 2000)
     with pytest.raises(InvalidValueError, match="model: with 200 tensors a snapshot's header would take"):
         PostHocEMA.from_model(model, tmp_path / "more")
     monkeypatch.setattr(tensorfile, "MAX_HEADER_BYTES", needed)

@@ -299,6 +299,7 @@ refused(lambda: ema.update_(model))
 
 LATE = """
 import shutil
+from posthoc_cli.snapshots.directory import inspect_directory
 model = spread(Net(), "fsdp")
 late = [f"0000000000000008-{sigma_rel}/part-00002-of-00002.safetensors" for sigma_rel in (0.1, 0.2)]
 if int(arguments[0]):
