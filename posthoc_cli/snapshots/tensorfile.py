@@ -490,6 +490,8 @@ def decode_file(file: OpenedFile) -> TensorFile:
         checksum = start[_DIGITS].decode(errors="replace")
         if checksum != _checksum(start):
             raise FileFormatError(path, _DAMAGED)
+    elif b"ema.checksum" in start[: _DIGITS.stop]:
+        raise FileFormatError(path, _DAMAGED)
     _check_count(path, start.count(b'"dtype"'))  # before all of them are parsed
     raw = parse_object(path, start[8:], "header")
     metadata = raw.pop("__metadata__", {})
@@ -498,7 +500,7 @@ def decode_file(file: OpenedFile) -> TensorFile:
     if "ema.version" in metadata:
         raise FileFormatError(path, f"is of an earlier release: its format is none that this one reads, {FORMAT}")
     own = {key: metadata.pop(key, "") for key in ("ema.checksum", "ema")}
-    if any(own.values()) and not checksum:
+    if not checksum and (own["ema.checksum"] or own["ema"].startswith('{"')):
         raise FileFormatError(path, _DAMAGED)
     entries = _decode_entries(path, raw, len(start))
     nbytes = len(start) + sum(entry.nbytes for entry in entries.values())
