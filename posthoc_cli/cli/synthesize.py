@@ -74,7 +74,7 @@ def synthesize(
     DIR may also contain checkpoints, or averages of other libraries: see ema guide checkpoints.
 
     For one large model on many machines: torchrun -m posthoc_cli synthesize ... makes a folder of shards, of which each
-    process writes some. If a job was killed, run it again: it keeps the finished shards.
+    process writes some. If a job was killed, run it again.
     """
     from posthoc_cli.export.writing import is_rank
 

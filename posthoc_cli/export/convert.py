@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.export.layouts import (
-    OTHER_FOLDER,
     PICKLES,
     OutputOptions,
     check_shape,
     converted,
+    files_of,
     layout_of,
     open_model,
     open_outputs,
@@ -156,11 +155,14 @@ def export_file(
                     unchanged = wanted is None and not (prefix or strip_prefix or base)
                     metadata |= training_metadata(read_file(next(iter(model_files(model)))), unchanged)
                 entries = {name: Entry(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-                with open_outputs([path], entries, [(content, metadata)], options) as ((sink,), lists):
-                    for name in chain.from_iterable(lists):
-                        tensor = tensors[name].read()
-                        sink.write(name, tensor)
-                        advance(tensor.nbytes)
+                kind = layout_of(path, layout)
+                parts, others = files_of(kind, entries, options.shard_bytes)
+                with open_outputs([path], kind, parts, [(content, metadata)], others, overwrite) as opened:
+                    for (sink,), in_file in opened:
+                        for name in in_file:
+                            tensor = tensors[name].read()
+                            sink.write(name, tensor)
+                            advance(tensor.nbytes)
                 made[path] = Exported(
                     len(entries), len(entries) - len(stored), sum(entry.nbytes for entry in entries.values())
                 )
@@ -174,7 +176,7 @@ def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overw
     paths = [folder / f"{source.name.removesuffix(SUFFIX)}{suffix_of(layout)}" for source in sources]
     for path in paths if not overwrite else ():
         if output_exists(path, layout_of(path, layout)):
-            raise OutputExistsError(path, "already exists", OTHER_FOLDER)
+            raise OutputExistsError(path, "already exists", "choose another folder, or `overwrite` to replace it")
     files.check_parent("out", folder)
     files.make_directory(folder)
     return paths

@@ -16,7 +16,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,8 +82,6 @@ class OutputInfo:
         predicted_error: expected relative L2 error of the weights; None if it is unknown.
         snapshots: the snapshots and their coefficients.
         copies: names of the tensors that are copies (buffers), not averages.
-        marks: in a part of an output, which has some of its complete tensors: "part" ("3/8": the third of eight),
-            "plan" (32 hexadecimal digits, the same in all parts of a plan) and "release", which wrote it.
     """
 
     run_id: RunId
@@ -97,7 +95,6 @@ class OutputInfo:
     predicted_error: float | None
     snapshots: tuple[Used, ...]
     copies: tuple[str, ...] = ()
-    marks: dict[str, str] = field(default_factory=dict)
 
     def encoded(self) -> dict[str, Any]:
         """Return the JSON object of a header, without the checksums of blocks."""

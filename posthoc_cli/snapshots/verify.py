@@ -341,8 +341,7 @@ def _described(report: FileReport, file: TensorFile) -> FileReport:
         return replace(report, what="foreign")
     if file.kind == "output":
         output = decode_output(file)
-        part = f"part {_shortened(output.marks['part'])} of " if "part" in output.marks else ""
-        what, averages = f"{part}{_output_words(output)}", file.entries.keys() - set(output.copies)
+        what, averages = _output_words(output), file.entries.keys() - set(output.copies)
         return replace(report, what=what, output=output, averages=averages)
     snapshot = decode_snapshot(file)
     part = "part {}/{} of ".format(*snapshot.part) if snapshot.part else ""
