@@ -40,7 +40,7 @@ from posthoc_cli.synthesis.plan import Plan
 # another target in the same pass may change the last bits. The tiles and the number of threads do not change them:
 # sums are padded to a multiple of COLUMNS, so every element goes through the same instructions wherever a chunk ends.
 
-SLOTS = 16
+SLOTS = 32
 """Number of sources in one matrix product."""
 
 COLUMNS = 16_384
