@@ -466,7 +466,9 @@ class PendingFolder:
                 for name in names:
                     _sync(Path(base, name))
                 system.fsync_directory(Path(base))
-            replaced = temporary_path_for(self.path) if self._is_taken() else None
+            # A name that cleanups leave alone: a kill between the two renames must not cost the old model.
+            aside = self.path.with_name(f".{self.path.name}.replaced-{secrets.token_hex(4)}")
+            replaced = aside if self._is_taken() else None
             try:
                 if replaced:
                     system.rename(self.path, replaced)
