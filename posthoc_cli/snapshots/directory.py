@@ -37,7 +37,7 @@ from posthoc_cli.errors import (
     printable,
     shown,
 )
-from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop, spared_times
+from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, spared_times
 from posthoc_cli.reconstruction import Distance, Measurements, measured_prior
 from posthoc_cli.snapshots.chunks import cover_problem
 from posthoc_cli.snapshots.codecs import joined_paths
@@ -698,8 +698,8 @@ def thin(
     """Keep the `max_checkpoints` snapshots per profile that reconstruction needs most; delete the others.
 
     Snapshots on the schedule are chosen as if there were no others, so that a training that was stopped in between
-    keeps the same ones. Of those off the schedule, the latest stay if there is room, and those of the newest times, see
-    `planning.spared_times`. Returns the remaining snapshots in order of time.
+    keeps the same ones. Of those off the schedule, the latest stay if there is room, and in any case those of the newest
+    `SPARED_TIMES`: a checkpoint of the training may belong to them. Returns the remaining snapshots in order of time.
     """
     if max_checkpoints is None:
         return list(stored)
@@ -723,7 +723,7 @@ def _surplus(stored: Sequence[Snapshot], max_checkpoints: int, sigma_range: tupl
         spared = spared_times(max_checkpoints)
         dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range, spared)
         surplus += [scheduled[index] for index in dropped]
-    oldest_spared = sorted({snapshot.t for snapshot in stored})[-spared_times(max_checkpoints) :][0]
+    oldest_spared = sorted({snapshot.t for snapshot in stored})[-SPARED_TIMES:][0]
     for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):
         off_schedule = [s for s in stored if s.off_schedule and s.sigma_rel == sigma_rel]
         room = max(max_checkpoints - counts[sigma_rel], 0)

@@ -260,22 +260,22 @@ def test_a_due_snapshot_replaces_the_one_off_the_schedule_of_its_time(tmp_path: 
     assert written(tmp_path / "run") == [(8, False)]
 
 
-def test_thinning_drops_snapshots_off_the_schedule_first(tmp_path: Path) -> None:
-    """They stay within `max_checkpoints`, the latest of them longest; the newest of all always stays."""
+def test_thinning_spares_snapshots_on_request(tmp_path: Path) -> None:
+    """They stay while they are among the newest five times, as a checkpoint of the training may belong to them."""
     model, last = matrix(), 0
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         for step, asked, expected in (
             (4, True, [(4, True)]),
             (14, True, [(4, True), (10, False), (14, True)]),
-            (20, False, [(10, False), (14, True), (20, False)]),
-            (30, False, [(10, False), (20, False), (30, False)]),
+            (30, False, [(4, True), (10, False), (14, True), (20, False), (30, False)]),
+            (40, False, [(14, True), (20, False), (30, False), (40, False)]),
         ):
             walk(model, tracker, last + 1, step)
             tracker.snapshot() if asked else tracker.flush()
             assert written(tmp_path) == expected
             last = step
-        walk(model, tracker, 31, 34)
-    assert written(tmp_path) == [(10, False), (20, False), (30, False), (34, True)]
+        walk(model, tracker, 41, 44)
+    assert written(tmp_path) == [(14, True), (20, False), (30, False), (40, False), (44, True)]
 
 
 def test_a_last_snapshot_of_another_attempt_is_set_aside(tmp_path: Path) -> None:
