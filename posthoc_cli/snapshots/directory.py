@@ -698,8 +698,8 @@ def thin(
     """Keep the `max_checkpoints` snapshots per profile that reconstruction needs most; delete the others.
 
     Snapshots on the schedule are chosen as if there were no others, so that a training that was stopped in between
-    keeps the same ones. Of those off the schedule, the latest stay if there is room, and in any case those of the newest
-    `SPARED_TIMES`: a checkpoint of the training may belong to them. Returns the remaining snapshots in order of time.
+    keeps the same ones. Of those off the schedule, the latest stay if there is room, and in any case those of the
+    newest `SPARED_TIMES`: a checkpoint of the training may belong to them. Returns the remaining ones in order of time.
     """
     if max_checkpoints is None:
         return list(stored)
