@@ -68,7 +68,7 @@ def test_links_among_shards_are_replaced_themselves_and_directories_are_refused(
     assert precious.read_bytes() == b"mine"
     keep.parent.mkdir(parents=True)
     keep.write_bytes(b"mine")
-    assert f"{name}: is a directory" in ema("synthesize", run, *SHARDED, tmp_path / "other").error
+    assert f"already exists, and holds {name!r}" in ema("synthesize", run, *SHARDED, tmp_path / "other").error
     assert keep.read_bytes() == b"mine"
     assert [path.name for path in keep.parent.parent.iterdir()] == [name]
 
