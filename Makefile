@@ -59,7 +59,6 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_fidelity.py
 	$(BIN)/python scripts/bench_fidelity.py --hard
 	$(BIN)/python scripts/bench_synthesis.py
-	$(BIN)/python scripts/bench_averages.py
 	$(BIN)/python scripts/bench_batch_norm.py
 	$(BIN)/python scripts/bench_update.py
 	$(BIN)/python scripts/bench_sharded.py
@@ -90,7 +89,7 @@ wheel: dist
 	rm -rf $(VENV)-wheel
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" dist/*.whl
-	cd $(VENV)-wheel && bin/python ../scripts/try_wheel.py ../README.md
+	cd $(VENV)-wheel && bin/ema guide && bin/ema demo --steps 1000 --overwrite
 
 compat:
 	$(MAKE) wheel PYTHON=python3.10 TORCH=torch==2.4.0

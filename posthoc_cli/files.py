@@ -20,7 +20,6 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import stat
 import tempfile
 import time
@@ -235,12 +234,12 @@ def unlink_if_exists(path: Path) -> None:
 
 
 def discard(paths: Collection[Path]) -> None:
-    """Remove temporary files; those that the system refuses to remove are tried again when the process ends."""
+    """Remove temporary files and folders; those that the system refuses to remove are tried again at the exit."""
     for path in paths:
         _unfinished[path] = os.getpid()
     for path in paths:
         with suppress(OSError):
-            unlink_if_exists(path)
+            _remove(path)
             del _unfinished[path]
 
 
@@ -256,12 +255,14 @@ STILL_SECONDS = 3600.0
 def remove_leftovers(directory: Path, still: float = STILL_SECONDS) -> None:
     """Remove temporary files and folders that have not changed for `still` seconds; log those that stay."""
     before = time.time() - still
-    for path in () if is_url(directory) else leftovers(directory):  # uploads leave none
+    found: list[Path] = []
+    with suppress(PermissionError):  # a folder that may not be listed
+        found = [] if is_url(directory) else leftovers(directory)  # uploads leave none
+    for path in found:
         try:
-            is_folder = stat.S_ISDIR(path.lstat().st_mode)
-            inside = path.rglob("*") if is_folder else ()
+            inside = () if path.is_symlink() else path.rglob("*")
             if max(entry.lstat().st_mtime for entry in (path, *inside)) < before:
-                shutil.rmtree(path) if is_folder else system.unlink(path)
+                _remove(path)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -287,26 +288,6 @@ def temporary_path_for(path: Path) -> Path:
         return temporary_path(path.parent)
     check_writable("out", path)
     return temporary_path(Path(tempfile.gettempdir()))
-
-
-def publish_folder(folder: Path, path: Path) -> None:
-    """Rename a complete folder to `path`, or upload its files to a store: the indexes last, and all files or none."""
-    if not is_url(path):
-        system.rename(folder, path)
-        system.fsync_directory(path.parent)
-        return
-    from posthoc_cli.remote import store
-
-    uploaded: list[Path] = []
-    try:
-        for file in sorted(folder.rglob("*"), key=lambda p: (p.suffix == ".json", p.name == ".metadata", p)):
-            if file.is_file():
-                target = path / file.relative_to(folder)
-                store.put(str(target), file)
-                uploaded.append(target)
-    except BaseException:
-        discard(uploaded)
-        raise
 
 
 @contextmanager
@@ -425,8 +406,107 @@ class PendingFile:
         self.discard()
 
 
+class PendingFolder:
+    """A folder that is being written under another name. `publish` gives it its name, see also `PendingFile`.
+
+    A folder for an object store is written to the system's temporary folder; in a store it replaces nothing.
+
+    Arguments:
+        replaces: the pattern of the names of files that a folder at `path` may hold, which is replaced then.
+
+    Raises:
+        OutputExistsError: at `path` is something else than a new folder's place, an empty folder, or what is replaced.
+    """
+
+    def __init__(self, path: Path, replaces: re.Pattern[str] | None = None) -> None:
+        self.path, self.temporary = path, temporary_path_for(path)
+        self._replaces, self._uploaded = replaces, list[Path]()
+        with reported_as_write_error(path):
+            self._is_taken()
+            _unfinished[self.temporary] = os.getpid()
+            system.make_directory(self.temporary)
+
+    def _is_taken(self) -> bool:
+        """Return whether something is at `path`; raise OutputExistsError unless it may be replaced."""
+        path, is_asked = self.path, self._replaces is not None or is_url(self.path)
+        hint = "name a new folder" + ", or `overwrite` to replace a model" * (not is_asked)
+        if not os.path.lexists(path) if not is_url(path) else not path.exists():
+            return False
+        if path.is_symlink() or not path.is_dir():
+            raise OutputExistsError(path, "is a file or a link; must be a folder", hint)
+        if not is_url(path) and (os.path.ismount(path) or path.samefile(".")):
+            raise OutputExistsError(path, "is a disk's or the working directory, which is not replaced", hint)
+        for entry in sorted(system.list(path)):
+            if self._replaces is None or is_url(path) or entry.is_dir() or not self._replaces.fullmatch(entry.name):
+                raise OutputExistsError(path, f"already exists, and holds {shown(entry.name)}", hint)
+        return True
+
+    def send(self) -> None:
+        """Upload the complete files to the store, those that lead to others last, and remove them here."""
+        from posthoc_cli.remote import store
+
+        complete = [file for file in self.temporary.rglob("*") if file.is_file()]
+        for file in sorted(complete, key=lambda file: (file.suffix == ".json", file.name == ".metadata", file)):
+            target = self.path / file.relative_to(self.temporary)
+            try:
+                store.put(str(target), file)
+            except FileExistsError as error:
+                raise _exists(target) from error
+            self._uploaded.append(target)
+            system.unlink(file)
+
+    def publish(self) -> None:
+        """Make the content durable and give the folder its name, or upload it; a failure leaves what was there."""
+        with reported_as_write_error(self.path):
+            if is_url(self.path):
+                self.send()
+                self._uploaded.clear()
+                return
+            for base, _, names in os.walk(self.temporary):
+                for name in names:
+                    _sync(Path(base, name))
+                system.fsync_directory(Path(base))
+            # A name that cleanups leave alone: a kill between the two renames must not cost the old model.
+            aside = self.path.with_name(f".{self.path.name}.replaced-{secrets.token_hex(4)}")
+            replaced = aside if self._is_taken() else None
+            try:
+                if replaced:
+                    system.rename(self.path, replaced)
+                system.rename(self.temporary, self.path)
+                system.fsync_directory(self.path.parent)
+            except BaseException:
+                for source, target in ((self.path, self.temporary), (replaced, self.path)):
+                    with suppress(OSError):  # what was not renamed yet
+                        system.rename(source, target) if source else None
+                raise
+            del _unfinished[self.temporary]
+        if replaced:
+            discard([replaced])
+
+    def discard(self) -> None:
+        """Remove what was written and not published."""
+        if self.temporary in _unfinished:
+            discard([*self._uploaded, self.temporary])
+
+    def __enter__(self) -> PendingFolder:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self.discard()
+        if isinstance(error, WriteError):
+            error.subject = error.subject.replace(str(self.temporary), str(self.path))
+
+
+def _sync(path: Path) -> None:
+    descriptor = system.open(path)
+    try:
+        system.fsync(descriptor)
+    finally:
+        system.close(descriptor)
+
+
 _unfinished: dict[Path, int] = {}
-"""Temporary files, and directories created for new files, each with the id of the process that created it."""
+"""Temporary files and folders, and directories created for new files, each with the id of the process that made it."""
 
 
 @atexit.register
@@ -438,8 +518,18 @@ def remove_unfinished() -> None:
     for path, process in reversed(list(_unfinished.items())):
         if process == os.getpid():  # not in a forked child
             with suppress(OSError):
-                system.remove_directory(path) if path.is_dir() else system.unlink(path)
+                _remove(path) if is_temporary(path.name) else system.remove_directory(path)
             del _unfinished[path]
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a complete folder, if it exists."""
+    if not is_url(path) and path.is_dir() and not path.is_symlink():
+        for entry in system.list(path):
+            _remove(entry)
+        system.remove_directory(path)
+    else:
+        unlink_if_exists(path)
 
 
 def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:

@@ -44,15 +44,14 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.resources import parse_bytes
-from posthoc_cli.snapshots import writer
-from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, verify
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
-from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.outputs import describe
+from posthoc_cli.snapshots.prune import Pruning, plan_pruning
+from posthoc_cli.snapshots.prune import prune as prune_directory
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import (
     EarlierRun,
     FileSource,
-    Snapshot,
     Source,
     chosen_up_to,
     counted,
@@ -60,6 +59,8 @@ from posthoc_cli.snapshots.sources import (
     scaled_run,
     source_prior,
 )
+from posthoc_cli.snapshots.tensorfile import Entry
+from posthoc_cli.snapshots.verify import DAMAGED, UNCHECKED, FileReport, Verification, verify
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 
@@ -110,7 +111,7 @@ def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
     from posthoc_cli.synthesis.engine import Options, check_device, synthesize
 
     tensors = {name: values[0] for name, values in synthesize(plan, Options(check_device(device)))}
-    weights = Weights((spec.name, tensors[spec.name]) for spec in plan.specs())
+    weights = Weights((name, tensors[name]) for name in plan.entries)
     weights.predicted_error = plan.predicted_error(0)
     weights.profile_error = plan.profile_error(0)
     return weights
@@ -193,13 +194,12 @@ class Run:
         return self.sources[-1].info.step
 
     @property
-    def tensors(self) -> dict[str, TensorSpec]:
+    def tensors(self) -> dict[str, Entry]:
         """Dtype (its safetensors name) and shape of every tensor of an average, under all its names."""
         newest = self.sources[-1]
         names = {name: name for name in newest.info.tensors} | newest.info.aliases
         return {
-            alias: TensorSpec(alias, newest.info.tensors[name].dtype, newest.stored[name].shape)
-            for alias, name in names.items()
+            alias: Entry(newest.info.tensors[name].dtype, newest.entries[name].shape) for alias, name in names.items()
         }
 
     def info(self) -> dict[str, Any]:
@@ -387,9 +387,9 @@ class Run:
         max_error: float | None = None,
         sigma_range: tuple[float, float] = USEFUL_RANGE,
         dry_run: bool = False,
-        agree: Callable[[writer.Pruning], bool] = lambda _: True,
+        agree: Callable[[Pruning], bool] = lambda _: True,
         progress: ProgressBar = no_bar,
-    ) -> writer.Pruning:
+    ) -> Pruning:
         """Delete the snapshots that matter least. Arguments and errors are those of `plan_pruning`, and:
 
         Arguments:
@@ -408,11 +408,11 @@ class Run:
             files.local_path("directory", self.directory)
         if is_import(self.directory):
             raise DirectoryError(self.directory, "refers to files of other programs, which are never deleted")
-        planned = writer.plan_pruning(self.snapshots, keep, nbytes, max_error, sigma_range)
+        planned = plan_pruning(self.snapshots, keep, nbytes, max_error, sigma_range)
         if dry_run or not planned.to_delete or not agree(planned):
             return planned
         with progress("verifying what stays", planned.read_bytes) as advance:
-            return writer.prune(self.directory, planned, advance)
+            return prune_directory(self.directory, planned, advance)
 
 
 def plan_training(

@@ -2,7 +2,6 @@
 
     python scripts/bench_fidelity.py [--only a,b] [--steps 9600] [--cache FOLDER] [--json FILE] [--figure FILE.png]
     python scripts/bench_fidelity.py --hard [--only a,b] [--cache FOLDER] [--json FILE]
-    python scripts/bench_fidelity.py --checkpoints [--steps 9600] [--cache FOLDER]
 
 Ten recorded runs of 9,600 steps (`trajectories.RECIPES`), two of them also with update_every=10, go through the hook:
 tracked (0.05, 0.10), (0.05, 0.28) and (0.10,), with 8, 20 and 64 evenly spaced snapshot times, stored as float32,
@@ -21,9 +20,6 @@ Half of the runs are held out: no constant of the method was chosen by them.
 `--hard` measures unusual runs, schedules and targets instead, and an independent set of ordinary and of pathological
 motion (`corner_cases`): the share of errors within 2 and 3 times the predicted ones, and more than 3 times above; and
 the error relative to the published method's, and to that of the nearest stored average at the end.
-
-`--checkpoints` measures averages of the weights of 8, 20 and 64 steps, evenly spaced and at random, and averages that
-`ema_pytorch` and `posthoc_ema` stored with an update every 1, 10 and 100 steps (`checkpoint_fidelity`).
 """
 
 from __future__ import annotations
@@ -42,7 +38,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import checkpoint_fidelity
 import corner_cases
 import fidelity_report as report
 import fidelity_runs as runs
@@ -68,11 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     measured = partial(_in_processes, processes=options.processes)
     cells: Sequence[Any]
-    if options.checkpoints:
-        work = partial(checkpoint_fidelity.measure, steps=options.steps, cache=options.cache)
-        cells = measured(checkpoint_fidelity.JOBS, work)
-        print(checkpoint_fidelity.tables(cells, checkpoint_fidelity.repairs(options.steps, options.cache)))
-    elif options.hard:
+    if options.hard:
         cases = [case for case in corner_cases.CASES if case in (options.only or [case])]
         cells = measured(cases, partial(corner_cases.measure, cache=options.cache))
         print(report.hard_table(cells))
@@ -93,7 +84,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", type=lambda text: text.split(","), help="some of the runs, or cases, by commas")
     parser.add_argument("--cache", type=Path, help="folder to keep recorded runs in, and to take them from")
     parser.add_argument("--hard", action="store_true", help="the hard cases instead of the recorded runs")
-    parser.add_argument("--checkpoints", action="store_true", help="checkpoints and other libraries' averages instead")
     parser.add_argument("--processes", type=int, default=2, help="runs, or cases, at a time (2)")
     parser.add_argument("--json", type=Path, help="file for all cells")
     parser.add_argument("--figure", type=Path, help="file for a picture of error against sigma_rel")

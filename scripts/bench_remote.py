@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.remote import ranges, store
-from posthoc_cli.synthesis.engine import TileWriter, synthesize_into
+from posthoc_cli.remote import store
+from posthoc_cli.synthesis.engine import REMOTE_THREADS, Writer, synthesize_into
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -42,9 +42,9 @@ IMPORTED = resident()
 class Discarded:
     """An output that discards its tiles."""
 
-    def open_tile(self, _: Any) -> TileWriter:
+    def open_tile(self, _: Any) -> Writer:
         """Return a destination for a tile, see `synthesis.engine.Output`."""
-        return TileWriter()
+        return lambda _: None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,7 +104,7 @@ def timed(call: Any) -> tuple[float, float]:
 
 def fetch(requests: Sequence[tuple[str, int, int]]) -> None:
     """Make the same requests by obstore alone."""
-    with ThreadPoolExecutor(ranges.REQUESTS) as pool:
+    with ThreadPoolExecutor(REMOTE_THREADS) as pool:
         list(pool.map(lambda request: len(store.get(*request)[0]), requests))
 
 

@@ -1,13 +1,12 @@
 """Measure the speed of a synthesis against a plain loop over the same bytes and the peers, and its memory.
 
-    python scripts/bench_synthesis.py [--device cpu] [--repeats 5] [--folder FOLDER] [--quick] [--checkpoints]
+    python scripts/bench_synthesis.py [--device cpu] [--repeats 5] [--folder FOLDER] [--quick]
 
 20 float16 snapshots of made-up models, half of them for each of two profiles; targets are float32. Times are medians of
 repeated runs in turns, in milliseconds, with the processor time of all threads in parentheses, which other programs on
 the machine change less. "Cold" runs follow a request to drop the files from the page cache. All runs of this package
 verify every checksum. "Dropped" is a caller who takes each tensor and drops it; "to a file" includes fsync. The peers
-read their own checkpoints, of as many parameters and the same dtype, through their public interfaces. Other programs'
-checkpoints hold the same bytes as the snapshots they are compared with; `--checkpoints` measures these alone.
+read their own checkpoints, of as many parameters and the same dtype, through their public interfaces.
 """
 
 from __future__ import annotations
@@ -26,14 +25,11 @@ import torch
 from bench_update import cell, times
 from compare_peers import ema_pytorch, posthoc_ema, without_noise
 from synthesis_cases import (
-    CHECKPOINTS,
     Layers,
-    Shapes,
     drop_from_cache,
     large_tensors,
     peak_memory,
     read_plainly,
-    write_checkpoints,
     write_snapshots,
     write_sparse_snapshots,
 )
@@ -53,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where the sums are made: cpu, cuda, mps")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
     parser.add_argument("--folder", type=Path, help="for files of up to 10 GB; by default the system's own")
-    parser.add_argument("--checkpoints", action="store_true", help="other programs' checkpoints only")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args(arguments)
     device, million = str(check_device(asked.device)), 10_000 if asked.quick else 1_000_000
@@ -61,11 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     repeats = 1 if asked.quick else asked.repeats
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder = Path(name)
-        if not asked.checkpoints:
-            for parameters in (48 * million, 100 * million):
-                measure_model(repeats, folder, parameters, device)
-            measure_memory(folder, (10 * million, 1000 * million))
-        measure_checkpoints(repeats, folder, 48 * million, device)
+        for parameters in (48 * million, 100 * million):
+            measure_model(repeats, folder, parameters, device)
+        measure_memory(folder, (10 * million, 1000 * million))
 
 
 def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> None:
@@ -108,20 +101,6 @@ def measure_memory(folder: Path, models: Sequence[int]) -> None:
         print(f"  {parameters:>13,} parameters, 4 snapshots: {peak_memory(run, out) / 1e6:6.1f} MB", flush=True)
         shutil.rmtree(run)
         out.unlink()
-
-
-def measure_checkpoints(repeats: int, folder: Path, parameters: int, device: str) -> None:
-    """Measure other programs' checkpoints against snapshots of the same bytes: matrices, and many small tensors."""
-    run, other = folder / "run", folder / "checkpoints"
-    shapes: Shapes = {**large_tensors(parameters), **{f"norms.{i}": (1024,) for i in range(parameters // 200_000)}}
-    write_snapshots(run, shapes)
-    print(f"\n20 checkpoints of {parameters:,} parameters in {len(shapes)} tensors; one target, dropped")
-    for layout in CHECKPOINTS:
-        write_checkpoints(other, layout, shapes)
-        os.sync()  # writing back would compete for the disk
-        compare(repeats, {"snapshots": planned(run, [0.15]), layout: planned(other, [0.15])}, device)
-        shutil.rmtree(other)
-    shutil.rmtree(run)
 
 
 def show(

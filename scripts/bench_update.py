@@ -8,7 +8,7 @@ twice. All checks of this package are on: names, shapes, dtypes and finiteness. 
 fold, and ends when all work is done. A cell is the median over runs of an update's mean time, and in parentheses of the
 processor time of all threads, which other programs on the machine change less.
 
-**Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 32,000, at one update a step, it
+**Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 256,000, at one update a step, it
 changes two. **The bytes once** reads the parameters, and reads and writes both averages: float32 averages cannot be
 updated with less. **The share of a step** is the additional time of a training with the hook, at update_every=10, in
 the middle of a run.

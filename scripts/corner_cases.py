@@ -26,7 +26,7 @@ from posthoc_cli import Between, Decay, PostHocEMA, Window
 from posthoc_cli.errors import InexactError
 from posthoc_cli.planning import USEFUL_RANGE, Schedule, evaluate, relative_rounding
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.writer import plan_pruning
+from posthoc_cli.snapshots.prune import plan_pruning
 from posthoc_cli.targets import Target, as_target
 
 USEFUL = (0.05, 0.07, 0.10, 0.15, 0.20, 0.25, 0.28)

@@ -136,7 +136,6 @@ def tables(found: dict[str, Any]) -> list[str]:
     return [
         _table("test loss, nats a token", {SCHEDULES[name]: (runs, "loss", 1, 3) for name, runs in language.items()}),
         _differences(language["constant"], language["decayed"]),
-        _short(language["decayed"], language["cosine"], cosine),
         _table(
             "denoiser",
             {"test loss, 1e-3": (diffusion, "loss", 1e3, 1), "Frechet distance": (diffusion, "frechet", 1, 3)},
@@ -178,26 +177,6 @@ def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
     )
 
 
-def _short(decayed: list[Measured], cosine: list[Measured], classifier: list[Measured]) -> str:
-    """Return the losses of short averages less that of the last weights, for the seeds with both."""
-    columns: dict[str, Column] = {
-        "decayed, 1e-3 nats": (decayed, "loss", 1e3, 2),
-        "cosine, 1e-3 nats": (cosine, "loss", 1e3, 2),
-        "classifier, cosine, points of error": (classifier, "error", 100, 2),
-    }
-    measured = {
-        title: (runs, *how)
-        for title, (all_runs, *how) in columns.items()
-        if (runs := [one for one in all_runs if str(SHORT[0]) in one["rows"]])
-    }
-    lines = [
-        (row, *(_paired(runs, row, runs, "last", *how) for runs, *how in measured.values()))
-        for row in map("{:g}".format, SHORT[::2])
-    ]
-    seeds = ("seeds", *(" ".join(str(one["seed"]) for one in runs) for runs, *_ in measured.values()))
-    return markdown([("`sigma_rel`", *measured), *lines, seeds])
-
-
 def _paired(
     runs: list[Measured], row: str, others: list[Measured], other: str, metric: str, scale: float, digits: int
 ) -> str:
@@ -223,8 +202,7 @@ def _error(values: Any) -> Any:
 
 def draw(found: dict[str, Any], folder: Path) -> None:
     """Write the pictures."""
-    for name, figure in (("gain-language.svg", _language), ("gain-time.svg", _time)):
-        (folder / name).write_bytes(plots.as_file(partial(figure, found), ".svg"))
+    (folder / "gain-language.svg").write_bytes(plots.as_file(partial(_language, found), ".svg"))
 
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:
@@ -268,22 +246,6 @@ def _language(found: dict[str, Any]) -> Figure:
         axes.set_title(title, fontsize=9)
     panels[0].set_ylabel("loss less the last weights', nats a token", fontsize=9)
     panels[0].legend(fontsize=6, loc="upper left")
-    return figure
-
-
-def _time(found: dict[str, Any]) -> Figure:
-    """Draw the excess over the loss at the best length against the length, for each time."""
-    figure, panels = _panels(2)
-    runs = [one["over_time"] for one in _of(found, "diffusion", "inverse-sqrt")]
-    for axes, (metric, title) in zip(panels, {"loss": "test loss", "frechet": "Frechet distance"}.items(), strict=True):
-        for index, step in enumerate(runs[0]):
-            values = np.array([[run[step][f"{length:g}"][metric] for length in LENGTHS] for run in runs])
-            best = values[:, [values.mean(axis=0).argmin()]]
-            above = dict(zip(LENGTHS, 100 * (values / best - 1).T, strict=True))
-            _curve(axes, index, above, f"{int(step):,} steps")
-        axes.set_title(title, fontsize=9)
-        axes.set_ylabel("above the best, %")
-    panels[0].legend(fontsize=7)
     return figure
 
 

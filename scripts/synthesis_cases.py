@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import xxhash
-from compare_peers import without_noise
-from safetensors.torch import save_file
 
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import snapshot_path
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -54,15 +51,15 @@ def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, snapshot
     """Write the same snapshots of zeros as sparse files: a model of any size takes no disk."""
     folder.mkdir()
     shapes = large_tensors(parameters, tensors)
-    entries = fmt.lay_out([fmt.TensorSpec(name, "F16", shape) for name, shape in shapes.items()])
-    full = xxhash.xxh3_64_hexdigest(bytes(fmt.BLOCK_BYTES))
+    entries = lay_out({name: Entry("F16", shape) for name, shape in shapes.items()})
+    full = xxhash.xxh3_64_hexdigest(bytes(2 * BLOCK))
     checksums = {}
     for name, entry in entries.items():
-        blocks, rest = divmod(entry.nbytes, fmt.BLOCK_BYTES)
-        checksums[name] = full * blocks + (xxhash.xxh3_64_hexdigest(bytes(rest)) if rest else "")
+        blocks, rest = divmod(entry.nbytes, 2 * BLOCK)
+        checksums[name] = [full] * blocks + ([xxhash.xxh3_64_hexdigest(bytes(rest))] if rest else [])
     for t, sigma_rel in _times(snapshots):
         info = make_info({}, t, sigma_rel, RUN_ID, **_tracked(shapes))
-        header = fmt.encode_header(entries, fmt.snapshot_metadata(info), checksums)
+        header = encode_header(entries, info.encoded(), {}, checksums)
         path = snapshot_path(folder, t, sigma_rel)
         path.write_bytes(header)
         os.truncate(path, len(header) + sum(entry.nbytes for entry in entries.values()))
@@ -73,43 +70,7 @@ def _times(snapshots: int) -> list[tuple[float, float]]:
 
 
 def _tracked(shapes: Shapes) -> dict[str, Any]:
-    return {"sigma_rels": TRACKED, "tensors": {name: fmt.TrackedTensor("average", "F32") for name in shapes}}
-
-
-# --- other programs' checkpoints -------------------------------------------------------------------
-
-
-def _save_shards(place: Path, weights: Mapping[str, torch.Tensor], ending: str) -> None:
-    """Write two files and their index, as transformers does."""
-    place.mkdir()
-    files = {name: f"model-0000{1 + 2 * index // len(weights)}-of-00002.{ending}" for index, name in enumerate(weights)}
-    for file in set(files.values()):
-        held = {name: value for name, value in weights.items() if files[name] == file}
-        save_file(held, place / file) if ending == "safetensors" else torch.save(held, place / file)
-    (place / f"model.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-
-
-def _save_distributed(place: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    with without_noise():
-        dcp.save({"model": dict(weights)}, checkpoint_id=place)
-
-
-CHECKPOINTS: dict[str, Callable[[Path, Mapping[str, torch.Tensor]], object]] = {
-    "safetensors files": lambda place, weights: save_file(dict(weights), place.with_suffix(".safetensors")),
-    "folders of safetensors shards": lambda place, weights: _save_shards(place, weights, "safetensors"),
-    "folders of .bin shards": lambda place, weights: _save_shards(place, weights, "bin"),
-    ".pt files": lambda place, weights: torch.save({"model": dict(weights)}, place.with_suffix(".pt")),
-    "folders of torch.distributed.checkpoint": _save_distributed,
-}
-
-
-def write_checkpoints(folder: Path, layout: str, shapes: Shapes, count: int = 20) -> None:
-    """Write as many checkpoints of random numbers in float16."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
-    for index in range(1, count + 1):
-        CHECKPOINTS[layout](folder / f"checkpoint-{1000 * index}", weights)
+    return {"sigma_rels": TRACKED, "tensors": {name: TrackedTensor("average", "F32") for name in shapes}}
 
 
 # --- plain loops -----------------------------------------------------------------------------------

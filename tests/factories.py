@@ -25,11 +25,10 @@ from posthoc_cli.reconstruction import Measurements, MinimumVariance
 from posthoc_cli.snapshots import codecs
 from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.directory import snapshot_path
-from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
-from posthoc_cli.snapshots.headers import decode_snapshot
-from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
-from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
+from posthoc_cli.snapshots.outputs import INDEX_NAME, OutputInfo, encode_index
+from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, decode_snapshot
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, read_file, tensor_bytes
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -74,16 +73,16 @@ def power_functions(times: npt.ArrayLike, sigma_rels: Sequence[float] = (0.05, 0
 
 def make_info(
     values: Mapping[str, torch.Tensor], t: float = 10.0, sigma_rel: float = 0.05, run_id: str = RUN_ID, **overrides: Any
-) -> SnapshotInfo:
+) -> Snapshot:
     """Describe a snapshot of `values`: floating-point tensors are averages in their dtype, others are copies.
 
-    `overrides` are fields of SnapshotInfo.
+    `overrides` are fields of Snapshot.
     """
     tensors = {
         name: TrackedTensor("average" if value.is_floating_point() else "copy", stored_name(value.dtype))
         for name, value in values.items()
     }
-    info = SnapshotInfo(
+    info = Snapshot(
         run_id=run_id, sigma_rel=sigma_rel, gamma=exact_gamma(sigma_rel),
         sigma_rels=tuple(sorted({*SIGMA_RELS, sigma_rel})), t=float(t), t_unit="steps", step=int(t),
         t_first=min(1.0, float(t)), max_interval=1.0,
@@ -93,10 +92,10 @@ def make_info(
     return replace(info, **overrides)
 
 
-def write_tensors(path: Path, values: Mapping[str, torch.Tensor], metadata: Mapping[str, str], overwrite: bool) -> None:
-    """Write a file of these values and this metadata, with correct checksums."""
-    specs = [TensorSpec(name, stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()]
-    with TensorFileWriter(path, specs, metadata, overwrite=overwrite) as writer:
+def write_tensors(path: Path, values: Mapping[str, torch.Tensor], info: Snapshot | OutputInfo, overwrite: bool) -> None:
+    """Write a file of these values and this header, with correct checksums."""
+    entries = {name: Entry(stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()}
+    with TensorFileWriter(path, entries, info.encoded(), getattr(info, "for_dcp", {}), overwrite) as writer:
         for name, value in values.items():
             writer.write(name, tensor_bytes(value))
         writer.commit()
@@ -113,12 +112,12 @@ def write_snapshot(
 ) -> Path:
     """Write a snapshot file of `values` without conversion; return its path.
 
-    `name` is the file's, in place of its usual one; `overrides` are fields of SnapshotInfo.
+    `name` is the file's, in place of its usual one; `overrides` are fields of Snapshot.
     """
     directory.mkdir(parents=True, exist_ok=True)
     info = make_info(values, t, sigma_rel, run_id, **overrides)
     path = snapshot_path(directory, info.t, info.sigma_rel) if name is None else directory / name
-    write_tensors(path, values, snapshot_metadata(info), overwrite=False)
+    write_tensors(path, values, info, overwrite=False)
     return path
 
 
@@ -156,7 +155,7 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
         file = snapshot_path(path.parent, info.t, info.sigma_rel, (number, parts))
         assert file.parent == folder
         folder.mkdir(exist_ok=True)
-        write_tensors(file, {n: v.contiguous() for n, (v, _) in own.items()}, snapshot_metadata(part), overwrite=False)
+        write_tensors(file, {n: v.contiguous() for n, (v, _) in own.items()}, part, overwrite=False)
     path.unlink()
     return folder
 
@@ -180,7 +179,7 @@ def _pieces(value: torch.Tensor, count: int, axis: int) -> tuple[list[torch.Tens
     return pieces, [0, *itertools.accumulate(piece.shape[axis] for piece in pieces)][:-1]
 
 
-def write_sharded(folder: Path, info: SnapshotInfo, parts: Sequence[Mapping[str, torch.Tensor]]) -> Path:
+def write_sharded(folder: Path, info: Snapshot, parts: Sequence[Mapping[str, torch.Tensor]]) -> Path:
     """Write a snapshot in several files, with the values of each in `parts`, and an index; return the directory.
 
     `info` describes the complete snapshot; its measurements are written in every shard.
@@ -191,7 +190,7 @@ def write_sharded(folder: Path, info: SnapshotInfo, parts: Sequence[Mapping[str,
         path = folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         aliases = {alias: name for alias, name in info.aliases.items() if name in values}
         own = replace(info, tensors={name: info.tensors[name] for name in values}, aliases=aliases)
-        write_tensors(path, values, snapshot_metadata(own), overwrite=False)
+        write_tensors(path, values, own, overwrite=False)
         weight_map |= dict.fromkeys(values, path.name)
     total = sum(value.nbytes for values in parts for value in values.values())
     (folder / INDEX_NAME).write_bytes(encode_index(weight_map, total))
@@ -201,16 +200,15 @@ def write_sharded(folder: Path, info: SnapshotInfo, parts: Sequence[Mapping[str,
 def rewrite_snapshot(
     path: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None, **fields: object
 ) -> None:
-    """Write a snapshot again, with correct checksums and other values or other `fields` of its SnapshotInfo."""
+    """Write a snapshot again, with correct checksums and other values or other `fields` of its Snapshot."""
     info, values = read_snapshot(path).info, load_file(path)
     change(values)
-    write_tensors(path, values, snapshot_metadata(replace(info, **fields)), overwrite=True)  # type: ignore[arg-type]
+    write_tensors(path, values, replace(info, **fields), overwrite=True)  # type: ignore[arg-type]
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """Return a snapshot's header and SnapshotInfo."""
-    header = read_header(path)
-    return Snapshot(path, header, decode_snapshot(path, header))
+    """Return the snapshot in a file."""
+    return decode_snapshot(read_file(path))
 
 
 def write_run(
@@ -283,36 +281,13 @@ def tiny_model(seed: int = 0) -> TinyModel:
 
 
 def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the averages in a tracker's state by sigma_rel and name, in float64, see `snapshots.format`."""
+    """Return the averages in a tracker's state by sigma_rel and name, in float64."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, high in state["high"].items():
-        low, mean = state["low"][key], _means(state, key)
         mass = 1 - (state["folded_t"] / (state["averages_t"] or 1.0)) ** (exact_gamma(float(key)) + 1)
         found[key] = {}
         for name, one in high.items():
-            total = one.double()
-            if state["folds"] is None and name in low:
-                total += low[name].view(torch.bfloat16).double()
-            found[key][name] = total + mass * (mean[name].double() - total) if name in low else one
-    return found
-
-
-def _means(state: Mapping[str, Any], key: str) -> dict[str, torch.Tensor]:
-    """Return the mean of a profile in a state."""
-    first, *_, last = keys = [*map(repr, state["sigma_rels"])] * 2
-    if state["folds"] is None or len(keys) == 2:
-        return dict(state["mean"])
-    most, own, least = (exact_gamma(float(one)) for one in (first, key, last))
-    found = {}
-    for name, mean in state["mean"].items():
-        if name in state["low"][key]:
-            upper = mean.numpy().view(np.uint32)
-            bits = [
-                upper << 16 | state["low"][first][name].numpy().view(np.uint16),
-                upper & 0xFFFF0000 | state["low"][last][name].numpy().view(np.uint16),
-            ]
-            means = [torch.from_numpy(one.astype(np.uint32).view(np.float32)).double() for one in bits]
-            found[name] = means[0] + (most - own) / (most - least) * (means[1] - means[0])
+            found[key][name] = one.double() + mass * (state["mean"][key][name].double() - one.double())
     return found
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import forked
@@ -25,7 +24,6 @@ from posthoc_cli.demo import (
     TrainingSettings,
     make_denoiser,
     make_waves,
-    run_command,
     train,
 )
 from posthoc_cli.errors import OutputExistsError
@@ -142,38 +140,6 @@ def test_a_folder_that_is_not_a_demos_is_never_touched(tmp_path: Path) -> None:
     assert list((tmp_path / "mine").rglob("*")) == [mine.parent, mine]
     with refused(str(mine), "no earlier demo", kind=OutputExistsError):
         Folder(mine).prepare(overwrite=True)
-
-
-CLEANING = """
-import pathlib, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(sys.argv[1]).touch(), sys.exit(143)))
-print("works", flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(143)])
-def test_a_demo_that_is_stopped_lets_its_command_clean_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException
-) -> None:
-    started = []
-
-    class Child(subprocess.Popen):  # type: ignore[type-arg]
-        """A command that records its clean-up; its caller is stopped as soon as it works."""
-
-        def __init__(self, _: object, **options: object) -> None:
-            super().__init__([sys.executable, "-c", CLEANING, tmp_path / "cleaned"], **options)  # type: ignore[call-overload]
-            started.append(self)
-
-        def communicate(self, *_: object) -> tuple[str, str]:  # type: ignore[override]
-            assert self.stdout.readline() == "works\n"
-            raise raised
-
-    monkeypatch.setattr(subprocess, "Popen", Child)
-    with pytest.raises(type(raised)):
-        run_command(lambda _: None, "info", "run")
-    assert [child.returncode for child in started] == [143]
-    assert (tmp_path / "cleaned").exists()
 
 
 @pytest.mark.parametrize("width", [*DIRECT_SIGMA_RELS, 0.28])

@@ -24,20 +24,20 @@ from posthoc_cli import Between, PostHocEMA, disk_sources
 from posthoc_cli.errors import FileFormatError, NonFiniteError, WriteError
 from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots.format import TrackedTensor
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.synthesis import engine
 from posthoc_cli.synthesis.engine import (
     COLUMNS,
     Options,
     Sums,
-    TileWriter,
+    Tile,
+    Writer,
     check_device,
     synthesize,
     synthesize_into,
 )
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.synthesis.tiles import Tile
 
 LARGE = 2_500_003
 """Elements of a tensor of two tiles in float16, which ends within a block and within a vector register."""
@@ -121,7 +121,7 @@ def test_chunks_and_threads_of_any_number_give_the_same_bytes(
 ) -> None:
     plan, read = plan_of(mixed), list[int]()
     reference = bits(plan, workers=1)
-    monkeypatch.setattr(engine, "CHUNK", chunk)
+    monkeypatch.setattr(engine, "BLOCK", chunk)
     assert bits(plan, workers=workers, progress=read.append) == reference
     assert sum(read) == plan.read_bytes  # no block is read twice
 
@@ -231,8 +231,8 @@ def harmed(mixed: Path, tmp_path: Path, name: str = "large") -> tuple[Path, Plan
     """A copy of the snapshots, its plan, and one of its files, in which a bit of a tensor is flipped after planning."""
     run = Path(shutil.copytree(mixed, tmp_path / "run"))
     plan, path = plan_of(run), sorted(run.iterdir())[1]
-    header = read_header(path)
-    flip_bit(path, header.payload_start + header.tensors[name].begin + header.tensors[name].nbytes - 1)
+    header = read_file(path)
+    flip_bit(path, header.entries[name].begin + header.entries[name].nbytes - 1)
     return run, plan, path
 
 
@@ -255,7 +255,7 @@ def test_a_snapshot_that_loses_its_name_while_it_is_read_is_read_to_its_end(mixe
 def test_outputs_that_do_not_fit_on_the_disk_are_refused_before_the_first_byte(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = sum(spec.nbytes for spec in plan_of(mixed).specs())
+    needed = plan_of(mixed).nbytes
     free = 2 * needed
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     outputs = [tmp_path / f"{target}.safetensors" for target in TARGETS]
@@ -310,9 +310,9 @@ class Streams:
     """Outputs of a device whose streams only log what happens, in place of those of `Maker`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.writers: list[TileWriter] = []  # kept, so that no id is used twice
+        self.writers: list[Writer] = []  # kept, so that no id is used twice
         self.log: list[tuple[str, object]] = []
-        self.outputs = [*[SimpleNamespace(open_tile=lambda _: TileWriter())] * (len(TARGETS) - 1), self]
+        self.outputs = [*[SimpleNamespace(open_tile=lambda _: lambda _: None)] * (len(TARGETS) - 1), self]
         make = engine.Maker.make
 
         def with_stream(maker: engine.Maker, *arguments: object) -> None:
@@ -332,8 +332,8 @@ class Streams:
         monkeypatch.setattr(engine, "caller_event", caller_event)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
 
-    def open_tile(self, _: Tile) -> TileWriter:
-        self.writers.append(TileWriter())
+    def open_tile(self, _: Tile) -> Writer:
+        self.writers.append(lambda _: None)
         self.log.append(("open", id(self.writers[-1])))
         return self.writers[-1]
 

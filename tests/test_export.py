@@ -39,10 +39,9 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import layout_of, output_exists
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.format import OutputInfo, output_metadata
-from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.outputs import OutputInfo, Used, decode_output
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 INDEX = "model.safetensors.index.json"
@@ -59,9 +58,9 @@ WEIGHTS: Tensors = {
 def write_output(path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = ("var", "count")) -> Path:
     """A file as a synthesis writes it."""
     info = OutputInfo(
-        RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (("x", 1.0),), copies
+        RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (Used("x", 1.0),), copies
     )
-    write_tensors(path, tensors, output_metadata(info), overwrite=True)
+    write_tensors(path, tensors, info, overwrite=True)
     return path
 
 
@@ -124,8 +123,8 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
 def test_an_exported_file_keeps_the_metadata(tmp_path: Path) -> None:
     source = write_output(tmp_path / "in.safetensors")
     export_file(source, tmp_path / "out.safetensors", prefix="unet.")
-    before = decode_output(source, read_header(source))
-    after = decode_output(tmp_path / "out.safetensors", read_header(tmp_path / "out.safetensors"))
+    before = decode_output(read_file(source))
+    after = decode_output(read_file(tmp_path / "out.safetensors"))
     assert sorted(after.copies) == ["unet.count", "unet.var"]
     assert {**vars(after), "copies": ()} == {**vars(before), "copies": ()}
 
@@ -218,7 +217,7 @@ def test_averages_of_eight_bits(tmp_path: Path, stored: torch.dtype) -> None:
 
 def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_path: Path) -> None:
     w, var = torch.tensor([1 / 3, -2.0]).half(), torch.tensor([0.1])
-    tensors = {"w": fmt.TrackedTensor("average", "F32"), "var": fmt.TrackedTensor("copy", "F32")}
+    tensors = {"w": TrackedTensor("average", "F32"), "var": TrackedTensor("copy", "F32")}
     aliases = {"tied": "w", "var too": "var"}
     source = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": w, "var": var}, tensors=tensors, aliases=aliases)
     folder = write_sharded(tmp_path / "10", read_snapshot(source).info, [{"w": w}, {"var": var}])
@@ -226,9 +225,9 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
     for path, name in ((source, source.name), (folder, "10"), (folder / INDEX, "10")):
         export_file(path, out, overwrite=True)
         assert_same_tensors(load_output(out), {"w": w.float(), "tied": w.float(), "var": var, "var too": var})
-        info = decode_output(out, read_header(out))
+        info = decode_output(read_file(out))
         assert (info.sigma_rel, info.t, info.method, info.profile_error) == (0.05, 10, "tracked", 0)
-        assert (info.snapshots, sorted(info.copies)) == (((name, 1.0),), ["var", "var too"])
+        assert (info.snapshots, sorted(info.copies)) == ((Used(name, 1.0),), ["var", "var too"])
     export_file(source, tmp_path / "half.pt", dtype="float16")
     assert_same_tensors(load_output(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var})
 
@@ -346,7 +345,7 @@ def test_an_existing_output_is_replaced_only_with_overwrite(tmp_path: Path, layo
     export_file(write_output(tmp_path / "old.safetensors", {"a": torch.zeros(3)}, ()), out)
     assert output_exists(out, layout)
     before = tree(tmp_path)
-    with pytest.raises(OutputExistsError, match="`overwrite` to replace it"):
+    with pytest.raises(OutputExistsError, match=r"`overwrite` to replace (it|a model)"):
         export_file(new, out)
     assert tree(tmp_path) == before
     export_file(new, out, overwrite=True)
@@ -362,28 +361,30 @@ def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(
     out = tmp_path / "out"
     old = {f"old{k}": torch.full((10,), float(k)) for k in range(6)}
     export_file(write_output(tmp_path / "old.safetensors", old, ()), out, max_shard_size=old_size)
-    (out / "config.json").write_text("{}")
     export_file(write_output(tmp_path / "new.safetensors"), out, max_shard_size=new_size, overwrite=True)
     export_file(tmp_path / "new.safetensors", tmp_path / "fresh", max_shard_size=new_size)
-    assert tree(out) == {**tree(tmp_path / "fresh"), "config.json": b"{}"}
+    assert tree(out) == tree(tmp_path / "fresh")
     assert_same_tensors(load_output(out), WEIGHTS)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_folder_is_replaced_or_kept_without_hard_links_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+@pytest.mark.parametrize("layout", ["sharded", "dcp"])
+def test_a_folder_that_holds_other_files_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    out = tmp_path / "out"
-    export_file(write_output(tmp_path / "old.safetensors", {"a": torch.zeros(30)}, ()), out)
-    source, before = write_output(tmp_path / "in.safetensors"), tree(out)
-    for operation in ("link", "fsync_directory") if fails else ("link",):
-        arm(monkeypatch, operation, range(1, 100), OSError, errno.EPERM)
-    with pytest.raises(WriteError, match="not permitted") if fails else nullcontext():
-        export_file(source, out, max_shard_size="100", overwrite=True)
-    assert (tree(out) == before) == fails
-    assert (out / "model.safetensors").exists() == fails
-    if not fails:
-        assert_same_tensors(load_output(out), WEIGHTS)
+    source = write_output(tmp_path / "in.safetensors")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text("{}")
+    (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("folder")
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    for out in ("config", "folder", "link", "."):
+        with pytest.raises(OutputExistsError, match=r"config\.json|model\.safetensors|is a file or a link|working"):
+            export_file(source, Path(out), layout, overwrite=True)
+    assert tree(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    export_file(source, Path("empty"), layout)
+    assert tree(tmp_path / "empty")
 
 
 def test_a_model_can_be_replaced_by_an_export_of_itself(tmp_path: Path) -> None:
@@ -474,34 +475,15 @@ def test_shards_that_fail_at_any_operation_leave_the_folder_as_it_was(
             try:
                 export_file(source, out, max_shard_size=size, overwrite=existing != "nothing")
             except (WriteError, KeyboardInterrupt):
-                if holds(out, WEIGHTS):  # the new model is complete, and the rest of the old model is being removed
+                if holds(out, WEIGHTS):  # the new model is complete, and the old one is being removed
                     break
                 assert tree(tmp_path) == before
                 continue
         assert not failed() or operation == "unlink"
         break
     files.remove_unfinished()  # as the end of the process does
-    assert not files.leftovers(out)
+    assert not files.leftovers(tmp_path)
     assert_same_tensors(load_output(out), WEIGHTS)
-
-
-def test_at_no_moment_does_an_index_lead_to_shards_of_two_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So even a crash leaves no folder that loads as a mixture of them."""
-    out, real = tmp_path / "out", files.system.fsync_directory
-    old = write_output(tmp_path / "old.safetensors", {name: torch.zeros_like(t) for name, t in WEIGHTS.items()})
-    export_file(old, out, max_shard_size="100")
-    indexes = []
-
-    def look(folder: Path) -> None:
-        real(folder)
-        indexes.append((folder / INDEX).exists())
-
-    monkeypatch.setattr(files.system, "fsync_directory", look)
-    export_file(write_output(tmp_path / "in.safetensors"), out, max_shard_size="100", overwrite=True)
-    shards = len(list(out.glob("model-*")))
-    assert indexes[-shards - 2 :] == [False] * shards + [True, True]
 
 
 # --- a synthesis in a layout -----------------------------------------------------------------------
@@ -540,7 +522,7 @@ def test_no_output_appears_if_one_of_them_already_exists(tmp_path: Path) -> None
     (tmp_path / "b.pt").write_bytes(b"old")
     before = tree(tmp_path)
     with pytest.raises(OutputExistsError, match=r"b\.pt"):
-        write_synthesis(plan, [tmp_path / "a.safetensors", tmp_path / "b.pt", tmp_path / "c"])
+        write_synthesis(plan, [tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "c.pt"])
     assert tree(tmp_path) == before
 
 
@@ -669,7 +651,7 @@ def test_kohyas_metadata_stays_with_an_adapter(tmp_path: Path) -> None:
     newest = run / "x-000010.safetensors"
 
     def kept(name: str) -> dict[str, str]:
-        metadata = read_header(tmp_path / name).metadata
+        metadata = read_file(tmp_path / name).metadata
         return {key: value for key, value in metadata.items() if not key.startswith("ema.")}
 
     export_file(newest, tmp_path / "same.safetensors")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from posthoc_cli import Between, Decay, PostHocEMA, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.profiles import Profile
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.writer import plan_pruning, prune
+from posthoc_cli.snapshots.prune import plan_pruning, prune
 from posthoc_cli.targets import Target
 
 Floats = npt.NDArray[np.float64]

@@ -10,7 +10,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.cbook import is_math_text
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
@@ -134,14 +133,6 @@ def test_texts_stay_within_the_figure(label: str) -> None:
         assert min(box.x0, box.y0) >= 0, text
         assert box.x1 <= width, text
         assert box.y1 <= height, text
-
-
-@pytest.mark.parametrize("label", ["$" * 110, "i$" * 55, "W$" * 55])
-def test_a_dollar_sign_keeps_its_escape_wherever_a_word_is_broken(label: str) -> None:
-    texts = laid_out(plots.error_figure([curve(label=label)]))
-    lines = [line for text in texts for line in text.get_text().split("\n")]
-    assert sum("$" in line for line in lines) > 1
-    assert not any(line.endswith("\\") or is_math_text(line) for line in lines)
 
 
 def test_the_background_is_opaque_and_the_margins_are_empty() -> None:

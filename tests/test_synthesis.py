@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from posthoc_cli import Groups, PostHocEMA, Run, disk_sources
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
@@ -109,9 +110,9 @@ def test_the_specs_of_a_plan_are_what_it_makes(tmp_path: Path, dtype: torch.dtyp
     """Tied tensors appear under each of their names."""
     write_random(tmp_path, aliases={"tied": "w", "tied too": "w", "count too": "count"})
     plan = plan_of(tmp_path, dtype=dtype)
-    specs, tensors = {spec.name: spec for spec in plan.specs()}, dict(synthesize(plan))
-    assert specs["tied"] == TensorSpec("tied", own, (3, 7))
-    assert specs["count"] == TensorSpec("count", "I64", ())
+    specs, tensors = plan.entries, dict(synthesize(plan))
+    assert specs["tied"] == Entry(own, (3, 7))
+    assert specs["count"] == Entry("I64", ())
     assert specs.keys() == tensors.keys()
     for name, values in tensors.items():
         assert all(value.nbytes == specs[name].nbytes and tuple(value.shape) == specs[name].shape for value in values)
@@ -130,8 +131,8 @@ def test_the_metadata_of_an_output_describe_how_it_was_made(tmp_path: Path) -> N
     assert (info.run_id, info.sigma_rel, info.t, info.t_unit, info.method) == (RUN_ID, 0.06, 35.5, "images", "minvar")
     assert info.gamma == pytest.approx(exact_gamma(0.06), rel=1e-12)
     assert sorted(info.copies) == ["var", "var too"]
-    assert [name for name, _ in info.snapshots] == [source.name for source in plan.sources]
-    assert [c for _, c in info.snapshots] == plan.reconstruction.coefficients[:, 1].tolist()
+    assert [used.file for used in info.snapshots] == [source.name for source in plan.sources]
+    assert [used.coefficient for used in info.snapshots] == plan.reconstruction.coefficients[:, 1].tolist()
     assert info.profile_error == plan.reconstruction.profile_error[1]
 
 

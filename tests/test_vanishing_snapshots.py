@@ -21,7 +21,7 @@ from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots import sources
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.tracker import synthesizer
 
@@ -48,7 +48,8 @@ def test_a_plan_whose_snapshot_vanishes_is_made_again(
 
     def use(plan: Plan) -> Plan:
         for source in plan.sources:
-            source.open().close()
+            with source:
+                pass
         return plan
 
     with caplog.at_level(logging.WARNING):

@@ -20,9 +20,9 @@ from posthoc_cli.planning import schedule, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MOST_SOLVED, Motion, assumed_prior, reconstruct, thinned_subset
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots import sources, writer
+from posthoc_cli.snapshots import prune, sources
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.writer import plan_pruning
+from posthoc_cli.snapshots.prune import plan_pruning
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -102,12 +102,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let reconstructions use at most 20 snapshots."""
-    for module in (sources, writer):
+    for module in (sources, prune):
         monkeypatch.setattr(module, "thinned_subset", partial(thinned_subset, most=20))
 
 
 def chosen_times(run: Path, t: float) -> list[float]:
-    profiles = [s.info.profile.pure for s in read_directory(run) if s.info.t <= t]
+    profiles = [s.profile for s in read_directory(run) if s.info.t <= t]
     return [profiles[i].t for i in thinned_subset(profiles, 20)]
 
 

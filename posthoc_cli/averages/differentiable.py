@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from posthoc_cli.averages.weights import WideBuffers, is_narrow
@@ -63,17 +62,6 @@ class DifferentiableEMA(WideBuffers):
     Raises:
         InvalidValueError: (a ValueError) names the argument; such a value is not taken in.
         NotReadyError: (in eval mode) there is no average yet.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-        >>> ema = DifferentiableEMA(2, decay=0.5, mode="carried")
-        >>> for data in (torch.tensor([1.0, 1.0]), torch.tensor([3.0, 5.0])):
-        ...     average = ema(weight * data, leaves=[weight])
-        >>> average.detach()
-        tensor([2., 6.])
-        >>> average.sum().backward()
-        >>> weight.grad  # 0.5 * 1 + 0.5 * 3, and 0.5 * 1 + 0.5 * 5
-        tensor([2., 3.])
     """
 
     average: torch.Tensor
@@ -130,28 +118,13 @@ class DifferentiableEMA(WideBuffers):
     def recording(self) -> Iterator[None]:
         """Make the graphs of values in this block so that they remain valid after the next optimizer step.
 
-        They keep copies of the tensors that autograd saves, one a block for each tensor. In modes "truncated" and
-        "carried", which keep no graph, it does nothing. Not covered: what a custom `torch.autograd.Function` keeps
-        without `save_for_backward`. Of nested hooks on saved tensors torch calls only the innermost.
+        They keep copies of the tensors that autograd saves. In modes "truncated" and "carried", which keep no graph, it
+        does nothing. Not covered: what a custom `torch.autograd.Function` keeps without `save_for_backward`. Of nested
+        hooks on saved tensors torch calls only the innermost.
         """
-        copies: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-
-        def keep(saved: torch.Tensor) -> torch.Tensor:
-            value = saved.detach()
-            if value.layout != torch.strided:
-                return value.clone()
-            place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.device, value.dtype)
-            view = (*place, value.shape, value.stride(), saved._version)
-            if view not in copies:
-                # Held until the block ends: the address of a freed tensor could be given to another one.
-                copies[view] = value, value.clone()
-            return copies[view][1]
-
-        try:
-            with saved_tensors_hooks(keep, lambda kept: kept) if self.mode in ("window", "full") else nullcontext():
-                yield
-        finally:
-            copies.clear()
+        hooks = saved_tensors_hooks(lambda saved: saved.detach().clone(), lambda kept: kept)
+        with hooks if self.mode in ("window", "full") else nullcontext():
+            yield
 
     def reset(self) -> None:
         """Forget everything: the next value is the first."""
@@ -237,7 +210,11 @@ class _Carried:
                 jacobian.add_(self._jacobians[index].to(jacobian), alpha=kept)
         self._leaves, self._jacobians = found, jacobians
         result = _next(average, value.detach(), decay)
-        return cast(torch.Tensor, _Attached.apply(result, len(found), *jacobians, *found))  # type: ignore[no-untyped-call]
+        for leaf, jacobian in zip(found, jacobians, strict=True):
+            # 0, with the derivative J with respect to the leaf.
+            nothing = torch.tensordot(jacobian, (leaf - leaf.detach()).to(jacobian), dims=leaf.dim())
+            result = result + nothing.view_as(result).to(result)
+        return result
 
     def _check_leaves(self, leaves: Iterable[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
         found = tuple(leaves or ()) if not isinstance(leaves, torch.Tensor) else ()
@@ -275,27 +252,6 @@ def _jacobians(value: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> tuple[l
                 jacobians[index][row] = gradient
                 unreached.discard(index)
     return jacobians, sorted(unreached)
-
-
-class _Attached(torch.autograd.Function):
-    """A tensor, unchanged, with a given derivative with respect to leaves."""
-
-    @staticmethod
-    def forward(ctx: Any, result: torch.Tensor, count: int, *tensors: Any) -> Any:
-        """Return the result. `tensors` are `count` Jacobians, then the `count` leaves that they belong to."""
-        ctx.save_for_backward(*tensors[:count])
-        ctx.dtypes = [leaf.dtype for leaf in tensors[count:]]
-        return result.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """Return g^T J for each leaf."""
-        pulled = [
-            torch.tensordot(gradient.flatten().to(jacobian), jacobian, dims=1).to(dtype)
-            for jacobian, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (None, None, *[None] * len(pulled), *pulled)
 
 
 def _described(tensor: torch.Tensor) -> str:
@@ -339,17 +295,6 @@ class EMAStats(WideBuffers):
     Raises:
         InvalidValueError: (a ValueError) names the argument, or what is wrong with the batch.
         NotReadyError: (in the methods that read the statistics) no batch yet.
-
-    Example:
-        >>> stats = EMAStats(dim_x=1, dim_y=1, momentum=0.5)
-        >>> x = torch.tensor([[0.0], [2.0]], requires_grad=True)
-        >>> _ = stats(x, 3 * x)
-        >>> stats.cov_xy.tolist()
-        [[6.0]]
-        >>> (-stats.cov_xy.sum()).backward()  # a loss that wants x and y to vary together
-        >>> x.grad
-        tensor([[ 6.],
-                [-6.]])
     """
 
     mean_x: torch.Tensor

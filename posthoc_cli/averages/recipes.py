@@ -108,17 +108,6 @@ class SwitchEMA(_CopiedBack):
     Raises:
         InvalidValueError: (a ValueError) names the argument and what would be accepted.
         ModelMismatchError: (in `update` and `switch`) the model lacks a tensor, or has another shape; it is unchanged.
-
-    Example:
-        >>> from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-        >>> recipe = SwitchEMA(average, switch_every=2)
-        >>> for weight in (1.0, 3.0):  # stands for two steps of an optimizer
-        ...     _ = torch.nn.init.constant_(model.weight, weight)
-        ...     print(recipe.update(model), model.weight.item())
-        False 1.0
-        True 2.0
     """
 
     _names = ("average", "switch_every")
@@ -149,21 +138,6 @@ class HareAndTortoise(_CopiedBack):
     Arguments and errors as in `SwitchEMA` (`reset` in the place of `switch`), and:
         optimizer: its state is cleared at a reset. None keeps the state, as the authors' code for images does, which
             makes a new optimizer for each section of the data.
-
-    Example:
-        >>> from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-        >>> hare = torch.nn.Linear(1, 1, bias=False)
-        >>> optimizer = torch.optim.SGD(hare.parameters(), lr=0.1, momentum=0.9)
-        >>> tortoise = AveragedModel(hare, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-        >>> recipe = HareAndTortoise(tortoise, reset_every=2, optimizer=optimizer)
-        >>> for _ in range(2):
-        ...     hare(torch.ones(1)).square().sum().backward()
-        ...     optimizer.step()
-        ...     print(recipe.update(hare), len(optimizer.state))
-        False 1
-        True 0
-        >>> torch.equal(hare.weight, tortoise.module.weight)
-        True
     """
 
     _names = ("tortoise", "reset_every")

@@ -7,7 +7,7 @@ distance is less than half of a weight's last bit, so that an average rounded af
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,18 +59,6 @@ class ExponentialMovingAverage(torch.nn.Module):
     Raises:
         InvalidValueError: (a ValueError) names the argument and its range.
         ModelMismatchError: (in `update_parameters`) lists names or shapes that are not the average's.
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> ema = ExponentialMovingAverage(model, momentum=0.1)
-        >>> for value in (0.0, 1.0, 1.0):
-        ...     _ = torch.nn.init.constant_(model.weight, value)  # an optimizer's step
-        ...     ema.update_parameters(model)
-        >>> ema.module.weight
-        Parameter containing:
-        tensor([[0.1900, 0.1900]])
-        >>> ema(torch.ones(1, 2))
-        tensor([[0.3800]])
     """
 
     steps: torch.Tensor
@@ -167,16 +155,6 @@ class ShadowModel(WideBuffers):
     Raises:
         InvalidValueError: (a ValueError) names the argument and its range.
         ModelMismatchError: (in `update`) lists names or shapes of the model that are no longer the shadow's.
-
-    Example:
-        >>> net = ShadowModel(torch.nn.Linear(2, 1, bias=False), decay=0.9)
-        >>> _ = torch.nn.init.zeros_(net.shadow.weight)
-        >>> _ = torch.nn.init.ones_(net.model.weight)  # an optimizer's step
-        >>> net.update()
-        >>> net.train()(torch.ones(1, 2)).tolist()
-        [[2.0]]
-        >>> net.eval()(torch.ones(1, 2))
-        tensor([[0.2000]])
     """
 
     num_updates: torch.Tensor | None
@@ -283,9 +261,6 @@ def paired(kind: str, average_module: torch.nn.Module, model: torch.nn.Module) -
     model = unwrapped(check_model(model))
     averages, sources = (dict(getattr(module, f"named_{kind}")()) for module in (average_module, model))
     if averages.keys() != sources.keys():
-        # A submodule may have been compiled since: compare the names without wrappers, which is slower.
-        averages, sources = _without_wrappers(averages, average_module), _without_wrappers(sources, model)
-    if averages.keys() != sources.keys():
         missing, surplus = _listed(averages.keys() - sources.keys()), _listed(sources.keys() - averages.keys())
         reason = f"its {kind} are not the average's; only in the average: {missing}; only in the model: {surplus}"
         raise ModelMismatchError("model", reason)
@@ -295,11 +270,6 @@ def paired(kind: str, average_module: torch.nn.Module, model: torch.nn.Module) -
             reason = f"has the shape {list(source.shape)} in the model, {list(average.shape)} in the average"
             raise ModelMismatchError(f"tensor {name!r}", reason)
     return pairs
-
-
-def _without_wrappers(tensors: Mapping[str, torch.Tensor], module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    names = {found.raw: found.name for found in named_tensors(module)}
-    return {names.get(raw, raw): tensor for raw, tensor in tensors.items()}
 
 
 def _listed(names: Iterable[str]) -> str:

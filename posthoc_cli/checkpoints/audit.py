@@ -42,7 +42,8 @@ from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import RAMP_UP, DecayRule, OrdinaryEMA
 from posthoc_cli.snapshots.codecs import decode_sample
 from posthoc_cli.snapshots.path import places
-from posthoc_cli.snapshots.sources import FileSource, Snapshot, Source
+from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.sources import FileSource, Source
 
 _SLACK = 1.1
 """Largest factor between the found and the claimed length of an average that is as claimed."""
@@ -506,7 +507,7 @@ def _audit_checkpoints(sources: Sequence[Source], claimed: float | None, every: 
     for width, averages in sorted(by_width.items()):
         if len(averages) > 1:
             first, name = averages[0], f"sigma_rel {width:g}" if width else ""
-            pieces = choose_pieces({name: math.prod(first.stored[name].shape) for name in first.info.averages})
+            pieces = choose_pieces({name: math.prod(first.entries[name].shape) for name in first.info.averages})
             samples = (read_sample(weights[average.info.t], average, pieces) for average in averages)
             model, starts = _claim(averages, width, claimed, every)
             yield from _audit_samples(samples, name, [name for name, *_ in pieces], model, starts, first.info.t_unit)
@@ -538,7 +539,7 @@ def _claim(
 def _audit_snapshots(snapshots: Sequence[Snapshot]) -> Iterator[Audit]:
     """Yield the audit of each tracked average, from the samples of weights and average in the headers."""
     last = snapshots[-1]
-    shapes = {name: last.header.tensors[name].shape for name in last.info.averages}
+    shapes = {name: last.entries[name].shape for name in last.info.averages}
     names = [name for name, _ in places(shapes)]
     cuts = np.array_split(np.arange(len(names)), min(PIECES, len(names)))
     for width in sorted({one.info.sigma_rel for one in snapshots}):

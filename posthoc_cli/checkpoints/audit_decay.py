@@ -43,7 +43,7 @@ from scipy.optimize import minimize_scalar
 from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.profiles import FloatArray, sigma_rel_from_gamma
 from posthoc_cli.profiles.other_libraries import POWER, DecayRule
-from posthoc_cli.snapshots.sources import FileSource, expected_rounding, read_values
+from posthoc_cli.snapshots.sources import FileSource, expected_rounding
 
 _MOST_ELEMENTS, _MOST_ELEMENTS_IN_SERIES = 1_000_000, 30_000
 """Largest number of elements in the sample of one checkpoint, and in that of a `Series`."""
@@ -124,12 +124,12 @@ def read_sample(weights: FileSource, average: FileSource, pieces: Sequence[tuple
     """Return the sample of these pieces; raise NonFiniteError for nan or infinity."""
     read = []
     for source in (weights, average):
-        with source.open() as file:
-            read.append([read_values(file, *piece) for piece in pieces])
+        with source:
+            read.append([source.values(*piece) for piece in pieces])
         for values, (name, *_) in zip(read[-1], pieces, strict=True):
             if not np.isfinite(values).all():
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
-    dtypes = [average.stored[name].dtype for name, *_ in pieces]
+    dtypes = [average.entries[name].dtype for name, *_ in pieces]
     rounding = [expected_rounding(values, dtype, "F32") for values, dtype in zip(read[1], dtypes, strict=True)]
     return Sample(average.info.t, read[0], read[1], np.array(rounding))
 

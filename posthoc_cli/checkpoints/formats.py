@@ -31,7 +31,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,8 @@ from posthoc_cli.profiles.other_libraries import (
     torchtitan_profile,
 )
 from posthoc_cli.reconstruction import DistanceTo, misfit
-from posthoc_cli.snapshots.headers import parse_object
 from posthoc_cli.snapshots.sources import sample_measurements
-from posthoc_cli.snapshots.tensor_file import read_small_file
+from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 
 log = logging.getLogger(__name__)
 
@@ -519,16 +518,7 @@ def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED
     """
     sets = _sets_of_tensors(indexed)
     wanted, given = (_named_set(indexed, sets, text) for text in (settings.average, settings.weights))
-    averages = [key for key in sets if AVERAGE_WORD.search(key[-1])]
-    pairs = {}
-    for key in [wanted] if wanted else averages:
-        others = [
-            other
-            for other in sets
-            if other[:-1] == key[:-1] and other not in (key, *averages) and _are_alike(sets[key], sets[other])
-        ]
-        if given or others:
-            pairs[key] = [given] if given else others
+    pairs = _pairs(sets, [wanted] if wanted else None, given)
     if wanted and not pairs:
         return _FoundEMA(sets[wanted])
     unclear = [*pairs] if len(pairs) > 1 else next(iter(pairs.values()), [])
@@ -541,6 +531,27 @@ def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED
     models = [name for name in indexed.groups() if not name.startswith(NOT_WEIGHTS) and name != "opt"]
     is_alone = len(models) == 1 and AVERAGE_WORD.search(models[0])
     return _FoundEMA(indexed.under(models[0])) if is_alone else None
+
+
+def _pairs(
+    sets: Mapping[Keys, Tensors], averages: Sequence[Keys] | None = None, weights: Keys | None = None
+) -> dict[Keys, list[Keys]]:
+    """Return the sets that may be the weights of each average, which is a set whose key has a word for it.
+
+    Of several, it is the one whose key is that of the average without the word, as of `generator_ema`.
+    """
+    named = [key for key in sets if AVERAGE_WORD.search(key[-1])]
+    pairs = {}
+    for key in named if averages is None else averages:
+        others = [
+            other
+            for other in sets
+            if other[:-1] == key[:-1] and other not in (key, *named) and _are_alike(sets[key], sets[other])
+        ]
+        twins = [other for other in others if other[-1] == AVERAGE_WORD.sub("", key[-1]).strip("_-")]
+        if weights or others:
+            pairs[key] = [weights] if weights else twins or others
+    return pairs
 
 
 def _sets_of_tensors(indexed: IndexedCheckpoint) -> dict[Keys, dict[str, Find]]:
@@ -658,9 +669,15 @@ def stored_in(path: Path, weights: bool = False) -> Checkpoint:
         FileFormatError: the checkpoint cannot be read, or nothing in it says that it is an average.
     """
     indexed = index_checkpoint(path)
-    found = next(filter(None, (_find(library, indexed) for library in FINDERS)), None) or _two_sets(indexed)
+    found = next(filter(None, (_find(library, indexed) for library in FINDERS)), None)
+    if weights and found is None:  # of two averages, too
+        sets = _sets_of_tensors(indexed)
+        models = {key for others in _pairs(sets).values() for key in others}
+        tensors: Tensors = sets[models.pop()] if len(models) == 1 else indexed.model_tensors()
+        return make_checkpoint(path, tensors, Point(1.0), 1)
+    found = found or _two_sets(indexed)
     if weights:
-        tensors: Tensors = found.weights if found and found.weights else indexed.model_tensors()
+        tensors = found.weights if found and found.weights else indexed.model_tensors()
     elif found is not None:
         tensors = {name: found.averaged.get(name, find) for name, find in found.weights.items()} or found.averaged
     else:

@@ -34,12 +34,8 @@ from posthoc_cli.checkpoints.read_model import CONFIG, EMA_ENDING, index_checkpo
 from posthoc_cli.checkpoints.read_step import checked_step
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError
-from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.reading import sampled_identity
-from posthoc_cli.snapshots.tensor_file import (
-    OpenedFile,
-    read_small_file,
-)
+from posthoc_cli.snapshots.snapshot import is_whole
+from posthoc_cli.snapshots.tensorfile import OpenedFile, parse_json, read_small_file, sampled_identity
 
 _NAME = "ema-import.json"
 _FORMAT = {"format": "ema import", "version": 1}
@@ -85,8 +81,8 @@ class Manifest:
             for path, kind, step in self.checkpoints
             for checkpoint in TABLE[kind].read(path, index_checkpoint(path), step, self.settings)
         ]
-        for part in chain.from_iterable(checkpoint.parts for checkpoint in checkpoints):
-            if self.files.get(part.path, (0, ""))[1] != part.identity:
+        for part in chain.from_iterable(checkpoint.files for checkpoint in checkpoints):
+            if self.files.get(part.path, (0, ""))[1] != part.checksum:
                 raise FileFormatError(part.path, f"was replaced since {self.folder} was imported", _AGAIN)
         return checkpoints
 
@@ -104,7 +100,7 @@ def is_import(path: str | Path) -> bool:
 def make_manifest(folder: Path, origin: Path, settings: ImportSettings, checkpoints: Sequence[Checkpoint]) -> Manifest:
     """Return the manifest, to be written into `folder`, of checkpoints that were found at `origin`."""
     listed = {one.path: (one.path, one.kind, one.info.step) for one in checkpoints}
-    paths = {part.path for checkpoint in checkpoints for part in checkpoint.parts}
+    paths = {part.path for checkpoint in checkpoints for part in checkpoint.files}
     for path in listed:  # the index or configuration of a folder, too
         for place in [*sets_in(path).values()] or [path] if path.is_dir() else []:
             model = model_in(place) if place.is_dir() else place
@@ -170,7 +166,7 @@ def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest in a folder, without a look at the files; raise FileFormatError if it is damaged."""
     path = folder / _NAME
-    raw = headers.parse_json(path, read_small_file(path, _MOST_BYTES), "import")
+    raw = parse_json(path, read_small_file(path, _MOST_BYTES), "import")
     try:
         if {key: raw.get(key) for key in _FORMAT} != _FORMAT:
             raise ValueError("is of another format or version")
@@ -183,7 +179,7 @@ def read_manifest(folder: Path) -> Manifest:
         identities = {_absolute(base, one): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
         if not listed or not all(kind in TABLE for _, kind, _ in listed):
             raise ValueError("checkpoints must be of known kinds")
-        if not all(headers.is_whole(nbytes) and isinstance(identity, str) for nbytes, identity in identities.values()):
+        if not all(is_whole(nbytes) and isinstance(identity, str) for nbytes, identity in identities.values()):
             raise ValueError("files must have sizes and identities")
         return Manifest(folder, _absolute(base, raw["from"]), settings, listed, identities)
     except (ValueError, TypeError, AttributeError, LookupError) as error:

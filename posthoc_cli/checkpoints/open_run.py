@@ -34,7 +34,8 @@ from posthoc_cli.profiles import Point
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
 from posthoc_cli.snapshots.outputs import describe_tensors
-from posthoc_cli.snapshots.sources import Snapshot, Source, by_time, read_values, run_clock
+from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.sources import Source, by_time, run_clock
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +231,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     for one in ordered[1:]:
         if (difference := _difference(first, one)) is not None:
             raise MismatchError(f"{first.path} and {one.path}", difference, _CHOOSE)
-    names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
+    names = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
     return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
 
@@ -242,12 +243,12 @@ def is_copy(one: Checkpoint) -> bool:
 
 def _is_duplicate(one: Checkpoint, other: Checkpoint) -> bool:
     """Return whether two checkpoints have the same values among the first elements of each tensor."""
-    sizes = [{name: math.prod(source.stored[name].shape) for name in source.info.averages} for source in (one, other)]
+    sizes = [{name: math.prod(source.entries[name].shape) for name in source.info.averages} for source in (one, other)]
     if sizes[0] != sizes[1]:
         return False
-    with one.open() as a, other.open() as b:
+    with one, other:
         ranges = [(name, 0, min(size, _COMPARED)) for name, size in sizes[0].items()]
-        return all(np.array_equal(read_values(a, *each), read_values(b, *each), equal_nan=True) for each in ranges)
+        return all(np.array_equal(one.values(*each), other.values(*each), equal_nan=True) for each in ranges)
 
 
 def _with_labels(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -280,7 +281,7 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
         if not isinstance(one.profile, Point):
             raise MismatchError(pair, "are averages of two libraries", "open one of them")
         for name, tensor in newest.info.tensors.items():
-            expected, found = newest.stored[name], one.stored.get(name)
+            expected, found = newest.entries[name], one.entries.get(name)
             if found is None:
                 reason = f"are of different models: {one.name} has no {shown(name)}"
             elif found.shape != expected.shape:
@@ -298,7 +299,7 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
 
 def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
     """Return why two checkpoints cannot be of one run, as a phrase to follow their names; None if they can."""
-    names = [{*one.stored, *one.info.aliases} for one in (first, other)]
+    names = [{*one.entries, *one.info.aliases} for one in (first, other)]
     if differing := sorted(names[0] ^ names[1]):
         only = first if differing[0] in names[0] else other
         more = f", and {len(differing) - 1} more differ" * (len(differing) > 1)
@@ -306,8 +307,8 @@ def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
     if first.info.aliases != other.info.aliases:
         tied = sorted(first.info.aliases.keys() ^ other.info.aliases.keys()) or sorted(first.info.aliases)
         return f"differ in what {shown(tied[0])} is tied to"
-    for name, entry in first.stored.items():
-        found = other.stored[name]
+    for name, entry in first.entries.items():
+        found = other.entries[name]
         if entry.shape != found.shape:
             return f"have shapes {list(entry.shape)} and {list(found.shape)} of tensor {shown(name)}"
         if first.info.tensors[name].role != other.info.tensors[name].role:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,19 +26,26 @@ import numpy as np
 from posthoc_cli.checkpoints.read_pickle import Node, read_pickled
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.directory import PICKLES
-from posthoc_cli.snapshots.format import TensorEntry
-from posthoc_cli.snapshots.headers import decode_header, file_kind, is_sizes, parse_object
 from posthoc_cli.snapshots.outputs import decode_index
-from posthoc_cli.snapshots.reading import sampled_identity
-from posthoc_cli.snapshots.tensor_file import OpenedFile, decode_values, named_on_error, read_small_file, read_start
+from posthoc_cli.snapshots.tensorfile import (
+    SUFFIX,
+    Entry,
+    OpenedFile,
+    decode_file,
+    decode_values,
+    is_sizes,
+    named_on_error,
+    parse_object,
+    read_small_file,
+    sampled_identity,
+)
 
 Keys = tuple[str, ...]
 """Keys that lead to a tensor within a file's content."""
 
-ENDINGS = (fmt.SUFFIX, *PICKLES, ".pth.tar")
+ENDINGS = (SUFFIX, *PICKLES, ".pth.tar")
 PARAMETERS = "shadow_params"
 """Key of averages in a list, in the order of the model's parameters."""
 _MOST_VALUES = 1_000_000
@@ -64,12 +71,16 @@ _STEP_NAMES = ("global_step", "global_steps", "step", "steps", "iteration", "tra
 _MOST_CONFIG = 10_000_000
 
 
+Identity = tuple[str, tuple[int, int | str]]
+"""What a file is recognised by: `sampled_identity` and its stamp."""
+
+
 class FoundChunk(NamedTuple):
     """A box of a tensor, and its place in a file."""
 
     path: Path
-    identity: str
-    tensor: TensorEntry
+    identity: Identity
+    tensor: Entry
     box: Box
 
 
@@ -223,7 +234,7 @@ def model_in(folder: Path, skip: Collection[str] = ()) -> Path | None:
         )
     indexes = [name for name in names if name.endswith(INDEX_ENDING)]
     weights = [name for name in names if name.endswith(ENDINGS) and not name.startswith(NOT_WEIGHTS)]
-    for ending in (fmt.SUFFIX, ""):  # safetensors before pickles
+    for ending in (SUFFIX, ""):  # safetensors before pickles
         listed = [name for name in indexes if name.endswith(f"{ending}{INDEX_ENDING}")]
         single = [name for name in weights if name.endswith(ending or ENDINGS)]
         if len(listed) == 1:
@@ -255,7 +266,7 @@ def _of_average(folder: Path, average: Path) -> IndexedCheckpoint:
     return IndexedCheckpoint(folder, tensors, {f"ema.{key}": value for key, value in settings.items()})
 
 
-def _one_chunk(path: Path, identity: str, tensor: TensorEntry) -> list[FoundChunk]:
+def _one_chunk(path: Path, identity: Identity, tensor: Entry) -> list[FoundChunk]:
     """Return a tensor as one chunk."""
     return [FoundChunk(path, identity, tensor, Box.full(tensor.shape))]
 
@@ -264,20 +275,18 @@ def _of_file(path: Path) -> IndexedCheckpoint:
     """Return the index of a file that is no snapshot or state; the values include the metadata of safetensors."""
     values: dict[str, Any] = {}
     with OpenedFile(path) as file:
-        if path.suffix == fmt.SUFFIX:
-            header = decode_header(path, read_start(file), file.size)
-            if file_kind(header) == "snapshot":
-                raise FileFormatError(path, f"is a {file_kind(header)} of this package, no checkpoint")
-            start, values = header.payload_start, dict(header.metadata)
-            content: dict[Keys, Any] = {
-                (name,): replace(entry, begin=start + entry.begin) for name, entry in header.tensors.items()
-            }
+        if path.suffix == SUFFIX:
+            header = decode_file(file)
+            if header.kind == "snapshot":
+                raise FileFormatError(path, "is a snapshot of this package, no checkpoint")
+            values = dict(header.metadata) | ({} if header.kind is None else {"ema.format": header.kind})
+            content: dict[Keys, Any] = {(name,): entry for name, entry in header.entries.items()}
         else:
             content = _leaves(path, read_pickled(file, 0, file.size))
-        identity = sampled_identity(file)
+        identity = sampled_identity(file), file.stamp
     tensors: dict[Keys, Find] = {}
     for keys, value in content.items():
-        if isinstance(value, TensorEntry):
+        if isinstance(value, Entry):
             tensors[keys] = functools.partial(_one_chunk, path, identity, value)
         elif isinstance(value, Node):
             tensors[keys] = functools.partial(_refuse, path, keys, value)
@@ -306,7 +315,7 @@ def _leaves(path: Path, value: Any) -> dict[Keys, Any]:
         if isinstance(item, list) and keys[-1:] == (PARAMETERS,):
             item = dict(enumerate(item))
         if not isinstance(item, dict) or (isinstance(item, Node) and item.name.startswith("torch._utils._rebuild")):
-            if keys and isinstance(item, Node | TensorEntry | int | float | str):
+            if keys and isinstance(item, Node | Entry | int | float | str):
                 leaves[keys] = item
         elif depth < _DEEPEST:
             module = _module_tensors(item) if isinstance(item, Node) else None
@@ -357,7 +366,7 @@ def _of_shards(index: Path) -> IndexedCheckpoint:
 def _of_chunks(folder: Path) -> IndexedCheckpoint:
     """Return the index of a folder of chunks that the HuggingFaceStorageWriter wrote."""
     chunks_by_name: dict[str, list[FoundChunk]] = {}
-    for path in sorted(folder.glob(f"*{fmt.SUFFIX}")):
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
         file = _of_file(path)
         offsets = parse_object(path, file.values["DCP_SHARDING_INFO"], "DCP_SHARDING_INFO")
         for (name,), find in file.tensors.items():
@@ -413,7 +422,7 @@ class _ChunkFiles:
 
     def __init__(self, metadata: Path, stored: dict[Any, Any]) -> None:
         self._metadata = metadata
-        self._identities: dict[Path, str] = {}
+        self._identities: dict[Path, Identity] = {}
         self._places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
         for index, place in stored.items():
             key: dict[str, Any] = _state(index)
@@ -446,7 +455,7 @@ class _ChunkFiles:
         chunks = []
         for box in boxes:
             path, entry = self.read(name, box.offset)
-            if not isinstance(entry, TensorEntry) or entry.shape != box.shape:
+            if not isinstance(entry, Entry) or entry.shape != box.shape:
                 raise FileFormatError(path, f"{shown(name)}: holds no tensor of shape {list(box.shape)}")
             chunks.append(FoundChunk(path, self._identities[path], entry, box))
         return chunks
@@ -467,7 +476,7 @@ class _ChunkFiles:
         path = self._metadata.parent / file_name
         with OpenedFile(path) as file:
             if path not in self._identities:
-                self._identities[path] = sampled_identity(file)
+                self._identities[path] = sampled_identity(file), file.stamp
             if begin + length > file.size:
                 raise FileFormatError(path, f"truncated: {shown(name)} would end beyond it")
             return path, read_pickled(file, begin, begin + length)

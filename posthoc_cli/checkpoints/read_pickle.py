@@ -25,9 +25,7 @@ from typing import Any
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.chunks import row_major
-from posthoc_cli.snapshots.format import TensorEntry
-from posthoc_cli.snapshots.headers import is_sizes
-from posthoc_cli.snapshots.tensor_file import OpenedFile
+from posthoc_cli.snapshots.tensorfile import Entry, OpenedFile, is_sizes
 
 _ZIP = b"PK\x03\x04"
 _MOST_REPEATED = 64 * 1024 * 1024
@@ -77,7 +75,7 @@ class Node(dict[Any, Any]):
 def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
     """Return the object in a range of a file, written by torch.save of any release, or by pickle.
 
-    It consists of plain values, lists, tuples and dicts, a `TensorEntry` for each tensor, and a `Node` for each other
+    It consists of plain values, lists, tuples and dicts, a `Entry` for each tensor, and a `Node` for each other
     object.
 
     Raises:
@@ -412,7 +410,7 @@ def _dtype_of(kind: Any) -> str | None:
     return _DTYPES[name]
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, kind: Any = None) -> TensorEntry:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, kind: Any = None) -> Entry:
     """Return the entry of a tensor in a storage; `kind` names the dtype for a storage of bytes."""
     dtype: Any = _dtype_of(kind) if kind is not None else getattr(storage, "dtype", None)
     is_valid = isinstance(storage, _Bytes) and is_sizes(shape) and is_sizes(strides) and is_sizes((offset,))
@@ -425,7 +423,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, kind: Any = Non
     _check(is_small, f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes")
     is_row_major = all(size == 1 or a == b for size, a, b in zip(shape, strides, row_major(shape), strict=True))
     kept = () if is_row_major or not count else tuple(strides)
-    return TensorEntry(dtype, tuple(shape), storage.begin + offset * item, count * item, kept)
+    return Entry(dtype, tuple(shape), storage.begin + offset * item, kept)
 
 
 def _ordered(pairs: Any = ()) -> dict[Any, Any]:

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from posthoc_cli.checkpoints.read_model import ENDINGS, IndexedCheckpoint
 from posthoc_cli.errors import InvalidValueError, shown
-from posthoc_cli.snapshots.headers import parse_object
-from posthoc_cli.snapshots.tensor_file import read_small_file
+from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 
 _TRAINER_STATE = "trainer_state.json"
 _MOST_STATE = 1_000_000_000

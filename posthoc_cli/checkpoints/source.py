@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,15 +28,13 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.profiles.other_libraries import POWER, RAMP_UP, WARM_UPS, DecayRule, OrdinaryEMA
 from posthoc_cli.reconstruction import Steps, StoredAverage
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.format import TensorEntry
-from posthoc_cli.snapshots.reading import BackingFile
+from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.selection import check_globs, make_selection
-from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.sources import FileSource, SourceInfo, TrackedTensor
+from posthoc_cli.snapshots.tensorfile import Entry, TensorFile
 
-_NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked", "weight_u", "weight_v")
-"""Last parts of the names of BatchNorm's statistics and of spectral norm's vectors. They are copied: a variance must
-not be extrapolated, and the vectors have norm 1."""
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ UNSPECIFIED = ImportSettings()
 
 
 @dataclass(frozen=True)
-class CheckpointInfo(fmt.SourceInfo):
+class CheckpointInfo(SourceInfo):
     """The description of a checkpoint without its tensors' values: see `format.SourceInfo`.
 
     Attributes:
@@ -190,7 +188,7 @@ class CheckpointInfo(fmt.SourceInfo):
     profile: StoredProfile
     step: int
     t_unit: str
-    tensors: dict[str, fmt.TrackedTensor]
+    tensors: dict[str, TrackedTensor]
     aliases: dict[str, str]
     sigma_rel: float = 0.0
     decay: float = 0.0
@@ -300,9 +298,10 @@ class Checkpoint(FileSource):
     """
 
     path: Path
-    stored: fmt.TensorSpecs
+    entries: Mapping[str, Entry]
     info: CheckpointInfo
-    parts: tuple[BackingFile, ...]
+    files: tuple[TensorFile, ...]
+    word = "checkpoint"
     kind: str = ""
     label: str = ""
     updates: Updates | None = None
@@ -320,7 +319,7 @@ class Checkpoint(FileSource):
     @property
     def file_bytes(self) -> int:
         """The size of its tensors."""
-        return sum(tensor.nbytes for tensor in self.stored.values())
+        return sum(tensor.nbytes for tensor in self.entries.values())
 
     def with_settings(self, settings: ImportSettings, default_decay: float = 0.0) -> Checkpoint:
         """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine.
@@ -337,7 +336,7 @@ class Checkpoint(FileSource):
     @property
     def identity(self) -> str:
         """A hash of its files' content."""
-        identities = {part.path: part.identity for part in self.parts}
+        identities = {file.path: file.checksum for file in self.files}
         return xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
 
 
@@ -356,10 +355,10 @@ def make_checkpoint(
     Raises:
         FileFormatError: a tensor's name is not possible in a model, or its chunks have several dtypes.
     """
-    specs: dict[str, fmt.TensorSpec] = {}
+    specs: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
     layers: dict[tuple[Path, int], dict[str, FoundChunk]] = {}
-    known: dict[tuple[Path, TensorEntry], str] = {}
+    known: dict[tuple[Path, Entry], str] = {}
     for name, find in tensors.items():
         if name in ("", "__metadata__") or "\0" in name or name.encode("utf-8", "replace").decode() != name:
             raise FileFormatError(path, f"tensor {shown(name)}: a model's tensor cannot have this name")
@@ -371,27 +370,31 @@ def make_checkpoint(
         dtypes = {chunk.tensor.dtype for chunk in chunks}
         if len(dtypes) > 1:
             raise FileFormatError(path, f"tensor {shown(name)}: its chunks are of several dtypes")
-        specs[name] = fmt.TensorSpec(name, dtypes.pop(), tensor_shape(chunks))
+        specs[name] = Entry(dtypes.pop(), tensor_shape(chunks))
         counts: Counter[Path] = Counter()
         for chunk in chunks:
             layers.setdefault((chunk.path, counts[chunk.path]), {})[name] = chunk
             counts[chunk.path] += 1
-    parts = tuple(
-        BackingFile(
-            file,
-            {name: chunk.tensor for name, chunk in chunks.items()},
-            {name: chunk.box for name, chunk in chunks.items()},
-            identity=next(iter(chunks.values())).identity,
-        )
-        for (file, _), chunks in layers.items()
-    )
-    stored = parts[0].tensors if len(parts) == 1 and len(parts[0].tensors) == len(specs) else specs
-    roles = {name: _tracked(name, spec.dtype) for name, spec in specs.items()}
+    held = []
+    for (file, _), of_file in layers.items():
+        identity, stamp = next(iter(of_file.values())).identity
+        entries = {name: chunk.tensor for name, chunk in of_file.items()}
+        boxes = {name: chunk.box for name, chunk in of_file.items()}
+        if all(box == Box.full(specs[name].shape) for name, box in boxes.items()) and len(layers) == 1:
+            boxes = {}
+        held.append(TensorFile(file, entries, stamp, boxes=boxes, checksum=identity))
+    copied = {name for name in specs if name.rpartition(".")[2] in _STATISTICS or _is_of_spectral_norm(name, specs)}
+    roles = {
+        name: TrackedTensor("average" if spec.dtype in EPS and name not in copied else "copy", spec.dtype)
+        for name, spec in specs.items()
+    }
     info = CheckpointInfo(profile, step, t_unit, roles, aliases, sigma_rel)
-    return Checkpoint(path, stored, info, parts, kind, "", updates)
+    return Checkpoint(path, specs, info, tuple(held), kind, "", updates)
 
 
-def _tracked(name: str, dtype: str) -> fmt.TrackedTensor:
-    """Return a tensor's role: floating-point tensors are averaged, others copied."""
-    is_weight = dtype in EPS and name.rpartition(".")[2] not in _NO_WEIGHTS
-    return fmt.TrackedTensor("average" if is_weight else "copy", dtype)
+def _is_of_spectral_norm(name: str, names: Collection[str]) -> bool:
+    """Return whether a tensor is one of spectral norm's two vectors; `weight_v` of weight norm is a weight."""
+    stem = name[:-1]
+    if not (name.endswith(("_u", "_v")) and f"{stem}u" in names and f"{stem}v" in names):
+        return False
+    return f"{stem}orig" in names or ("parametrizations." in name and stem.endswith("._"))

@@ -13,7 +13,7 @@ from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError, check_alone, percent
 
 if TYPE_CHECKING:
-    from posthoc_cli.snapshots.writer import Pruning
+    from posthoc_cli.snapshots.prune import Pruning
 
 EPILOG = "Example:  ema prune run/ema --keep 20 --dry-run   or   ema prune run/ema --max-error 1e-3 --yes"
 
@@ -37,7 +37,7 @@ def prune(
     a tracker writes to the directory; an interruption leaves a valid directory.
     """
     from posthoc_cli.run import Run
-    from posthoc_cli.snapshots.writer import file_bytes
+    from posthoc_cli.snapshots.prune import file_bytes
 
     check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
     count = values.optional(values.parse_count, keep, "--keep", "20")
@@ -77,11 +77,11 @@ def prune(
 
 
 def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
-    from posthoc_cli.snapshots.writer import file_bytes
+    from posthoc_cli.snapshots.prune import file_bytes
 
     if pruning.to_delete:
         rows = [
-            [s.path.name, f"{s.info.t:,.12g}", f"{s.info.sigma_rel:g}", resources.size_text(s.header.file_bytes)]
+            [s.path.name, f"{s.info.t:,.12g}", f"{s.info.sigma_rel:g}", resources.size_text(s.nbytes)]
             for s in sorted(pruning.to_delete, key=lambda snapshot: (snapshot.info.t, snapshot.info.sigma_rel))
         ]
         output.print_table(["to delete", "t", "sigma_rel", "size"], rows, left=["to delete"])

@@ -74,7 +74,7 @@ def synthesize(
     DIR may also contain checkpoints, or averages of other libraries: see ema guide checkpoints.
 
     For one large model on many machines: torchrun -m posthoc_cli synthesize ... makes a folder of shards, of which each
-    process writes some. If a job was killed, run it again: it keeps the finished shards.
+    process writes some. If a job was killed, run it again.
     """
     from posthoc_cli.export.writing import is_rank
 
@@ -154,7 +154,7 @@ def _made_text(report: SynthesisReport, made: list[int], errors: dict[str, list[
     plan, paths = report.plan, report.outputs
     single = len(plan.targets) == 1
     averages = plan.targets[0].title if single else output.counted(len(made), "average")
-    size = resources.size_text(sum(spec.nbytes for spec in plan.specs())) + " each" * (not single)
+    size = resources.size_text(plan.nbytes) + " each" * (not single)
     count = counted(plan.sources)
     later = "" if plan.last == plan.t else f" (the newest {kind_of(plan.newest)} is of {plan.last:,.12g})"
     worst = [f"{name} {_largest_text([values[index] for index in made])}" for name, values in errors.items()]

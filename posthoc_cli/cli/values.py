@@ -177,7 +177,7 @@ def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path
     """Return the path of an existing input, with ~ expanded.
 
     Raises an InvalidValueError for a path that does not exist, for a file where a `directory` is needed, for a pickle
-    unless `pickles`, and for other files that cannot contain weights.
+    unless `pickles`.
     """
     from posthoc_cli.snapshots.directory import PICKLES
 
@@ -198,8 +198,6 @@ def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path
     if path.suffix in PICKLES and not pickles:
         reason = "is a pickle (.pt, .bin), which this command does not read; save it as safetensors"
         raise InvalidValueError(path, reason)
-    if not (path.suffix in (".safetensors", *PICKLES) or _may_hold_weights(path)):
-        raise InvalidValueError(path, "is neither a safetensors file nor a torch checkpoint")
     return path
 
 
@@ -214,21 +212,6 @@ def _runs_in(directory: Path) -> list[str]:
         if not has_weights and all(any(map(is_snapshot_name, folder.iterdir())) for folder in folders):
             return [folder.name for folder in folders]
     return []
-
-
-def _may_hold_weights(path: Path) -> bool:
-    """Return whether a file begins as safetensors, JSON, an archive or a pickle does.
-
-    Unreadable files, pipes and devices count as well: the reader reports them later.
-    """
-    if files.is_url(path) or not path.is_file():
-        return True
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-    except OSError:
-        return True
-    return head[8:] == b"{" or head[:1] in (b"{", b"\x80") or head[:2] == b"PK"
 
 
 def open_run(place: Path | None, checkpoints: str | None = None, directory: bool = True) -> Run:

@@ -12,7 +12,7 @@ from posthoc_cli import resources
 from posthoc_cli.cli import output, values
 
 if TYPE_CHECKING:
-    from posthoc_cli.snapshots.check import Verification
+    from posthoc_cli.snapshots.verify import Verification
 
 EPILOG = "Example:  ema verify run/ema   or   ema verify out/ m.safetensors --json"
 
@@ -76,7 +76,7 @@ def _print(check: Verification) -> None:
 
 def _summary(check: Verification) -> str:
     """Return the last line: how many files are intact, or which are not."""
-    from posthoc_cli.snapshots.check import UNCHECKED
+    from posthoc_cli.snapshots.verify import UNCHECKED
 
     count = len(check.files)
     wrong = [report for report in check.files if not report.is_fine]

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +25,24 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.export.layouts import (
-    OTHER_FOLDER,
     PICKLES,
     OutputOptions,
     check_shape,
     converted,
+    files_of,
     layout_of,
     open_model,
     open_outputs,
     output_exists,
     plain,
-    stored_tensor,
     suffix_of,
 )
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES as PICKLED
 from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.format import (
-    SUFFIX,
-    OutputInfo,
-    SnapshotInfo,
-    TensorSpec,
-    output_metadata,
-)
-from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import (
+    OutputInfo,
+    Used,
     check_alike,
     decode_output,
     index_of,
@@ -58,9 +50,10 @@ from posthoc_cli.snapshots.outputs import (
     models_at,
     training_metadata,
 )
-from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.selection import running_statistics
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
+from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, Entry, TensorFile, read_file
 
 
 @dataclass(frozen=True)
@@ -139,7 +132,7 @@ def export_file(
     total = sum(
         checkpoints[model].file_bytes
         if model in checkpoints
-        else sum(read_header(path).file_bytes for path in model_files(model))
+        else sum(read_file(path).nbytes for path in model_files(model))
         for model in sources
     )
     with progress("exporting", total) as advance:
@@ -153,20 +146,26 @@ def export_file(
                 tensors = _rename(stored, prefix, strip_prefix)
                 if base is not None:
                     tensors |= _read_base(stack, base, wanted, tensors)
-                metadata = {"format": "pt"}
+                metadata: dict[str, str] = {}
+                content: dict[str, Any] = {"format": FORMAT}
                 if info is not None:
                     copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
-                    metadata = output_metadata(replace(info, copies=copies))
+                    content = replace(info, copies=copies).encoded()
                 if model not in checkpoints and len(model_files(model)) == 1:
                     unchanged = wanted is None and not (prefix or strip_prefix or base)
-                    metadata |= training_metadata(read_header(next(iter(model_files(model)))), unchanged)
-                specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-                with open_outputs([path], specs, [metadata], options) as ((sink,), lists):
-                    for name in chain.from_iterable(lists):
-                        tensor = tensors[name].read()
-                        sink.write(name, tensor)
-                        advance(tensor.nbytes)
-                made[path] = Exported(len(specs), len(specs) - len(stored), sum(spec.nbytes for spec in specs))
+                    metadata |= training_metadata(read_file(next(iter(model_files(model)))), unchanged)
+                entries = {name: Entry(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+                kind = layout_of(path, layout)
+                parts, others = files_of(kind, entries, options.shard_bytes)
+                with open_outputs([path], kind, parts, [(content, metadata)], others, overwrite) as opened:
+                    for (sink,), in_file in opened:
+                        for name in in_file:
+                            tensor = tensors[name].read()
+                            sink.write(name, tensor)
+                            advance(tensor.nbytes)
+                made[path] = Exported(
+                    len(entries), len(entries) - len(stored), sum(entry.nbytes for entry in entries.values())
+                )
     return ExportReport(made, len(sources) > 1, time.perf_counter() - started)
 
 
@@ -177,7 +176,7 @@ def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overw
     paths = [folder / f"{source.name.removesuffix(SUFFIX)}{suffix_of(layout)}" for source in sources]
     for path in paths if not overwrite else ():
         if output_exists(path, layout_of(path, layout)):
-            raise OutputExistsError(path, "already exists", OTHER_FOLDER)
+            raise OutputExistsError(path, "already exists", "choose another folder, or `overwrite` to replace it")
     files.check_parent("out", folder)
     files.make_directory(folder)
     return paths
@@ -187,17 +186,17 @@ def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overw
 class _PlannedTensor:
     """A tensor of an input, with its dtype in the output; its role is one of `ROLES` or, if unknown, "other"."""
 
-    file: TensorReader
+    file: TensorFile | FileSource
     name: str
     dtype: str
     role: str
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.file.tensors[self.name].shape
+        return self.file.entries[self.name].shape
 
     def read(self) -> torch.Tensor:
-        stored = stored_tensor(self.file, self.name)
+        stored = self.file.tensor(self.name)
         where = f"{self.file.path}: tensor {self.name!r}"
         if self.role in ("average", "statistic") and not bool(plain(stored).isfinite().all()):
             raise NonFiniteError(where, "holds nan or infinity")
@@ -211,7 +210,7 @@ def _read_source(
     model = source.name if (index := index_of(source)) is None else index.parent.name
     if is_parts_folder(source):
         parts = read_snapshot(source)
-        return _read_file(stack.enter_context(parts.open()), parts.info, model, dtype)
+        return _read_file(stack.enter_context(parts), parts, model, dtype)
     tensors: dict[str, _PlannedTensor] = {}
     infos: list[tuple[Path, OutputInfo | None]] = []
     for file in open_model(stack, source):
@@ -232,7 +231,7 @@ def _is_checkpoint(source: Path) -> bool:
 
 def _read_checkpoint(stack: ExitStack, one: Checkpoint, dtype: str | None) -> dict[str, _PlannedTensor]:
     """Return the tensors of a checkpoint, under all their names."""
-    file, names = stack.enter_context(one.open()), {name: name for name in one.info.tensors} | one.info.aliases
+    file, names = stack.enter_context(one), {name: name for name in one.info.tensors} | one.info.aliases
     return {
         name: _planned(file, own, one.info.tensors[own].dtype, one.info.tensors[own].role, dtype)
         for name, own in names.items()
@@ -240,13 +239,14 @@ def _read_checkpoint(stack: ExitStack, one: Checkpoint, dtype: str | None) -> di
 
 
 def _read_file(
-    file: TensorReader, snapshot: SnapshotInfo | None, model: str, dtype: str | None
+    file: TensorFile | Snapshot, snapshot: Snapshot | None, model: str, dtype: str | None
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
     """Return the tensors of a file, under all their names, and its metadata; `model` is the name of the source."""
-    kind, entries, info = file_kind(file.header), file.tensors, None
+    kind = file.kind if isinstance(file, TensorFile) else "snapshot"
+    entries, info = file.entries, None
     stored = {name: (name, entry.dtype, "other") for name, entry in entries.items()}
-    if kind == "snapshot" and snapshot is None:
-        snapshot = decode_snapshot(file.path, file.header)
+    if isinstance(file, TensorFile) and kind == "snapshot":
+        snapshot = decode_snapshot(file)
         if snapshot.part is not None:
             raise FileFormatError(file.path, "is a part of a snapshot", "export the folder of all its parts")
     if snapshot is not None:
@@ -254,20 +254,20 @@ def _read_file(
         stored = {name: (own, snapshot.tensors[own].dtype, snapshot.tensors[own].role) for name, own in names.items()}
         info = OutputInfo(
             snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
-            snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=((model, 1.0),),
+            snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=(Used(model, 1.0),),
         )  # fmt: skip
-    elif kind == "output":
-        info = decode_output(file.path, file.header)
+    elif isinstance(file, TensorFile) and kind == "output":
+        info = decode_output(file)
         roles = dict.fromkeys(entries, "average") | dict.fromkeys(running_statistics(entries), "statistic")
         roles |= dict.fromkeys(info.copies, "copy")
         stored = {name: (name, entry.dtype, roles[name]) for name, entry in entries.items()}
     elif kind is not None:
-        reason = f"its ema.format is {shown(kind)}: no weights, or of a later release"
+        reason = f"its kind is {shown(kind)}: no weights, or of a later release"
         raise FileFormatError(file.path, reason, "export a snapshot, or a synthesis")
     return {name: _planned(file, *tensor, dtype) for name, tensor in stored.items()}, info
 
 
-def _planned(file: TensorReader, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:
+def _planned(file: TensorFile | FileSource, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:
     """Return a tensor with its dtype in the output: `own` unless it is a floating-point parameter."""
     return _PlannedTensor(file, name, own if role in ("statistic", "copy") or own not in EPS else dtype or own, role)
 
@@ -290,8 +290,10 @@ def _read_base(
 ) -> dict[str, _PlannedTensor]:
     """Return the tensors that only the base has; tensors in both must have the same shape."""
     tensors, seen = {}, set[str]()
-    for file in [stack.enter_context(read_snapshot(base).open())] if is_parts_folder(base) else open_model(stack, base):
-        for name, entry in file.tensors.items():
+    models: Sequence[TensorFile | FileSource]
+    models = [stack.enter_context(read_snapshot(base))] if is_parts_folder(base) else open_model(stack, base)
+    for file in models:
+        for name, entry in file.entries.items():
             seen.add(name)
             if name not in own:
                 tensors[name] = _planned(file, name, entry.dtype, "other", dtype)

@@ -9,11 +9,12 @@ import shutil
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from posthoc_cli import files, resources
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import (
+    DirectoryError,
     FileFormatError,
     InvalidValueError,
     MismatchError,
@@ -31,24 +33,13 @@ from posthoc_cli.errors import (
     WriteError,
     check_word,
 )
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.directory import PART_NAME
-from posthoc_cli.snapshots.format import TensorSpec
-from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.outputs import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    check_indexed,
-    encode_index,
-    model_files,
-)
-from posthoc_cli.snapshots.reading import TensorReader, open_file
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
-from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, holds
-from posthoc_cli.synthesis.tiles import Tile
+from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
+from posthoc_cli.snapshots.outputs import INDEX_NAME, SINGLE_NAME, check_indexed, encode_index, model_files
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, TensorFileWriter, read_file, tensor_bytes
+from posthoc_cli.synthesis.engine import Options, TensorOutput, Tile, Writer, holds
 from posthoc_cli.targets import Target
 
-LAYOUTS = {"safetensors": (fmt.SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
+LAYOUTS = {"safetensors": (SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
 """The layouts of an output, each with the file name endings that it accepts; layouts without endings are folders."""
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -68,7 +59,7 @@ class OutputOptions(Options):
         skip_existing: keep existing outputs of the same plan.
         dry_run: plan only.
         distributed: this is a process of a torchrun job, and all of its processes make the same call: each writes some
-            of the shards in a folder. Existing shards of the same plan are kept.
+            of the shards in a folder.
         like: a model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged weights:
             the same names, files and dtypes, and copies of all other files. Tensors that the run lacks come from it.
         component: the folder in a pipeline that holds the weights, such as "unet"; by default the only one that fits.
@@ -163,7 +154,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
         is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
         if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
             return [path], None
-        if not is_folder and path.suffix in (fmt.SUFFIX, *PICKLES):
+        if not is_folder and path.suffix in (SUFFIX, *PICKLES):
             place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
             example = f"a name with {place} in it, such as {path.stem}-{place}{path.suffix}"
             raise InvalidValueError("out", f"{len(targets)} targets need a folder, or {example}", value=out)
@@ -185,7 +176,9 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
 
 def output_exists(path: Path, layout: str) -> bool:
     """Return whether an output already exists."""
-    return holds_model(path) if layout == "sharded" else not files.is_absent(path)
+    if layout == "sharded":
+        return any((path / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
+    return not files.is_absent(path)
 
 
 # --- tensors that go into outputs --------------------------------------------------------------------
@@ -206,22 +199,16 @@ def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return tensor.to(dtype)
 
 
-def open_model(stack: ExitStack, path: Path) -> list[TensorReader]:
+def open_model(stack: ExitStack, path: Path) -> list[TensorFile]:
     """Open the files of a model until the stack ends, and check that each holds the tensors that the index says."""
     opened = []
     try:
         for file_path, names in model_files(path).items():
-            opened.append(stack.enter_context(open_file(file_path)))
-            check_indexed(file_path, opened[-1].header, names)
+            opened.append(stack.enter_context(read_file(file_path)))
+            check_indexed(opened[-1], names)
     except VanishedError as error:  # which callers would take for a snapshot that was thinned away meanwhile
         raise FileFormatError(error.subject, error.reason) from error
     return opened
-
-
-def stored_tensor(file: TensorReader, name: str) -> torch.Tensor:
-    """Read and verify a tensor of a file, in its stored dtype."""
-    entry = file.tensors[name]
-    return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
@@ -231,343 +218,265 @@ def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[i
         raise MismatchError(path, reason)
 
 
-# --- sinks: each output appears complete or not at all -----------------------------------------------
+# --- outputs: each appears complete or not at all ------------------------------------------------------
 
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """The names of the weight files of a model folder."""
 
-OTHER_FOLDER = "choose another folder, or `overwrite` to replace it"
+_FOLDERS = {
+    "sharded": re.compile(f"{MODEL_FILE.pattern}|{re.escape(INDEX_NAME)}"),
+    "dcp": re.compile(r"\.metadata|.*\.distcp"),
+    "like": re.compile("(?!)"),
+}
+"""The layouts that are folders, each with a pattern of the files of an old model that `overwrite` replaces."""
+
+Parts = Mapping[str, Mapping[str, Entry]]
+"""The tensors of each file of an output: its path within the folder, or "" for an output that is one file."""
+
+Header = tuple[Mapping[str, Any], Mapping[str, str]]
+"""The content of an output's header, see `TensorFileWriter`, and further strings."""
+
+Others = Mapping[str, Path | bytes]
+"""The other files of a folder: their content, or the file to copy."""
+
+
+def shards_of(entries: Mapping[str, Entry], most: int) -> Parts:
+    """Return the shards, of at most so many bytes where tensors allow it, as the Hugging Face libraries cut them."""
+    split = split_state_dict_into_shards_factory(
+        dict(entries),
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=most,
+    )
+    return {file: {name: entries[name] for name in names} for file, names in split.filename_to_tensors.items()}
+
+
+def index_of(parts: Parts) -> Others:
+    """Return the index of shards; none for one shard, which has the name of a model in one file."""
+    places = {name: file for file, entries in parts.items() for name in entries}
+    return {INDEX_NAME: encode_index(places, sum(map(nbytes, parts.values())))} if len(parts) > 1 else {}
+
+
+def files_of(layout: str, entries: Mapping[str, Entry], shard_bytes: int) -> tuple[Parts, Others]:
+    """Return the files of an output with these tensors."""
+    if layout != "sharded":
+        return {"": entries}, {}
+    parts = shards_of(entries, shard_bytes)
+    return parts, index_of(parts)
+
+
+def nbytes(entries: Mapping[str, Entry]) -> int:
+    """Return the bytes of all tensors."""
+    return sum(entry.nbytes for entry in entries.values())
 
 
 @contextmanager
 def open_outputs(
     paths: Sequence[Path],
-    specs: Sequence[TensorSpec],
-    metadata: Sequence[Mapping[str, str]],
-    options: OutputOptions,
-    folders: Sequence[Path] = (),
-) -> Iterator[tuple[list[Sink], Iterator[list[str]]]]:
-    """Open outputs of the same tensors, each with its metadata, and create the folders if missing.
+    layout: str,
+    parts: Parts,
+    headers: Sequence[Header],
+    others: Others = MappingProxyType({}),
+    overwrite: bool = False,
+    container: Path | None = None,
+) -> Iterator[Iterator[tuple[list[Sink], Mapping[str, Entry]]]]:
+    """Open outputs of the same tensors, each with its header, and create the folder that contains them.
 
-    The block gets a sink per output, and lists of names: it writes the tensors of one list into all sinks before it
-    takes the next list. No output appears before the block ends, except for shards in an object store.
+    The block iterates over the files: it gets a sink for each output, and writes the tensors of that file into all of
+    them. No output appears before the block ends, except for shards in an object store.
 
     Raises:
         WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
-        OutputExistsError: an output already exists, and `options.overwrite` is False.
+        OutputExistsError: an output already exists, and `overwrite` is False.
     """
-    sizes, needed = [spec.nbytes for spec in specs], {}
-    for path in paths:
-        in_turn = layout_of(path, options.layout) == "sharded" and files.is_url(path)  # one shard is on disk at a time
-        needed[path] = min(sum(sizes), max([options.shard_bytes, *sizes])) if in_turn else sum(sizes)
-    check_space(needed)
-    sinks: list[Sink] = []
+    sizes = [*map(nbytes, parts.values())]
+    copied = sum(other.stat().st_size for other in others.values() if isinstance(other, Path))
+    check_space({path: (max if files.is_url(path) else sum)([0, *sizes]) + copied for path in paths})
     with ExitStack() as stack:
-        for folder in folders:
-            stack.enter_context(files.new_directory(folder))
-        for path, entries in zip(paths, metadata, strict=True):
-            sinks.append(_sink(path, specs, entries, options))
-            stack.callback(sinks[-1].discard)
-        yield sinks, _names_in_turn(sinks, specs)
-        for sink in sinks:
-            sink.commit()
+        if container is not None:
+            stack.enter_context(files.new_directory(container))
+        outputs = [
+            stack.enter_context(Output(path, layout, parts, header, others, overwrite))
+            for path, header in zip(paths, headers, strict=True)
+        ]
+        yield in_turn(outputs, parts)
+        for output in outputs:
+            output.publish()
 
 
-def _names_in_turn(sinks: Sequence[Sink], specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
-    """Yield the names of all tensors; for an object store those of each shard, which is uploaded once they exist."""
-    remote = [sink for sink in sinks if isinstance(sink, _ShardedSink) and files.is_url(sink.folder)]
-    for names in remote[0].files if remote else [[spec.name for spec in specs]]:
-        yield names
-        for shards in remote:
-            shards.publish_next()
+def in_turn(outputs: Sequence[Output], parts: Parts) -> Iterator[tuple[list[Sink], Mapping[str, Entry]]]:
+    """Yield for one file after the other a sink for each output, and the tensors to write into all of them."""
+    for name, entries in parts.items():
+        yield [output.open(name) for output in outputs], entries
+        for output in outputs:
+            output.finish()
 
 
-def _sink(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions) -> Sink:
-    layout = layout_of(path, options.layout)
-    files.check_parent("out", path)
-    if options.overwrite:
-        check_no_snapshot(path)
-    for folder in (path.parent, path):
-        if not files.is_url(folder) and folder.is_dir():
-            files.remove_leftovers(folder)
-    if layout == "pt":
-        return _TorchSink(path, specs, options.overwrite)
-    if layout == "dcp":
-        return _DcpSink(path, specs, options.overwrite)
-    if layout == "sharded":
-        return _ShardedSink(path, specs, metadata, options)
-    writer = TensorFileWriter(path, specs, metadata, options.overwrite)
-    return FileSink({writer: [spec.name for spec in specs]})
+class Output:
+    """One output, written file by file in a temporary file or folder that gets its name by `publish`.
+
+    The end of the `with` block removes what was not published.
+
+    Arguments:
+        layout: one of `LAYOUTS`, or "like" for a copy of a model folder.
+        parts: the tensors of each file that this process writes.
+        header: that of each safetensors file.
+        others: the other files of a folder.
+    """
+
+    def __init__(self, path: Path, layout: str, parts: Parts, header: Header, others: Others, overwrite: bool) -> None:
+        self._layout, self._parts, self._header, self._others = layout, parts, header, others
+        files.check_parent("out", path)
+        if not files.is_url(path.parent):
+            files.remove_leftovers(path.parent)
+        if overwrite:
+            check_no_snapshot(path)
+        self._tensors: dict[str, torch.Tensor] = {}  # of a layout that a library writes in one call
+        self._file: TensorFileWriter | files.PendingFile | None = None
+        self._folder: files.PendingFolder | None = None
+        if layout in _FOLDERS:
+            self._folder = files.PendingFolder(path, _FOLDERS[layout] if overwrite else None)
+        elif layout == "pt":
+            self._file = files.PendingFile(path, overwrite)
+        else:
+            self._file = TensorFileWriter(path, parts[""], *header, overwrite)
+
+    def open(self, name: str) -> Sink:
+        """Return a sink for the tensors of a file."""
+        if self._layout in ("pt", "dcp"):
+            sink = MemorySink(self._parts[name])
+            self._tensors = sink.tensors
+            return sink
+        if self._folder is not None:
+            place = self._folder.temporary / name
+            files.make_directory(place.parent)
+            self._file = TensorFileWriter(place, self._parts[name], *self._header)
+        assert isinstance(self._file, TensorFileWriter)
+        return FileSink(self._file, self._parts[name].keys())
+
+    @property
+    def place(self) -> Path:
+        """The temporary folder."""
+        assert self._folder is not None
+        return self._folder.temporary
+
+    def take(self, file: Path) -> None:
+        """Move a file that another process has made to the temporary folder."""
+        assert self._folder is not None
+        if files.is_absent(file):
+            raise DirectoryError(file, "is missing", ON_ONE_FILE_SYSTEM)
+        with files.reported_as_write_error(self._folder.path):
+            files.system.rename(file, self._folder.temporary / file.name)
+
+    def finish(self) -> None:
+        """Finish the opened file; in an object store it appears now."""
+        if self._folder is None:
+            return
+        if self._layout == "dcp":
+            _save_distributed(self._tensors, self._folder)
+        elif isinstance(self._file, TensorFileWriter):
+            self._file.commit()
+        if files.is_url(self._folder.path):
+            self._folder.send()
+
+    def publish(self) -> None:
+        """Give the output its name."""
+        if self._folder is not None:
+            for name, other in self._others.items():
+                self._add(self._folder.temporary / name, other)
+            self._folder.publish()
+        elif isinstance(self._file, TensorFileWriter):
+            self._file.commit()
+        elif self._file is not None:
+            _save(self._tensors, self._file)
+            self._file.publish()
+
+    def _add(self, place: Path, other: Path | bytes) -> None:
+        files.make_directory(place.parent)
+        if isinstance(other, bytes):
+            files.write_atomically(place, other)
+        else:
+            with files.reported_as_write_error(other, "copied"):
+                shutil.copyfile(other, place)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for pending in (self._file, self._folder):
+            if pending is not None:
+                pending.__exit__(*error)
 
 
 def check_no_snapshot(path: Path) -> None:
     """Raise an OutputExistsError if an output at a path, a file or a folder, would replace a snapshot."""
     for file in files.system.list(path) if path.is_dir() else [path]:
-        is_replaced = file == path or MODEL_FILE.fullmatch(file.name) or PART_NAME.fullmatch(file.name)
         with suppress(FileFormatError):
-            if is_replaced and file.is_file() and file_kind(read_header(file)) == "snapshot":
+            if file.suffix == SUFFIX and file.is_file() and read_file(file).kind == "snapshot":
                 raise OutputExistsError(path, "is a snapshot of a run and is not replaced", "choose another name")
 
 
-def holds_model(folder: Path) -> bool:
-    """Return whether a folder holds a model, in shards or in one file."""
-    return any((folder / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
-
-
-def check_free_folder(folder: Path, overwrite: bool) -> None:
-    """Raise an OutputExistsError if a folder is a file, or holds a model that may not be replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputExistsError(folder, "is a file; shards need a folder")
-    if not overwrite and holds_model(folder):
-        hint = "choose another folder" if files.is_url(folder) else OTHER_FOLDER
-        raise OutputExistsError(folder, "holds a model already", hint)
-
-
-# --- safetensors -------------------------------------------------------------------------------------
-
-
 class FileSink:
-    """A sink that writes the tensors of one target into files, which get their names by `commit`.
+    """A sink that writes the tensors of one target into a file, which has the tensors with these names."""
 
-    Arguments:
-        writers: the files, each with the names of its tensors.
-    """
-
-    def __init__(self, writers: Mapping[TensorFileWriter, list[str]]) -> None:
-        self._writers = writers
-        self._places = {name: writer for writer, names in writers.items() for name in names}
+    def __init__(self, file: TensorFileWriter, names: Collection[str]) -> None:
+        self._file, self._names = file, names
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a complete tensor."""
-        self._places[name].write(name, tensor_bytes(tensor))
+        self._file.write(name, tensor_bytes(tensor))
 
-    def open_tile(self, tile: Tile) -> TileWriter:
-        """Return a writer for a tile; see `synthesis.engine.Output`."""
-        return _FileTile(self._places, tile)
+    def open_tile(self, tile: Tile) -> Writer:
+        """Return the function that writes a tile under all names that its tensors have in the file."""
+        aliases = [[alias for alias in tile.aliases[name] if alias in self._names] for name in tile.names]
+        size = ITEM_BYTES[tile.dtype]
 
-    def commit(self) -> None:
-        """Give the complete files their names."""
-        for writer in self._writers:
-            writer.commit()
+        def write(values: torch.Tensor) -> None:
+            view = tensor_bytes(values)
+            if len(aliases) == 1:
+                for name in aliases[0]:
+                    self._file.write(name, view, tile.begin * size)
+                return
+            self._file.write_many([names[0] for names in aliases], view)
+            for names, (start, stop) in zip(aliases, pairwise(tile.bounds), strict=True):
+                for alias in names[1:]:
+                    self._file.write(alias, view[start * size : stop * size])
 
-    def discard(self) -> None:
-        """Remove the files that were not committed."""
-        for writer in self._writers:
-            writer.discard()
-
-
-class _FileTile(TileWriter):
-    """A writer that writes a tile to files, under all names of its tensors."""
-
-    def __init__(self, places: Mapping[str, TensorFileWriter], tile: Tile) -> None:
-        self._places, self._names = places, {name: tile.aliases[name] for name in tile.names}
-        size, first = ITEM_BYTES[tile.dtype], tile.ranges[0]
-        self._bounds = [bound * size for bound in tile.bounds]
-        aliases = self._names[first.name] if len(tile.ranges) == 1 else ()
-        self._ranges = [places[name].write_range(name, first.begin * size) for name in aliases]
-
-    def write(self, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
-        view = tensor_bytes(values)
-        for tensor_range in self._ranges:
-            tensor_range.write(view)
-        if not self._ranges:
-            self._write_batch(view)
-
-    def _write_batch(self, view: memoryview) -> None:
-        """Write small tensors: neighbours in one file together, then each under its other names."""
-        begin = 0
-        for writer, run in groupby(self._names, self._places.__getitem__):
-            names = list(run)
-            end = begin + len(names)
-            writer.write_many(names, view[self._bounds[begin] : self._bounds[end]])
-            begin = end
-        for aliases, (start, stop) in zip(self._names.values(), pairwise(self._bounds), strict=True):
-            for alias in aliases[1:]:
-                self._places[alias].write(alias, view[start:stop])
+        return write
 
 
-class _ShardedSink(FileSink):
-    """A folder of shards and an index, laid out as by the Hugging Face libraries.
-
-    The index is written last: without it no reader takes the folder for a model. A model that fits one shard is one
-    file without an index. Replacing a model leaves no file of the old model, since those libraries load the layout that
-    they look for first; if replacing fails, the old model stays complete.
-    """
-
-    def __init__(
-        self, folder: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
-    ) -> None:
-        # The objects of a model in a store would be replaced one after the other.
-        overwrite = options.overwrite and not files.is_url(folder)
-        check_free_folder(folder, overwrite)
-        for path in model_files_in(folder):
-            if path.is_dir() and not path.is_symlink():
-                raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")
-        self.folder, self._overwrite = folder, overwrite
-        self._old: dict[Path, Path] = {}  # temporary names of the files of the replaced model
-        self._published: list[Path] = []
-        self._committed = False
-        by_name = {spec.name: spec for spec in specs}
-        self._split = split_state_dict_into_shards_factory(
-            by_name,
-            get_storage_size=lambda spec: spec.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=options.shard_bytes,
-        )
-        with files.reported_as_write_error(folder):
-            self._made = files.make_directory(folder)
-        writers: dict[TensorFileWriter, list[str]] = {}
-        self._writers = writers
-        try:
-            for file, names in self._split.filename_to_tensors.items():
-                shard = [by_name[name] for name in names]
-                writers[TensorFileWriter(folder / file, shard, metadata, overwrite)] = names
-        except BaseException:
-            self.discard()
-            raise
-        super().__init__(writers)
-
-    def commit(self) -> None:
-        with files.reported_as_write_error(self.folder):
-            for path in model_files_in(self.folder) if self._overwrite else ():
-                self._keep(path)
-        while len(self._published) < len(self._writers):
-            self.publish_next()
-        if self._split.is_sharded:
-            text = encode_index(self._split.tensor_to_filename, self._split.metadata["total_size"])
-            files.write_atomically(self.folder / INDEX_NAME, text, self._overwrite)
-            self._published.append(self.folder / INDEX_NAME)
-        with files.reported_as_write_error(self.folder):
-            for path in self._old.keys() - set(self._published):
-                files.unlink_if_exists(path)
-            if not files.is_url(self.folder):
-                files.system.fsync_directory(self.folder)
-        self._committed = True
-        files.discard(self._old.values())
-
-    @property
-    def files(self) -> list[list[str]]:
-        """The names of the tensors of each file."""
-        return [*self._writers.values()]
-
-    def publish_next(self) -> None:
-        """Give the next file its name; its tensors are complete."""
-        writer = [*self._writers][len(self._published)]
-        writer.commit()
-        self._published.append(writer.path)
-
-    def discard(self) -> None:
-        super().discard()
-        if self._committed:
-            return
-        for path in self._published:
-            files.unlink_if_exists(path)
-        for path, temporary in self._old.items():
-            if temporary.exists():
-                files.system.rename(temporary, path)
-                files.unlink_if_exists(temporary)  # a rename keeps both names if they are links to one file
-        files.remove_directories(self._made)
-
-    def _keep(self, path: Path) -> None:
-        """Link a file of the old model to a temporary name; rename the index, so that it never lists two models."""
-        self._old[path] = files.temporary_path(self.folder)
-        if path.name != INDEX_NAME:
-            try:
-                return files.system.link(path, self._old[path])
-            except OSError as error:
-                if error.errno not in files.NO_HARD_LINKS:
-                    raise
-        return files.system.rename(path, self._old[path])
-
-
-def model_files_in(folder: Path) -> list[Path]:
-    """Return the weight files and the index of the models in a folder, by name."""
-    paths = files.system.list(folder) if folder.is_dir() else []
-    return sorted(path for path in paths if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name))
-
-
-# --- layouts that take all tensors at once -------------------------------------------------------------
-
-
-class _MemorySink(TensorOutput):
+class MemorySink(TensorOutput):
     """A sink that collects the tensors in memory, for a library that writes a model in one call."""
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        super().__init__({spec.name: spec.shape for spec in specs}, torch.device("cpu"))
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        super().__init__({name: entry.shape for name, entry in entries.items()}, torch.device("cpu"))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a complete tensor."""
         self.tensors[name] = tensor.cpu()
 
-    def open_tile(self, tile: Tile) -> TileWriter:
+    def open_tile(self, tile: Tile) -> Writer:
+        """Return the function that copies a tile into its tensors; see `synthesis.engine.Output`."""
         writer = super().open_tile(tile)
         for name in tile.names:
             self.tensors |= dict.fromkeys(tile.aliases[name], self.tensors[name])
         return writer
 
 
-class _TorchSink(_MemorySink):
-    """A sink for a .pt file with a state dict."""
-
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
-        super().__init__(specs)
-        self._file = files.PendingFile(path, overwrite)
-
-    def commit(self) -> None:
-        try:
-            torch.save(self.tensors, _Stream(self._file))  # type: ignore[arg-type]  # any object with `write`
-        except RuntimeError as error:
-            # torch's archive writer replaces errors of the stream, and a KeyboardInterrupt, by its own error.
-            cause: BaseException | None = error
-            while isinstance(cause, RuntimeError):
-                cause = cause.__context__
-            raise cause or error from None
-        self._file.publish()
-
-    def discard(self) -> None:
-        self._file.discard()
+Sink = FileSink | MemorySink
+"""A writer of the tensors of one file of one target, complete (`write`) or in tiles (as an `engine.Output`)."""
 
 
-_DCP_METADATA = ".metadata"
-
-
-class _DcpSink(_MemorySink):
-    """A sink for a folder of torch.distributed.checkpoint, which appears complete or not at all."""
-
-    def __init__(self, folder: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
-        self._folder, self._made = folder, files.temporary_path_for(folder)
-        is_folder, is_url = folder.is_dir() and not folder.is_symlink(), files.is_url(folder)
-        entries = list(folder.iterdir()) if is_folder else []
-        is_free = not entries or (overwrite and _is_dcp_folder(entries) and not is_url)
-        if (folder.is_symlink() or folder.exists()) and not (is_folder and is_free):
-            what = "holds a model already" if _is_dcp_folder(entries) else "is or holds something else"
-            hint = "choose another folder" + ", or `overwrite` to replace a model" * (not is_url)
-            raise OutputExistsError(folder, what, hint)
-        super().__init__(specs)
-
-    def commit(self) -> None:
-        from torch.distributed.checkpoint.api import CheckpointException  # slow to import
-        from torch.distributed.checkpoint.state_dict_saver import save
-
-        with files.reported_as_write_error(self._folder), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that there is only one process
-            try:
-                save(self.tensors, checkpoint_id=str(self._made), no_dist=True)
-            except CheckpointException as error:
-                cause = next(iter(error.failures.values()))[0]
-                raise cause if isinstance(cause, OSError) else error from error
-            old = files.temporary_path_for(self._folder)
-            if not files.is_url(self._folder) and self._folder.exists():
-                files.system.rename(self._folder, old)
-            files.publish_folder(self._made, self._folder)
-            shutil.rmtree(old, ignore_errors=True)
-
-    def discard(self) -> None:
-        shutil.rmtree(self._made, ignore_errors=True)
-
-
-def _is_dcp_folder(entries: Sequence[Path]) -> bool:
-    names = {entry.name for entry in entries}
-    return _DCP_METADATA in names and all(name == _DCP_METADATA or name.endswith(".distcp") for name in names)
+def _save(tensors: Mapping[str, torch.Tensor], file: files.PendingFile) -> None:
+    """Write a .pt file."""
+    try:
+        torch.save(dict(tensors), _Stream(file))  # type: ignore[arg-type]  # any object with `write`
+    except RuntimeError as error:
+        # torch's archive writer replaces errors of the stream, and a KeyboardInterrupt, by its own error.
+        cause: BaseException | None = error
+        while isinstance(cause, RuntimeError):
+            cause = cause.__context__
+        raise cause or error from None
 
 
 class _Stream(io.RawIOBase):
@@ -583,6 +492,15 @@ class _Stream(io.RawIOBase):
         return len(view)
 
 
-Sink = FileSink | _TorchSink | _DcpSink
-"""A writer of the tensors of one target, complete (`write`) or in tiles (as an `Output`). `commit` publishes the files;
-`discard` removes them if they were not committed."""
+def _save_distributed(tensors: dict[str, Any], folder: files.PendingFolder) -> None:
+    """Write a folder of torch.distributed.checkpoint."""
+    from torch.distributed.checkpoint.api import CheckpointException  # slow to import
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    with files.reported_as_write_error(folder.path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that there is only one process
+        try:
+            save(tensors, checkpoint_id=str(folder.temporary), no_dist=True)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise cause if isinstance(cause, OSError) else error from error

@@ -1,36 +1,34 @@
 """A copy of a model folder with averaged weights in place of the folder's own.
 
 The folder determines how weights are laid out: names, files, dtypes, and the name under which a tied tensor is stored.
-All other files are copied, except through links that lead out of the folder: an output may be uploaded. Where the
-library's names on disk differ from those in memory, as for mixture-of-experts models in transformers, the library
-itself loads the folder and saves the filled model.
+All other files are copied, except through links that lead out of the folder: an output may be uploaded.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS, torch_dtype
-from posthoc_cli.errors import InvalidValueError, MismatchError, OutputExistsError
-from posthoc_cli.export.layouts import FileSink, OutputOptions, check_shape, check_space, converted, stored_tensor
-from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
+from posthoc_cli.errors import InvalidValueError, MismatchError
+from posthoc_cli.export.layouts import check_shape, converted, open_outputs
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
-from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
 from posthoc_cli.synthesis.engine import Options, synthesize
 from posthoc_cli.synthesis.plan import Plan
 
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")  # of transformers, diffusers and PEFT
 _ANOTHER = "take a folder that the trained model itself was saved to"
+_RENAMED = (
+    f"{_ANOTHER}; if transformers renames them on disk, as the experts of a mixture, load the averages into the model "
+    "(load_into) and save that by save_pretrained"
+)
 _WEIGHTS = (SUFFIX, ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
 """The file name endings of weights, which are not copied: next to the averaged weights they would be out of date."""
 
@@ -77,12 +75,11 @@ class ModelFolder:
         return self.path / self.component
 
     @cached_property
-    def entries(self) -> dict[str, tuple[Path, TensorEntry]]:
+    def entries(self) -> dict[str, tuple[Path, Entry]]:
         """The file and the header entry of each tensor in the folder."""
         weights = _weights_at(self.place)
         assert weights is not None, "find has checked it"
-        headers = {file: read_header(file) for file in model_files(weights)}
-        return {name: (file, entry) for file, header in headers.items() for name, entry in header.tensors.items()}
+        return {name: (path, entry) for path in model_files(weights) for name, entry in read_file(path).entries.items()}
 
     @cached_property
     def others(self) -> list[Path]:
@@ -120,131 +117,47 @@ class ModelFolder:
         return config if isinstance(config, dict) else {}
 
     def write(
-        self, plan: Plan, outs: Sequence[Path], options: OutputOptions, container: Path | None = None
+        self, plan: Plan, outs: Sequence[Path], options: Options, container: Path | None = None
     ) -> tuple[str, ...]:
-        """Write a folder for each target of a plan, and create `container`; each appears complete or not at all.
+        """Write a folder for each target of a plan, with the same tensors in each file as in this folder.
 
         Returns the names of the tensors that the run lacks, which are copied from this folder. Raises a MismatchError
-        if a tensor of the run has another shape in the folder, or is known to neither the folder nor the library; or if
-        the folder's weights are quantized.
+        if a tensor of the run has another shape in the folder, or is not in it; or if the folder's weights are
+        quantized.
         """
-        temporary = [files.temporary_path_for(out) for out in outs]
-        for out in outs:
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise OutputExistsError(out, "already exists", "name a new folder: a model folder is not replaced")
+        known = {alias: name for name, aliases in plan.names.items() for alias in aliases}
+        self._check(plan, known)
+        parts: dict[str, dict[str, Entry]] = {}
+        for name, (file, entry) in self.entries.items():
+            parts.setdefault(str(file.relative_to(self.path)), {})[name] = entry
+        others = {str(name): self.path / name for name in self.others}
+        headers = [(plan.output_info(index).encoded(), dict[str, str]()) for index in range(len(outs))]
+        with open_outputs(outs, "like", parts, headers, others, container=container) as opened:
+            for sinks, entries in opened:
+                dtypes = {name: torch_dtype(entry.dtype) for name, entry in entries.items()}
+                with read_file(self.entries[min(entries)][0]) as source:
+                    for name in dtypes.keys() - known.keys():
+                        for sink in sinks:
+                            sink.write(name, source.tensor(name))
+                subset = frozenset(known[name] for name in dtypes.keys() & known.keys())
+                for name, values in synthesize(replace(plan, subset=subset), options):
+                    for sink, value in zip(sinks, values, strict=True) if name in dtypes else ():
+                        sink.write(name, converted(f"tensor {name!r}", value, dtypes[name]))
+        return tuple(name for name in self.entries if name not in known)
+
+    def _check(self, plan: Plan, known: Mapping[str, str]) -> None:
         averaged = [name for name, tensor in plan.tensors.items() if tensor.role == "average"]
         replaced = [self.entries[alias][1] for name in averaged for alias in plan.names[name] if alias in self.entries]
         if "quantization_config" in self.config or any(entry.dtype not in EPS for entry in replaced):
             reason = "its weights are quantized, as its quantization_config or their dtype says"
             raise MismatchError(self.place, reason, _ANOTHER)
-        copied = sum((self.path / name).stat().st_size for name in self.others)
-        check_space(dict.fromkeys(outs, copied + sum(entry.nbytes for _, entry in self.entries.values())))
         absent = [name for name in averaged if not any(alias in self.entries for alias in plan.names[name])]
-        try:
-            with (
-                nullcontext() if container is None else files.new_directory(container),
-                files.reported_as_write_error(outs[0]),
-            ):
-                for folder in temporary:
-                    (folder / self.component).mkdir(parents=True)
-                if absent:
-                    taken = self._write_through_library(plan, temporary, options, absent)
-                else:
-                    taken = self._write_files(plan, temporary, options)
-                for folder, out in zip(temporary, outs, strict=True):
-                    self._copy_others(folder)
-                    _make_durable(folder)
-                    files.publish_folder(folder, out)
-        finally:
-            for folder in temporary:
-                shutil.rmtree(folder, ignore_errors=True)
-        return taken
-
-    def _write_files(self, plan: Plan, folders: Sequence[Path], options: Options) -> tuple[str, ...]:
-        """Write the weight files of new folders, with the same tensors in each file as in this folder."""
-        known = {alias: name for name, aliases in plan.names.items() for alias in aliases}
-        by_file: dict[Path, list[TensorSpec]] = {}
-        for name, (file, entry) in self.entries.items():
-            by_file.setdefault(file, []).append(TensorSpec(name, entry.dtype, entry.shape))
-            if name in known:
-                check_shape(file, name, entry.shape, plan.newest.stored[known[name]].shape)
-        taken = tuple(name for name in self.entries if name not in known)
-        with ExitStack() as stack:
-            sinks = []
-            for index, folder in enumerate(folders):
-                metadata, writers = output_metadata(plan.output_info(index)), dict[TensorFileWriter, list[str]]()
-                for file, specs in by_file.items():
-                    path = folder / self.component / file.name
-                    writer = stack.enter_context(TensorFileWriter(path, specs, metadata))
-                    writers[writer] = [spec.name for spec in specs]
-                sinks.append(FileSink(writers))
-            for file, specs in by_file.items():
-                with open_file(file) as source:
-                    for spec in (spec for spec in specs if spec.name not in known):
-                        value = stored_tensor(source, spec.name)
-                        for sink in sinks:
-                            sink.write(spec.name, value)
-            for name, values in synthesize(plan, options):
-                if name in self.entries:
-                    _, entry = self.entries[name]
-                    for sink, value in zip(sinks, values, strict=True):
-                        sink.write(name, converted(f"tensor {name!r}", value, torch_dtype(entry.dtype)))
-            for sink in sinks:
-                sink.commit()
-        return taken
-
-    def _write_through_library(
-        self, plan: Plan, folders: Sequence[Path], options: Options, absent: Sequence[str]
-    ) -> tuple[str, ...]:
-        """Load the folder by transformers, fill the model with the averages, and save it by transformers."""
-
-        def refused(reason: str, hint: str = _ANOTHER) -> MismatchError:
+        if absent:
             missing = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
-            return MismatchError(self.place, f"{missing}; {reason}", hint)
-
-        kinds = self.config.get("architectures")
-        try:
-            import transformers
-        except ImportError as error:
-            hint = "install transformers, which may know these names: pip install 'posthoc-cli[transformers]'"
-            raise refused("its library is needed", hint) from error
-        kind = getattr(transformers, str(kinds[0]), None) if isinstance(kinds, list) and kinds else None
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-            raise refused("its config.json names no model of transformers")
-        try:
-            model, loaded = kind.from_pretrained(  # type: ignore[attr-defined]
-                self.place, dtype="auto", local_files_only=True, output_loading_info=True
-            )
-        except Exception as error:
-            first, _, _ = str(error).partition("\n")
-            raise refused(f"transformers cannot load it as {kind.__name__}: {first}", "") from error
-        known = {alias for aliases in plan.names.values() for alias in aliases}
-        if made_up := sorted(set(loaded["missing_keys"]) - known):
-            raise refused(f"it has no tensor {made_up[0]!r}, and neither has the run ({len(made_up)} in all)")
-        in_model = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-        lost = [name for name in absent if not any(alias in in_model for alias in plan.names[name])]
-        if lost:
-            reason = f"{kind.__name__} has no tensor {lost[0]!r}, which the run has ({len(lost)} in all)"
-            raise refused(reason, f"it has tensors such as {min(in_model)!r}")
-        largest = max(file.stat().st_size for file in {file for file, _ in self.entries.values()})
-        for index, folder in enumerate(folders):
-            for name, (value,) in synthesize(plan.only([index]), options):
-                if name not in in_model:
-                    continue
-                check_shape(self.place, name, in_model[name].shape, value.shape)
-                in_model[name].data.copy_(converted(f"tensor {name!r}", value, in_model[name].dtype))
-            model.save_pretrained(folder / self.component, max_shard_size=largest)
-        return tuple(name for name in model.state_dict() if name not in known)
-
-    def _copy_others(self, folder: Path) -> None:
-        """Copy all files but the weights, replacing files that a library has saved, except its index."""
-        for name in self.others:
-            source, target = self.path / name, folder / name
-            if target.exists() and target.name.endswith(INDEX_SUFFIX):
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with files.reported_as_write_error(source, "copied"):
-                shutil.copyfile(source, target)
+            raise MismatchError(self.place, f"{missing}; it has tensors such as {min(self.entries)!r}", _RENAMED)
+        for name, (file, entry) in self.entries.items():
+            if name in known:
+                check_shape(file, name, entry.shape, plan.newest.entries[known[name]].shape)
 
 
 def _weights_at(place: Path) -> Path | None:
@@ -273,14 +186,3 @@ def _foreign(path: Path, folder: Path) -> str:
 def _is_weights(path: Path) -> bool:
     """Return whether a file holds weights, or is an index of weights in another format than safetensors."""
     return path.suffix in _WEIGHTS or (path.name.endswith(".index.json") and not path.name.endswith(INDEX_SUFFIX))
-
-
-def _make_durable(folder: Path) -> None:
-    for base, _, names in os.walk(folder):
-        for name in names:
-            descriptor = files.system.open(Path(base) / name)
-            try:
-                files.system.fsync(descriptor)
-            finally:
-                files.system.close(descriptor)
-        files.system.fsync_directory(Path(base))

@@ -1,22 +1,17 @@
 """Averages of a run as files, written by one process, or by the ranks of a torchrun job, each of which writes shards.
 
-A plan is divided into shards of complete tensors by headers alone, so every rank knows the whole division. A shard
-appears complete or not at all, and its metadata holds the plan's fingerprint: a job that was killed is run again, and
-keeps the existing shards. The first rank writes the index last. Without an index no reader takes a folder for a model;
-an index never stays next to shards of another plan.
-
-Ranks exchange no tensors: after each shard they only report by torch.distributed whether they succeeded. A rank that
-has died is noticed by the launcher, which ends the others, or by the ranks that wait for it.
+A plan is divided into shards of complete tensors by headers alone, so every rank knows the whole division. Ranks
+exchange no tensors: they only report by torch.distributed whether they succeeded. A rank that has died is noticed by
+the launcher, which ends the others, or by the ranks that wait for it: no output appears, and the job is run again.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,13 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 
-import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import (
-    DirectoryError,
     FileFormatError,
     InvalidValueError,
     MismatchError,
@@ -41,14 +33,18 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.export.layouts import (
-    OTHER_FOLDER,
     PICKLES,
+    Header,
+    Output,
     OutputOptions,
-    check_free_folder,
-    check_no_snapshot,
+    Parts,
+    Sink,
     check_space,
+    files_of,
+    in_turn,
+    index_of,
     layout_of,
-    model_files_in,
+    nbytes,
     open_outputs,
     output_exists,
     output_paths,
@@ -56,22 +52,18 @@ from posthoc_cli.export.layouts import (
 from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.resources import worker_count
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
-from posthoc_cli.snapshots.format import SUFFIX, FileHeader, OutputInfo, output_metadata
 from posthoc_cli.snapshots.outputs import (
-    INDEX_NAME,
+    SINGLE_NAME,
+    OutputInfo,
     decode_output,
-    encode_index,
     model_files,
     output_difference,
     same_coefficients,
     training_metadata,
 )
-from posthoc_cli.snapshots.reading import verify_payload
 from posthoc_cli.snapshots.sources import FileSource
-from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
-from posthoc_cli.synthesis.engine import Progress, check_device, synthesize_into
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, read_file
+from posthoc_cli.synthesis.engine import check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
 
@@ -164,7 +156,7 @@ class Outputs:
                 options = replace(self.options, progress=advance)
                 if self._like is None:
                     paths = [self.paths[index] for index in wanted]
-                    write_synthesis(plan.only(wanted), paths, options, [*filter(None, [self.container])])
+                    write_synthesis(plan.only(wanted), paths, options, self.container)
                 else:
                     taken = self._like.write(plan, self.paths, options, self.container)
         return self.report(plan, frozenset(existing), taken)
@@ -181,6 +173,7 @@ def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: Outpu
     """Raise an InvalidValueError for options that contradict each other."""
     asked.shard_bytes  # noqa: B018  raises an error if invalid, also in a dry run
     check_alone(overwrite=asked.overwrite, skip_existing=asked.skip_existing)
+    check_alone(distributed=asked.distributed, skip_existing=asked.skip_existing)
     if out is None and not asked.dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
     if asked.like is None and asked.component is not None:
@@ -202,27 +195,32 @@ def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: Outpu
 
 
 def write_synthesis(
-    plan: Plan,
-    paths: Sequence[Path],
-    options: OutputOptions = OutputOptions(),
-    folders: Sequence[Path] = (),
-    marks: Sequence[Mapping[str, str]] = (),
+    plan: Plan, paths: Sequence[Path], options: OutputOptions = OutputOptions(), container: Path | None = None
 ) -> None:
-    """Synthesize every target of a plan into its path; `marks` are additional metadata. See also `open_outputs`."""
-    newest, kept, left = plan.newest, {}, dict(plan.names)
-    if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
-        kept = training_metadata(read_header(newest.path))
-    metadata = [kept | output_metadata(plan.output_info(index)) for index in range(len(paths))]
-    for entries, mark in zip(metadata, marks, strict=bool(marks)):
-        entries |= mark
-    with open_outputs(paths, plan.specs(), metadata, options, folders) as (sinks, lists):
-        for names in map(set, lists):
-            subset = frozenset(name for name, aliases in left.items() if not names.isdisjoint(aliases))
-            for name in subset:  # the engine writes a tensor under all of its names
-                del left[name]
-            with closing(synthesize_into(replace(plan, subset=subset), sinks, options)) as tiles:
-                for _ in tiles:
-                    pass
+    """Synthesize every target of a plan into its path. See also `open_outputs`."""
+    layout = layout_of(paths[0], options.layout)
+    parts, others = files_of(layout, plan.entries, options.shard_bytes)
+    with open_outputs(paths, layout, parts, _headers(plan), others, options.overwrite, container) as opened:
+        synthesize_files(plan, opened, options)
+
+
+def synthesize_files(
+    plan: Plan, opened: Iterable[tuple[Sequence[Sink], Mapping[str, Entry]]], options: OutputOptions
+) -> None:
+    """Synthesize the tensors of one file after the other, each into a sink for every target."""
+    for sinks, entries in opened:
+        subset = frozenset(name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases))
+        with closing(synthesize_into(replace(plan, subset=subset), sinks, options)) as tiles:
+            for _ in tiles:
+                pass
+
+
+def _headers(plan: Plan) -> list[Header]:
+    """Return the header of the output of each target, with what kohya's scripts keep about the training."""
+    newest, kept = plan.newest, dict[str, str]()
+    if isinstance(newest, FileSource) and newest.path.suffix == SUFFIX and newest.path.is_file():
+        kept = training_metadata(read_file(newest.path))
+    return [(plan.output_info(index).encoded(), kept) for index in range(len(plan.targets))]
 
 
 # --- outputs that already exist
@@ -235,7 +233,7 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
     layout does not record these.
     """
     hint, existing = "choose another name, or `overwrite` to replace it", set()
-    expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
+    expected = {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in plan.entries.items()}
     for index, path in enumerate(paths):
         kind = layout_of(path, layout)
         if not output_exists(path, kind):
@@ -246,9 +244,9 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
         stored: dict[str, str] = {}
         try:
             for shard in model_files(path):
-                header = _checked_header(shard, plan.output_info(index), {})
-                verify_payload(shard, header)
-                stored |= {name: f"{item.dtype} of shape {list(item.shape)}" for name, item in header.tensors.items()}
+                file = _checked_file(shard, plan.output_info(index))
+                file.verify()
+                stored |= {name: f"{item.dtype} of shape {list(item.shape)}" for name, item in file.entries.items()}
             for name in sorted(stored.keys() | expected.keys()):
                 actual, wanted = stored.get(name, "absent"), expected.get(name, "absent")
                 if actual != wanted:
@@ -259,175 +257,67 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
     return existing
 
 
-def _checked_header(path: Path, wanted: OutputInfo, marks: Mapping[str, str]) -> FileHeader:
-    """Return the header of an existing output; raise a FileFormatError or MismatchError unless it is as `wanted`."""
-    header = read_header(path)
-    info = decode_output(path, header)
+def _checked_file(path: Path, wanted: OutputInfo) -> TensorFile:
+    """Return the file of an existing output; raise a FileFormatError or MismatchError unless it is as `wanted`."""
+    file = read_file(path)
+    info = decode_output(file)
     difference = output_difference(info, wanted)
-    stored, planned = ([name for name, coefficient in each.snapshots if coefficient] for each in (info, wanted))
+    stored, planned = ([used.file for used in each.snapshots if used.coefficient] for each in (info, wanted))
     if difference is None and (stored != planned or not same_coefficients(info, wanted)):
         difference = "its snapshots or their coefficients are others"
-    elif difference is None and not marks.items() <= header.metadata.items():
-        difference = "its release, snapshots, dtype, tensors or number of shards are others"
     if difference is not None:
         raise MismatchError(path, f"is another output: {difference}")
-    return header
+    return file
 
 
 # --- shards of several processes
 
 
 def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressBar) -> SynthesisReport | None:
-    """Make the shards of this rank, while the other ranks make theirs; return None in all ranks but the first."""
-    if outputs.paths:
-        wanted = ranks.world * max(1, -(-plan.nbytes // (outputs.options.shard_bytes * ranks.world)))
-        shards = Shards(plan, outputs, wanted)
-        with ranks.together():
-            if not ranks.rank:
-                shards.begin()
-        own = shards.plans[ranks.rank :: ranks.world]
-        bar = no_bar if ranks.rank else progress
-        with bar("synthesizing", sum(shard.read_bytes for shard in own)) as advance:
-            for first in range(0, len(shards.plans), ranks.world):
-                with ranks.together():
-                    shards.make(first + ranks.rank, advance)
-        with ranks.together():
-            if not ranks.rank:
-                shards.finish()
-    return None if ranks.rank else outputs.report(plan)
+    """Make the shards of this rank, while the other ranks make theirs; return None in all ranks but the first.
 
-
-class Shards:
-    """The shards of the models of a plan's targets, one folder per target; `plans` has the plan of each shard.
-
-    Arguments:
-        wanted: number of shards of each model; fewer if there are fewer tensors.
+    Each rank writes to temporary folders of its own. The first moves the shards of all into its own folders, with the
+    index, and gives these their names; to a store each rank sends its shards, and the first the index at the end.
     """
-
-    def __init__(self, plan: Plan, outputs: Outputs, wanted: int) -> None:
-        workers = max(1, worker_count() // _local_rank()[1])
-        self._options = replace(outputs.options, layout="safetensors", workers=workers)
-        self._folders = outputs.paths
-        self._made = [*filter(None, [outputs.container]), *outputs.paths]
-        division = divide(plan, wanted)
-        self.plans = [replace(plan, subset=frozenset(names)) for names in division]
-        self._marks = [{"ema.plan": fingerprint(plan, target, division)} for target in range(len(self._folders))]
-
-    def begin(self) -> None:
-        """Check that all shards may be written and fit on the disk, and remove the index of a model to replace."""
-        missing: dict[Path, int] = {}
-        for target, folder in enumerate(self._folders):
-            check_free_folder(folder, overwrite=True)
-            check_no_snapshot(folder)
-            absent = [shard for shard in range(len(self.plans)) if not self._is_there(shard, target)]
-            index, others = folder / INDEX_NAME, self._others(folder)
-            if index in others or (absent and not files.is_absent(index)):
-                _remove(index)
-            if not files.is_url(folder):  # to a store each process sends one shard after the other
-                missing |= {self._path(shard, folder): self.plans[shard].nbytes for shard in absent}
-        check_space(missing)
-
-    def make(self, shard: int, progress: Progress) -> None:
-        """Make a shard for the targets that lack it; do nothing if `shard` is beyond the last one."""
-        targets = range(len(self._folders)) if shard < len(self.plans) else ()
-        missing = [target for target in targets if not self._is_there(shard, target, verify=True)]
-        if missing:
-            paths = [self._path(shard, self._folders[target]) for target in missing]
-            marks = [self._marks_of(shard, target) for target in missing]
-            options = replace(self._options, progress=progress)
-            write_synthesis(self.plans[shard].only(missing), paths, options, self._made, marks)
-
-    def finish(self) -> None:
-        """Check that all shards exist, remove the files of replaced models, and write the indexes."""
-        for target, folder in enumerate(self._folders):
-            for shard in range(len(self.plans)):
-                if not self._is_there(shard, target):
-                    raise DirectoryError(self._path(shard, folder), "is missing", ON_ONE_FILE_SYSTEM)
-        for folder in self._folders:
-            for path in self._others(folder):
-                _remove(path)
-            if files.is_absent(folder / INDEX_NAME):
-                files.write_atomically(folder / INDEX_NAME, self._index(folder))
-
-    def _path(self, shard: int, folder: Path) -> Path:
-        return folder / f"model-{shard + 1:05d}-of-{len(self.plans):05d}.safetensors"
-
-    def _marks_of(self, shard: int, target: int) -> dict[str, str]:
-        return self._marks[target] | {"ema.part": f"{shard + 1}/{len(self.plans)}"}
-
-    def _is_there(self, shard: int, target: int, verify: bool = False) -> bool:
-        """Return whether a shard exists, or raise an OutputExistsError if another file with its name must be kept."""
-        path = self._path(shard, self._folders[target])
-        if files.is_absent(path):
-            return False
-        try:
-            header = _checked_header(path, self.plans[shard].output_info(target), self._marks_of(shard, target))
-            if verify:
-                verify_payload(path, header)
-        except (FileFormatError, MismatchError) as error:
-            if not self._options.overwrite:
-                raise OutputExistsError(error.subject, error.reason, OTHER_FOLDER) from error
-            return False
-        return True
-
-    def _index(self, folder: Path) -> bytes:
-        paths = [self._path(shard, folder) for shard in range(len(self.plans))]
-        places = {spec.name: path.name for path, plan in zip(paths, self.plans, strict=True) for spec in plan.specs()}
-        return encode_index(places, sum(plan.nbytes for plan in self.plans))
-
-    def _others(self, folder: Path) -> list[Path]:
-        """Return the files of other models, which must not stay with this one; an OutputExistsError without overwrite.
-
-        Another job may have written them since this one began.
-        """
-        expected = {self._path(shard, folder).name for shard in range(len(self.plans))}
-        if _holds(folder / INDEX_NAME, self._index(folder)):
-            expected.add(INDEX_NAME)
-        others = [path for path in model_files_in(folder) if path.name not in expected]
-        if others and not self._options.overwrite:
-            raise OutputExistsError(others[0], "is of another model", OTHER_FOLDER)
-        return others
+    rank, world, options, paths = ranks.rank, ranks.world, outputs.options, outputs.paths
+    if not paths:
+        return None if rank else outputs.report(plan)
+    is_remote = files.is_url(paths[0])
+    parts = divide(plan.entries, world * max(1, -(-plan.nbytes // (options.shard_bytes * world))))
+    own = {name: parts[name] for name in [*parts][rank::world]}
+    with ExitStack() as stack:
+        with ranks.together():
+            if not (rank or is_remote):
+                check_space(dict.fromkeys(paths, plan.nbytes))
+            if outputs.container is not None:
+                stack.enter_context(files.new_directory(outputs.container))
+            others = {} if rank else index_of(parts)
+            opened = [
+                stack.enter_context(Output(path, "sharded", own, header, others, options.overwrite))
+                for path, header in zip(paths, _headers(plan), strict=True)
+            ]
+        with ranks.together(), (no_bar if rank else progress)("synthesizing", plan.read_bytes // world) as advance:
+            workers = max(1, worker_count() // _local_rank()[1])
+            synthesize_files(plan, in_turn(opened, own), replace(options, workers=workers, progress=advance))
+        made = ranks.gather([output.place for output in opened])
+        with ranks.together():
+            for target, output in enumerate(opened if not rank else ()):
+                for number, name in enumerate(() if is_remote else parts):
+                    output.take(made[number % world][target] / name)
+                output.publish()
+        for output in opened if rank and is_remote else ():
+            output.publish()  # nothing is left to send
+    return None if rank else outputs.report(plan)
 
 
-def divide(plan: Plan, shards: int) -> list[list[str]]:
-    """Divide the stored tensors into shards of neighbours with nearly equal numbers of bytes to read and write."""
-    costs = {}
-    for name, aliases in plan.names.items():
-        written = fmt.TensorSpec(name, plan.output_dtype(name), plan.newest.stored[name].shape).nbytes
-        costs[name] = len(plan.targets) * len(aliases) * written + sum(s.stored[name].nbytes for s in plan.sources)
-    division: dict[int, list[str]] = {}
-    total, done = sum(costs.values()) or 1, 0
-    for name, cost in costs.items():
-        division.setdefault(min(shards - 1, shards * (2 * done + cost) // (2 * total)), []).append(name)
-        done += cost
-    return list(division.values())
-
-
-def fingerprint(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> str:
-    """Return a hash, 32 hexadecimal digits, that is the same for all shards of a target of a plan.
-
-    Coefficients are not hashed, since another processor rounds them differently: see `outputs.SAME_COEFFICIENT`.
-    """
-    columns = plan.reconstruction.coefficients[:, list(plan.columns[target].values())]
-    used = [source for source, row in zip(plan.sources, columns, strict=True) if row.any()]
-    info, checksums = plan.output_info(target), [source.identity for source in used if isinstance(source, FileSource)]
-    facts = [
-        fmt.VERSION, posthoc_cli.__version__, info.run_id, info.profile, info.t, info.t_unit, info.method,
-        checksums, [(spec.name, spec.dtype, spec.shape) for spec in plan.specs()], division,
-    ]  # fmt: skip
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts, separators=(",", ":")).encode())
-
-
-def _holds(path: Path, content: bytes) -> bool:
-    with suppress(FileFormatError):
-        return read_small_file(path, len(content)) == content
-    return False
-
-
-def _remove(path: Path) -> None:
-    with files.reported_as_write_error(path, "removed"):
-        files.unlink_if_exists(path)
-        files.system.fsync_directory(path.parent)
+def divide(entries: Mapping[str, Entry], most: int) -> Parts:
+    """Divide tensors into at most so many shards of neighbours with nearly equal numbers of bytes."""
+    total, done, shards = nbytes(entries) or 1, 0, dict[int, dict[str, Entry]]()
+    for name, entry in entries.items():
+        shards.setdefault(min(most - 1, most * (2 * done + entry.nbytes) // (2 * total)), {})[name] = entry
+        done += entry.nbytes
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    return dict(zip(names if len(shards) > 1 else [SINGLE_NAME], shards.values(), strict=True))
 
 
 # --- processes
@@ -469,6 +359,15 @@ class Ranks:
         if self.rank:  # the first rank logs for all
             logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
 
+    def gather(self, value: object) -> list[Any]:
+        """Return the values of all ranks, in their order."""
+        values: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(values, value, self._group)
+        except RuntimeError as error:
+            raise RankError("another process of this job", "failed or died; nothing was finished") from error
+        return values
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Run the block, wait until all ranks have run theirs, and raise a RankError if that of another rank failed."""
@@ -477,11 +376,10 @@ class Ranks:
             yield
         except PostHocError as error:
             failure = error
-        messages: list[str | None] = [None] * self.world
         try:
-            dist.all_gather_object(messages, failure and str(failure), self._group)
-        except RuntimeError as error:
-            raise failure or RankError("another process of this job", "failed or died; nothing was finished") from error
+            messages = self.gather(failure and str(failure))
+        except RankError as error:
+            raise failure or error from error
         if failure is not None:
             raise failure
         for rank, message in enumerate(messages):

@@ -30,7 +30,7 @@ from posthoc_cli.profiles.tracked import (
     StoredProfile,
     check_sigma_rel,
     gamma_from_sigma_rel,
-    is_late,
+    may_share_mean,
     new_value_share,
     roundings,
     sigma_rel_from_gamma,
@@ -41,6 +41,6 @@ from posthoc_cli.profiles.tracked import (
 __all__ = [
     "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Discrete", "EmulatedDecay",
     "FloatArray", "Point", "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow", "StoredProfile",
-    "Uniform", "check_sigma_rel", "convert", "gamma_from_sigma_rel", "is_late", "new_value_share", "roundings",
+    "Uniform", "check_sigma_rel", "convert", "gamma_from_sigma_rel", "may_share_mean", "new_value_share", "roundings",
     "sigma_rel_from_gamma", "sketched_window_ends", "try_profile", "window_ends",
 ]  # fmt: skip

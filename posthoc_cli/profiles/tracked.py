@@ -118,17 +118,17 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t))
 
 
-WINDOW = 32
-"""Limit of the updates in a mean, which keeps its roundings, and updates smaller than its spacing, negligible."""
+WINDOW = 256
+"""Limit of the updates in a mean, which collects their roundings; shorter means would round the average more often."""
+
+LONGEST_OWN = 1 / 8
+"""Limit of the time that a mean of one profile covers, relative to all of training so far."""
 
 UNEVEN = 1 / 60
 """Limit of the relative difference between profiles in their weights within a mean that they share."""
 
 LONGEST = 1 / 1000
 """The time that a shared mean of more than two values may cover, relative to all of training so far."""
-
-BETWEEN = 1 / 4
-"""The same limit for profiles in between, where the shortest and the longest profile have means of their own."""
 
 
 def reach(gammas: Sequence[float]) -> float:
@@ -137,26 +137,25 @@ def reach(gammas: Sequence[float]) -> float:
     return min(LONGEST, UNEVEN / spread) if spread else LONGEST
 
 
-def window_ends(gammas: Sequence[float], window: int, begin: float, t: float, early: bool) -> bool:
-    """Return whether the mean of the last `window` values, after `begin`, is folded into the averages at time `t`.
+def window_ends(gammas: Sequence[float], window: int, begin: float, t: float, shared: bool) -> bool:
+    """Return whether the means of the last `window` values, after `begin`, are folded into the averages at time `t`.
 
-    The first update is always folded. Early in a run the shortest profile and the longest have a mean each; later all
-    profiles share one, which is exact for two values, however far they are apart.
+    The first update is always folded. A mean that profiles share is exact for two values, however far they are apart.
     """
-    if begin == 0 or window >= WINDOW:
+    if window >= WINDOW or t - begin >= LONGEST_OWN * t:
         return True
-    if early:
-        return len(gammas) > 2 and (t - begin) * (max(gammas) - min(gammas)) > BETWEEN * t
-    return window > 1 and t - begin > reach(gammas) * t
+    return shared and window > 1 and t - begin > reach(gammas) * t
 
 
-def is_late(window: int, begin: float, t: float) -> bool:
+def may_share_mean(window: int, begin: float, t: float) -> bool:
     """Return whether all profiles may share a mean of `WINDOW` updates, each as long as these in (begin, t]."""
     return (t - begin) * WINDOW <= LONGEST * t * window
 
 
 def sketched_window_ends(gammas: Sequence[float], begin: float, before: float, t: float) -> bool:
-    """Return whether, early in a run, the sketch's window after `begin` ends at `t`; `before` is the last update.
+    """Return whether, where profiles have their own means, the sketch's window after `begin` ends at `t`.
+
+    `before` is the time of the last update.
 
     A window is as long as a shared mean; where that would contain two values, each value has a window.
     """
@@ -168,14 +167,15 @@ def roundings(gamma: float, updates: int) -> float:
     """Return the number of independent roundings, each of the average's size, that remain in it after the updates.
 
     Reading the average rounds once. A mean of n updates is rounded at each of them; the k-th rounding decays as k / n,
-    which leaves n / 3. If the mean covers most of training, they decay as the average does, (s / t)^(gamma + 1), which
-    leaves `updates` / (2 gamma + 3). The average over many means reduces this by the sum of their squared masses
-    p(s) n dt, n dt integral p^2 ds = (gamma + 1)^2 / (2 gamma + 1) n / `updates`. Each fold in the early part of a run,
-    of N updates, rounds once more; N / n / (2 gamma + 3) of these remain at its end, and decay with the average.
+    which leaves n / 3. If the mean covers most of the average, they decay as the average does, (s / t)^(gamma + 1),
+    which leaves `updates` / (2 gamma + 3). The average over many means reduces this by the sum of their squared masses
+    p(s) n dt, n dt integral p^2 ds = (gamma + 1)^2 / (2 gamma + 1) n / `updates`. Each fold rounds once more;
+    `updates` / n / (2 gamma + 3) of these remain.
     """
-    n, early, fading = min(WINDOW, updates), min(updates, WINDOW / LONGEST), 2 * gamma + 3
+    n = min(WINDOW, max(1.0, LONGEST_OWN * updates))
+    fading = 2 * gamma + 3
     means = min(n / 3, updates / fading) * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
-    return 1 + means + early / n / fading * math.pow(early / updates, 2 * gamma + 2)
+    return 1 + means + updates / n / fading
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ linear in v and w. With both constant on segments of training, every measured di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -114,32 +113,14 @@ class PairDistance:
 MOST_SEGMENTS = 64
 """Limit of the number of segments; of more snapshot times, several share a segment."""
 
-_SMOOTHING = 0.1
-"""Penalty on the logarithm of a jump between neighbouring segments, relative to that on a measurement's residual."""
-
 _DISTANCES_FOR_NOISE = 1.5
 """Number of distances per segment from which on noise is fitted, too. One profile whose snapshots each have distances
 to the two previous ones has nearly 2."""
 
-_ANCHORING = 0.3
-"""Weight of an earlier estimate in a segment without measurements, relative to that of a measurement's residual. It
-falls to 0 where the shares of distances add up to 1, since the earlier estimate comes from the same measurements."""
-
-_LEAST_SHARE = 1e-5
-"""Lower limit of walk and noise, relative to the first estimate."""
-
-_NO_NOISE = 1e-3
-"""Noise whose share is below this in every distance is set to 0."""
-
-_NOISE_LATER = 5.0
-"""The search starts with noise below its first estimate by this logarithm. Local minima exist in which noise replaces a
-walk that jumps: 7 of 352 fits to re-initialized layers ended in such a minimum, 4 of these with errors up to ten times
-the predicted ones. With this start 3 fits did, all within 0.05 % of the lowest minimum known."""
-
-_WIDEST = 40.0
-"""Width of the range in which an unknown's logarithm is searched."""
-
-_MOST_STEPS, _LEAST_GAIN, _DAMPING, _MOST_DAMPING = 500, 1e-14, 1e-3, 1e12
+_FIRST, _UPDATES = (1.0, 0.1), 1000
+"""First walk and noise, each relative to what would explain the distances alone, and the number of updates of a fit.
+Of 120 averages of checkpoints, all were within 2 of the predicted error, with a first noise of 1 or 0.01 99 %, and with
+100 updates in place of 300 to 3,000 93 %."""
 
 
 def fit_motion(
@@ -147,15 +128,18 @@ def fit_motion(
     times: Sequence[float],
     distances: Sequence[PairDistance],
     steps: Steps | None = None,
-    known: Motion | None = None,
     may_have_noise: bool = True,
 ) -> Motion:
     """Return the motion that explains measured distances best.
 
-    Minimises squared relative residuals, with weak smoothing between neighbouring segments. A residual is relative to
-    the geometric mean of the measured and the fitted distance, so that too large and too small fits cost the same, and
-    the distances of a pause do not outweigh all others. Smoothing penalises the logarithm of the ratio of neighbours,
-    so that a segment in which training stands still, with tiny distances, has little influence on the next segment.
+    Minimises the sum of (model - 1)^2 / model, where model is an expected distance relative to the measured one, so
+    that too large and too small fits cost the same, and the distances of a pause do not outweigh all others. The model
+    is linear in the unknowns x >= 0, model = A x + rounding, and the sum convex. Replacing 1 / model by its bound from
+    Jensen's inequality, which is exact at the current x, gives the multiplicative update
+
+        x_j <- x_j sqrt(sum_i A_ij / model_i^2 / sum_i A_ij),
+
+    which never increases the sum.
 
     Arguments:
         start: time of the first update.
@@ -163,144 +147,38 @@ def fit_motion(
         distances: at least one, none of them with `same_profile`. With enough distances noise is fitted, too: it makes
             successive intervals differ more than a walk does.
         steps: of the run; None if unknown.
-        known: an earlier estimate, from snapshots that may have been deleted. It is kept where distances add nothing.
         may_have_noise: False where all distances carry the same information about an interval.
     """
-    if known is not None and not known.walk.any():
-        known = None  # a standstill is no estimate of later motion
-    edges, walk, noise, anchors = _first_course(start, times) if known is None else _course_after(known, times)
-    segments = walk.size
+    edges = _joined(np.unique([start, *(t for t in times if t > start)]))
+    if edges.size == 1:
+        edges = np.array([start / 2, start])
+    segments = edges.size - 1
     cells, walks, noises, rounding = influences(edges, distances, steps)
     segment = np.clip(np.searchsorted(edges, cells.edges[:-1], side="right") - 1, 0, segments - 1)
     first = np.flatnonzero(np.diff(segment, prepend=-1))  # the first cell of each segment
     # Averages that should be equal, and differ, are not what their files say: no motion explains them.
     explained = walks.any(axis=1) | (rounding > 0)
-    walks, noises, rounding = walks[explained], noises[explained], rounding[explained]
-    influence = np.add.reduceat(walks, first, axis=1) * walk
-    knows_noise = len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and known.noise.any())
-    if knows_noise and may_have_noise:
-        influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) * noise))
+    kinds = [walks, noises] if may_have_noise and len(distances) >= _DISTANCES_FOR_NOISE * segments else [walks]
+    influence = np.hstack([np.add.reduceat(kind[explained], first, axis=1) for kind in kinds])
+    rounding = rounding[explained]
     unknowns = np.zeros(2 * segments)
-    unknowns[: influence.shape[1]] = _solve(influence, rounding, anchors[: influence.shape[1]], segments)
-    return Motion(edges, walk * unknowns[:segments], noise * unknowns[segments:])
+    if influence.any():
+        total = influence.sum(axis=0)
+        # The same walk everywhere, as large as the distances are in the mean, and far less noise.
+        parts = zip(_FIRST, np.hsplit(influence, len(kinds)), strict=False)
+        levels = [share / max(part.sum(axis=1).mean(), 1e-300) for share, part in parts]
+        x = np.repeat(levels, segments)
+        for _ in range(_UPDATES):
+            model = np.maximum(influence @ x + rounding, 1e-12)
+            x *= np.sqrt(np.divide(model**-2 @ influence, total, out=np.ones_like(total), where=total > 0))
+        unknowns[: x.size] = x
+    return Motion(edges, unknowns[:segments], unknowns[segments:])
 
 
-# The parametrisation of a fit: the edges of the segments, the units of v and of w in each segment, [segments] each, and
-# earlier estimates of the unknowns (v, then w, in these units), nan where there are none, [2 * segments].
-_Course = tuple[FloatArray, FloatArray, FloatArray, FloatArray]
-
-
-def _first_course(start: float, times: Sequence[float]) -> _Course:
-    """Return the parametrisation without an earlier estimate: segments between snapshot times, units of 1."""
-    inner = np.unique([t for t in times if t > start])
-    if inner.size > MOST_SEGMENTS:
-        inner = inner[np.linspace(0, inner.size - 1, MOST_SEGMENTS + 1).round().astype(int)[1:]]
-    edges = np.concatenate(([start], inner)) if inner.size else np.array([start / 2, start])
-    ones = np.ones(edges.size - 1)
-    return edges, ones, ones, np.full(2 * ones.size, np.nan)
-
-
-def _course_after(known: Motion, times: Sequence[float]) -> _Course:
-    """Return the parametrisation in units of an earlier estimate, with noise at least at its mean."""
-    later = np.unique([t for t in times if t > known.edges[-1]])
-    unseen = np.full(later.size, np.nan)
-    walk = np.maximum(known.walk, _LEAST_SHARE * known.walk.max())
-    noise = np.maximum(known.noise, known.noise.mean())
-    seen = np.divide(known.noise, noise, out=np.zeros_like(noise), where=noise > 0)
-    noise = np.where(noise > 0, noise, walk[-1])
-    walk, noise = (np.append(units, np.full(later.size, units[-1])) for units in (walk, noise))
-    return np.append(known.edges, later), walk, noise, np.concatenate((np.ones(seen.size), unseen, seen, unseen))
-
-
-def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, segments: int) -> FloatArray:
-    """Return the unknowns of all segments, for the walk or for walk and noise: shape [unknowns]; 0 without motion.
-
-    With x = exp(u), a residual (x - y)^2 / (x y) is 2 cosh(u - log y) - 2, smooth in u, so that Newton's method finds
-    the minimum even if the motion changes by many orders of magnitude between segments. `influence`, [distances,
-    unknowns], and `rounding`, [distances], are relative to the distances; `anchors` are earlier estimates, or nan.
-    """
-    anchored = np.isfinite(anchors)
-    kinds = np.split(influence, influence.shape[1] // segments, axis=1)
-    scale = np.concatenate([_first_estimate(kind, 1 - rounding) for kind in kinds])
-    scale = np.where(anchored & (anchors > 0), anchors, scale)
-    if not np.all(scale > 0):
-        return np.zeros(scale.size)
-    lowest = np.log(_LEAST_SHARE * scale)
-    shares = influence * scale
-    coverage = np.sum(shares / np.maximum(np.sum(shares, axis=1, keepdims=True), _LEAST_SHARE), axis=0)
-    hold = (_ANCHORING * np.clip(1 - coverage[anchored], 0, 1)) ** 2
-    anchor = np.log(np.maximum(anchors[anchored], _LEAST_SHARE * scale[anchored]))
-    left = np.delete(np.arange(scale.size - 1), np.arange(segments - 1, scale.size - 1, segments))
-
-    def objective(u: FloatArray) -> tuple[float, FloatArray, FloatArray]:
-        """Return the sum of squared residuals and penalties, up to a constant, its gradient and its Hessian."""
-        x = np.exp(u)
-        model = influence @ x + rounding  # each measured distance is 1
-        jump, off = u[left + 1] - u[left], u[anchored] - anchor
-        value = np.sum(model + 1 / model) + _SMOOTHING**2 * np.sum(jump**2) + 2 * hold @ np.cosh(off)
-        slope, each = x * (influence.T @ (1 - model**-2)), influence * x
-        curvature = each.T @ (2 * model[:, None] ** -3 * each) + np.diag(slope)
-        pull, stiffness = 2 * _SMOOTHING**2 * jump, 2 * _SMOOTHING**2
-        for side, sign in ((left, -1), (left + 1, 1)):
-            slope[side] += sign * pull
-            curvature[side, side] += stiffness
-            curvature[side, side - sign] -= stiffness
-        slope[anchored] += 2 * hold * np.sinh(off)
-        curvature[anchored, anchored] += 2 * hold * np.cosh(off)
-        return float(value), slope, curvature
-
-    start = np.log(scale)
-    start[segments:] -= _NOISE_LATER
-    solution = np.exp(_minimum(objective, start, lowest, lowest + _WIDEST))
-    if np.all(influence[:, segments:] @ solution[segments:] < _NO_NOISE * (influence @ solution + rounding)):
-        solution[segments:] = 0.0
-    return solution
-
-
-def _minimum(
-    function: Callable[[FloatArray], tuple[float, FloatArray, FloatArray]],
-    u: FloatArray,
-    low: FloatArray,
-    high: FloatArray,
-) -> FloatArray:
-    """Return a local minimum between bounds, starting at `u`, by Newton's method with Levenberg's damping.
-
-    `function` returns its value, gradient and Hessian. SciPy's search is not used: importing it takes longer than
-    everything else that a command does before it reads tensors.
-    """
-    value, slope, curvature = function(u)
-    damping = _DAMPING
-    for _ in range(_MOST_STEPS):
-        free = np.flatnonzero(((u > low) | (slope < 0)) & ((u < high) | (slope > 0)))
-        damped = curvature[np.ix_(free, free)] + damping * np.diag(np.abs(np.diag(curvature)[free]))
-        trial, at_trial = u.copy(), None
-        with suppress(np.linalg.LinAlgError):  # the Hessian is not positive definite
-            np.linalg.cholesky(damped)
-            step = np.linalg.solve(damped, slope[free])
-            if slope[free] @ step <= _LEAST_GAIN * value:
-                break
-            trial[free] = np.clip(u[free] - step, low[free], high[free])
-            at_trial = function(trial)
-        if at_trial is not None and at_trial[0] < value:
-            u, (value, slope, curvature), damping = trial, at_trial, damping / 10
-        elif (damping := 10 * damping) > _MOST_DAMPING:
-            break
-    return u
-
-
-def _first_estimate(relative: FloatArray, goal: FloatArray) -> FloatArray:
-    """Return, for each segment, the mean of the constant walks (or noises) that single distances imply.
-
-    Each counts by the segment's share in its distance; `goal` is the part of each distance to explain: [distances].
-    """
-    total = relative.sum(axis=1)
-    seen = total > 0
-    if not seen.any():
-        return np.zeros(relative.shape[1])
-    constant, share = np.maximum(goal[seen], 1e-3) / total[seen], relative[seen] / total[seen, None]
-    weight = share.sum(axis=0)
-    anywhere = np.full(weight.size, np.exp(np.mean(np.log(constant))))
-    return np.asarray(np.divide(share.T @ constant, weight, out=anywhere, where=weight > 1e-9))
+def _joined(edges: FloatArray) -> FloatArray:
+    """Return the ends of at most `MOST_SEGMENTS` intervals, evenly chosen among the edges."""
+    places = np.linspace(0, edges.size - 1, min(edges.size, MOST_SEGMENTS + 1)).round().astype(np.intp)
+    return np.asarray(edges[places])
 
 
 # --- integrals -------------------------------------------------------------------------------------
@@ -454,6 +332,21 @@ class Sketch:
         unseen = 12 * noise / np.where(part > 0, part, 1.0) + 144 / 120 * 2 / 3 * walk
         return self._across.T @ bend, np.sqrt(unseen * self.folds)[:, None] * bend
 
+    def motion(self, steps: Steps | None) -> Motion:
+        """Return the walk that the path makes beyond its main direction, without noise.
+
+        A projection shows motion in one direction fully, and coefficients fitted to it are right; a walk in many
+        directions has errors in those that it does not show. Without that distinction errors of oscillations are up to
+        400 times larger; leaving out 4 or 16 directions in place of 1 makes a few ordinary ones larger.
+        """
+        edges = _joined(self.edges[np.diff(self.edges, prepend=-np.inf) > 0])
+        if edges.size < 2:
+            return Motion(np.array([self.edges[0] / 2, self.edges[0]]), np.zeros(1), np.zeros(1))
+        counts = np.diff(edges if steps is None else steps.clock.step_at(edges))
+        ends = np.searchsorted(self.edges[1:], edges[1:], side="right")
+        squares = self._squares_of(_beyond_main_direction(self._misses))
+        return Motion(edges, np.diff(np.append(0.0, np.cumsum(squares))[ends], prepend=0.0) / counts, 0 * counts)
+
     @cached_property
     def _within(self) -> FloatArray:
         """Times within the windows: shape [K * _POINTS]."""
@@ -490,16 +383,27 @@ class Sketch:
 
     @cached_property
     def _squares(self) -> FloatArray:
-        """Squared length of a walk across each window: shape [K].
+        """Squared length of a walk across each window: shape [K]."""
+        return self._squares_of(self._misses)
 
-        For a walk of variance V across a window, its mean misses the line between the neighbours' means by V / 4.
+    def _squares_of(self, misses: FloatArray) -> FloatArray:
+        """Return the squared lengths that misses stand for; the first and the last window are like their neighbours."""
+        squares = np.sum(misses**2, axis=1)
+        if len(self.means) < 3:
+            return np.full(len(self.means), squares.sum())
+        return np.pad(squares, 1, mode="edge")
+
+    @cached_property
+    def _misses(self) -> FloatArray:
+        """Twice the differences between inner windows' means and the line between their neighbours': shape [K - 2, D].
+
+        A walk of variance V across a window has the expected square V. Of two windows, the difference of their means.
         """
-        squares = np.full(len(self.means), np.sum(np.diff(self.means, axis=0) ** 2))
-        if len(self.means) > 2:
-            place = (self._middle[1:-1] - self._middle[:-2]) / (self._middle[2:] - self._middle[:-2])
-            line = self.means[:-2] + (self.means[2:] - self.means[:-2]) * place[:, None]
-            squares = np.pad(4 * np.sum((self.means[1:-1] - line) ** 2, axis=1), 1, mode="edge")
-        return np.asarray(squares, dtype=np.float64)
+        if len(self.means) < 3:
+            return np.diff(self.means, axis=0)
+        place = (self._middle[1:-1] - self._middle[:-2]) / (self._middle[2:] - self._middle[:-2])
+        line = self.means[:-2] + (self.means[2:] - self.means[:-2]) * place[:, None]
+        return np.asarray(2 * (self.means[1:-1] - line))
 
     @cached_property
     def _noise(self) -> FloatArray:
@@ -510,3 +414,11 @@ class Sketch:
     def _beyond(self) -> FloatArray:
         """The part of each window's spread that is not steady motion: shape [K]."""
         return np.asarray(np.maximum(self.spread - self._inner * np.sum(self._across**2, axis=1) / 12, 0.0))
+
+
+def _beyond_main_direction(rows: FloatArray) -> FloatArray:
+    """Return rows of projections, [K, D], without their main direction, scaled up as if it had been an average one."""
+    if not rows.any():
+        return rows
+    main = np.linalg.svd(rows, full_matrices=False)[2][:1]
+    return np.asarray((rows - rows @ main.T @ main) * np.sqrt(rows.shape[1] / (rows.shape[1] - 1)))

@@ -34,10 +34,6 @@ from posthoc_cli.reconstruction.motion import (
 
 MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
 
-_MEMORY = 12
-"""Steps over which training is smooth (momentum 0.9 remembers 10): the weights at one moment move like an average of
-that width, not like a walk with independent steps."""
-
 ROUNDING: float = math.sqrt(2 * math.log(2) / 36)
 """Root mean square error of one rounding to nearest, relative to the values, in units of eps: 0.196.
 
@@ -220,25 +216,24 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
     profiles = [average.pure for average in averages]
     in_order = sorted(range(len(averages)), key=lambda i: order_of(profiles[i]))
     steps = averages[in_order[-1]].steps
-    earlier = next((m for i in reversed(in_order) if (m := averages[i].motion) is not None), None)
-    distances = _distances([(profiles[i], measured[i], arithmetic[i]) for i in in_order])
-    weights = map(_distance_to_weights, averages, measured, arithmetic.tolist())
-    distances = [distance for distance in (*distances, *weights) if distance is not None and not distance.same_profile]
-    if distances:
+    found = [] if sketch else _distances([(profiles[i], measured[i], arithmetic[i]) for i in in_order])
+    distances = [distance for distance in found if not distance.same_profile]
+    if sketch is not None:
+        motion = sketch.motion(steps)
+    elif distances:
         times = [profile.t for profile in profiles]
         # Other libraries' averages of one time take the mean of the same weights in late intervals: with noise in place
         # of a walk, combinations were up to 28 times as far off.
         may_have_noise = not any(isinstance(profile, Discrete) for profile in profiles)
         start = min(average.start for average in averages)
-        motion = fit_motion(start, times, distances, steps, earlier, may_have_noise)
+        motion = fit_motion(start, times, distances, steps, may_have_noise)
     else:
-        assumed = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
-        motion = assumed if earlier is None else earlier
+        motion = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
     # Weights that are all 0 have distances, but all of these are 0.
     still = not norm.any() and any(measurements.distances for measurements in measured)
     return Prior(
         motion, np.array([measurements.rounding for measurements in measured]), arithmetic, norm,
-        MEASURED if distances or earlier is not None or still or sketch is not None else ASSUMED, steps,
+        MEASURED if distances or still or sketch is not None else ASSUMED, steps,
         _doubt(motion, distances, steps) if distances else 0.0, sketch, _shared(averages, inherited, sketch),
     )  # fmt: skip
 
@@ -312,21 +307,6 @@ def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) ->
                 pair = tuple((t, round(gamma, 9), half) for t, gamma, half in map(order_of, (later, earlier)))
                 distances[pair] = PairDistance(later, earlier, squared, noise)
     return list(distances.values())
-
-
-def _distance_to_weights(average: StoredAverage, measurements: Measurements, arithmetic: float) -> PairDistance | None:
-    """Return the distance to the weights of the same time, which move like an average over a few steps.
-
-    Return None if it is unknown, or if an average over a few steps is not much shorter than this one.
-    """
-    profile, squared = average.profile, measurements.weights
-    if not isinstance(profile, RecordedPowerFunction):
-        return None
-    width = max(_MEMORY * average.step_length, profile.max_interval) / profile.t
-    if not squared or not average.step_length or not width < profile.pure.sigma_rel / 8:
-        return None
-    weights = PowerFunction.from_sigma_rel(width, profile.t)
-    return PairDistance(profile.pure, weights, squared, arithmetic)
 
 
 # --- correlated roundings --------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from posthoc_cli import plots
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, printable, shown
 from posthoc_cli.report.facts import summary
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.tensor_file import read_small_file
+from posthoc_cli.snapshots.tensorfile import read_small_file
 from posthoc_cli.sweep.results import RESULT, answer
 
 _MOST_BYTES = 50_000_000

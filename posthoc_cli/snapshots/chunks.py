@@ -1,20 +1,16 @@
-"""Chunks of tensors: which elements of a tensor a file holds, and how to assemble other boxes from them.
+"""Boxes of tensors: which elements of a tensor a file holds, and which ones a reader wants.
 
 Training on several processes cuts a tensor into chunks, each a box of its index space. A reader asks for another box:
 the complete tensor, or a chunk of another device mesh. Every box is stored in row-major order, so that the elements of
-an intersection have the same order in both boxes, and each file is read forwards only.
+an intersection have the same order in both boxes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
-
-import numpy.typing as npt
-from numpy.lib.stride_tricks import as_strided
 
 
 @dataclass(frozen=True)
@@ -78,30 +74,6 @@ def boxes_of_range(box: Box, begin: int, end: int) -> Iterator[Box]:
                 yield Box((box.offset[0] + index, *part.offset), (1, *part.shape))
         index += count
         position = min(end, index * row)
-
-
-ForwardReader = Callable[[int, int], npt.NDArray[Any]]
-"""A function that reads the stored elements `begin` to `end` of one chunk, shape [end - begin], forwards only."""
-
-
-def copy_range(into: npt.NDArray[Any], wanted: Box, begin: int, chunks: Sequence[tuple[Box, ForwardReader]]) -> None:
-    """Fill `into` with the row-major elements of the box `wanted` from `begin` on.
-
-    Arguments:
-        into: contiguous array of shape [count] and the dtype of the stored elements.
-        chunks: boxes of the same tensor that cover these elements, each with a reader of its stored elements.
-    """
-    strides = [into.itemsize * step for step in row_major(wanted.shape)]
-    for part in boxes_of_range(wanted, begin, begin + into.size):
-        for chunk, read in chunks:
-            common = chunk.intersection(part)
-            if not common.size:
-                continue
-            stored = read(*chunk.span(common))
-            steps = [stored.itemsize * step for step in row_major(chunk.shape)]
-            first, last = wanted.span(common)
-            target = as_strided(into[first - begin : last - begin], common.shape, strides)
-            target[...] = as_strided(stored, common.shape, steps)
 
 
 def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:

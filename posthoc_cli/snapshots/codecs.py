@@ -1,4 +1,4 @@
-"""The encoding of samples and sketches of a run's path as texts in headers; `snapshots.format` specifies both."""
+"""The encoding of samples and sketches of a run's path as texts in headers; `snapshots.snapshot` names both."""
 
 from __future__ import annotations
 

@@ -1,38 +1,54 @@
-"""A snapshot directory: list it, read the headers of its run, check that they belong together, name new snapshots.
+"""A directory of snapshots: its names and headers, what belongs together, its lock, removing, and thinning.
 
 Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); the headers alone are authoritative.
+
+The lock is `flock`, which the system releases when its holder dies. On a file system without locks, or one that keeps
+them to one host, a second writer cannot be excluded; a warning says so if that can be detected. A file next to the
+lock names its holder, for people.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
+import os
 import re
-from collections import defaultdict
+import socket
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from itertools import combinations, pairwise
+from itertools import chain, combinations, count, pairwise
 from pathlib import Path
-from typing import NamedTuple
-
-import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, PostHocError, RemoteError, shown
-from posthoc_cli.reconstruction import Distance, Measurements
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.chunks import Box, cover_problem
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    LockedError,
+    MismatchError,
+    PostHocError,
+    RemoteError,
+    WriteError,
+    printable,
+    shown,
+)
+from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, spared_times
+from posthoc_cli.reconstruction import Distance, Measurements, measured_prior
+from posthoc_cli.snapshots.chunks import cover_problem
 from posthoc_cli.snapshots.codecs import joined_paths
-from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
 from posthoc_cli.snapshots.path import index_within, joined_sample, places
-from posthoc_cli.snapshots.reading import BackingFile
-from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.snapshots.tensor_file import opened_in_turn, read_header
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, read_one
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, in_turn, read_file, read_small_file
+
+log = logging.getLogger(__name__)
 
 SUPERSEDED = "superseded"
 """The name of the folder for snapshots from after the step at which training was resumed."""
-
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """Suffixes of files that are usually pickles; such files are never opened."""
@@ -41,50 +57,46 @@ NAME_A_RUN = "name the directory that a tracker writes its snapshots to"
 
 ON_ONE_FILE_SYSTEM = "all processes of a training write to one directory, on a file system that they share"
 
-
-@dataclass(frozen=True)
-class StoredSnapshot:
-    """A snapshot on disk; the `checksum` of its header identifies it among snapshots of the same time."""
-
-    path: Path
-    info: fmt.SnapshotInfo
-    checksum: str
-
-    @property
-    def t(self) -> float:
-        """The training time of the average."""
-        return self.info.t
-
-    @property
-    def sigma_rel(self) -> float:
-        """The width of the snapshot's profile."""
-        return self.info.sigma_rel
-
-    @classmethod
-    def of(cls, snapshot: Snapshot) -> StoredSnapshot:
-        """Return the record of a snapshot whose header was read."""
-        return cls(snapshot.path, snapshot.info, snapshot.identity)
+STILL_SECONDS = 60.0
+"""The age from which temporary files in a locked directory are removed: a synthesis into it takes no lock."""
 
 
 # --- listing and reading a directory
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The names in a directory, sorted; no file is opened."""
+class Directory:
+    """The names in a directory, sorted, and once its headers are read, what they say.
+
+    Attributes:
+        snapshots: complete snapshots by time, then sigma_rel.
+        problems: what is wrong: unreadable headers, and snapshots that contradict each other.
+        notes: lines about unusual entries.
+        incomplete: folders that lack parts of a snapshot, left by an interrupted training or still being written, each
+            with the parts that exist, in words.
+    """
 
     path: Path
-    entries: tuple[Path, ...]
+    entries: tuple[Path, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
+    problems: tuple[PostHocError, ...] = ()
+    notes: tuple[str, ...] = ()
+    incomplete: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
-        """The visible files that may be snapshots, outputs or states."""
-        return [path for path in self.entries if path.suffix == fmt.SUFFIX and not path.name.startswith(".")]
+        """The visible files that may be snapshots or outputs."""
+        return [path for path in self.entries if path.suffix == SUFFIX and not path.name.startswith(".")]
 
     @property
     def folders(self) -> list[Path]:
         """The folders that, by their names, may be snapshots in several parts."""
-        return [path for path in self.entries if is_snapshot_name(path) and path.suffix != fmt.SUFFIX]
+        return [path for path in self.entries if is_snapshot_name(path) and path.suffix != SUFFIX]
+
+    @property
+    def parts_folders(self) -> list[Path]:
+        """The folders of parts, whatever their names: setting one aside may have added a number to its name."""
+        return [path for path in self.entries if path.suffix != SUFFIX and _may_hold_parts(path)]
 
     @property
     def leftovers(self) -> list[Path]:
@@ -96,11 +108,19 @@ class Listing:
         """The files that, by their names, are pickles."""
         return [path for path in self.entries if path.suffix in PICKLES]
 
+    @property
+    def superseded(self) -> int:
+        """The number of snapshots that were set aside; 0 if their folder cannot be read."""
+        with suppress(DirectoryError):
+            superseded = list_folder(self.path / SUPERSEDED)
+            return len(superseded.files) + len(superseded.parts_folders)
+        return 0
 
-def list_directory(directory: Path) -> Listing:
+
+def list_directory(directory: Path) -> Directory:
     """List a directory; raise DirectoryError if it does not exist, is not a directory, or cannot be read."""
     try:
-        return Listing(directory, tuple(sorted(files.system.list(directory))))
+        return Directory(directory, tuple(sorted(files.system.list(directory))))
     except FileNotFoundError as error:
         raise DirectoryError(directory, "no such directory", NAME_A_RUN) from error
     except NotADirectoryError as error:
@@ -112,69 +132,69 @@ def list_directory(directory: Path) -> Listing:
         raise DirectoryError(f"{str(directory)!r}", f"cannot be read: {reason.lower()}") from error
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """The headers of a directory: snapshots by time, then sigma_rel; problems; and notes on unusual entries.
-
-    `incomplete` maps folders that lack parts of a snapshot, left by an interrupted training or still being written, to
-    the parts that exist, in words.
-    """
-
-    listing: Listing
-    snapshots: tuple[Snapshot, ...]
-    problems: tuple[PostHocError, ...]
-    notes: tuple[str, ...]
-    incomplete: Mapping[Path, str]
-
-    @property
-    def superseded(self) -> int:
-        """The number of snapshots that were set aside; 0 if their folder cannot be read."""
-        with suppress(DirectoryError):
-            superseded = list_folder(self.listing.path / SUPERSEDED)
-            return len(superseded.files) + len(parts_folders(superseded))
-        return 0
+def list_folder(folder: Path) -> Directory:
+    """List a folder like `list_directory`; return nothing for a link, which may lead elsewhere, or for a file."""
+    if folder.is_symlink():
+        return Directory(folder)
+    try:
+        return list_directory(folder)
+    except DirectoryError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return Directory(folder)
+        raise
 
 
-def inspect_directory(directory: Path) -> Inspection:
+def inspect_directory(directory: Path) -> Directory:
     """Read the headers of all snapshots in a directory, continuing after errors; raise errors of `list_directory`."""
     listing = list_directory(directory)
     snapshots: list[Snapshot] = []
     problems: list[PostHocError] = []
-    stray_parts: list[str] = []
-    cache = DecodeCache()
-    for result in _snapshots_in(listing.files, lambda _: cache):
+    notes: list[str] = []
+    incomplete: dict[Path, str] = {}
+    for result in _snapshots_in(listing.files):
         if isinstance(result, FileFormatError):
             problems.append(result)
-        elif result.info.part is None:
+        elif result.part is None:
             snapshots.append(result)
         else:
-            stray_parts.append(f"{result.name}: is a part of a snapshot, outside the folder of the others; not read")
-    folders = read_folders(listing)
-    snapshots = sorted([*snapshots, *folders.snapshots.values()], key=time_order)
-    problems += [*folders.problems.values(), *contradictions(snapshots)]
-    notes = (*missing_at_newest(snapshots), *stray_parts, *folders.notes)
-    return Inspection(listing, tuple(snapshots), tuple(problems), notes, folders.incomplete)
-
-
-def _snapshots_in(
-    paths: Sequence[Path], cache_of: Callable[[str], DecodeCache]
-) -> Iterator[Snapshot | FileFormatError]:
-    """Yield the snapshots and parts among files, and an error for each unreadable file that still exists."""
-    for path in opened_in_turn(paths):
+            notes.append(f"{result.name}: is a part of a snapshot, outside the folder of the others; not read")
+    for folder in listing.folders:
         try:
-            header = read_header(path, cache_of(path.name))
-            if file_kind(header) not in (None, "output"):
-                yield Snapshot(path, header, decode_snapshot(path, header, cache_of(path.name)))
+            content = read_folder(folder)
+        except PostHocError as error:
+            if not files.is_absent(folder):
+                problems.append(error)
+            continue
+        if isinstance(content, Snapshot):
+            snapshots.append(content)
+        elif content:
+            incomplete[folder] = content
+            notes.append(f"{folder.name}/: has {content}")
+    snapshots.sort(key=time_order)
+    problems += contradictions(snapshots)
+    notes = [*missing_at_newest(snapshots), *notes]
+    return replace(
+        listing, snapshots=tuple(snapshots), problems=tuple(problems), notes=tuple(notes), incomplete=incomplete
+    )
+
+
+def _snapshots_in(paths: Sequence[Path]) -> Iterator[Snapshot | FileFormatError]:
+    """Yield the snapshots and parts among files, and an error for each unreadable file that still exists."""
+
+    def read(path: Path) -> Snapshot | FileFormatError | None:
+        try:
+            file = read_file(path)
+            return None if file.kind in (None, "output") else decode_snapshot(file)
         except FileFormatError as error:
-            if not files.is_absent(path):
-                yield error
+            return None if files.is_absent(path) else error
+
+    return filter(None, in_turn(read, paths, any(map(files.is_url, paths))))
 
 
 def read_snapshot(path: Path) -> Snapshot:
     """Read a snapshot, a file or a folder of parts; raise FileFormatError or MismatchError if it is not one."""
     if not path.is_dir():
-        header = read_header(path)
-        return Snapshot(path, header, decode_snapshot(path, header))
+        return read_one(path)
     content = read_folder(path)
     if isinstance(content, Snapshot):
         return content
@@ -191,12 +211,12 @@ def find_snapshots(directory: Path) -> list[Snapshot]:
         raise
 
 
-def _sound(directory: Path) -> Inspection:
+def _sound(directory: Path) -> Directory:
     """Read a directory like `inspect_directory`, but raise the first problem."""
-    inspection = inspect_directory(directory)
-    if inspection.problems:
-        raise inspection.problems[0]
-    return inspection
+    content = inspect_directory(directory)
+    if content.problems:
+        raise content.problems[0]
+    return content
 
 
 def read_directory(directory: Path) -> list[Snapshot]:
@@ -207,16 +227,15 @@ def read_directory(directory: Path) -> list[Snapshot]:
         FileFormatError: a file in it is damaged.
         MismatchError: two files do not belong together; both are named.
     """
-    inspection = _sound(directory)
-    if inspection.snapshots:
-        return list(inspection.snapshots)
-    if inspection.incomplete:
-        folder, parts = next(iter(inspection.incomplete.items()))
-        reason = f"no complete snapshots here; {folder.name}/ has {parts}"
-        raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
+    content = _sound(directory)
+    if content.snapshots:
+        return list(content.snapshots)
+    if content.incomplete:
+        folder, parts = next(iter(content.incomplete.items()))
+        raise DirectoryError(directory, f"no complete snapshots here; {folder.name}/ has {parts}", ON_ONE_FILE_SYSTEM)
     if is_parts_folder(directory):
         raise DirectoryError(directory, "holds the parts of one snapshot", NAME_A_RUN)
-    foreign = [path.name for path in inspection.listing.entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
+    foreign = [path.name for path in content.entries if path.suffix in (SUFFIX, *PICKLES)]
     example = f"; {foreign[0]} is not a snapshot of this package" if foreign else ""
     raise DirectoryError(directory, f"no snapshots here{example}", NAME_A_RUN)
 
@@ -228,55 +247,12 @@ PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}\.safetensors")
 
 def is_snapshot_name(path: Path) -> bool:
     """Return whether a path has a name as from `snapshot_path`, of a file or of a folder."""
-    t, dash, sigma_rel = path.name.removesuffix(fmt.SUFFIX).partition("-")
+    t, dash, sigma_rel = path.name.removesuffix(SUFFIX).partition("-")
     try:
         named = snapshot_path(path.parent, float(t), float(sigma_rel)) if dash else None
     except (ValueError, ArithmeticError):
         return False
-    return named is not None and path in (named, named.with_name(named.name.removesuffix(fmt.SUFFIX)))
-
-
-@dataclass(frozen=True)
-class Folders:
-    """The content of a directory's folders: complete snapshots, problems, and incomplete snapshots in words."""
-
-    snapshots: dict[Path, Snapshot]
-    problems: dict[Path, PostHocError]
-    incomplete: dict[Path, str]
-
-    @property
-    def notes(self) -> list[str]:
-        """A line for each incomplete snapshot."""
-        return [f"{folder.name}/: has {parts}" for folder, parts in self.incomplete.items()]
-
-
-def read_folders(listing: Listing) -> Folders:
-    """Read the headers of all folders that may be snapshots, continuing after errors."""
-    folders, caches = Folders({}, {}, {}), defaultdict[str, DecodeCache](DecodeCache)
-    for folder in listing.folders:
-        try:
-            content = read_folder(folder, caches)
-        except PostHocError as error:
-            if not files.is_absent(folder):
-                folders.problems[folder] = error
-            continue
-        if isinstance(content, Snapshot):
-            folders.snapshots[folder] = content
-        elif content:
-            folders.incomplete[folder] = content
-    return folders
-
-
-def list_folder(folder: Path) -> Listing:
-    """List a folder like `list_directory`; return nothing for a link, which may lead elsewhere, or for a file."""
-    if folder.is_symlink():
-        return Listing(folder, ())
-    try:
-        return list_directory(folder)
-    except DirectoryError as error:
-        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
-            return Listing(folder, ())
-        raise
+    return named is not None and path in (named, named.with_name(named.name.removesuffix(SUFFIX)))
 
 
 def is_parts_folder(path: Path) -> bool:
@@ -284,11 +260,6 @@ def is_parts_folder(path: Path) -> bool:
     listing = list_folder(path)
     are_parts = [PART_NAME.fullmatch(file.name) is not None for file in listing.files]
     return bool(are_parts) and all(are_parts) and not listing.folders
-
-
-def parts_folders(listing: Listing) -> list[Path]:
-    """Return the folders of parts, whatever their names: setting one aside may have added a number to its name."""
-    return [path for path in listing.entries if path.suffix != fmt.SUFFIX and _may_hold_parts(path)]
 
 
 def _may_hold_parts(path: Path) -> bool:
@@ -299,141 +270,124 @@ def _may_hold_parts(path: Path) -> bool:
         return True
 
 
-def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> Snapshot | str:
-    """Merge the headers of a folder's parts into a snapshot; if it is incomplete, return its content, "2 of 4 parts".
-
-    The text is empty if the path is not a folder of parts. `caches` are by file name, since parts of one name have
-    similar headers in all snapshots; the one of "" is for merged parts.
-
-    Raises:
-        FileFormatError: a part is damaged, or elements of a tensor are missing.
-        MismatchError: two parts do not belong together; both are named.
-    """
-    caches = defaultdict(DecodeCache) if caches is None else caches
-    sets: dict[tuple[int, int], list[Snapshot]] = {}
-    for result in _snapshots_in(list_folder(folder).files, caches.__getitem__):
+def read_folder(folder: Path) -> Snapshot | str:
+    """Read the parts in a folder and join them, see `joined`; the text is empty if it is not a folder of parts."""
+    parts: list[Snapshot] = []
+    for result in _snapshots_in(list_folder(folder).files):
         if isinstance(result, FileFormatError):
             raise result
-        if result.info.part is None:
+        parts.append(result)
+    if not parts:
+        is_empty = folder.is_dir() and not folder.is_symlink() and not list_directory(folder).files
+        return "no parts" if is_empty else ""
+    return joined(folder, parts)
+
+
+def joined(folder: Path, parts: Sequence[Snapshot]) -> Snapshot | str:
+    """Join the parts in a folder to a snapshot; if it is incomplete, return what is there, such as "2 of 4 parts".
+
+    Parts are equal in all of their headers but for what describes their own tensors (`_OWN`). Readers add their
+    measurements and `inherited`, and keep a distance that all parts have; `motion` is in the first part. Sketches add
+    up, too: the projected numbers and the squared distances.
+
+    Raises:
+        FileFormatError: elements of a tensor are missing.
+        MismatchError: two parts do not belong together; both are named.
+    """
+    sets: dict[tuple[int, int], list[Snapshot]] = {}
+    for part in parts:
+        if part.part is None:
             reason = "is in a folder of parts but is not a part of a snapshot"
-            raise FileFormatError(result.path, reason, "move it to the directory")
-        sets.setdefault((result.info.part[1], result.info.session), []).append(result)
-    for parts in sets.values():
-        _check_parts(parts)
+            raise FileFormatError(part.path, reason, "move it to the directory")
+        sets.setdefault((part.part[1], part.session), []).append(part)
+    for of_set in sets.values():
+        _check_parts(of_set)
     # A snapshot off the schedule may be in the course of being replaced, part by part, by the same one on it.
     complete = [
-        parts
-        for (count, _), parts in sets.items()
-        if len(parts) == count and len({part.info.off_schedule for part in parts}) == 1
+        of_set
+        for (number, _), of_set in sets.items()
+        if len(of_set) == number and len({part.off_schedule for part in of_set}) == 1
     ]
     if len(complete) > 1:
         first, other = complete[0][0], complete[1][0]
         raise MismatchError(f"{first.path} and {other.path}", "are parts of two complete snapshots", "remove one")
     if complete:
-        return _merged(folder, complete[0], caches[""])
-    if sets:
-        counts = [f"{len(parts)} of {count} parts" for (count, _), parts in sorted(sets.items())]
-        sessions = {session for _, session in sets}
-        return ", ".join(counts + ["of different sessions of the training"] * (len(sessions) > 1))
-    return "no parts" if folder.is_dir() and not folder.is_symlink() and not list_directory(folder).files else ""
+        return _join(folder, complete[0])
+    counts = [f"{len(of_set)} of {number} parts" for (number, _), of_set in sorted(sets.items())]
+    sessions = {session for _, session in sets}
+    return ", ".join(counts + ["of different sessions of the training"] * (len(sessions) > 1))
 
 
 _OWN = (
     "tensors", "aliases", "inherited", "off_schedule", "measurements", "motion", "sample", "sketch", "part", "chunks",
-    "mesh",
+    "mesh", "path", "files", "entries",
 )  # fmt: skip
-"""The keys of the metadata in which parts may differ."""
+"""The fields in which parts may differ."""
 
 
 def _check_parts(parts: list[Snapshot]) -> None:
     """Sort parts by number; raise MismatchError, naming two of them, if they are not of one snapshot."""
-    parts.sort(key=lambda part: (part.info.part or (0, 0), part.path.name))
+    parts.sort(key=lambda part: (part.part or (0, 0), part.path.name))
     for before, part in pairwise(parts):
-        if before.info.part == part.info.part:
-            reason = "are both part {} of {}".format(*(part.info.part or (0, 0)))
+        if before.part == part.part:
+            reason = "are both part {} of {}".format(*(part.part or (0, 0)))
             raise MismatchError(f"{before.path} and {part.path}", reason, "remove one")
     first = parts[0]
     for part in parts[1:]:
-        for key, value in vars(first.info).items():
-            if key not in _OWN and getattr(part.info, key) != value:
-                reason = f"are not of one snapshot: they differ in ema.{key}"
-                raise MismatchError(f"{first.path} and {part.path}", reason)
+        for key, value in vars(first).items():
+            if key not in _OWN and getattr(part, key) != value:
+                raise MismatchError(f"{first.path} and {part.path}", f"are not of one snapshot: they differ in {key}")
 
 
-def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snapshot:
-    """Return the snapshot that consists of these parts."""
-    tensors = [(part.header.tensors, part.info.tensors, part.info.chunks, part.info.aliases) for part in parts]
-    joined = cache.once("joined", tensors, lambda: _join(folder, parts))
-    checksums = "".join(part.header.metadata["ema.checksum"] for part in parts)
-    metadata = {"ema.format": "snapshot", "ema.checksum": xxhash.xxh3_64_hexdigest(checksums.encode())}
-    header = fmt.FileHeader(metadata, joined.entries, sum(part.header.payload_start for part in parts))
-    info = replace(
-        parts[0].info, tensors=joined.tensors, aliases=joined.aliases,
-        inherited=sum(part.info.inherited for part in parts),
-        measurements=sum_of_parts([part.info.measurements for part in parts]),
-        motion=next((part.info.motion for part in parts if part.info.motion is not None), None),
-        sample=joined_sample([(part.info.sample, at) for part, at in zip(parts, joined.sampled, strict=True)]),
-        sketch=joined_paths([part.info.sketch for part in parts]),
-        part=None, chunks={},
-    )  # fmt: skip
-    both = zip(parts, joined.boxes, strict=True)
-    backing = (BackingFile(part.path, part.header.tensors, boxes, part.header) for part, boxes in both)
-    return Snapshot(folder, header, info, tuple(backing))
-
-
-class _Joined(NamedTuple):
-    """The tensors of a snapshot, the boxes that each part holds, and the positions of its values in the sample."""
-
-    tensors: dict[str, fmt.TrackedTensor]
-    entries: dict[str, fmt.TensorEntry]
-    aliases: dict[str, str]
-    boxes: list[dict[str, Box]]
-    sampled: list[list[int]]
-
-
-def _join(folder: Path, parts: Sequence[Snapshot]) -> _Joined:
-    """Join the tensors of all parts; raise the errors of `read_folder` if their chunks are not complete tensors."""
-    boxes = [{n: chunk.box(p.header.tensors[n].shape) for n, chunk in p.info.chunks.items()} for p in parts]
-    tensors = {name: tensor for part in parts for name, tensor in part.info.tensors.items()}
-    aliases = {alias: name for part in parts for alias, name in part.info.aliases.items()}
-    specs: dict[str, fmt.TensorSpec] = {}
-    held: dict[str, list[tuple[Path, Box]]] = defaultdict(list)
-    for part, held_boxes in zip(parts, boxes, strict=True):
-        for name, chunk in part.info.chunks.items():
-            dtype = part.header.tensors[name].dtype
-            spec = specs.setdefault(name, fmt.TensorSpec(name, dtype, chunk.shape))
-            if spec.shape != chunk.shape:
-                shapes = f"{list(spec.shape)} and {list(chunk.shape)}"
+def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
+    """Return the snapshot of these parts; raise the errors of `joined` if their chunks are not complete tensors."""
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    entries: dict[str, Entry] = {}
+    held: dict[str, list[Snapshot]] = defaultdict(list)
+    held_files = []
+    for part in parts:
+        boxes = {name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()}
+        held_files.append(replace(part.files[0], boxes=boxes))
+        for name, chunk in part.chunks.items():
+            entry = entries.setdefault(name, Entry(part.entries[name].dtype, chunk.shape))
+            held[name].append(part)
+            if entry.shape != chunk.shape:
+                shapes = f"{list(entry.shape)} and {list(chunk.shape)}"
                 reason = f"do not match: tensor {shown(name)} has the shapes {shapes}"
-                raise MismatchError(f"{held[name][0][0]} and {part.path}", reason)
+                raise MismatchError(f"{held[name][0].path} and {part.path}", reason)
             # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
-            specs[name] = replace(spec, dtype=max(spec.dtype, dtype, key=ITEM_BYTES.__getitem__))
-            held[name].append((part.path, held_boxes[name]))
-    for name, chunks in held.items():
-        _check_cover(folder, specs[name], chunks)
-    averages = {name: specs[name].shape for name, tensor in tensors.items() if tensor.role == "average"}
-    return _Joined(tensors, fmt.lay_out([*specs.values()]), aliases, boxes, _sampled_positions(averages, boxes))
+            widest = max(entry.dtype, part.entries[name].dtype, key=ITEM_BYTES.__getitem__)
+            entries[name] = entry._replace(dtype=widest)
+    for name, holders in held.items():
+        _check_cover(folder, name, entries[name], holders)
+    averages = {name: entries[name].shape for name, tensor in tensors.items() if tensor.role == "average"}
+    sampled: list[list[int]] = [[] for _ in parts]
+    for position, (name, index) in enumerate(places(averages)):
+        for at, file in zip(sampled, held_files, strict=True):
+            if name in file.boxes and index_within(file.boxes[name], averages[name], index) is not None:
+                at.append(position)
+    return replace(
+        parts[0], tensors=tensors, aliases={alias: name for part in parts for alias, name in part.aliases.items()},
+        inherited=sum(part.inherited for part in parts),
+        measurements=sum_of_parts([part.measurements for part in parts]),
+        motion=next((part.motion for part in parts if part.motion is not None), None),
+        sample=joined_sample([(part.sample, at) for part, at in zip(parts, sampled, strict=True)]),
+        sketch=joined_paths([part.sketch for part in parts]),
+        part=None, chunks={}, path=folder, files=tuple(held_files), entries=entries,
+    )  # fmt: skip
 
 
-def _check_cover(folder: Path, spec: fmt.TensorSpec, chunks: Sequence[tuple[Path, Box]]) -> None:
-    """Raise an error unless the chunks, each with its part's path, hold each element of a tensor exactly once."""
-    problem = cover_problem(spec.shape, [box for _, box in chunks])
+def _check_cover(folder: Path, name: str, entry: Entry, holders: Sequence[Snapshot]) -> None:
+    """Raise an error unless the chunks of a tensor hold each of its elements exactly once."""
+    boxes = [part.chunks[name].box(part.entries[name].shape) for part in holders]
+    problem = cover_problem(entry.shape, boxes)
     if problem is None:
         return
-    for (first, box), (other, other_box) in combinations(chunks, 2):
+    for (first, box), (other, other_box) in combinations(zip(holders, boxes, strict=True), 2):
         if box.intersection(other_box).size:
-            raise MismatchError(f"{first} and {other}", f"tensor {shown(spec.name)}: both hold some of its elements")
-    raise FileFormatError(folder, f"tensor {shown(spec.name)}: {problem}")
-
-
-def _sampled_positions(shapes: Mapping[str, Sequence[int]], boxes: Sequence[Mapping[str, Box]]) -> list[list[int]]:
-    """Return the positions in a snapshot's sample of the elements that each part holds in its boxes."""
-    positions: list[list[int]] = [[] for _ in boxes]
-    for position, (name, index) in enumerate(places(shapes)):
-        for held, of_part in zip(positions, boxes, strict=True):
-            if name in of_part and index_within(of_part[name], shapes[name], index) is not None:
-                held.append(position)
-    return positions
+            reason = f"tensor {shown(name)}: both hold some of its elements"
+            raise MismatchError(f"{first.path} and {other.path}", reason)
+    raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
 
 
 def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
@@ -461,7 +415,7 @@ def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
 
 def time_order(snapshot: Snapshot) -> tuple[float, float, str]:
     """Return the key that sorts snapshots by time, then sigma_rel."""
-    return snapshot.info.t, snapshot.info.sigma_rel, snapshot.path.name
+    return snapshot.t, snapshot.sigma_rel, snapshot.path.name
 
 
 def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
@@ -473,7 +427,7 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     ]
     seen: dict[tuple[float, float], Snapshot] = {}
     for snapshot in snapshots:
-        t, sigma_rel = snapshot.info.t, snapshot.info.sigma_rel
+        t, sigma_rel = snapshot.t, snapshot.sigma_rel
         first = seen.setdefault((t, sigma_rel), snapshot)
         if first is not snapshot:
             reason = f"both hold sigma_rel {sigma_rel:g} at t = {t:,.12g}"
@@ -483,7 +437,7 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
 
 def difference(first: Snapshot, other: Snapshot) -> str | None:
     """Return why a snapshot and a later one cannot be in one directory, to follow their names; None if they can."""
-    a, b = first.info, other.info
+    a, b = first, other
     if a.run_id != b.run_id:
         return f"are of different runs ({a.run_id[:8]} and {b.run_id[:8]}); keep one run a directory"
     if a.t_unit != b.t_unit:
@@ -491,12 +445,12 @@ def difference(first: Snapshot, other: Snapshot) -> str | None:
     # A run that lost all snapshots of a profile may have been resumed without that profile.
     if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
         return f"do not match: their runs track the profiles {_widths(a.sigma_rels)} and {_widths(b.sigma_rels)}"
-    is_same = (first.header.tensors, a.tensors) == (other.header.tensors, b.tensors)  # fast: mostly identical objects
+    is_same = a.tensors == b.tensors and all(entry.shape == b.entries[n].shape for n, entry in a.entries.items())
     for name in () if is_same else sorted(a.tensors.keys() | b.tensors.keys()):
         if name not in a.tensors or name not in b.tensors:
             missing = other if name in a.tensors else first
             return f"do not match: tensor {shown(name)} is missing in {missing.path.name}"
-        shapes = [list(s.header.tensors[name].shape) for s in (first, other)]
+        shapes = [list(s.entries[name].shape) for s in (first, other)]
         if shapes[0] != shapes[1]:
             return f"do not match: tensor {shown(name)} has the shapes {shapes[0]} and {shapes[1]}"
         if a.tensors[name] != b.tensors[name]:
@@ -510,13 +464,13 @@ def missing_at_newest(snapshots: Sequence[Snapshot]) -> list[str]:
 
     Profiles that the run no longer tracks, since it was resumed without them, are not reported.
     """
-    infos = [s.info for s in snapshots if s.info.run_id == snapshots[0].info.run_id]
-    newest = [info for info in infos if info.t == infos[-1].t]
-    tracked = {sigma_rel for info in newest for sigma_rel in info.sigma_rels}
-    missing = ({info.sigma_rel for info in infos} & tracked) - {info.sigma_rel for info in newest}
+    of_run = [snapshot for snapshot in snapshots if snapshot.run_id == snapshots[0].run_id]
+    newest = [snapshot for snapshot in of_run if snapshot.t == of_run[-1].t]
+    tracked = {sigma_rel for snapshot in newest for sigma_rel in snapshot.sigma_rels}
+    missing = ({snapshot.sigma_rel for snapshot in of_run} & tracked) - {snapshot.sigma_rel for snapshot in newest}
     if not missing:
         return []
-    return [f"t = {infos[-1].t:,.12g}, the newest: no snapshot of sigma_rel {_widths(sorted(missing))}"]
+    return [f"t = {of_run[-1].t:,.12g}, the newest: no snapshot of sigma_rel {_widths(sorted(missing))}"]
 
 
 def _widths(sigma_rels: Sequence[float]) -> str:
@@ -531,21 +485,247 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float, part: tuple[int, 
     integer, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
     clock = f"{int(integer):016d}" + (f".{fraction}" if fraction.strip("0") else "")
     if part is None:
-        return directory / f"{clock}-{sigma_rel!r}{fmt.SUFFIX}"
+        return directory / f"{clock}-{sigma_rel!r}{SUFFIX}"
     number, parts = part
-    return directory / f"{clock}-{sigma_rel!r}" / f"part-{number:05d}-of-{parts:05d}{fmt.SUFFIX}"
+    return directory / f"{clock}-{sigma_rel!r}" / f"part-{number:05d}-of-{parts:05d}{SUFFIX}"
 
 
-def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
+def newest_before(own: Snapshot, stored: Sequence[Snapshot]) -> list[Snapshot]:
     """Return the two newest earlier snapshots of each profile that have measurements; `stored` is in order of time.
 
     Distances over one interval and over two distinguish a random walk from noise.
     """
-    newest: dict[float, list[StoredSnapshot]] = {sigma_rel: [] for sigma_rel in info.sigma_rels}
+    newest: dict[float, list[Snapshot]] = {sigma_rel: [] for sigma_rel in own.sigma_rels}
     for snapshot in reversed(stored):
         of_profile = newest.get(snapshot.sigma_rel, [])
-        if snapshot.t < info.t and snapshot.info.measurements and len(of_profile) < 2:
+        if snapshot.t < own.t and snapshot.measurements and len(of_profile) < 2:
             of_profile.insert(0, snapshot)
         if all(len(of_profile) == 2 for of_profile in newest.values()):
             break
     return [snapshot for of_profile in newest.values() for snapshot in of_profile]
+
+
+# --- the lock
+
+LOCK_NAME = ".ema.lock"
+HOLDER_NAME = ".ema.lock.holder"
+MOST_HOLDER_BYTES = 10_000
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Error numbers of `flock` on a file system without locks."""
+
+
+class DirectoryLock:
+    """The exclusive right to write to a directory, held from construction to `release`; a context manager.
+
+    Raises LockedError if another tracker or command holds it, WriteError if the system refused an operation.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        import filelock  # imported here since it takes a tenth of a second, which reading a run need not wait for
+
+        self._holder = directory / HOLDER_NAME
+        self._clear_note: Callable[[], object] = lambda: None
+        with files.reported_as_write_error(directory):
+            # Without filelock's fallback, a lock by the existence of a file, which would survive a crash.
+            path = directory / LOCK_NAME
+            if path.is_file() and path.stat().st_size:  # releases of filelock for Python 3.10 truncate the file
+                raise WriteError(path, "is not a lock: it has content", "move it away")
+            self._lock = filelock.FileLock(path, blocking=False, is_singleton=False, fallback_to_soft=False)
+            try:
+                self._lock.acquire()
+            except filelock.Timeout:
+                reason = f"{self._named_holder()} is writing here"
+                raise LockedError(directory, reason, "close that tracker, or take another directory") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                why = (error.strerror or str(error)).lower()
+                log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
+            try:
+                if self._holder.exists() and self._holder.stat().st_size:
+                    log.warning("%s: %s", directory, self._takeover_warning())
+                self._note_holder()
+                # Clears the note also without `release`: when the process ends or the last reference is gone.
+                self._clear_note = weakref.finalize(self, _clear, self._holder, os.getpid())
+            except BaseException:
+                self.release()
+                raise
+
+    def release(self) -> None:
+        """Release the lock."""
+        try:
+            if self._clear_note():
+                with suppress(OSError):
+                    files.unlink_if_exists(self._holder)
+        finally:
+            if self._lock.is_locked:
+                self._lock.release()
+
+    def __enter__(self) -> DirectoryLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _note_holder(self) -> None:
+        """Write the note on the holder; nothing depends on it, so this need not be atomic."""
+        note = {"host": socket.gethostname(), "process": os.getpid()}
+        files.unlink_if_exists(self._holder)
+        descriptor = files.system.open_new(self._holder)
+        try:
+            files.write_at(descriptor, json.dumps(note).encode(), 0)
+        finally:
+            files.system.close(descriptor)
+
+    def _takeover_warning(self) -> str:
+        """Return the warning about a note whose holder no longer has the lock."""
+        holder = self._read_holder()
+        if self._lock.is_locked and (holder is None or holder[1] == socket.gethostname()):
+            return f"{self._named_holder()} died without releasing it; taken over"
+        warning = f"{self._named_holder()} has not released it, and holds no lock that can be seen here; taken over: "
+        return warning + "make sure that it is not running any more"
+
+    def _read_holder(self) -> tuple[int, str] | None:
+        """Return the process and host in the note; None if it cannot be read."""
+        try:
+            holder = json.loads(read_small_file(self._holder, MOST_HOLDER_BYTES))
+            return int(holder["process"]), str(holder["host"])
+        except (FileFormatError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return None
+
+    def _named_holder(self) -> str:
+        holder = self._read_holder()
+        if holder is None:
+            return "another process"
+        process, host = holder
+        if holder == (os.getpid(), socket.gethostname()):
+            return f"another tracker of this process ({process})"
+        return f"process {process} on {printable(host[:80])}"
+
+
+def _clear(holder: Path, process: int) -> bool:
+    """Empty the note of a lock that this process, not its parent, took; return whether that is the case.
+
+    The garbage collector may clear a lock while the directory is being deleted, which would fail if a name in it
+    vanished meanwhile. The file is therefore emptied and not removed.
+    """
+    if is_own := os.getpid() == process:
+        with suppress(OSError):
+            os.truncate(holder, 0)
+    return is_own
+
+
+# --- removing from a directory
+
+
+def remove_snapshot(path: Path) -> None:
+    """Delete a snapshot if it exists; raise WriteError if the system refuses.
+
+    A folder of parts remains if it holds anything else, or if a network file system keeps a file that is being read.
+    """
+    with files.reported_as_write_error(path, "removed"):
+        if path.is_symlink() or not path.is_dir():
+            files.unlink_if_exists(path)
+            return
+        with suppress(FileNotFoundError):
+            listing = Directory(path, tuple(sorted(files.system.list(path))))
+            for file in (*listing.files, *listing.leftovers):
+                files.unlink_if_exists(file)
+            try:
+                files.system.remove_directory(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove temporary files of interrupted writes from a locked directory and from the snapshots in it."""
+    for folder in (directory, *list_directory(directory).folders):
+        if folder.is_dir() and not folder.is_symlink():
+            files.remove_leftovers(folder, STILL_SECONDS)
+
+
+def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
+    """Move snapshots durably to the folder `superseded` of their directory; return their new paths.
+
+    Nothing in the folder is replaced; missing paths are skipped. Raises DirectoryError if `superseded` is not a folder.
+    """
+    if not stored:
+        return []
+    directory = stored[0].path.parent
+    folder = directory / SUPERSEDED
+    if not files.is_absent(folder) and (folder.is_symlink() or not folder.is_dir()):
+        reason = "is a link or no directory; snapshots are set aside in a directory of that name"
+        raise DirectoryError(folder, reason, "move it away")
+    with files.reported_as_write_error(folder):
+        files.make_directory(folder)
+        moved = []
+        for snapshot in stored:
+            if not files.is_absent(snapshot.path):
+                target = _free_name(folder / snapshot.path.name)
+                files.system.rename(snapshot.path, target)
+                moved.append(target)
+        # Sync the new names first, so that a crash in between loses no file.
+        for changed in (folder, directory):
+            files.system.fsync_directory(changed)
+    return moved
+
+
+def _free_name(path: Path) -> Path:
+    """Return the path, or one with a number, that does not exist; raise an OSError if that is unknown."""
+    name, suffix = path.name.removesuffix(SUFFIX), SUFFIX * path.name.endswith(SUFFIX)
+    numbered = (path.with_name(f"{name}.{number}{suffix}") for number in count(1))
+    for candidate in chain([path], numbered):
+        try:
+            candidate.lstat()
+        except FileNotFoundError:
+            break
+    return candidate
+
+
+# --- thinning while a training writes
+
+
+def on_schedule(stored: Sequence[Snapshot]) -> list[Snapshot]:
+    """Return the snapshots on the schedule, which do not depend on where the training was stopped."""
+    return [snapshot for snapshot in stored if not snapshot.off_schedule]
+
+
+def thin(
+    stored: Sequence[Snapshot], max_checkpoints: int | None, sigma_range: tuple[float, float] = USEFUL_RANGE
+) -> list[Snapshot]:
+    """Keep the `max_checkpoints` snapshots per profile that reconstruction needs most; delete the others.
+
+    Snapshots on the schedule are chosen as if there were no others, so that a training that was stopped in between
+    keeps the same ones. Of those off the schedule, the latest stay if there is room, and in any case those of the
+    newest `SPARED_TIMES`: a checkpoint of the training may belong to them. Returns the remaining ones in order of time.
+    """
+    if max_checkpoints is None:
+        return list(stored)
+    surplus = _surplus(stored, max_checkpoints, sigma_range)
+    for snapshot in surplus:
+        log.debug("thinning: removing %s", snapshot.path)
+        remove_snapshot(snapshot.path)
+    return [snapshot for snapshot in stored if snapshot not in surplus]
+
+
+def _surplus(stored: Sequence[Snapshot], max_checkpoints: int, sigma_range: tuple[float, float]) -> list[Snapshot]:
+    """Choose the snapshots that `thin` deletes."""
+    if max(Counter(snapshot.sigma_rel for snapshot in stored).values(), default=0) <= max_checkpoints:
+        return []
+    scheduled = on_schedule(stored)
+    counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
+    surplus: list[Snapshot] = []
+    if max(counts.values(), default=0) > max_checkpoints:
+        averages = [snapshot.average() for snapshot in scheduled]
+        profiles = [snapshot.profile for snapshot in scheduled]
+        spared = spared_times(max_checkpoints)
+        dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range, spared)
+        surplus += [scheduled[index] for index in dropped]
+    oldest_spared = sorted({snapshot.t for snapshot in stored})[-SPARED_TIMES:][0]
+    for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):
+        off_schedule = [s for s in stored if s.off_schedule and s.sigma_rel == sigma_rel]
+        room = max(max_checkpoints - counts[sigma_rel], 0)
+        surplus += [s for s in off_schedule[: max(len(off_schedule) - room, 0)] if s.t < oldest_spared]
+    return surplus

@@ -1,7 +1,7 @@
 """Outputs and models on disk: a safetensors file, shards with an index, a folder of either, or a folder of several.
 
-The metadata of an output is specified in `snapshots.format`. The index of a sharded model is a JSON file as the Hugging
-Face libraries define it:
+The dataclass `OutputInfo` is the content of an output's header, see `tensorfile`. The index of a sharded model is a
+JSON file as the Hugging Face libraries define it:
 
     {"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file next to the index}}
 
@@ -24,14 +24,29 @@ from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
 from posthoc_cli.reconstruction import Measurements
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, list_folder, read_snapshot
-from posthoc_cli.snapshots.format import FileHeader, OutputInfo, TensorSpecs, TrackingSchedule
-from posthoc_cli.snapshots.headers import decode_snapshot, file_kind, parse_object
 from posthoc_cli.snapshots.selection import statistics_notice
-from posthoc_cli.snapshots.sources import FileSource, Snapshot
-from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
+from posthoc_cli.snapshots.snapshot import (
+    ANY_SIGN,
+    RunId,
+    Snapshot,
+    Time,
+    TrackingSchedule,
+    Unit,
+    decode,
+    decode_snapshot,
+)
+from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.tensorfile import (
+    FORMAT,
+    MAX_HEADER_BYTES,
+    SUFFIX,
+    Entry,
+    TensorFile,
+    parse_object,
+    read_file,
+    read_small_file,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -46,6 +61,46 @@ SAME_COEFFICIENT = 1e-6
 the rounding of float16 snapshots."""
 
 
+@dataclass(frozen=True)
+class Used:
+    """A snapshot that an output was made from."""
+
+    file: str
+    coefficient: Annotated[float, ANY_SIGN]
+
+
+@dataclass(frozen=True)
+class OutputInfo:
+    """The content of the header of an output, the file that a synthesis writes: `kind` is "output".
+
+    Attributes:
+        run_id, t, t_unit: as in a snapshot.
+        profile: the target, for people: "sigma_rel 0.15", "beta 0.9999", ...
+        sigma_rel, gamma: width and exponent of the profile; None if it is not a power function.
+        method: the solver.
+        profile_error: relative L2 error between the profiles.
+        predicted_error: expected relative L2 error of the weights; None if it is unknown.
+        snapshots: the snapshots and their coefficients.
+        copies: names of the tensors that are copies (buffers), not averages.
+    """
+
+    run_id: RunId
+    profile: str
+    sigma_rel: float | None
+    gamma: Annotated[float, ANY_SIGN] | None
+    t: Time
+    t_unit: Unit
+    method: str
+    profile_error: float
+    predicted_error: float | None
+    snapshots: tuple[Used, ...]
+    copies: tuple[str, ...] = ()
+
+    def encoded(self) -> dict[str, Any]:
+        """Return the JSON object of a header, without the checksums of blocks."""
+        return {"kind": "output", "format": FORMAT, **vars(self)}
+
+
 def output_difference(found: OutputInfo, wanted: OutputInfo) -> str | None:
     """Return how an output differs from the wanted one in run, target, time or method; None if it does not."""
     for name, word in (("run_id", "run"), ("profile", "target"), ("t", "t"), ("method", "method")):
@@ -58,38 +113,25 @@ def output_difference(found: OutputInfo, wanted: OutputInfo) -> str | None:
 
 def same_coefficients(found: OutputInfo, wanted: OutputInfo) -> bool:
     """Return whether two outputs have equally many snapshots and the same coefficients."""
-    pairs = [[c for _, c in info.snapshots if c] for info in (found, wanted)]
+    pairs = [[used.coefficient for used in info.snapshots if used.coefficient] for info in (found, wanted)]
     most = SAME_COEFFICIENT * max((abs(c) for c in pairs[1]), default=0.0)
     return len(pairs[0]) == len(pairs[1]) and all(abs(a - b) <= most for a, b in zip(*pairs, strict=True))
 
 
-def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
-    """Return the checked metadata of an output; raise FileFormatError, naming file and key, if it is invalid."""
-    values = headers.decode_metadata(path, header, "output", _OUTPUT)
-    values["snapshots"] = tuple((used.file, used.coefficient) for used in values["snapshots"])
-    return OutputInfo(**values)
-
-
-@dataclass(frozen=True)
-class _Used:
-    """A snapshot that an output was made from."""
-
-    file: str
-    coefficient: Annotated[float, fmt.ANY_SIGN]
-
-
-_OUTPUT = headers.kinds_of(OutputInfo) | {"snapshots": tuple[_Used, ...]}
+def decode_output(file: TensorFile) -> OutputInfo:
+    """Return the checked content of an output; raise FileFormatError, naming the key, if it is invalid."""
+    return decode(file, "output", OutputInfo)
 
 
 _OF_TRAINING = ("ss_", "modelspec.")
 
 
-def training_metadata(header: fmt.FileHeader, with_hashes: bool = False) -> dict[str, str]:
+def training_metadata(file: TensorFile, with_hashes: bool = False) -> dict[str, str]:
     """Return the metadata that kohya's scripts keep about a training; `with_hashes` includes hashes of the tensors."""
     kept = (*_OF_TRAINING, "sshs_") if with_hashes else _OF_TRAINING
     return {
         name: value
-        for name, value in header.metadata.items()
+        for name, value in file.metadata.items()
         if name.startswith(kept) and (with_hashes or not name.startswith("modelspec.hash"))
     }
 
@@ -102,9 +144,9 @@ class ShardIndex:
     total_size: int | None
 
 
-def decode_index(path: Path, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> ShardIndex:
+def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> ShardIndex:
     """Return the checked index of a sharded model, whose shards have these endings and are in the index's folder."""
-    content = parse_object(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
+    content = parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index")
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict):
         raise FileFormatError(path, "is not an index of shards: it has no weight_map")
@@ -126,7 +168,7 @@ def encode_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def is_plain_name(name: str, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> bool:
+def is_plain_name(name: str, endings: tuple[str, ...] = (SUFFIX,)) -> bool:
     """Return whether a name refers to a visible file in the same folder on every operating system."""
     return (
         name.endswith(endings)
@@ -171,22 +213,20 @@ def models_at(path: Path) -> list[Path]:
     if shards:
         reason = f"{len(shards)} of {int(shards[0][1])} shards of a model are there, and no index"
         raise DirectoryError(path, reason, "run again the job that makes them")
-    models = [
-        entry for entry in entries if entry.suffix == fmt.SUFFIX or is_model_folder(entry) or is_parts_folder(entry)
-    ]
+    models = [entry for entry in entries if entry.suffix == SUFFIX or is_model_folder(entry) or is_parts_folder(entry)]
     if not models:
         hint = "name a .safetensors file, an index of shards, or a folder of these"
         raise DirectoryError(path, "holds no snapshots, outputs or models", hint)
-    if any(file_kind(read_header(file)) == "snapshot" for model in models for file in model_files(model)):
+    if any(read_file(file).kind == "snapshot" for model in models for file in model_files(model)):
         raise DirectoryError(path, "holds the snapshots of a run", "name one of them, or make an average of them")
     return models
 
 
-def check_indexed(path: Path, header: fmt.FileHeader, names: list[str] | None) -> None:
+def check_indexed(file: TensorFile, names: list[str] | None) -> None:
     """Raise FileFormatError, naming the shard and the tensor, if a shard lacks a tensor that its index names."""
-    missing = set(names or ()) - header.tensors.keys()
+    missing = set(names or ()) - file.entries.keys()
     if missing:
-        raise FileFormatError(path, f"tensor {shown(min(missing))} is not in it, as the index says")
+        raise FileFormatError(file.path, f"tensor {shown(min(missing))} is not in it, as the index says")
 
 
 def check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
@@ -225,7 +265,7 @@ def describe(path: Path) -> Description:
             "path": str(path),
             **(_describe_run(content.snapshots) if content.snapshots else {}),
             "superseded": content.superseded,
-            "leftovers": [leftover.name for leftover in (*content.listing.leftovers, *content.incomplete)],
+            "leftovers": [leftover.name for leftover in (*content.leftovers, *content.incomplete)],
             "notes": [*content.notes, *_notes(content.snapshots[-1].info.copies if content.snapshots else ())],
             "problems": [str(problem) for problem in content.problems],
         }
@@ -237,28 +277,27 @@ def describe(path: Path) -> Description:
 
 def describe_model(path: Path) -> Description:
     """Describe a file, or a model in shards. Raises the errors of `describe`."""
-    by_file: dict[Path, FileHeader] = {}
-    for file, names in model_files(path).items():
-        by_file[file] = read_header(file)
-        check_indexed(file, by_file[file], names)
-    if not by_file:
+    shards = []
+    for place, names in model_files(path).items():
+        shards.append(read_file(place))
+        check_indexed(shards[-1], names)
+    if not shards:
         raise FileFormatError(path, "is an index that names no file")
-    first, header = next(iter(by_file.items()))
-    is_sharded, kinds = index_of(path) is not None, {*map(file_kind, by_file.values())}
-    path = path if is_sharded else first
+    is_sharded, kinds = index_of(path) is not None, {shard.kind for shard in shards}
+    path = path if is_sharded else shards[0].path
     if kinds == {"snapshot"} and not is_sharded:
-        return _describe_snapshot(Snapshot(first, header, decode_snapshot(first, header)))
+        return _describe_snapshot(decode_snapshot(shards[0]))
     if kinds != {"output"}:
-        return {"kind": "safetensors", "path": str(path), **_sizes(by_file.values())}
-    outputs = {file: decode_output(file, shard) for file, shard in by_file.items()}
-    for file, output in outputs.items():
-        check_alike(first, outputs[first], file, output)
+        return {"kind": "safetensors", "path": str(path), **_sizes(shards)}
+    outputs = [decode_output(shard) for shard in shards]
+    for shard, output in zip(shards, outputs, strict=True):
+        check_alike(shards[0].path, outputs[0], shard.path, output)
     fields = "profile sigma_rel gamma t t_unit method profile_error predicted_error"
     return {
-        **_values("output", path, outputs[first], fields),
-        "snapshots": [{"file": file, "coefficient": coefficient} for file, coefficient in outputs[first].snapshots],
-        **_sizes(by_file.values()),
-        "notes": _notes(name for output in outputs.values() for name in output.copies),
+        **_values("output", path, outputs[0], fields),
+        "snapshots": [vars(used) for used in outputs[0].snapshots],
+        **_sizes(shards),
+        "notes": _notes(name for output in outputs for name in output.copies),
     }
 
 
@@ -278,7 +317,7 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
         ],
         **_describe_parts(snapshots[-1]),
         "measured": sum(snapshot.info.measurements is not None for snapshot in snapshots),
-        "bytes": sum(snapshot.header.file_bytes for snapshot in snapshots),
+        "bytes": sum(snapshot.nbytes for snapshot in snapshots),
         "profiles": [_describe_profile([s for s in snapshots if s.info.sigma_rel == width]) for width in widths],
     }
 
@@ -300,7 +339,7 @@ def _describe_profile(snapshots: Sequence[Snapshot]) -> Description:
         "t_first": snapshots[-1].info.t_first,
         "max_interval": snapshots[-1].info.max_interval,
         "relative_rounding_range": [min(known), max(known)] if known else None,
-        "bytes": sum(snapshot.header.file_bytes for snapshot in snapshots),
+        "bytes": sum(snapshot.nbytes for snapshot in snapshots),
     }
 
 
@@ -323,14 +362,18 @@ def _describe_snapshot(snapshot: Snapshot) -> Description:
         "measurements": measurements,
         **_describe_parts(snapshot),
         **describe_tensors(snapshot),
-        "bytes": snapshot.header.file_bytes,
+        "bytes": snapshot.nbytes,
     }
 
 
 def _describe_parts(snapshot: Snapshot) -> Description:
     info = snapshot.info
-    count = {"part": "{}/{}".format(*info.part)} if info.part else {"parts": len(snapshot.parts)}
-    return {**count, **({"mesh": info.mesh} if info.mesh else {})} if info.part or snapshot.parts else {}
+    count = {"part": "{}/{}".format(*info.part)} if info.part else {"parts": len(snapshot.files)}
+    return (
+        {**count, **({"mesh": info.mesh} if info.mesh else {})}
+        if info.part or len(snapshot.files) > 1 or snapshot.path.suffix != SUFFIX
+        else {}
+    )
 
 
 def _values(kind: str, path: Path, info: Any, fields: str) -> Description:
@@ -343,7 +386,7 @@ def describe_tensors(snapshot: FileSource) -> Description:
     info = snapshot.info
     copied = len(info.copies)
     return {
-        **_counts([snapshot.stored]),
+        **_counts([snapshot.entries]),
         "averaged": len(info.tensors) - copied,
         "copied": copied,
         "aliases": len(info.aliases),
@@ -358,14 +401,14 @@ def _notes(copies: Iterable[str]) -> list[str]:
     return [] if notice is None else [notice]
 
 
-def _sizes(headers: Collection[FileHeader]) -> Description:
-    return {**_counts([header.tensors for header in headers]), "bytes": sum(header.file_bytes for header in headers)}
+def _sizes(files: Collection[TensorFile]) -> Description:
+    return {**_counts([file.entries for file in files]), "bytes": sum(file.nbytes for file in files)}
 
 
-def _counts(files: Collection[TensorSpecs]) -> Description:
+def _counts(files: Collection[Mapping[str, Entry]]) -> Description:
     dtypes: Counter[str] = Counter()
     for entry in (entry for tensors in files for entry in tensors.values()):
-        dtypes[entry.dtype] += math.prod(entry.shape)
+        dtypes[entry.dtype] += entry.size
     return {
         **({"shards": len(files)} if len(files) > 1 else {}),
         "tensors": sum(map(len, files)),

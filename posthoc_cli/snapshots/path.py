@@ -19,7 +19,7 @@ from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.codecs import PLACES, Floats, decode_sample, encode_sample
 
 if TYPE_CHECKING:
-    from posthoc_cli.snapshots.sources import Snapshot
+    from posthoc_cli.snapshots.snapshot import Snapshot
 
 Place = tuple[str, int]
 
@@ -64,8 +64,8 @@ def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
     if not snapshots:
         return {}
     newest = snapshots[-1]
-    count = len(places({name: newest.header.tensors[name].shape for name in newest.info.averages}))
-    samples = {snapshot.info.step: decode_sample(snapshot.info.sample)[0] for snapshot in snapshots}
+    count = len(places({name: newest.entries[name].shape for name in newest.averages}))
+    samples = {snapshot.step: decode_sample(snapshot.sample)[0] for snapshot in snapshots}
     return {step: weights for step, weights in samples.items() if len(weights) == count and np.isfinite(weights).all()}
 
 

@@ -1,4 +1,4 @@
-"""The sources of averages: snapshots on disk, in one file or several parts, and any other stored averages.
+"""The sources of averages: snapshots on disk, checkpoints of other programs, and live averages.
 
 This module also derives what several sources show together: their order, their clock, and the prior of a
 reconstruction from their measurements, which it estimates if headers lack them.
@@ -8,7 +8,7 @@ cut into runs of 1,024 elements. Some runs are chosen at random, seeded by the r
 snapshot, all equally likely. Sums over the sample, times all elements / elements in the sample, are unbiased estimates.
 All elements are read of models with up to 1,000,000, whose sums are exact.
 
-The sample is not verified, since a checksum covers 4 MiB, which would have to be read completely. It is used for
+The sample is not verified, since a checksum covers a block, which would have to be read completely. It is used for
 estimates only; a synthesis verifies what it reads. Memory: the samples of one time and of the two newest earlier
 snapshots of each profile, 8 MB per snapshot.
 """
@@ -20,18 +20,20 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError
-from posthoc_cli.profiles import Clock, Discrete, FloatArray, Point, PowerFunction, StoredProfile
+from posthoc_cli.files import is_url
+from posthoc_cli.profiles import Clock, Discrete, FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
     ASSUMED,
     Distance,
@@ -43,60 +45,138 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     thinned_subset,
 )
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.chunks import Box
+from posthoc_cli.snapshots.chunks import Box, boxes_of_range, row_major
 from posthoc_cli.snapshots.codecs import decode_path
-from posthoc_cli.snapshots.reading import BackingFile, ElementRange, TensorReader
-from posthoc_cli.snapshots.tensor_file import decode_values, opened_in_turn
+from posthoc_cli.snapshots.tensorfile import Entry, TensorFile, decode_values, in_turn, items, tensor_from_bytes
 
 if TYPE_CHECKING:
     import torch
 
-ReadRanges = Callable[[Sequence["ElementRange"]], Sequence["torch.Tensor"]]
-"""A function that reads ranges of tensors in memory."""
+
+class Rule(NamedTuple):
+    """A condition on a header's value besides its type: in words, and as a test, which may raise ValueError."""
+
+    words: str
+    accepts: Callable[[Any], object]
+
+
+ROLES = ("average", "statistic", "copy")
+"""The roles of tensors. A statistic is averaged but is not a weight: neither measured nor stored in fewer bits."""
+
+Role = Annotated[str, Rule(f"one of {', '.join(ROLES)}", lambda role: role in ROLES)]
+Dtype = Annotated[str, Rule(f"one of {', '.join(ITEM_BYTES)}", lambda name: name in ITEM_BYTES)]
+
+
+@dataclass(frozen=True)
+class TrackedTensor:
+    """How a run tracks one tensor: `role` is one of `ROLES`, `dtype` is the tensor's dtype in the model."""
+
+    role: Role
+    dtype: Dtype
+
+
+class ElementRange(NamedTuple):
+    """The elements `begin` to `end` of a tensor, row-major."""
+
+    name: str
+    begin: int
+    end: int
+
+
+class SourceInfo:
+    """What a stored average says about itself.
+
+    Attributes:
+        run_id: 32 hexadecimal digits, the same for all sources of a run.
+        t: training time of the average.
+        t_unit: what `t` counts.
+        step: training step at `t`.
+        sigma_rel: the width that the average was tracked for; 0 for other averages.
+        t_first: the earliest time with mass in averages of the run, as far as this source shows.
+        tensors: role and model dtype of each stored tensor.
+        aliases: further names of tensors, each with the name under which the tensor is stored.
+        left_out: names in the model's state that were not tracked.
+        measurements: the measurements of the average; None if they must be estimated.
+        sketch: the path of the weights up to `t`, see `codecs.encode_path`; empty if unknown.
+    """
+
+    run_id: str
+    t: float
+    t_unit: str
+    step: int
+    sigma_rel: float
+    t_first: float
+    tensors: dict[str, TrackedTensor]
+    aliases: dict[str, str]
+    left_out: tuple[str, ...]
+    measurements: Measurements | None
+    sketch: str
+
+    @property
+    @abstractmethod
+    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
+        """The known pairs of step and time, increasing."""
+
+    @abstractmethod
+    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
+        """Return the average as reconstruction uses it; `profile` replaces a profile that is no power function."""
+
+    @property
+    def copies(self) -> list[str]:
+        """The names of the copied tensors."""
+        return [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
+
+    @property
+    def averages(self) -> list[str]:
+        """The names of the averaged weights."""
+        return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The role of each tensor by name."""
+        return {name: tensor.role for name, tensor in self.tensors.items()}
 
 
 class Source(Protocol):
-    """A stored average: a snapshot or a checkpoint on disk, or a current average in memory."""
+    """A stored average: a snapshot, a checkpoint of another program, or a live average. Any thread may read it."""
 
     @property
     def name(self) -> str:
         """The file's name, or a description of an average in memory."""
 
     @property
-    def info(self) -> fmt.SourceInfo:
-        """The metadata of the average."""
+    def info(self) -> SourceInfo:
+        """What the average says about itself."""
 
     @property
     def profile(self) -> StoredProfile:
         """The profile of the average: a power function, one checkpoint (`Point`), or known times (`Discrete`)."""
 
     @property
-    def stored(self) -> fmt.TensorSpecs:
-        """The dtype, shape and size of each stored tensor."""
+    def entries(self) -> Mapping[str, Entry]:
+        """The dtype and the shape of each stored tensor."""
 
-    def open(self) -> AbstractContextManager[TensorReader | ReadRanges]:
-        """Open the source for reading by any number of threads.
+    def read_box(self, name: str, box: Box, out: memoryview, begin: int = 0) -> None:
+        """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on, verified."""
 
-        For an average in memory the result is a function that returns ranges (`name`, `begin`, `end`) of its tensors,
-        flat and on the host.
-        """
+    def read_many(self, names: Sequence[str], out: memoryview) -> None:
+        """Fill `out` with complete tensors, end to end, verified."""
 
 
 class FileSource(ABC):
-    """A snapshot on disk or another program's checkpoint: a file, or a folder of `parts` that are read as one file."""
+    """A snapshot on disk or another program's checkpoint: one or several `files` that together hold its tensors.
 
+    As a context manager it keeps the files open; they must be those whose headers were read.
+    """
+
+    word = "snapshot"
     path: Path
-    stored: fmt.TensorSpecs
-    info: fmt.SourceInfo
-    parts: tuple[BackingFile, ...]
-
-    def open(self, boxes: Mapping[str, Box] | None = None) -> TensorReader:
-        """Open it for reading, or only `boxes` of some tensors; its files must be those whose headers were read."""
-        return TensorReader(self.path, self.stored, self.files, boxes)
+    entries: Mapping[str, Entry]
+    info: Any
+    files: tuple[TensorFile, ...]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name}: {len(self.stored)} tensors at t = {self.info.t:,.12g})"
+        return f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.info.t:,.12g})"
 
     @property
     def name(self) -> str:
@@ -113,79 +193,117 @@ class FileSource(ABC):
     def identity(self) -> str:
         """16 hexadecimal digits that identify its content."""
 
-    @property
-    def files(self) -> tuple[BackingFile, ...]:
-        """The files that hold its tensors."""
-        return self.parts
-
     def cells(self, name: str) -> int:
         """Return the number of chunks that each row of a tensor is spread over; 0 for a tensor in one file."""
-        boxes = [part.boxes[name] for part in self.parts if name in part.boxes and part.boxes[name].size]
+        if len(self.files) == 1:
+            return 0
+        boxes = [box for file in self.files if (box := file.box(name)) and box.size]
         return len(boxes) // max(1, len({box.offset[:1] for box in boxes}))
 
+    def __enter__(self) -> Any:
+        entered = []
+        try:
+            for file in self.files:
+                entered.append(file.__enter__())
+        except BaseException as error:
+            for file in entered:
+                file.__exit__(type(error))
+            raise
+        return self
 
-@dataclass(frozen=True, repr=False)
-class Snapshot(FileSource):
-    """A snapshot on disk."""
+    def __exit__(self, kind: object, *_: object) -> None:
+        with ExitStack() as stack:
+            for file in self.files:
+                stack.callback(file.__exit__, kind)
 
-    path: Path
-    header: fmt.FileHeader
-    info: fmt.SnapshotInfo
-    parts: tuple[BackingFile, ...] = ()
+    def read_box(self, name: str, box: Box, out: memoryview, begin: int = 0, verify: bool = True) -> None:
+        """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on; see `Source`."""
+        dtype = self.entries[name].dtype
+        item, wanted = ITEM_BYTES[dtype], np.frombuffer(out, items(dtype))
+        pieces: list[Box] = []
+        for file in self.files:
+            if (held := file.box(name)) is None:
+                continue
+            if held == box and file.entries[name].dtype == dtype:
+                file.read(name, begin * item, out, verify)
+                return
+            pieces = pieces or [*boxes_of_range(box, begin, begin + wanted.size)]
+            common = [part for piece in pieces if (part := held.intersection(piece)).size]
+            if not common:
+                continue
+            spans = [held.span(part) for part in common]
+            first, last = min(a for a, _ in spans), max(b for _, b in spans)
+            stored = file.entries[name].dtype
+            data = np.empty((last - first) * ITEM_BYTES[stored], np.uint8)
+            file.read(name, first * ITEM_BYTES[stored], data.data, verify)
+            for part, (at, _) in zip(common, spans, strict=True):
+                _place(_as_dtype(data, stored, dtype)[at - first :], held, part, wanted, box, begin)
 
-    @property
-    def files(self) -> tuple[BackingFile, ...]:
-        """The file, or the parts."""
-        return self.parts or (BackingFile(self.path, self.header.tensors, header=self.header),)
+    def read_many(self, names: Sequence[str], out: memoryview) -> None:
+        """Fill `out` with complete tensors, end to end; see `Source`."""
+        if len(self.files) == 1 and not self.files[0].boxes:
+            self.files[0].read_many(names, out)
+            return
+        edges = [0, *accumulate(self.entries[name].nbytes for name in names)]
+        views = {name: out[begin:end] for name, (begin, end) in zip(names, pairwise(edges), strict=True)}
+        for file in self.files:
+            held = [name for name in names if (box := file.box(name)) and box.size]
+            ends = [0, *accumulate(file.entries[name].nbytes for name in held)]
+            room = np.empty(ends[-1], np.uint8)
+            file.read_many(held, room.data)
+            for name, (first, last) in zip(held, pairwise(ends), strict=True):
+                entry, stored, box = self.entries[name], file.entries[name].dtype, file.box(name)
+                assert box is not None
+                data, wanted = (
+                    _as_dtype(room[first:last], stored, entry.dtype),
+                    np.frombuffer(views[name], items(entry.dtype)),
+                )
+                _place(data, box, box, wanted, Box.full(entry.shape), 0)
 
-    @property
-    def identity(self) -> str:
-        """The checksum of its header."""
-        return self.header.metadata["ema.checksum"]
+    def tensor(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """Return a tensor, or a box of it, verified, in its stored dtype."""
+        dtype, box = self.entries[name].dtype, box or Box.full(self.entries[name].shape)
+        data = np.empty(box.size * ITEM_BYTES[dtype], np.uint8)
+        self.read_box(name, box, data.data)
+        return tensor_from_bytes(data, dtype, box.shape)
 
-    @property
-    def stored(self) -> Mapping[str, fmt.TensorEntry]:  # type: ignore[override]  # in a frozen class no field can be assigned either
-        """The entries of its header."""
-        return self.header.tensors
-
-    @property
-    def profile(self) -> PowerFunction:
-        """The power function of the average."""
-        return self.info.profile.pure
+    def values(self, name: str, begin: int, end: int) -> FloatArray:
+        """Return the elements `begin` to `end` of a tensor as float64, unverified, for estimates only."""
+        entry = self.entries[name]
+        data = np.empty((end - begin) * ITEM_BYTES[entry.dtype], np.uint8)
+        self.read_box(name, Box.full(entry.shape), data.data, begin, verify=False)
+        return decode_values(data, entry.dtype)
 
 
-@dataclass(frozen=True)
-class SnapshotBoxes:
-    """A source of a synthesis whose tensors are boxes of a snapshot's tensors."""
+def _as_dtype(data: npt.NDArray[np.uint8], stored: str, wanted: str) -> npt.NDArray[Any]:
+    """Convert elements to a dtype that holds their values exactly; return them for copying bit by bit."""
+    if stored != wanted:  # parts use a wider dtype for values that are too large or too small for the run's dtype
+        data = decode_values(data, stored).astype(np.dtype(DTYPES[wanted].torch_name)).view(np.uint8)
+    return data.view(items(wanted))
 
-    name: str
-    info: fmt.SnapshotInfo
-    profile: PowerFunction
-    stored: Mapping[str, fmt.TensorSpec]
-    open: Callable[[], AbstractContextManager[TensorReader]]
 
-    @classmethod
-    def of(cls, snapshot: Snapshot, boxes: Mapping[str, Box]) -> SnapshotBoxes:
-        """Return a source of these boxes of a snapshot."""
-        stored = {name: fmt.TensorSpec(name, snapshot.stored[name].dtype, box.shape) for name, box in boxes.items()}
-        return cls(snapshot.name, snapshot.info, snapshot.profile, stored, partial(snapshot.open, boxes))
+def _place(data: npt.NDArray[Any], held: Box, part: Box, out: npt.NDArray[Any], box: Box, begin: int) -> None:
+    """Copy the elements of `part` from those of `held`, which begin with them, to those of `box` from `begin` on."""
+    if not part.size:
+        return
+    first, last = box.span(part)
+    steps = [[data.itemsize * step for step in row_major(shape)] for shape in (held.shape, box.shape)]
+    target = as_strided(out[first - begin : last - begin], part.shape, steps[1])
+    target[...] = as_strided(data, part.shape, steps[0])
 
 
 # --- several sources
 
 
 @contextmanager
-def all_open(sources: Sequence[Source]) -> Iterator[list[TensorReader | ReadRanges]]:
-    """Open all sources for the block."""
+def all_open(sources: Sequence[Source]) -> Iterator[None]:
+    """Keep the files of all sources open for the block."""
     on_disk = [source for source in sources if isinstance(source, FileSource)]
-    paths = opened_in_turn(part.path for source in on_disk for part in source.files)
+    is_remote = any(is_url(source.path) for source in on_disk)
     with ExitStack() as stack:
-        opened = []
-        for source in sources:
-            for _ in source.files if isinstance(source, FileSource) else ():
-                next(paths)
-            opened.append(stack.enter_context(source.open()))
-        yield opened
+        for source in in_turn(lambda source: source.__enter__(), on_disk, is_remote):
+            stack.push(source.__exit__)
+        yield
 
 
 _Source = TypeVar("_Source", bound=Source)
@@ -214,7 +332,7 @@ def _order(source: Source) -> tuple[float, float, bool]:
     return source.info.t, *_kind(source)
 
 
-def run_clock(infos: Sequence[fmt.SourceInfo]) -> Clock:
+def run_clock(infos: Sequence[SourceInfo]) -> Clock:
     """Return the run's clock from the clocks of all its snapshots; raise MismatchError if two contradict each other."""
     pairs = sorted({pair for info in infos for pair in info.clock_pairs})
     for (step, t), (next_step, next_t) in pairwise(pairs):
@@ -237,7 +355,7 @@ def counted(sources: Sequence[Source], count: int | None = None, total: int | No
 
 def kind_of(source: Source) -> str:
     """Return what a source is called: "snapshot" or "checkpoint"."""
-    return "checkpoint" if isinstance(source, FileSource) and not isinstance(source, Snapshot) else "snapshot"
+    return getattr(source, "word", "snapshot")
 
 
 # --- the prior, from measurements or a sample
@@ -284,7 +402,7 @@ def scaled_run(snapshots: Sequence[FileSource], steps: float) -> EarlierRun:
     motion = prior.stretched(steps, float(times.max()), norm) if known else None
     by_dtype = defaultdict(list)
     for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
-        dtypes = {snapshot.stored[name].dtype for name in snapshot.info.averages}
+        dtypes = {snapshot.entries[name].dtype for name in snapshot.info.averages}
         if prior.source != ASSUMED and len(dtypes) == 1 and rounding > 0 and squared > 0:
             by_dtype[DTYPES[dtypes.pop()].torch_name].append(float(rounding / squared))
     return EarlierRun(motion, {name: math.sqrt(float(np.mean(values))) for name, values in by_dtype.items()})
@@ -367,7 +485,7 @@ class _Sample:
 
 
 def _averaged(snapshot: FileSource) -> dict[str, int]:
-    entries = snapshot.stored
+    entries = snapshot.entries
     return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in sorted(snapshot.info.averages)}
 
 
@@ -396,18 +514,15 @@ def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[E
 def _read(snapshot: FileSource, ranges: Sequence[ElementRange]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
     is_rounded = not isinstance(snapshot.profile, Point)  # a checkpoint holds the exact weights
-    with snapshot.open() as file:
-        items = {name: ITEM_BYTES[entry.dtype] for name, entry in snapshot.stored.items()}
-        places = [(name, begin * items[name], end * items[name]) for name, begin, end in ranges]
-        file.expect(places, is_verified=False)
+    with snapshot:
         for span in ranges:
-            values = read_values(file, *span)
+            values = snapshot.values(*span)
             if not np.isfinite(values).all():
-                file.read(span.name)  # raises if the file is damaged, for example by a flipped bit
+                snapshot.tensor(span.name)  # raises if the file is damaged, for example by a flipped bit
                 raise NonFiniteError(snapshot.path, f"tensor {span.name!r}: holds nan or infinity")
             parts.append(values)
             if is_rounded:
-                stored, original = snapshot.stored[span.name].dtype, snapshot.info.tensors[span.name].dtype
+                stored, original = snapshot.entries[span.name].dtype, snapshot.info.tensors[span.name].dtype
                 rounding += expected_rounding(values, stored, original)
     values = np.concatenate(parts)
     scale = sum(_averaged(snapshot).values()) / max(values.size, 1)
@@ -477,10 +592,3 @@ def _squares(sample: _Sample, values: FloatArray) -> float:
     if not np.isfinite(total):
         raise OverflowError(f"{sample.snapshot.path}: holds values too large to be squared")
     return total
-
-
-def read_values(file: TensorReader, name: str, begin: int, end: int) -> FloatArray:
-    """Return the elements `begin` to `end` of a tensor as float64, unverified, for estimates only."""
-    dtype = file.tensors[name].dtype
-    item = DTYPES[dtype].nbytes
-    return decode_values(file.read_sample(name, begin * item, end * item), dtype)

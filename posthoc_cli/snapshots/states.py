@@ -1,4 +1,4 @@
-"""The exact state of a tracker: checks of its entries, and its file's metadata, specified in `snapshots.format`."""
+"""The exact state of a tracker: checks of its entries, and its file's metadata, specified in `snapshots.snapshot`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any
 
 from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.profiles import ClockRecorder
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots import headers
+from posthoc_cli.snapshots.snapshot import RunId, SketchText, TrackingSchedule, converted, kinds_of
 
 
 @dataclass(frozen=True)
 class StateInfo:
     """A tracker's state without its tensors, as of the last call; fields `averages_...` are as of the last update.
 
-    Values are 0 before the first update; `updates` is None if unknown. `window`, `folded_t`, `folds` and `inherited`
-    are those of `tracker.running.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are the header checksums
-    of the snapshots on disk.
+    Values are 0 before the first update; `updates` is None if unknown. `window`, `folds`, `folded_t`, `shared` and
+    `inherited` are those of `tracker.averages.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are the
+    header checksums of the snapshots on disk.
     """
 
-    run_id: fmt.RunId
+    run_id: RunId
     step: int
     t: float
     t_unit: str
@@ -32,27 +31,28 @@ class StateInfo:
     max_interval: float
     updates: int | None
     window: int
+    folds: int
     folded_t: float
-    folds: int | None
+    shared: bool
     inherited: tuple[float, ...]
-    schedule: fmt.TrackingSchedule
+    schedule: TrackingSchedule
     clock: tuple[float, ...]
-    sketch: fmt.SketchText
+    sketch: SketchText
     snapshots: tuple[str, ...]
 
 
-_STATE = headers.kinds_of(StateInfo) | {"clock": Any, "schedule": Any}
+_STATE = kinds_of(StateInfo) | {"clock": Any, "schedule": Any}
 """The type of each entry of a state; `ClockRecorder.of_state` checks the clock."""
 
 
-def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> StateInfo:
+def state_from(values: Mapping[str, Any], schedule: TrackingSchedule) -> StateInfo:
     """Check the entries of a state, ignoring further ones; raise InvalidValueError, naming the entry, if invalid."""
     checked: dict[str, Any] = {}
     for key, kind in _STATE.items():
         if key not in values:
             raise InvalidValueError("state", f"{key}: is missing; not a tracker's state, as state_dict() gives it")
         try:
-            checked[key] = headers.converted(values[key], kind)
+            checked[key] = converted(values[key], kind)
         except ValueError as error:
             raise InvalidValueError("state", f"{key}: {error}") from error
     info = StateInfo(**checked | {"schedule": schedule})

@@ -17,7 +17,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.writer import HOLDER_NAME, LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.directory import HOLDER_NAME, LOCK_NAME, DirectoryLock
 from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Records, SweepReport, has_raw
 from posthoc_cli.sweep.search import Axis, Search, Trial, check_counts, good_range
 from posthoc_cli.sweep.trials import Metric, MissingMetricError, TrialError, measure

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,18 +65,24 @@ def measure(words: Sequence[str], folder: Path, log: Path, metric: Metric) -> tu
 
 def _run(words: Sequence[str], out: Path, err: Path) -> None:
     """Run a command until it ends; raise a TrialError if it fails. All its remaining children end with it."""
-    with out.open("wb") as stdout, err.open("wb") as stderr:
-        try:
-            process = subprocess.Popen(
+    with out.open("wb") as stdout, err.open("wb") as stderr, ThreadPoolExecutor(1) as pool:
+
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
                 list(words), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
             )
+
+        # In another thread, since the exception of a signal would lose a process that is just being started.
+        starting = pool.submit(start)
+        try:
+            process = starting.result()
+            while process.poll() is None:  # not `wait`: another thread may receive the signal of Ctrl-C
+                time.sleep(_TICK)
         except OSError as failure:
             raise TrialError(f"cannot be started: {failure.strerror or failure}") from failure
-    try:
-        while process.poll() is None:  # not `wait`: another thread may receive the signal of Ctrl-C
-            time.sleep(_TICK)
-    finally:
-        _end_group(process)
+        finally:
+            if starting.exception() is None:
+                _end_group(starting.result())
     if process.returncode:
         code = process.returncode
         raise TrialError(f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}")

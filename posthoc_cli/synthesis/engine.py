@@ -1,6 +1,11 @@
 """The engine of a synthesis: threads read, verify, convert and sum tiles, in constant memory.
 
-`synthesize` yields tensors; `synthesize_into` passes tiles to writers.
+A tile is a range of elements of a large tensor, or several complete small tensors, end to end. Tiles do not overlap,
+and consist of the blocks that have checksums, for every dtype of the snapshots and the output; so each byte is read
+once, and verified as it is read. An exception is the chunks in the parts of a snapshot, which end anywhere: their
+blocks at the edges of a tile are read twice.
+
+`synthesize` yields tensors; `synthesize_into` passes tiles to outputs.
 """
 
 from __future__ import annotations
@@ -13,7 +18,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,10 +30,9 @@ from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.files import is_url
 from posthoc_cli.resources import worker_count
-from posthoc_cli.snapshots.reading import TensorReader
-from posthoc_cli.snapshots.sources import FileSource, ReadRanges, Snapshot, all_open
+from posthoc_cli.snapshots.sources import FileSource, Source, all_open, kind_of
+from posthoc_cli.snapshots.tensorfile import BLOCK
 from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 
 # --- sums
 #
@@ -35,7 +40,7 @@ from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 # another target in the same pass may change the last bits. The tiles and the number of threads do not change them:
 # sums are padded to a multiple of COLUMNS, so every element goes through the same instructions wherever a chunk ends.
 
-SLOTS = 64
+SLOTS = 32
 """Number of sources in one matrix product."""
 
 COLUMNS = 16_384
@@ -57,6 +62,7 @@ class Sums:
     def __init__(
         self, coefficients: npt.NDArray[np.float64], chunk: int, wide: torch.dtype, device: torch.device
     ) -> None:
+        self.room = chunk
         self._sources, targets = coefficients.shape
         self._slot_count = 1 if targets == 1 else min(SLOTS, self._sources)
         self._scales = coefficients.tolist()
@@ -122,22 +128,128 @@ def has_full_precision() -> bool:
     return allowed <= {"none", "ieee"}
 
 
+# --- tiles
+
+ONE_TARGET = 4 * BLOCK
+"""Elements of a tile for one target; for several, whose sums need memory for a row each, a tile is one block. Smaller
+tiles make short calls, for which threads wait for each other (measured on two cores: 65,536 elements 5.6 GB/s, 262,144
+11.3, 524,288 12.6)."""
+
+MOST_PARTED = 16 * BLOCK
+"""The largest tile of a tensor whose rows are spread over chunks, which each tile reads some blocks of twice."""
+
+MAX_BATCH = 1024
+"""Largest number of small tensors in one tile, so that a tile takes milliseconds even if tensors have one element."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The elements from `begin` on of a large tensor, or several complete small tensors, end to end.
+
+    Attributes:
+        names: the stored names of the tensors.
+        bounds: the offset of each tensor in the tile, in elements, and the number of elements.
+        role: "average", "copy" or "variance" (an average that is kept positive); the same for all tensors.
+        dtype: safetensors name of the output's dtype, the same for all tensors.
+        wide: safetensors name of the sums' dtype; `dtype` for copies.
+        aliases: all names of each tensor, the stored name first.
+        stored_bytes: bytes to read for the tile, over all sources.
+        last: whether this tile and the tiles before it complete its tensors.
+    """
+
+    names: tuple[str, ...]
+    bounds: tuple[int, ...]
+    role: str
+    dtype: str
+    wide: str
+    aliases: Mapping[str, Sequence[str]]
+    stored_bytes: int
+    begin: int = 0
+    last: bool = True
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self.bounds[-1]
+
+
+def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
+    """Return all tiles of a synthesis, of at most `size` elements, unless chunks make them longer.
+
+    The tiles of one tensor are consecutive. `wide_dtype` is the dtype of all sums; None to choose it for each tensor.
+    """
+    tiles: list[Tile] = []
+    batches: dict[tuple[str, str, str], list[tuple[str, int]]] = {}
+
+    def flush(kind: tuple[str, str, str]) -> None:
+        names, counts = zip(*batches.pop(kind), strict=True)
+        stored = sum(source.entries[name].nbytes for source in plan.sources for name in names)
+        tiles.append(Tile(names, (0, *accumulate(counts)), *kind, plan.names, stored))
+
+    for name, tensor in plan.tensors.items():
+        dtype = plan.output_dtype(name)
+        exact = tensor.dtype == "F64" or name not in plan.coarse
+        wide = dtype if tensor.role == "copy" else wide_dtype or ("F64" if exact else "F32")
+        role = "variance" if name in plan.variances else "copy" if tensor.role == "copy" else "average"
+        kind, count = (role, dtype, wide), plan.box(name).size
+        if count <= BLOCK and name not in plan.boxes:
+            batch = batches.setdefault(kind, [])
+            if sum(size for _, size in batch) + count > BLOCK or len(batch) == MAX_BATCH:
+                flush(kind)
+            batches.setdefault(kind, []).append((name, count))
+            continue
+        cells = max(source.cells(name) if isinstance(source, FileSource) else 0 for source in plan.sources)
+        step = min(size * max(1, cells), max(size, MOST_PARTED))
+        stored = sum(ITEM_BYTES[source.entries[name].dtype] for source in plan.sources)
+        for begin in range(0, max(count, 1), step):
+            end = min(begin + step, count)
+            nbytes = stored * (end - begin)
+            tiles.append(Tile((name,), (0, end - begin), *kind, plan.names, nbytes, begin, end == count))
+    for kind in list(batches):
+        flush(kind)
+    return tiles
+
+
+class Scratch:
+    """A thread's buffers for stored bytes, used for every tile.
+
+    For CUDA there are two: the next bytes are read into one while the other is copied to the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self._buffers = deque([torch.zeros(0, dtype=torch.uint8)] * (1 + self._pinned))
+        self._sent: dict[int, Any] = {}
+
+    def fill(self, slot: torch.Tensor, dtype: str, read: Callable[[memoryview], object]) -> None:
+        """Have values of a safetensors dtype read, and convert them into `slot`, on the device of `slot`."""
+        self._buffers.rotate()
+        nbytes = slot.numel() * ITEM_BYTES[dtype]
+        if self._buffers[0].numel() < nbytes:
+            self._buffers[0] = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+        buffer = self._buffers[0]
+        if sent := self._sent.pop(buffer.data_ptr(), None):
+            sent.synchronize()  # its last values were copied to the device
+        read(buffer.numpy()[:nbytes].data)
+        if not nbytes:
+            return
+        values = buffer[:nbytes].view(torch_dtype(dtype))
+        if slot.device.type == "cpu":
+            slot.copy_(values)
+            return
+        slot.copy_(values.to(slot.device, non_blocking=self._pinned))
+        if self._pinned:
+            self._sent[buffer.data_ptr()] = torch.cuda.current_stream(slot.device).record_event()
+
+
 # --- tiles on threads
 
 
 Progress = Callable[[int], None]
 """A function that is called with the number of bytes just read, in the thread that called the engine."""
 
-ONE_TARGET_CHUNK = 524_288
-"""Elements of a chunk for one target. Smaller chunks stay in the second-level cache, but make short calls, for which
-threads wait for each other (measured on two cores: 65,536 elements 5.6 GB/s, 262,144 11.3, 524,288 12.6)."""
-
-CHUNK = 32_768
-"""Elements of a chunk for several targets, whose sums need memory for a row per source and a row per target."""
-
-REMOTE_CHUNK, REMOTE_THREADS = 131_072, 4
-"""For sources in an object store: elements of a chunk for one target, so that the chunks of all sources fit into the
-read-ahead; and the least number of threads, since some wait for the network while others compute."""
+REMOTE_THREADS = 16
+"""Threads for sources in an object store: most of them wait for the network while others compute."""
 
 
 @dataclass(frozen=True)
@@ -158,14 +270,14 @@ class Options:
 def synthesize(plan: Plan, options: Options = Options()) -> Iterator[tuple[str, list[torch.Tensor]]]:
     """Yield (name, one tensor per target) for each tensor, on `options.device`. Small tensors come in batches.
 
-    Memory is needed for a few chunks per thread, and for the tensors that the next few tiles belong to.
+    Memory is needed for a few tiles per thread, and for the tensors that the next few tiles belong to.
 
     Raises:
         FileFormatError: a snapshot is damaged; the error names it and the tensor.
         NonFiniteError: a result is not finite, or the plan's dtype cannot hold it; the error names the tensor.
     """
     device = check_device(options.device)
-    shapes = {name: plan.newest.stored[name].shape for name in plan.tensors}
+    shapes = {name: plan.box(name).shape for name in plan.tensors}
     outputs = [TensorOutput(shapes, device) for _ in plan.targets]
     with closing(synthesize_into(plan, outputs, options)) as made:
         for tile in made:
@@ -177,30 +289,26 @@ def synthesize(plan: Plan, options: Options = Options()) -> Iterator[tuple[str, 
 
 
 def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Options()) -> Generator[Tile, None, None]:
-    """Synthesize into outputs, and yield each complete tile, in order.
+    """Synthesize into outputs, one per target, and yield each complete tile, in order.
 
     At most two tiles per thread are queued or in progress. When the iteration ends, whether by an error in a thread, by
-    Ctrl-C or because the caller stops iterating, every thread is stopped first, within a chunk.
-
-    Arguments:
-        outputs: one per target. Tiles are opened in the caller's thread, and written in a worker thread.
+    Ctrl-C or because the caller stops iterating, every thread is stopped first, within a tile.
     """
     device = check_device(options.device)
     is_remote = any(isinstance(source, FileSource) and is_url(source.path) for source in plan.sources)
-    alone = REMOTE_CHUNK if is_remote else ONE_TARGET_CHUNK
-    size = alone if len(plan.targets) == 1 else CHUNK
     wide = "F32" if device.type == "mps" else None  # mps has no float64
+    size = ONE_TARGET if len(plan.targets) == 1 else BLOCK
     tiles = deque((part, tile) for part in plan.passes() for tile in cut_tiles(part, size, wide))
     least = REMOTE_THREADS if is_remote and options.workers is None else 1
     workers = min(max(least, worker_count(options.workers)), max(1, len(tiles)))
     local, stop, torch_threads = threading.local(), threading.Event(), torch.get_num_threads()
     queue: deque[Future[Tile]] = deque()
 
-    def work(part: Plan, tile: Tile, writers: Sequence[TileWriter], ready: Any) -> Tile:
+    def work(part: Plan, tile: Tile, writers: Sequence[Writer], ready: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 if not hasattr(local, "maker") or local.maker.plan is not part:
-                    local.maker = Maker(part, opened, device, size)
+                    local.maker = Maker(part, device)
                 local.maker.make(tile, writers, stop, ready)
             except BaseException:
                 stop.set()
@@ -208,7 +316,7 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
         return tile
 
     with ExitStack() as stack:
-        opened = stack.enter_context(all_open(plan.sources))
+        stack.enter_context(all_open(plan.sources))
         # Within a worker torch uses one thread: the tiles run in parallel instead.
         pool = stack.enter_context(ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,)))
         try:
@@ -231,21 +339,15 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
             torch.set_num_threads(torch_threads)  # the workers' setting is also that of threads that begin later
 
 
+Writer = Callable[[torch.Tensor], object]
+"""A function that takes the values of a tile, once, in any thread; the caller reuses their memory afterwards."""
+
+
 class Output(Protocol):
-    """An object that takes the tiles of one target, several at a time, in any threads."""
+    """An object that takes the tiles of one target, several at a time."""
 
-    def open_tile(self, tile: Tile) -> TileWriter:
-        """Return a writer for a tile."""
-
-
-class TileWriter:
-    """A writer for one tile of one target, used by one thread. This base class discards the values."""
-
-    def write(self, begin: int, values: torch.Tensor) -> None:
-        """Write the next elements of the tile, which start at `begin`; the caller reuses `values` afterwards."""
-
-    def close(self) -> None:
-        """Finish the tile, of which all elements are written."""
+    def open_tile(self, tile: Tile) -> Writer:
+        """Return the function that writes a tile; called in the thread that called the engine."""
 
 
 class TensorOutput:
@@ -255,31 +357,18 @@ class TensorOutput:
         self._shapes, self._device = shapes, device
         self.tensors: dict[str, torch.Tensor] = {}
 
-    def open_tile(self, tile: Tile) -> TileWriter:
-        """Return a writer for a tile; see `Output`."""
+    def open_tile(self, tile: Tile) -> Writer:
+        """Return the function that copies a tile into its tensors; see `Output`."""
         with torch.inference_mode(False):  # the caller may have enabled it
             for name in tile.names:
                 if name not in self.tensors:
                     dtype = torch_dtype(tile.dtype)
                     self.tensors[name] = torch.empty(self._shapes[name], dtype=dtype, device=self._device)
-        return TensorTile([self.tensors[name] for name in tile.names], tile)
-
-
-class TensorTile(TileWriter):
-    """A writer that copies a tile into its tensors."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor], tile: Tile) -> None:
-        self._begin = tile.ranges[0].begin
-        self._sizes = [end - begin for begin, end in pairwise(tile.bounds)]
-        self._flat = [tensor.view(-1) for tensor in tensors]
-
-    def write(self, begin: int, values: torch.Tensor) -> None:
-        """Copy the elements from `begin` on; see `TileWriter`."""
-        if len(self._flat) == 1:
-            start = self._begin + begin
-            self._flat[0][start : start + values.numel()].copy_(values)
-        else:
-            torch._foreach_copy_(self._flat, torch.split(values, self._sizes))
+        flat = [self.tensors[name].view(-1) for name in tile.names]
+        if len(flat) == 1:
+            return flat[0][tile.begin : tile.begin + tile.size].copy_
+        sizes = [end - begin for begin, end in pairwise(tile.bounds)]
+        return lambda values: torch._foreach_copy_(flat, torch.split(values, sizes))
 
 
 # --- devices and threads -----------------------------------------------------------------------------
@@ -318,25 +407,27 @@ class Stopped(Exception):  # noqa: N818
 class Maker:
     """One thread's maker of tiles, with the buffers of that thread."""
 
-    def __init__(
-        self, plan: Plan, opened: Sequence[TensorReader | ReadRanges], device: torch.device, chunk: int
-    ) -> None:
-        self.plan, self._opened, self._device, self._chunk = plan, opened, device, chunk
-        self._scratch = Scratch(chunk * max(ITEM_BYTES.values()), device)
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self._device = plan, device
+        self._scratch = Scratch(device)
         self._sums: dict[str, Sums] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         cuda: Any = torch.cuda
         self._stream = cuda.Stream(device) if device.type == "cuda" else None
 
-    def make(self, tile: Tile, writers: Sequence[TileWriter], stop: threading.Event, opened: Any) -> None:
+    def make(self, tile: Tile, writers: Sequence[Writer], stop: threading.Event, opened: Any) -> None:
         """Make a tile of all targets and pass it to its writers, one per target; raise `Stopped` once `stop` is set.
 
         `opened` is the caller's event after which the sources can be read and the results written.
         """
         with self._stream_after(opened):
-            self._copy(tile, writers, stop) if tile.role == "copy" else self._average(tile, writers, stop)
-            for writer in writers:
-                writer.close()
+            if tile.role != "copy":
+                self._average(tile, writers, stop)
+                return
+            values = self._buffer(tile.dtype, tile.size)
+            self._read(self.plan.newest, tile, values)
+            for write in writers:
+                write(values)
 
     @contextmanager
     def _stream_after(self, opened: Any) -> Iterator[None]:
@@ -351,84 +442,83 @@ class Maker:
             finally:
                 self._stream.synchronize()
 
-    def _copy(self, tile: Tile, writers: Sequence[TileWriter], stop: threading.Event) -> None:
-        reader = open_tile(self._opened[self.plan.sources.index(self.plan.newest)], tile)
-        for begin, end in tile.steps(self._chunk):
+    def _read(self, source: Source, tile: Tile, slot: torch.Tensor) -> None:
+        """Fill `slot` with a tile of a source, in the slot's dtype and on its device."""
+        dtypes = [source.entries[name].dtype for name in tile.names]
+        if len(dtypes) == 1:
+            name = tile.names[0]
+            read = partial(source.read_box, name, self.plan.box(name), begin=tile.begin)
+            self._scratch.fill(slot, dtypes[0], read)
+            return
+        changes = [index for index, (one, other) in enumerate(pairwise(dtypes), 1) if other != one]
+        for first, end in pairwise([0, *changes, len(dtypes)]):
+            own = slot[tile.bounds[first] : tile.bounds[end]]
+            self._scratch.fill(own, dtypes[first], partial(source.read_many, tile.names[first:end]))
+
+    def _average(self, tile: Tile, writers: Sequence[Writer], stop: threading.Event) -> None:
+        sums = self._sums_in(tile.wide, tile.size)
+        sums.start(tile.size)
+        smallest: torch.Tensor | None = None
+        for index, source in enumerate(self.plan.sources):
             if stop.is_set():
                 raise Stopped
-            values = self._buffer(tile.dtype)[: end - begin]
-            reader.read_into(values, begin, self._scratch)
-            for writer in writers:
-                writer.write(begin, values)
-
-    def _average(self, tile: Tile, writers: Sequence[TileWriter], stop: threading.Event) -> None:
-        readers = [open_tile(source, tile) for source in self._opened]
-        sums = self._sums_in(tile.wide)
-        for begin, end in tile.steps(self._chunk):
-            sums.start(end - begin)
-            smallest: torch.Tensor | None = None
-            for index, reader in enumerate(readers):
-                if stop.is_set():
-                    raise Stopped
-                reader.read_into(sums.slot(index), begin, self._scratch)
-                if tile.role == "variance":
-                    stored = sums.slot(index)
-                    smallest = stored.clone() if smallest is None else smallest.minimum(stored)
-                sums.add(index)
-            result = sums.result()
-            if smallest is not None:  # extrapolating coefficients can make a small variance zero or negative
-                result.copy_(result.maximum(smallest / 2))
-            if not sums.surely_finite() or result.dtype != torch_dtype(tile.dtype):
-                try:
-                    check_finite(tile, begin, result)
-                except NonFiniteError:
-                    self._check_checkpoints(tile)
-                    raise
-            for total, writer in zip(result, writers, strict=True):
-                writer.write(begin, self._cast(total, tile.dtype))
+            slot = sums.slot(index)
+            self._read(source, tile, slot)
+            if tile.role == "variance":
+                smallest = slot.clone() if smallest is None else smallest.minimum(slot)
+            sums.add(index)
+        result = sums.result()
+        if smallest is not None:  # extrapolating coefficients can make a small variance zero or negative
+            result.copy_(result.maximum(smallest / 2))
+        if not sums.surely_finite() or result.dtype != torch_dtype(tile.dtype):
+            try:
+                check_finite(tile, result)
+            except NonFiniteError:
+                self._check_checkpoints(tile)
+                raise
+        for total, write in zip(result, writers, strict=True):
+            write(self._cast(total, tile.dtype))
 
     def _check_checkpoints(self, tile: Tile) -> None:
         """Raise a NonFiniteError that names the checkpoint with non-finite values in a tile, if there is one.
 
         Snapshots are not searched: trackers refuse non-finite values.
         """
-        for source, opened in zip(self.plan.sources, self._opened, strict=True):
-            if isinstance(source, Snapshot) or not isinstance(source, FileSource):
-                continue
-            reader = open_tile(opened, tile)
-            for begin, end in tile.steps(self._chunk):
-                values = self._buffer(tile.wide)[: end - begin]
-                reader.read_into(values, begin, self._scratch)
+        for source in self.plan.sources:
+            if kind_of(source) == "checkpoint":
+                values = self._buffer(tile.wide, tile.size)
+                self._read(source, tile, values)
                 if not bool(values.isfinite().all()):
-                    at = begin + int(values.isfinite().logical_not().nonzero()[0])
+                    at = int(values.isfinite().logical_not().nonzero()[0])
                     name = tile.names[bisect_right(tile.bounds, at) - 1]
-                    raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
+                    raise NonFiniteError(
+                        getattr(source, "path", source.name), f"tensor {name!r}: holds nan or infinity"
+                    )
 
     def _cast(self, total: torch.Tensor, dtype: str) -> torch.Tensor:
-        if total.dtype == torch_dtype(dtype):
-            return total
-        return self._buffer(dtype)[: total.numel()].copy_(total)
+        return total if total.dtype == torch_dtype(dtype) else self._buffer(dtype, total.numel()).copy_(total)
 
-    def _buffer(self, dtype: str) -> torch.Tensor:
-        if dtype not in self._buffers:
-            self._buffers[dtype] = torch.empty(self._chunk, dtype=torch_dtype(dtype), device=self._device)
-        return self._buffers[dtype]
+    def _buffer(self, dtype: str, size: int) -> torch.Tensor:
+        if dtype not in self._buffers or self._buffers[dtype].numel() < size:
+            self._buffers[dtype] = torch.empty(size, dtype=torch_dtype(dtype), device=self._device)
+        return self._buffers[dtype][:size]
 
-    def _sums_in(self, wide: str) -> Sums:
-        if wide not in self._sums:
+    def _sums_in(self, wide: str, size: int) -> Sums:
+        if wide not in self._sums or self._sums[wide].room < size:
             coefficients = self.plan.reconstruction.coefficients
-            self._sums[wide] = Sums(coefficients, self._chunk, torch_dtype(wide), self._device)
+            room = max(ONE_TARGET if coefficients.shape[1] == 1 else BLOCK, -(-size // COLUMNS) * COLUMNS)
+            self._sums[wide] = Sums(coefficients, room, torch_dtype(wide), self._device)
         return self._sums[wide]
 
 
-def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
-    """Raise a NonFiniteError if the output's dtype cannot hold the sums, [targets, n], of a tile from `begin` on."""
+def check_finite(tile: Tile, sums: torch.Tensor) -> None:
+    """Raise a NonFiniteError if the output's dtype cannot hold the sums, [targets, n], of a tile."""
     dtype = torch_dtype(tile.dtype)
     # Casting is monotone, and both bounds are nan if any value is.
     if not sums.numel() or holds(dtype, torch.stack(torch.aminmax(sums))):
         return
     for name, (start, end) in zip(tile.names, pairwise(tile.bounds), strict=True):
-        values = sums[:, max(0, start - begin) : max(0, end - begin)]
+        values = sums[:, start:end]
         if holds(dtype, values):
             continue
         reason, hint = "the result is not finite; a snapshot holds nan or infinity, or the sum overflows", ""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from html import escape
@@ -19,9 +19,11 @@ from posthoc_cli.errors import InexactError, InvalidValueError, check_alone, che
 from posthoc_cli.planning import Candidate, check_max_error, check_within, error_curve
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor
+from posthoc_cli.snapshots.chunks import Box
+from posthoc_cli.snapshots.outputs import OutputInfo, Used
 from posthoc_cli.snapshots.selection import running_statistics
-from posthoc_cli.snapshots.sources import Source, by_time, chosen_up_to, counted, run_clock, source_prior
+from posthoc_cli.snapshots.sources import Source, TrackedTensor, by_time, chosen_up_to, counted, run_clock, source_prior
+from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.targets import Groups, Mean, Target, as_target, separate
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class Plan:
         coarse: tensors that some source stores in fewer bytes than float32. All others, and parameters in float64, are
             summed in float64: large coefficients of both signs would cost a float32 sum too many digits.
         subset: the stored tensors to make; None for all.
+        boxes: the box of a tensor to make, in place of the complete tensor.
     """
 
     sources: tuple[Source, ...]
@@ -68,6 +71,7 @@ class Plan:
     last: float = 0.0
     coarse: frozenset[str] = frozenset()
     subset: frozenset[str] | None = None
+    boxes: Mapping[str, Box] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         errors = map(self.predicted_error, range(len(self.targets)))
@@ -170,25 +174,30 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Number of bytes that a synthesis reads."""
-        return sum(source.stored[name].nbytes for source in self.sources for name in self.tensors)
+        return sum(source.entries[name].nbytes for source in self.sources for name in self.tensors)
+
+    def box(self, name: str) -> Box:
+        """Return the box of a tensor to make."""
+        return self.boxes.get(name) or Box.full(self.newest.entries[name].shape)
 
     def output_dtype(self, name: str) -> str:
         """Return the safetensors name of a tensor's dtype in the outputs: copies and statistics keep their own."""
         tensor = self.tensors[name]
         return self.dtype if tensor.role == "average" and self.dtype else tensor.dtype
 
-    def specs(self) -> list[TensorSpec]:
-        """Return the specs of the tensors of each output, under all names."""
-        return [
-            TensorSpec(alias, self.output_dtype(name), self.newest.stored[name].shape)
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The dtype and shape of the tensors of each output, under all names."""
+        return {
+            alias: Entry(self.output_dtype(name), self.box(name).shape)
             for name, aliases in self.names.items()
             for alias in aliases
-        ]
+        }
 
     @cached_property
     def nbytes(self) -> int:
         """Number of bytes of each output."""
-        return sum(spec.nbytes for spec in self.specs())
+        return sum(entry.nbytes for entry in self.entries.values())
 
     def only(self, targets: Sequence[int]) -> Plan:
         """Return the plan for some of the targets, given by index."""
@@ -219,7 +228,7 @@ class Plan:
             t=self.t, t_unit=info.t_unit, method=self.method,
             profile_error=self.profile_error(target), predicted_error=self.predicted_error(target),
             snapshots=tuple(
-                (source.name, c) for column in columns for source, c in zip(self.sources, column, strict=True)
+                Used(source.name, c) for column in columns for source, c in zip(self.sources, column, strict=True)
             ),
             copies=tuple(alias for name in copies for alias in self.names[name]),
         )  # fmt: skip
@@ -241,7 +250,7 @@ class Plan:
             "targets": [
                 {"target": info.profile}
                 | {name: getattr(info, name) for name in copied}
-                | {"snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots]}
+                | {"snapshots": [vars(used) for used in info.snapshots]}
                 for info in infos
             ],
         }
@@ -295,7 +304,7 @@ def plan_synthesis(
         reconstruction=result.of(snapshots=used), dtype=output_dtype,
         solved=len(usable), available=sum(source.info.t <= time for source in sources),
         last=max(source.info.t for source in sources),
-        coarse=frozenset(n for source in usable for n, entry in source.stored.items() if ITEM_BYTES[entry.dtype] < 4),
+        coarse=frozenset(n for source in usable for n, entry in source.entries.items() if ITEM_BYTES[entry.dtype] < 4),
     )  # fmt: skip
     plan = replace(plan, output_rounding=_output_rounding(plan))
     if plan.has_groups:
@@ -366,7 +375,7 @@ def _output_rounding(plan: Plan) -> float:
     elements, squares = 0, 0.0
     for name, tensor in plan.tensors.items():
         if tensor.role == "average":
-            count = math.prod(plan.newest.stored[name].shape)
+            count = plan.newest.entries[name].size
             elements += count
             squares += count * (ROUNDING * EPS.get(plan.output_dtype(name), 0.0)) ** 2
     return math.sqrt(squares / elements) if elements else 0.0

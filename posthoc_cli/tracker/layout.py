@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from posthoc_cli.snapshots.reading import ElementRange
+from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.worker import SINGLE_THREAD, ThreadPool
 
 HOST = torch.device("cpu")
@@ -133,21 +133,15 @@ def ranges_of(layout: Layout) -> list[list[ElementRange]]:
 
 
 class FlatTensors:
-    """One flat tensor a bucket, and views of the tensors in it by name; None becomes an empty tensor without views."""
+    """Zeros in the averages' dtypes: one flat tensor a bucket, and views of the tensors in it by name."""
 
-    def __init__(self, layout: Layout, flats: Iterable[torch.Tensor | None]) -> None:
-        self.flats: list[torch.Tensor] = []
+    def __init__(self, layout: Layout) -> None:
+        # `zero_` makes the system allocate the memory now, not at the first write.
+        self.flats = [torch.empty(b.bounds[-1], dtype=b.wide, device=b.device).zero_() for b in layout]
         self.views: dict[str, torch.Tensor] = {}
-        for bucket, flat in zip(layout, flats, strict=True):
-            self.flats.append(torch.empty(0, device=bucket.device) if flat is None else flat)
-            if flat is not None:
-                shapes = zip(bucket.places.items(), bucket.shapes, strict=True)
-                self.views.update((name, flat[begin:end].view(shape)) for (name, (begin, end)), shape in shapes)
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros whose memory the system allocates now, not at the first write."""
-    return torch.empty(shape, dtype=dtype, device=device).zero_()
+        for bucket, flat in zip(layout, self.flats, strict=True):
+            shapes = zip(bucket.places.items(), bucket.shapes, strict=True)
+            self.views.update((name, flat[begin:end].view(shape)) for (name, (begin, end)), shape in shapes)
 
 
 class HostTensors:
@@ -249,14 +243,10 @@ class LayoutReader:
         scratch = self._scratch_of(tile, thread)
         return torch.cat(parts, out=scratch) if others else scratch.copy_(first)
 
-    def wide(self, flat: torch.Tensor, tile: BucketTile, thread: int = 0) -> torch.Tensor:
-        """Return a tile's `flat` values in the averages' dtype; valid until the same thread's next call."""
-        scratch = self._scratch_of(tile, thread)
-        return flat if flat.dtype == scratch.dtype else scratch.copy_(flat)
-
     def values(self, tile: BucketTile, thread: int = 0) -> torch.Tensor:
         """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next call."""
-        return self.wide(self.flat(tile, thread), tile, thread)
+        flat, scratch = self.flat(tile, thread), self._scratch_of(tile, thread)
+        return flat if flat.dtype == scratch.dtype else scratch.copy_(flat)
 
     def norms(self, pool: ThreadPool = SINGLE_THREAD) -> list[float]:
         """Return the norm of each tile's values: not finite if a value is not, or if squares overflow.
@@ -273,11 +263,11 @@ class LayoutReader:
         stacked = (torch.stack([norms[tile.number] for tile in tiles]) for _, tiles in buckets)
         return [norm for bucket in stacked for norm in bucket.tolist()]
 
-    def nonfinite_name(self, tiles: Iterable[BucketTile]) -> str | None:
-        """Return the name of the first tensor that holds a nan or an infinity in these tiles, or None."""
-        ordered = sorted(tiles)
-        ranges = ranges_of(self.layout) if ordered else []
-        for tile in ordered:
+    def nonfinite_name(self, norms: Sequence[float]) -> str | None:
+        """Return the first tensor with a nan or an infinity in the tiles whose norms are not finite, or None."""
+        bad = [tile for tile, norm in zip(self.tiles, norms, strict=True) if not math.isfinite(norm)]
+        ranges = ranges_of(self.layout) if bad else []
+        for tile in bad:
             pieces = ranges[tile.number]
             parts = torch.split(self.values(tile), [piece.end - piece.begin for piece in pieces])
             for piece, values in zip(pieces, parts, strict=True):

@@ -17,7 +17,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +24,14 @@ import torch
 import xxhash
 
 from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.errors import FileFormatError, PostHocError
+from posthoc_cli.errors import PostHocError
 from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
 from posthoc_cli.reconstruction import Distance, Measurements, Sketch
-from posthoc_cli.snapshots.chunks import Chunk
+from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.codecs import PathSketch
-from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot
-from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.reading import ElementRange, TensorReader, open_file
-from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
+from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.sources import ElementRange
+from posthoc_cli.snapshots.tensorfile import tensor_from_bytes
 from posthoc_cli.tracker.layout import BucketTile, Elements, Layout, Values, joined, ranges_of, tiles_of
 
 log = logging.getLogger(__name__)
@@ -122,7 +120,7 @@ def _draw(name: str, size: int, stride: int) -> Values:
 
 
 def measurements(
-    infos: Sequence[SnapshotInfo], subset: Subset, averages: Sequence[Values], earlier: Sequence[StoredSnapshot],
+    infos: Sequence[Snapshot], subset: Subset, averages: Sequence[Values], earlier: Sequence[Snapshot],
     stored: Sequence[Values] | None = None, network: Values | None = None,
 ) -> list[Measurements | None]:  # fmt: skip
     """Return the measurements of averages of one time, one a profile; None if the squared norm is not finite.
@@ -161,42 +159,28 @@ def measurements(
     return result
 
 
-def _read_subset(snapshot: StoredSnapshot, subset: Subset, chunks: Mapping[str, Chunk]) -> Values | None:
+def _read_subset(snapshot: Snapshot, subset: Subset, chunks: Mapping[str, Chunk]) -> Values | None:
     """Return the subset's values in a snapshot; None, with a warning, if the snapshot cannot be read."""
     shapes = {n: shape for bucket in subset.layout for n, shape in zip(bucket.names, bucket.shapes, strict=True)}
     boxes = {name: chunk.box(shapes[name]) for name, chunk in chunks.items() if name in shapes}
-    try:
-        if snapshot.info.part is not None or not (boxes or snapshot.path.is_dir()):
-            file: TensorReader = open_file(snapshot.path)
-            checksum = file.header.metadata.get("ema.checksum")
-        else:
-            opened = read_snapshot(snapshot.path)
-            file, checksum = opened.open(boxes or None), opened.header.metadata["ema.checksum"]
-        with file:
-            if checksum != snapshot.checksum:
-                raise FileFormatError(snapshot.path, "was replaced by another one")
-            return subset.read(_range_reader(file))
-    except PostHocError as error:
-        log.warning("%s; new snapshots are written without their distance to it", error)
-        return None
-
-
-def _range_reader(file: TensorReader) -> Callable[[Sequence[ElementRange]], list[torch.Tensor]]:
-    """Return a function that reads ranges of a file's tensors, flat and verified, each tensor from beginning to end."""
-    readers: dict[str, Any] = {}
+    if snapshot.part is not None:
+        boxes = {}
 
     def read(ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
         values = []
         for name, begin, end in ranges:
-            entry = file.tensors[name]
-            if begin == 0:
-                readers[name] = file.read_range(name, 0, entry.nbytes)
-            data = np.empty((end - begin) * ITEM_BYTES[entry.dtype], np.uint8)
-            readers[name].read_into(data.data)
-            values.append(tensor_from_bytes(data, entry.dtype, (end - begin,)))
+            dtype, box = snapshot.entries[name].dtype, boxes.get(name) or Box.full(snapshot.entries[name].shape)
+            data = np.empty((end - begin) * ITEM_BYTES[dtype], np.uint8)
+            snapshot.read_box(name, box, data.data, begin)
+            values.append(tensor_from_bytes(data, dtype, (end - begin,)))
         return values
 
-    return read
+    try:
+        with snapshot:
+            return subset.read(read)
+    except PostHocError as error:
+        log.warning("%s; new snapshots are written without their distance to it", error)
+        return None
 
 
 # --- the path of the weights

@@ -20,13 +20,13 @@ import torch
 
 from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.codecs import encode_sample
-from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.selection import Selection, running_statistics
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, MAX_TENSORS, Entry, encode_header, lay_out
 from posthoc_cli.tracker.sharding import Members, is_fsdp, is_sharded, local_part, local_tensors, reshard
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes for which torch has no arithmetic
@@ -115,7 +115,7 @@ class TrackedModel:
     @classmethod
     def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
         """Return the entries of a snapshot."""
-        shapes = {name: entry.shape for name, entry in snapshot.header.tensors.items()}
+        shapes = {name: entry.shape for name, entry in snapshot.entries.items()}
         info = snapshot.info
         return cls(info.tensors, shapes, info.aliases, info.left_out)
 
@@ -177,15 +177,13 @@ class TrackedModel:
         names = [*self.tensors, *self.aliases, *self.left_out]
         # A header repeats each tensor's name three times, with at most 300 bytes more.
         size = 3 * sum(map(len, names)) + 300 * len(names)
-        if size < fmt.MAX_HEADER_BYTES // 4 and len(names) <= fmt.MAX_TENSORS:
+        if size < MAX_HEADER_BYTES // 4 and len(names) <= MAX_TENSORS:
             return
-        specs = [fmt.TensorSpec(name, tensor.dtype, self.shapes[name]) for name, tensor in self.tensors.items()]
-        entries = fmt.lay_out(specs)
-        checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
+        entries = {name: Entry(tensor.dtype, self.shapes[name]) for name, tensor in self.tensors.items()}
         tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
         tables["sample"] = encode_sample(*[[0.0] * len(self.sampled)] * 2)
         try:
-            fmt.encode_header(entries, fmt.encode_metadata("snapshot", tables), checksums)
+            encode_header(lay_out(entries), tables, {})
         except InvalidValueError as error:
             reason = f"with {len(names):,} tensors a snapshot's {error.subject} {error.reason}"
             raise InvalidValueError("model", reason, "leave some out with include or exclude, or join them") from error

@@ -257,7 +257,7 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
     Names, shapes and dtypes are checked before the first tensor changes. A snapshot that is found to be damaged later,
     or a value that the model's dtype cannot hold, leaves the tensors before it filled.
     """
-    shapes = {spec.name: spec.shape for spec in plan.specs()}
+    shapes = {name: entry.shape for name, entry in plan.entries.items()}
     targets = weight_targets(model, shapes)
     if plan.dtype is not None:
         check_dtypes_free(model, DTYPES[plan.dtype].torch_name)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
 import inspect
-import logging
 import sys
 import weakref
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.tracker.model_tensors import unwrapped
 from posthoc_cli.tracker.state import Settings
 
-log = logging.getLogger(__name__)
 _BY_HAND = "leave attach out, and call ema.update_(model) after each step that was taken"
 
 
@@ -38,15 +34,10 @@ class WeakModel:
 class AttachedTracker(Protocol):
     """The members of a tracker that an attachment uses."""
 
-    checkpoint_dir: Path
     settings: Settings
-
-    @property
-    def step(self) -> int: ...  # noqa: D102
+    checkpoint_dir: Path
 
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None: ...  # noqa: D102
-
-    def close(self) -> None: ...  # noqa: D102
 
 
 class Attachment:
@@ -56,10 +47,10 @@ class Attachment:
     optimizer's state for a checkpoint; and once, however often it calls its closure. `optimizer.step()` raises an error
     of the update after it has changed the parameters.
 
-    Steps that other optimizers make with the same parameters are counted, too: when an optimizer was replaced, the
-    tracker would stop without notice, so a warning says it. Several optimizers that step in turns cause no warning.
-
     The model is held weakly; `t` returns the training time, None for steps.
+
+    Attributes:
+        steps: the number of steps that were counted.
     """
 
     def __init__(
@@ -69,74 +60,29 @@ class Attachment:
         model: WeakModel,
         t: Callable[[], float] | None,
     ) -> None:
-        self.tracker = tracker
-        self._optimizer = weakref.ref(optimizer)
-        self._model = model
-        self._t = t
+        self.steps = 0
+        self._optimizer, self._tracker, self._model, self._t = weakref.ref(optimizer), tracker, model, t
         self._is_updating = False
-        self._has_stepped, self._warned = False, False
-        # The steps of other optimizers since this one's last step, and the most there were between two of its steps.
-        self._missed, self._usually_missed = 0, 0
         # A compiled step must not trace file operations and counters.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._handle = optimizer.register_step_post_hook(hook)
-        _attachments.add(self)
-        _watch_all_steps()
+        self._is_attached = True
 
     def remove(self) -> None:
         """Detach the tracker. A second call does nothing."""
         self._handle.remove()
-        _attachments.discard(self)
+        self._is_attached = False
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer, or None once the tracker is detached or the optimizer no longer exists."""
-        return self._optimizer() if self in _attachments else None
+        return self._optimizer() if self._is_attached else None
 
     def check_caller(self) -> None:
         """Raise a NotReadyError if the user's own code calls `update_`: each step would be counted twice."""
-        self._missed = 0  # also where the optimizer no longer exists and the user calls `update_` instead
         if self.optimizer is not None and not self._is_updating:
             reason = "this tracker is attached to an optimizer and is updated by its steps"
             raise NotReadyError("update_", reason, "leave out either this call or attach(), or detach() first")
-
-    def is_of(self, model: WeakModel) -> bool:
-        """Return whether this attachment tracks a model, in whatever wrappers."""
-        tracked, other = self._model(), model()
-        return tracked is not None and other is not None and unwrapped(tracked) is unwrapped(other)
-
-    def check_steps(self) -> None:
-        """Warn, once, if other optimizers have continued the training without the attached one."""
-        attached = self.optimizer
-        # Within an iteration other optimizers may be some steps ahead.
-        if self not in _attachments or self._warned or self._missed <= 2 * self._usually_missed + 1:
-            return
-        self._warned = True
-        what = "no longer exists" if attached is None else "takes no more steps"
-        log.warning(
-            "%s: the averages are still those of step %d: the optimizer that the tracker is attached to %s, and %d "
-            "later steps of another one were not counted; after replacing an optimizer call "
-            "%sema.attach(new_optimizer), or call ema.update_(model) after each step",
-            self.tracker.checkpoint_dir, self.tracker.step, what, self._missed,
-            "" if attached is None else "ema.detach() and ",
-        )  # fmt: skip
-
-    def see_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count a step that another optimizer took with the same parameters in place of the attached one.
-
-        Until the attached optimizer has stepped, and when it no longer exists, any parameter of the model counts as
-        the same. When it no longer exists, warn at once rather than at the next query.
-        """
-        attached, model = self.optimizer, self._model()
-        if optimizer is attached or model is None:
-            return
-        known = attached if self._has_stepped else None
-        trained = {*map(id, model.parameters())} if known is None else _parameters(known)
-        if trained.isdisjoint(_parameters(optimizer)) or not _has_changed_weights(optimizer):
-            return
-        self._missed += 1
-        if attached is None:
-            self.check_steps()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         try:
@@ -144,9 +90,9 @@ class Attachment:
                 model = self._model()
                 if model is None:
                     raise NotReadyError("attach", "the model that this tracker was made with no longer exists")
-                self._has_stepped, self._usually_missed = True, max(self._usually_missed, self._missed)
                 self._is_updating = True
-                self.tracker.update_(model, None if self._t is None else self._t())
+                self.steps += 1
+                self._tracker.update_(model, None if self._t is None else self._t())
         except BaseException:
             # If a step raises, a GradScaler leaves these attributes set, and would multiply the next scale by them.
             for name in ("grad_scale", "found_inf"):
@@ -156,33 +102,6 @@ class Attachment:
             self._is_updating = False
 
 
-_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
-
-
-@cache
-def _watch_all_steps() -> None:
-    """Register the hook for all optimizers, for good: removing it would change torch's hooks while torch calls them."""
-    register_optimizer_step_post_hook(_after_any_step)
-    atexit.register(_check_all)
-
-
-def _after_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    if torch.compiler.is_compiling():  # a compiled step must not trace the counting
-        return
-    for attachment in [*_attachments]:
-        attachment.see_step(optimizer)
-
-
-def _check_all() -> None:
-    """Warn of uncounted steps at the end of the process, for trackers that nobody has closed."""
-    for attachment in [*_attachments]:
-        attachment.check_steps()
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
 def attach(
     tracker: AttachedTracker,
     optimizer: object,
@@ -190,7 +109,7 @@ def attach(
     t: Callable[[], float] | None,
     before: Attachment | None,
 ) -> Attachment:
-    """Attach a tracker to an optimizer in place of `before`; close another one of its model and directory."""
+    """Attach a tracker to an optimizer, in place of `before` and of another tracker of its directory."""
     unit = tracker.settings.t_unit
     if not callable(t) and (t is not None or unit != "steps"):
         reason = f"t {t!r}: must be a function that returns the training time in {unit}"
@@ -204,14 +123,17 @@ def attach(
         reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
         hint = "of several that train one model, attach to the one that steps last in an iteration, or detach() first"
         raise InvalidValueError("attach", reason, hint)
-    for other in [*_attachments]:
-        is_same_run = other.tracker.checkpoint_dir == tracker.checkpoint_dir
-        if other.optimizer is stepping and other.tracker is not tracker and is_same_run and other.is_of(model):
-            log.warning("attach: an earlier tracker of %s is closed, and this one replaces it", tracker.checkpoint_dir)
-            other.tracker.close()
-    if before is not None:
-        before.remove()
-    return Attachment(stepping, tracker, model, t)
+    attachments = _attachments.setdefault(stepping, {})
+    # An earlier tracker of the directory is of a notebook's cell that has run again.
+    for earlier in (before, attachments.get(tracker.checkpoint_dir)):
+        if earlier is not None:
+            earlier.remove()
+    attachments[tracker.checkpoint_dir] = made = Attachment(stepping, tracker, model, t)
+    return made
+
+
+_attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
+"""The last attachment of each directory's trackers to an optimizer."""
 
 
 def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:

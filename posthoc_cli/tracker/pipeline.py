@@ -5,7 +5,7 @@ A value has at most six forms from `update_` to a file:
 1. the model's tensor (`ModelTensors`);
 2. if averages are on the host, its copy there (`ModelCopy`), sent from an accelerator through a buffer (`_Ring`);
 3. the mean of the last values (`AverageTensors.mean`);
-4. from the next fold on, each profile's average, high and low part (`AverageTensors.high`, `low`);
+4. from the next fold on, each profile's average (`AverageTensors.high`);
 5. the average in the storage dtype, on the host (`StagedAverages`);
 6. the bytes of the file (`TensorFileWriter`).
 
@@ -43,11 +43,11 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.resources import worker_count
-from posthoc_cli.snapshots.reading import ElementRange
+from posthoc_cli.snapshots.sources import ElementRange
+from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import HostTensors, Layout, LayoutReader, lay_out, on_host
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
-from posthoc_cli.tracker.running import AverageTensors, RunningAverages
 from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.snapshotter import LiveSource, PartSnapshotter, Snapshotter, live_sources
 from posthoc_cli.tracker.staging import (
@@ -60,7 +60,7 @@ from posthoc_cli.tracker.staging import (
     stage,
 )
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info
-from posthoc_cli.tracker.worker import SINGLE_THREAD, BackpressureMonitor, ThreadPool, Worker, divisor, end_threads
+from posthoc_cli.tracker.worker import SINGLE_THREAD, BackpressureMonitor, ThreadPool, Worker, end_threads
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ log = logging.getLogger(__name__)
 class LiveAverages:
     """A reader of the averages of one update: read in place until the next update, which has them copied first."""
 
-    def __init__(self, pipeline: Pipeline, averages: RunningAverages, layout: Layout) -> None:
+    def __init__(self, pipeline: Pipeline, averages: Averages, layout: Layout) -> None:
         self._pipeline, self._averages, self._layout = pipeline, averages, layout
         self._complete = [ElementRange(n, 0, end - begin) for b in layout for n, (begin, end) in b.places.items()]
         self._copies: list[dict[str, torch.Tensor]] = []
@@ -120,13 +120,8 @@ class Pipeline:
         self._storage: StorageLayout | None = None
         self._host_memory: list[HostTensors] | None = None
         self._readers: WeakSet[LiveAverages] = WeakSet()
-        every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
-        self._update_monitor = BackpressureMonitor(
-            "an update of the averages", "update_every", lambda factor: divisor(snapshots, every * factor)
-        )
-        self._write_monitor = BackpressureMonitor(
-            "writing snapshots", "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every)
-        )
+        self._update_monitor = BackpressureMonitor("an update of the averages", "update_every")
+        self._write_monitor = BackpressureMonitor("writing snapshots", "checkpoint_every")
         _pipelines.add(self)
 
     @property
@@ -250,10 +245,8 @@ class Pipeline:
             current = self._current()
             made, tensors = self._without_averages(current, exact=True), current.averages.tensors
             if tensors is not None and current.averages.exist:
-                memory = AverageTensors(on_host(tensors.layout), len(tensors.high))
                 with self._streams.in_own_streams():
-                    tensors.copy_to(memory, current.averages.standing.early)
-                made.averages.tensors = memory
+                    made.averages.tensors = tensors.copied(on_host(tensors.layout))
             return made
 
         return self._updates.call(work)
@@ -330,7 +323,7 @@ class Pipeline:
             pool = SINGLE_THREAD if averages.tensors is None else self._pool_for(averages.tensors.layout)
             path = averages.path(pool, exact=exact)
             copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
-        rest = RunningAverages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
+        rest = Averages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
         return replace(current, averages=rest)
 
     def _current(self) -> Tracking:
@@ -415,7 +408,7 @@ class Pipeline:
         averages.sample = sample
         return None, network
 
-    def _sketcher(self, averages: RunningAverages, storage: StorageLayout, tracked: TrackedModel) -> Sketcher | None:
+    def _sketcher(self, averages: Averages, storage: StorageLayout, tracked: TrackedModel) -> Sketcher | None:
         """Return the sketcher of the path from the first update on, or from a known path; None if neither is known."""
         path, sketcher = averages.known_path, averages.sketcher
         if sketcher is not None and sketcher.subset is not storage.subset:

@@ -28,15 +28,14 @@ from posthoc_cli.errors import (
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
 from posthoc_cli.snapshots.codecs import Floats, path_of_part
-from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
+from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_directory
 from posthoc_cli.snapshots.path import are_equal, recorded_weights, squared_distance
-from posthoc_cli.snapshots.sources import Snapshot, SnapshotBoxes, Source
-from posthoc_cli.snapshots.writer import DirectoryLock
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import plan_synthesis
+from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.layout import FlatTensors
 from posthoc_cli.tracker.model_tensors import TrackedModel
-from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
 from posthoc_cli.tracker.sharding import Group
 from posthoc_cli.tracker.state import (
     Settings,
@@ -44,7 +43,6 @@ from posthoc_cli.tracker.state import (
     TrainingProgress,
     check_profiles,
     host_layout,
-    read_tensor,
 )
 
 log = logging.getLogger(__name__)
@@ -221,7 +219,7 @@ def load_from_directory(directory: Path, settings: Settings, tracked: TrackedMod
     snapshots = snapshots_until(read_directory(directory), step)
     check_profiles(snapshots[-1].info.sigma_rels, settings.sigma_rels)
     loaded = _rounded_state(directory, snapshots, settings.sigma_rels, tracked)
-    return replace(loaded, snapshots=frozenset(StoredSnapshot.of(snapshot).checksum for snapshot in snapshots))
+    return replace(loaded, snapshots=frozenset(snapshot.checksum for snapshot in snapshots))
 
 
 def snapshots_until(snapshots: Sequence[Snapshot], step: int | None, argument: str = "step") -> Sequence[Snapshot]:
@@ -254,12 +252,17 @@ def _rounded_state(
         else _reconstruct(directory, snapshots, sigma_rel, high, tracked)
         for sigma_rel, high in zip(sigma_rels, kept.high, strict=True)
     )
-    with newest.open(tracked.boxes()) as file:
-        copies = {name: read_tensor(file, name) for name, tensor in tracked.tensors.items() if tensor.role == "copy"}
-    standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, 0, inherited)
-    averages = RunningAverages(
-        tuple(sigma_rels), standing, kept, copies, known_path=path_of_part(last.sketch, tracked.part)
+    boxes = tracked.boxes() or {}
+    with newest:
+        copies = {
+            name: newest.tensor(name, boxes.get(name))
+            for name, tensor in tracked.tensors.items()
+            if tensor.role == "copy"
+        }
+    standing = Standing(
+        last.t, last.step, last.t_first, last.max_interval, last.updates, folded_t=last.t, inherited=inherited
     )
+    averages = Averages(tuple(sigma_rels), standing, kept, copies, known_path=path_of_part(last.sketch, tracked.part))
     progress = TrainingProgress.resumed(ClockRecorder.of_knots(last.clock_pairs))
     return Tracking(last.run_id, progress, tracked, averages)
 
@@ -287,12 +290,9 @@ def _reconstruct(
     if tracked.leads:
         log.warning("%s: %s: it is reconstructed, with a predicted error of %s", directory, at, percent(predicted))
     names, boxes = frozenset(average.views), tracked.boxes()
-    sources: Sequence[Source] = plan.sources
-    if boxes is not None:
-        held = {name: box for name, box in boxes.items() if name in names}
-        sources = [SnapshotBoxes.of(source, held) for source in sources if isinstance(source, Snapshot)]
+    held = {name: box for name, box in (boxes or {}).items() if name in names}
     norm = 0.0
-    for name, (value,) in synthesize(replace(plan, sources=tuple(sources), subset=names)):
+    for name, (value,) in synthesize(replace(plan, subset=names, boxes=held)):
         if name in names:  # else another name of the tensor
             average.views[name].copy_(value)
             norm += float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2
@@ -303,9 +303,9 @@ def _read_average(snapshot: Snapshot, average: FlatTensors, tracked: TrackedMode
     """Fill `average` from a snapshot, and return the expected squared norm of its error."""
     expected = norm = 0.0
     boxes = tracked.boxes()
-    with snapshot.open(boxes) as file:
+    with snapshot:
         for name, view in average.views.items():
-            value = read_tensor(file, name)
+            value = snapshot.tensor(name, (boxes or {}).get(name))
             view.copy_(value)
             if tracked.tensors[name].role == "statistic":
                 continue  # the measurements in snapshots cover weights only

@@ -49,6 +49,7 @@ the processes that have made one before it warns; and before it gives up."""
 
 _FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
 
+_LEFT = "left this call by "
 _ABSENT = "made no tracker of this model"
 _NO_WRITER = "has not taken the directory yet"
 
@@ -175,13 +176,11 @@ class Group:
     Attributes:
         rank: rank of this process.
         ranks: ranks of all of them. The first makes the plan and, among replicas, the averages.
-        handle: the processes' group for `torch.distributed`; None for all processes.
         device: device of tensors that they exchange.
     """
 
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
-    handle: dist.ProcessGroup | None = None
     device: torch.device = HOST
 
     @property
@@ -198,7 +197,7 @@ class Group:
         """Return the value of each process, by rank."""
         values = [value] * len(self.ranks)
         if not self.is_alone:
-            dist.all_gather_object(values, value, group=self.handle)
+            dist.all_gather_object(values, value)
         return values
 
     def from_all_at(self, step: int, t: float, value: Result) -> list[Result]:
@@ -249,7 +248,7 @@ class Group:
             except Exception as error:  # noqa: BLE001  raised again below, when the other processes know
                 failure, is_ours = error, isinstance(error, PostHocError)
                 outcome[1] = error if is_ours else RankError(f"rank {self.rank}", _describe(error))
-        dist.broadcast_object_list(outcome, self.ranks[0], group=self.handle)
+        dist.broadcast_object_list(outcome, self.ranks[0])
         if failure is not None:
             raise failure
         if outcome[1] is not None:
@@ -263,7 +262,7 @@ class Group:
             return
         buffer = value.contiguous().reshape(-1).view(torch.uint8).to(self.device)
         if len(ranks) == len(self.ranks):
-            dist.broadcast(buffer, ranks[0], group=self.handle)
+            dist.broadcast(buffer, ranks[0])
         elif self.rank == ranks[0]:
             for other in ranks[1:]:
                 dist.send(buffer, other)
@@ -289,85 +288,65 @@ class Rendezvous:
     """
 
     def __init__(self, store: Store, keeps: bool, hint: str = "make this call in every process") -> None:
-        self._store, self._keeps, self._hint = store, keeps, hint
+        self._store, self._hint = store, hint
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._known: dict[int, bool] = {}
-        self._handles: dict[tuple[int, ...], Any] = {}
-        self._calls = 0
-        self._in_grace = True
+        self._calls, self._is_alone = 0, False
         store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
 
     @classmethod
     def of_replicas(cls, directory: Path, keeps: bool) -> Rendezvous:
         """Return the meeting point of one directory's trackers: of the first, second, ... that each process makes."""
         name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-        hint = f"make it in every process, with a tracker of {directory}; or in the first one only, with alone=True"
-        return cls(_new_store(name), keeps, hint)
+        return cls(_new_store(name), keeps, f"make it in every process, with a tracker of {directory}")
 
     def gather(self, device: torch.device, call: str) -> Group:
-        """Return the processes that make this `call`; this one alone if no other has a tracker, or none keeps averages.
+        """Return all processes, which make this `call`; this one alone if no other one has made a tracker.
 
-        Raise a RankError that names a process that has a tracker and does not make the call, or makes another one.
+        Raise a RankError that names a process that does not make the call, or makes another one.
         """
-        began = time.monotonic()
-        while len(made := self._made()) < self._world and self._keeps and self._in_grace:
-            self._in_grace = time.monotonic() - began < GRACE
-            time.sleep(0.02)
-        if len(made) == (1 if self._keeps else self._world) and any(made.values()) == self._keeps:
-            return Group(self._rank, (self._rank,), device=device)
+        if not self._calls:
+            began = time.monotonic()
+            while not self._is_set("made") and time.monotonic() - began < GRACE:
+                time.sleep(0.02)
+            made = [rank for rank in range(self._world) if self._store.check([f"made/{rank}"])]
+            self._is_alone = made == [self._rank]
         self._calls += 1
+        if self._is_alone:
+            return Group(self._rank, (self._rank,), device)
         prefix = f"call/{self._calls}"
         self._store.set(f"{prefix}/{self._rank}", call)
         try:
             self._wait_for_all(prefix)
-            for key in self._keys(prefix) if self._keeps else []:
-                if (other := self._store.get(key).decode()) != call:
-                    reason = f"asks for {other}, and rank {self._rank} for {call}"
-                    raise RankError(f"rank {key.rpartition('/')[2]}", reason, "make the same call in every process")
         except BaseException as error:
-            if self._keeps:  # the other processes wait for its answer
-                subject, reason, hint = f"rank {self._rank}", f"left this call by {type(error).__name__}", self._hint
-                if isinstance(error, RankError):
-                    subject, reason, hint = error.subject, error.reason, error.hint
-                self._store.set(f"{prefix}/answer", json.dumps([subject, reason, hint]))
+            self._store.set(f"{prefix}/{self._rank}", f"{_LEFT}{type(error).__name__}")
             raise
-        if self._keeps:
-            self._store.set(f"{prefix}/answer", json.dumps([self._rank, *sorted(made.keys() - {self._rank})]))
-        answer = json.loads(self._store.get(f"{prefix}/answer"))
-        if isinstance(answer[0], str):
-            raise RankError(*answer)
-        if self._rank not in answer:
-            raise RankError(f"rank {self._rank}", "had made no tracker yet when the others made this call", self._hint)
-        ranks, everyone = tuple(answer), len(answer) == self._world
-        if not everyone and ranks not in self._handles:
-            self._handles[ranks] = dist.new_group(sorted(ranks), use_local_synchronization=True)
-        return Group(self._rank, ranks, None if everyone else self._handles[ranks], device)
+        kinds, calls = (
+            [self._store.get(f"{key}/{n}").decode() for n in range(self._world)] for key in ("made", prefix)
+        )
+        first = kinds.index("keeps") if "keeps" in kinds else 0
+        for rank, other in enumerate(calls):
+            if other.startswith(_LEFT):
+                raise RankError(f"rank {rank}", other, self._hint)
+            if other != calls[first]:
+                reason = f"asks for {other}, and rank {first} for {calls[first]}"
+                raise RankError(f"rank {rank}", reason, "make the same call in every process")
+        return Group(self._rank, (first, *(rank for rank in range(self._world) if rank != first)), device)
 
     def _wait_for_all(self, prefix: str) -> None:
-        """Wait for all processes if this one keeps averages, else for the answer of the process that does."""
         began, pause, warned = time.monotonic(), 0.001, False
-        while not self._store.check(self._keys(prefix) if self._keeps else [f"{prefix}/answer"]):
+        while not (self._is_set(prefix) and self._is_set("made")):
             if time.monotonic() - began > (LIMIT if warned else WARNING):
-                absent = [key for key in self._keys(prefix) if not self._store.check([key])]
-                names = " and ".join(f"rank {key.rpartition('/')[2]}" for key in absent) or "the other processes"
+                absent = [f"rank {n}" for n in range(self._world) if not self._store.check([f"{prefix}/{n}"])]
                 if warned:
-                    raise RankError(names, f"did not make this call within {LIMIT:.0f} s", self._hint)
-                log.warning("waiting for %s: %s", names, self._hint)
+                    raise RankError(" and ".join(absent), f"did not make this call within {LIMIT:.0f} s", self._hint)
+                log.warning("waiting for %s: %s", " and ".join(absent), self._hint)
                 warned = True
             time.sleep(pause)
             pause = min(1.5 * pause, 0.1)
 
-    def _keys(self, prefix: str) -> list[str]:
-        """Return the keys that a call's processes set in the store: all ranks' until the one that keeps is known."""
-        made = self._made()
-        return [f"{prefix}/{rank}" for rank in (made if any(made.values()) else range(self._world))]
-
-    def _made(self) -> dict[int, bool]:
-        """Return the ranks that have made a tracker, and whether each keeps averages."""
-        for rank in range(self._world):
-            if rank not in self._known and self._store.check([f"made/{rank}"]):
-                self._known[rank] = self._store.get(f"made/{rank}") == b"keeps"
-        return self._known
+    def _is_set(self, prefix: str) -> bool:
+        """Return whether every process has set a key."""
+        return bool(self._store.check([f"{prefix}/{rank}" for rank in range(self._world)]))
 
 
 class Members:
@@ -437,9 +416,9 @@ class Members:
         """Return the processes that keep averages, all of which make this call."""
         return THIS_PROCESS
 
-    def callers(self, call: str, alone: bool, is_tracking: bool, device: torch.device) -> Group:
-        """Return the processes that make a call for averages; this one if `alone`, or before it tracks."""
-        if alone or self._replicas is None or not is_tracking or not dist.is_initialized():
+    def callers(self, call: str, is_tracking: bool, device: torch.device) -> Group:
+        """Return the processes that make a call for averages; this one before it tracks."""
+        if self._replicas is None or not is_tracking or not dist.is_initialized():
             return THIS_PROCESS
         return self._replicas.gather(device, call)
 
@@ -527,10 +506,8 @@ class ShardOwners(Members):
             raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
         return self._rendezvous.gather(self._device, call)
 
-    def callers(self, call: str, alone: bool, *_: object) -> Group:
-        """Return all processes of the model; raise an InvalidValueError if `alone`."""
-        if alone:
-            raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
+    def callers(self, call: str, *_: object) -> Group:
+        """Return all processes of the model."""
         return self.keepers(call)
 
     def any(self, flag: bool) -> bool:

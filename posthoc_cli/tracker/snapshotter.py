@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, takewhile
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import stored_name, torch_dtype
+from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -28,35 +28,30 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MEASURED, Motion, measured_prior
+from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.codecs import encode_path
 from posthoc_cli.snapshots.directory import (
+    LOCK_NAME,
     ON_ONE_FILE_SYSTEM,
-    StoredSnapshot,
+    DirectoryLock,
     find_snapshots,
-    list_directory,
+    inspect_directory,
     list_folder,
     newest_before,
-    read_folders,
-    snapshot_path,
-)
-from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackingSchedule, snapshot_metadata
-from posthoc_cli.snapshots.headers import decode_snapshot
-from posthoc_cli.snapshots.reading import ElementRange
-from posthoc_cli.snapshots.sources import Snapshot, Source
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
-from posthoc_cli.snapshots.writer import (
-    LOCK_NAME,
-    DirectoryLock,
     on_schedule,
     remove_leftovers,
     remove_snapshot,
     set_aside,
+    snapshot_path,
     thin,
 )
+from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, read_one
+from posthoc_cli.snapshots.sources import ElementRange, Source
+from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, tensor_bytes
+from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.measuring import Subset, measurements
 from posthoc_cli.tracker.resuming import ways_to_resume
-from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.staging import StagedAverages
 from posthoc_cli.tracker.state import Settings, Tracking
@@ -75,12 +70,12 @@ class LiveSource:
     """One running average, with its copies and the header that its snapshot would have.
 
     Attributes:
-        stored: dtype and shape of its tensors.
+        entries: dtype and shape of its tensors.
         read: returns ranges of them, flat.
     """
 
-    info: SnapshotInfo
-    stored: Mapping[str, TensorSpec]
+    info: Snapshot
+    entries: Mapping[str, Entry]
     read: Callable[[Sequence[ElementRange]], list[torch.Tensor]]
 
     @property
@@ -91,20 +86,30 @@ class LiveSource:
     @property
     def profile(self) -> PowerFunction:
         """The power function that the average tracks."""
-        return self.info.profile.pure
+        return self.info.profile
 
-    def open(self) -> AbstractContextManager[Callable[[Sequence[ElementRange]], list[torch.Tensor]]]:
-        """Return a context with the function that reads ranges."""
-        return nullcontext(self.read)
+    def read_box(self, name: str, box: Box, out: memoryview, begin: int = 0) -> None:  # noqa: ARG002 - this process has no other
+        """Fill `out` with the elements from `begin` on of the box that this process holds; see `Source`."""
+        end = begin + len(out) // ITEM_BYTES[self.entries[name].dtype]
+        (values,) = self.read([ElementRange(name, begin, end)])
+        out[:] = tensor_bytes(values)
+
+    def read_many(self, names: Sequence[str], out: memoryview) -> None:
+        """Fill `out` with complete tensors, end to end; see `Source`."""
+        at = 0
+        for values in self.read([ElementRange(name, 0, self.entries[name].size) for name in names]):
+            data = tensor_bytes(values)
+            out[at : at + len(data)] = data
+            at += len(data)
 
 
-def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> list[SnapshotInfo]:
+def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> list[Snapshot]:
     """Return the headers of snapshots of a state's averages, one a profile."""
     averages, standing, tracked = state.averages, state.averages.standing, state.tracked
     knots, members = state.progress.clock.knots_until(standing.step, standing.t), tracked.members
     sketch = encode_path(averages.known_path)
     return [
-        SnapshotInfo(
+        Snapshot(
             run_id=state.run_id, sigma_rel=sigma_rel, gamma=gamma,
             sigma_rels=averages.sigma_rels, t=standing.t, t_unit=settings.t_unit, step=standing.step, clock=knots,
             t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
@@ -124,11 +129,11 @@ def live_sources(
     """Return the averages of a state as sources, one a profile; `read` returns ranges of averages, on the host."""
     copies = state.averages.copies
     specs = {
-        name: TensorSpec(name, stored_name(bucket.wide), shape)
+        name: Entry(stored_name(bucket.wide), shape)
         for bucket in layout
         for name, shape in zip(bucket.names, bucket.shapes, strict=True)
     }
-    specs |= {name: TensorSpec(name, stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()}
+    specs |= {name: Entry(stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()}
 
     def read_with_copies(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
         averages = iter(read(index, [piece for piece in ranges if piece.name not in copies]))
@@ -151,7 +156,7 @@ def with_snapshots(live: Sequence[LiveSource], snapshots: Sequence[Snapshot]) ->
     return [*live, *(s for s, info in infos if info.t < now or (info.t == now and info.sigma_rel not in profiles))]
 
 
-def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> list[LiveSource]:
+def measured(live: Sequence[LiveSource], stored: Sequence[Snapshot]) -> list[LiveSource]:
     """Return the sources with measurements: those of their snapshots if these are stored already, else new ones."""
     if not live:
         return []
@@ -160,7 +165,7 @@ def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> li
     known = {(snapshot.t, snapshot.sigma_rel): snapshot.info.measurements for snapshot in of_part}
     found = [known.get((info.t, info.sigma_rel)) for info in infos]
     if None in found:
-        specs = {name: live[0].stored[name] for name in infos[0].averages if name in live[0].stored}
+        specs = {name: live[0].entries[name] for name in infos[0].averages if name in live[0].entries}
         layout = buckets_of({name: (HOST, torch_dtype(spec.dtype), spec.shape) for name, spec in specs.items()})
         subset = Subset(layout, specs)
         values = [subset.read(source.read) for source in live]
@@ -200,7 +205,7 @@ class Snapshotter:
             if self._leads:
                 remove_leftovers(directory)
                 # Parts of an interrupted training and of this one could look like one snapshot.
-                for folder, parts in read_folders(list_directory(directory)).incomplete.items():
+                for folder, parts in inspect_directory(directory).incomplete.items():
                     log.warning("%s: has %s, left by an interrupted training, and is removed", folder, parts)
                     remove_snapshot(folder)
             snapshots = find_snapshots(directory)
@@ -210,7 +215,7 @@ class Snapshotter:
         # From now on nobody else writes to the directory, so that it need not be read again.
         self._run_id = snapshots[0].info.run_id if snapshots else None
         # Ordered by time: later snapshots are set aside before an earlier one is written.
-        self._stored = [StoredSnapshot.of(snapshot) for snapshot in snapshots]
+        self._stored = [*snapshots]
 
     @property
     def checksums(self) -> frozenset[str]:
@@ -230,7 +235,7 @@ class Snapshotter:
             hint = f"{ways_to_resume(self._stored[-1].info.step)}; for a new run name another directory"
             raise MismatchError(self.directory, reason, hint)
 
-    def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
+    def stored(self, off_schedule: bool = True) -> list[Snapshot]:
         """Return the stored snapshots, or only those on the schedule."""
         return self._stored if off_schedule else on_schedule(self._stored)
 
@@ -239,8 +244,8 @@ class Snapshotter:
 
     def set_aside_others(self, t: float, known: Container[str]) -> None:
         """Set aside snapshots later than `t`, or not `known`: of another attempt that resumed from an earlier state."""
-        own: list[StoredSnapshot] = []
-        others: list[StoredSnapshot] = []
+        own: list[Snapshot] = []
+        others: list[Snapshot] = []
         for snapshot in self._stored:
             (own if snapshot.t <= t and snapshot.checksum in known else others).append(snapshot)
         if moved := set_aside(others) if self._leads else []:
@@ -251,7 +256,7 @@ class Snapshotter:
             )
         self._stored = own
 
-    def holding(self, averages: RunningAverages, norms: Mapping[float, float]) -> frozenset[str]:
+    def holding(self, averages: Averages, norms: Mapping[float, float]) -> frozenset[str]:
         """Return the header checksums of the snapshots off the schedule that hold these averages, of these norms.
 
         A state that was saved before such a snapshot was written does not list it. Averages of another attempt at the
@@ -291,7 +296,7 @@ class Snapshotter:
                 self._members.announce_failure(error)
                 raise
 
-    def write(self, infos: Sequence[SnapshotInfo], staged: StagedAverages, copies: Mapping[str, torch.Tensor]) -> None:
+    def write(self, infos: Sequence[Snapshot], staged: StagedAverages, copies: Mapping[str, torch.Tensor]) -> None:
         """Write the snapshots of one time durably, with their measurements; none if an average is not finite.
 
         After skipped updates, an average that is due may be stored already: then it is not written again. Snapshots on
@@ -316,7 +321,7 @@ class Snapshotter:
                 nbytes += self._write_one(replace(info, motion=motion), staged, index, copies)
         self.written = (self.written[0] + 1, nbytes)
 
-    def _motion(self, earlier: Sequence[StoredSnapshot], infos: Sequence[SnapshotInfo]) -> Motion | None:
+    def _motion(self, earlier: Sequence[Snapshot], infos: Sequence[Snapshot]) -> Motion | None:
         """Return the motion up to these snapshots, for their headers; None if too few were measured."""
         known = (snapshot for snapshot in reversed(earlier) if snapshot.info.measurements)
         fitted = [snapshot.info for snapshot in islice(known, _FITTED) if snapshot.t < infos[0].t][::-1]
@@ -333,14 +338,12 @@ class Snapshotter:
         if self._lock is not None:
             self._lock.release()
 
-    def _write_one(
-        self, info: SnapshotInfo, staged: StagedAverages, index: int, copies: Mapping[str, torch.Tensor]
-    ) -> int:
+    def _write_one(self, info: Snapshot, staged: StagedAverages, index: int, copies: Mapping[str, torch.Tensor]) -> int:
         """Write the snapshot of the average of that index; return the bytes of its tensors."""
         others = staged.others[index]
         dtypes = staged.layout.dtypes | {name: tensor.dtype for name, tensor in others.items()}
-        specs = [TensorSpec(n, stored_name(dtype, n), staged.layout.shapes[n]) for n, dtype in dtypes.items()]
-        specs += [TensorSpec(n, stored_name(copy.dtype, n), tuple(copy.shape)) for n, copy in copies.items()]
+        entries = {n: Entry(stored_name(dtype, n), staged.layout.shapes[n]) for n, dtype in dtypes.items()}
+        entries |= {n: Entry(stored_name(copy.dtype, n), tuple(copy.shape)) for n, copy in copies.items()}
         path = snapshot_path(self.directory, info.t, info.sigma_rel, info.part)
         if info.part is not None:
             with files.reported_as_write_error(path.parent):
@@ -348,21 +351,19 @@ class Snapshotter:
         kept = [snapshot for snapshot in self._stored if snapshot.path != path]
         # The path may hold a snapshot of the same average off the schedule, or a part of an earlier training's process.
         replaces = len(kept) < len(self._stored) or (info.part is not None and _is_of_earlier_session(path, info))
-        with TensorFileWriter(path, specs, snapshot_metadata(info), replaces) as writer:
+        with TensorFileWriter(path, entries, info.encoded(), info.for_dcp, replaces) as writer:
             for names, flats in staged.flats(index):
                 if len(flats) == 1:
                     writer.write_many(names, tensor_bytes(flats[0]))
                 else:
-                    out = writer.write_range(names[0], 0)
-                    for flat in flats:
-                        out.write(tensor_bytes(flat))
+                    writer.write_parts(names[0], map(tensor_bytes, flats))
             for name, tensor in (others | dict(copies)).items():
                 writer.write(name, tensor_bytes(tensor))
-            checksum = writer.commit()
+            file = writer.commit()
         self._run_id = info.run_id
-        self._stored = [*kept, StoredSnapshot(path, info, checksum)]
+        self._stored = [*kept, replace(info, path=path, files=(file,), entries=file.entries)]
         log.info("wrote %s", path)
-        return sum(spec.nbytes for spec in specs)
+        return sum(entry.nbytes for entry in entries.values())
 
     def _holds(self, t: float) -> bool:
         """Return whether each average of a time has a snapshot."""
@@ -391,7 +392,7 @@ class PartSnapshotter(Snapshotter):
         """Return no distances: each process has measured only its own part."""
         return {}
 
-    def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
+    def stored(self, off_schedule: bool = True) -> list[Snapshot]:
         """Return the stored parts of this process, without those that another process has removed."""
         return [*filter(_exists, super().stored(off_schedule))]
 
@@ -399,7 +400,7 @@ class PartSnapshotter(Snapshotter):
         """Replace the list of this process's parts by that of the complete snapshots."""
         self._stored = [*self._complete().values()]
 
-    def _motion(self, earlier: Sequence[StoredSnapshot], infos: Sequence[SnapshotInfo]) -> None:
+    def _motion(self, earlier: Sequence[Snapshot], infos: Sequence[Snapshot]) -> None:
         """Return no motion: each process has measured only its own part."""
 
     def _thin(self) -> None:
@@ -428,9 +429,9 @@ class PartSnapshotter(Snapshotter):
                 what = "%s: has %d of %d parts only, though later ones were written: %s; and pass the same t to update_"
                 log.warning(what, path.parent, count, part[1], ON_ONE_FILE_SYSTEM)
 
-    def _complete(self) -> dict[tuple[float, float], StoredSnapshot]:
+    def _complete(self) -> dict[tuple[float, float], Snapshot]:
         """Return the snapshots whose parts are complete, by time and sigma_rel."""
-        return {(s.info.t, s.info.sigma_rel): StoredSnapshot.of(s) for s in find_snapshots(self.directory)}
+        return {(s.t, s.sigma_rel): s for s in find_snapshots(self.directory)}
 
 
 def _check_shared(directory: Path) -> None:
@@ -443,7 +444,7 @@ def _check_shared(directory: Path) -> None:
         time.sleep(0.1)
 
 
-def _exists(snapshot: StoredSnapshot) -> bool:
+def _exists(snapshot: Snapshot) -> bool:
     """Return whether a snapshot exists; True if its store does not answer."""
     try:
         return snapshot.path.exists()
@@ -451,8 +452,8 @@ def _exists(snapshot: StoredSnapshot) -> bool:
         return True
 
 
-def _is_of_earlier_session(path: Path, own: SnapshotInfo) -> bool:
+def _is_of_earlier_session(path: Path, own: Snapshot) -> bool:
     """Return whether the path holds a part of an earlier session of the training."""
     with suppress(FileFormatError, RemoteError):  # there is no readable part
-        return decode_snapshot(path, read_header(path)).session < own.session
+        return read_one(path).session < own.session
     return False

@@ -17,7 +17,8 @@ import torch
 
 from posthoc_cli.dtypes import torch_dtype
 from posthoc_cli.snapshots.codecs import encode_sample
-from posthoc_cli.snapshots.reading import ElementRange
+from posthoc_cli.snapshots.sources import ElementRange
+from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import (
     Bucket,
     BucketTile,
@@ -33,7 +34,6 @@ from posthoc_cli.tracker.layout import (
 )
 from posthoc_cli.tracker.measuring import Subset
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
-from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.worker import SINGLE_THREAD, ThreadPool
 
 FREE_SHARE = 0.1
@@ -273,7 +273,7 @@ class StagedAverages:
 
 @torch.no_grad()
 def stage(
-    layout: StorageLayout, averages: RunningAverages, copies: Sequence[HostTensors],
+    layout: StorageLayout, averages: Averages, copies: Sequence[HostTensors],
     network: Sequence[torch.Tensor] | None = None, pool: ThreadPool = SINGLE_THREAD,
 ) -> StagedAverages:  # fmt: skip
     """Round the averages as they are now into `copies`, which may be pinned: complete when the current stream is.
@@ -318,7 +318,7 @@ def stage(
 
 
 def _stored_in_other_dtypes(
-    layout: StorageLayout, averages: RunningAverages, index: int, doubtful: set[str], measured: Values, stored: Values
+    layout: StorageLayout, averages: Averages, index: int, doubtful: set[str], measured: Values, stored: Values
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of an average that are stored in another dtype than their bucket's, in that dtype.
 
@@ -359,7 +359,7 @@ def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
     return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
 
 
-def squared_norms(averages: RunningAverages, measured: Iterable[str]) -> dict[float, float]:
+def squared_norms(averages: Averages, measured: Iterable[str]) -> dict[float, float]:
     """Return the squared norm of each average, by sigma_rel, as its snapshot would have it."""
     kept = averages.tensors
     assert kept is not None

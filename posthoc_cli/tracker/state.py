@@ -21,20 +21,17 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.codecs import encode_path, path_of_part
-from posthoc_cli.snapshots.format import TrackingSchedule
-from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.selection import Selection
+from posthoc_cli.snapshots.snapshot import EARLIEST, LATEST, TrackingSchedule
 from posthoc_cli.snapshots.states import StateInfo
-from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
+from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.model_tensors import TrackedModel, named_tensors, nonfinite_name
-from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
 from posthoc_cli.tracker.sharding import as_dtensor, held_box, reshard
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 DEFAULT_UPDATE_EVERY = 10
 
@@ -140,8 +137,8 @@ class TrainingProgress:
         if t is None and unit != "steps":
             raise InvalidValueError("t", f"this run counts {unit}", "pass t= at every call of update_")
         time = float(step) if t is None else _number(t)
-        if not fmt.EARLIEST <= time <= fmt.LATEST or time <= self.t:
-            within = f"must lie between {fmt.EARLIEST:g} and {fmt.LATEST:g}"
+        if not EARLIEST <= time <= LATEST or time <= self.t:
+            within = f"must lie between {EARLIEST:g} and {LATEST:g}"
             reason = f"{within}, and be larger than at the last call, {self.t:,.12g} {unit}"
             raise InvalidValueError("t", reason, value=f"{time:.12g}")
         updated = step if settings.update_is_due(step) else self.updated
@@ -168,14 +165,14 @@ class Tracking:
     run_id: str
     progress: TrainingProgress
     tracked: TrackedModel
-    averages: RunningAverages
+    averages: Averages
     resumes: bool = False
     snapshots: frozenset[str] = frozenset()
 
     @classmethod
     def new(cls, run_id: str, tracked: TrackedModel, sigma_rels: Sequence[float], resumes: bool = False) -> Tracking:
         """Return the state of a tracker before its first call."""
-        return cls(run_id, TrainingProgress(), tracked, RunningAverages.none_yet(sigma_rels), resumes)
+        return cls(run_id, TrainingProgress(), tracked, Averages.none_yet(sigma_rels), resumes)
 
 
 # --- a dict ---
@@ -206,9 +203,8 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         return {name: as_dtensor(value, dtensors[name]) if dtensors else value for name, value in tensors.items()}
 
     return _plain(info) | {
-        "mean": packed(kept.mean.views),
+        "mean": {key: packed(mean) for key, mean in zip(keys, kept.means_of_profiles(info.shared), strict=True)},
         "high": {key: packed(high.views) for key, high in zip(keys, kept.high, strict=True)},
-        "low": {key: packed(low.views) for key, low in zip(keys, kept.bits, strict=True)},
         "copies": packed({name: value.clone() for name, value in copies.items()}),
     }
 
@@ -229,41 +225,26 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     if info.t_unit != settings.t_unit:
         raise InvalidValueError("state", f"counts time in {shown(info.t_unit)}, this tracker in {settings.t_unit!r}")
     wanted = settings.sigma_rels
-    averages = RunningAverages.none_yet(wanted)
+    averages = Averages.none_yet(wanted)
     if info.averages_t > 0 and tracked.tensors:
         check_profiles(info.sigma_rels, wanted)
-        inherited = tuple(error if tracked.leads else 0.0 for error in info.inherited)
+        inherited = dict(zip(info.sigma_rels, info.inherited, strict=True))
         standing = Standing(
             info.averages_t, info.averages_step, info.t_first, info.max_interval, info.updates, info.window,
-            info.folded_t, info.folds, inherited,
+            info.folds, info.folded_t, info.shared, tuple(inherited[one] * tracked.leads for one in wanted),
         )  # fmt: skip
-        kept = AverageTensors(host_layout(tracked), len(info.sigma_rels))
-        sets = [(state["mean"], kept.mean)]
-        # Early in a run the low parts of the shortest and the longest profile hold bits of the two means.
-        ends = {info.sigma_rels[0], info.sigma_rels[-1]}
-        needed = ends if standing.early and not (len(wanted) == 1 and ends.issuperset(wanted)) else set[float]()
-        if absent := sorted(sigma_rel for sigma_rel in needed if repr(sigma_rel) not in state["low"]):
-            reason = f"lacks profile {absent[0]:g}, which those in between need early in a run"
-            raise InvalidValueError("state", reason, f"track {absent[0]:g} too, or load the complete state")
-        for sigma_rel, high, low in zip(info.sigma_rels, kept.high, kept.bits, strict=True):
-            key = repr(sigma_rel)
-            if sigma_rel in wanted:
-                sets.append((state["high"][key], high))
-            if sigma_rel in needed.union(wanted):
-                sets.append((state["low"][key], low))
+        kept = AverageTensors(host_layout(tracked), len(wanted))
+        sets = [(state["high"][repr(one)], high) for one, high in zip(wanted, kept.high, strict=True)]
+        sets += [(state["mean"][repr(one)], mean) for one, mean in zip(wanted, kept.mean, strict=True)]
         for stored, target in sets:
             _check_names(stored, target.views, tracked)
             for name, view in target.views.items():  # each is checked before the next is read: they may be on disk
                 view.copy_(_own_part(name, stored, tracked, view.dtype))
-        if standing.early:
-            kept.unpack_()
         dtypes = tracked.dtypes(copied=True)
         _check_names(state["copies"], dtypes, tracked)
         copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
         path = path_of_part(info.sketch, tracked.part)
-        averages = RunningAverages(info.sigma_rels, standing, kept, copies, known_path=path)
-        if info.sigma_rels != wanted:
-            averages = averages.of(wanted)
+        averages = Averages(wanted, standing, kept, copies, known_path=path)
     progress = TrainingProgress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
 
@@ -275,7 +256,8 @@ def state_info(state: Tracking, settings: Settings) -> StateInfo:
         run_id=state.run_id, step=progress.step, t=progress.t, t_unit=settings.t_unit,
         sigma_rels=averages.sigma_rels, averages_t=standing.t, averages_step=standing.step,
         t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
-        window=standing.window, folded_t=standing.folded_t, folds=standing.folds, inherited=standing.inherited,
+        window=standing.window, folds=standing.folds, folded_t=standing.folded_t, shared=standing.shared,
+        inherited=standing.inherited,
         schedule=settings.schedule, clock=tuple(progress.clock.state()),
         sketch=encode_path(averages.known_path, exact=True),
         snapshots=tuple(sorted(state.snapshots)),
@@ -333,9 +315,3 @@ def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
 def listed(sigma_rels: Sequence[float]) -> str:
     """Return the profiles as a text with commas."""
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
-
-
-def read_tensor(file: TensorReader, name: str) -> torch.Tensor:
-    """Return a tensor of a file, after verifying its checksums."""
-    entry = file.tensors[name]
-    return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)

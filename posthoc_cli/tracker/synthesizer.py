@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -27,22 +27,52 @@ from posthoc_cli.errors import (
     warn,
 )
 from posthoc_cli.run import Wanted, Weights, make_weights, with_consistent_plan
-from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot, sum_of_parts
-from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec
-from posthoc_cli.snapshots.sources import Snapshot, SnapshotBoxes, Source
+from posthoc_cli.snapshots.chunks import Box
+from posthoc_cli.snapshots.directory import read_snapshot, sum_of_parts
+from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import SigmaRel, Target, as_target
 from posthoc_cli.tracker.model_tensors import TrackedModel, collect_tensors, named_tensors
 from posthoc_cli.tracker.model_weights import check_weights, copied_weights, fill, fill_model
 from posthoc_cli.tracker.pipeline import Pipeline
+from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.sharding import Group, ShardOwners, as_dtensor, held_box, held_part, is_sharded, reshard
 from posthoc_cli.tracker.snapshotter import LiveSource, measured, run_snapshots, with_snapshots
-from posthoc_cli.tracker.tracker import Tracker
+from posthoc_cli.tracker.state import Settings
 
 Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
+
+
+class TrackerOfAverages(Protocol):
+    """The members of `PostHocEMA` that a synthesis of its averages uses."""
+
+    checkpoint_dir: Path
+    settings: Settings
+    _pipeline: Pipeline
+    _start: Start
+
+    @property
+    def step(self) -> int: ...  # noqa: D102
+
+    @property
+    def run_id(self) -> str: ...  # noqa: D102
+
+    @property
+    def has_average(self) -> bool: ...  # noqa: D102
+
+    @property
+    def keeps_averages(self) -> bool: ...  # noqa: D102
+
+    def flush(self) -> None: ...  # noqa: D102
+
+    def _tracked_model(self, default: torch.nn.Module | None = None) -> torch.nn.Module | None: ...
+
+    def _is_first_warning(self, cause: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +102,7 @@ class Recipe:
         errors: the predicted error and the profile error.
     """
 
-    specs: Mapping[str, TensorSpec]
+    specs: Mapping[str, Entry]
     names: Mapping[str, Sequence[str]]
     sources: tuple[tuple[str, str], ...]
     plan: Plan
@@ -81,11 +111,8 @@ class Recipe:
     @classmethod
     def of_plan(cls, plan: Plan) -> Recipe:
         """Return the recipe for a plan."""
-        specs = {n: TensorSpec(n, plan.output_dtype(n), plan.newest.stored[n].shape) for n in plan.tensors}
-        sources = (
-            (source.name, source.header.metadata["ema.checksum"] if isinstance(source, Snapshot) else "")
-            for source in plan.sources
-        )
+        specs = {n: Entry(plan.output_dtype(n), plan.newest.entries[n].shape) for n in plan.tensors}
+        sources = ((source.name, source.checksum if isinstance(source, Snapshot) else "") for source in plan.sources)
         errors = plan.predicted_error(0), plan.profile_error(0)
         return cls(specs, plan.names, tuple(sources), replace(plan, sources=(), targets=()), errors)
 
@@ -100,7 +127,7 @@ class Synthesizer:
         model: the model to fill; a sharded one says which chunks this process holds.
     """
 
-    tracker: Tracker
+    tracker: TrackerOfAverages
     group: Group
     model: torch.nn.Module | None
 
@@ -190,14 +217,13 @@ class Synthesizer:
         if not (self._pipeline.tracking.resumes or self.tracker.keeps_averages):
             raise NotReadyError(
                 "this process keeps no averages, the first one of its group does",
-                "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
-                "new PostHocEMA.from_path(directory), before any update_ of it",
+                "read the snapshots on disk with a new PostHocEMA.from_path(directory), before any update_ of it",
             )
         self.tracker.flush()
         if live_only:
             return [*measured(self._pipeline.live(), [])]
         live, snapshots = self._pipeline.live(), run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
-        return self._until_start(with_snapshots(measured(live, [*map(StoredSnapshot.of, snapshots)]), snapshots))
+        return self._until_start(with_snapshots(measured(live, snapshots), snapshots))
 
     def _until_start(self, sources: list[Source]) -> list[Source]:
         """Return the sources that are not later than the call from which the run is to be resumed."""
@@ -243,10 +269,13 @@ class Synthesizer:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _synthesized(
-        self, shared: Recipe, target: Target, sources: Sequence[Source], subset: frozenset[str] | None = None
+        self, shared: Recipe, target: Target, sources: Sequence[Source], boxes: Mapping[str, Box] | None = None
     ) -> Weights:
-        """Return an average from these sources, or a subset of its tensors."""
-        return make_weights(replace(shared.plan, sources=tuple(sources), targets=(target,), subset=subset))
+        """Return an average from these sources, or boxes of some of its tensors."""
+        subset = None if boxes is None else frozenset(boxes)
+        return make_weights(
+            replace(shared.plan, sources=tuple(sources), targets=(target,), subset=subset, boxes=boxes or {})
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -255,7 +284,7 @@ class Synthesizer:
         weights, shape_and_ranks = Weights(), self._shape_and_ranks()
         weights.predicted_error, weights.profile_error = shared.errors
         for name, spec in shared.specs.items():
-            shape, ranks = shape_and_ranks(spec)
+            shape, ranks = shape_and_ranks(name, spec)
             value = part.get(name)
             if value is None:
                 value = torch.empty(shape, dtype=torch_dtype(spec.dtype))
@@ -263,9 +292,9 @@ class Synthesizer:
             weights.update(dict.fromkeys(shared.names[name], value))
         return weights
 
-    def _shape_and_ranks(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
+    def _shape_and_ranks(self) -> Callable[[str, Entry], tuple[Sequence[int], Sequence[int]]]:
         """Return a function from a spec to the shape of this process's part and the ranks that hold it, owner first."""
-        return lambda spec: (spec.shape, self.group.ranks)
+        return lambda _, spec: (spec.shape, self.group.ranks)
 
 
 @dataclass(frozen=True)
@@ -297,7 +326,7 @@ class ChunkSynthesizer(Synthesizer):
             return measured(self._pipeline.live(), [] if snapshotter is None else snapshotter.stored())
 
         local, progress = self.group.together(measure), self._pipeline.progress
-        headers = [(source.info, dict(source.stored)) for source in local]
+        headers = [(source.info, dict(source.entries)) for source in local]
         parts = self.group.from_all_at(progress.step, progress.t, headers)
         return local, [_joined(profile) for profile in zip(*filter(None, parts), strict=True)]
 
@@ -313,19 +342,19 @@ class ChunkSynthesizer(Synthesizer):
             _check_chunk(name, tracked, tensors.get(name))
         directory = self.tracker.checkpoint_dir
         sources = [
-            local[name] if name in local else SnapshotBoxes.of(_read_again(directory / name, checksum), boxes)
+            local[name] if name in local else _read_again(directory / name, checksum)
             for name, checksum in shared.sources
         ]
-        return self._synthesized(shared, target, sources, frozenset(boxes))
+        return self._synthesized(shared, target, sources, boxes)
 
-    def _shape_and_ranks(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
+    def _shape_and_ranks(self) -> Callable[[str, Entry], tuple[Sequence[int], Sequence[int]]]:
         """Return a function from a spec to this process's shape of it and the ranks that hold it, owner first."""
         tensors, members = self._tensors(), self._pipeline.tracking.tracked.members
         assert isinstance(members, ShardOwners)
         holders = members.holders
-        return lambda spec: (
-            held_part(tensors[spec.name]).shape if spec.name in tensors else spec.shape,
-            holders.get(spec.name, ()),
+        return lambda name, spec: (
+            held_part(tensors[name]).shape if name in tensors else spec.shape,
+            holders.get(name, ()),
         )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -360,9 +389,9 @@ def _logged(plan: Plan) -> Plan:
     return plan
 
 
-def _joined(parts: Sequence[tuple[SnapshotInfo, Mapping[str, TensorSpec]]]) -> LiveSource:
+def _joined(parts: Sequence[tuple[Snapshot, Mapping[str, Entry]]]) -> LiveSource:
     """Return the live average of complete tensors, without values, from the headers of its owners' chunks."""
-    specs = {name: replace(spec, shape=info.chunks[name].shape) for info, part in parts for name, spec in part.items()}
+    specs = {name: spec._replace(shape=info.chunks[name].shape) for info, part in parts for name, spec in part.items()}
     infos = [info for info, _ in parts]
     joined = replace(
         infos[0],
@@ -393,7 +422,7 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
         if files.is_absent(path):
             raise VanishedError(path, "was removed while it was being used") from error
         raise
-    if snapshot.header.metadata["ema.checksum"] != checksum:
+    if snapshot.checksum != checksum:
         raise FileFormatError(path, "was replaced while it was being used", "run again")
     return snapshot
 

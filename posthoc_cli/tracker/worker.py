@@ -308,16 +308,16 @@ def _openmp() -> ThreadpoolController:
 class BackpressureMonitor:
     """Times background jobs (`what`) and the training's waits for them; warns once if the training waits for long.
 
-    `option` of the tracker sets how often jobs come; `value_for` returns its value that makes jobs rarer by a factor.
+    `option` of the tracker sets how often jobs come.
 
     Attributes:
         job_seconds: how long the last job took.
         wait_seconds: how long the training waited before it could queue the last job.
     """
 
-    def __init__(self, what: str, option: str, value_for: Callable[[float], int]) -> None:
+    def __init__(self, what: str, option: str) -> None:
         self.job_seconds = self.wait_seconds = 0.0
-        self._what, self._option, self._value_for = what, option, value_for
+        self._what, self._option = what, option
         self._jobs, self._waits, self._job_total, self._wait_total = 0, 0, 0.0, 0.0
         self._begin, self._warned = time.monotonic(), False
 
@@ -348,10 +348,5 @@ class BackpressureMonitor:
         duration, interval = self._job_total / self._jobs, training / self._waits
         warn(
             f"{self._what} takes {duration:.3g} s and is due every {interval:.3g} s: training has waited "
-            f"{self._wait_total:.3g} s so far; {self._option}={self._value_for(duration / interval)} would fit"
+            f"{self._wait_total:.3g} s so far; a larger {self._option} makes it rarer"
         )
-
-
-def divisor(number: int, least: float) -> int:
-    """Return the smallest divisor of `number` that is at least `least`, or `number` if there is none."""
-    return next((n for n in range(1, number) if number % n == 0 and n >= least), number)

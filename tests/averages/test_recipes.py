@@ -231,9 +231,3 @@ def test_what_is_no_average_is_named(tmp_path: Path) -> None:
         SwitchEMA(tracker(model, tmp_path), 6)
     with refused("sigma_rel", "AveragedModel has a single average"):
         HareAndTortoise(averaged(model), 6, sigma_rel=0.1)
-
-
-def test_an_optimizer_that_cannot_be_cleared_is_refused() -> None:
-    model = Quadratic()
-    with refused("optimizer", "Adagrad"):
-        HareAndTortoise(averaged(model), 6, torch.optim.Adagrad(model.parameters()))

@@ -181,30 +181,6 @@ def test_casting_a_module_around_it_keeps_float32() -> None:
     assert outer.to("meta")[1].cov_xx.is_meta
 
 
-def test_default_dtypes_of_half_precision_do_not_make_such_statistics() -> None:
-    before = torch.get_default_dtype()
-    try:
-        for default, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-            torch.set_default_dtype(default)
-            assert EMAStats(2).cov_xx.dtype == expected
-    finally:
-        torch.set_default_dtype(before)
-
-
-def test_eps_is_added_to_both_variances() -> None:
-    stats = EMAStats(1, 1, eps=0.25).double()
-    stats(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [4.0]]))
-    assert stats.correlation().item() == pytest.approx(4 / np.sqrt(2.25 * 8.25), rel=1e-14)
-
-
-def test_a_constant_column_has_no_correlation() -> None:
-    stats = EMAStats(2)
-    x = torch.randn(10, 2)
-    x[:, 1] = 3.0
-    stats(x)
-    assert stats.correlation()[1].tolist() == [0.0, 0.0]
-
-
 def test_correlations_are_differentiable_from_the_first_batch_on() -> None:
     def value(*batch: torch.Tensor) -> torch.Tensor:
         stats = EMAStats(2).double()
@@ -276,16 +252,6 @@ def test_a_state_of_symm_learning_loads() -> None:
         assert torch.equal(outer["stats"].state_dict()[name], value)
 
 
-def test_compiled_it_gives_the_same() -> None:
-    data = batches(4, 8, 3, 2)
-    plain, compiled = EMAStats(3, 2), EMAStats(3, 2)
-    run = torch.compile(compiled, backend="eager", fullgraph=True)
-    for x, y in data:
-        plain(torch.from_numpy(x).float(), torch.from_numpy(y).float())
-        run(torch.from_numpy(x).float(), torch.from_numpy(y).float())
-    assert_same_tensors(compiled.state_dict(), plain.state_dict())
-
-
 WRONG: list[tuple[Any, Any, str, str]] = [
     *(
         (torch.ones(shape), torch.ones(4, 2), "x", f"has the shape {list(shape)}; must be [n, 3]")
@@ -307,9 +273,3 @@ def test_batches_that_do_not_fit(training: bool, x: Any, y: Any, subject: str, w
     with refused(subject, words):
         stats(x, y)
     assert stats.num_batches_tracked == 0
-
-
-def test_shapes_alone_on_the_meta_device() -> None:
-    stats = EMAStats(3, 2).to("meta")
-    stats(torch.empty(4, 3, device="meta"), torch.empty(4, 2, device="meta"))
-    assert (stats.cov_xy.shape, stats.cov_xy.is_meta) == ((3, 2), True)

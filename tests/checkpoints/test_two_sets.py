@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from ema_command import Ema
@@ -31,7 +30,7 @@ def optimizer(weights: Weights) -> dict[str, Any]:
 
 LAYOUTS: dict[str, Callable[[Weights, Weights], dict[str, Any]]] = {
     "DiT, SiT": lambda w, a: {"model": w, "ema": a, "opt": optimizer(w), "args": {"model": "DiT-XL/2"}},
-    "Self-Forcing": lambda w, a: {"generator": w, "generator_ema": a, "critic": prefixed("c.", w)},
+    "Self-Forcing": lambda w, a: {"generator": w, "critic": named(train(seed=7)[-1]), "generator_ema": a},
     "Cosmos-Predict2": lambda w, a: prefixed("net.", w) | prefixed("net_ema.", a),
     "in a state dict": lambda w, a: {"state_dict": prefixed("model.", w) | prefixed("averaged_model.", a)},
     "MAR": lambda w, a: {"model": w, "model_ema": a, "epoch": 3},
@@ -159,6 +158,9 @@ def test_which_set_is_meant_is_asked_where_two_have_a_word_or_fit(tmp_path: Path
     two = write(tmp_path / "two", lambda w, a: {"model": w, "model_ema1": a, "model_ema2": w})
     with pytest.raises(FileFormatError, match=r"average is unclear: 'model_ema1', 'model_ema2'; name"):
         import_checkpoints(two, tmp_path / "imported")
+    newest, out = two / f"{STEPS:07}.pt", tmp_path / "raw.safetensors"
+    assert ema("export", newest, "--out", out, "--weights").code == 0
+    assert all(torch.equal(value, load_file(out)[name]) for name, value in named(train()[-1]).items())
     asked = ema("import", two, "--out", tmp_path / "imported", "--ema-decay", DECAY, "--average", "model_ema1")
     assert asked.code == 0
     found, predicted = error_of(Run(tmp_path / "imported"))
@@ -204,15 +206,28 @@ def test_the_states_of_megatrons_chained_optimizers_are_no_weights(tmp_path: Pat
     assert set(Run(tmp_path / "run").average(0.2)) == {"w"}
 
 
-def test_the_vectors_of_spectral_norm_are_copied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", [torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm])
+def test_the_vectors_of_spectral_norm_are_copied(norm: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    layer = torch.nn.utils.spectral_norm(torch.nn.Linear(5, 4))
+    layer = norm(torch.nn.Linear(5, 4))
+    vectors = [name for name, _ in layer.named_buffers()]
     for step in (10, 20):
-        layer.weight_u.copy_(torch.nn.functional.normalize(torch.randn(4), dim=0))
+        for name in vectors:
+            buffer = layer.get_buffer(name)
+            buffer.copy_(torch.nn.functional.normalize(torch.randn(len(buffer)), dim=0))
         torch.save(layer.state_dict(), tmp_path / f"run/step{step}.pt")
     found = Run(tmp_path / "run").average(0.2)
-    assert torch.equal(found["weight_u"], layer.weight_u)
-    assert np.isclose(float(found["weight_v"].norm()), 1.0)
+    assert len(vectors) == 2
+    assert all(torch.equal(found[name], layer.get_buffer(name)) for name in vectors)
+
+
+def test_the_directions_of_weight_norm_are_averaged(tmp_path: Path) -> None:
+    """They have the name of one of spectral norm's vectors, `weight_v`."""
+    (tmp_path / "run").mkdir()
+    for step in (10, 20):
+        content = {"weight_g": torch.ones(4, 1), "weight_v": torch.full((4, 5), float(step))}
+        torch.save(content, tmp_path / f"run/step{step}.pt")
+    assert 10 < float(Run(tmp_path / "run").average(0.2)["weight_v"][0, 0]) < 20
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,7 +13,7 @@ from ema_command import Asked
 from factories import rewrite_snapshot
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.snapshots.writer import DirectoryLock
+from posthoc_cli.snapshots.directory import DirectoryLock
 
 
 @pytest.fixture(scope="session")

@@ -111,60 +111,6 @@ def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run:
         assert len(re.findall(r"^sigma_rel-0\.\S+ +sigma_rel 0\.\d+ +2,000 +0\.0\d+ % ", text, re.MULTILINE)) == 3
 
 
-def test_a_missing_shard_or_one_of_another_model_is_an_error(ema: Ema, run: Path, tmp_path: Path) -> None:
-    make_averages(ema, run, tmp_path / "shards", "--layout", "sharded", "--max-shard-size", "50")
-    folder, other = (tmp_path / "shards" / name for name in ("sigma_rel-0.15", "sigma_rel-0.2"))
-    shard = sorted(folder.glob("*.safetensors"))[1]
-    mixed, commands = f"{shard.name} are not of one model: ", [("export", folder, "--out", tmp_path / "m.pt")]
-    for harm, message in (
-        (lambda: save_file(load_file(shard), shard), f"{mixed}only one of them is of a synthesis"),
-        (lambda: shutil.copy(other / shard.name, shard), f"{mixed}its target is sigma_rel 0.2, not sigma_rel 0.15"),
-        (shard.unlink, f"{shard}: cannot be opened"),
-    ):
-        harm()
-        for command in commands:
-            result = ema(*command)
-            assert result.code == 1
-            assert message in result.error
-        commands = [("info", folder), *commands[-1:]]  # info shows shards without metadata
-
-
-def test_shards_become_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
-    average = ("synthesize", run, "--sigma-rel", "0.15")
-    single, folder, made = tmp_path / "single.safetensors", tmp_path / "m", tmp_path / "made.safetensors"
-    assert ema(*average, "--out", single).code == 0
-    assert ema(*average, "--out", folder, "--layout", "sharded", "--max-shard-size", "100").code == 0
-    for source in (folder, folder / "model.safetensors.index.json"):
-        result = ema("export", source, "--out", made, "--overwrite")
-        assert (result.code, result.err) == (0, "")
-        assert_same_tensors(load_file(made), load_file(single))
-        reports = [{**ema("info", path, "--json").json, "path": "", "bytes": 0} for path in (made, single)]
-        assert reports[0] == reports[1]
-
-
-@pytest.mark.parametrize(("layout", "ending"), [(None, ".safetensors"), ("pt", ".pt"), ("sharded", "")])
-def test_a_folder_of_outputs_is_exported_into_a_folder(
-    ema: Ema, run: Path, tmp_path: Path, layout: str | None, ending: str
-) -> None:
-    make_averages(ema, run, tmp_path / "averages")
-    chosen = ("--layout", layout) if layout else ()
-    options = ("export", tmp_path / "averages", "--out", tmp_path / "new", "--dtype", "bf16", *chosen)
-    result = ema(*options)
-    assert result.code == 0
-    assert result.out.startswith("wrote 3 models, 24 tensors, ")
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {f"sigma_rel-{s}{ending}" for s in (0.1, 0.15, 0.2)}
-    found = tmp_path / "new" / f"sigma_rel-0.15{ending}"
-    if layout == "pt":
-        loaded = torch.load(found, weights_only=True)
-    else:
-        loaded = load_file(found if layout is None else found / "model.safetensors")
-    expected = load_file(tmp_path / "averages" / "sigma_rel-0.15.safetensors")
-    assert torch.equal(loaded["0.weight"], expected["0.weight"].bfloat16())
-    assert "already exists" in ema(*options).error
-    assert ema(*options, "--overwrite").code == 0
-    assert "3 models need a folder" in ema("export", tmp_path / "averages", "--out", tmp_path / "x.pt").error
-
-
 @pytest.mark.parametrize("name", ["m.pt", "the model.safetensors", "m"])
 def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_path: Path, name: str) -> None:
     layout = ("--layout", "sharded") if name == "m" else ()
@@ -218,3 +164,39 @@ def test_sizes_and_errors_for_people() -> None:
     errors = {0.0: "0 %", 1e-8: "< 1e-5 %", 0.00123: "0.12 %", 0.5: "50 %", 0.996: "100 %", 12.0: "> 1,000 %"}
     assert {error: percent(error) for error in errors} == errors
     assert percent(None) == "unknown"
+
+
+def test_shards_become_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
+    average = ("synthesize", run, "--sigma-rel", "0.15")
+    single, folder, made = tmp_path / "single.safetensors", tmp_path / "m", tmp_path / "made.safetensors"
+    assert ema(*average, "--out", single).code == 0
+    assert ema(*average, "--out", folder, "--layout", "sharded", "--max-shard-size", "100").code == 0
+    for source in (folder, folder / "model.safetensors.index.json"):
+        result = ema("export", source, "--out", made, "--overwrite")
+        assert (result.code, result.err) == (0, "")
+        assert_same_tensors(load_file(made), load_file(single))
+        reports = [{**ema("info", path, "--json").json, "path": "", "bytes": 0} for path in (made, single)]
+        assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(("layout", "ending"), [(None, ".safetensors"), ("pt", ".pt"), ("sharded", "")])
+def test_a_folder_of_outputs_is_exported_into_a_folder(
+    ema: Ema, run: Path, tmp_path: Path, layout: str | None, ending: str
+) -> None:
+    make_averages(ema, run, tmp_path / "averages")
+    chosen = ("--layout", layout) if layout else ()
+    options = ("export", tmp_path / "averages", "--out", tmp_path / "new", "--dtype", "bf16", *chosen)
+    result = ema(*options)
+    assert result.code == 0
+    assert result.out.startswith("wrote 3 models, 24 tensors, ")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {f"sigma_rel-{s}{ending}" for s in (0.1, 0.15, 0.2)}
+    found = tmp_path / "new" / f"sigma_rel-0.15{ending}"
+    if layout == "pt":
+        loaded = torch.load(found, weights_only=True)
+    else:
+        loaded = load_file(found if layout is None else found / "model.safetensors")
+    expected = load_file(tmp_path / "averages" / "sigma_rel-0.15.safetensors")
+    assert torch.equal(loaded["0.weight"], expected["0.weight"].bfloat16())
+    assert "already exists" in ema(*options).error
+    assert ema(*options, "--overwrite").code == 0
+    assert "3 models need a folder" in ema("export", tmp_path / "averages", "--out", tmp_path / "x.pt").error

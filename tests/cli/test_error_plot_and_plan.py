@@ -25,18 +25,6 @@ def test_the_picture_of_a_directory(ema: Ema, run: Path, tmp_path: Path) -> None
     assert re.search(r"^ +window:1 +0\.000144 ", result.out, re.MULTILINE)  # a target beyond the curve widens it
 
 
-@pytest.mark.parametrize(("name", "magic"), [("e.svg", b"<?xml"), ("e.pdf", b"%PDF")])
-def test_pictures_for_screen_and_print(ema: Ema, run: Path, tmp_path: Path, name: str, magic: bytes) -> None:
-    result = ema("error-plot", run, run, "--out", tmp_path / name, "--target", "0.15,0.2")
-    assert result.code == 0
-    assert result.out.count("40 snapshots up to 2,000 steps") == 2
-    picture = (tmp_path / name).read_bytes()
-    assert picture.startswith(magic)
-    if name == "e.svg":
-        assert b"expected relative L2 error of the weights" in picture
-        assert b"of the profile" not in picture
-
-
 def test_the_profile_error_is_shown_for_the_method_paper_only(ema: Ema, run: Path, tmp_path: Path) -> None:
     arguments = ["error-plot", run, "--target", "window:500", "--out", tmp_path / "e.svg", "--overwrite"]
     assert "profile error" not in ema(*arguments).out

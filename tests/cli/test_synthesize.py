@@ -75,13 +75,6 @@ def test_an_output_is_replaced_only_with_overwrite_and_a_snapshot_never(ema: Ema
     assert contents(run) == before
 
 
-def test_a_warning_shows_numbers_as_the_result_does(ema: Ema, run: Path, tmp_path: Path) -> None:
-    result = ema("synthesize", run, "--target", "beta:0.5", "--out", tmp_path / "m.safetensors")
-    error = re.search(r"predicted error (\S+ %)", result.out)
-    assert error is not None
-    assert f"predicted error {error[1]} from the 40 snapshots up to t = 2,000" in result.err
-
-
 def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path) -> None:
     for folder, widths in (("some", "0.05,0.15"), ("all", "0.05,0.10,0.15")):
         assert ema("synthesize", run, "--sigma-rel", widths, "--out", tmp_path / folder).code == 0
@@ -134,18 +127,6 @@ def test_an_output_of_other_snapshots_or_damaged_or_without_a_header_is_not_skip
     assert "is another output: its snapshots or their coefficients are others" in refused.error
     assert ema(*base, tmp_path / "m.pt").code == 0
     assert "does not say which average it holds" in ema(*base, tmp_path / "m.pt", "--skip-existing").error
-
-
-def test_a_dry_run_shows_the_largest_coefficients(ema: Ema, run: Path) -> None:
-    arguments = ["synthesize", run, "--sigma-rel", "0.15", "--dry-run"]
-    (target,) = ema(*arguments, "--json").json["targets"]
-    largest = sorted((abs(item["coefficient"]) for item in target["snapshots"]), reverse=True)[:10]
-    lines = ema(*arguments).out.splitlines()
-    assert all(len(line) <= 80 for line in lines[:-1])
-    shown = [line.split() for line in lines[1:11]]
-    assert sorted((abs(float(row[-1])) for row in shown), reverse=True) == pytest.approx(largest, abs=1e-6)
-    assert [row[0] for row in shown] == sorted(row[0] for row in shown)  # by time
-    assert lines[11] == "and 30 more with smaller coefficients; --json lists them"
 
 
 def test_a_missing_snapshot_is_reported_and_averages_can_still_be_made(ema: Ema, run: Path) -> None:
@@ -203,12 +184,6 @@ def test_the_table_shows_the_error_of_every_target_and_the_last_line_the_largest
     assert lines[-1].startswith(f"made 3 averages at t = 2,000 from 40 snapshots, {said}, 128 B each, in ")
     assert lines[-1].endswith(f": {tmp_path / 'averages'}")
     assert len({line.index(" %") for line in lines[first + 1 : first + 4]}) == 1  # aligned
-
-
-def test_without_measurements_the_motion_is_measured_on_a_sample(ema: Ema, unmeasured_run: Path) -> None:
-    report = ema("synthesize", unmeasured_run, "--sigma-rel", "0.15", "--dry-run", "--json").json
-    assert report["movement"]["source"] == "sampled"
-    assert report["targets"][0]["predicted_error"] > 0
 
 
 def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema: Ema, tmp_path: Path) -> None:

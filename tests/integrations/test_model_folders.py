@@ -17,17 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -39,8 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
 LLAMA = {**TEXT, "num_key_value_heads": 2}
-EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 1}
-VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
@@ -48,18 +41,6 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "bert": lambda: BertForMaskedLM(BertConfig(**TEXT, max_position_embeddings=16)),
     "t5": lambda: T5ForConditionalGeneration(
         T5Config(d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8, vocab_size=32, decoder_start_token_id=0)
-    ),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**TEXT, **EXPERTS, num_local_experts=2)),
-    "qwen2-moe": lambda: Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(**TEXT, **EXPERTS, num_experts=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
-    ),
-    "llava": lambda: LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**VISION, image_size=8),
-            text_config=LlamaConfig(**LLAMA),
-            image_token_index=31,
-            vision_feature_layer=-1,
-        )
     ),
 }
 
@@ -80,9 +61,6 @@ def track(model: torch.nn.Module, folder: Path, **options: Any) -> None:
 def answer(model: torch.nn.Module) -> torch.Tensor:
     tokens = torch.arange(1, 9)[None]
     more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-    if hasattr(model.config, "vision_config"):
-        tokens = torch.cat([torch.full((1, 4), 31), tokens], 1)
-        more["pixel_values"] = torch.linspace(-1, 1, 192).view(1, 3, 8, 8)
     return model.eval()(input_ids=tokens, **more).logits
 
 
@@ -114,10 +92,9 @@ def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "mixtral"])  # transformers itself loads and saves the second
-def test_dtypes_are_those_of_the_folder(tmp_path: Path, ema: Ema, name: str) -> None:
-    model = MODELS[name]()
-    MODELS[name]().bfloat16().save_pretrained(tmp_path / "like")
+def test_dtypes_are_those_of_the_folder(tmp_path: Path, ema: Ema) -> None:
+    model = MODELS["llama-tied"]()
+    MODELS["llama-tied"]().bfloat16().save_pretrained(tmp_path / "like")
     track(model, tmp_path / "run")
     done = ema(
         "synthesize", tmp_path / "run", "--sigma-rel", "0.1,0.2", "--like", tmp_path / "like", "--out", tmp_path / "new"
@@ -146,6 +123,20 @@ def test_tensors_that_the_run_lacks_are_taken_from_the_folder_and_counted(tmp_pa
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "new")
     PostHocEMA.from_path(tmp_path / "run").load_into(model, 0.2)
     assert torch.equal(answer(loaded), answer(model))
+
+
+def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    """In memory the experts of a mixture are one tensor."""
+    experts = {"num_key_value_heads": 2, "num_experts_per_tok": 1, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**TEXT, **experts))
+    model.save_pretrained(tmp_path / "like")
+    track(model, tmp_path / "run")
+    with pytest.raises(MismatchError, match=r"mlp\.experts.*load_into.*save_pretrained"):
+        Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")
+    assert not (tmp_path / "new").exists()
+    PostHocEMA.from_path(tmp_path / "run").load_into(model, 0.2)
+    model.save_pretrained(tmp_path / "new")
+    assert torch.equal(answer(MixtralForCausalLM.from_pretrained(tmp_path / "new")), answer(model))
 
 
 def test_an_adapter(tmp_path: Path) -> None:
@@ -205,18 +196,10 @@ def test_broken_folders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     weights = load_file(tmp_path / "other/model.safetensors")
     weights["model.norm.scale"] = weights.pop("model.norm.weight")  # a name that only a library could know
     save_file(weights, tmp_path / "other/model.safetensors", {"format": "pt"})
-    for kinds in (["logging"], ["pipeline"], ["AutoTokenizer"], [3], "LlamaForCausalLM"):
-        with pytest.raises(MismatchError, match=r"other: 1 tensors .*; its config\.json names no model of"):
-            write({"architectures": kinds}, "other")
-    cannot_load = r"other: 1 tensors .*; transformers cannot load it as LlamaForCausalLM"
-    for config in ({"hidden_size": 24}, {"hidden_size": "wide"}, {"hidden_act": "other"}, {"dtype": "floaty"}):
-        with pytest.raises(MismatchError, match=cannot_load):
-            write(config, "other")
-    del weights["lm_head.weight"]
+    with pytest.raises(MismatchError, match=r"other: 1 tensors .*'model\.norm\.weight'.*save_pretrained"):
+        write({}, "other")
+    weights["model.norm.weight"] = weights.pop("model.norm.scale")
     save_file(weights, tmp_path / "other/model.safetensors", {"format": "pt"})
-    track(model, tmp_path / "part", exclude="lm_head.*")
-    with pytest.raises(MismatchError, match=r"other: 1 tensors .*; it has no tensor 'lm_head\.weight', and neither"):
-        write({}, "other", "part")
     with pytest.raises(MismatchError, match=r"other: .* quantization_config"):
         write({"quantization_config": {"quant_method": "fp8"}}, "other")
     (tmp_path / "like/tokenizer.json").symlink_to("nowhere")
@@ -240,10 +223,7 @@ def test_folders_and_options_that_do_not_fit_are_errors_that_leave_nothing_behin
     with pytest.raises(MismatchError, match="has the shape"):
         run.write(0.2, tmp_path / "new", like=tmp_path / "small")
     MODELS["gpt2"]().save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(MismatchError, match="GPT2LMHeadModel has no tensor"):
-        run.write(0.2, tmp_path / "new", like=tmp_path / "gpt2")
-    (tmp_path / "gpt2/config.json").write_text(json.dumps({}))
-    with pytest.raises(MismatchError, match=r"config\.json names no model"):
+    with pytest.raises(MismatchError, match="it has tensors such as 'transformer"):
         run.write(0.2, tmp_path / "new", like=tmp_path / "gpt2")
     with pytest.raises(OutputExistsError, match="new folder"):
         run.write(0.2, tmp_path / "small", like=tmp_path / "like")

@@ -18,7 +18,7 @@ from remote.servers import Server, serving
 
 from posthoc_cli import Run
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.remote import ranges, store
+from posthoc_cli.remote import store
 
 LARGE = {"large": (700, 600), "small": (7,)}
 """Tensors of more bytes than the first request of a file reads."""
@@ -179,19 +179,3 @@ def test_without_credentials_or_a_server_the_error_says_what_to_do(
     assert ema("info", RUN).error == (
         f"{RUN}: cannot be read: no credentials were found; `ema guide remote` says where they are read from"
     )
-
-
-def test_slow_answers_keep_the_memory_bounded(served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    get, prefetched = store.get, list[int]()
-
-    def watch(*arguments: Any) -> Any:
-        prefetched.append(ranges._ahead)
-        return get(*arguments)
-
-    Run(served.folder / "bucket/run").write(0.1, tmp_path / "local.safetensors")
-    monkeypatch.setattr(ranges, "AHEAD", 512 * 1024)
-    monkeypatch.setattr(store, "get", watch)
-    served.latency = 0.01
-    Run(RUN).write(0.1, tmp_path / "out.safetensors")
-    assert 0 < max(prefetched) <= 512 * 1024 and ranges._ahead == 0
-    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "local.safetensors").read_bytes()

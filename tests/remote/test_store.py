@@ -13,7 +13,7 @@ from moto.iam.models import iam_backends
 from posthoc_cli.errors import PostHocError, RemoteError
 from posthoc_cli.remote import store
 from posthoc_cli.remote.store import RemotePath, matching, remote_path
-from posthoc_cli.snapshots.tensor_file import OpenedFile
+from posthoc_cli.snapshots.tensorfile import OpenedFile
 
 UNREAD = "the credentials cannot be read; `ema guide remote` says where they are read from"
 
@@ -75,7 +75,6 @@ def test_an_opened_object_is_read_by_ranges_and_seen_to_be_replaced(bucket: str)
     with OpenedFile(remote_path(url)) as file:
         assert file.size == len(data) and file.read_at(10, 5) == data[5:15]
         assert file.read_at(len(data), 700_000) == data[700_000:]
-        file.expect([(300_000, 900_000)])
         room = bytearray(600_000)
         for at in range(0, 600_000, 50_000):
             assert file.read_into(memoryview(room)[at : at + 50_000], 300_000 + at) == 50_000
@@ -84,7 +83,7 @@ def test_an_opened_object_is_read_by_ranges_and_seen_to_be_replaced(bucket: str)
         assert stamp == file.stamp
         store.put(url, bytes(len(data)), create=False)
         with pytest.raises(RemoteError, match=f"^{url}: was replaced while it was being used; run again$"):
-            file.read_at(10, 999_999)
+            file.read_at(len(data), 10)
 
 
 @pytest.mark.parametrize(

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
-from posthoc_cli.snapshots.chunks import Box, copy_range, cover_problem
+from posthoc_cli.snapshots.chunks import Box, cover_problem
+from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.tensorfile import Entry
 
 SHAPES = [(), (1,), (7,), (5, 3), (4, 1, 6), (3, 4, 2, 2), (0, 3)]
 
 
-@dataclass
-class Stored:
-    """The elements of a chunk, which may only be read forwards."""
+class Parts(FileSource):
+    """A tensor in chunks that are in memory, each with its box."""
 
-    values: npt.NDArray[np.int64]
-    position: int = 0
+    profile = identity = ""  # type: ignore[assignment]
 
-    def read(self, begin: int, end: int) -> npt.NDArray[np.int64]:
-        assert self.position <= begin < end <= self.values.size
-        self.position = end
-        return self.values[begin:end].copy()
+    def __init__(self, chunks: list[tuple[Box, np.ndarray]], shape: tuple[int, ...]) -> None:
+        self.entries = {"w": Entry("I64", shape)}
+        self.files = tuple(Part(*chunk) for chunk in chunks)  # type: ignore[assignment]
+
+
+class Part:
+    """One of these chunks, read as from a file."""
+
+    def __init__(self, box: Box, values: np.ndarray) -> None:
+        self._box, self._bytes, self.entries = box, values.view(np.uint8), {"w": Entry("I64", box.shape)}
+
+    def box(self, _: str) -> Box:
+        return self._box
+
+    def read(self, _: str, begin: int, view: memoryview, verify: bool) -> None:
+        assert verify
+        view[:] = self._bytes[begin : begin + len(view)].data
 
 
 def cut(rng: np.random.Generator, shape: tuple[int, ...], most: int = 3) -> list[Box]:
@@ -54,12 +65,12 @@ def test_any_box_is_assembled_from_any_chunks(shape: tuple[int, ...], seed: int)
     rng = np.random.default_rng(seed)
     tensor = rng.integers(0, 2**62, shape)
     for wanted in cut(rng, shape):
-        stored = [(box, Stored(np.ascontiguousarray(tensor[slices(box)]).reshape(-1)).read) for box in cut(rng, shape)]
+        source = Parts([(box, np.ascontiguousarray(tensor[slices(box)]).reshape(-1)) for box in cut(rng, shape)], shape)
         expected = tensor[slices(wanted)].reshape(-1)
         found = np.empty_like(expected)
         edges = sorted([0, wanted.size, *rng.integers(0, wanted.size + 1, 4).tolist()])
         for begin, end in itertools.pairwise(edges):
-            copy_range(found[begin:end], wanted, begin, stored)
+            source.read_box("w", wanted, found[begin:end].view(np.uint8).data, begin)
         assert np.array_equal(found, expected)
 
 

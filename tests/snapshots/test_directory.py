@@ -21,21 +21,15 @@ from snapshots.recorded import failing
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, MismatchError
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.directory import (
-    StoredSnapshot,
-    inspect_directory,
-    read_directory,
-    snapshot_path,
-)
-from posthoc_cli.snapshots.sources import with_sampled_measurements
-from posthoc_cli.snapshots.writer import set_aside, thin
+from posthoc_cli.snapshots.directory import inspect_directory, read_directory, set_aside, snapshot_path, thin
+from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.sources import TrackedTensor, with_sampled_measurements
 
 W = {"w": torch.ones(2, 3)}
 
 
-def stored(directory: Path) -> list[StoredSnapshot]:
-    return [StoredSnapshot.of(s) for s in read_directory(directory)]
+def stored(directory: Path) -> list[Snapshot]:
+    return read_directory(directory)
 
 
 def write_times(directory: Path, times: list[float], sigma_rels: tuple[float, ...] = (0.05,)) -> None:
@@ -83,8 +77,8 @@ def test_outputs_temporary_hidden_and_other_files_next_to_snapshots_are_left_alo
         (W, {"run_id": OTHER_RUN_ID}, "different runs"),
         (W, {"t_unit": "images"}, "count time in '(steps|images)' and '(steps|images)'"),
         ({"w": torch.ones(3, 2)}, {}, r"tensor 'w' has the shapes \[\d, \d\] and \[\d, \d\]"),
-        (W, {"tensors": {"w": fmt.TrackedTensor("average", "BF16")}}, "tensor 'w' is average of .* and average of"),
-        (W, {"tensors": {"w": fmt.TrackedTensor("copy", "F32")}}, "is (average of F32 and copy|copy of F32 and a)"),
+        (W, {"tensors": {"w": TrackedTensor("average", "BF16")}}, "tensor 'w' is average of .* and average of"),
+        (W, {"tensors": {"w": TrackedTensor("copy", "F32")}}, "is (average of F32 and copy|copy of F32 and a)"),
         ({"v": W["w"]}, {}, "tensor 'v' is missing in"), ({}, {}, "tensor 'w' is missing in"),
         ({**W, "more\n": W["w"]}, {}, r"tensor 'more\\n' is missing in"),
         (W, {"aliases": {"tied": "w"}}, "tie different names"), (W, {"sigma_rels": (0.05, 0.2)}, "track the profiles"),
@@ -103,7 +97,7 @@ def test_snapshots_that_do_not_belong_together_never_mix(
     assert str(caught.value).isprintable()
 
 
-AS_F32 = {"w": fmt.TrackedTensor("average", "F32")}
+AS_F32 = {"w": TrackedTensor("average", "F32")}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +179,7 @@ def test_an_inspection_lists_every_problem_and_continues(tmp_path: Path) -> None
     message = f"{snapshot_path(tmp_path, 10, 0.05)} and {double}: both hold sigma_rel 0.05 at t = 10; remove one"
     assert message in map(str, found.problems)
     assert found.notes == ("t = 30, the newest: no snapshot of sigma_rel 0.28",)
-    assert found.listing.leftovers == [tmp_path / ".ema-0123.tmp"]
+    assert found.leftovers == [tmp_path / ".ema-0123.tmp"]
     assert found.superseded == 1
 
 
@@ -217,10 +211,10 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     write_run(tmp_path, trajectory, range(10, 101, 10), (0.05, 0.28))
     snapshots = read_directory(tmp_path)
     measured = [
-        replace(snapshot, info=replace(snapshot.info, measurements=average.measurements, motion=None))
+        replace(snapshot, measurements=average.measurements, motion=None)
         for snapshot, average in zip(snapshots, with_sampled_measurements(snapshots), strict=True)
     ]
-    left = thin([StoredSnapshot.of(snapshot) for snapshot in measured], 3)
+    left = thin(measured, 3)
     assert sum(40 <= s.t <= 80 for s in left) >= 3  # it hardly matters which earlier snapshot is left
 
 

@@ -29,12 +29,18 @@ from posthoc_cli import PostHocEMA, PostHocError, Run, export_file
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import directory as directories
-from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.chunks import Box
-from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory
-from posthoc_cli.snapshots.format import BLOCK_BYTES
+from posthoc_cli.snapshots.directory import (
+    find_snapshots,
+    inspect_directory,
+    read_directory,
+    remove_snapshot,
+    set_aside,
+    thin,
+)
 from posthoc_cli.snapshots.outputs import describe
-from posthoc_cli.snapshots.writer import remove_snapshot, set_aside, thin
+from posthoc_cli.snapshots.tensorfile import BLOCK
+from posthoc_cli.snapshots.verify import verify
 from posthoc_cli.synthesis.engine import Options, synthesize
 
 GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}
@@ -103,7 +109,7 @@ def test_a_snapshot_of_parts_is_exported_and_described_as_a_file_is(run: Path, t
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.uint8])
 @pytest.mark.parametrize("grid", [(5,), (1, 3), (2, 3)])
 def test_a_large_tensor_is_read_in_any_range_and_box(tmp_path: Path, dtype: torch.dtype, grid: tuple[int, ...]) -> None:
-    shape = (2 * BLOCK_BYTES // (dtype.itemsize * 1000) + 3, 1000)
+    shape = (2 * BLOCK // 1000 + 3, 1000)
     generator = torch.Generator().manual_seed(1)
     value = torch.randint(0, 200, shape, generator=generator).to(dtype)
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": value, "none": torch.zeros(0, 3), "one": torch.tensor(3.0)})
@@ -112,47 +118,43 @@ def test_a_large_tensor_is_read_in_any_range_and_box(tmp_path: Path, dtype: torc
     assert snapshot.path == folder
     flat = value.view(torch.uint8).numpy().reshape(-1) if dtype != torch.uint8 else value.numpy().reshape(-1)
     random = np.random.default_rng(0)
-    with snapshot.open() as file:
-        assert np.array_equal(file.read("w"), flat)
-        assert file.read("none").size == 0
-        assert file.read("one").view("<f4") == 3
-        for begin in (0, BLOCK_BYTES, 2 * BLOCK_BYTES):
-            end = min(begin + BLOCK_BYTES, flat.size)
-            reader, found = file.read_range("w", begin, end), np.empty(end - begin, np.uint8)
-            for at in range(0, end - begin, 240_000):
-                reader.read_into(found[at : at + 240_000].data)
-            assert np.array_equal(found, flat[begin:end])
+    with snapshot:
+        assert torch.equal(snapshot.tensor("w"), value)
+        assert snapshot.tensor("none").shape == (0, 3)
+        assert snapshot.tensor("one") == 3
+        for begin, end in ((0, BLOCK), (BLOCK, 2 * BLOCK), (2 * BLOCK, len(flat) // dtype.itemsize), (777, 40_001)):
+            found = np.empty((end - begin) * dtype.itemsize, np.uint8)
+            snapshot.read_box("w", Box.full(shape), found.data, begin)
+            assert np.array_equal(found, flat[begin * dtype.itemsize : end * dtype.itemsize])
         for _ in range(5):
             low = [int(random.integers(0, size - 1)) for size in shape]
             high = [int(random.integers(a + 1, size + 1)) for a, size in zip(low, shape, strict=True)]
             box = Box(tuple(low), tuple(b - a for a, b in zip(low, high, strict=True)))
-            wanted = value[low[0] : high[0], low[1] : high[1]].contiguous().view(-1).view(torch.uint8).numpy()
-            with snapshot.open({"w": box}) as cut:
-                assert np.array_equal(cut.read("w"), wanted)
-            first, last = box.offset[0] * 1000 * dtype.itemsize, box.end[0] * 1000 * dtype.itemsize
-            assert np.array_equal(file.read_sample("w", first, last), flat[first:last])
+            wanted = value[low[0] : high[0], low[1] : high[1]]
+            assert torch.equal(snapshot.tensor("w", box), wanted)
+            at = int(random.integers(0, wanted.numel()))
+            found = np.empty((wanted.numel() - at) * dtype.itemsize, np.uint8)
+            snapshot.read_box("w", box, found.data, at)
+            assert torch.equal(torch.from_numpy(found).view(dtype), wanted.reshape(-1)[at:])
 
 
 def test_each_block_that_a_box_touches_is_verified_completely_and_no_other_is_read(tmp_path: Path) -> None:
     value = torch.randn(4000, 1000)
     folder = split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": value}), 2, {"w": (1, 2)})
-    flip_bit(parts_of(folder)[0])  # in the second block of two
+    flip_bit(parts_of(folder)[0])  # in the last block
     (snapshot,) = read_directory(tmp_path)
-    assert snapshot.stored["w"].nbytes == sum(part.header.tensors["w"].nbytes for part in snapshot.parts)
+    assert snapshot.entries["w"].nbytes == sum(file.entries["w"].nbytes for file in snapshot.files)
     for box in (Box((0, 0), (2000, 1000)), Box((0, 500), (4000, 500))):
-        with snapshot.open({"w": box}) as file:
-            file.read("w")
+        snapshot.tensor("w", box)
     damaged = pytest.raises(FileFormatError, match=f"{parts_of(folder)[0].name}: tensor 'w' is damaged")
-    with snapshot.open({"w": Box((2500, 499), (1, 1))}) as file, damaged:
-        file.read("w")
+    with damaged:
+        snapshot.tensor("w", Box((3999, 499), (1, 1)))
 
 
 def test_a_box_is_read_from_a_single_file(run: Path) -> None:
     snapshot = read_directory(run)[-1]
     value = load_file(snapshot.path)["0.weight"]
-    with snapshot.open({"0.weight": Box((3, 4), (5, 6))}) as file:
-        found = file.read("0.weight")
-    assert found.tobytes() == value[3:8, 4:10].contiguous().numpy().tobytes()
+    assert torch.equal(snapshot.tensor("0.weight", Box((3, 4), (5, 6))), value[3:8, 4:10])
 
 
 def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None:
@@ -164,13 +166,12 @@ def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None
     assert load_file(first)["w"].shape == (3, 4)
     rewrite_snapshot(first, lambda held: held.update(w=held["w"].half()))
     (snapshot,) = read_directory(tmp_path)
-    assert snapshot.stored["w"].dtype == "F32"
-    with snapshot.open() as file:
-        assert file.read("w").tobytes() == values["w"].numpy().tobytes()
-        assert file.read_sample("w", 32, 64).tobytes() == values["w"][2:4].numpy().tobytes()
-        room = memoryview(bytearray(80))
-        file.read_small(["w"], [room])
-        assert room.tobytes() == values["w"].numpy().tobytes()
+    assert snapshot.entries["w"].dtype == "F32"
+    assert torch.equal(snapshot.tensor("w"), values["w"])
+    assert torch.equal(snapshot.tensor("w", Box((2, 0), (2, 4))), values["w"][2:4])
+    room = memoryview(bytearray(80))
+    snapshot.read_many(["w"], room)
+    assert room.tobytes() == values["w"].numpy().tobytes()
 
 
 @pytest.mark.parametrize("grid", [(3,), (1, 3)])
@@ -257,10 +258,10 @@ def gap(part: Path) -> None:
 
 
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
-    (with_fields(run_id=OTHER_RUN_ID), "are not of one snapshot: they differ in ema.run_id"),
+    (with_fields(run_id=OTHER_RUN_ID), "are not of one snapshot: they differ in run_id"),
     (
         with_fields(t=59.0, step=59, updates=59, clock=(), motion=None, measurements=None),
-        r"are not of one snapshot: they differ in ema\.(t|step)",
+        r"are not of one snapshot: they differ in (t|step)",
     ),
     (elsewhere(shape=(21, 30)), r"tensor '0.weight' has the shapes \[20, 30\] and \[21, 30\]"),
     (elsewhere(offset=(6, 0)), "tensor '0.weight': both hold some of its elements"),
@@ -309,7 +310,7 @@ def test_parts_of_a_shorter_attempt_do_not_hide_a_complete_snapshot(run: Path, u
     *_, folder = split_all(run)
     old = split_snapshot(snapshot_files(unsplit)[-1], 2)
     shutil.copy(parts_of(old)[0], folder)
-    assert len(read_directory(run)[-1].parts) == 4
+    assert len(read_directory(run)[-1].files) == 4
     shutil.copy(parts_of(old)[1], folder)
     with pytest.raises(MismatchError, match="are parts of two complete snapshots"):
         read_directory(run)
@@ -339,7 +340,7 @@ def test_pruning_and_thinning_delete_folders(run: Path) -> None:
     assert done.deleted
     assert not any(os.path.lexists(snapshot.path) for snapshot in done.to_delete)
     assert [s.path for s in read_directory(run)] == [s.path for s in done.kept]
-    stored = [directories.StoredSnapshot.of(snapshot) for snapshot in read_directory(run)]
+    stored = read_directory(run)
     left = thin(stored, 2)
     assert [snapshot.path for snapshot in left] == [snapshot.path for snapshot in read_directory(run)]
     assert len(left) < len(stored)

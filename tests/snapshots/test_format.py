@@ -1,15 +1,16 @@
 """The format agrees with its specification: an independent reader, and that of safetensors, read the same.
 
-`read_by_the_book` is written from the docstring of posthoc_cli/snapshots/format.py alone.
+`read_by_the_book` is written from the docstring of posthoc_cli/snapshots/tensorfile.py alone.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,19 +19,18 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import xxhash
-from factories import OTHER_RUN_ID, RUN_ID, exact_average, exact_gamma, make_info, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, make_info, write_snapshot, write_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posthoc_cli import Run
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.format import OutputInfo, output_metadata
-from posthoc_cli.snapshots.headers import decode_header, decode_snapshot
-from posthoc_cli.snapshots.outputs import decode_output
+from posthoc_cli.snapshots.outputs import OutputInfo, Used, decode_output
+from posthoc_cli.snapshots.snapshot import TrackingSchedule, decode_snapshot
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import read_file
 
-BLOCK = 4_194_304
+BLOCK = 131_072
 NUMPY_DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
@@ -39,9 +39,10 @@ NUMPY_DTYPES = {
 
 @dataclass
 class Book:
-    """The result of `read_by_the_book`: metadata, tensors (BF16 as bits), and their offsets in the file."""
+    """The object of the header, checksums, tensors (BF16 as bits), dtypes, and offsets in the file."""
 
-    metadata: dict[str, str]
+    content: dict[str, Any]
+    sums: dict[str, str]
     tensors: dict[str, np.ndarray]
     dtypes: dict[str, str]
     offsets: dict[str, int]
@@ -56,20 +57,21 @@ def read_by_the_book(path: Path) -> Book:
     assert length % 8 == 0
     assert length <= 100_000_000
 
-    mark = b'"ema.checksum":"'
-    assert data[: 8 + length].count(mark) == 1
-    digits = data.index(mark) + len(mark)
-    blank = data[:digits] + b"0" * 16 + data[digits + 16 : 8 + length]
+    begin = data.index(metadata["ema.checksum"].encode())
+    assert data[8:begin] == b'{"__metadata__":{"ema.checksum":"'
+    blank = data[:begin] + b"0" * 16 + data[begin + 16 : 8 + length]
     assert metadata["ema.checksum"] == f"{xxhash.xxh3_64_intdigest(blank, seed=0):016x}"
 
-    found, position = Book(metadata, {}, {}, {}), 0
-    checksums = json.loads(metadata["ema.checksums"])
+    content = json.loads(metadata["ema"])
+    sums = content.pop("sums")
+    found, position = Book(content, sums, {}, {}, {}), 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         assert begin == position
         position = end
-        blocks = [payload[b : min(b + BLOCK, end)] for b in range(begin, end, BLOCK)]
-        assert checksums[name] == "".join(f"{xxhash.xxh3_64_intdigest(block):016x}" for block in blocks)
+        size = BLOCK * np.dtype(NUMPY_DTYPES[entry["dtype"]]).itemsize
+        blocks = [payload[b : min(b + size, end)] for b in range(begin, end, size)]
+        assert sums[name] == "".join(f"{xxhash.xxh3_64_intdigest(block):016x}" for block in blocks)
         dtype = np.dtype(NUMPY_DTYPES[entry["dtype"]])
         found.tensors[name] = np.frombuffer(payload[begin:end], dtype).reshape(entry["shape"])
         found.dtypes[name], found.offsets[name] = entry["dtype"], 8 + length + begin
@@ -120,9 +122,9 @@ def test_readers_by_the_specification_and_of_safetensors_find_every_tensor(tmp_p
 
 
 def test_a_tensor_above_a_block_has_a_checksum_for_each_of_its_blocks(tmp_path: Path) -> None:
-    large = torch.arange(2 * BLOCK // 4 + 3, dtype=torch.float32)
+    large = torch.arange(2 * BLOCK + 3, dtype=torch.float32)
     book = read_by_the_book(write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"large": large}))
-    assert len(json.loads(book.metadata["ema.checksums"])["large"]) == 3 * 16
+    assert len(book.sums["large"]) == 3 * 16
     assert np.array_equal(book.tensors["large"], large.numpy())
     # The value in xxHash's test vectors for empty input, which pins "XXH3, 64 bits, seed 0".
     assert xxhash.xxh3_64_hexdigest(b"") == "2d06800538d394c2"
@@ -136,32 +138,32 @@ def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
     path = write_snapshot(
         tmp_path, 1234.5, 0.1, RUN_ID, values,
         t_unit="images", step=77, t_first=0.1, max_interval=32.5, aliases={"tied": "w"}, left_out=("frozen",),
-        tensors={"w": fmt.TrackedTensor("average", "BF16"), "seen": fmt.TrackedTensor("copy", "I64")},
-        schedule=fmt.TrackingSchedule(5, 10, 15, None, "F16"), sigma_rels=(0.1, 0.28),
+        tensors={"w": TrackedTensor("average", "BF16"), "seen": TrackedTensor("copy", "I64")},
+        schedule=TrackingSchedule(5, 10, 15, None, "F16"), sigma_rels=(0.1, 0.28),
         clock=((3, 0.1), (77, 1234.5)),
         measurements=Measurements(
             1 / 3, 1e-9, (Distance(1234.5, 0.28, 0.5, 0.0), Distance(999.0, 0.1, 2.0, 1e-9)), 0.25
         ),
         motion=Motion(np.array([0.1, 600.0, 1234.5]), np.array([2.0, 0.5]), np.array([0.0, 1e-3])),
     )  # fmt: skip
-    metadata = read_by_the_book(path).metadata
-    assert {key: value for key, value in metadata.items() if not key.startswith("ema.checksum")} == {
-        "format": "pt", "ema.format": "snapshot", "ema.version": "1", "ema.run_id": RUN_ID,
-        "ema.sigma_rel": "0.1", "ema.gamma": repr(exact_gamma(0.1)), "ema.sigma_rels": "[0.1,0.28]",
-        "ema.t": "1234.5", "ema.t_unit": "images", "ema.step": "77", "ema.clock": "[[3,0.1],[77,1234.5]]",
-        "ema.t_first": "0.1", "ema.max_interval": "32.5",
-        "ema.schedule": (
-            '{"update_every":5,"checkpoint_every":10,"update_after_step":15,'
-            '"max_checkpoints":null,"checkpoint_dtype":"F16","sigma_range":[0.05,0.28]}'
-        ),
-        "ema.tensors": '{"w":{"role":"average","dtype":"BF16"},"seen":{"role":"copy","dtype":"I64"}}',
-        "ema.aliases": '{"tied":"w"}', "ema.left_out": '["frozen"]',
-        "ema.measurements": (
-            '{"norm":0.3333333333333333,"rounding":1e-09,"distances":['
-            '{"t":1234.5,"sigma_rel":0.28,"squared":0.5,"rounding":0.0},'
-            '{"t":999.0,"sigma_rel":0.1,"squared":2.0,"rounding":1e-09}],"weights":0.25}'
-        ),
-        "ema.motion": '{"edges":[0.1,600.0,1234.5],"walk":[2.0,0.5],"noise":[0.0,0.001]}',
+    assert read_by_the_book(path).content == {
+        "kind": "snapshot", "format": 3, "run_id": RUN_ID, "sigma_rel": 0.1, "gamma": exact_gamma(0.1),
+        "sigma_rels": [0.1, 0.28], "t": 1234.5, "t_unit": "images", "step": 77, "clock": [[3, 0.1], [77, 1234.5]],
+        "t_first": 0.1, "max_interval": 32.5,
+        "schedule": {
+            "update_every": 5, "checkpoint_every": 10, "update_after_step": 15, "max_checkpoints": None,
+            "checkpoint_dtype": "F16", "sigma_range": [0.05, 0.28],
+        },
+        "tensors": {"w": {"role": "average", "dtype": "BF16"}, "seen": {"role": "copy", "dtype": "I64"}},
+        "aliases": {"tied": "w"}, "left_out": ["frozen"],
+        "measurements": {
+            "norm": 1 / 3, "rounding": 1e-9, "weights": 0.25,
+            "distances": [
+                {"t": 1234.5, "sigma_rel": 0.28, "squared": 0.5, "rounding": 0.0},
+                {"t": 999.0, "sigma_rel": 0.1, "squared": 2.0, "rounding": 1e-9},
+            ],
+        },
+        "motion": {"edges": [0.1, 600.0, 1234.5], "walk": [2.0, 0.5], "noise": [0.0, 0.001]},
     }  # fmt: skip
 
 
@@ -195,21 +197,22 @@ def test_the_metadata_of_a_snapshot_is_read_back_exactly(
         max_interval=t * interval, t_unit=unit, aliases={alias: stored[0]}, left_out=tuple(tensor_names),
         measurements=measurements, sigma_rels=tuple(sorted({sigma_rel, 0.28, 0.2885})), **(optional if known else {}),
     )  # fmt: skip
-    entries = fmt.lay_out([fmt.TensorSpec(name, "F32", (1,)) for name in stored])
-    start = fmt.encode_header(entries, fmt.snapshot_metadata(info), dict.fromkeys(stored, "0" * 16))
-    header = decode_header(Path("x"), start, len(start) + 4 * len(stored))
-    assert decode_snapshot(Path("x"), header) == info
-    assert known or {f"ema.{name}" for name in optional}.isdisjoint(header.metadata)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        write_tensors(path, {name: torch.zeros(1) for name in stored}, info, overwrite=False)
+        file = read_file(path)
+    assert decode_snapshot(file) == info
+    assert known or optional.keys().isdisjoint(file.content)
 
 
 @pytest.mark.parametrize("predicted_error", [None, 1.5e-4])
-def test_the_metadata_of_an_output_is_read_back_exactly(predicted_error: float | None) -> None:
+def test_the_metadata_of_an_output_is_read_back_exactly(tmp_path: Path, predicted_error: float | None) -> None:
     info = OutputInfo(
         RUN_ID, "sigma_rel 0.15", 0.15, exact_gamma(0.15), 1e15 / 3, "tokens", "paper", 1e-3, predicted_error,
-        (("a.safetensors", 1 / 3), ("b.safetensors", -2e-17)), ("norm.running_mean",),
+        (Used("a.safetensors", 1 / 3), Used("b.safetensors", -2e-17)), ("norm.running_mean",), {"part": "1/2"},
     )  # fmt: skip
-    start = fmt.encode_header({}, output_metadata(info), {})
-    assert decode_output(Path("x"), decode_header(Path("x"), start, len(start))) == info
+    write_tensors(tmp_path / "x.safetensors", {}, info, overwrite=False)
+    assert decode_output(read_file(tmp_path / "x.safetensors")) == info
 
 
 def test_names_that_imitate_the_format_do_no_harm(tmp_path: Path) -> None:
@@ -222,27 +225,3 @@ def test_names_that_imitate_the_format_do_no_harm(tmp_path: Path) -> None:
         name: [float(k)] * 2 for k, name in enumerate(tricky)
     }
     assert safetensors.torch.load_file(path).keys() == values.keys()
-
-
-FORMAT_1 = Path(__file__).parent / "format_1"
-"""Files of release 0.2.0, which must never be rewritten: a run of one process, one of two, a state and an output."""
-
-
-@pytest.mark.parametrize("run", ["run", "sharded"])
-def test_files_of_the_first_format_stay_readable(tmp_path: Path, run: str) -> None:
-    """Over 40 steps, updates at every second: w = sin(0.1 step + 0 .. 11), b = cos(0.1 step + 0 .. 3) in bfloat16."""
-    folder = tmp_path / "run"
-    shutil.copytree(FORMAT_1 / run, folder)
-    found = Run(folder)
-    assert all(report.is_fine for report in found.check().files)
-    steps = np.arange(2, 41, 2)
-    values = np.sin(0.1 * steps[:, None] + np.arange(12)).reshape(-1, 3, 4)
-    for sigma_rel in (0.05, 0.28):
-        weights = found.average(sigma_rel)
-        np.testing.assert_allclose(weights["w"], exact_average(values, sigma_rel, steps), atol=2**-11)  # float16
-        assert weights["count"] == 40
-    if run == "run":
-        assert torch.equal(weights["tied"], weights["w"])
-        biases = np.cos(0.1 * steps[:, None] + np.arange(4))
-        assert weights["b"].dtype == torch.bfloat16
-        np.testing.assert_allclose(weights["b"].float(), exact_average(biases, 0.28, steps), atol=2**-8)

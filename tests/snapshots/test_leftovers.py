@@ -20,8 +20,8 @@ from snapshots.recorded import Walk, failing
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.directory import find_snapshots
+from posthoc_cli.snapshots.verify import verify
 
 
 def is_fine(run: Path, snapshots: int) -> bool:

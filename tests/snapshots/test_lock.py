@@ -23,13 +23,13 @@ from snapshots.recorded import failing
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, LockedError, WriteError
-from posthoc_cli.snapshots.writer import HOLDER_NAME, LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.directory import HOLDER_NAME, LOCK_NAME, DirectoryLock
 
 HOLDER = """
 import os, sys
 from pathlib import Path
 from posthoc_cli.errors import LockedError
-from posthoc_cli.snapshots.writer import DirectoryLock
+from posthoc_cli.snapshots.directory import DirectoryLock
 held = DirectoryLock(Path(sys.argv[1]))
 print("held", flush=True)
 """

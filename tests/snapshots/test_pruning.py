@@ -19,9 +19,10 @@ from posthoc_cli.errors import FileFormatError, InexactError, InvalidValueError,
 from posthoc_cli.planning import ErrorCurve, forecast, removal_order, snapshots_to_drop
 from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
-from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.sources import Snapshot, scaled_run, source_prior
-from posthoc_cli.snapshots.writer import DirectoryLock, plan_pruning, prune
+from posthoc_cli.snapshots.directory import DirectoryLock, read_directory
+from posthoc_cli.snapshots.prune import plan_pruning, prune
+from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.sources import scaled_run, source_prior
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +45,7 @@ def unmeasured(tmp_path: Path) -> Path:
 
 
 def profiles_of(snapshots: Sequence[Snapshot]) -> list[PowerFunction]:
-    return [snapshot.info.profile.pure for snapshot in snapshots]
+    return [snapshot.profile for snapshot in snapshots]
 
 
 def errors_of(snapshots: Sequence[Snapshot], *sigma_range: tuple[float, float]) -> ErrorCurve:
@@ -77,7 +78,7 @@ def test_the_newest_time_stays_and_the_newest_with_all_profiles(run: Path, wish:
 
 def test_max_size_keeps_as_many_as_fit(run: Path) -> None:
     snapshots = read_directory(run)
-    sizes = {s.path: s.header.file_bytes for s in snapshots}
+    sizes = {s.path: s.nbytes for s in snapshots}
     limit = sum(sizes.values()) // 3
     pruning = plan_pruning(snapshots, max_size=limit)
     left = sum(sizes[s.path] for s in pruning.kept)

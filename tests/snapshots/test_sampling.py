@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,14 @@ from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import sources
-from posthoc_cli.snapshots.format import TrackedTensor
-from posthoc_cli.snapshots.reading import TensorReader
-from posthoc_cli.snapshots.sources import Snapshot, expected_rounding, sample_measurements, with_sampled_measurements
+from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.sources import (
+    FileSource,
+    TrackedTensor,
+    expected_rounding,
+    sample_measurements,
+    with_sampled_measurements,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -125,24 +131,23 @@ def test_estimates_are_unbiased_over_runs(tmp_path: Path, monkeypatch: pytest.Mo
     snapshot = write(tmp_path, 10, 0.05, values)
     estimates = []
     for seed in range(400):
-        info = snapshot.info.__class__(**{**vars(snapshot.info), "run_id": f"{seed:032x}"})
-        estimates.append(sample_measurements([Snapshot(snapshot.path, snapshot.header, info)])[0].norm)
+        estimates.append(sample_measurements([replace(snapshot, run_id=f"{seed:032x}")])[0].norm)
     error = np.std(estimates) / np.sqrt(len(estimates))
     assert abs(np.mean(estimates) - squares(*((x, torch.zeros(1)) for x in values.values()))) < 4 * error
     assert np.std(estimates) > 0
 
 
 def elements_read(snapshots: list[Snapshot], monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, int, int]]]:
-    """Return the ranges, in bytes, that are read from each file."""
+    """Return the ranges, in elements, that are read from each file."""
     parts: dict[Path, list[tuple[str, int, int]]] = {s.path: [] for s in snapshots}
-    real = TensorReader.read_sample
+    real = FileSource.values
 
-    def listen(self: TensorReader, name: str, begin: int, end: int) -> np.ndarray:
+    def listen(self: FileSource, name: str, begin: int, end: int) -> np.ndarray:
         parts[self.path].append((name, begin, end))
         return real(self, name, begin, end)
 
     with monkeypatch.context() as patched:
-        patched.setattr(TensorReader, "read_sample", listen)
+        patched.setattr(FileSource, "values", listen)
         sample_measurements(snapshots)
     return list(parts.values())
 
@@ -158,9 +163,9 @@ def test_the_same_elements_are_read_of_every_snapshot_and_others_in_another_run(
     assert elements_read(run, monkeypatch) == [first, first]
     assert elements_read(other, monkeypatch) != [first]
     assert {name for name, *_ in first} == {"a", "b"}
-    seen = {(name, i) for name, begin, end in first for i in range(begin, end, 4)}
+    seen = {(name, i) for name, begin, end in first for i in range(begin, end)}
     assert 990_000 < len(seen) <= 1_000_000
-    assert sum(end - begin for _, begin, end in first) == 4 * len(seen)  # no element twice
+    assert sum(end - begin for _, begin, end in first) == len(seen)  # no element twice
     share = sum(name == "a" for name, _ in seen) / len(seen)
     assert share == pytest.approx(0.75, abs=0.06)
 
@@ -170,12 +175,12 @@ def test_a_run_of_elements_continues_in_the_next_tensors(tmp_path: Path, monkeyp
     monkeypatch.setattr(sources, "RUN_ELEMENTS", 4)
     values = {name: torch.zeros(size) for name, size in zip("abcdefghi", [3, 0, 4, 0, 4, 0, 4, 0, 4], strict=True)}
     (parts,) = elements_read([write(tmp_path, 10, 0.05, values)], monkeypatch)
-    assert all(0 <= begin < end <= 4 * values[name].numel() for name, begin, end in parts)
-    read = sorted((name, byte) for name, begin, end in parts for byte in range(begin, end, 4))
-    assert read == [(name, 4 * k) for name, value in values.items() for k in range(value.numel())]
+    assert all(0 <= begin < end <= values[name].numel() for name, begin, end in parts)
+    read = sorted((name, i) for name, begin, end in parts for i in range(begin, end))
+    assert read == [(name, k) for name, value in values.items() for k in range(value.numel())]
     monkeypatch.setattr(sources, "MOST_ELEMENTS", 8)
     (parts,) = elements_read([write(tmp_path, 20, 0.05, values)], monkeypatch)
-    assert sum(end - begin for _, begin, end in parts) in (4 * 8, 4 * (4 + 19 % 4))
+    assert sum(end - begin for _, begin, end in parts) in (8, 4 + 19 % 4)
 
 
 # --- values that cannot be measured

@@ -6,6 +6,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,19 @@ import xxhash
 from factories import RUN_ID, write_snapshot
 from safetensors.torch import save_file
 from snapshots.recorded import call_number, failing
+from torture.victims import forge
 
 from posthoc_cli import disk_sources, files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
 from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.format import OutputInfo, output_metadata
-from posthoc_cli.snapshots.headers import decode_checksums
-from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.tensor_file import (
+from posthoc_cli.snapshots.outputs import OutputInfo, Used
+from posthoc_cli.snapshots.tensorfile import (
+    BLOCK,
+    Entry,
     TensorFileWriter,
-    read_header,
+    encode_header,
+    read_file,
     read_small_file,
     tensor_bytes,
     tensor_from_bytes,
@@ -42,10 +44,10 @@ Small = Callable[[str], Path]
 
 def test_a_file_that_shrinks_under_a_reader_is_an_error_and_no_crash(small: Small) -> None:
     path = small("snapshot")
-    with open_file(path) as file:
+    with read_file(path) as file:
         os.truncate(path, path.stat().st_size - 1)
         with pytest.raises(FileFormatError, match=r"'b': the file became shorter"):
-            file.read("b")
+            file.tensor("b")
 
 
 def test_a_file_that_shrinks_while_its_header_is_read_is_an_error(
@@ -54,12 +56,12 @@ def test_a_file_that_shrinks_while_its_header_is_read_is_an_error(
     path, real = small("snapshot"), files.system.read
     monkeypatch.setattr(files.system, "read", lambda file, view, at: real(file, view, at) if at == 0 else 0)
     with pytest.raises(FileFormatError, match="became shorter"):
-        read_header(path)
+        read_file(path)
 
 
 def read_tensor(path: Path) -> object:
-    with open_file(path) as file:
-        return file.read("a")
+    with read_file(path) as file:
+        return file.tensor("a")
 
 
 @pytest.mark.parametrize(
@@ -88,42 +90,29 @@ def test_an_error_of_reading_names_the_file_and_the_reason(
 )  # fmt: skip
 def test_the_reason_why_a_file_cannot_be_opened_is_named(code: int, kind: type[FileFormatError], message: str) -> None:
     with failing("open", code), pytest.raises(FileFormatError) as caught:
-        read_header(Path("x"))
+        read_file(Path("x"))
     assert type(caught.value) is kind
     assert str(caught.value).startswith(f"x: cannot be opened: {message}")
     assert ("raise the limit" in str(caught.value)) == (code == errno.EMFILE)
 
 
-@pytest.mark.parametrize("same_checksum", [False, True])
 @pytest.mark.parametrize("kind", ["snapshot", "output"])
-def test_a_file_that_was_replaced_after_its_header_was_read_is_refused(
-    small: Small, kind: str, same_checksum: bool
-) -> None:
-    """The new file has the same size, and perhaps wrongly the checksum of the old one."""
+def test_a_file_that_was_replaced_after_its_header_was_read_is_refused(small: Small, kind: str) -> None:
     path = small(kind)
-    header = read_header(path)
-    open_file(path, header).close()
-    start = path.read_bytes()
-    other = bytearray(start.replace(b'"ema.t":"10.0"', b'"ema.t":"11.0"'))
-    assert other != start
-    if not same_checksum:
-        digits = other.index(fmt.CHECKSUM_MARK) + len(fmt.CHECKSUM_MARK)
-        other[digits : digits + 16] = b"0" * 16
-        length = 8 + int.from_bytes(other[:8], "little")
-        other[digits : digits + 16] = xxhash.xxh3_64_hexdigest(bytes(other[:length])).encode()
-    path.write_bytes(other)
-    reason = "damaged header: its checksum does not match" if same_checksum else "was replaced while it was being used"
-    with pytest.raises(FileFormatError, match=reason):
-        open_file(path, header)
+    file = read_file(path)
+    assert file.tensor("a").tolist() == [1.0, -2.5]
+    forge(path, {"t": "11.0"})
+    with pytest.raises(FileFormatError, match="was replaced while it was being used"):
+        file.tensor("a")
 
 
 def test_a_file_without_checksums_that_changes_during_reading_is_an_error(small: Small, tmp_path: Path) -> None:
     """With checksums each block shows by itself whether it has changed."""
     foreign = tmp_path / "foreign.safetensors"
     save_file({"w": torch.ones(3)}, foreign)
-    with pytest.raises(FileFormatError, match="was changed while it was"), open_file(foreign):
+    with pytest.raises(FileFormatError, match="was changed while it was"), read_file(foreign):
         os.utime(foreign, (0, 0))
-    with open_file(path := small("output")):
+    with read_file(path := small("output")):
         os.utime(path, (0, 0))
 
 
@@ -142,86 +131,81 @@ def test_a_small_file_is_read_up_to_a_limit_and_an_impossible_name_is_refused(tm
     with pytest.raises(FileFormatError, match=r"x: has 4 bytes; at most 3 are allowed"):
         read_small_file(tmp_path / "x", 3)
     with pytest.raises(FileFormatError, match="cannot be opened"):
-        read_header(Path("a\0b"))
+        read_file(Path("a\0b"))
 
 
-# --- ranges of a tensor, in pieces of any size, with the checksums of complete blocks
+# --- ranges of a tensor, each with the checksums of all blocks that it touches
 
-BLOCK = 16
 SIZE = 3 * BLOCK + 5
-DATA = bytes(range(7, 7 + SIZE))
-PIECES = pytest.mark.parametrize("size", [1, 5, 15, 16, 17, 32, 40, 1000])
+DATA = np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint8)
+RANGES = [
+    (0, SIZE), (0, BLOCK), (BLOCK, 3 * BLOCK), (3 * BLOCK, SIZE), (1, 2), (BLOCK - 1, BLOCK + 1), (SIZE - 1, SIZE),
+    (5, SIZE - 3),
+]  # fmt: skip
 
 
-@pytest.fixture
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fmt, "BLOCK_BYTES", BLOCK)
-
-
-def write_pieces(path: Path, size: int, cut: int = 2 * BLOCK) -> Path:
-    """Write a tensor between two others, in two ranges, the later one first, in pieces of `size` bytes."""
-    specs = [fmt.TensorSpec(name, "U8", (count,)) for name, count in (("before", 3), ("x", SIZE), ("after", 2))]
-    with TensorFileWriter(path, specs, {"ema.format": "snapshot"}) as writer:
-        for begin, end in ((cut, SIZE), (0, cut)):
-            part = writer.write_range("x", begin)
-            for at in range(begin, end, size):
-                part.write(memoryview(DATA)[at : min(at + size, end)])
-        writer.write("before", b"abc")
-        writer.write("after", b"de")
+def write_pieces(path: Path, size: int) -> Path:
+    """Write a tensor between two others, in parts of `size` bytes; or if 0 in two ranges, the later one first."""
+    entries = {name: Entry("U8", (count,)) for name, count in (("before", 3), ("x", SIZE), ("after", 2))}
+    with TensorFileWriter(path, entries, {"format": 3}, {}) as writer:
+        if size:
+            writer.write_parts("x", (DATA[at : at + size].data for at in range(0, SIZE, size)))
+        else:
+            writer.write("x", DATA[2 * BLOCK :].data, 2 * BLOCK)
+            writer.write("x", DATA[: 2 * BLOCK].data)
+        writer.write("before", memoryview(b"abc"))
+        writer.write("after", memoryview(b"de"))
         writer.commit()
     return path
 
 
-@PIECES
-@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("size", [0, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, SIZE])
 def test_a_tensor_written_in_pieces_is_the_tensor(tmp_path: Path, size: int) -> None:
-    path = write_pieces(tmp_path / "x.safetensors", size)
-    digits = "".join(xxhash.xxh3_64_hexdigest(DATA[begin : begin + BLOCK]) for begin in range(0, SIZE, BLOCK))
-    assert decode_checksums(path, read_header(path))["x"] == digits
-    with open_file(path) as file:
-        assert [file.read(name).tobytes() for name in ("before", "x", "after")] == [b"abc", DATA, b"de"]
-        assert file.read_sample("x", 4, 8).tobytes() == DATA[4:8]
-        assert file.read_sample("x", 1, 1).size == 0
+    file = read_file(write_pieces(tmp_path / "x.safetensors", size))
+    assert file.sums["x"] == "".join(xxhash.xxh3_64_hexdigest(DATA[b : b + BLOCK]) for b in range(0, SIZE, BLOCK))
+    assert [bytes(tensor_bytes(file.tensor(name))) for name in ("before", "x", "after")] == [b"abc", bytes(DATA), b"de"]
+    room = memoryview(bytearray(SIZE + 5))
+    file.read_many(["after", "before", "x"], room)
+    assert bytes(room) == b"deabc" + bytes(DATA)
 
 
-@PIECES
-@pytest.mark.parametrize(
-    ("begin", "end"), [(0, SIZE), (0, BLOCK), (BLOCK, SIZE), (BLOCK, 3 * BLOCK), (3 * BLOCK, SIZE)]
-)
-@pytest.mark.usefixtures("_small_blocks")
-def test_a_range_is_read_and_each_of_its_blocks_is_verified(tmp_path: Path, begin: int, end: int, size: int) -> None:
-    path = write_pieces(tmp_path / "x.safetensors", 1000)
+@pytest.mark.parametrize(("begin", "end"), RANGES)
+def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(
+    tmp_path: Path, begin: int, end: int
+) -> None:
+    path = write_pieces(tmp_path / "x.safetensors", 0)
+    file = read_file(path)
 
-    def read() -> bytes:
-        with open_file(path) as file:
-            reader, found = file.read_range("x", begin, end), bytearray(end - begin)
-            for piece in range(0, len(found), size):
-                reader.read_into(memoryview(found)[piece : piece + size])
-            return bytes(found)
+    def read(verify: bool = True) -> bytes:
+        found = bytearray(end - begin)
+        file.read("x", begin, memoryview(found), verify)
+        return bytes(found)
 
-    assert read() == DATA[begin:end]
-    start = read_header(path).payload_start + 3
+    with file, ThreadPoolExecutor(4) as pool:
+        assert {*pool.map(read, [True, False] * 20)} == {bytes(DATA[begin:end])}
+    start, stamp = file.entries["x"].begin, path.stat()
     data = bytearray(path.read_bytes())
-    for position in range(SIZE):
+    for position in (0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 77, 3 * BLOCK - 1, 3 * BLOCK, SIZE - 1):
         data[start + position] ^= 1
         path.write_bytes(data)
-        if begin <= position < end:
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        if begin // BLOCK <= position // BLOCK <= (end - 1) // BLOCK:
             with pytest.raises(FileFormatError, match=r"x\.safetensors: tensor 'x' is damaged: its checksum"):
                 read()
         else:
-            assert read() == DATA[begin:end]
+            assert read() == bytes(DATA[begin:end])
         data[start + position] ^= 1
 
 
 # --- writing
 
-SPECS = [fmt.TensorSpec("a", "U8", (4,)), fmt.TensorSpec("b", "F32", (1,))]
+ENTRIES = {"a": Entry("U8", (4,)), "b": Entry("F32", (1,))}
 
 
 def write(path: Path, overwrite: bool = False) -> None:
-    with TensorFileWriter(path, SPECS, {}, overwrite) as writer:
-        writer.write("a", b"abcd")
-        writer.write("b", bytes(4))
+    with TensorFileWriter(path, ENTRIES, {"format": 3}, {}, overwrite) as writer:
+        writer.write("a", memoryview(b"abcd"))
+        writer.write("b", memoryview(bytes(4)))
         writer.commit()
 
 
@@ -237,7 +221,7 @@ def refused(folder: Path, match: str) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("names", "metadata", "message"),
     [
-        (["a", "a"], {}, "must be unique"), (["__metadata__"], {}, "must be unique"),
+        (["__metadata__"], {}, "__metadata__"),
         (["x" * 10_000, "half \ud800 a pair"], {}, r"half .*ud800"),
         ([], {"note": "x" * 100_000_000}, "100,000,000"),
     ],
@@ -245,11 +229,9 @@ def refused(folder: Path, match: str) -> Iterator[None]:
 def test_headers_that_readers_refuse_are_not_written(
     tmp_path: Path, names: list[str], metadata: dict[str, str], message: str
 ) -> None:
-    specs = [fmt.TensorSpec(name, "U8", (1,)) for name in names]
-    with refused(tmp_path, message), TensorFileWriter(tmp_path / "x", specs, metadata) as writer:
-        for name in names[:1]:
-            writer.write(name, b"x")
-        writer.commit()
+    entries = {name: Entry("U8", (1,)) for name in names}
+    with refused(tmp_path, message), TensorFileWriter(tmp_path / "x", entries, {}, metadata):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -264,17 +246,17 @@ def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_number_that_json_lacks_is_never_written(number: float) -> None:
-    info = OutputInfo(RUN_ID, "sigma_rel 0.1", 0.1, 7.0, 1.0, "steps", "paper", 0.0, None, (("a", number),))
+    info = OutputInfo(RUN_ID, "sigma_rel 0.1", 0.1, 7.0, 1.0, "steps", "paper", 0.0, None, (Used("a", number),))
     with pytest.raises(ValueError, match="JSON"):
-        output_metadata(info)
+        encode_header({}, info.encoded(), {})
 
 
 def test_a_replaced_output_is_a_new_file_and_open_readers_keep_the_old_one(tmp_path: Path) -> None:
     write(tmp_path / "x")
     before = (tmp_path / "x").stat().st_ino
-    with open_file(tmp_path / "x") as reader:
+    with read_file(tmp_path / "x") as reader:
         write(tmp_path / "x", overwrite=True)
-        assert reader.read("a").tobytes() == b"abcd"
+        assert bytes(tensor_bytes(reader.tensor("a"))) == b"abcd"
     assert (tmp_path / "x").stat().st_ino != before
 
 

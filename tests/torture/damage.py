@@ -221,25 +221,27 @@ def _headers(tree: Pairs, size: int) -> Iterator[tuple[str, bytes]]:
     for what, text in (*_texts(size), *((name, json.dumps(table).encode()) for name, table in tensors.items())):
         yield what, len(text).to_bytes(8, "little") + text
     (key, metadata), *others = tree
-    for name, values in _metadata(size).items():
-        changed = pairs((k, values.get(k, v)) for k, v in metadata)
-        yield name, seal(Pairs([Pair((key, changed)), *others]))
+    (own,) = next(value for name, value in metadata if name == "ema")
+    for what, values in _contents(size).items():
+        changed = Inner([pairs((name, values.get(name, value)) for name, value in own)])
+        strings = pairs((name, changed if name == "ema" else value) for name, value in metadata)
+        yield what, seal(Pairs([Pair((key, strings)), *others]))
 
 
-def _metadata(size: int) -> dict[str, dict[str, object]]:
-    """Return long values of a snapshot's metadata, each valid on its own."""
+def _contents(size: int) -> dict[str, dict[str, object]]:
+    """Return long values in a snapshot's header, each valid on its own."""
     widths = [0.05, *np.linspace(0.051, 0.28, size // 100).tolist()]
     distance = {"sigma_rel": 0.05, "squared": 1.0, "rounding": 0.0}
     distances = [pairs({"t": float(t), **distance}.items()) for t in np.linspace(1, 9.9, size // 100)]
-    measured = Inner([pairs({"norm": 1.0, "rounding": 0.0, "distances": distances}.items())])
+    measured = pairs({"norm": 1.0, "rounding": 0.0, "distances": distances}.items())
     return {
-        "many profiles and distances": {"ema.sigma_rels": Inner([widths]), "ema.measurements": measured},
-        "many knots of a clock": {"ema.clock": Inner([[[i, i / 1e9] for i in range(1, size // 20)]])},
-        "many aliases": {"ema.aliases": Inner([pairs((f"n{i}", "a") for i in range(size // 10))])},
-        "many names left out": {"ema.left_out": Inner([[f"n{i}" for i in range(size // 10)]])},
-        "a long unit": {"ema.t_unit": "x" * size}, "a long number": {"ema.t": "1" * size},
-        "a long step": {"ema.step": "1" * size}, "a long run id": {"ema.run_id": RUN_ID * (size // 32)},
-        "a long gamma": {"ema.gamma": f"{exact_gamma(0.05)!r}{'0' * size}"},
-        "many checksums": {"ema.checksums": Inner([pairs((f"n{i}", "0" * 16) for i in range(size // 30))])},
-        "nested metadata": {"ema.aliases": "[" * size},
+        "many profiles and distances": {"sigma_rels": widths, "measurements": measured},
+        "many knots of a clock": {"clock": [[i, i / 1e9] for i in range(1, size // 20)]},
+        "many aliases": {"aliases": pairs((f"n{i}", "a") for i in range(size // 10))},
+        "many names left out": {"left_out": [f"n{i}" for i in range(size // 10)]},
+        "a long unit": {"t_unit": "x" * size}, "a long number": {"t": Raw("1" * size)},
+        "a long step": {"step": Raw("1" * size)}, "a long run id": {"run_id": RUN_ID * (size // 32)},
+        "a long gamma": {"gamma": Raw(f"{exact_gamma(0.05)!r}{'0' * size}")},
+        "many checksums": {"sums": pairs((f"n{i}", "0" * 16) for i in range(size // 30))},
+        "nested lists in the content": {"aliases": Raw("[" * size)},
     }  # fmt: skip

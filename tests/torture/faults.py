@@ -298,7 +298,8 @@ class Recording(Watched):
     def __init__(self, root: Path) -> None:
         super().__init__()
         self._root = root
-        self._numbers: dict[int, int] = {}
+        self._numbers: dict[int, int | str] = {}
+        """The number or, if it was opened for reading, the name of the file of each descriptor."""
 
     def note(self, *what: object) -> None:
         """Record a note of the scenario."""
@@ -306,12 +307,15 @@ class Recording(Watched):
             self.operations.append(("note", *what))
 
     def does(self, name: str, *arguments: Any) -> Any:
-        if name in ("open", "list", "read"):
+        if name in ("list", "read"):
             return super().does(name, *arguments)
         with self.lock:
             if name == "close":  # another file may get this descriptor immediately
                 self._numbers.pop(arguments[0], None)
             done = super().does(name, *arguments)
+            if name == "open":
+                self._numbers[done] = self._name(arguments[0])
+                return done
             if name == "open_new":
                 self._numbers[done] = len(self.operations)
                 arguments = *arguments, done
@@ -366,10 +370,13 @@ class Disk:
         before = inode.data.ljust(offset, b"\0")
         inode.data = before[:offset] + data + before[offset + len(data) :]
 
-    def _fsync(self, number: int) -> None:
-        self._inodes[number].durable = self._inodes[number].data
+    def _fsync(self, file: int | str) -> None:
+        inode = self._now[file] if isinstance(file, str) else self._inodes[file]
+        assert inode is not None
+        inode.durable = inode.data
 
     def _fsync_directory(self, path: str) -> None:
+        """Make the edits in a directory durable; a rename of a folder takes what it holds along."""
         waiting, self._pending = self._pending, []
         for edits in waiting:
             if any(str(PurePosixPath(name).parent) == path for name in edits):
@@ -378,8 +385,8 @@ class Disk:
                 self._pending.append(edits)
 
     def _rename(self, source: str, target: str) -> None:
-        assert self._now[source] is not FOLDER
-        self._edit({source: None, target: self._now[source]})
+        moved = [name for name, inode in self._now.items() if inode and (f"{name}/").startswith(f"{source}/")]
+        self._edit(dict.fromkeys(moved) | {target + name.removeprefix(source): self._now[name] for name in moved})
 
     def _link(self, source: str, target: str) -> None:
         self._edit({target: self._now[source]})

@@ -28,8 +28,8 @@ from factories import RUN_ID, flip_bit, random_walk, write_run, write_snapshot
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.files import is_temporary
+from posthoc_cli.snapshots.directory import HOLDER_NAME, DirectoryLock
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.writer import HOLDER_NAME, DirectoryLock
 from torture import Tally
 from torture.victims import forge, synthesize
 
@@ -304,7 +304,7 @@ class Stage:
         flip_bit(write_snapshot(self.home / "harmed", 10, 0.05, RUN_ID, {self.name: torch.ones(3)}))
         synthesize(self.run, self.output)
         made_of = json.dumps([{"file": self.name, "coefficient": 1.0}])
-        forge(self.output, {"ema.profile": self.name, "ema.method": self.name, "ema.snapshots": made_of})
+        forge(self.output, {"profile": json.dumps(self.name), "method": json.dumps(self.name), "snapshots": made_of})
 
     def commands(self) -> Iterator[tuple[object, ...]]:
         """Yield the commands to run."""

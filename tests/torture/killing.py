@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from dataclasses import astuple, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from factories import random_walk, write_run
 from posthoc_cli import files
 from posthoc_cli.__main__ import main
 from posthoc_cli.snapshots.directory import find_snapshots
-from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.outputs import INDEX_NAME
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.sweep.results import TRIALS
 from torture import Tally
 from torture.processes import Nursery
@@ -55,15 +55,15 @@ def killed_trainings(folder: Path, count: int, chance: random.Random) -> Tally:
             names = {name for name in names if name.startswith(f"{STEPS:016d}")}
         lost = [f"{name} is missing" for name in names - now.keys()]
         for name in now.keys() & right[most].keys():
-            values = zip(fields(SnapshotInfo), astuple(now[name]), astuple(right[most][name]), strict=True)
-            differing = [field.name for field, value, expected in values if value != expected]
+            own, other = vars(now[name]), vars(right[most][name])
+            differing = [key for key in own if key not in ("path", "files", "entries") and own[key] != other[key]]
             lost += [f"{name} differs in {', '.join(differing)}"] if differing else []
         tally.lost += [f"{where}: {line}" for line in (*lost, *wrong_snapshots(directory))]
         shutil.rmtree(directory)
     return tally
 
 
-def _said(directory: Path) -> dict[str, SnapshotInfo]:
+def _said(directory: Path) -> dict[str, Snapshot]:
     """Return the metadata of each snapshot without its run id and its measurements.
 
     A run that is resumed from a snapshot continues from rounded averages, so measurements differ in the last bits.

@@ -18,7 +18,7 @@ from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.writer import plan_pruning, prune
+from posthoc_cli.snapshots.prune import plan_pruning, prune
 from posthoc_cli.synthesis.plan import Plan
 from torture import Tally
 from torture.processes import PATIENCE

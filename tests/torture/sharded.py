@@ -23,7 +23,6 @@ from groups import SETTINGS, alone, check_group, run_group, start_group, truth
 from posthoc_cli import Run
 from posthoc_cli.integrations import STATE_NAME
 from posthoc_cli.snapshots.directory import find_snapshots
-from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
 from torture import Tally
 
 STEPS = 24
@@ -62,11 +61,8 @@ def read(directory: Path) -> Found:
     """Read the snapshots in a directory."""
     found = {}
     for snapshot in find_snapshots(directory) if directory.exists() else []:
-        with snapshot.open() as file:
-            found[snapshot.path.name.removesuffix(".safetensors")] = {
-                name: tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
-                for name, entry in snapshot.stored.items()
-            }
+        with snapshot:
+            found[snapshot.path.name.removesuffix(".safetensors")] = {n: snapshot.tensor(n) for n in snapshot.entries}
     return found
 
 

@@ -17,10 +17,10 @@ from safetensors.numpy import load_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError, WriteError
-from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory, snapshot_path
 from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.snapshots.verify import verify
 
 SIGMA_RELS = (0.05, 0.28)
 STATE = "state.pt"
@@ -171,18 +171,18 @@ def damaged_files(folder: Path) -> list[str]:
 def wrong_output(path: Path) -> list[str]:
     """Return what is wrong with an output, computed from the snapshots and coefficients that it names."""
     try:
-        wrong, info = problems(path), decode_output(path, read_header(path))
+        wrong, info = problems(path), decode_output(read_file(path))
     except PostHocError as error:
         return [str(error)]
     if wrong:
         return wrong
-    total = sum(coefficient for _, coefficient in info.snapshots)
+    total = sum(used.coefficient for used in info.snapshots)
     wrong = [f"{path.name}: coefficients add up to {total}"] if abs(total - 1) > 1e-9 else []
     for name, value in load_file(path).items():
         if name == "count":
             continue
         exact, allowed = np.zeros(value.size), 0.0
-        for source, coefficient in info.snapshots:
+        for source, coefficient in ((used.file, used.coefficient) for used in info.snapshots):
             t, _, sigma_rel = source.removesuffix(".safetensors").partition("-")
             average, away, unit = exact_average(int(t), float(sigma_rel), value.size)
             exact += coefficient * average

@@ -22,10 +22,10 @@ from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.reconstruction import Distance, Measurements
-from posthoc_cli.snapshots.check import verify
-from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index, decode_output
-from posthoc_cli.snapshots.reading import open_file
+from posthoc_cli.snapshots.snapshot import decode_snapshot
+from posthoc_cli.snapshots.tensorfile import read_file, tensor_bytes
+from posthoc_cli.snapshots.verify import verify
 from posthoc_cli.synthesis.plan import plan_synthesis
 from torture import Tally
 
@@ -47,12 +47,11 @@ def examine(path: Path) -> Content:
             raise FileFormatError(report.path, report.detail)
     content: Content = {}
     for shard in [path.parent / name for name in decode_index(path).shards] if path.name == INDEX_NAME else [path]:
-        with open_file(shard) as file:
-            kind = file_kind(file.header)
-            if kind not in DECODERS:
-                raise FileFormatError(shard, f"its ema.format is {str(kind)[:40]!r}")
-            content |= {"": DECODERS[kind](shard, file.header)}
-            content |= {name: file.read(name).tobytes() for name in file.header.tensors}
+        with read_file(shard) as file:
+            if file.kind not in DECODERS:
+                raise FileFormatError(shard, f"its kind is {str(file.kind)[:40]!r}")
+            content |= {"": DECODERS[file.kind](file)}
+            content |= {name: bytes(tensor_bytes(file.tensor(name))) for name in file.entries}
     return content
 
 
@@ -276,9 +275,10 @@ def seal(tree: Any) -> bytes:
 
 
 def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
-    """Change values in a file's metadata, or remove them (None), and seal the header again."""
+    """Change values, given as JSON, in the object of a file's header, or remove them (None), and seal it again."""
     tree, payload = take_apart(path)
-    changed = {**dict(tree[0][1]), **changes}
-    tree[0] = Pair((tree[0][0], pairs((key, value) for key, value in changed.items() if value is not None)))
+    own = next(pair for pair in tree[0][1] if pair[0] == "ema")
+    changed = {**dict(own[1][0]), **{key: value and Raw(value) for key, value in changes.items()}}
+    own[1] = Inner([pairs((key, value) for key, value in changed.items() if value is not None)])
     path.write_bytes(seal(tree) + payload)
     return path

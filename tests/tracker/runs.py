@@ -13,7 +13,7 @@ from factories import averages_in, exact_average
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.reading import open_file
+from posthoc_cli.snapshots.tensorfile import tensor_bytes
 
 STEPS = 50
 VALUES = torch.randn(STEPS + 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
@@ -73,8 +73,7 @@ def contents(folder: Path) -> dict[str, dict[str, bytes]]:
     """Return the tensors of the snapshots on the schedule."""
     result = {}
     for snapshot in (s for s in read_directory(folder) if not s.info.off_schedule):
-        with open_file(snapshot.path) as file:
-            result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
+        result[snapshot.path.name] = {name: bytes(tensor_bytes(snapshot.tensor(name))) for name in snapshot.entries}
     return result
 
 

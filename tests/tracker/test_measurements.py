@@ -5,6 +5,7 @@ The exact averages are those of the tracker at the time of a snapshot, the store
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -24,8 +25,7 @@ from tracker.runs import train
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, NonFiniteError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.tracker import layout, measuring
 from posthoc_cli.tracker.sharding import THIS_PROCESS
 from posthoc_cli.tracker.synthesizer import Synthesizer
@@ -56,7 +56,7 @@ class Watched:
         for sigma_rel in self.tracker.settings.sigma_rels:
             self.exact[self.tracker.t, sigma_rel] = self.tracker.state_dict(sigma_rel, dtype="float64")
 
-    def check(self, info: SnapshotInfo, stored: Tensors, snapshots: list[Snapshot]) -> None:
+    def check(self, info: Snapshot, stored: Tensors, snapshots: list[Snapshot]) -> None:
         """Compare with the definition: squared distances to the averages of the same time, and to the two newest
         earlier files of each profile, whose values are rounded."""
         every = {key: {name: values[name] for name in info.averages} for key, values in self.exact.items()}
@@ -163,7 +163,7 @@ def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(tmp_path: Path
     model.weight.requires_grad_(False)  # constant, but tracked
     watched_run(model, tmp_path, 10, include="*").check_all(tmp_path)
     for snapshot in read_directory(tmp_path):
-        found = {name: entry.dtype for name, entry in snapshot.header.tensors.items()}
+        found = {name: entry.dtype for name, entry in snapshot.entries.items()}
         assert found == {"weight": "F32", "bias": "F16"}
 
 
@@ -175,7 +175,7 @@ def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(tmp
         tracker.update_(model)
         tracker.update_(model)
     for snapshot in read_directory(tmp_path):
-        assert snapshot.header.tensors["bias"].dtype == "F64"
+        assert snapshot.entries["bias"].dtype == "F64"
         assert snapshot.info.measurements is None
         assert torch.equal(load_file(snapshot.path)["bias"], model.bias)
 
@@ -188,8 +188,9 @@ def test_a_snapshot_that_was_thinned_away_is_still_named(tmp_path: Path) -> None
     assert {15, 20} <= named
     assert not named <= {s.info.t for s in snapshots}
     with safetensors.safe_open(snapshots[-1].path, "pt") as opened:
-        assert f'"distances":[{{"t":{max(named)},"sigma_rel":0.05,' in opened.metadata()["ema.measurements"]
-        assert opened.metadata()["ema.sigma_rels"] == "[0.05,0.28]"
+        content = json.loads(opened.metadata()["ema"])
+    assert content["measurements"]["distances"][0]["t"] in named
+    assert content["sigma_rels"] == [0.05, 0.28]
 
 
 @pytest.mark.parametrize("resume", ["state", "directory"])
@@ -331,7 +332,7 @@ def test_values_that_are_not_measured_are_stored_or_refused_as_others_are(
             for _ in range(4):
                 tracker.update_(model)
         for snapshot in read_directory(tmp_path / f"large-{place}"):
-            found = {name: entry.dtype for name, entry in snapshot.header.tensors.items()}
+            found = {name: entry.dtype for name, entry in snapshot.entries.items()}
             assert [found.pop(f"{number}.weight") for number in range(3)] == ["F16", "F32", "F16"]
             assert {*found.values()} == {"F32", "I64"}  # statistics, and their count
             assert torch.equal(load_file(snapshot.path)["1.weight"], model[1].weight)

@@ -14,8 +14,9 @@ from checking import assert_same_tensors
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
-from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots import tensorfile
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.tracker import model_tensors
 
 
 class Network(torch.nn.Module):
@@ -361,10 +362,11 @@ def test_more_tensors_than_a_header_can_name_are_refused_at_once(
     with PostHocEMA.from_model(model, tmp_path / "ema", **options) as tracker:
         tracker.update_(model)
     (path, *_) = read_directory(tmp_path / "ema")
-    needed = path.header.payload_start
-    monkeypatch.setattr(fmt, "MAX_HEADER_BYTES", needed - 2000)
+    needed = path.nbytes - sum(entry.nbytes for entry in path.entries.values())
+    for module in (tensorfile, model_tensors):
+        monkeypatch.setattr(module, "MAX_HEADER_BYTES", needed - 2000)
     with pytest.raises(InvalidValueError, match="model: with 200 tensors a snapshot's header would take"):
         PostHocEMA.from_model(model, tmp_path / "more")
-    monkeypatch.setattr(fmt, "MAX_HEADER_BYTES", needed)
+    monkeypatch.setattr(tensorfile, "MAX_HEADER_BYTES", needed)
     PostHocEMA.from_model(model, tmp_path / "more")
     assert not (tmp_path / "more").exists()

@@ -196,7 +196,7 @@ def test_from_path_raises_or_skips_at_a_nan_as_the_run_does(tmp_path: Path, on_n
             model[0].bias.data.zero_()
             train(model, tracker, end - 3, end)
         newest = read_directory(tmp_path)[-1]
-        assert (newest.info.t, newest.header.metadata.get("ema.skip_nonfinite")) == (end, "true" if skips else None)
+        assert (newest.info.t, newest.info.skip_nonfinite) == (end, skips)
 
 
 def test_a_time_without_all_profiles_is_refused_where_the_missing_one_cannot_be_reconstructed(tmp_path: Path) -> None:

@@ -13,10 +13,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.reading import ElementRange, open_file
-from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
-from posthoc_cli.synthesis.engine import check_finite
-from posthoc_cli.synthesis.tiles import Tile
+from posthoc_cli.synthesis.engine import Tile, check_finite
 
 SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_every": 3, "checkpoint_dtype": None}
 
@@ -137,7 +134,7 @@ def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Pat
     model = network()
     states = tracked(model, tmp_path, buffers="copy", checkpoint_dtype=torch.float16)
     assert {name for name, role in roles(tmp_path).items() if role == "copy"} == COPIED
-    assert read_directory(tmp_path)[-1].header.tensors["1.running_mean"].dtype == "F32"
+    assert read_directory(tmp_path)[-1].entries["1.running_mean"].dtype == "F32"
     finished = PostHocEMA.from_path(tmp_path)
     for step in (3, 6):
         weights = finished.state_dict(sigma_rel=0.15, step=step)
@@ -219,7 +216,7 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
     states = tracked(model, tmp_path / "wide", checkpoint_dtype=torch.float32)
     snapshot = read_directory(tmp_path / "wide")[-1]
     assert snapshot.info.measurements is not None
-    assert (snapshot.info.tensors["w"].dtype, snapshot.header.tensors["w"].dtype) != ("F32", "F32")
+    assert (snapshot.info.tensors["w"].dtype, snapshot.entries["w"].dtype) != ("F32", "F32")
     check_average(tmp_path / "wide", states)
     run = PostHocEMA.from_path(tmp_path / "wide", model)
     wide = run.state_dict(sigma_rel=0.28, dtype="float32")["w"]
@@ -231,10 +228,9 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
     states = tracked(model, tmp_path / "own")
     for snapshot in read_directory(tmp_path / "own"):
         count = snapshot.info.step
-        assert snapshot.header.tensors["w"].dtype == stored_name(dtype)
+        assert snapshot.entries["w"].dtype == stored_name(dtype)
         exact = exact_average([state["w"] for state in states[:count]], snapshot.info.sigma_rel, range(1, count + 1))
-        with open_file(snapshot.path) as file:
-            stored = tensor_from_bytes(file.read("w"), snapshot.header.tensors["w"].dtype, (3, 4))
+        stored = snapshot.tensor("w")
         np.testing.assert_allclose(stored.float(), exact, rtol=1.01 * torch.finfo(dtype).eps / 2, atol=1e-5)
     with PostHocEMA.from_model(model, tmp_path / "nan", **SETTINGS) as run:
         run.update_(model)
@@ -245,10 +241,10 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
 
 def test_a_result_too_large_for_8_bits_is_named() -> None:
     """torch itself would round the result down to the largest value."""
-    tile = Tile((ElementRange("w", 0, 2),), "average", "F8_E4M3", "F32", {}, 0)
-    check_finite(tile, 0, torch.tensor([[463.0, -463.0]]))
+    tile = Tile(("w",), (0, 2), "average", "F8_E4M3", "F32", {}, 0)
+    check_finite(tile, torch.tensor([[463.0, -463.0]]))
     with pytest.raises(NonFiniteError, match=r"'w': torch\.float8_e4m3fn cannot hold its largest value, 465"):
-        check_finite(tile, 0, torch.tensor([[465.0, 0.0]]))
+        check_finite(tile, torch.tensor([[465.0, 0.0]]))
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("parameter", False), ("buffer", False), ("parameter", True)])

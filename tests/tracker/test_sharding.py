@@ -12,9 +12,8 @@ from tracker.runs import assert_near
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.headers import decode_snapshot
-from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.tensor_file import read_header, tensor_from_bytes
+from posthoc_cli.snapshots.snapshot import decode_snapshot
+from posthoc_cli.snapshots.tensorfile import read_file
 
 SPREAD = [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)]
 
@@ -29,10 +28,8 @@ def parts_of(snapshot: Path) -> list[tuple[dict[str, torch.Tensor], dict[str, Bo
     """Return the tensors of each part of a snapshot, and their boxes."""
     found = []
     for path in sorted(snapshot.iterdir()):
-        info = decode_snapshot(path, read_header(path))
-        with open_file(path) as file:
-            entries = file.header.tensors
-            values = {n: tensor_from_bytes(file.read(n), e.dtype, e.shape) for n, e in entries.items()}
+        info = decode_snapshot(read_file(path))
+        values = {name: info.tensor(name) for name in info.entries}
         found.append((values, {name: info.chunks[name].box(tuple(one.shape)) for name, one in values.items()}))
     return found
 
@@ -47,9 +44,8 @@ def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
     folders = sorted(path for path in (tmp_path / "run").iterdir() if path.is_dir())
     assert [path.name for path in folders] == [path.stem for path in files]
     for folder, file in zip(folders, files, strict=True):
-        with open_file(file) as complete:
-            entries = complete.header.tensors
-            expected = {n: tensor_from_bytes(complete.read(n), e.dtype, e.shape) for n, e in entries.items()}
+        with read_file(file) as complete:
+            expected = {name: complete.tensor(name) for name in complete.entries}
         parts = parts_of(folder)
         for name, tensor in expected.items():
             boxes = [boxes[name] for _, boxes in parts if name in boxes]
@@ -184,7 +180,7 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, on_nonfinite="skip
     check_group(code, 2, tmp_path)
     for updates, snapshot in zip((1, 2, 4), Run(tmp_path / "run").snapshots[::2], strict=True):
         for path in snapshot.path.iterdir():
-            assert decode_snapshot(path, read_header(path)).updates == updates
+            assert decode_snapshot(read_file(path)).updates == updates
     assert_near(Run(tmp_path / "run").average(0.2), truth(0.2, [4, 6, 10, 12]))
 
 

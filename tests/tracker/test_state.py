@@ -103,7 +103,6 @@ def test_torch_distributed_checkpoint_fills_all_of_the_state(
 @WITHOUT_GROUP
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.28])
 def test_torch_distributed_checkpoint_loads_fewer_profiles_by_their_sigma_rel(tmp_path: Path, sigma_rel: float) -> None:
-    """Early in a run a profile between two others is computed from them, which such a load does not ask for."""
     model = torch.nn.Linear(3, 3)
     tracker = PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS | {"sigma_rels": (0.05, 0.1, 0.28)})
     train(model, tracker, 1, 4)
@@ -111,10 +110,6 @@ def test_torch_distributed_checkpoint_loads_fewer_profiles_by_their_sigma_rel(tm
     tracker.close()
     fewer = PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS | {"sigma_rels": (sigma_rel,)})
     dcp.save({"ema": tracker}, checkpoint_id=tmp_path / "dcp")
-    if sigma_rel == 0.1:
-        with pytest.raises(Exception, match=r"lacks profile 0.05, which those in between need early.*track 0.05 too"):
-            dcp.load({"ema": fewer}, checkpoint_id=tmp_path / "dcp")
-        return
     dcp.load({"ema": fewer}, checkpoint_id=tmp_path / "dcp")
     found = fewer.state_dict()
     assert found["sigma_rels"] == [sigma_rel]
@@ -131,7 +126,7 @@ def test_the_state_holds_only_types_that_torch_loads_with_weights_only(tmp_path:
             return type(value) is dict and all(type(key) is str and plain(item) for key, item in value.items())
         if isinstance(value, list):
             return all(map(plain, value))
-        return type(value) in (int, float, str, type(None), torch.Tensor)
+        return type(value) in (int, float, bool, str, type(None), torch.Tensor)
 
     assert plain(state)
     torch.save(state, tmp_path / "state.pt")
@@ -217,7 +212,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 4, not 2"),
+        ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 5, not 2"),
         ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
         ({"t_unit": 3}, r"state: t_unit: must be a string, not 3"),
         ({"sigma_rels": [0.1], "inherited": [0.0]}, r"0\.05 is none of the tracked ones, 0\.1"),
@@ -233,8 +228,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> dict:
         ({"run_id": "ABC"}, r"state: run_id: must be 32 hexadecimal digits, not 'ABC'"),
         ({"snapshots": "abc"}, r"state: snapshots: must be a list of strings, not 'abc'"),
         ({"high": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + NOT_IN_BOTH),
-        ({"low": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + NOT_IN_BOTH),
-        ({"mean": {}}, r"tensor '0\.bias': " + NOT_IN_BOTH),
+        ({"mean": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + NOT_IN_BOTH),
         ({"copies": {"more": torch.zeros(1)}}, NOT_IN_BOTH),
         (torch.zeros(2), r"tensor '0\.weight': has the shape \[2\] in the state, \[4, 3\] in the model"),
         (torch.zeros(4, 3, dtype=torch.float16), r"tensor '0\.weight': is torch\.float16 in the state"),
@@ -259,7 +253,7 @@ def test_an_altered_state_is_refused(tmp_path: Path, state: dict, change: dict |
 
 def test_a_missing_entry_is_named(tmp_path: Path, state: dict) -> None:
     tracker = Run(tmp_path).tracker
-    for key in state.keys() - {"version", "schedule", "mean", "high", "low", "copies"}:
+    for key in state.keys() - {"version", "schedule", "mean", "high", "copies"}:
         without = {name: value for name, value in state.items() if name != key}
         with pytest.raises(InvalidValueError, match=f"state: {key}: is missing; not a tracker's state"):
             tracker.load_state_dict(without)
@@ -276,7 +270,7 @@ def test_a_state_shares_no_memory_with_the_tracker(tmp_path: Path) -> None:
     run.train(5, 8)
     assert same(state, kept)
     live = run.live(0.28)
-    for kind in ("high", "low"):
+    for kind in ("high", "mean"):
         for tensor in state[kind]["0.28"].values():
             tensor.zero_()
     assert np.array_equal(run.live(0.28), live)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import layout
+from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import BucketTile, LayoutReader, lay_out, tiles_of
 from posthoc_cli.tracker.measuring import Sketcher, Subset
-from posthoc_cli.tracker.running import RunningAverages
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -109,7 +108,7 @@ def test_averages_keep_moving_after_a_million_updates(
 def test_float32_averages_are_right_wherever_windows_end(
     tmp_path: Path, sigma_rels: tuple[float, ...], begin: int, every: int
 ) -> None:
-    """Windows have 1 to 32 updates; averages are read at each point of one, after a pause and with another clock."""
+    """Windows have 1 to 256 updates; averages are read at each point of one, after a pause and with another clock."""
     model, path, times = Scalar(torch.float32), [], []
     model.weight.data = torch.zeros(2000)
     generator, t = torch.Generator().manual_seed(0), float(begin)
@@ -134,9 +133,9 @@ def test_float32_averages_are_right_wherever_windows_end(
 
 
 def test_small_steps_are_not_lost_early_in_a_run() -> None:
-    """A drift of 1e-4 over the run is 0.05 units in the last place an update: plain rounding would leave 2e-6."""
+    """A drift of 1e-4 over the run is 0.1 units in the last place an update; means may lag by half a window of it."""
     size, steps = 1000, 8000
-    base, running = np.random.default_rng(0).standard_normal(size), RunningAverages.none_yet(SIGMA_RELS)
+    base, running = np.random.default_rng(0).standard_normal(size), Averages.none_yet(SIGMA_RELS)
     model = torch.zeros(size)
     reader = LayoutReader.of_tensors(lay_out({"w": model}), {"w": model})
     exact = [np.zeros(size) for _ in SIGMA_RELS]
@@ -147,7 +146,7 @@ def test_small_steps_are_not_lost_early_in_a_run() -> None:
             kept += (1 - ((t - 1) / t) ** (exact_gamma(sigma_rel) + 1)) * (model.double().numpy() - kept)
     for index, kept in enumerate(exact):
         found = running.values(BucketTile(0, 0, 0, size), index).double().numpy()
-        assert np.linalg.norm(found - kept) < 3e-7 * np.linalg.norm(kept)
+        assert np.linalg.norm(found - kept) < (128 * 1e-4 / steps + 3e-7) * np.linalg.norm(kept)
 
 
 def test_averages_of_constant_values_are_exact_to_the_last_bit(tmp_path: Path) -> None:
@@ -163,83 +162,86 @@ def test_averages_of_constant_values_are_exact_to_the_last_bit(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kept", [(0.05, 0.15, 0.28), (0.15,), (0.28,), (0.05, 0.15), (0.15, 0.28)])
-def test_averages_stay_exact_when_low_parts_begin(tmp_path: Path, kept: tuple[float, ...]) -> None:
-    """Low parts begin at t = 32,000; a run resumes within a window before, from a state with more profiles."""
+def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(tmp_path: Path, kept: tuple[float, ...]) -> None:
+    """They share it from t = 256,000 on; a run resumes within a window before, from a state with more profiles."""
     model, generator = Scalar(torch.float32), torch.Generator().manual_seed(0)
     model.weight.data = torch.randn(500, generator=generator)
     path, times, options = [], [], {"update_every": 1, "checkpoint_every": 10**6}
 
     def train(tracker: PostHocEMA, until: int) -> None:
-        for t in range(int(times[-1] if times else 31_850) + 1, until + 1):
+        for t in range(int(times[-1] if times else 255_600) + 1, until + 1):
             model.weight.data.add_(1e-3 * torch.randn(500, generator=generator))
             tracker.update_(model, t=float(t))
             path.append(model.weight.data.double().numpy())
             times.append(float(t))
 
     with PostHocEMA.from_model(model, tmp_path / "all", (0.05, 0.15, 0.28), **options) as tracker:
-        train(tracker, 31_900)
+        train(tracker, 255_800)
         before = tracker.metrics()["bytes"]
         state = tracker.state_dict()
     assert state["window"] > 0
-    with PostHocEMA.from_model(model, tmp_path / "fewer", kept, **options) as tracker:
-        tracker.load_state_dict(state)
-        for until, is_late in ((31_900, False), (31_990, False), (32_100, True)):
-            train(tracker, until)
-            assert (tracker.state_dict()["folds"] is None) == is_late
-            for sigma_rel in kept:
-                exact = exact_average(path, sigma_rel, times)
-                found = tracked(tracker, sigma_rel)
-                assert np.linalg.norm(found - exact) < 1.5e-7 * np.linalg.norm(exact)
-        assert tracker.metrics()["bytes"] <= before
+    for folder in ("fewer", "again"):  # from a state with own means, and from one with a shared one
+        with PostHocEMA.from_model(model, tmp_path / folder, kept, **options) as tracker:
+            tracker.load_state_dict(state)
+            shared = []
+            for until in (int(times[-1]), int(times[-1]) + 150, int(times[-1]) + 400):
+                train(tracker, until)
+                shared.append(tracker.state_dict()["shared"])
+                for sigma_rel in kept:
+                    exact = exact_average(path, sigma_rel, times)
+                    found = tracked(tracker, sigma_rel)
+                    assert np.linalg.norm(found - exact) < 1.5e-7 * np.linalg.norm(exact)
+            assert tracker.metrics()["bytes"] <= before
+            state = tracker.state_dict()
+            assert state["window"] > 0
+        assert shared == ([False, False, True] if folder == "fewer" else [True] * 3)
 
 
 def test_the_predicted_error_counts_the_error_of_a_shared_mean(tmp_path: Path) -> None:
-    """The worst case is noise, here of 10 %, when profiles begin to share a mean; with twenty float32 snapshots."""
-    model, size, first, updates = Scalar(torch.float32), 1000, 32_000, 6000
+    """The worst case is noise, here of 100 %, when profiles begin to share a mean; with twenty float32 snapshots."""
+    model, size, first, updates = Scalar(torch.float32), 1000, 256_000, 6000
     model.weight.data = torch.zeros(size)
     generator, kept = torch.Generator().manual_seed(0), np.zeros(size)
     center, share = torch.randn(size, generator=generator), exact_gamma(0.28) + 1
     options = {"update_every": 1, "checkpoint_every": 300, "checkpoint_dtype": torch.float32}
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **options) as tracker:
         for k in range(1, updates + 1):
-            model.weight.data.copy_(center + 0.1 * torch.randn(size, generator=generator))
+            model.weight.data.copy_(center + torch.randn(size, generator=generator))
             tracker.update_(model, t=float(first + k))
             newest = 1.0 if k == 1 else 1 - (1 - 1 / (first + k)) ** share
             kept += newest * (model.weight.data.double().numpy() - kept)
     found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["weight"].double().numpy()
     error = np.linalg.norm(found - kept) / np.linalg.norm(kept)
     predicted = plan_synthesis(disk_sources(tmp_path), [0.28]).predicted_error(0)
-    assert error > 5e-7
+    assert error > 1e-6
     assert 0.4 < error / predicted < 2.5
 
 
-@pytest.mark.parametrize(("profiles", "nbytes"), [(1, 10), (2, 16), (3, 22)])
+@pytest.mark.parametrize("profiles", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_averages_take_six_bytes_a_parameter_and_profile_and_four_for_all(
-    tmp_path: Path, profiles: int, nbytes: int, dtype: torch.dtype
-) -> None:
+def test_averages_take_eight_bytes_a_parameter_and_profile(tmp_path: Path, profiles: int, dtype: torch.dtype) -> None:
     model = Scalar(dtype)
     with PostHocEMA.from_model(model, tmp_path, (0.05, 0.1, 0.28)[:profiles], update_every=1) as tracker:
         for _ in range(3):
             tracker.update_(model)
         state = tracker.state_dict()
-    sets = [state["mean"], *state["high"].values(), *state["low"].values()]
-    assert sum(tensor.nbytes for tensors in sets for tensor in tensors.values()) == 3 * nbytes
+    sets = [*state["mean"].values(), *state["high"].values()]
+    assert sum(tensor.nbytes for tensors in sets for tensor in tensors.values()) == 3 * 8 * profiles
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (40_000, [1, 32, 32, 5])])
+@pytest.mark.parametrize(("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 256, 256, 5])])
 def test_the_path_is_of_means_over_a_thousandth_of_training(
     dtype: torch.dtype, first: int, windows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A window has one value if a thousandth has fewer than two, and at most 32; the last may be open; any tiles."""
+    """A window has one value if a thousandth has fewer than two, and at most 256; the last may be open; any tiles."""
     generator, gamma = torch.Generator().manual_seed(0), exact_gamma(0.05)
     weights = torch.zeros(1000, dtype=dtype)
     found = []
     for tile in (1000, 300):
         monkeypatch.setattr(layout, "TILE", tile)
         reader = LayoutReader.of_tensors(lay_out({"w": weights}), {"w": weights})
-        running = RunningAverages.none_yet(SIGMA_RELS)
+        running = Averages.none_yet(SIGMA_RELS)
         sketcher, exact = (Sketcher(Subset(reader.layout, {"w"})) for _ in range(2))
         generator.manual_seed(0)
         t = first - 1
@@ -271,7 +273,7 @@ def test_the_header_says_which_profile_a_file_holds(tmp_path: Path) -> None:
             tracker.update_(model, t=64.0 * k + (500 if k > 20 else 0))
     snapshots = read_directory(tmp_path)
     assert [s.info.t for s in snapshots] == [64 * 20, 64 * 30 + 500]
-    profile = snapshots[-1].info.profile
+    profile = snapshots[-1].recorded
     assert (profile.t_first, profile.max_interval) == (64 * 14, 64 * 2 + 500)
     assert snapshots[-1].info.t_unit == "images"
     assert snapshots[-1].info.step == 30
@@ -419,7 +421,6 @@ def test_an_argument_that_is_no_module_or_no_path_is_refused(tmp_path: Path, bad
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("begin", [0, 10**6])
 def test_a_value_that_is_not_finite_is_named_and_no_average_touched(tmp_path: Path, bad: float, begin: int) -> None:
-    """Late in a run an update checks and takes in a tile at once, if its norm is at most twice the last one."""
     model = Scalar(torch.float32)
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, update_every=1) as tracker:
         model.set(np.full(3, 3e38))  # finite values whose norm overflows
@@ -432,129 +433,44 @@ def test_a_value_that_is_not_finite_is_named_and_no_average_touched(tmp_path: Pa
             np.testing.assert_allclose(tracked(tracker, sigma_rel), 3e38, rtol=1e-6)
 
 
-REFUSED = (2, 3, 20, 37, 50, 70)
-"""Steps in a row at a window's begin, within a window, the first late in a run, within a window, before a fold."""
-
-
-def spoiled(values: torch.Tensor, place: int, bad: float) -> torch.Tensor:
-    found = values.clone()
-    found[place] = bad
-    return found
-
-
-@pytest.mark.parametrize(("place", "bad"), [(0, torch.nan), (500, -torch.inf), (999, torch.nan)])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("begin", [0, 10**6])
-@pytest.mark.parametrize(
-    ("dtype", "device", "on_nonfinite"),
-    [
-        (torch.float32, "model", "raise"),
-        (torch.float32, "cpu", "skip"),
-        (torch.bfloat16, "model", "skip"),
-        (torch.float64, "model", "raise"),
-    ],
-)
-def test_what_a_refused_update_has_begun_is_undone(
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("device", "on_nonfinite"), [("model", "raise"), ("cpu", "skip")])
+def test_a_refused_update_leaves_the_averages_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, device: str, on_nonfinite: str, begin: int,
-    place: int, bad: float,
+    bad: float,
 ) -> None:  # fmt: skip
-    """The mean of values x up to A is as before to the last digits, to the same bits for any number of threads.
-
-    With |f| <= 1 an interpolation m' = m + f (x - m) rounds by at most u (2 A in the difference, 2 A in the product,
-    2 A in f, A in the sum). Its inverse, with the share f / (f - 1) down to -3, magnifies that by four to 28 u A, and
-    rounds by u (6 A + 6 A + 6 A + A) itself: 47 u A. The remaining 3 u A are for reading.
-    """
+    """The bad value is in the last of many tiles, at first beside values so large that a trace of them would show."""
     monkeypatch.setattr(layout, "TILE", 64)
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(75, 1000, generator=generator, dtype=torch.float64).cumsum(0).to(dtype)
-    within = 50 * float(values.abs().max()) * 2.0 ** (-53 if dtype == torch.float64 else -24)
-    options = {"update_every": 1, "checkpoint_every": 1000, "device": device, "on_nonfinite": on_nonfinite}
-    skips = on_nonfinite == "skip"
-    found = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        model = torch.nn.ParameterDict({"weight": torch.zeros(1000, dtype=dtype)})
-        with PostHocEMA.from_model(model, tmp_path / str(threads), SIGMA_RELS, **options) as tracker:
-            for step in range(1, 76):
-                if step not in REFUSED:
-                    model["weight"].data.copy_(values[step - 1])
-                    tracker.update_(model, begin + step)
-                    continue
-                model["weight"].data.copy_(spoiled(values[step - 1], place, bad))
-                before = [tracked(tracker, sigma_rel) for sigma_rel in SIGMA_RELS]
-                with pytest.warns(RuntimeWarning, match="skipped") if skips else pytest.raises(NonFiniteError):
-                    tracker.update_(model, begin + step)
-                    tracker.flush()
-                taken = np.array([k for k in range(1, step) if k not in REFUSED])
-                for sigma_rel, own in zip(SIGMA_RELS, before, strict=True):
-                    after = tracked(tracker, sigma_rel)
-                    np.testing.assert_allclose(after, own, rtol=0, atol=within)
-                    exact = exact_average(values.double().numpy()[taken - 1], sigma_rel, begin + taken)
-                    np.testing.assert_allclose(after, exact, rtol=0, atol=2 * within)
-            found.append([tracked(tracker, sigma_rel) for sigma_rel in SIGMA_RELS])
-    np.testing.assert_array_equal(*found)
-
-
-@pytest.mark.parametrize("large", [1e3, 1e10, 1e19, 3e38])
-@pytest.mark.parametrize("begin", [0, 10**6])
-def test_large_values_next_to_a_nan_leave_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: int, large: float
-) -> None:
-    """A mean of ordinary values would be lost if large values were taken in and undone."""
-    monkeypatch.setattr(layout, "TILE", 64)
-    values = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
-    model = torch.nn.ParameterDict({"weight": torch.zeros(1000)})
-    with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, update_every=1, checkpoint_every=1000) as tracker:
-        for step in range(1, 41):
-            model["weight"].data.copy_(values[step])
-            tracker.update_(model, begin + step)
-        before = [tracked(tracker, sigma_rel) for sigma_rel in SIGMA_RELS]
-        model["weight"].data.copy_(spoiled(large * values[41].sign(), 999, float("nan")))
-        with pytest.raises(NonFiniteError):
-            tracker.update_(model, begin + 41)
-        np.testing.assert_array_equal([tracked(tracker, sigma_rel) for sigma_rel in SIGMA_RELS], before)
-
-
-def test_a_refused_update_may_change_means_only_and_further_ones_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The path takes every value early in a run; the state includes buffers, the sample and the path."""
-    monkeypatch.setattr(layout, "TILE", 64)
-    model = torch.nn.ParameterDict({"weight": torch.zeros(1000)})
+    model = torch.nn.ParameterDict({"weight": torch.zeros(1000, dtype=dtype)})
     model.register_buffer("count", torch.zeros(()))
-    generator = torch.Generator().manual_seed(0)
-    states = []
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, checkpoint_every=1000) as tracker:
-        for step in range(1, 41):
+    options = {"update_every": 1, "checkpoint_every": 1000, "device": device, "on_nonfinite": on_nonfinite}
+    largest, skips, generator = 0.0, on_nonfinite == "skip", torch.Generator().manual_seed(0)
+    with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **options) as tracker:
+        for step in range(1, 76):
             torch.nn.init.normal_(model["weight"], generator=generator)
+            largest = max(largest, float(model["weight"].detach().abs().max()))
             model.count += 1
-            if step > 35:
-                model["weight"].data[700] = torch.nan
-            with pytest.raises(NonFiniteError, match="'weight'") if step > 35 else nullcontext():
-                tracker.update_(model)
-            if step >= 35:
-                states.append(tracker.state_dict())
-    before, *refused = states
-    for state in refused:
-        plain = before.keys() - {"mean", "high", "low", "copies", "step", "t", "clock"}
-        assert {name: state[name] for name in plain} == {name: before[name] for name in plain}
-        assert_same_tensors(state["copies"], before["copies"])
-        for own, earlier in zip(state["high"].values(), before["high"].values(), strict=True):
-            assert_same_tensors(own, earlier)
-        assert_same_tensors(state["mean"], refused[0]["mean"])
-
-
-def test_an_update_reads_the_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An update with a fold, one in 32, reads it a second time."""
-    monkeypatch.setattr(layout, "TILE", 64)
-    read, current = [], LayoutReader.current
-    monkeypatch.setattr(LayoutReader, "current", lambda self, tile: read.append(tile) or current(self, tile))
-    model, counts = torch.nn.ParameterDict({"weight": torch.ones(640)}), []
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, checkpoint_every=1000) as tracker:
-        for _ in range(66):
-            tracker.update_(model)
-            counts.append(len(read) / 10)
-            read.clear()
-    assert counts[20:] == [2.0 if step in (33, 65) else 1.0 for step in range(21, 67)]
+            if step not in (2, 3, 20, 37, 50, 70):
+                tracker.update_(model, begin + step)
+                continue
+            before = tracker.state_dict()
+            model["weight"].data.mul_(1e30 if step < 40 else 1.0)[999] = bad
+            with pytest.warns(RuntimeWarning, match="skipped") if skips else pytest.raises(NonFiniteError):
+                tracker.update_(model, begin + step)
+                tracker.flush()
+            after, tensors = tracker.state_dict(), ("mean", "high", "copies")
+            plain = before.keys() - {*tensors, "step", "t", "clock"}
+            assert {name: after[name] for name in plain} == {name: before[name] for name in plain}
+            assert_same_tensors(after["copies"], before["copies"])
+            for key in map(repr, SIGMA_RELS):
+                assert_same_tensors(after["high"][key], before["high"][key])
+                # With |f| <= 1 an interpolation of values up to A rounds by at most u 7 A; its inverse, with the share
+                # f / (f - 1) down to -3, magnifies that by four, and rounds by u 19 A itself.
+                own, earlier = (state["mean"][key]["weight"].numpy() for state in (after, before))
+                unit = 2.0 ** (-53 if dtype == torch.float64 else -24)
+                np.testing.assert_allclose(own, earlier, rtol=0, atol=47 * largest * unit)
 
 
 def parameter(elements: int) -> torch.nn.Parameter:

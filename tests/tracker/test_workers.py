@@ -21,8 +21,8 @@ from torture.tearing import Equal, start, wrong_state
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
-from posthoc_cli.tracker import layout, running, staging
-from posthoc_cli.tracker.running import RunningAverages
+from posthoc_cli.tracker import averages, layout, staging
+from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.worker import ThreadPool, Worker, end_threads
 
 
@@ -59,22 +59,6 @@ def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) 
         assert_same_tensors(states[1][sigma_rel], average)
 
 
-def test_every_item_is_done_once_and_by_several_threads() -> None:
-    pool, barrier = ThreadPool(3), threading.Barrier(3)
-    done: list[tuple[int, int]] = []
-
-    def work(item: int, thread: int) -> None:
-        if item < 3:
-            barrier.wait(60)  # three items are worked on at once
-        assert torch.get_num_threads() == 1 or thread == 0
-        done.append((item, thread))
-
-    pool.each(work, range(100))
-    assert sorted(item for item, _ in done) == list(range(100))
-    assert {thread for item, thread in done if item < 3} == {0, 1, 2}
-    pool.close()
-
-
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_any_thread_is_raised_when_all_threads_have_stopped(failing: int) -> None:
     pool, barrier, working = ThreadPool(2), threading.Barrier(2), []
@@ -93,17 +77,6 @@ def test_an_error_in_any_thread_is_raised_when_all_threads_have_stopped(failing:
     pool.close()
 
 
-def test_a_pool_without_helper_threads_works_in_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    done: list[int] = []
-    pool = ThreadPool(4)
-    monkeypatch.setattr(threading.Thread, "start", refused)
-    pool.each(lambda item, _: done.append(item), range(9))
-    assert done == list(range(9))
-
-
 @pytest.mark.usefixtures("_small_tiles", "_two_threads")
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_threads_of_training_are_left_alone(
@@ -111,7 +84,7 @@ def test_threads_of_training_are_left_alone(
 ) -> None:
     """Their number stays, also in threads that start during an update or later; copies do not use them."""
     seen: dict[str, list[int]] = {"averages": [], "training": [], "later": []}
-    real, fill, copying = RunningAverages.update_, staging._fill, set[int]()
+    real, fill, copying = Averages.update_, staging._fill, set[int]()
 
     def later() -> None:
         thread = threading.Thread(target=lambda: seen["later"].append(torch.get_num_threads()))
@@ -123,7 +96,7 @@ def test_threads_of_training_are_left_alone(
         later()
         real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(RunningAverages, "update_", update_)
+    monkeypatch.setattr(Averages, "update_", update_)
     monkeypatch.setattr(staging, "_fill", lambda *a: copying.add(torch.get_num_threads()) or fill(*a))
     with PostHocEMA.from_model(
         model := torch.nn.Linear(60, 60), tmp_path, update_every=1, checkpoint_every=100, device=device
@@ -174,7 +147,7 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
             assert proceed.wait(60)
         return real(*arguments, **keywords)
 
-    train(20)
+    train(22)  # the next update interpolates
     state = tracker.state_dict()
     calls = {
         "state": tracker.state_dict,
@@ -187,7 +160,7 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
         with suppress(NotReadyError):
             found.append(calls[way]())
 
-    monkeypatch.setattr(running.torch, "lerp", lerp)
+    monkeypatch.setattr(averages.torch, "lerp", lerp)
     training, other = threading.Thread(target=train, args=(2,)), threading.Thread(target=call)
     training.start()
     assert inside.wait(60)
@@ -199,7 +172,7 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
         assert not thread.is_alive()
     if way == "state":
         assert wrong_state(found[0]) == []
-        assert found[0]["step"] in (21, 22)
+        assert found[0]["step"] in (23, 24)
     if way != "close":
         assert wrong_state(tracker.state_dict()) == []
     tracker.close()
@@ -207,7 +180,6 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
 
 @pytest.mark.parametrize("begin", [0, 10**6])
 def test_reading_changes_no_later_bit(tmp_path: Path, begin: int) -> None:
-    """Averages have no low parts early in a run, and have them late."""
     states = []
     for reads in (True, False):
         model = Equal(500)
@@ -220,7 +192,7 @@ def test_reading_changes_no_later_bit(tmp_path: Path, begin: int) -> None:
                     with tracker.model(model, 0.2):
                         pass
             state = tracker.state_dict()
-            sets = {"mean": state["mean"]} | {f"{k} {key}": t for k in ("high", "low") for key, t in state[k].items()}
+            sets = {f"{k} {key}": tensors for k in ("high", "mean") for key, tensors in state[k].items()}
             states.append({f"{kind} {name}": tensor for kind, own in sets.items() for name, tensor in own.items()})
     assert_same_tensors(*states)
 

@@ -22,28 +22,30 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import (
     PICKLES,
     SUPERSEDED,
-    Listing,
+    Directory,
     contradictions,
     is_parts_folder,
     is_snapshot_name,
+    joined,
     list_directory,
     list_folder,
     missing_at_newest,
-    parts_folders,
-    read_folder,
-    read_folders,
     time_order,
 )
-from posthoc_cli.snapshots.format import OutputInfo
-from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
-from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
-from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.sources import Snapshot, run_clock
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.outputs import (
+    INDEX_NAME,
+    INDEX_SUFFIX,
+    OutputInfo,
+    check_alike,
+    decode_index,
+    decode_output,
+)
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
+from posthoc_cli.snapshots.sources import run_clock
+from posthoc_cli.snapshots.tensorfile import FORMAT, TensorFile, read_file
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -81,7 +83,7 @@ class FileReport:
     state: str = INTACT
     detail: str = ""
     nbytes: int = 0
-    header: fmt.FileHeader | None = None
+    file: TensorFile | None = None
     snapshot: Snapshot | None = None
     output: OutputInfo | None = None
     averages: Collection[str] = ()
@@ -183,16 +185,17 @@ def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     units = [_shards(folder / INDEX_NAME) for folder in (directory, *models) if _has_index(folder)]
     shards = {path for unit in units for path in unit.files}
     units += [_Unit(path, {path: ()}) for path in listing.files if path not in shards]
-    folders = read_folders(listing)
-    of_parts = (*folders.snapshots, *folders.problems)  # problems are reported when the parts are read
-    units += map(_parts, of_parts)
+    of_parts = [_parts(path) for path in listing.folders]
+    units += [unit for unit in of_parts if unit.files]
     units.sort(key=lambda unit: unit.indexed_by or unit.path)
-    notes = folders.notes
+    notes: list[str] = []
     superseded = _readable(directory / SUPERSEDED, notes)
     old_units = [_Unit(path, {path: ()}, superseded=True) for path in superseded.files]
-    old_units += [_parts(path)._replace(superseded=True) for path in parts_folders(superseded)]
-    listings = (listing, *map(_readable, (*models, *of_parts)), superseded)
-    leftovers = sorted([*folders.incomplete, *(path for entries in listings for path in entries.leftovers)])
+    old_units += [_parts(path)._replace(superseded=True) for path in superseded.parts_folders]
+    listings = (listing, *map(_readable, (*models, *listing.folders)), superseded)
+    empty = [unit.path for unit in of_parts if not unit.files and not unit.path.is_symlink() and unit.path.is_dir()]
+    notes += [f"{path.name}/: has no parts" for path in empty]
+    leftovers = sorted([*empty, *(path for entries in listings for path in entries.leftovers)])
     pickles = len(listing.pickles)
     if not (units or old_units or leftovers):
         reason = "holds no snapshots or outputs" + "; no pickle is opened here" * bool(pickles)
@@ -203,10 +206,10 @@ def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     return result, [*units, *old_units]
 
 
-def _readable(folder: Path, notes: list[str] | None = None) -> Listing:
+def _readable(folder: Path, notes: list[str] | None = None) -> Directory:
     """List a folder like `list_folder`; if it cannot be read, return nothing and add a note."""
     reason = "is a symbolic link; not read" if folder.is_symlink() else ""
-    listing = Listing(folder, ())
+    listing = Directory(folder)
     try:
         listing = list_folder(folder)
     except DirectoryError:
@@ -248,6 +251,8 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     listed, units = _listed(path)
     with progress("verifying", _size(units)) as advance:
         reports = [report for unit in units for report in _read_unit(unit, advance)]
+    incomplete = {r.unit: r.detail for r in reports if r.state == MISSING and r.path == r.unit != path}
+    reports = [report for report in reports if report.unit not in incomplete]
     snapshots = sorted((r.snapshot for r in reports if r.snapshot and r.is_fine), key=time_order)
     problems = contradictions(snapshots)
     if snapshots and not problems:
@@ -258,8 +263,10 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     notes = [f"{listed.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
     if listed.is_directory:
         notes += missing_at_newest(snapshots)
+    notes += [f"{folder.name}/: {parts}" for folder, parts in incomplete.items()]
     return replace(
         listed, files=tuple(reports), problems=tuple(map(str, problems)), notes=(*notes, *listed.notes),
+        leftovers=tuple(sorted((*listed.leftovers, *incomplete))),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
 
@@ -286,7 +293,8 @@ def _read_unit(unit: _Unit, progress: Callable[[int], object]) -> list[FileRepor
         return [replace(report, what=f"superseded {report.what}", snapshot=None) for report in reports]
     if unit.has_parts:  # if a part is missing, a training is deleting the snapshot
         return _part_reports(unit, reports) if len(reports) == len(results) else []
-    return reports
+    strays = (report.snapshot is not None and report.snapshot.part is not None for report in reports)
+    return [replace(r, snapshot=None) if is_stray else r for r, is_stray in zip(reports, strays, strict=True)]
 
 
 def _read_file(path: Path, unit: Path, progress: Callable[[int], object]) -> FileReport | None:
@@ -295,13 +303,13 @@ def _read_file(path: Path, unit: Path, progress: Callable[[int], object]) -> Fil
     damaged: dict[str, FileFormatError] = {}
     nonfinite: dict[str, None] = {}
     try:
-        with open_file(path) as file, closing(file.check_payload()) as results:
-            report = _described(FileReport(path, unit), file.header)
-            nbytes = file.header.payload_start
+        file = read_file(path)
+        with file, closing(file.checked()) as results:
+            report = _described(FileReport(path, unit), file)
+            nbytes = file.nbytes - sum(entry.nbytes for entry in file.entries.values())
             progress(nbytes)
             for checked in results:
-                if checked.error is not None:
-                    damaged |= dict.fromkeys(checked.damaged, checked.error)
+                damaged |= checked.damaged
                 nonfinite |= dict.fromkeys(checked.nonfinite)
                 nbytes += checked.nbytes
                 progress(checked.nbytes)
@@ -325,22 +333,20 @@ def _nonfinite(names: Collection[str]) -> str:
     return f"{shown(next(iter(names)))} holds nan or infinity"
 
 
-def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
-    """Add a header's content to a report; raise FileFormatError if its metadata is invalid."""
+def _described(report: FileReport, file: TensorFile) -> FileReport:
+    """Add a header's content to a report; raise FileFormatError if it is invalid."""
     averages: Collection[str]
-    path, kind = report.path, file_kind(header)
-    report = replace(report, kind=kind, header=header)
-    if kind is None:
+    report = replace(report, kind=file.kind, file=file)
+    if file.kind is None:
         return replace(report, what="foreign")
-    part = f"part {_shortened(header.metadata['ema.part'])} of " if "ema.part" in header.metadata else ""
-    if kind == "output":
-        output = decode_output(path, header)
-        what, averages = f"{part}{_output_words(output)}", header.tensors.keys() - set(output.copies)
+    if file.kind == "output":
+        output = decode_output(file)
+        what, averages = _output_words(output), file.entries.keys() - set(output.copies)
         return replace(report, what=what, output=output, averages=averages)
-    info = decode_snapshot(path, header)
-    what = f"{part}snapshot sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
-    snapshot = None if part else Snapshot(path, header, info)
-    averages = frozenset(name for name, tensor in info.tensors.items() if tensor.role != "copy")
+    snapshot = decode_snapshot(file)
+    part = "part {}/{} of ".format(*snapshot.part) if snapshot.part else ""
+    what = f"{part}snapshot sigma_rel {snapshot.sigma_rel:g} at t = {snapshot.t:,.12g}"
+    averages = frozenset(name for name, tensor in snapshot.tensors.items() if tensor.role != "copy")
     return replace(report, what=what, snapshot=snapshot, averages=averages)
 
 
@@ -355,13 +361,11 @@ def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
     if is_snapshot_name(report.unit):
         report = replace(report, what="snapshot, by its name", kind="snapshot")
     with suppress(FileFormatError):
-        header = read_header(report.path)
-        kind, version = file_kind(header), header.metadata.get("ema.version")
-        known = fmt.VERSION
-        if kind not in (None, "snapshot", "output"):
-            state, detail = UNSUPPORTED, f"its ema.format is {shown(kind)}, which this release does not know"
-        elif version not in (None, known):
-            state, detail = UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {known}"
+        file = read_file(report.path)
+        if file.kind not in (None, "snapshot", "output"):
+            state, detail = UNSUPPORTED, f"its kind is {shown(file.kind)}, which this release does not know"
+        elif file.kind and (form := file.content.get("format")) != FORMAT:
+            state, detail = UNSUPPORTED, f"its format is {shown(form)}; this release reads {FORMAT}"
     return replace(report, state=state, detail=detail)
 
 
@@ -383,8 +387,14 @@ def _and_more(count: int, what: str) -> str:
 def _part_reports(unit: _Unit, reports: list[FileReport]) -> list[FileReport]:
     """Complete the reports of parts: add their snapshot, or what is wrong between them, to the report of one part."""
     place = next((index for index, report in enumerate(reports) if not report.is_fine), 0)
+    parts = [report.snapshot for report in reports if report.snapshot]
+    reports = [replace(report, snapshot=None) for report in reports]
+    if len(parts) < len(reports) and reports[place].is_fine:
+        stray = next(report for report in reports if report.kind != "snapshot")
+        detail = "is in a folder of parts but is not a part of a snapshot"
+        return [replace(r, state=MISMATCHED, detail=detail) if r is stray else r for r in reports]
     try:
-        content = read_folder(unit.path)
+        content = joined(unit.path, parts) if len(parts) == len(reports) else None
     except PostHocError as error:
         if reports[place].is_fine:  # otherwise its report shows the cause
             detail = str(error).replace(f"{unit.path}{os.sep}", "").removeprefix(f"{unit.path}: ")
@@ -392,8 +402,9 @@ def _part_reports(unit: _Unit, reports: list[FileReport]) -> list[FileReport]:
         return reports
     if isinstance(content, Snapshot):
         reports[place] = replace(reports[place], snapshot=content)
-        return reports
-    return [FileReport(unit.path, unit.path, "snapshot", "snapshot", MISSING, f"has {content}"), *reports]
+    elif content:
+        return [FileReport(unit.path, unit.path, "snapshot", "snapshot", MISSING, f"has {content}"), *reports]
+    return reports
 
 
 # --- an index against its shards
@@ -423,7 +434,7 @@ def _index_fault(unit: _Unit, index: Path, existing: Sequence[FileReport]) -> tu
         return DAMAGED, "names no shard"
     nbytes = 0
     for shard in existing:
-        tensors, named = shard.header.tensors if shard.header else {}, set(unit.files[shard.path])
+        tensors, named = shard.file.entries if shard.file else {}, set(unit.files[shard.path])
         nbytes += sum(entry.nbytes for entry in tensors.values())
         if shard.is_fine and tensors.keys() != named:
             name = shown(min(tensors.keys() ^ named))

@@ -1,0 +1,380 @@
+"""A snapshot: one average of one run at one time. The dataclass `Snapshot` is the header, and specifies its content.
+
+One small function, `converted`, decodes the JSON of a header by the annotations of the dataclass that holds it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+import numpy as np
+import xxhash
+
+from posthoc_cli.dtypes import EPS
+from posthoc_cli.errors import FileFormatError, shown
+from posthoc_cli.planning import USEFUL_RANGE
+from posthoc_cli.profiles import (
+    Clock,
+    Discrete,
+    Point,
+    PowerFunction,
+    RecordedPowerFunction,
+    StoredProfile,
+    gamma_from_sigma_rel,
+)
+from posthoc_cli.reconstruction import Measurements, Motion, Steps, StoredAverage
+from posthoc_cli.snapshots.chunks import Chunk
+from posthoc_cli.snapshots.codecs import decode_sample, is_path
+from posthoc_cli.snapshots.selection import Selection
+from posthoc_cli.snapshots.sources import Dtype, FileSource, Rule, SourceInfo, TrackedTensor
+from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile, compact, read_file
+
+MAX_KNOTS = MAX_INTERVALS = 1_000
+EARLIEST, LATEST = 1e-100, 1e100
+"""The range of training times; products of times outside it overflow."""
+T = TypeVar("T")
+
+
+def is_number(value: object) -> bool:
+    """Return whether a JSON value is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+ANY_SIGN = Rule("a finite number", is_number)
+"""The rule for numbers that may be negative; all other numbers must not be."""
+Time = Annotated[float, Rule("a time of training", lambda t: EARLIEST <= t <= LATEST)]
+Count = Annotated[int, Rule("a whole number above 0", lambda count: count > 0)]
+RunId = Annotated[str, Rule("32 hexadecimal digits", lambda text: re.fullmatch("[0-9a-f]{32}", text))]
+Unit = Annotated[str, Rule("a printable name of what t counts", lambda text: text and text.isprintable())]
+Widths = Annotated[tuple[float, ...], Rule("a list of numbers, at least one", len)]
+Knots = Annotated[
+    tuple[tuple[int, float], ...],
+    Rule(f"a list of pairs of a step and its time, at most {MAX_KNOTS:,}", lambda pairs: len(pairs) <= MAX_KNOTS),
+]
+SampleText = Annotated[str, Rule("a sample", decode_sample)]
+SketchText = Annotated[str, Rule("a sketch", is_path)]
+Part = Annotated[tuple[int, int], Rule("the number of a part and their count", lambda part: 0 < part[0] <= part[1])]
+Intervals = Annotated[
+    Motion,
+    Rule(
+        f"1 to {MAX_INTERVALS:,} values of walk, as many of noise, and one more of edges",
+        lambda own: 1 <= len(own.walk) <= MAX_INTERVALS and len(own.walk) == len(own.noise) == len(own.edges) - 1,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class TrackingSchedule:
+    """When a tracker updates its averages and writes snapshots, and their dtype; see `PostHocEMA.from_model`."""
+
+    update_every: Count = 10
+    checkpoint_every: Count = 1000
+    update_after_step: int = 0
+    max_checkpoints: Count | None = 20
+    checkpoint_dtype: Dtype | None = "F16"
+    sigma_range: tuple[float, float] = USEFUL_RANGE
+
+
+@dataclass(frozen=True, repr=False)
+class Snapshot(FileSource, SourceInfo):
+    """A snapshot: the content of its header, and the files that hold its tensors.
+
+    The header's "ema" is a JSON object of the attributes up to `session`, see `tensorfile`; those equal to their
+    defaults are left out, and unknown ones are ignored. Dataclasses are objects, tuples lists. Numbers are finite,
+    round-trip to the same float64 and, but for `gamma`, are not negative.
+
+    Attributes:
+        run_id: 32 hexadecimal digits; equal in all snapshots of a run, and in no others.
+        sigma_rel: width of the profile, as the user gave it.
+        gamma: exponent of the profile.
+        sigma_rels: the widths of all profiles that the run tracks, increasing.
+        t: training time of the average.
+        t_unit: what `t` counts: "steps", "images", ...
+        step: number of `update_` calls up to `t`.
+        t_first: time of the first update; the profile's mass before it applies to the values of that time.
+        max_interval: the longest interval between two updates since `t_first`.
+        schedule: the tracker's settings; `sigma_range` is what snapshots are kept for.
+        tensors: the role of each tensor and its dtype in the model. "average": the weighted mean of a tensor;
+            "statistic": the same of BatchNorm's running mean or variance, which is not a weight; "copy": the value at
+            `t`. Averages may be stored in another dtype: `checkpoint_dtype`, or F32 if that cannot hold a value.
+        aliases: further names of tensors, each with the name under which it is stored (tied parameters).
+        left_out: names in the model's state that the run does not track.
+        selection: which tensors the run tracks.
+        skip_nonfinite: whether the run skips updates with a nan or an infinity.
+        clock: pairs of a step and its time, both increasing, up to (step, t); at most 1,000. From step 0 at time 0 to
+            the first, and between two, all steps are equally long, up to a tolerance: half a step where 256 pairs
+            suffice for that. Empty if `t` is always the step.
+        updates: number of updates in the average.
+        inherited: expected squared norm of the error that remains in the average from the rounding of the snapshots
+            that the run was resumed from.
+        off_schedule: whether it lies between the times of the schedule (at the end of training, or on request). Later
+            snapshots on the schedule do not depend on it.
+        measurements: float64 sums over the elements of all averages in the file (not of statistics and copies), for a
+            large model estimated from a sample of elements. `norm` sums the squares of the exact average, `rounding`
+            those of (stored - exact), `weights` those of (exact - the network's weights at that time). `distances` are
+            to the run's other profiles at the same time, exact (rounding 0), and to the two newest earlier snapshots of
+            each profile as stored (rounding: their own): `squared` sums the squares of the differences. A snapshot that
+            is named there may have been deleted since.
+        motion: the motion of the network up to `t`, from the measurements of all snapshots so far, including deleted
+            ones: constant on intervals that end at `edges`; `walk` is the variance of the increments per step, `noise`
+            that of the noise times a step, summed over all elements.
+        sample: base64 of little-endian float32 values: for the elements that `path.places` names the network's values
+            at the last update, then as many of the exact average. A part has those in its chunks.
+        sketch: base64 of random projections of the network's path up to `t`, see `codecs`.
+        part: (3, 8) in the third of eight parts of a snapshot.
+        chunks: for each tensor of a part the shape of the complete tensor, and the place of the chunk's first element.
+        mesh: {"shape": [2, 4], "names": ["dp", "tp"] or null}: the device mesh, for information.
+        session: in a part: the start of the training process that wrote it, in nanoseconds of a clock; parts of
+            different sessions never form a snapshot.
+        path: the file, or the folder of the parts.
+        files: the files that hold the tensors, each with the boxes that it holds.
+        entries: dtype and complete shape of each stored tensor.
+
+    A snapshot of a model that several processes hold in chunks is a folder with the name of the file, without the
+    suffix. Each process that owns a chunk writes one file to it, `part-00003-of-00008.safetensors`, a snapshot of its
+    own tensors; `directory.joined` says what parts share. Chunks of one tensor may have different stored dtypes, of
+    which the widest holds all values exactly; readers use that one. The snapshot is complete if all parts exist and
+    belong together, and the chunks of each tensor hold every element once, as the cells of a grid; otherwise readers
+    ignore it. For the HuggingFaceStorageReader of torch.distributed.checkpoint, the metadata of each part also have
+    DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} sorted by name, and DCP_VERSION "1.0".
+    """
+
+    run_id: RunId
+    sigma_rel: float
+    gamma: Annotated[float, ANY_SIGN]
+    sigma_rels: Widths
+    t: Time
+    t_unit: Unit
+    step: int
+    t_first: Time
+    max_interval: float
+    schedule: TrackingSchedule
+    tensors: dict[str, TrackedTensor]
+    aliases: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    selection: Selection | None = None
+    skip_nonfinite: bool = False
+    clock: Knots = ()
+    updates: int | None = None
+    inherited: float = 0.0
+    off_schedule: bool = False
+    measurements: Measurements | None = None
+    motion: Intervals | None = None
+    sample: SampleText = ""
+    sketch: SketchText = ""
+    part: Part | None = None
+    chunks: dict[str, Chunk] = field(default_factory=dict)
+    mesh: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    session: int = 0
+    path: Path = field(default_factory=Path, compare=False)
+    files: tuple[TensorFile, ...] = field(default=(), compare=False)
+    entries: Mapping[str, Entry] = field(default_factory=dict, compare=False)
+
+    @property
+    def info(self) -> Snapshot:
+        """The header: the snapshot itself."""
+        return self
+
+    @property
+    def checksum(self) -> str:
+        """16 hexadecimal digits that identify the content: the checksum of its header, or of those of its parts."""
+        checksums = [file.checksum for file in self.files]
+        return checksums[0] if len(checksums) == 1 else xxhash.xxh3_64_hexdigest("".join(checksums).encode())
+
+    @property
+    def identity(self) -> str:
+        """The checksum."""
+        return self.checksum
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its files."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
+        """The known pairs of step and time, increasing: the clock's knots, or the snapshot's own pair without them."""
+        return self.clock or ((self.step, self.t),)
+
+    @property
+    def recorded(self) -> RecordedPowerFunction:
+        """The profile of the average as its tracker recorded it."""
+        return RecordedPowerFunction(self.gamma, self.t, self.t_first, self.max_interval)
+
+    @property
+    def profile(self) -> PowerFunction:
+        """The power function of the average."""
+        return self.recorded.pure
+
+    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
+        """Return the average as reconstruction uses it; a `profile` of points in time replaces the power function."""
+        schedule = self.schedule
+        skipped_updates = schedule.update_after_step // schedule.update_every
+        # Averages of float64 tensors are accumulated in float64, all others in float32.
+        is_float64 = {self.tensors[name].dtype for name in self.averages} == {"F64"}
+        steps, times = zip(*self.clock_pairs, strict=True)
+        (step, t), (last_step, last_t) = [(0, 0.0), *self.clock_pairs][-2:]
+        return StoredAverage(
+            profile if isinstance(profile, Point | Discrete) else self.recorded,
+            self.updates or max(self.step // schedule.update_every - skipped_updates, 1),
+            EPS["F64" if is_float64 else "F32"], self.measurements, (last_t - t) / (last_step - step),
+            Steps(Clock(steps, times), schedule.update_every), self.motion, self.inherited,
+            () if is_float64 else tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
+        )  # fmt: skip
+
+    def encoded(self) -> dict[str, Any]:
+        """Return the JSON object of its header, without the checksums of blocks."""
+        unstored = ("path", "files", "entries")
+        values = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in unstored and (f.default is f.default_factory is MISSING or getattr(self, f.name))
+        }
+        return {"kind": "snapshot", "format": FORMAT, **values}
+
+    @property
+    def for_dcp(self) -> dict[str, str]:
+        """The further metadata of a part, for torch.distributed.checkpoint."""
+        if self.part is None:
+            return {}
+        offsets = {name: {"saved_offsets": chunk.offset} for name, chunk in sorted(self.chunks.items())}
+        return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
+
+
+def read_one(path: Path) -> Snapshot:
+    """Read the header of a snapshot in one file, or of a part; raise FileFormatError if it is none."""
+    return decode_snapshot(read_file(path))
+
+
+def decode_snapshot(file: TensorFile) -> Snapshot:
+    """Return the snapshot, or the part of one, in a file; raise FileFormatError, naming the key, if it is invalid."""
+    snapshot = decode(file, "snapshot", Snapshot)
+    try:
+        _check_tensors(snapshot, file.entries)
+    except ValueError as error:
+        raise FileFormatError(file.path, f"ema: {error}") from error
+    vars(snapshot).update(path=file.path, files=(file,), entries=file.entries)
+    return snapshot
+
+
+def _check_tensors(snapshot: Snapshot, stored: Mapping[str, Entry]) -> None:
+    """Raise ValueError unless the tables of a header fit the stored tensors."""
+    tensors, chunks = snapshot.tensors, snapshot.chunks
+    for key, table in (("tensors", tensors), *((("chunks", chunks),) if snapshot.part else ())):
+        if differing := table.keys() ^ stored.keys():
+            raise ValueError(f"{key}: tensor {shown(min(differing))} is in the payload or in {key}, but not in both")
+    for name, entry in stored.items():
+        role, original, kept = tensors[name].role, tensors[name].dtype, entry.dtype
+        if not (original == kept if role == "copy" else original in EPS and kept in EPS):
+            raise ValueError(f"tensors: tensor {shown(name)}: {kept} cannot hold {role} of {original}")
+    for alias, name in snapshot.aliases.items():
+        if name not in tensors or alias in tensors or alias == "__metadata__":
+            raise ValueError(f"aliases: {shown(alias)} must be a further name of a stored tensor")
+    for name, chunk in chunks.items() if snapshot.part else ():
+        shape = stored[name].shape
+        fits = len(shape) == len(chunk.shape) == len(chunk.offset)
+        if not fits or any(end > size for end, size in zip(chunk.box(shape).end, chunk.shape, strict=True)):
+            reason = f"shape {list(shape)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
+            raise ValueError(f"chunks: tensor {shown(name)}: {reason}")
+
+
+# --- decoding by annotations
+
+
+def decode(file: TensorFile, kind: str, form: type[T]) -> T:
+    """Return the content of a file of a kind as the dataclass `form`; raise FileFormatError if it is invalid.
+
+    Types are checked; beyond that, a header with a valid checksum is trusted: checksums guard against accidents and are
+    not signatures.
+    """
+    if file.kind != kind:
+        reason = "has no header of it" if file.kind is None else f"its kind is {shown(file.kind)}"
+        raise FileFormatError(file.path, f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {reason}")
+    if (known := file.content.get("format")) != FORMAT:
+        raise FileFormatError(file.path, f"its format is {shown(known)}; this release reads {FORMAT}")
+    try:
+        return cast(T, converted(file.content, form))
+    except ValueError as error:
+        raise FileFormatError(file.path, f"ema: {error}") from error
+
+
+@lru_cache
+def kinds_of(form: Any) -> dict[str, Any]:
+    """Return the annotations of a dataclass by field name."""
+    return get_type_hints(form, include_extras=True)
+
+
+def converted(value: Any, kind: Any) -> Any:
+    """Convert a JSON value to an annotated type: lists to tuples or arrays, objects to dataclasses, by their fields.
+
+    Raises ValueError, which says what is expected. Numbers must be finite and at least 0, and satisfy the annotation's
+    `Rule`. Keys that a dataclass does not have are ignored: they come from later releases.
+    """
+    if kind in _PLAIN:
+        accepts, words, _ = _PLAIN[kind]
+        _check(accepts(value), words, value)
+        return float(value) if kind is float else value
+    if kind is Any:
+        return value
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        kind, rule = args
+        result = value if rule is ANY_SIGN else converted(value, kind)
+        _check(bool(rule.accepts(result)), rule.words, value)
+        return result
+    if type(None) in args:
+        return None if value is None else converted(value, args[0])
+    if origin is np.ndarray:
+        return np.array(converted(value, tuple[float, ...]), dtype=np.float64)
+    if origin is tuple:
+        item, is_endless = args[0], args[-1] is ...
+        _, _, words = _PLAIN.get(item, ("", "", "lists or objects")) if is_endless else ("", "", str(len(args)))
+        _check(isinstance(value, list | tuple) and (is_endless or len(value) == len(args)), f"a list of {words}", value)
+        if is_endless and item in _PLAIN:
+            _check(all(map(_PLAIN[item][0], value)), f"a list of {words}", value)
+        return tuple(map(converted, value, [item] * len(value) if is_endless else args))
+    _check(isinstance(value, dict), "a JSON object", value)
+    if not is_dataclass(kind):
+        return {name: _member(value, name, args[1]) for name in value}
+    form: Any = kind
+    for each in fields(form):
+        if each.name not in value and each.default_factory is MISSING and (each.default is MISSING or each.default):
+            raise ValueError(f"{each.name}: is missing")
+    members = {name: member for name, member in kinds_of(form).items() if name in value}
+    return form(**{name: _member(value, name, member) for name, member in members.items()})
+
+
+def _member(value: Mapping[str, Any], name: str, kind: Any) -> Any:
+    try:
+        return converted(value[name], kind)
+    except ValueError as error:
+        raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
+
+
+def _check(is_right: bool, words: str, value: Any) -> None:
+    if not is_right:
+        raise ValueError(f"must be {words}, not {shown(value)}")
+
+
+def is_whole(value: Any) -> bool:
+    """Return whether a JSON value is a whole number of at least 0."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+_PLAIN: dict[Any, tuple[Callable[[Any], bool], str, str]] = {
+    bool: (lambda value: isinstance(value, bool), "true or false", "true or false"),
+    str: (lambda value: isinstance(value, str), "a string", "strings"),
+    int: (is_whole, "a whole number, at least 0", "whole numbers, at least 0"),
+    float: (
+        lambda value: is_number(value) and value >= 0,
+        "a finite number, at least 0",
+        "finite numbers, at least 0",
+    ),
+}
+"""The plain types of JSON values, each with a test and its description in the singular and the plural."""

@@ -1,0 +1,839 @@
+"""One file of tensors: read by verified ranges, from any thread, and written durably.
+
+A file of this package is a safetensors file, which any safetensors reader opens:
+
+    8 bytes     N, the length of the header, unsigned little-endian, at most 100,000,000
+    N bytes     the header: one JSON object in UTF-8, padded at the end with spaces to a multiple of 8
+    the rest    the payload: at most 200,000 tensors in the order of their offsets, little-endian, without gaps
+
+The header maps each tensor's name to {"dtype", "shape", "data_offsets": [begin, end]} (offsets count from the start of
+the payload), and `__metadata__` to strings, of which these are ours:
+
+    ema.checksum    the checksum of the header; it comes first, so that it is always at the same place
+    ema             one JSON object: "kind" ("snapshot" or "output"), "format" (3), "sums", and the fields of the
+                    dataclass of that kind, `snapshot.Snapshot` or `outputs.OutputInfo`
+
+Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. "sums" maps each
+tensor's name to those of its blocks, concatenated: blocks of 131,072 elements in row-major order, the last one shorter.
+The checksum of the header is computed over its 8 + N bytes with zeros in place of these 16 digits.
+
+A header is checked in this order: its checksum, its structure (strict JSON, known dtypes, tensors that fill the file
+without gap or overlap), its content. Files are read, never mapped into memory, so that a file that shrinks does not
+crash its reader. Every fault is a FileFormatError that names the file, and the tensor or key.
+
+A written file is absent or complete, see `files.PendingFile`. Every byte of every tensor is written once, in any order
+and by any number of threads. The header, which holds the checksums, is laid out first and filled in last.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from numpy.lib.stride_tricks import as_strided
+
+from posthoc_cli import files
+from posthoc_cli.dtypes import DTYPES, ITEM_BYTES, torch_dtype
+from posthoc_cli.errors import FileFormatError, InvalidValueError, RemoteError, VanishedError, shown
+from posthoc_cli.snapshots.chunks import Box
+
+if TYPE_CHECKING:
+    import torch
+
+    from posthoc_cli.remote.ranges import RemoteBytes
+
+SUFFIX = ".safetensors"
+FORMAT = 3
+BLOCK = 131_072
+"""Elements of a block, which has a checksum of its own: the tiles of a synthesis consist of blocks, for any dtype."""
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 200_000
+"""The largest number of tensors in a file: twice that of the largest models. It bounds the time to read a header."""
+
+THREADS = 16
+"""Requests to a store, or blocks to verify, at a time: they wait more than they compute."""
+
+_START = b'{"__metadata__":{"ema.checksum":"'
+_DIGITS = slice(8 + len(_START), 8 + len(_START) + 16)
+"""The place of the header's checksum in a file."""
+
+_PIECE = 8
+"""Blocks that are read by one request, and verified while they are in the processor's cache."""
+
+_MOST_DIGITS = 4_300
+"""The largest number of digits of an integer: Python's own default limit since 3.10.7, which users may lift."""
+
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""The first bytes of pickles and of archives written by torch.save."""
+
+S = TypeVar("S")
+T = TypeVar("T")
+_File = TypeVar("_File", bound="OpenedFile")
+
+
+class Entry(NamedTuple):
+    """A stored tensor: its dtype (a safetensors name), its shape and, if it is in a file, where it begins there.
+
+    `strides` are those of each dimension, in elements, if it is not stored in row-major order, else empty.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int = 0
+    strides: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all elements."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+# --- opening files
+
+
+@contextmanager
+def named_on_error(path: Path, verb: str) -> Iterator[None]:
+    """Turn the system's errors in the block into a FileFormatError: the file "cannot be {verb}", as "opened"."""
+    try:
+        yield
+    except RemoteError:
+        raise
+    except OSError as error:
+        # ESTALE: on a network file system another host has removed a file that is open here.
+        kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
+        hint = "raise the limit of open files, as by ulimit -n 4096" if error.errno == errno.EMFILE else ""
+        raise kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint) from error
+    except ValueError as error:
+        raise FileFormatError(f"{str(path)!r}", f"cannot be {verb}: no file can have this name") from error
+
+
+class _LocalBytes:
+    """A regular file, open for reading."""
+
+    tag = ""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = files.system.open(path)
+        status = os.fstat(self._descriptor)
+        self.size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise FileFormatError(path, "is not a regular file")
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def read(self, view: memoryview, offset: int) -> int:
+        return files.system.read(self._descriptor, view, offset)
+
+    def close(self) -> None:
+        files.system.close(self._descriptor)
+
+
+def _opened(path: Path) -> _LocalBytes | RemoteBytes:
+    if not files.is_url(path):
+        return _LocalBytes(path)
+    from posthoc_cli.remote.ranges import RemoteBytes
+
+    return RemoteBytes(path)
+
+
+class OpenedFile:
+    """A regular file or an object in a store, open for reading at any offset by any number of threads.
+
+    It is a context manager. `tag` is the identifier of an object's version; empty for a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with named_on_error(path, "opened"):
+            self._bytes = _opened(path)
+        self.size, self.tag = self._bytes.size, self._bytes.tag
+
+    @property
+    def stamp(self) -> tuple[int, int | str]:
+        """A value that changes when the file is written to."""
+        return self._bytes.stamp
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fill `view` with the bytes from an offset on; return the number read, smaller only at the end of the file."""
+        done = 0
+        with named_on_error(self.path, "read"):
+            while done < len(view) and (count := self._bytes.read(view[done:], offset + done)):
+                done += count
+        return done
+
+    def read_at(self, count: int, offset: int) -> bytes:
+        """Return `count` bytes at an offset, fewer at the end of the file."""
+        buffer = bytearray(count)
+        return bytes(buffer[: self.read_into(memoryview(buffer), offset)])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._bytes.close()
+
+    def __enter__(self: _File) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_small_file(path: Path, most: int) -> bytes:
+    """Return the content of a regular file; raise FileFormatError if it has more than `most` bytes."""
+    with OpenedFile(path) as file:
+        if file.size > most:
+            raise FileFormatError(path, f"has {file.size:,} bytes; at most {most:,} are allowed")
+        return file.read_at(file.size, 0)
+
+
+_SAMPLES, _SAMPLE = 16, 4096
+"""The number and size of the pieces of a file from which its identity is computed."""
+
+
+def sampled_identity(file: OpenedFile) -> str:
+    """Return 16 hexadecimal digits computed from a file's size and pieces of its content, evenly spaced.
+
+    For an object with a tag they are computed from its size and the tag.
+    """
+    digest = xxhash.xxh3_64(file.size.to_bytes(8, "little") + file.tag.encode())
+    if file.tag:
+        return digest.hexdigest()
+    last = max(0, file.size - _SAMPLE)
+    for index in range(_SAMPLES):
+        digest.update(file.read_at(_SAMPLE, last * index // (_SAMPLES - 1)))
+    return digest.hexdigest()
+
+
+def in_turn(work: Callable[[S], T], things: Sequence[S], remote: bool) -> Iterator[T]:
+    """Yield the result of `work` for each thing, in order; several at a time if they are in a store."""
+    if not remote:
+        yield from map(work, things)
+        return
+    with ThreadPoolExecutor(THREADS, "ema-remote") as pool:
+        yield from pool.map(work, things)
+
+
+# --- a file of tensors
+
+
+class _Shared:
+    """What the users of one file share: the file while any of them has it open, and its last reordered tensor."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.gathered = threading.RLock(), 0, dict[str, npt.NDArray[np.uint8]]()
+        self.file: OpenedFile | None = None
+
+
+class Checked(NamedTuple):
+    """The result for a piece of a payload: damaged tensors with their errors, and tensors with nan or infinity."""
+
+    nbytes: int
+    damaged: dict[str, FileFormatError]
+    nonfinite: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorFile:
+    """A file of tensors, each at a known place. As a context manager it stays open; else it is opened for each read.
+
+    Attributes:
+        entries: the tensors in the file, or the chunks of tensors.
+        stamp: its size, and a value that changes when it is written to.
+        sums: the checksums of each tensor's blocks; empty for a file of another program.
+        boxes: the box of its tensor that each chunk holds; empty if all tensors are complete.
+        metadata: the strings in its header, without those of this package.
+        content: the JSON object of this package in its header, without the checksums of blocks.
+        checksum: what identifies the content: the checksum of its header, or for a checkpoint `sampled_identity`.
+    """
+
+    path: Path
+    entries: Mapping[str, Entry]
+    stamp: tuple[int, int | str]
+    sums: Mapping[str, str] = field(default_factory=dict)
+    boxes: Mapping[str, Box] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    content: Mapping[str, Any] = field(default_factory=dict)
+    checksum: str = ""
+    _shared: _Shared = field(default_factory=_Shared, init=False, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the file."""
+        return self.stamp[0]
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of the file: "snapshot", "output", or None for another program's file."""
+        kind = self.content.get("kind")
+        return kind if kind is None else str(kind)
+
+    def box(self, name: str) -> Box | None:
+        """Return the box of a tensor's elements in the file; None if it has none."""
+        if self.boxes:
+            return self.boxes.get(name)
+        return Box.full(self.entries[name].shape) if name in self.entries else None
+
+    def __enter__(self) -> TensorFile:
+        with self._shared.lock:
+            if not self._shared.users:
+                file = OpenedFile(self.path)
+                try:
+                    if file.stamp != self.stamp and not self._is_in(file):
+                        raise FileFormatError(self.path, "was replaced while it was being used", "run again")
+                except BaseException:
+                    file.close()
+                    raise
+                self._shared.file = file
+            self._shared.users += 1
+        return self
+
+    def _is_in(self, file: OpenedFile) -> bool:
+        """Return whether an opened file has this header, although it was written to; its blocks are verified."""
+        start = file.read_at(_DIGITS.stop, 0)
+        return bool(self.sums) and file.size == self.nbytes and start[_DIGITS] == self.checksum.encode()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Close the file; raise FileFormatError if it has no checksums and was changed meanwhile."""
+        with self._shared.lock:
+            self._shared.users -= 1
+            if self._shared.users or self._shared.file is None:
+                return
+            file, self._shared.file = self._shared.file, None
+            self._shared.gathered.clear()
+        with file:
+            if kind is None and not self.sums and file.stamp != self.stamp:
+                raise FileFormatError(self.path, "was changed while it was being read", "run again")
+
+    def read(self, name: str, begin: int, view: memoryview, verify: bool = True) -> None:
+        """Fill `view` with the bytes of a tensor, in row-major order, from `begin` on; verify all blocks of them."""
+        entry, end = self.entries[name], begin + len(view)
+        with self:
+            if entry.strides:
+                view[:] = self._in_order(name)[begin:end].data
+                return
+            if not (verify and self.sums):
+                self._fill(name, entry.begin + begin, view)
+                return
+            block = BLOCK * ITEM_BYTES[entry.dtype]
+            first, last = begin - begin % block, min(-(-end // block) * block, entry.nbytes)
+            room = view if (first, last) == (begin, end) else np.empty(last - first, np.uint8).data
+            for at in range(first, last, _PIECE * block):
+                piece = room[at - first : at - first + _PIECE * block]
+                self._fill(name, entry.begin + at, piece)
+                self.check(name, at, piece)
+            if room is not view:
+                view[:] = room[begin - first : end - first]
+
+    def read_many(self, names: Sequence[str], view: memoryview) -> None:
+        """Fill `view` with complete tensors, end to end, verified; neighbours in the file are read together."""
+        entries = [self.entries[name] for name in names]
+        at = run = 0
+        with self:
+            for name, entry, following in zip(names, entries, [*entries[1:], None], strict=True):
+                at += entry.nbytes
+                if entry.strides:
+                    self.read(name, 0, view[at - entry.nbytes : at])
+                    run = at
+                elif following is None or following.strides or following.begin != entry.begin + entry.nbytes:
+                    self._fill(name, entry.begin + entry.nbytes - (at - run), view[run:at])
+                    run = at
+        at = 0
+        for name, entry in zip(names, entries, strict=True):
+            self.check(name, 0, view[at : at + entry.nbytes])
+            at += entry.nbytes
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor, verified, in its stored dtype."""
+        entry = self.entries[name]
+        data = np.empty(entry.nbytes, np.uint8)
+        self.read(name, 0, data.data)
+        return tensor_from_bytes(data, entry.dtype, entry.shape)
+
+    def check(self, name: str, begin: int, view: memoryview) -> None:
+        """Raise FileFormatError unless the complete blocks of a tensor from `begin` on match their checksums."""
+        if not self.sums:
+            return
+        size, sums = BLOCK * ITEM_BYTES[self.entries[name].dtype], self.sums[name]
+        for at in range(0, len(view), size):
+            place = 16 * ((begin + at) // size)
+            if xxhash.xxh3_64_hexdigest(view[at : at + size]) != sums[place : place + 16]:
+                raise FileFormatError(self.path, f"tensor {shown(name)} is damaged: its checksum does not match")
+
+    def _fill(self, name: str, offset: int, view: memoryview) -> None:
+        """Fill `view` with the bytes at an offset of the file."""
+        file = self._shared.file
+        assert file is not None, "each caller has opened it"
+        if file.read_into(view, offset) < len(view):
+            raise FileFormatError(self.path, f"tensor {shown(name)}: the file became shorter while it was read")
+
+    def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return the bytes, in row-major order, of a tensor stored in another order; the last such tensor is kept."""
+        with self._shared.lock:
+            if name not in self._shared.gathered:
+                entry, dtype = self.entries[name], items(self.entries[name].dtype)
+                reach = 1 + sum((size - 1) * step for size, step in zip(entry.shape, entry.strides, strict=True))
+                stored = np.empty(reach, dtype)
+                self._fill(name, entry.begin, stored.view(np.uint8).data)
+                strided = as_strided(stored, entry.shape, [dtype.itemsize * step for step in entry.strides])
+                self._shared.gathered.clear()
+                self._shared.gathered[name] = np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
+            return self._shared.gathered[name]
+
+    def verify(self, progress: Callable[[int], object] = lambda _: None) -> None:
+        """Read and verify every byte; raise FileFormatError for the first damaged tensor."""
+        for checked in self.checked():
+            for error in checked.damaged.values():
+                raise error
+            progress(checked.nbytes)
+
+    def checked(self) -> Generator[Checked, None, None]:
+        """Check every tensor's bytes and values in order, on several threads; continue after damage."""
+        with self:
+            pieces = _pieces(self.entries)
+            if self.nbytes < 4 * 2**20:  # starting threads takes longer than reading a small file
+                yield from map(self._check_piece, pieces)
+                return
+            pool, pending = ThreadPoolExecutor(THREADS, "ema-verify"), deque[Future[Checked]]()
+            try:
+                for piece in pieces:
+                    pending.append(pool.submit(self._check_piece, piece))
+                    if len(pending) > 2 * THREADS:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:  # on an error or an interrupt, too: wait for the pieces being read and cancel the others
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _check_piece(self, spans: Sequence[_Span]) -> Checked:
+        """Read consecutive spans and check their checksums and values."""
+        result = Checked(sum(end - begin for _, begin, end in spans), {}, [])
+        view = np.empty(result.nbytes, np.uint8).data
+        try:
+            self._fill(spans[0][0], self.entries[spans[0][0]].begin + spans[0][1], view)
+        except FileFormatError as error:
+            result.damaged.update(dict.fromkeys((name for name, _, _ in spans), error))
+            return result
+        at = 0
+        for dtype, of_dtype in groupby(spans, lambda span: self.entries[span[0]].dtype):
+            parts, start = [], at
+            for name, begin, end in of_dtype:
+                parts.append((name, view[at : at + end - begin]))
+                at += end - begin
+                try:
+                    self.check(name, begin, parts[-1][1])
+                except FileFormatError as error:
+                    result.damaged[name] = error
+            if holds_nonfinite(view[start:at], dtype):  # one test for neighbours, and for each only if it fails
+                result.nonfinite.extend(name for name, part in parts if holds_nonfinite(part, dtype))
+        return result
+
+
+_Span = tuple[str, int, int]
+"""The name of a tensor and the begin and end of some of its bytes, blocks of it."""
+
+
+def _pieces(entries: Mapping[str, Entry]) -> Iterator[list[_Span]]:
+    """Yield the payload in order, in lists of consecutive spans of about a block in total."""
+    batch: list[_Span] = []
+    size = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+        block = BLOCK * ITEM_BYTES[entry.dtype]
+        for begin in range(0, entry.nbytes, block):
+            end = min(begin + block, entry.nbytes)
+            if size + end - begin > block:
+                yield batch
+                batch, size = [], 0
+            batch.append((name, begin, end))
+            size += end - begin
+    if batch:
+        yield batch
+
+
+# --- headers
+
+
+def read_file(path: Path) -> TensorFile:
+    """Read the header of a safetensors file, and check all that can be checked without the payload."""
+    with OpenedFile(path) as file:
+        return decode_file(file)
+
+
+def decode_file(file: OpenedFile) -> TensorFile:
+    """Return what the header of an opened safetensors file says, checked."""
+    path, start = file.path, _read_start(file)
+    checksum = ""
+    if start[8:].startswith(_START):
+        checksum = start[_DIGITS].decode(errors="replace")
+        if checksum != _checksum(start):
+            raise FileFormatError(path, _DAMAGED)
+    elif b"ema.checksum" in start[: _DIGITS.stop]:
+        raise FileFormatError(path, _DAMAGED)
+    _check_count(path, start.count(b'"dtype"'))  # before all of them are parsed
+    raw = parse_object(path, start[8:], "header")
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FileFormatError(path, "__metadata__ must map names to strings")
+    if "ema.version" in metadata:
+        raise FileFormatError(path, f"is of an earlier release: its format is none that this one reads, {FORMAT}")
+    own = {key: metadata.pop(key, "") for key in ("ema.checksum", "ema")}
+    if not checksum and (own["ema.checksum"] or own["ema"].startswith('{"')):
+        raise FileFormatError(path, _DAMAGED)
+    entries = _decode_entries(path, raw, len(start))
+    nbytes = len(start) + sum(entry.nbytes for entry in entries.values())
+    if nbytes != file.size:
+        state = "truncated" if file.size < nbytes else "too long"
+        raise FileFormatError(path, f"{state}: has {file.size:,} bytes, its header says {nbytes:,}")
+    content = parse_object(path, own["ema"], "ema") if checksum else {}
+    sums = content.pop("sums", None)
+    if checksum and not _fit(sums, entries):
+        raise FileFormatError(path, "ema: sums must have a checksum for each block of each tensor")
+    return TensorFile(path, entries, file.stamp, sums or {}, {}, metadata, content, checksum)
+
+
+_DAMAGED = "damaged header: its checksum does not match"
+
+
+def _read_start(file: OpenedFile) -> bytes:
+    """Return the first 8 + N bytes of a file, which precede the payload."""
+    prefix = file.read_at(8, 0)
+    if len(prefix) < 8:
+        raise FileFormatError(file.path, f"truncated: {file.size:,} bytes cannot hold a safetensors header")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES or 8 + length > file.size:
+        if prefix.startswith(_PICKLES):
+            raise FileFormatError(
+                file.path, "is a pickle (.pt, .bin), not safetensors", "rename it with the suffix of its format"
+            )
+        reason = f"its header would take {length:,} bytes of a file of {file.size:,}"
+        raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {reason}")
+    text = file.read_at(length, 8)
+    if len(text) < length:
+        raise FileFormatError(file.path, "the file became shorter while it was read")
+    return prefix + text
+
+
+def _checksum(start: bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(start[: _DIGITS.start] + b"0" * 16 + start[_DIGITS.stop :])
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count > MAX_TENSORS:
+        raise FileFormatError(path, f"its header names {count:,} tensors; at most {MAX_TENSORS:,} are read")
+
+
+def _decode_entries(path: Path, raw: dict[str, Any], start: int) -> dict[str, Entry]:
+    _check_count(path, len(raw))  # escaped keys were not counted before
+    entries = {name: _decode_entry(path, name, value, start) for name, value in raw.items()}
+    position = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        if entry.begin != position:
+            at, due = entry.begin - start, position - start
+            raise FileFormatError(path, f"tensor {shown(name)}: begins at {at:,} where {due:,} was due")
+        position += entry.nbytes
+    return entries
+
+
+def _decode_entry(path: Path, name: str, value: Any, start: int) -> Entry:
+    is_entry = isinstance(value, dict) and set(value) == {"dtype", "shape", "data_offsets"}
+    dtype, shape, offsets = (value["dtype"], value["shape"], value["data_offsets"]) if is_entry else (None, [], [])
+    is_entry = is_entry and is_sizes(shape) and is_sizes(offsets) and len(offsets) == 2 and len(shape) <= 64
+    # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
+    if not is_entry or math.prod(size or 1 for size in shape) >= 2**60:
+        raise FileFormatError(path, f"tensor {shown(name)}: its header entry is malformed")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        known = ", ".join(ITEM_BYTES)
+        raise FileFormatError(path, f"tensor {shown(name)}: dtype {shown(dtype)} is none of {known}")
+    entry, (begin, end) = Entry(dtype, tuple(shape), start + offsets[0]), offsets
+    if end - begin != entry.nbytes:
+        what = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
+        raise FileFormatError(path, f"tensor {shown(name)}: {what}")
+    return entry
+
+
+def _fit(sums: Any, entries: Mapping[str, Entry]) -> bool:
+    return (
+        isinstance(sums, dict)
+        and sums.keys() == entries.keys()
+        and all(isinstance(sums[n], str) and len(sums[n]) == 16 * -(-e.size // BLOCK) for n, e in entries.items())
+    )
+
+
+def is_sizes(value: Any) -> bool:
+    """Return whether a JSON value is a list of valid sizes or offsets, such as a shape."""
+    return isinstance(value, list | tuple) and all(type(size) is int and 0 <= size < 2**60 for size in value)
+
+
+# --- JSON
+
+
+def parse_json(path: Path, data: bytes | str, what: str) -> Any:
+    """Parse strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = _DECODER.decode(text)
+        if "\\u" in text:  # only escapes can produce invalid text
+            _check_text(value)
+        return value
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(path, f"damaged {what}: {str(error)[:200]}") from error
+
+
+def parse_object(path: Path, data: bytes | str, what: str) -> dict[str, Any]:
+    """Parse strict JSON like `parse_json`; the value must be an object."""
+    value = parse_json(path, data, what)
+    if not isinstance(value, dict):
+        raise FileFormatError(path, f"damaged {what}: must be a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("the same key twice")
+    return result
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _short_int(digits: str) -> int:
+    """Parse an integer of limited length: a very long one would take hours if Python's own limit is lifted."""
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_short_int)
+
+
+def _check_text(value: Any) -> None:
+    """Refuse lone surrogates and zero bytes, which escapes can express."""
+    stack = [("", value)]
+    while stack:
+        key, node = stack.pop()
+        if isinstance(node, dict):
+            stack += [*((name, name) for name in node), *node.items()]
+        elif isinstance(node, list):
+            stack += [(key, item) for item in node]
+        elif isinstance(node, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in node):
+            raise ValueError(f"{shown(key)}: {shown(node)} is not Unicode text, or has a zero byte")
+
+
+def compact(value: object) -> str:
+    """Return a value as JSON without spaces: arrays as lists, dataclasses as objects."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def _plain(value: Any) -> object:
+    return value.tolist() if isinstance(value, np.ndarray) else vars(value)
+
+
+# --- writing
+
+
+class TensorFileWriter:
+    """A writer of one file. Use it as a context manager and call `commit` at the end.
+
+    Arguments:
+        entries: dtype and shape of all tensors that will be written, by name.
+        content: the JSON object of this package, without the checksums; None for a file without checksums.
+        metadata: further strings of the header.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, Entry],
+        content: Mapping[str, Any],
+        metadata: Mapping[str, str],
+        overwrite: bool = False,
+    ) -> None:
+        self.path, self._content, self._metadata = path, content, metadata
+        self._entries = lay_out(entries)
+        self._sums = {name: ["0" * 16] * -(-entry.size // BLOCK) for name, entry in self._entries.items()}
+        self._start = len(self._encoded())
+        self._file = files.PendingFile(path, overwrite)
+
+    def write(self, name: str, data: memoryview, begin: int = 0) -> None:
+        """Write complete blocks of a tensor, from byte `begin` on."""
+        view = data.cast("B")
+        self._sum(name, view, begin)
+        self._file.write_at(view, self._start + self._entries[name].begin + begin)
+
+    def write_parts(self, name: str, parts: Iterable[memoryview]) -> None:
+        """Write a complete tensor that comes in consecutive parts of any size."""
+        entry, digest, at = self._entries[name], xxhash.xxh3_64(), 0
+        block = BLOCK * ITEM_BYTES[entry.dtype]
+        for part in parts:
+            view = part.cast("B")
+            self._file.write_at(view, self._start + entry.begin + at)
+            while view:
+                taken = view[: block - at % block]
+                digest.update(taken)
+                view, at = view[len(taken) :], at + len(taken)
+                if at % block == 0 or at == entry.nbytes:
+                    self._sums[name][(at - 1) // block] = digest.hexdigest()
+                    digest.reset()
+
+    def write_many(self, names: Sequence[str], data: memoryview) -> None:
+        """Write complete tensors, concatenated in `data`; neighbours in the file are written together."""
+        view, at, run = data.cast("B"), 0, 0
+        entries = [self._entries[name] for name in names]
+        for name, entry, following in zip(names, entries, [*entries[1:], None], strict=True):
+            self._sum(name, view[at : at + entry.nbytes], 0)
+            at += entry.nbytes
+            if following is None or following.begin != entry.begin + entry.nbytes:
+                self._file.write_at(view[run:at], self._start + entry.begin + entry.nbytes - (at - run))
+                run = at
+
+    def _sum(self, name: str, view: memoryview, begin: int) -> None:
+        block = BLOCK * ITEM_BYTES[self._entries[name].dtype]
+        for at in range(0, len(view), block):
+            self._sums[name][(begin + at) // block] = xxhash.xxh3_64_hexdigest(view[at : at + block])
+
+    def commit(self) -> TensorFile:
+        """Fill in the header, make the file durable and give it its name; return the file."""
+        header = self._encoded()
+        self._file.write_at(header, 0)
+        status = os.fstat(self._file.descriptor)
+        self._file.publish()
+        entries = {
+            name: Entry(entry.dtype, entry.shape, self._start + entry.begin) for name, entry in self._entries.items()
+        }
+        sums = {name: "".join(blocks) for name, blocks in self._sums.items()}
+        return TensorFile(
+            self.path, entries, (status.st_size, status.st_mtime_ns), sums, {}, self._metadata, self._content,
+            header[_DIGITS].decode(),
+        )  # fmt: skip
+
+    def discard(self) -> None:
+        """Remove what was written; do nothing after `commit`."""
+        self._file.discard()
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+    def _encoded(self) -> bytes:
+        return encode_header(self._entries, self._content, self._metadata, self._sums)
+
+
+def encode_header(
+    entries: Mapping[str, Entry],
+    content: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    sums: Mapping[str, Sequence[str]] | None = None,
+) -> bytes:
+    """Return a file's bytes up to the payload; their number does not depend on the `sums`, the blocks' checksums."""
+    if len(entries) > MAX_TENSORS:
+        raise InvalidValueError("header", f"would name {len(entries):,} tensors; at most {MAX_TENSORS:,} are allowed")
+    blocks = sums or {name: ["0" * 16] * -(-entry.size // BLOCK) for name, entry in entries.items()}
+    own = compact({**content, "sums": {name: "".join(digits) for name, digits in blocks.items()}})
+    header: dict[str, Any] = {"__metadata__": {"ema.checksum": "0" * 16, "ema": own, "format": "pt", **metadata}}
+    for name, entry in entries.items():
+        offsets = [entry.begin, entry.begin + entry.nbytes]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+    try:
+        text = compact(header).encode()
+    except UnicodeEncodeError as error:
+        near = str(error.object)[max(0, error.start - 40) : error.end + 40]
+        raise InvalidValueError("header", f"a name or value cannot be written in UTF-8: {near!r}") from error
+    if b"\\u0000" in text:  # readers refuse zero bytes
+        raise InvalidValueError("header", "a name or value has a zero byte, which cannot be written")
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise InvalidValueError("header", f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
+    start = len(text).to_bytes(8, "little") + text
+    return start[: _DIGITS.start] + _checksum(start).encode() + start[_DIGITS.stop :]
+
+
+def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Assign places in a payload: wide items first, so that every tensor is aligned to its item size."""
+    if "__metadata__" in entries:
+        raise InvalidValueError("tensor name '__metadata__'", "is no tensor's in a safetensors file")
+    placed: dict[str, Entry] = {}
+    begin = 0
+    for name, entry in sorted(entries.items(), key=lambda item: -ITEM_BYTES[item[1].dtype]):
+        placed[name] = Entry(entry.dtype, entry.shape, begin)
+        begin += entry.nbytes
+    return placed
+
+
+# --- bytes and values
+
+
+def items(dtype: str) -> np.dtype[Any]:
+    """Return the NumPy dtype for copying elements bit by bit."""
+    return np.dtype(f"u{ITEM_BYTES[dtype]}")
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the row-major bytes of a tensor: a view if it is contiguous and on the CPU, else a copy."""
+    import torch
+
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def tensor_from_bytes(data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a tensor that shares the memory of these bytes."""
+    import torch
+
+    if data.size == 0:
+        # torch gives empty arrays the stride 0 and refuses to view them as another dtype.
+        return torch.empty(shape, dtype=torch_dtype(dtype))
+    return torch.from_numpy(data).view(torch_dtype(dtype)).reshape(shape)
+
+
+def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float64]:
+    """Decode little-endian bytes as float64; a complex number becomes two."""
+    if dtype.startswith("F8"):  # NumPy lacks these dtypes; torch is imported only here, since that takes a second
+        return tensor_from_bytes(data.copy(), dtype, data.shape).double().numpy()  # torch needs writable memory
+    if dtype == "BF16":  # the upper half of a float32
+        values = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = data.view("float32" if dtype == "C64" else DTYPES[dtype].torch_name)
+    with np.errstate(invalid="ignore"):  # converting a signalling nan sets a floating-point flag
+        return values.astype(np.float64)
+
+
+def holds_nonfinite(data: memoryview, dtype: str) -> bool:
+    """Return whether little-endian numbers of a dtype (a safetensors name) include nan or infinity.
+
+    Without the sign, the bit patterns of floating-point numbers are in the order of the numbers, non-finite ones last.
+    Read as signed integers, the positive numbers are the largest, in this order; read as unsigned integers, the
+    negative numbers are. Comparing the two maxima with the first non-finite number therefore suffices, without a copy.
+    """
+    item, nonfinite = DTYPES[dtype].nbytes, DTYPES[dtype].first_nonfinite
+    if not nonfinite or not len(data):
+        return False
+    sign = 1 << (8 * item - 1)
+    signed = np.frombuffer(data, f"<i{item}")
+    return int(signed.max()) >= nonfinite or int(signed.view(f"<u{item}").max()) >= sign | nonfinite
