@@ -209,7 +209,7 @@ def test_the_metadata_of_a_snapshot_is_read_back_exactly(
 def test_the_metadata_of_an_output_is_read_back_exactly(tmp_path: Path, predicted_error: float | None) -> None:
     info = OutputInfo(
         RUN_ID, "sigma_rel 0.15", 0.15, exact_gamma(0.15), 1e15 / 3, "tokens", "paper", 1e-3, predicted_error,
-        (Used("a.safetensors", 1 / 3), Used("b.safetensors", -2e-17)), ("norm.running_mean",), {"part": "1/2"},
+        (Used("a.safetensors", 1 / 3), Used("b.safetensors", -2e-17)), ("norm.running_mean",),
     )  # fmt: skip
     write_tensors(tmp_path / "x.safetensors", {}, info, overwrite=False)
     assert decode_output(read_file(tmp_path / "x.safetensors")) == info
