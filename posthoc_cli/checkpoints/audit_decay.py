@@ -222,14 +222,6 @@ def series_of(samples: Sequence[Sample]) -> Series:
     return Series(np.array([sample.t for sample in samples]), values, np.vstack([0 * rounding, rounding]).T)
 
 
-def fits_16_bits(values: FloatArray) -> bool:
-    """Return whether bfloat16 or float16 holds all values exactly."""
-    single = values.astype(np.float32)
-    with np.errstate(over="ignore"):
-        is_half = bool((single.astype(np.float16).astype(np.float32) == single).all())
-    return is_half or not (single.view(np.uint32) & 0xFFFF).any()
-
-
 # --- models of an average
 
 
