@@ -54,13 +54,14 @@ from posthoc_cli.checkpoints.read_step import checked_step, step_of
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, Updates, make_checkpoint
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
-from posthoc_cli.profiles import Discrete, Point, PowerFunction, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import (
-    DEFAULT_UPDATE_AFTER_STEP,
+from posthoc_cli.profiles import (
     RAMP_UP,
     TORCHTITAN_GAMMA,
+    Discrete,
+    Point,
+    PowerFunction,
     ema_pytorch_profile,
-    posthoc_ema_profile,
+    gamma_from_sigma_rel,
     power_function_profile,
     torchtitan_profile,
 )
@@ -185,6 +186,8 @@ def _titan_averages(indexed: IndexedCheckpoint) -> Tensors:
 
 # --- ema-pytorch and pytorch-posthoc-ema: averages by number, whose settings are not in their files
 
+DEFAULT_UPDATE_AFTER_STEP = 100
+"""The default of `pytorch-posthoc-ema`."""
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
 _NUMBERED_FORM = "<number>.<step>.pt, or <number>_<step>.safetensors"
 _COUNTERS = ("initted", "step")
@@ -221,7 +224,7 @@ def _numbered_profile(library: str, gamma: float, step: int, settings: ImportSet
     if library == "ema-pytorch":
         return ema_pytorch_profile(gamma, step, update_every)
     after = DEFAULT_UPDATE_AFTER_STEP if settings.update_after_step is None else settings.update_after_step
-    return posthoc_ema_profile(gamma, step, update_every, after)
+    return ema_pytorch_profile(gamma, step, update_every, max(after, 1))
 
 
 def _check_update_after_step(path: Path, indexed: IndexedCheckpoint, step: int, given: int | None) -> None:
