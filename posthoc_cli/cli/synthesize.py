@@ -152,6 +152,4 @@ def _note_left_out(names: list[str], path: Path) -> None:
     before = "" if file == path else f"make {file.name} instead of {path.name}, then: "
     command = f"{before}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
     reason = "of the model, which the run does not track"
-    output.print_note(
-        f"the output lacks {_listed(names)} {reason}; to add it from a full model: {command}"
-    )
+    output.print_note(f"the output lacks {_listed(names)} {reason}; to add it from a full model: {command}")
