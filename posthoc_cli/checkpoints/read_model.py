@@ -49,6 +49,8 @@ ENDINGS = (SUFFIX, *PICKLES, ".pth.tar")
 PARAMETERS = "shadow_params"
 """Key of averages in a list, in the order of the model's parameters."""
 _MOST_VALUES = 1_000_000
+_USUAL_LENGTH = 100
+"""The length of a name that counts as one value more: a pickle can repeat long names, which few bytes refer to."""
 _DEEPEST = 100
 DCP_METADATA = ".metadata"
 INDEX_ENDING = ".index.json"
@@ -320,13 +322,14 @@ def _leaves(path: Path, value: Any) -> dict[Keys, Any]:
         elif depth < _DEEPEST:
             module = _module_tensors(item) if isinstance(item, Node) else None
             is_module, content = module is not None, module or item
-            count += len(content)
-            if count > _MOST_VALUES:
-                raise FileFormatError(path, f"cannot be read as tensors: holds more than {_MOST_VALUES:,} values")
             for key in reversed(content):
                 if isinstance(key, str | int):
                     name = (*keys[:-1], f"{keys[-1]}.{key}") if is_module and is_in_module else (*keys, str(key))
                     pending.append((name, content[key], depth + 1, is_module))
+                    count += 1 + sum(map(len, name)) // _USUAL_LENGTH
+                if count > _MOST_VALUES:
+                    reason = f"holds more than {_MOST_VALUES:,} values, or very long names"
+                    raise FileFormatError(path, f"cannot be read as tensors: {reason}")
     return leaves
 
 
