@@ -223,7 +223,7 @@ class CheckpointInfo(SourceInfo):
         if isinstance(used, PowerFunction):
             used = RecordedPowerFunction(used.gamma, used.t, self.t_first, 1.0)
         eps = EPS["F64" if {self.tensors[name].dtype for name in self.averages} == {"F64"} else "F32"]
-        return StoredAverage(used, self.step, eps, None, self.t / self.step, Steps(Clock([self.step], [self.t]), 1))
+        return StoredAverage(used, self.step, eps, None, Steps(Clock([self.step], [self.t]), 1))
 
     @property
     def holds(self) -> str:
