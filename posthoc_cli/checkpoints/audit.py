@@ -1,18 +1,18 @@
 """Check that an average is what it claims to be, from checkpoints of it and of the weights; NumPy float64 on a sample.
 
 `audit_decay` finds the decay that explains how the average moved. This module finds the warm-up and the restarts, and
-recognises faults by the same Gram matrices: the average does not move, it equals the weights, its decay is above 1, or
-the weights follow the average. An average that restarted from the weights remembers nothing from before the restart;
+recognises faults by the same Gram matrices: the average, or some of its tensors, do not move or equal the weights. An
+average that restarted from the weights remembers nothing from before the restart;
 how far it has moved between two checkpoints gives the time of the restart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from posthoc_cli.checkpoints.audit_decay import (
     WarmModel,
     argmin,
     choose_pieces,
-    fits_16_bits,
     followed_since,
     interval_residuals,
     misfit,
@@ -38,8 +37,7 @@ from posthoc_cli.checkpoints.audit_decay import (
     series_of,
 )
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import RAMP_UP, DecayRule, OrdinaryEMA
+from posthoc_cli.profiles import RAMP_UP, DecayRule, FloatArray, OrdinaryEMA, Point, gamma_from_sigma_rel
 from posthoc_cli.snapshots.codecs import decode_sample
 from posthoc_cli.snapshots.path import places
 from posthoc_cli.snapshots.snapshot import Snapshot
@@ -54,8 +52,8 @@ _FOREIGN = 0.8
 _SHORTEST = 0.1
 """Smallest length that can be determined, as a share of the time between two checkpoints."""
 
-_ALL, _MANY = 0.999, 0.5
-"""Shares of equal elements that count as all elements, and as most."""
+_ALL = 0.999
+"""Share of equal elements that counts as all elements."""
 
 _CLEARLY = 0.5
 """An explanation is clearly better if its residual is below this share of another one's."""
@@ -67,8 +65,7 @@ _VAGUE, _BEYOND_DOUBT = 0.25, 5.0
 """The relative uncertainty of a length above which it is undetermined, unless it differs from the claimed one by that
 multiple of the uncertainty."""
 
-BAD = ("too long", "too short", "does not move", "stalls", "is the weights", "began again", "moves away", "swapped",
-       "some tensors", "was not updated")  # fmt: skip
+BAD = ("too long", "too short", "does not move", "equals the weights", "began again", "some tensors")
 """Verdicts that name a fault; the others are "as claimed", "found" and "undetermined"."""
 
 
@@ -81,7 +78,7 @@ class Interval:
         found: time constant in the same unit, 1 / (1 - decay) for one step; for a power function its sigma_rel.
         claimed: claimed time constant or sigma_rel; None without a claim.
         unexplained: L2 norm of the residual of the average's motion, divided by that of the motion.
-        note: what is wrong in this interval; empty if nothing is.
+        note: what happened in this interval, or is wrong in it; empty if nothing is.
     """
 
     begin: float
@@ -107,6 +104,7 @@ class Audit:
         ratio: found length / claimed length.
         warm_up: rule by which the decay rose, as `ImportSettings.ema_warmup` names it; empty without a warm-up.
         starts: times after the begin of the training at which the average started from the weights.
+        is_late: whether the first of these is its begin, and not a restart.
         tensors: names of the tensors that the verdict is about; empty for all tensors.
         intervals: findings for each interval, in order of time.
         elements: number of elements in the sample.
@@ -123,6 +121,7 @@ class Audit:
     ratio: float | None = None
     warm_up: str = ""
     starts: tuple[float, ...] = ()
+    is_late: bool = False
     tensors: tuple[str, ...] = ()
     intervals: tuple[Interval, ...] = ()
     elements: int = 0
@@ -143,12 +142,32 @@ class Audit:
 # --- the average
 
 
+class _Note(NamedTuple):
+    """What happened in an interval, its time, and whether that is from the settings."""
+
+    what: str
+    at: float | None = None
+    said: bool = False
+
+    def __str__(self) -> str:
+        if self.at is None:
+            return self.what
+        return (
+            f"{self.what} at {self.at:,.0f}, as the settings say"
+            if self.said
+            else f"{self.what} near step {self.at:,.0f}"
+        )
+
+
+_STILL, _NOT_BEGUN, _BEGINS, _AGAIN = "was not updated", "not begun", "begins", "began again"
+
+
 @dataclass
 class _Case:
-    """An average to be judged: `tensors` are the names of the pieces, `starts` the restarts that settings say.
+    """An average to be judged: `tensors` are the names of the pieces, `restarts` the times that settings say.
 
     Masks of pieces are `used`, whose weights move, `still` and `equal`, whose average stands still or equals the
-    weights, and `kept`, which do neither. `notes` are faults by interval; in those of `idle` there were no updates.
+    weights, and `kept`, which do neither. `notes` are by interval; those with a note show no decay.
     """
 
     name: str
@@ -156,8 +175,7 @@ class _Case:
     series: Series
     tensors: Sequence[str]
     model: Model
-    is_16_bit: bool = False
-    starts: tuple[float, ...] = ()
+    restarts: tuple[float, ...] = ()
     unit: str = "steps"
 
     def __post_init__(self) -> None:
@@ -168,16 +186,24 @@ class _Case:
         self.still = ((same >= _ALL) | ~moved).all(axis=0) & self.used
         self.equal = ((copied[:, 1] >= _ALL) | ~moved).all(axis=0) & self.used
         self.kept = self.used & ~(self.still | self.equal)
-        self.stalled = float(same[:, self.kept].mean()) > _MANY if self.kept.any() else False
-        self.notes: dict[int, str] = {}
+        self.notes: dict[int, _Note] = {}
         for index, row in enumerate(moved):
             if row.any() and (same[index][row] >= _ALL).all():
-                self.notes[index] = "was not updated"
-        self.idle = [*self.notes]
+                self.notes[index] = _Note(_STILL)
         for index, row in enumerate(moved):
             if index in self.notes or not (copied[index, 0][row] >= _ALL).all():
                 break
-            self.notes[index] = "not begun" if (copied[index, 1][row] >= _ALL).all() else "begins"
+            self.notes[index] = _Note(_NOT_BEGUN if (copied[index, 1][row] >= _ALL).all() else _BEGINS)
+        for restart in self.restarts:
+            for index, products in enumerate(self.products):
+                if products.begin <= restart < products.end:
+                    self.notes[index] = _Note(_AGAIN, restart, said=True)
+
+    def times(self, what: str) -> tuple[float, ...]:
+        """Return the found times of the notes of a kind."""
+        return tuple(
+            note.at for note in self.notes.values() if note.what == what and note.at is not None and not note.said
+        )
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -196,7 +222,8 @@ class _Case:
     @property
     def usable(self) -> list[int]:
         """Indexes of intervals without a note; if all have one, of those in which weights and average move."""
-        moving = [i for i in range(len(self.rows)) if self.rows[i].gram[:, 2, 2].any() and i not in self.idle]
+        idle = [i for i, note in self.notes.items() if note.what == _STILL]
+        moving = [i for i in range(len(self.rows)) if self.rows[i].gram[:, 2, 2].any() and i not in idle]
         return [i for i in moving if i not in self.notes] or moving
 
     @property
@@ -210,30 +237,25 @@ class _Case:
         return best[1], best[1] + best[0]
 
 
-def _explain(case: _Case) -> tuple[Fit, dict[int, float]]:
-    """Return the best fit of any model, and the start times of the average by interval; note each start in the case."""
+def _explain(case: _Case) -> Fit:
+    """Return the best fit of any model; note in the case where the average began or began again."""
+    begins = [index for index, note in case.notes.items() if note.what == _BEGINS]
     starts: dict[int, float] = {}
-    begins = [i for i, note in case.notes.items() if note == "begins"]
-    for restart in case.starts:
-        for index, products in enumerate(case.products):
-            if products.begin <= restart < products.end:
-                case.notes[index] = f"began again at {restart:,.0f}, as the settings say"
     fit = _best_fit(case, ())
     for _ in range(2):  # an average that restarted repeats its warm-up, too
-        first_starts = {index: _locate_start(fit, case.rows[index])[0] for index in begins}
-        restarts = _find_restarts(case, fit)
-        if not (first_starts | restarts).keys() - starts.keys():
+        found = {index: _locate_start(fit, case.rows[index])[0] for index in begins} | _find_restarts(case, fit)
+        if not found.keys() - starts.keys():
             break
-        starts |= first_starts | restarts
-        case.notes |= dict.fromkeys(starts, "begins")
+        starts |= found
+        case.notes |= {index: _Note(_BEGINS, time) for index, time in found.items()}
         fit = _best_fit(case, tuple(sorted(starts.values())))
         for _ in range(3 * isinstance(fit.model, WarmModel)):
             for index in starts:
                 starts[index] = _locate_warm_start(fit, case.rows[index], sorted({*starts.values()} - {starts[index]}))
             fit = case.fit(replace(fit.model, starts=(0.0, *sorted(starts.values()))))  # type: ignore[call-arg]
-        case.notes |= {index: f"begins near step {starts[index]:,.0f}" for index in first_starts}
-        case.notes |= {index: f"began again near step {starts[index]:,.0f}" for index in restarts}
-    return fit, starts
+    for index, time in starts.items():  # no checkpoint shows an average before the first interval
+        case.notes[index] = _Note(_BEGINS if index in (0, *begins) else _AGAIN, time)
+    return fit
 
 
 _RULES = (
@@ -247,7 +269,7 @@ def _best_fit(case: _Case, starts: tuple[float, ...]) -> Fit:
     """Return the fit of the claimed model; without a claim, of a constant decay or of a clearly better warm-up."""
     fit, every = case.fit(case.model), case.model.every
     if case.model.what == "decay" and case.model.value is None:
-        all_starts = (0.0, *sorted({*starts, *case.starts}))
+        all_starts = (0.0, *sorted({*starts, *case.restarts}))
         warm = min((case.fit(WarmModel(None, every, rule, all_starts)) for rule in _RULES), key=lambda it: it.misfit)
         if warm.misfit + _WARMER < fit.misfit:  # a path that turns back looks like a warm-up: compare the likelihoods
             warm_misfit, misfit_of_constant = (
@@ -309,33 +331,18 @@ def _without_claim(model: Model) -> Model:
     return PowerModel() if model.what == "sigma_rel" else Model(None, model.every)
 
 
-def _is_swapped(fit: Fit) -> bool:
-    """Return whether the weights follow the average much better than the average follows the weights."""
-    turn = np.array([[0.0, -1.0, 1.0], [0.0, -1.0, 0.0], [1.0, -1.0, 0.0]])
-    exchanged = [replace(products, gram=turn @ products.gram @ turn.T) for products in fit.products]
-    pairs = list(zip(exchanged, fit.products, strict=True))
-    if np.mean([after.gram[:, 2, 2].sum() < before.gram[:, 2, 2].sum() for after, before in pairs]) > 0.5:
-        return False
-    turned = Fit(_without_claim(fit.model), exchanged)
-    medians = [
-        float(np.median(each.residuals(each.value).sum(axis=1) / each.gram[..., 0, 0].sum(axis=1).clip(1e-300)))
-        for each in (turned, fit)
-    ]
-    return turned.value > 0 and medians[0] < _CLEARLY**2 * medians[1]
-
-
 # --- verdicts
 
 _HOW = {
     "does not move": "the average does not move while the weights do: is its update called, and on the same tensors "
     "that are saved (names after torch.compile, shards of ZeRO-3)?",
-    "is the weights": "the average is equal to the weights: it is copied, or its decay is 0",
-    "swapped": "the weights are an average of the average: the two are stored under each other's names",
-    "undetermined": "the weights at these checkpoints do not explain how the average moves between them: they forget "
-    "faster than checkpoints are apart, or are of another run",
-    "moves away": "the average moves away from the weights: the sign of its update is wrong (it adds e - x, not x - e)",
+    "equals the weights": "the average is equal to the weights: it is copied, or its decay is 0",
 }
-_16_BITS = "as in an average kept in 16 bits: keep it in float32"
+_UNEXPLAINED = (
+    "the weights at these checkpoints do not explain how the average moves between them: they forget faster than "
+    "checkpoints are apart, or are of another run"
+)
+_AWAY = "the average moves away from the weights, as if the sign of its update were wrong"
 
 
 def _judge(case: _Case) -> Audit:
@@ -344,12 +351,12 @@ def _judge(case: _Case) -> Audit:
     base = Audit(case.name, "", "", case.model.what, claimed=claimed)
     if not case.used.any():
         return replace(base, verdict="undetermined", text="the weights stand still between these checkpoints")
-    for mask, verdict in ((case.still, "does not move"), (case.equal, "is the weights")):
+    for mask, verdict in ((case.still, "does not move"), (case.equal, "equals the weights")):
         if mask[case.used].all():
             return replace(base, verdict=verdict, text=_HOW[verdict])
     if not case.usable:
         return replace(base, verdict="undetermined", text="in no interval do both the weights and the average move")
-    fit, starts = _explain(case)
+    fit = _explain(case)
     value, uncertainty = refine(fit, case.series, case.kept, *case.stretch)
     found, rising = _final_parameter(fit.model, value, case.products[-1].end)
     audit = replace(
@@ -358,39 +365,29 @@ def _judge(case: _Case) -> Audit:
         length=None if rising else fit.model.length(value),
         uncertainty=None if rising else uncertainty,
         warm_up=fit.model.warm_up,
-        starts=tuple(starts.values()),
-        intervals=tuple(_interval(case.rows[i], fit, case.notes.get(i, "")) for i in range(len(case.rows))),
+        starts=case.times(_BEGINS) + case.times(_AGAIN),
+        is_late=bool(case.times(_BEGINS)),
+        intervals=tuple(_interval(case.rows[i], fit, str(case.notes.get(i, ""))) for i in range(len(case.rows))),
     )
-    fault = next(_faults(case, fit, value, uncertainty, starts, audit.intervals), None)
+    fault = next(_faults(case, fit, value, uncertainty, audit.intervals), None)
     return replace(audit, **fault) if fault else _compare_lengths(audit, case, fit, value)
 
 
 def _faults(
-    case: _Case, fit: Fit, value: float, uncertainty: float, starts: Mapping[int, float], intervals: Sequence[Interval]
+    case: _Case, fit: Fit, value: float, uncertainty: float, intervals: Sequence[Interval]
 ) -> Iterator[dict[str, Any]]:
     """Yield the fields of a verdict for each fault that no average of any length has, the gravest first."""
-    spacing = min(case.rows[i].length for i in case.usable)
-    if len(fit.products) > 1 and _is_swapped(fit):
-        yield {"verdict": "swapped", "text": _HOW["swapped"], "found": None}
-    if fit.model.what == "decay" and value * spacing < -0.05:
-        yield {"verdict": "moves away", "text": _HOW["moves away"]}
-    if case.idle:
-        spans = _spans([(case.products[i].begin, case.products[i].end) for i in case.idle])
-        yield {"verdict": "was not updated", "text": f"was not updated from {spans}; elsewhere it was"}
-    restarts = [time for index, time in starts.items() if case.notes[index].startswith("began again near")]
-    if restarts:
+    if restarts := case.times(_AGAIN):
         near = " and ".join(f"{time:,.0f}" for time in restarts)
         text = f"began again from the weights near step {near}: the average was lost, or reset, at a resume"
         decay, rising = _final_parameter(fit.model, value, case.products[-1].end)
         text += f"; its decay is {decay:.7g} " + ("at the end, still rising" if rising else f"(± {uncertainty:.1%})")
         yield {"verdict": "began again", "text": text}
     unexplained = [interval.unexplained for interval in intervals if not interval.note]
-    if case.model.what == "decay" and unexplained and np.median(unexplained) > _FOREIGN and not case.is_16_bit:
-        yield {"verdict": "undetermined", "text": _HOW["undetermined"], "found": None}
-    lost, count = case.lost, len(set(case.tensors))
-    if case.is_16_bit and case.still.any():
-        yield {"verdict": "stalls", "text": f"{len(lost)} of {count} tensors stand still, {_16_BITS}", "tensors": lost}
-    if lost:
+    if value <= 0 or (case.model.what == "decay" and unexplained and np.median(unexplained) > _FOREIGN):
+        yield {"verdict": "undetermined", "text": _AWAY if value <= 0 else _UNEXPLAINED, "found": None}
+    if lost := case.lost:
+        count = len(set(case.tensors))
         how = "are not followed" if case.still.any() else "are copied"
         named = ", ".join(lost[:3]) + f" and {len(lost) - 3} more" * (len(lost) > 3)
         text = f"{len(lost)} of {count} tensors {how}, while the others are averaged: {named}"
@@ -416,7 +413,7 @@ def _compare_lengths(audit: Audit, case: _Case, fit: Fit, value: float) -> Audit
     if model.warm_up:
         rule = model.decay.rule  # type: ignore[attr-defined]
         shown = f"decay {reached:.7g} at the end, still rising by {rule}" if rising else f"{shown}, reached by {rule}"
-    if starts := case.starts or audit.starts:
+    if starts := case.restarts or audit.starts:
         shown += f"; begun from the weights near step {' and '.join(f'{time:,.0f}' for time in starts)}"
     if claimed is None:
         return replace(audit, verdict="found", text=shown)
@@ -426,8 +423,6 @@ def _compare_lengths(audit: Audit, case: _Case, fit: Fit, value: float) -> Audit
         return replace(audit, verdict="as claimed", text=f"{shown}, as claimed")
     factor = max(ratio, 1 / ratio)
     text = f"{factor:.3g} times too {'long' if ratio > 1 else 'short'}: {shown}, not {audit.claimed:.7g}"
-    if case.is_16_bit and case.stalled:
-        return replace(audit, verdict="stalls", text=f"{text}; most of its elements stand still, {_16_BITS}")
     factors = " to ".join(dict.fromkeys(f"{factor * math.exp(sign * sigma):.3g}" for sign in (-1, 1)))
     if ratio > 1:
         usual = "updated at every k-th step only, or of steps that are counted twice"
@@ -458,17 +453,6 @@ def _interval(products: Products, fit: Fit, note: str) -> Interval:
     moved = products.gram[:, 0, 0] + products.gram[:, 1, 1] - 2 * products.gram[:, 0, 1]
     left = max(float(interval_residuals(model, fit.value, products).sum()), 0.0)
     return Interval(begin, end, found, claimed, math.sqrt(left / max(float(moved.sum()), 1e-300)), note)
-
-
-def _spans(pairs: Sequence[tuple[float, float]]) -> str:
-    """Return intervals as text, adjacent ones joined."""
-    joined: list[list[float]] = []
-    for begin, end in pairs:
-        if joined and joined[-1][1] == begin:
-            joined[-1][1] = end
-        else:
-            joined.append([begin, end])
-    return " and ".join(f"{begin:,.12g} to {end:,.12g}" for begin, end in joined)
 
 
 # --- runs
@@ -561,12 +545,11 @@ def _audit_samples(
     """Yield the audit of an average if there are two samples or more; keep only a part of each in memory."""
     products: list[Products] = []
     kept: list[Sample] = []
-    last, is_16_bit = None, True
+    last = None
     for sample in samples:
-        is_16_bit = is_16_bit and all(fits_16_bits(values) for values in sample.average[:8])
         products += [products_of(last, sample)] if last else []
         kept.append(sample.thinned())
         last = sample
     if last and products:
-        audit = _judge(_Case(name, products, series_of(kept), tensors, model, is_16_bit, starts, unit))
+        audit = _judge(_Case(name, products, series_of(kept), tensors, model, starts, unit))
         yield replace(audit, elements=sum(map(len, last.average)))

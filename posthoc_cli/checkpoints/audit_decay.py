@@ -41,8 +41,7 @@ from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize_scalar
 
 from posthoc_cli.errors import NonFiniteError
-from posthoc_cli.profiles import FloatArray, sigma_rel_from_gamma
-from posthoc_cli.profiles.other_libraries import POWER, DecayRule
+from posthoc_cli.profiles import POWER, DecayRule, FloatArray, sigma_rel_from_gamma
 from posthoc_cli.snapshots.sources import FileSource, expected_rounding
 
 _MOST_ELEMENTS, _MOST_ELEMENTS_IN_SERIES = 1_000_000, 30_000
@@ -221,14 +220,6 @@ def series_of(samples: Sequence[Sample]) -> Series:
     sizes = np.array([elements.shape[1] for elements in values])
     rounding = np.array([sample.rounding / sizes for sample in samples])
     return Series(np.array([sample.t for sample in samples]), values, np.vstack([0 * rounding, rounding]).T)
-
-
-def fits_16_bits(values: FloatArray) -> bool:
-    """Return whether bfloat16 or float16 holds all values exactly."""
-    single = values.astype(np.float32)
-    with np.errstate(over="ignore"):
-        is_half = bool((single.astype(np.float16).astype(np.float32) == single).all())
-    return is_half or not (single.view(np.uint32) & 0xFFFF).any()
 
 
 # --- models of an average

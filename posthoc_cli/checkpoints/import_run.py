@@ -19,8 +19,7 @@ from posthoc_cli.checkpoints.import_files import is_import, make_manifest, write
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, open_checkpoints
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.profiles import Point
-from posthoc_cli.profiles.other_libraries import OrdinaryEMA
+from posthoc_cli.profiles import OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import inspect_directory
 
 log = logging.getLogger(__name__)
@@ -159,12 +158,13 @@ def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
     if not audit.starts or given.ema_restarts or given.update_after_step is not None:
         return given
     first, *others = starts = sorted(map(round, audit.starts))
-    is_late = any(interval.note.startswith("begins") for interval in audit.intervals)
     spacing = float(np.median([interval.end - interval.begin for interval in audit.intervals]))
-    return replace(
-        given, update_after_step=first if is_late else None, ema_restarts=tuple(others if is_late else starts),
-        ema_late=round(_LATE * spacing),
-    )  # fmt: skip
+    late = (
+        {"update_after_step": first, "ema_restarts": tuple(others)}
+        if audit.is_late
+        else {"ema_restarts": tuple(starts)}
+    )
+    return replace(given, ema_late=round(_LATE * spacing), **late)
 
 
 _VAGUE = 0.05
