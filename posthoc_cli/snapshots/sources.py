@@ -381,15 +381,16 @@ RUN_ELEMENTS = 1_024
 def source_prior(sources: Sequence[Source]) -> Prior:
     """Return the prior: the motion of the network and the rounding of each source, in their order.
 
-    If the header of a file has no measurements, the measurements of all files are estimated from a sample.
+    If the header of a file has no measurements, or the newest one no sketch, the measurements of all files are
+    estimated from a sample.
     """
     on_disk = [source for source in sources if isinstance(source, FileSource)]
     ordered = [*on_disk, *(source for source in sources if not isinstance(source, FileSource))]
     averages = [source.info.average(source.profile) for source in ordered]
-    if sampled := any(source.info.measurements is None for source in on_disk):
-        averages[: len(on_disk)] = with_sampled_measurements(on_disk)
     last = max((source.info.t for source in ordered), default=0.0)  # earlier sketches show a part of the path
     text = next((source.info.sketch for source in ordered if source.info.t == last and source.info.sketch), "")
+    if sampled := not text or any(source.info.measurements is None for source in on_disk):
+        averages[: len(on_disk)] = with_sampled_measurements(on_disk)
     prior = measured_prior(averages, decode_path(text).sketch if text else None)
     place = {id(source): index for index, source in enumerate(ordered)}
     return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
@@ -462,7 +463,7 @@ def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[StoredAve
     except OverflowError:
         sampled = [None] * len(snapshots)
     return [
-        replace(snapshot.info.average(snapshot.profile), measurements=measurements, motion=None)
+        replace(snapshot.info.average(snapshot.profile), measurements=measurements)
         for snapshot, measurements in zip(snapshots, sampled, strict=True)
     ]
 
