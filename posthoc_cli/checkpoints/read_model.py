@@ -52,6 +52,9 @@ _MOST_VALUES = 1_000_000
 _USUAL_LENGTH = 100
 """The length of a name that counts as one value more: a pickle can repeat long names, which few bytes refer to."""
 _DEEPEST = 100
+_MOST_SHARED, _MOST_SMALL = 8, 64 * 1024 * 1024
+"""The most bytes of tensors, as a multiple of their file's, and of those of a small file: views of one storage may
+overlap, and be expanded."""
 DCP_METADATA = ".metadata"
 INDEX_ENDING = ".index.json"
 EMA_ENDING = "_ema"
@@ -285,6 +288,10 @@ def _of_file(path: Path) -> IndexedCheckpoint:
             content: dict[Keys, Any] = {(name,): entry for name, entry in header.entries.items()}
         else:
             content = _leaves(path, read_pickled(file, 0, file.size))
+            total = sum(entry.nbytes for entry in {value for value in content.values() if isinstance(value, Entry)})
+            if total > _MOST_SHARED * file.size + _MOST_SMALL:
+                reason = f"its tensors share bytes, and would take {total:,} in place of {file.size:,}"
+                raise FileFormatError(path, f"cannot be read as tensors: {reason}")
         identity = sampled_identity(file), file.stamp
     tensors: dict[Keys, Find] = {}
     for keys, value in content.items():
