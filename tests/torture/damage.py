@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from factories import split_snapshot, write_snapshot
 
 from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.reconstruction import Measurements
+from posthoc_cli.reconstruction import Measurements, Sketch
+from posthoc_cli.snapshots.codecs import PathSketch, encode_path
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index, decode_output
 from posthoc_cli.snapshots.snapshot import decode_snapshot
 from posthoc_cli.snapshots.tensorfile import read_file, tensor_bytes
@@ -84,9 +86,11 @@ def all_victims(folder: Path) -> Iterator[Victim]:
 
 def small_snapshot(folder: Path, values: dict[str, torch.Tensor] | None = None) -> Victim:
     """Write a snapshot, which a synthesis reads."""
+    sketch = Sketch(np.array([1.0, 5.0, 10.0]), np.ones(2), np.array([[0.0, 0.0], [0.5, 0.25]]), np.zeros(2))
     path = write_snapshot(
         folder / "run", 10, 0.05, RUN_ID, values or VALUES, sigma_rels=(0.05, 0.28), aliases={"tied": "a"},
         left_out=("frozen",), measurements=Measurements(7.25, 1e-7), clock=((10, 10.0),),
+        sketch=encode_path(PathSketch(1, sketch)),
     )  # fmt: skip
     out = folder / "out.safetensors"
     return Victim("snapshot", path, lambda: synthesize(folder / "run", out), out, str(path))
