@@ -80,7 +80,7 @@ def test_overwrite_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_o
     out = tmp_path / "my demo"
     prepare(out, overwrite=False)
     (out / "snapshots").mkdir()
-    stale = out / "snapshots" / "0000000000000050-0.05.safetensors"
+    stale = out / "snapshots" / "0000000000000055-0.05.safetensors"
     for file in (stale, out / "loss.png", out / "notes.txt", out / "mine.safetensors"):
         file.write_text("x")
 
