@@ -39,11 +39,9 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, spared_times
 from posthoc_cli.reconstruction import Measurements, measured_prior
-from posthoc_cli.snapshots.chunks import cover_problem
-from posthoc_cli.snapshots.codecs import decode_path, joined_paths
-from posthoc_cli.snapshots.path import index_within, joined_sample, places
+from posthoc_cli.snapshots.path import decode_path, index_within, joined_paths, joined_sample, places
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, read_one
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, in_turn, read_file, read_small_file
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, cover_problem, in_turn, read_file, read_small_file
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, list_folder, read_snapshot
-from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.snapshots.snapshot import (
     ANY_SIGN,
     RunId,
@@ -35,6 +34,7 @@ from posthoc_cli.snapshots.snapshot import (
     Unit,
     decode,
     decode_snapshot,
+    statistics_notice,
 )
 from posthoc_cli.snapshots.sources import FileSource
 from posthoc_cli.snapshots.tensorfile import (

@@ -218,17 +218,6 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     assert sum(40 <= s.t <= 80 for s in left) >= 3  # it hardly matters which earlier snapshot is left
 
 
-def test_thinning_keeps_what_the_wanted_range_needs(tmp_path: Path) -> None:
-    """Short averages need the latest times, long ones all of training."""
-    times = [float(t) for t in range(10, 310, 10)]
-    kept = {}
-    for wanted in ((0.02, 0.03), (0.25, 0.28)):
-        write_times(tmp_path / str(wanted), times, (0.05, 0.28))
-        kept[wanted] = [s.t for s in thin(stored(tmp_path / str(wanted)), 6, wanted)]
-        assert len(kept[wanted]) == 12
-    assert np.median(kept[(0.02, 0.03)]) > np.median(kept[(0.25, 0.28)]) + 20
-
-
 def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Path) -> None:
     for name, t in (("z", 10), ("y", 20), ("x", 30)):
         path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")

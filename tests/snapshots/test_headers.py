@@ -18,19 +18,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from ema_command import Ema
-from factories import RUN_ID, flip_bit, read_snapshot, write_snapshot
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from factories import RUN_ID, read_snapshot, write_snapshot
 from torture.victims import examine, forge
 
-from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.snapshots import tensorfile
 from posthoc_cli.snapshots.directory import inspect_directory
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
-from posthoc_cli.snapshots.selection import Selection
+from posthoc_cli.snapshots.snapshot import Selection
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, read_file
 from posthoc_cli.tracker import model_tensors
@@ -104,16 +101,13 @@ def test_an_impossible_header_length_is_refused_before_memory_is_allocated(tmp_p
         read_file(path)
 
 
-@pytest.mark.parametrize("key", [b'"dtype"', b'"d\\u0074ype"'])
-def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path, key: bytes, ema: Ema) -> None:
-    """700,000 empty tensors once took minutes; keys may be escaped."""
-    text = b",".join(b'"%d":{%b:"F32","shape":[0],"data_offsets":[0,0]}' % (n, key) for n in range(200_001))
+def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    """700,000 empty tensors once took minutes."""
+    text = b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(200_001))
     path = craft(tmp_path / "a.safetensors", b"{%b}" % text)
     message = f"{path}: its header names 200,001 tensors; at most 200,000 are read"
     with pytest.raises(FileFormatError, match=re.escape(message)):
         read_file(path)
-    done = ema("info", path)
-    assert (done.code, done.error) == (1, message)
 
 
 def test_no_file_is_written_that_could_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,35 +134,6 @@ def test_endless_numbers_are_refused_even_if_pythons_own_limit_is_lifted(tmp_pat
         assert decode_index(index).total_size == 77
     finally:
         sys.set_int_max_str_digits(before)
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just(2**70),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(deadline=None, max_examples=500)
-@given(
-    path=st.sampled_from([("a",), ("a", "dtype"), ("a", "shape"), ("a", "data_offsets"), ("new",)]), value=json_values
-)
-def test_any_foreign_header_is_refused_or_tiles_the_payload(
-    tmp_path_factory: pytest.TempPathFactory, path: Sequence[str], value: Any
-) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    header: dict[str, Any] = {"a": entry(0, 4), "b": entry(4, 8)}
-    container: Any = header
-    for key in path[:-1]:
-        container = container[key]
-    container[path[-1]] = value
-    made = craft(folder / "x.safetensors", header, 8)
-    try:
-        found = read_file(made)
-    except FileFormatError as error:
-        assert str(error).isprintable()
-        return
-    assert sum(tensor.nbytes for tensor in found.entries.values()) == 8
 
 
 # --- foreign files
@@ -199,14 +164,6 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) 
     assert repr(name) in str(caught.value)
     assert str(caught.value).isprintable()
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "x.safetensors"]
-
-
-def test_names_are_shortened_in_messages(tmp_path: Path) -> None:
-    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"x" * 100_000: torch.ones(1)})
-    flip_bit(path)
-    with pytest.raises(FileFormatError, match=r"'x{200}'\.\.\. is damaged") as caught:
-        examine(path)
-    assert len(str(caught.value)) < 1_000
 
 
 # --- the headers of a run
@@ -362,24 +319,6 @@ def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(small:
 # --- unusual but valid metadata
 
 
-def test_missing_optional_metadata_is_read_as_none(small: Small) -> None:
-    path = small("snapshot")
-    before = read_snapshot(forge(path, {"measurements": measured()})).info.measurements
-    older = read_snapshot(forge(path, {"measurements": measured(arithmetic=1e-9)})).info.measurements  # until 0.2
-    assert (older, before is None) == (before, False)
-    info = read_snapshot(forge(path, {"measurements": None, "clock": None})).info
-    assert (info.measurements, info.clock, info.selection) == (None, (), None)
-    assert (info.updates, info.inherited, info.off_schedule) == (None, 0.0, False)
-
-
-def test_unusual_valid_clocks_are_read(small: Small, tmp_path: Path) -> None:
-    path = forge(small("snapshot"), {"clock": "[[1,7],[10,10]]"})
-    assert read_snapshot(path).info.clock == ((1, 7.0), (10, 10.0))
-    path = write_snapshot(tmp_path / "long", 500, 0.05, RUN_ID, VALUES, step=1000)
-    knots = json.dumps([[k, k / 2] for k in range(1, 1001)])
-    assert len(read_snapshot(forge(path, {"clock": knots})).info.clock) == 1000
-
-
 def test_an_output_of_an_unknown_kind_is_not_exported_as_a_foreign_file(small: Small, tmp_path: Path) -> None:
     path = forge(small("output"), {"kind": '"something later"'})
     with pytest.raises(FileFormatError, match=r"'something later': no weights, or of a later release"):
@@ -415,12 +354,3 @@ def test_a_file_of_an_earlier_format_is_named_as_such(tmp_path: Path) -> None:
     path = craft(tmp_path / "x.safetensors", {"__metadata__": {"ema.format": "snapshot", "ema.version": "1"}})
     with pytest.raises(FileFormatError, match="is of an earlier release"):
         read_file(path)
-
-
-def test_errors_in_python_are_one_line_of_limited_length(tmp_path: Path) -> None:
-    """Names come from files and folders, and a terminal would obey their control characters."""
-    with pytest.raises(DirectoryError) as caught:
-        _ = Run(tmp_path / "a\x1b[31m\nb").snapshots
-    assert "a\\x1b[31m\\nb" in str(caught.value)
-    assert str(caught.value).isprintable()
-    assert len(str(InvalidValueError("prefix", "is too long", value="x" * 10**6))) < 6_000

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import OTHER_RUN_ID, RUN_ID, make_info, read_snapshot, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, read_snapshot, write_snapshot
 
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import NonFiniteError
@@ -81,7 +81,7 @@ def test_results_are_in_the_order_of_the_snapshots_with_distances_to_the_newest_
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1.0, 1e-3, 2e-7, 1e-6])
+@pytest.mark.parametrize("scale", [1.0, 2e-7])
 def test_the_expected_rounding_is_that_of_values_that_are_rounded(dtype: torch.dtype, scale: float) -> None:
     """This includes subnormal numbers of float16; 200,000 errors average to within 2 %."""
     exact = (draw(1, 200_000) * scale).float().to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -90,17 +90,6 @@ def test_the_expected_rounding_is_that_of_values_that_are_rounded(dtype: torch.d
     expected = expected_rounding(stored.double().numpy(), stored_name(dtype), original)
     zeros = stored == 0
     assert expected == pytest.approx(squares((exact[~zeros], stored[~zeros])), rel=0.02)
-
-
-def test_float32_of_a_float64_model_is_rounded(tmp_path: Path) -> None:
-    exact = draw(1, 100_000)
-    expected = expected_rounding(exact.float().double().numpy(), "F32", "F64")
-    assert expected == pytest.approx(squares((exact, exact.float())), rel=0.02)
-    tensors = make_info({"w": exact}).tensors
-    path = write_snapshot(tmp_path, 10.0, 0.05, RUN_ID, {"w": exact.float()}, tensors=tensors)
-    (measured,) = sample_measurements([read_snapshot(path)])
-    assert measured.rounding == pytest.approx(expected, rel=1e-12)
-    assert expected_rounding(np.zeros(10), "F16", "F32") == 0  # zeros count as exact
 
 
 # --- large models
@@ -168,19 +157,6 @@ def test_the_same_elements_are_read_of_every_snapshot_and_others_in_another_run(
     assert sum(end - begin for _, begin, end in first) == len(seen)  # no element twice
     share = sum(name == "a" for name, _ in seen) / len(seen)
     assert share == pytest.approx(0.75, abs=0.06)
-
-
-def test_a_run_of_elements_continues_in_the_next_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each range is within one tensor; of a model no larger than the sample, every element is read once."""
-    monkeypatch.setattr(sources, "RUN_ELEMENTS", 4)
-    values = {name: torch.zeros(size) for name, size in zip("abcdefghi", [3, 0, 4, 0, 4, 0, 4, 0, 4], strict=True)}
-    (parts,) = elements_read([write(tmp_path, 10, 0.05, values)], monkeypatch)
-    assert all(0 <= begin < end <= values[name].numel() for name, begin, end in parts)
-    read = sorted((name, i) for name, begin, end in parts for i in range(begin, end))
-    assert read == [(name, k) for name, value in values.items() for k in range(value.numel())]
-    monkeypatch.setattr(sources, "MOST_ELEMENTS", 8)
-    (parts,) = elements_read([write(tmp_path, 20, 0.05, values)], monkeypatch)
-    assert sum(end - begin for _, begin, end in parts) in (8, 4 + 19 % 4)
 
 
 # --- values that cannot be measured
