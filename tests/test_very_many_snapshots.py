@@ -17,7 +17,6 @@ from posthoc_cli import Window, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.planning import schedule, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MOST_SOLVED, Motion, assumed_prior, reconstruct, thinned_subset
-from posthoc_cli.run import Run
 from posthoc_cli.snapshots import prune, sources
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning
@@ -129,15 +128,6 @@ def test_the_choice_does_not_depend_on_the_targets(run: Path) -> None:
     assert [source.name for source in alone.sources] == [source.name for source in company.sources]
     one, other = dict(synthesize(alone))["0.weight"][0], dict(synthesize(company))["0.weight"][1]
     torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
-
-
-@pytest.mark.usefixtures("_twenty")
-def test_the_curve_is_that_of_the_synthesis(run: Path) -> None:
-    for t in (None, 143.0):
-        curve = Run(run).error_curve((0.1, 0.2), t=t)
-        plan = plan_synthesis(disk_sources(run), [0.1], t, dtype="float32")
-        assert curve.predicted_error is not None
-        assert curve.predicted_error[0] == pytest.approx(float(plan.reconstruction.predicted_error[0]), rel=1e-9)
 
 
 @pytest.mark.usefixtures("_twenty")

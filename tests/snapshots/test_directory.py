@@ -153,13 +153,6 @@ def test_a_directory_that_cannot_be_listed_is_an_error_with_the_reason(tmp_path:
         read_directory(tmp_path)
 
 
-def test_a_snapshot_that_is_thinned_away_during_reading_is_no_error(tmp_path: Path) -> None:
-    write_times(tmp_path, [10, 20, 30])
-    gone = snapshot_path(tmp_path, 20, 0.05)
-    with failing("open", errno.EIO, lambda _: gone.unlink(missing_ok=True)):  # deletes it, and never fails
-        assert times_in(tmp_path) == [10, 30]
-
-
 # --- inspection
 
 
@@ -211,7 +204,7 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     write_run(tmp_path, trajectory, range(10, 101, 10), (0.05, 0.28))
     snapshots = read_directory(tmp_path)
     measured = [
-        replace(snapshot, measurements=average.measurements, motion=None)
+        replace(snapshot, measurements=average.measurements)
         for snapshot, average in zip(snapshots, with_sampled_measurements(snapshots), strict=True)
     ]
     left = thin(measured, 3)

@@ -9,9 +9,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,65 +209,26 @@ MALFORMED: dict[str, dict[str, Sequence[str]]] = {  # a key of each annotated ty
 }  # fmt: skip
 
 
-def changed(value: Mapping[str, Any], **changes: Any) -> str:
-    """Return an object as JSON with other values, without those that are `...`."""
-    return json.dumps({name: entry for name, entry in {**value, **changes}.items() if entry is not ...})
-
-
-schedule = partial(changed, {
-    "update_every": 5, "checkpoint_every": 10, "update_after_step": 0, "max_checkpoints": None,
-    "checkpoint_dtype": "F16", "sigma_range": [0.05, 0.28],
-})  # fmt: skip
-roles = partial(changed, {"a": {"role": "average", "dtype": "F32"}, "b": {"role": "copy", "dtype": "I16"}})
-selection = partial(changed, {"only_trainable": True, "include": ["a*"], "exclude": ["b"], "buffers": "copy"})
-measured = partial(changed, {"norm": 7.25, "rounding": 1e-7})
-
-
-def wrong(name: str, value: str) -> str:
-    return f"{name}: must be a finite number, at least 0, not {value}"
-
-
+ROLES = '{"a":{"role":"%s","dtype":"%s"},"b":{"role":"copy","dtype":"%s"}}'
 SNAPSHOT = {
     "format": [("2", "its format is 2"), ('"3"', "its format is")],
     "run_id": [('"short"', ""), (f'"{"g" * 32}"', "")],
     # Products of such a small time underflow.
     "t": [("-1.0", "at least 0, not -1.0"), ("1e300", "must be a time of training, not 1e+300")],
     "t_first": [("0", "must be a time of training, not 0"), ("5e-324", "must be a time of training")],
-    "schedule": [
-        ('{"update_every":1}', ""), (schedule(update_every=True), ""), (schedule(update_every=None), ""),
-        (schedule(max_checkpoints=1.0), ""), (schedule(checkpoint_dtype="F13"), ""),
-        (schedule(checkpoint_dtype=["F16"]), ""), (schedule(max_checkpoints=...), "max_checkpoints: is missing"),
-        (schedule(checkpoint_dtype=...), "checkpoint_dtype: is missing"),
-        (schedule(update_after_step=10**400), "at least 0, not an int of many digits"),
-        (schedule(sigma_range=[0.05]), "sigma_range: must be a list of 2"),
-    ],
+    "schedule": [('{"update_every":1}', "checkpoint_every: is missing"), ('{"update_every":true}', "")],
     "tensors": [
-        ("{}", ""), (roles(a={"role": "sum", "dtype": "F32"}), ""), (roles(a={"role": "average", "dtype": "F13"}), ""),
-        (roles(a={"role": ["average"], "dtype": "F32"}), ""), (roles(c={"role": "copy", "dtype": "F32"}), ""),
-        (roles(a={"role": "average", "dtype": "I64"}), ""),  # an average of whole numbers
-        (roles(b={"role": "average", "dtype": "I16"}), ""),
-        (roles(b={"role": "copy", "dtype": "F16"}), ""),  # a copy whose stored dtype differs
+        ("{}", ""), (ROLES % ("sum", "F32", "I16"), ""), (ROLES % ("average", "F13", "I16"), ""),
+        (ROLES % ("average", "I64", "I16"), "cannot hold average of I64"), (ROLES % ("average", "F32", "F16"), ""),
     ],
-    "aliases": [
-        ('{"tied":"missing"}', ""), ('{"a":"b"}', ""), ('{"tied":["a"]}', ""), ('{"tied":null}', ""),
-        ('{"__metadata__":"a"}', "'__metadata__'"),
-    ],
-    "selection": [
-        (selection(only_trainable=1), ""), (selection(include="a*"), ""), (selection(include={"a": 1}), ""),
-        (selection(exclude=["a", 1]), ""), (selection(buffers=1), ""), ("{}", "only_trainable: is missing"),
-    ],
+    "aliases": [('{"tied":"missing"}', ""), ('{"a":"b"}', ""), ('{"__metadata__":"a"}', "'__metadata__'")],
+    "selection": [("{}", "only_trainable: is missing")],
     "measurements": [
-        *((measured(norm=value), wrong("norm", repr(value))) for value in (-1, True, "1", None)),
-        (measured(rounding=10**400), wrong("rounding", "an int of many digits")),
-        (measured(norm=1).replace("1,", "1e999,", 1), wrong("norm", "inf")),
-        (measured(rounding=float("inf")), "Infinity is not JSON"), ('{"rounding":0}', "norm: is missing"),
+        ('{"norm":-1,"rounding":0}', "norm: must be a finite number, at least 0, not -1"),
+        ('{"norm":1e999,"rounding":0}', "norm: must be a finite number, at least 0, not inf"),
     ],
     "sigma_rels": [("[]", "must be a list of numbers"), ("[true]", "must be a list of finite numbers")],
-    "clock": [
-        ("[4,10]", "must be a list of 2, not 4"), ("[[4,4.5,1],[10,10]]", "must be a list"),
-        *((f"[[{pair}],[10,10]]", "clock") for pair in ("4.0,4.5", "true,4.5", '4,"4"', "4,1e999", "-1,0.5")),
-        (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000"),
-    ],
+    "clock": [("[4,10]", "must be a list of 2"), (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000")],
     "sums": [(f'{{"a":"{"0" * 16}","b":"{"0" * 16}"}}', "tensor 'a' is damaged")],
     "kind": [('"output"', "profile: is missing"), ('"elsewhere"', "its kind is")],
 }  # fmt: skip

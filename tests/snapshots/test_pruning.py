@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from factories import contents, flip_bit, random_walk, rewrite_snapshot, write_run
-from snapshots.recorded import Walk, call_number, failing, record
+from snapshots.recorded import call_number, failing, record
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, InexactError, InvalidValueError, LockedError, MismatchError, WriteError
@@ -188,14 +188,6 @@ def test_an_interruption_leaves_a_directory_that_works(run: Path, stop: BaseExce
         tracker.state_dict(sigma_rel=0.15)
     prune(run, plan_pruning(left, keep=4))
     assert len(read_directory(run)) == 8
-
-
-def test_training_is_resumed_after_pruning(run: Path) -> None:
-    walk = Walk()
-    prune(run, plan_pruning(read_directory(run), keep=1))
-    with PostHocEMA.from_path(run, walk.model, step=240) as tracker:
-        walk.train(tracker, 20)
-    assert [s.info.t for s in read_directory(run)] == [240.0, 240.0, 260.0, 260.0]
 
 
 # --- an earlier run as the model for a plan
