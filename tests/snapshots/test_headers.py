@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from factories import RUN_ID, read_snapshot, write_snapshot
-from torture.victims import examine, forge
+from factories import RUN_ID, forge, read_snapshot, write_snapshot
+from torture.damage import examine
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, InvalidValueError

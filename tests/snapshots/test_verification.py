@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import RUN_ID, flip_bit, snapshot_files, write_snapshot
+from factories import RUN_ID, flip_bit, forge, snapshot_files, write_snapshot
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import failing
-from torture.victims import forge
 
 from posthoc_cli import disk_sources
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name
