@@ -324,11 +324,7 @@ def _of_run(snapshots: Sequence[Snapshot]) -> Description:
 
 def _of_snapshot(snapshot: Snapshot) -> Description:
     measured = snapshot.measurements
-    measurements = measured and {
-        "norm": math.sqrt(measured.norm),
-        "relative_rounding": _relative_rounding(snapshot),
-        "distances": len(measured.distances),
-    }
+    measurements = measured and {"norm": math.sqrt(measured.norm), "relative_rounding": _relative_rounding(snapshot)}
     return {
         "kind": "snapshot", "path": str(snapshot.path), "run": snapshot.run_id,
         **_fields(snapshot, "sigma_rel gamma t t_unit step off_schedule t_first max_interval"),
