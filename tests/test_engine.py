@@ -134,14 +134,6 @@ def test_copies_come_from_the_newest_snapshot_also_where_no_target_needs_it(tmp_
     assert dict(synthesize(plan))["count"][0] == 100
 
 
-def test_files_have_the_bytes_of_the_stream(mixed: Path, tmp_path: Path) -> None:
-    plan, outputs = plan_of(mixed), [tmp_path / f"{target}.safetensors" for target in TARGETS]
-    write_synthesis(plan, outputs, OutputOptions(workers=3))
-    written = [load_file(path) for path in outputs]
-    for name, values in bits(plan).items():
-        assert [as_bytes(tensors[name]) for tensors in written] == values, name
-
-
 @pytest.mark.parametrize("slots", [1, 3, engine.SLOTS])
 def test_each_of_any_number_of_targets_is_the_sum_within_rounding(
     mixed: Path, monkeypatch: pytest.MonkeyPatch, slots: int

@@ -19,8 +19,8 @@ from factories import random_walk, split_snapshot, write_run
 from remote.faulty import FaultyServer
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import Run, export_file, import_checkpoints
-from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, RemoteError, WriteError
+from posthoc_cli import Run, export_file
+from posthoc_cli.errors import InvalidValueError, OutputExistsError, RemoteError, WriteError
 from posthoc_cli.remote import store
 from posthoc_cli.remote.store import remote_path
 
@@ -107,14 +107,6 @@ def test_each_command_takes_a_url(made: Path, bucket: str, ema: Ema, tmp_path: P
     assert ema("prune", run, "--keep", "3", "--dry-run").code == 0
     with_checkpoints = ("--checkpoints", f"{bucket}/folders", "--out", tmp_path / "with.safetensors")
     assert ema("synthesize", run, *with_checkpoints, "--sigma-rel", "0.1").code == 0
-
-
-def test_an_import_refers_to_objects_and_sees_that_one_was_replaced(made: Path, bucket: str, tmp_path: Path) -> None:
-    import_checkpoints(f"{bucket}/pickles", tmp_path / "imported")
-    assert_mean_of_last(Run(tmp_path / "imported"), made)
-    store.put(f"{bucket}/pickles/step30.pt", made / "pickles/step20.pt", create=False)
-    with pytest.raises(FileFormatError, match=r"step30\.pt: was replaced since"):
-        Run(tmp_path / "imported").average("last:3")
 
 
 def test_an_output_appears_in_the_bucket_complete_and_replaces_nothing(
