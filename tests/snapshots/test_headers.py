@@ -18,6 +18,8 @@ import pytest
 import safetensors.torch
 import torch
 from factories import RUN_ID, forge, read_snapshot, write_snapshot
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torture.damage import examine
 
 from posthoc_cli import PostHocEMA
@@ -133,6 +135,35 @@ def test_endless_numbers_are_refused_even_if_pythons_own_limit_is_lifted(tmp_pat
         assert decode_index(index).total_size == 77
     finally:
         sys.set_int_max_str_digits(before)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just(2**70),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    path=st.sampled_from([("a",), ("a", "dtype"), ("a", "shape"), ("a", "data_offsets"), ("new",)]), value=json_values
+)
+def test_any_foreign_header_is_refused_or_tiles_the_payload(
+    tmp_path_factory: pytest.TempPathFactory, path: Sequence[str], value: Any
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    header: dict[str, Any] = {"a": entry(0, 4), "b": entry(4, 8)}
+    container: Any = header
+    for key in path[:-1]:
+        container = container[key]
+    container[path[-1]] = value
+    made = craft(folder / "x.safetensors", header, 8)
+    try:
+        found = read_file(made)
+    except FileFormatError as error:
+        assert str(error).isprintable()
+        return
+    assert sum(tensor.nbytes for tensor in found.entries.values()) == 8
 
 
 # --- foreign files
