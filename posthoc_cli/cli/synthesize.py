@@ -98,7 +98,7 @@ def _print(found: dict[str, Any]) -> None:
     made = [target for target in targets if not target["skipped"]]
     if found["choice"] is not None:
         output.print_line(f"from {found['choice']}")
-    if taken := found["from_model_folder"]:
+    if taken := found.get("from_model_folder"):
         output.print_note(f"{_listed(taken)} copied from the model folder, since the run does not have them")
     elif found["left_out"] and made and made[0]["output"]:
         _note_left_out(found["left_out"], Path(made[0]["output"]))

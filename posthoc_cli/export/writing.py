@@ -107,7 +107,7 @@ class SynthesisReport:
             "choice": self.plan.choice,
             "read_bytes": self.plan.read_bytes,
             "left_out": left_out,
-            "from_model_folder": list(self.taken),
+            **({"from_model_folder": list(self.taken)} if self.taken else {}),
         }
 
 

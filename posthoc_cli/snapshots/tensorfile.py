@@ -713,6 +713,8 @@ def parse_json(path: Path, data: bytes | str, what: str) -> Any:
     """Parse strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
+        if text.count("{") + text.count("[") > len(text) // 8 + 1000:
+            raise ValueError("holds more objects than its length explains")  # each takes 64 bytes of memory
         value = _DECODER.decode(text)
         if "\\u" in text:  # only escapes can produce invalid text
             _check_text(value)
