@@ -45,7 +45,7 @@ from posthoc_cli.snapshots.directory import (
 )
 from posthoc_cli.snapshots.path import squared_distance
 from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, read_one
-from posthoc_cli.snapshots.sources import ElementRange, Source
+from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, tensor_bytes
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import Layout
@@ -142,19 +142,6 @@ def live_sources(
 
     infos = headers(settings, state, measurements)
     return [LiveSource(info, specs, partial(read_with_copies, index)) for index, info in enumerate(infos)]
-
-
-def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
-    """Return the snapshots of a run on disk; none if the directory belongs to another run."""
-    snapshots = find_snapshots(directory)
-    return snapshots if snapshots and snapshots[0].info.run_id == run_id else []
-
-
-def with_snapshots(live: Sequence[LiveSource], snapshots: Sequence[Snapshot]) -> list[Source]:
-    """Return live averages, and the snapshots of other averages up to their time."""
-    now, profiles = live[0].info.t if live else math.inf, {source.info.sigma_rel for source in live}
-    infos = ((snapshot, snapshot.info) for snapshot in snapshots)
-    return [*live, *(s for s, info in infos if info.t < now or (info.t == now and info.sigma_rel not in profiles))]
 
 
 # --- snapshots ---

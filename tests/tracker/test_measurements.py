@@ -20,8 +20,6 @@ from posthoc_cli.errors import DirectoryError, NonFiniteError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.tracker import layout, measuring
-from posthoc_cli.tracker.sharding import THIS_PROCESS
-from posthoc_cli.tracker.synthesizer import Synthesizer
 
 Tensors = dict[str, torch.Tensor]
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 5}
@@ -188,7 +186,8 @@ def test_live_averages_are_measured_as_snapshots_are_but_without_rounding(tmp_pa
     with PostHocEMA.from_model(model, tmp_path, (0.05, 0.1, 0.28), **SETTINGS) as tracker:
         watched = Watched(tracker)
         watched.train(model, 1, 7)
-        live = [source.info for source in Synthesizer(tracker, THIS_PROCESS, None).sources() if source.info.t == 7]
+        tracker.flush()
+        live = [source.info for source in tracker._pipeline.live()]
         assert [info.sigma_rel for info in live] == [0.05, 0.1, 0.28]
         for info in live:
             watched.check(info)
