@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from posthoc_cli.synthesis.plan import plan_synthesis
     from posthoc_cli.targets import Beta, Between, Decay, Groups, HalfLife, Mean, Window
     from posthoc_cli.tracker import PostHocEMA
-    from posthoc_cli.tracker.model_weights import update_bn
+    from posthoc_cli.tracker.filling import update_bn
 
 __all__ = [
     "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",

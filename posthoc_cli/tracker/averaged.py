@@ -1,9 +1,9 @@
 """The average that a tracker is asked for, made by one process, or by several that make the call together.
 
-The first process makes the plan, of a sharded model for complete tensors, and sends it to the others. Each makes what it
-owns: of replicas the first one everything, of a sharded model its chunks, from the boxes of the snapshots that it needs.
-Other holders of the same elements receive them from their owner. An error in one process is raised in all of them before
-a model has changed.
+The first process makes the plan, of a sharded model for complete tensors, and sends it to the others. Each makes what
+it owns: of replicas the first one everything, of a sharded model its chunks, from the boxes of the snapshots that it
+needs. Other holders of the same elements receive them from their owner. An error in one process is raised in all of
+them before a model has changed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import SigmaRel, Target, as_target
-from posthoc_cli.tracker.model_tensors import TrackedModel, collect_tensors, named_tensors
-from posthoc_cli.tracker.model_weights import copied_weights
-from posthoc_cli.tracker.sharding import Group, ShardOwners, as_dtensor, held_box, held_part, is_sharded, reshard
+from posthoc_cli.tracker.filling import copied_weights
+from posthoc_cli.tracker.model import TrackedModel, collect_tensors, named_tensors
+from posthoc_cli.tracker.processes import Group, ShardOwners, as_dtensor, held_box, held_part, is_sharded, reshard
 from posthoc_cli.tracker.snapshotter import LiveSource
 
 if TYPE_CHECKING:

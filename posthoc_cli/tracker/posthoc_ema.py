@@ -53,6 +53,7 @@ from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import resuming
+from posthoc_cli.tracker.attach import Attachment, WeakModel, attach
 from posthoc_cli.tracker.averaged import (
     as_dtensors,
     from_sources,
@@ -62,9 +63,20 @@ from posthoc_cli.tracker.averaged import (
     run_snapshots,
 )
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.layout import HOST
+from posthoc_cli.tracker.background import CallGuard
+from posthoc_cli.tracker.copying import measured_now
+from posthoc_cli.tracker.filling import (
+    WithStatement,
+    check_weights,
+    fill,
+    fill_model,
+    swapped_in,
+    update_bn,
+    warn_of_statistics,
+)
 from posthoc_cli.tracker.measuring import Subset
-from posthoc_cli.tracker.model_tensors import (
+from posthoc_cli.tracker.memory import HOST
+from posthoc_cli.tracker.model import (
     ModelTensors,
     ModelWatch,
     TrackedModel,
@@ -76,22 +88,10 @@ from posthoc_cli.tracker.model_tensors import (
     nonfinite_name,
     unwrapped,
 )
-from posthoc_cli.tracker.model_weights import (
-    WithStatement,
-    check_weights,
-    fill,
-    fill_model,
-    swapped_in,
-    update_bn,
-    warn_of_statistics,
-)
-from posthoc_cli.tracker.optimizer import Attachment, WeakModel, attach
 from posthoc_cli.tracker.pipeline import Pipeline, state_of_tracker, wait_for_writers
+from posthoc_cli.tracker.processes import Group, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.resuming import Start
-from posthoc_cli.tracker.sharding import Group, ShardOwners, is_first_of_group, mesh_of
-from posthoc_cli.tracker.staging import measured_now
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info, unpack_state
-from posthoc_cli.tracker.worker import CallGuard
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -48,10 +48,10 @@ from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, read_one
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, tensor_bytes
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.layout import Layout
+from posthoc_cli.tracker.copying import StagedAverages
+from posthoc_cli.tracker.memory import Layout
+from posthoc_cli.tracker.processes import PATIENCE, Members
 from posthoc_cli.tracker.resuming import ways_to_resume
-from posthoc_cli.tracker.sharding import PATIENCE, Members
-from posthoc_cli.tracker.staging import StagedAverages
 from posthoc_cli.tracker.state import Settings, Tracking
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from posthoc_cli.reconstruction.motion import (
 from posthoc_cli.reconstruction.prior import Prior, assumed_prior
 from posthoc_cli.reconstruction.solving import expected_errors
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.layout import BucketTile, LayoutReader, lay_out
+from posthoc_cli.tracker.memory import BucketTile, LayoutReader, lay_out
 
 START = 2.0
 EDGES = np.array([START, *range(50, 1001, 50)])

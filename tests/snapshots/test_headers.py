@@ -33,7 +33,7 @@ from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
 from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, read_file
-from posthoc_cli.tracker import model_tensors
+from posthoc_cli.tracker import model as model_tensors
 
 Small = Callable[[str], Path]
 

@@ -250,7 +250,7 @@ def full_disks(folder: Path, share: float, seed: int) -> Tally:
 
 # --- two jobs in one directory
 
-WAITING = "import time\nfrom posthoc_cli.tracker import sharding\nsharding.PATIENCE = 10" + TRAIN.replace(
+WAITING = "import time\nfrom posthoc_cli.tracker import processes\nprocesses.PATIENCE = 10" + TRAIN.replace(
     "        if step % 4",
     "        while step > 12 and not (folder / 'go').exists():\n            time.sleep(0.01)\n        if step % 4",
 )

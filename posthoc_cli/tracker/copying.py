@@ -20,7 +20,9 @@ from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.codecs import encode_sample
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.layout import (
+from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
+from posthoc_cli.tracker.measuring import Subset
+from posthoc_cli.tracker.memory import (
     Bucket,
     BucketTile,
     Elements,
@@ -33,9 +35,7 @@ from posthoc_cli.tracker.layout import (
     ranges_of,
     tiles_of,
 )
-from posthoc_cli.tracker.measuring import Subset
-from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
-from posthoc_cli.tracker.worker import SINGLE_THREAD, ThreadPool
+from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
 
 FREE_SHARE = 0.1
 """Largest share of an accelerator's free memory that is used as a buffer for copies to the host."""
