@@ -44,7 +44,7 @@ _HOMES = {
     "PowerFunction": "profiles", "Run": "run", "disk_sources": "checkpoints.open_run",
     "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
     "import_checkpoints": "checkpoints.import_run", "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction",
-    "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine", "update_bn": "tracker.model_weights",
+    "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine", "update_bn": "tracker.filling",
 }  # fmt: skip
 """The module of each name that is no module itself."""
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -36,15 +36,52 @@ from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import SigmaRel, Target, as_target
 from posthoc_cli.tracker.filling import copied_weights
 from posthoc_cli.tracker.model import TrackedModel, collect_tensors, named_tensors
-from posthoc_cli.tracker.processes import Group, ShardOwners, as_dtensor, held_box, held_part, is_sharded, reshard
+from posthoc_cli.tracker.pipeline import Pipeline
+from posthoc_cli.tracker.processes import (
+    Group,
+    Members,
+    ShardOwners,
+    as_dtensor,
+    held_box,
+    held_part,
+    is_sharded,
+    reshard,
+)
+from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.snapshotter import LiveSource
-
-if TYPE_CHECKING:
-    from posthoc_cli.tracker.posthoc_ema import PostHocEMA
+from posthoc_cli.tracker.state import Settings
 
 Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """The members of `PostHocEMA` that its averages are made with."""
+
+    checkpoint_dir: Path
+    settings: Settings
+    _members: Members
+    _pipeline: Pipeline
+    _start: Start
+
+    @property
+    def run_id(self) -> str: ...  # noqa: D102
+
+    @property
+    def step(self) -> int: ...  # noqa: D102
+
+    @property
+    def has_average(self) -> bool: ...  # noqa: D102
+
+    @property
+    def keeps_averages(self) -> bool: ...  # noqa: D102
+
+    def flush(self) -> None: ...  # noqa: D102
+
+    def _tracked_model(self, default: torch.nn.Module | None = None) -> torch.nn.Module | None: ...
+
+    def _is_first_warning(self, cause: str) -> bool: ...
 
 
 class _Shared(NamedTuple):
@@ -66,7 +103,7 @@ class _Shared(NamedTuple):
 
 
 def make_average(
-    ema: PostHocEMA, group: Group, model: torch.nn.Module | None, wanted: Wanted, *,
+    ema: Tracker, group: Group, model: torch.nn.Module | None, wanted: Wanted, *,
     t: float | None = None, step: int | None = None, dtype: torch.dtype | str | None = None, method: str | None = None,
     use: Callable[[Plan], Weights] = make_weights,
 ) -> Weights:  # fmt: skip
@@ -109,12 +146,12 @@ def make_average(
     )
 
 
-def from_sources(ema: PostHocEMA, group: Group, work: Callable[[list[Source]], Result]) -> Result:
+def from_sources(ema: Tracker, group: Group, work: Callable[[list[Source]], Result]) -> Result:
     """Return in each process what `work` returns in the first one, for the sources of complete tensors."""
     return _in_first(ema, group, work, False)[0]
 
 
-def refused(ema: PostHocEMA, group: Group, wanted: Mapping[str, Target]) -> dict[str, str]:
+def refused(ema: Tracker, group: Group, wanted: Mapping[str, Target]) -> dict[str, str]:
     """Return the reasons why some averages cannot be made yet, by label."""
 
     def plan(sources: list[Source]) -> dict[str, str]:
@@ -150,7 +187,7 @@ def logged(plan: Plan) -> Plan:
     return plan
 
 
-def _raw_weights(ema: PostHocEMA, model: torch.nn.Module | None, dtype: torch.dtype | str | None) -> Weights:
+def _raw_weights(ema: Tracker, model: torch.nn.Module | None, dtype: torch.dtype | str | None) -> Weights:
     """Return the raw weights of the tracked model, or else of `model`, with a warning."""
     tracked, settings = ema._tracked_model(model), ema.settings
     if tracked is None:
@@ -171,13 +208,13 @@ def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
     return snapshots if snapshots and snapshots[0].run_id == run_id else []
 
 
-def _check_any(ema: PostHocEMA, sources: Sequence[Source]) -> None:
+def _check_any(ema: Tracker, sources: Sequence[Source]) -> None:
     if not sources:
         reason = f"{ema.settings.first_update(ema.step)}, so far {ema.step:,}"
         raise NotReadyError("no average yet", reason)
 
 
-def _sources(ema: PostHocEMA, live_only: bool, live: Sequence[LiveSource] | None = None) -> list[Source]:
+def _sources(ema: Tracker, live_only: bool, live: Sequence[LiveSource] | None = None) -> list[Source]:
     """Return the live averages, and unless `live_only` the snapshots of others up to their time."""
     resumes, start = ema._pipeline.tracking.resumes, ema._start.step
     if live is None:
@@ -197,7 +234,7 @@ def _sources(ema: PostHocEMA, live_only: bool, live: Sequence[LiveSource] | None
 
 
 def _in_first(
-    ema: PostHocEMA, group: Group, work: Callable[[list[Source]], Result], live_only: bool
+    ema: Tracker, group: Group, work: Callable[[list[Source]], Result], live_only: bool
 ) -> tuple[Result, dict[str, Source]]:
     """Return in each process what `work` returns in the first one, and the sources in this process by name.
 
@@ -220,7 +257,7 @@ def _in_first(
     return group.from_first(in_first), local
 
 
-def _flushed(ema: PostHocEMA) -> list[LiveSource]:
+def _flushed(ema: Tracker) -> list[LiveSource]:
     ema.flush()
     return ema._pipeline.live()
 
@@ -249,7 +286,7 @@ def _joined(parts: Sequence[tuple[Snapshot, Mapping[str, Entry]]]) -> LiveSource
 @torch.inference_mode(False)
 @torch.no_grad()
 def _exchanged(
-    ema: PostHocEMA, group: Group, model: torch.nn.Module | None, target: Target, shared: _Shared,
+    ema: Tracker, group: Group, model: torch.nn.Module | None, target: Target, shared: _Shared,
     local: Mapping[str, Source],
 ) -> Weights:  # fmt: skip
     """Return all that this process holds of an average, under all names, on the host, after exchanging it."""

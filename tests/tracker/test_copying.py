@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from posthoc_cli.tracker import memory
+from posthoc_cli.tracker import copying, memory
 from posthoc_cli.tracker.copying import ModelCopier, ModelCopy
 from posthoc_cli.tracker.memory import HostTensors, LayoutReader, lay_out
 
