@@ -45,22 +45,30 @@ from posthoc_cli.errors import (
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.background import SINGLE_THREAD, BackpressureMonitor, ThreadPool, Worker, end_threads
-from posthoc_cli.tracker.copying import (
+from posthoc_cli.tracker.background import (
+    SINGLE_THREAD,
+    BackpressureMonitor,
     DeviceEvents,
     DeviceStreams,
-    ModelCopier,
-    ModelCopy,
-    StorageLayout,
     Streams,
-    measured_now,
-    stage,
+    ThreadPool,
+    Worker,
+    end_threads,
 )
+from posthoc_cli.tracker.copying import ModelCopier, ModelCopy
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import HostTensors, Layout, LayoutReader, lay_out, on_host
 from posthoc_cli.tracker.model import ModelTensors, TrackedModel, nonfinite_error
 from posthoc_cli.tracker.processes import Members
-from posthoc_cli.tracker.snapshotter import LiveSource, PartSnapshotter, Snapshotter, live_sources
+from posthoc_cli.tracker.snapshotter import (
+    LiveSource,
+    PartSnapshotter,
+    Snapshotter,
+    StorageLayout,
+    live_sources,
+    measured_now,
+    stage,
+)
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info
 
 log = logging.getLogger(__name__)

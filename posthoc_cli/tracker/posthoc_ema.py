@@ -64,7 +64,6 @@ from posthoc_cli.tracker.averaged import (
 )
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import CallGuard
-from posthoc_cli.tracker.copying import measured_now
 from posthoc_cli.tracker.filling import (
     WithStatement,
     check_weights,
@@ -91,6 +90,7 @@ from posthoc_cli.tracker.model import (
 from posthoc_cli.tracker.pipeline import Pipeline, state_of_tracker, wait_for_writers
 from posthoc_cli.tracker.processes import Group, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.resuming import Start
+from posthoc_cli.tracker.snapshotter import measured_now
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info, unpack_state
 
 if TYPE_CHECKING:
