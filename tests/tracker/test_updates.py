@@ -104,7 +104,7 @@ def test_averages_keep_moving_after_a_million_updates(
 
 
 @pytest.mark.parametrize("sigma_rels", [(0.05,), (0.05, 0.28), (0.01, 0.1, 0.2886)])
-@pytest.mark.parametrize(("begin", "every"), [(0, 1), (2500, 1), (40_000, 10), (1_000_000, 64)])
+@pytest.mark.parametrize(("begin", "every"), [(0, 1), (40_000, 10), (1_000_000, 64)])
 def test_float32_averages_are_right_wherever_windows_end(
     tmp_path: Path, sigma_rels: tuple[float, ...], begin: int, every: int
 ) -> None:
