@@ -332,7 +332,7 @@ STUDIES: dict[str, Callable[[], Iterable[Study]]] = {
     "ordinary": ordinary,
     "pathological": pathological,
 }
-CASES = (*STUDIES, "live", "resumes", "resumes-kept", "plan-promise", "pruning")
+CASES = (*STUDIES, "live", "resumes", "resumes-exactly", "plan-promise", "pruning")
 
 
 def measure(name: str, cache: Path | None = None) -> list[Cell]:
