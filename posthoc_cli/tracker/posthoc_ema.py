@@ -43,12 +43,10 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights, as_targets
-from posthoc_cli.snapshots.codecs import encode_path, joined_paths
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.path import places
-from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
+from posthoc_cli.snapshots.path import encode_path, joined_paths, places
+from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
-from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import as_target
@@ -91,7 +89,15 @@ from posthoc_cli.tracker.pipeline import Pipeline, state_of_tracker, wait_for_wr
 from posthoc_cli.tracker.processes import Group, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.snapshotter import measured_now
-from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info, unpack_state
+from posthoc_cli.tracker.state import (
+    Settings,
+    StateInfo,
+    Tracking,
+    TrainingProgress,
+    pack_state,
+    state_info,
+    unpack_state,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
