@@ -30,7 +30,7 @@ from posthoc_cli.planning import (
     snapshots_to_drop,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior
+from posthoc_cli.reconstruction import Motion, Prior, Problem, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
 
 PriorOf = Callable[[list[PowerFunction]], Prior]
@@ -94,7 +94,7 @@ def test_thinning_makes_nearly_the_best_choice_of_its_size(
 
     def error(choice: Sequence[int]) -> float:
         """The 8-norm over twelve targets, by which thinning chooses."""
-        solver = MinimumVariance([snapshots[i] for i in choice], prior.of(choice), 16.0)
+        solver = Problem([snapshots[i] for i in choice], prior.of(choice), 16.0)
         goals = solver.goals(targets)
         return float(np.mean(solver.expected_squares(solver.solve(goals), goals).sum(axis=0) ** 4) ** (1 / 8))
 

@@ -30,9 +30,9 @@ from posthoc_cli.reconstruction import (
     Distance,
     DistanceTo,
     Measurements,
-    MinimumVariance,
     Motion,
     Prior,
+    Problem,
     Steps,
     StoredAverage,
     measured_prior,
@@ -159,7 +159,7 @@ def test_a_known_motion_has_the_exact_expectation() -> None:
     stored = [*libraries, Point(500.0), Point(990.0), PowerFunction(5.0, 800.0)]
     target = PowerFunction(9.0, 1000.0)
     c = np.random.default_rng(0).dirichlet(np.ones(len(stored)))
-    solver = MinimumVariance(stored, even_prior(len(stored), 1000.0, w), 1000.0)
+    solver = Problem(stored, even_prior(len(stored), 1000.0, w), 1000.0)
     expected = solver.expected_squares(c[:, None], solver.goals([target])).sum()
     missed = c @ np.stack([masses(p, steps) for p in stored]) - masses(target, steps)
     tails = np.cumsum(missed[::-1])[::-1]

@@ -19,8 +19,10 @@ from posthoc_cli.reconstruction import (
     Distance,
     Measurements,
     Motion,
+    Prior,
     Steps,
     StoredAverage,
+    assumed_prior,
     measured_prior,
     reconstruct,
 )
@@ -31,8 +33,6 @@ from posthoc_cli.reconstruction.motion import (
     fit_motion,
     influences,
 )
-from posthoc_cli.reconstruction.prior import Prior, assumed_prior
-from posthoc_cli.reconstruction.solving import expected_errors
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import BucketTile, LayoutReader, lay_out
 
@@ -143,7 +143,7 @@ def test_the_influence_of_each_segment_is_its_integral() -> None:
         (PowerFunction.from_sigma_rel(s, t), PowerFunction.from_sigma_rel(u, v))
         for s, t, u, v in ((0.05, 90, 0.28, 90), (0.1, 90, 0.1, 50), (0.28, 90, 0.05, 20), (0.07, 50, 0.2, 35))
     ]
-    _, walks, noises, _ = influences(edges, [PairDistance(p, q, 1.0, 0.0) for p, q in pairs], None)
+    walks, noises, _ = influences(edges, [PairDistance(p, q, 1.0, 0.0) for p, q in pairs], None)
     for segment, only in enumerate(np.eye(3)):
         for influence, motion in ((walks, motion_on(edges, only)), (noises, motion_on(edges, 0.0, only))):
             expected = [distance(p, q, motion).squared for p, q in pairs]
@@ -350,5 +350,5 @@ def test_a_longer_run_of_the_same_training_has_the_same_errors(steps: Steps | No
     for t, expected in ((1000.0, relative), (4000.0, prior.stretched(4000.0, 1000.0, norm))):
         snapshots = power_functions([0.5 * t, 0.8 * t, t], (0.05, 0.28))
         targets = [PowerFunction.from_sigma_rel(width, t) for width in (0.08, 0.15)]
-        found.append(expected_errors(snapshots, targets, assumed_prior(snapshots, motion=expected), t)[0])
+        found.append(reconstruct(snapshots, targets, prior=assumed_prior(snapshots, motion=expected)).predicted_error)
     assert found[1] == pytest.approx(found[0], rel=0.01)  # the short run begins with its first update, at 1
