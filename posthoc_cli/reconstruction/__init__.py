@@ -9,7 +9,6 @@ from posthoc_cli.reconstruction.motion import (
     MEASURED,
     ROUNDING,
     Distance,
-    DistanceTo,
     Measurements,
     Motion,
     Prior,
@@ -35,7 +34,7 @@ from posthoc_cli.reconstruction.solving import (
 
 __all__ = [
     "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "Distance",
-    "DistanceTo", "Losses", "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
+    "Losses", "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
     "StoredAverage", "assumed_prior", "check_method", "error_after_rounding", "measured_prior",
     "misfit", "one_blas_thread", "points_of", "reconstruct", "relative_width", "thinned_subset",
 ]  # fmt: skip

@@ -43,10 +43,6 @@ ASSUMED_STRETCH = 0.25
 have 0.01 (learning rate decayed to almost 0) to 0.45 (constant learning rate)."""
 
 
-_MOST_STORED = 96
-"""Limit of the number of segments in a snapshot's header."""
-
-
 @dataclass(frozen=True, eq=False)
 class Motion:
     """Walk and noise, summed over all elements of the weights, constant on each segment of training.
@@ -67,18 +63,6 @@ class Motion:
         """Return a constant walk of total `variance` over (0, t], relative to the squared norm, without noise."""
         count = t if steps is None else float(steps.clock.step_at(t))
         return cls(np.array([0.0, t]), np.array([variance / count]), np.zeros(1))
-
-    def handed_on(self) -> Motion:
-        """Return the motion for a snapshot's header: six digits, the shortest neighbours joined down to a limit."""
-        edges, walk, noise = (values.tolist() for values in (self.edges, self.walk, self.noise))
-        while len(walk) > _MOST_STORED:
-            k = min(range(len(walk) - 1), key=lambda k: edges[k + 2] - edges[k])
-            first, second = edges[k + 1] - edges[k], edges[k + 2] - edges[k + 1]
-            for values in (walk, noise):
-                values[k : k + 2] = [(first * values[k] + second * values[k + 1]) / (first + second)]
-            del edges[k + 1]
-        walk, noise = ([float(f"{value:.6g}") for value in values] for values in (walk, noise))
-        return Motion(np.array(edges), np.array(walk), np.array(noise))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Motion) and all(
@@ -400,34 +384,14 @@ values are evenly distributed, the mean square of m in [1, 2) is 3 / (2 ln 2).
 
 @dataclass(frozen=True)
 class Distance:
-    """The squared Euclidean distance between an average and another average of the same run, its partner.
+    """The squared Euclidean distance between an average and another one of the same run, of the profile `other`.
 
-    `t` and `sigma_rel` belong to the partner, which may have been deleted since. `squared` is the distance of this
-    average, exact, from the partner, exact if it has the same time, else as stored; `rounding` is the part of `squared`
-    that the partner's rounding causes.
+    `rounding` is the part of `squared` that the roundings of stored copies cause.
     """
 
-    t: float
-    sigma_rel: float
+    other: StoredProfile
     squared: float
     rounding: float
-
-    @property
-    def other(self) -> StoredProfile:
-        """The partner's profile."""
-        return PowerFunction.from_sigma_rel(self.sigma_rel, self.t)
-
-
-@dataclass(frozen=True)
-class DistanceTo(Distance):
-    """A distance to a partner that is no power function; headers hold no such distances."""
-
-    profile: StoredProfile
-
-    @property
-    def other(self) -> StoredProfile:
-        """The partner's profile."""
-        return self.profile
 
 
 @dataclass(frozen=True)
@@ -437,14 +401,12 @@ class Measurements:
     Attributes:
         norm: squared norm of the exact average.
         rounding: squared norm of the difference between the stored copy and the exact average.
-        distances: to the other averages of the same time, and to the newest earlier snapshots of each profile.
-        weights: squared distance between the exact average and the network's weights at its time; None if unknown.
+        distances: to other averages, where both were sampled from files; headers hold none.
     """
 
     norm: float
     rounding: float
     distances: tuple[Distance, ...] = ()
-    weights: float | None = None
 
 
 @dataclass(frozen=True)
@@ -456,9 +418,7 @@ class StoredAverage:
         updates: number of updates in the average.
         eps: distance from 1 to the next number of the accumulator's dtype.
         measurements: None if nothing was measured.
-        step_length: duration of a training step at the average's time; 0 if unknown.
         steps: the run's steps up to that time; None if unknown.
-        motion: estimate of the network's motion that was made at that time; None if there was none.
         inherited: expected squared error that remains from rounded snapshots from which the run was resumed.
         gammas: exponents of all profiles that share means with this one; empty if its means have its own weights.
         t_first: time of a power function's first update: its mass before that applies to the values of that time.
@@ -468,9 +428,7 @@ class StoredAverage:
     updates: int
     eps: float
     measurements: Measurements | None
-    step_length: float = 0.0
     steps: Steps | None = None
-    motion: Motion | None = None
     inherited: float = 0.0
     gammas: tuple[float, ...] = ()
     t_first: float = 1.0

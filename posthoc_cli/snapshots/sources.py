@@ -37,7 +37,6 @@ from posthoc_cli.profiles import Clock, Discrete, FloatArray, Point, StoredProfi
 from posthoc_cli.reconstruction import (
     ASSUMED,
     Distance,
-    DistanceTo,
     Measurements,
     Motion,
     Prior,
@@ -367,15 +366,16 @@ RUN_ELEMENTS = 1_024
 def source_prior(sources: Sequence[Source]) -> Prior:
     """Return the prior: the motion of the network and the rounding of each source, in their order.
 
-    If the header of a file has no measurements, the measurements of all files are estimated from a sample.
+    If the header of a file has no measurements, or the newest one no sketch, the measurements of all files are
+    estimated from a sample.
     """
     on_disk = [source for source in sources if isinstance(source, FileSource)]
     ordered = [*on_disk, *(source for source in sources if not isinstance(source, FileSource))]
     averages = [source.info.average(source.profile) for source in ordered]
-    if sampled := any(source.info.measurements is None for source in on_disk):
-        averages[: len(on_disk)] = with_sampled_measurements(on_disk)
     last = max((source.info.t for source in ordered), default=0.0)  # earlier sketches show a part of the path
     text = next((source.info.sketch for source in ordered if source.info.t == last and source.info.sketch), "")
+    if sampled := not text or any(source.info.measurements is None for source in on_disk):
+        averages[: len(on_disk)] = with_sampled_measurements(on_disk)
     prior = measured_prior(averages, decode_path(text).sketch if text else None)
     place = {id(source): index for index, source in enumerate(ordered)}
     return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
@@ -424,7 +424,7 @@ def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) ->
     for _, at_time in groupby(ordered, key=lambda i: snapshots[i].info.t):
         now = {index: _read(snapshots[index], ranges) for index in at_time}
         earlier = [sample for kind in sorted(newest) for samples in newest[kind] for sample in samples]
-        recent: dict[int, DistanceTo] = {}
+        recent: dict[int, Distance] = {}
         for index, sample in now.items() if local else ():
             if (motion := _recent_motion(sample, newest[_kind(sample.snapshot)])) is not None:
                 recent[index] = motion
@@ -448,7 +448,7 @@ def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[StoredAve
     except OverflowError:
         sampled = [None] * len(snapshots)
     return [
-        replace(snapshot.info.average(snapshot.profile), measurements=measurements, motion=None)
+        replace(snapshot.info.average(snapshot.profile), measurements=measurements)
         for snapshot, measurements in zip(snapshots, sampled, strict=True)
     ]
 
@@ -532,11 +532,8 @@ def _read(snapshot: FileSource, ranges: Sequence[ElementRange]) -> _Sample:
 def _measure(sample: _Sample, partners: Sequence[_Sample], more: Sequence[Distance] = ()) -> Measurements:
     distances = [*more]
     for partner in partners:
-        info, squared = partner.snapshot.info, _squares(sample, sample.values - partner.values)
-        distance = Distance(info.t, info.sigma_rel, squared, sample.rounding + partner.rounding)
-        other = partner.snapshot.profile
-        is_foreign = isinstance(other, Point | Discrete)
-        distances.append(DistanceTo(**vars(distance), profile=other) if is_foreign else distance)
+        squared = _squares(sample, sample.values - partner.values)
+        distances.append(Distance(partner.snapshot.profile, squared, sample.rounding + partner.rounding))
     return Measurements(_squares(sample, sample.values), sample.rounding, tuple(distances))
 
 
@@ -550,7 +547,7 @@ _CLEAR = 2.0
 """A squared distance must be this many times its expected rounding to show motion."""
 
 
-def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> DistanceTo | None:
+def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Distance | None:
     """Return an average's distance from what it would be if the weights had not moved between its last two intervals.
 
     Of three successive averages a, b, c of one kind, c consists of b with a share k and of the mean of the weights
@@ -582,8 +579,7 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     rounding = sample.rounding + share_b**2 * sample_b.rounding + (1 - share_b) ** 2 * sample_a.rounding
     tail = share_b * b.tail(b.times) + (1 - share_b) * a.tail(b.times)
     masses = np.maximum(-np.diff(tail, prepend=1.0), 0.0)
-    info, squared = sample_b.snapshot.info, _squares(sample, sample.values - unmoved)
-    return DistanceTo(info.t, info.sigma_rel, squared, rounding, Discrete(b.times, masses / masses.sum(), b.t))
+    return Distance(Discrete(b.times, masses, b.t), _squares(sample, sample.values - unmoved), rounding)
 
 
 def _squares(sample: _Sample, values: FloatArray) -> float:

@@ -28,7 +28,6 @@ from posthoc_cli.profiles import (
 from posthoc_cli.reconstruction import (
     METHODS,
     Distance,
-    DistanceTo,
     Measurements,
     Motion,
     Prior,
@@ -62,10 +61,7 @@ def masses(profile: Profile, steps: int) -> FloatArray:
 
 
 def distance(other: StoredProfile, difference: FloatArray) -> Distance:
-    squared = float(np.sum(difference**2))
-    if isinstance(other, PowerFunction):
-        return Distance(other.t, other.sigma_rel, squared, 0.0)
-    return DistanceTo(other.t, 0.0, squared, 0.0, other)
+    return Distance(other, float(np.sum(difference**2)), 0.0)
 
 
 def errors(

@@ -36,6 +36,7 @@ from posthoc_cli.reconstruction.motion import (
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import BucketTile, LayoutReader, lay_out
 
+power = PowerFunction.from_sigma_rel
 START = 2.0
 EDGES = np.array([START, *range(50, 1001, 50)])
 
@@ -199,7 +200,9 @@ def average(t: float, sigma_rel: float, norm: float, *distances: Distance, round
 
 def pair_at_10(squared: float) -> list[StoredAverage]:
     """Two averages at time 10 that agree on the squared distance between them."""
-    return [average(10.0, s, 4.0, Distance(10.0, other, squared, 0.0)) for s, other in ((0.05, 0.25), (0.25, 0.05))]
+    return [
+        average(10.0, s, 4.0, Distance(power(other, 10.0), squared, 0.0)) for s, other in ((0.05, 0.25), (0.25, 0.05))
+    ]
 
 
 ALONE = average(10.0, 0.1, 4.0)
@@ -209,7 +212,7 @@ def test_weights_that_stand_still_have_no_motion() -> None:
     late, early = PowerFunction(6.9, 100.0), PowerFunction(6.9, 50.0)
     fitted = fit_motion(START, [50.0, 100.0], [PairDistance(late, early, 1e-30, 1e-30)])
     assert np.all(np.isfinite(fitted.walk))
-    prior = measured_prior([ALONE, average(20.0, 0.1, 4.0, Distance(10.0, 0.1, 0.0, 0.0))])
+    prior = measured_prior([ALONE, average(20.0, 0.1, 4.0, Distance(power(0.1, 10.0), 0.0, 0.0))])
     result = reconstruct(power_functions(20.0, (0.1,)), power_functions(20.0, (0.2,)), prior=prior.of([1]))
     assert result.predicted_error[0] < 1e-6
 
@@ -225,8 +228,8 @@ def test_the_source_says_whether_the_motion_is_measured_or_assumed() -> None:
 
 def test_the_distance_of_two_averages_of_one_profile_is_ignored() -> None:
     """It is rounding, or a mistake; no motion explains it."""
-    twin = Distance(20.0, 0.1 * (1 + 1e-9), 5.0, 0.0)
-    real = Distance(10.0, 0.1, 0.5, 0.0)
+    twin = Distance(power(0.1 * (1 + 1e-9), 20.0), 5.0, 0.0)
+    real = Distance(power(0.1, 10.0), 0.5, 0.0)
     with_twin, without = (
         measured_prior([ALONE, average(20.0, 0.1, 4.0, *distances)]) for distances in ((real, twin), (real,))
     )
@@ -239,7 +242,7 @@ def test_the_distance_of_two_averages_of_one_profile_is_ignored() -> None:
 
 def test_of_two_records_of_one_pair_the_later_one_counts() -> None:
     """Whichever of the two averages has it, with a sigma_rel that was computed elsewhere."""
-    first, other = (Distance(10.0, s, squared, 0.0) for s, squared in ((0.25 * (1 + 1e-15), 3.0), (0.05, 0.5)))
+    first, other = (Distance(power(s, 10.0), squared, 0.0) for s, squared in ((0.25 * (1 + 1e-15), 3.0), (0.05, 0.5)))
     both = [average(10.0, 0.05, 4.0, first), average(10.0, 0.25, 4.0, other)]
     single = [average(10.0, 0.05, 4.0, first), average(10.0, 0.25, 4.0)]
     np.testing.assert_array_equal(measured_prior(both).motion.walk, measured_prior(both[::-1]).motion.walk)
@@ -312,8 +315,7 @@ def test_the_error_bar_holds_whether_rounding_or_motion_dominates(
         partners = [(q, exact[q]) for q in snapshots if q.t == p.t and q != p]
         partners += [(q, stored[q]) for q in snapshots if q.t == p.t - every]
         distances = [
-            Distance(q.t, q.sigma_rel, float(np.sum((exact[p] - y) ** 2)), float(np.sum((y - exact[q]) ** 2)))
-            for q, y in partners
+            Distance(q, float(np.sum((exact[p] - y) ** 2)), float(np.sum((y - exact[q]) ** 2))) for q, y in partners
         ]
         rounding = float(np.sum((stored[p] - exact[p]) ** 2))
         averages.append(average(p.t, p.sigma_rel, float(exact[p] @ exact[p]), *distances, rounding=rounding))
@@ -323,20 +325,6 @@ def test_the_error_bar_holds_whether_rounding_or_motion_dominates(
         truth = exact_weights(target.sigma_rel, np.arange(1, steps + 1)) @ path
         actual = np.linalg.norm(c @ list(stored.values()) - truth) / np.linalg.norm(truth)
         assert 0.5 < actual / predicted < 1.4
-
-
-def test_the_motion_of_a_header_keeps_the_variance_of_the_path() -> None:
-    """Segments that are joined have the sum of their variances, whatever their lengths."""
-    random = np.random.default_rng(0)
-    edges = np.cumsum(random.uniform(0.1, 20.0, 300))
-    motion = Motion(edges, random.uniform(0.1, 5.0, 299), random.uniform(0.0, 3.0, 299))
-    kept = motion.handed_on()
-    assert kept.walk.size < 100
-    assert set(kept.edges) <= set(edges)
-    for name in ("walk", "noise"):
-        total = np.concatenate(([0.0], np.cumsum(getattr(motion, name) * np.diff(edges))))
-        found = np.cumsum(getattr(kept, name) * np.diff(kept.edges))
-        assert found == pytest.approx(total[np.searchsorted(edges, kept.edges[1:])], rel=1e-5)
 
 
 @pytest.mark.parametrize("steps", [None, Steps(Clock.of_steps())])

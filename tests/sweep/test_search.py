@@ -43,9 +43,9 @@ def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
 
 
 def test_the_range_contains_the_best_as_often_as_stated() -> None:
-    """With a coverage of 95 %, fewer than 13 of 16 searches contain it once in 140 cases; with 50 %, in all but 1 %."""
-    estimates = [estimate(trials(0.5, seed=seed), AXIS) for seed in range(16)]
-    assert sum(found.low <= 0.09 <= found.high for found in estimates) >= 13
+    """With a coverage of 95 %, fewer than 52 of 60 searches contain it once in 6,000 cases."""
+    estimates = [estimate(trials(0.5, seed=seed), AXIS) for seed in range(60)]
+    assert sum(found.low <= 0.09 <= found.high for found in estimates) >= 52
     assert np.mean([math.log(found.high / found.low) for found in estimates]) < 0.8 * math.log(HIGH / LOW)
 
 
@@ -133,17 +133,23 @@ def searched(noise: float, budget: int, repeats: int = 1, seed: int = 0) -> Sear
 
 
 def test_a_search_stops_when_further_trials_would_hardly_help() -> None:
-    """Without noise after the first batch; with noise later, yet far from the end of its budget, near the best."""
-    assert len(searched(0.0, 60).trials) == 6
-    done = [searched(1.0, 60, seed=seed) for seed in range(3)]
-    assert all(search.stopped == "the best length is known within the noise" for search in done)
-    assert 8 <= np.mean([len(search.trials) for search in done]) < 20
-    assert np.mean([bowl(search.found.best) for search in done]) < 1.0 / 4
+    """More noise needs more trials; the chosen length is then worse than the best by a small part of the noise."""
+    counts = []
+    for noise in (0.1, 1.0):
+        done = [searched(noise, 60, seed=seed) for seed in range(12)]
+        assert all(search.stopped == "the best length is known within the noise" for search in done)
+        counts.append(np.mean([len(search.trials) for search in done]))
+        assert np.mean([bowl(search.found.best) for search in done]) < noise / 6
+    assert 6 <= counts[0] < 8
+    assert 9 < counts[1] < 15
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_a_search_measures_as_many_lengths_as_its_budget(repeats: int) -> None:
-    """A length that is measured again with other seeds counts again. Few values of this noise settle nothing."""
-    search = searched(30.0, 7, repeats)
-    assert search.stopped.startswith("the budget is spent")
-    assert len({(one.x, one.seed) for one in search.trials}) == len(search.trials) == 7 * repeats
+    """A length that is measured again with other seeds counts again."""
+    done = [searched(1.0, 7, repeats, seed) for seed in range(20)]
+    assert any(search.stopped == "the budget is spent" for search in done)
+    for search in done:
+        assert len({(one.x, one.seed) for one in search.trials}) == len(search.trials) <= 7 * repeats
+        if search.stopped == "the budget is spent":
+            assert len(search.trials) == 7 * repeats
