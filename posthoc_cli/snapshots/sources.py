@@ -46,7 +46,15 @@ from posthoc_cli.reconstruction import (
 )
 from posthoc_cli.snapshots.chunks import Box, boxes_of_range, row_major
 from posthoc_cli.snapshots.codecs import decode_path
-from posthoc_cli.snapshots.tensorfile import Entry, TensorFile, decode_values, in_turn, items, tensor_from_bytes
+from posthoc_cli.snapshots.tensorfile import (
+    THREADS,
+    Entry,
+    TensorFile,
+    decode_values,
+    in_turn,
+    items,
+    tensor_from_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -296,12 +304,18 @@ def _place(data: npt.NDArray[Any], held: Box, part: Box, out: npt.NDArray[Any], 
 
 @contextmanager
 def all_open(sources: Sequence[Source]) -> Iterator[None]:
-    """Keep the files of all sources open for the block."""
+    """Keep the files of all sources open for the block, and read those in stores ahead."""
     on_disk = [source for source in sources if isinstance(source, FileSource)]
-    is_remote = any(is_url(source.path) for source in on_disk)
+    remote = [source for source in on_disk if is_url(source.path)]
     with ExitStack() as stack:
-        for source in in_turn(lambda source: source.__enter__(), on_disk, is_remote):
+        for source in in_turn(lambda source: source.__enter__(), on_disk, bool(remote)):
             stack.push(source.__exit__)
+        if remote:
+            from posthoc_cli.remote.ranges import reading_ahead
+
+            ahead = stack.enter_context(reading_ahead(len(remote), THREADS))
+            for file in (file for source in remote for file in source.files):
+                file.read_ahead(ahead)
         yield
 
 
