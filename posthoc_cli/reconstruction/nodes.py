@@ -115,7 +115,7 @@ class Nodes:
         """Return the values of a target for `tails`, [M], and the integral of the square that these miss, [K]."""
         if self._is_resolved(target):
             return self.tails([target])[:, 0], np.zeros(self.edges.size - 1)
-        values, missed = self._projected(target, target.tail)
+        values, missed = self._projected(target, lambda s, _: target.tail(s))
         return np.append(values, self._listed(target, self._before)), missed
 
     def goal_masses(self, target: Profile) -> tuple[FloatArray, FloatArray]:
@@ -129,12 +129,12 @@ class Nodes:
         per_step = np.ones(self.edges.size - 1)
         per_step[self._cells] = self._density[:: self._order]
 
-        def mass(s: FloatArray) -> FloatArray:
-            home = np.clip(np.searchsorted(self.edges, s, side="left") - 1, 0, per_step.size - 1)
+        def mass(s: FloatArray, home: npt.NDArray[np.intp]) -> FloatArray:
             begin, end = self.edges[home], self.edges[home + 1]
             reach = np.maximum(_STEP * (end - begin), self._stride / 2 / per_step[home])
             low, high = np.maximum(s - reach, begin), np.minimum(s + reach, end)
-            return np.asarray((target.tail(low) - target.tail(high)) / (high - low) / per_step[home])
+            steps = np.maximum(high - low, 1e-300) * per_step[home]  # 0 in the last digits before an end
+            return np.asarray((target.tail(low) - target.tail(high)) / steps)
 
         values, missed = self._projected(target, mass)
         return np.append(values, self._listed_mass(target)), missed
@@ -163,7 +163,9 @@ class Nodes:
         end = profile.t * (1 + _SAME) if isinstance(profile, PowerFunction) else np.inf
         return np.where(self._after <= end, profile.tail(s), 0.0)
 
-    def _projected(self, target: Profile, value: Callable[[FloatArray], FloatArray]) -> tuple[FloatArray, FloatArray]:
+    def _projected(
+        self, target: Profile, value: Callable[[FloatArray, npt.NDArray[np.intp]], FloatArray]
+    ) -> tuple[FloatArray, FloatArray]:
         """Return the polynomial nearest to a function on each interval, at its nodes, and the squares missed, [K].
 
         A polynomial is sum_j value_j l_j with Lagrange's l_j, which are orthogonal with squared norms `_width`.
@@ -175,7 +177,7 @@ class Nodes:
         s, weights, home = s[inside], weights[inside], home[inside]
         begin, end = self.edges[home], self.edges[home + 1]
         lagrange = _lagrange((2 * s - begin - end) / (end - begin), self._order)
-        values, cells = value(s), place[home]
+        values, cells = value(s, home), place[home]
         sums = np.zeros((self._cells.size, self._order))
         np.add.at(sums, cells, lagrange * (values * weights)[:, None])
         at_nodes = sums / self._width.reshape(sums.shape)

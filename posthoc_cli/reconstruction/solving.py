@@ -130,19 +130,20 @@ def reconstruct(
 class LeastSquares:
     """argmin_x || factor x - goals || with one factorisation for any number of goals.
 
-    The directions of `factor` whose size is zero up to rounding are left out.
+    The directions of `factor` whose size is zero up to rounding are left out; `size` is that of the numbers whose
+    differences `factor` holds.
 
     Attributes:
         inverse: W with W W^T = (factor^T factor)^-1 on the other directions: shape [columns, rank].
     """
 
-    def __init__(self, factor: FloatArray) -> None:
+    def __init__(self, factor: FloatArray, size: float = 0.0) -> None:
         self._q, r = np.linalg.qr(factor)
         limit = np.finfo(np.float64).eps * max(factor.shape)
-        inverse = _inverse(r, limit) if r.shape[0] == r.shape[1] else None
+        inverse = _inverse(r, limit, size) if r.shape[0] == r.shape[1] else None
         if inverse is None:
             left, sizes, right = np.linalg.svd(r, full_matrices=False)
-            kept = sizes > limit * sizes.max(initial=0.0)
+            kept = sizes > limit * sizes.max(initial=size)
             self._q, inverse = self._q @ left[:, kept], right[kept].T / sizes[kept]
         self.inverse = inverse
 
@@ -160,14 +161,14 @@ class LeastSquares:
         return np.asarray(np.sum(self._q**2, axis=1))
 
 
-def _inverse(r: FloatArray, limit: float) -> FloatArray | None:
-    """Return the inverse of a triangle; None if its condition is beyond 1 / limit."""
+def _inverse(r: FloatArray, limit: float, size: float) -> FloatArray | None:
+    """Return the inverse of a triangle; None if its least direction is below `limit` of the largest, or of `size`."""
     try:
         inverse = np.asarray(np.linalg.inv(r), dtype=np.float64)
     except np.linalg.LinAlgError:
         return None
-    condition = np.abs(r).sum(axis=0).max(initial=0.0) * np.abs(inverse).sum(axis=0).max(initial=0.0)
-    return inverse if condition * limit < 1 else None
+    largest = np.abs(r).sum(axis=0).max(initial=size)
+    return inverse if limit * largest * np.abs(inverse).sum(axis=0).max(initial=0.0) < 1 else None
 
 
 # --- the problem
@@ -511,7 +512,7 @@ class Losses:
         """Solve the problem for the remaining snapshots, and set `squares`, the coefficients and W."""
         left, count = self._left, self._factor.shape[1]
         others, last = self._factor[:, left[:-1]] - self._factor[:, left[-1:]], self._factor[:, left[-1:]]
-        problem = LeastSquares(others)
+        problem = LeastSquares(others, float(np.abs(self._factor).max()))
         solution, root = problem.solve(self._goals - last), problem.inverse
         self._solved, self._is_degenerate = left.size, root.shape[1] < others.shape[1]
         self.squares = self._unreachable + problem.missed(self._goals - last)

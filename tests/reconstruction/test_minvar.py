@@ -163,23 +163,6 @@ def test_the_minimum_is_that_of_sixty_digits(count: int, sigma_rels: tuple[float
         assert c.sum() == pytest.approx(1, abs=1e-14 * np.abs(c).sum())
 
 
-def test_no_neighbour_of_the_solution_of_a_large_problem_is_better() -> None:
-    """300 times of two profiles, and 1,000 of one."""
-    generator = np.random.default_rng(0)
-    target = power(0.15, 1e5)
-    for count, sigma_rels in ((300, (0.05, 0.28)), (1000, (0.1,))):
-        snapshots = power_functions(np.linspace(0, 1e5, count + 1)[1:], sigma_rels)
-        solver = Problem(snapshots, assumed_prior(snapshots, 2e-4), 1e5)
-        c = solved(solver, target)
-        least = squared_error(solver, c, target)
-        assert np.abs(c).sum() < 2
-        for _ in range(20):
-            change = generator.normal(size=c.size)
-            change -= change.mean()
-            for size in (1e-6, -1e-6, 1e-4):
-                assert squared_error(solver, c + size * change, target) >= least
-
-
 # --- properties of any optimum ---------------------------------------------------------------------
 
 
@@ -309,17 +292,6 @@ def test_the_loss_of_a_copy_of_a_snapshot_costs_nothing(count: int) -> None:
     for lost in range(count - 1):
         losses.lose(lost)
     np.testing.assert_allclose(losses.squares, before)
-
-
-@given(problems())
-@settings(max_examples=30, deadline=None)
-def test_errors_of_many_targets_at_once_are_those_of_one_at_a_time(problem: Case) -> None:
-    snapshots, prior, target = problem
-    targets = [target, power(0.11, target.t), snapshots[-1]]
-    one_by_one = reconstruct(snapshots, targets, prior=prior, t=target.t)
-    _, profile, predicted = Problem(snapshots, prior, target.t).solve(targets, METHODS[0])
-    np.testing.assert_allclose(predicted, one_by_one.predicted_error, rtol=1e-3, atol=1e-7)
-    np.testing.assert_allclose(profile, one_by_one.profile_error, rtol=1e-3, atol=1e-6)
 
 
 def test_the_assumed_motion_is_an_even_walk_of_a_quarter_of_the_weights_norm() -> None:
