@@ -96,7 +96,7 @@ def test_thinning_makes_nearly_the_best_choice_of_its_size(
         """The 8-norm over twelve targets, by which thinning chooses."""
         solver = Problem([snapshots[i] for i in choice], prior.of(choice), 16.0)
         goals = solver.goals(targets)
-        return float(np.mean(solver.expected_squares(solver.solve(goals), goals).sum(axis=0) ** 4) ** (1 / 8))
+        return float(np.mean(solver.expected_squares(solver.optimum(goals), goals).sum(axis=0) ** 4) ** (1 / 8))
 
     best = min(error([*others, 15]) for others in combinations(range(15), keep - 1))
     assert error([snapshots.index(p) for p in kept(snapshots, prior, keep)]) <= 1.02 * best

@@ -83,7 +83,7 @@ def errors(
             others += [other for earlier in newest.values() for other in earlier]
             distances = tuple(distance(other, values[profile] - values[other]) for other in others)
             measurements = Measurements(float(np.sum(values[profile] ** 2)), 0.0, distances)
-            averages.append(StoredAverage(profile, 1, 2.0**-52, measurements, 1.0, STEP_CLOCK))
+            averages.append(StoredAverage(profile, 1, 2.0**-52, measurements, STEP_CLOCK))
         for profile, number in now:
             newest[number] = [*newest[number], profile][-2:]
     result = reconstruct(profiles, targets, None, measured_prior(averages), float(len(path)))
