@@ -257,14 +257,17 @@ class Model:
 
 @dataclass(frozen=True)
 class PowerModel(Model):
-    """A power function; the free value is gamma + 1."""
+    """A power function, which begins again at each of the `starts`; the free value is gamma + 1."""
 
     every: float = 0.0
+    starts: tuple[float, ...] = (0.0,)
     what = "sigma_rel"
 
     def forgotten(self, value: float, t: FloatArray) -> FloatArray:
         """Override `Model`."""
-        return value * np.log(np.maximum(t, 1e-300))
+        starts = np.array(self.starts)
+        last = np.maximum(np.searchsorted(starts, t, "right") - 1, 0)
+        return value * np.log(np.maximum(t - starts[last], self.every or 1e-300)) + _EVERYTHING * last
 
     def length(self, value: float) -> float:
         """Return the sigma_rel."""
@@ -399,7 +402,7 @@ def interval_residuals(model: Model, value: float, products: Products) -> FloatA
 
 def followed_since(model: Model, value: float, begin: float, end: float) -> float:
     """Return s of an average that starts from the weights at `begin`."""
-    if isinstance(model, WarmModel):
+    if isinstance(model, WarmModel | PowerModel):
         model = replace(model, starts=(begin,))
     return float(_factors_between(model, value, begin, end)[1][0])
 
@@ -485,10 +488,13 @@ def _misfit(matrices: FloatArray, covariance: FloatArray, rounding: FloatArray, 
     return float(np.linalg.slogdet(total)[1] + np.trace(np.linalg.solve(total, covariance)))
 
 
-def misfit(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int) -> float:
-    """Return -2 log of a model's likelihood near the value of a fit, in few rounds, to compare models."""
+def misfit(
+    fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int
+) -> tuple[float, float]:
+    """Return -2 log of a model's likelihood near the value of a fit, and the best value; in few rounds."""
     cost = _cost(fit, series, pieces, max(first, last - _MOST_CHECKPOINTS), last, rounds=_FEW_ROUNDS)
-    return float(minimize_scalar(cost, bounds=(-0.7, 0.7), method="bounded", options={"xatol": 0.01}).fun)
+    found = minimize_scalar(cost, bounds=(-0.7, 0.7), method="bounded", options={"xatol": 0.01})
+    return float(found.fun), fit.value * math.exp(found.x)
 
 
 def refine(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int) -> tuple[float, float]:
