@@ -76,7 +76,7 @@ _T = TypeVar("_T")
 _Planned = TypeVar("_Planned")
 
 Wanted = float | str | Target | Profile
-"""An average: a sigma_rel, a target such as Beta(0.9999), its text form, or an object with `density` and `tail`."""
+"""An average: a sigma_rel, a target such as Beta(0.9999), its text form, or an object with a function `tail`."""
 
 
 class Weights(OrderedDict[str, "torch.Tensor"]):
@@ -264,7 +264,7 @@ class Run:
         """Make one average in memory.
 
         Arguments:
-            target: a sigma_rel in (0, 0.2887), a target, its text form, or an object with `density` and `tail`.
+            target: a sigma_rel in (0, 0.2887), a target, its text form, or an object with a function `tail`.
             t, step: the time of the average; by default that of the newest snapshot.
             dtype: dtype of the averaged tensors; by default each parameter's own.
             device: device of the sums and of the tensors.

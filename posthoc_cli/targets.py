@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -22,18 +21,19 @@ import numpy as np
 from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word
 from posthoc_cli.profiles import (
     SHAPES,
-    ClassicalEMA,
     Clock,
-    EmulatedDecay,
     FloatArray,
+    Formula,
     Point,
     PowerFunction,
     Profile,
-    StepWindow,
     StoredProfile,
-    Uniform,
     check_sigma_rel,
+    classical_average,
+    emulated_decay,
+    step_window,
     try_profile,
+    uniform_average,
 )
 
 SHORTEST_BETA = 0.5
@@ -71,7 +71,7 @@ class Target(Protocol):
 
 
 def as_target(value: object) -> Target:
-    """Return the target for a sigma_rel, a text that names one target, a target, or an object with `density`, `tail`.
+    """Return the target for a sigma_rel, a text that names one target, a target, or an object with `tail`.
 
     Raises:
         InvalidValueError: the value is none of these.
@@ -79,8 +79,8 @@ def as_target(value: object) -> Target:
     names = ("label", "title", "sigma_rel", "profile")
     if all(hasattr(value, name) for name in names) and not isinstance(value, type):  # a class has its instances' names
         return value  # type: ignore[return-value]
-    if any(hasattr(value, name) for name in ("density", "tail")):
-        return GivenProfile(value)  # type: ignore[arg-type]  # its constructor checks the value
+    if callable(getattr(value, "tail", None)):
+        return GivenProfile(value)  # type: ignore[arg-type]
     if isinstance(value, str):
         targets = parse_targets(value)
         if len(targets) != 1:
@@ -88,28 +88,43 @@ def as_target(value: object) -> Target:
         return targets[0]
     if isinstance(value, numbers.Real) or hasattr(value, "__float__"):
         return SigmaRel(value)  # type: ignore[arg-type]  # its constructor checks the value
-    accepted = "a sigma_rel in (0, 0.2887), a text such as 'beta:0.9999', or an object with density and tail"
+    accepted = "a sigma_rel in (0, 0.2887), a text such as 'beta:0.9999', or an object with a function tail(s)"
     raise InvalidValueError("target", f"must be {accepted}", value=brief(value))
 
 
-class _Named(ABC):
-    """A target that is named by its text form; no power function by default."""
+class _Named:
+    """A target that is named by its text form, from which `parse_targets` makes it; no power function by default."""
 
     sigma_rel: float | None = None
+    text: str
 
     @property
     def label(self) -> str:
         """The name in tables and file names: `0.15`, `beta-0.9999`, `window-1000`."""
-        return self._text().replace(":", "-")
+        return self.text.replace(":", "-")
 
     @property
     def title(self) -> str:
         """The name in messages: `sigma_rel 0.15`, `beta:0.9999`, `window:1000`."""
-        return self._text()
+        return self.text
 
-    @abstractmethod
-    def _text(self) -> str:
-        """Return the text from which `parse_targets` makes this target."""
+    def _check(self, name: str, kind: str, is_valid: Callable[[float], bool], accepted: str) -> None:
+        """Check the number in a field, and make it a float."""
+        object.__setattr__(self, name, check_number(kind, getattr(self, name), is_valid, accepted))
+
+
+def _is_count(value: float) -> bool:
+    return 1 <= value < math.inf and value == math.floor(value)
+
+
+def _plain(*values: float) -> str:
+    return ":".join(f"{value:.12g}" for value in values)
+
+
+def _ends_in_time(target: _Named, end: float, t: float) -> None:
+    """Raise an InvalidValueError if a target ends after the time of the average."""
+    if end > t:
+        raise InvalidValueError("target", f"ends after t = {t:,.12g}; must end at t or before", value=target.title)
 
 
 @dataclass(frozen=True)
@@ -128,12 +143,14 @@ class SigmaRel(_Named):
             raise
 
     @property
+    def text(self) -> str:  # type: ignore[override]
+        """The number alone."""
+        return repr(self.sigma_rel)
+
+    @property
     def title(self) -> str:
         """The name in messages: `sigma_rel 0.15`."""
         return f"sigma_rel {self.sigma_rel!r}"
-
-    def _text(self) -> str:
-        return repr(self.sigma_rel)
 
     def profile(self, t: float, clock: Clock, t_first: float) -> PowerFunction:  # noqa: ARG002
         """Return the power function on (0, t]."""
@@ -142,21 +159,21 @@ class SigmaRel(_Named):
 
 @dataclass(frozen=True)
 class Beta(_Named):
-    """The classical average with one decay for every step, in [0.5, 1): below 0.5 the mean age is less than a step."""
+    """The classical average with one decay for every step, in [0.5, 1): below 0.5 the mean age is less than a step.
+
+    It starts as a copy of the weights at the first update.
+    """
 
     beta: float
 
     def __post_init__(self) -> None:
         accepted = f"lie in [{SHORTEST_BETA:g}, 1); below that the mean age is less than one step"
-        beta = check_number("beta", self.beta, lambda beta: SHORTEST_BETA <= beta < 1, accepted)
-        object.__setattr__(self, "beta", beta)
+        self._check("beta", "beta", lambda beta: SHORTEST_BETA <= beta < 1, accepted)
+        object.__setattr__(self, "text", f"beta:{self.beta!r}")
 
-    def _text(self) -> str:
-        return f"beta:{self.beta!r}"
-
-    def profile(self, t: float, clock: Clock, t_first: float) -> ClassicalEMA:
-        """Return the classical average that starts as a copy of the weights at `t_first`."""
-        return ClassicalEMA(self.beta, float(t), clock, min(float(t_first), float(t)))
+    def profile(self, t: float, clock: Clock, t_first: float) -> Formula:
+        """Return the classical average."""
+        return classical_average(self.beta, float(t), clock, min(float(t_first), float(t)))
 
 
 @dataclass(frozen=True)
@@ -166,19 +183,16 @@ class HalfLife(_Named):
     steps: float
 
     def __post_init__(self) -> None:
-        steps = check_number("half-life", self.steps, lambda steps: 1 <= steps <= 1e15, "be from 1 to 1e15 steps")
-        object.__setattr__(self, "steps", steps)
+        self._check("steps", "half-life", lambda steps: 1 <= steps <= 1e15, "be from 1 to 1e15 steps")
+        object.__setattr__(self, "text", f"half-life:{_plain(self.steps)}")
 
     @property
     def beta(self) -> float:
         """The decay of one step."""
         return float(0.5 ** (1 / self.steps))
 
-    def _text(self) -> str:
-        return f"half-life:{_plain(self.steps)}"
-
-    def profile(self, t: float, clock: Clock, t_first: float) -> ClassicalEMA:
-        """Return the classical average that starts as a copy of the weights at `t_first`."""
+    def profile(self, t: float, clock: Clock, t_first: float) -> Formula:
+        """Return the classical average."""
         return Beta(self.beta).profile(t, clock, t_first)
 
 
@@ -193,19 +207,11 @@ class HalfLifeShare(_Named):
 
     def __post_init__(self) -> None:
         reason = f"lie in (0, {math.log(2):.2%}), a share of training; the bound is the uniform average"
-        share = check_number("half-life", self.share, lambda share: 0 < share < math.log(2), reason)
-        object.__setattr__(self, "share", share)
-        check_sigma_rel(self.sigma_rel)
+        self._check("share", "half-life", lambda share: 0 < share < math.log(2), reason)
+        object.__setattr__(self, "text", f"half-life:{_plain(100 * self.share)}%")
+        object.__setattr__(self, "sigma_rel", check_sigma_rel(self.profile(1.0).sigma_rel))
 
-    @property
-    def sigma_rel(self) -> float:  # type: ignore[override]  # in other targets an attribute
-        """The width of the power function."""
-        return PowerFunction(math.log(2) / self.share - 1, 1.0).sigma_rel
-
-    def _text(self) -> str:
-        return f"half-life:{_plain(100 * self.share)}%"
-
-    def profile(self, t: float, clock: Clock, t_first: float) -> PowerFunction:  # noqa: ARG002
+    def profile(self, t: float, clock: Clock | None = None, t_first: float = 0.0) -> PowerFunction:  # noqa: ARG002
         """Return the power function on (0, t]."""
         return PowerFunction(math.log(2) / self.share - 1, t)
 
@@ -217,15 +223,16 @@ class Window(_Named):
     steps: int
 
     def __post_init__(self) -> None:
-        steps = check_number("window", self.steps, _is_count, "be a whole number of steps, at least 1")
-        object.__setattr__(self, "steps", int(steps))
+        self._check("steps", "window", _is_count, "be a whole number of steps, at least 1")
+        object.__setattr__(self, "steps", int(self.steps))
+        object.__setattr__(self, "text", f"window:{self.steps}")
 
-    def _text(self) -> str:
-        return f"window:{self.steps}"
-
-    def profile(self, t: float, clock: Clock, t_first: float) -> StepWindow:  # noqa: ARG002
+    def profile(self, t: float, clock: Clock, t_first: float) -> Formula:  # noqa: ARG002
         """Return the mean of the last `steps` steps up to `t`."""
-        return StepWindow(self.steps, float(t), clock)
+        if self.steps > (count := float(clock.step_at(t))):
+            reason = f"the run has {math.floor(count):,} steps up to t = {t:,.12g}; must be at most that"
+            raise InvalidValueError("target", reason, value=self.title)
+        return step_window(self.steps, float(t), clock)
 
 
 @dataclass(frozen=True)
@@ -237,62 +244,24 @@ class Between(_Named):
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
-            object.__setattr__(self, name, check_number("between", getattr(self, name), math.isfinite, "be finite"))
+            self._check(name, "between", math.isfinite, "be finite")
+        ends = _plain(self.start, self.end)
         if not 0 <= self.start < self.end:
-            reason = "must start at 0 or later, and end after its start"
-            raise InvalidValueError("between", reason, value=f"{_plain(self.start)}:{_plain(self.end)}")
+            raise InvalidValueError("between", "must start at 0 or later, and end after its start", value=ends)
+        object.__setattr__(self, "text", f"between:{ends}")
 
-    def _text(self) -> str:
-        return f"between:{_plain(self.start)}:{_plain(self.end)}"
-
-    def profile(self, t: float, clock: Clock, t_first: float) -> Uniform:  # noqa: ARG002
+    def profile(self, t: float, clock: Clock, t_first: float) -> Formula:  # noqa: ARG002
         """Return the uniform profile over the span."""
-        if self.end > t:
-            raise InvalidValueError("target", f"ends after t = {t:,.12g}; must end at t or before", value=self.title)
+        _ends_in_time(self, self.end, t)
         if self.end - self.start < SHORTEST_SPAN * t:
             reason = f"must span at least {SHORTEST_SPAN:g} of t = {t:,.12g}"
             raise InvalidValueError("target", reason, value=self.title)
-        return Uniform(self.start, self.end)
-
-
-@dataclass(frozen=True)
-class GivenProfile(_Named):
-    """Any object with `density` and `tail`, see `profiles.Profile`.
-
-    Attributes:
-        given: the object; its mass must lie within (0, t] of the run, and may end before t.
-        name: for tables and file names: letters, digits and `._+-`, starting with a letter or digit.
-    """
-
-    given: Profile
-    name: str = "given"
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.name, str) and re.fullmatch(r"\w[\w.+-]*", self.name)):
-            reason = "the name must be letters, digits and ._+-, a letter or digit first"
-            raise InvalidValueError("profile", reason, value=brief(self.name))
-        missing = [name for name in ("density", "tail") if not callable(getattr(self.given, name, None))]
-        if missing:
-            reason = f"{type(self.given).__name__} has no {' and no '.join(missing)}"
-            raise InvalidValueError(self.title, f"{reason}; must have the functions density(s) and tail(s)")
-
-    @property
-    def title(self) -> str:
-        """The name in messages: `profile given`."""
-        return f"profile {self.name}"
-
-    def _text(self) -> str:
-        return self.name
-
-    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
-        """Check the object's values and return it."""
-        try_profile(self.given, float(t), self.title)
-        return self.given
+        return uniform_average(self.start, self.end)
 
 
 @dataclass(frozen=True)
 class Decay(_Named):
-    """The average that emulates a decay of the learning rate that was not run (see `profiles.EmulatedDecay`).
+    """The average that emulates a decay of the learning rate that was not run (see `profiles.emulated_decay`).
 
     The weights are those of a run whose updates at time s are multiplied by d(x), with x = (s - start) / (end - start),
     if the updates themselves are otherwise the same:
@@ -314,23 +283,52 @@ class Decay(_Named):
 
     def __post_init__(self) -> None:
         check_word("decay", self.shape, SHAPES)
-        ends, most = (self.over, math.inf) if isinstance(self.over, tuple) else ((0.0, self.over), 1.0)
+        is_span = isinstance(self.over, tuple)
+        ends: tuple[Any, ...] = self.over if isinstance(self.over, tuple) else (0.0, self.over)
         accepted = "be a part of training in (0, 1], such as 0.2, or two ascending times"
+        most = math.inf if is_span else 1.0
         last = ends[-1] if len(ends) == 2 else None
         end = check_number("over", last, lambda end: last is not None and 0 <= ends[0] < end <= most, accepted)
-        object.__setattr__(self, "over", (float(ends[0]), end) if isinstance(self.over, tuple) else end)
+        object.__setattr__(self, "over", (float(ends[0]), end) if is_span else end)
+        part = _plain(float(ends[0]), end) if is_span else f"{_plain(100 * end)}%"
+        object.__setattr__(self, "text", f"decay:{self.shape}:{part}")
 
-    def _text(self) -> str:
-        if isinstance(self.over, tuple):
-            return f"decay:{self.shape}:{_plain(self.over[0])}:{_plain(self.over[1])}"
-        return f"decay:{self.shape}:{_plain(100 * self.over)}%"
-
-    def profile(self, t: float, clock: Clock, t_first: float) -> EmulatedDecay:  # noqa: ARG002
+    def profile(self, t: float, clock: Clock, t_first: float) -> Formula:  # noqa: ARG002
         """Return the decay up to `t`, or over the given times."""
         start, end = self.over if isinstance(self.over, tuple) else (t * (1 - self.over), t)
-        if end > t:
-            raise InvalidValueError("target", f"ends after t = {t:,.12g}; must end at t or before", value=self.title)
-        return EmulatedDecay(start, end, self.shape)
+        _ends_in_time(self, end, t)
+        return emulated_decay(start, end, self.shape)
+
+
+@dataclass(frozen=True)
+class GivenProfile(_Named):
+    """Any object with a function `tail`, see `profiles.Profile`.
+
+    Attributes:
+        given: the object; its mass must lie within (0, t] of the run, and may end before t.
+        text: its name in tables and file names: letters, digits and `._+-`, starting with a letter or digit.
+    """
+
+    given: Profile
+    text: str = "given"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.text, str) and re.fullmatch(r"\w[\w.+-]*", self.text)):
+            reason = "the name must be letters, digits and ._+-, a letter or digit first"
+            raise InvalidValueError("profile", reason, value=brief(self.text))
+
+    @property
+    def title(self) -> str:
+        """The name in messages: `profile given`."""
+        return f"profile {self.text}"
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
+        """Check the object's values and return it."""
+        try_profile(self.given, float(t), self.title)
+        return self.given
+
+
+# --- targets without a profile of their own ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -348,14 +346,12 @@ class Groups(_Named):
             raise InvalidValueError("group", accepted, value=brief(self.widths))
         widths = {glob: check_sigma_rel(width, "group") for glob, width in self.widths.items()}
         object.__setattr__(self, "widths", widths)
+        object.__setattr__(self, "text", f"groups:{':'.join(map(repr, widths.values()))}")
 
     @property
     def title(self) -> str:
         """The name in messages: `sigma_rel 0.12 (unet.up.*), 0.08 (*)`."""
         return "sigma_rel " + ", ".join(f"{width!r} ({glob})" for glob, width in self.widths.items())
-
-    def _text(self) -> str:
-        return f"groups:{':'.join(map(repr, self.widths.values()))}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
         """Raise an InvalidValueError: each group has its own profile."""
@@ -380,11 +376,9 @@ class Mean(_Named):
     last: int
 
     def __post_init__(self) -> None:
-        last = check_number("last", self.last, _is_count, "be a whole number of checkpoints, at least 1")
-        object.__setattr__(self, "last", int(last))
-
-    def _text(self) -> str:
-        return f"last:{self.last}"
+        self._check("last", "last", _is_count, "be a whole number of checkpoints, at least 1")
+        object.__setattr__(self, "last", int(self.last))
+        object.__setattr__(self, "text", f"last:{self.last}")
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
         """Raise an InvalidValueError: the mean is one of checkpoints, whatever their profiles."""
@@ -407,14 +401,6 @@ class Mean(_Named):
         coefficients = np.zeros(len(stored))
         coefficients[sorted(usable, key=lambda index: stored[index].t)[-self.last :]] = 1 / self.last
         return coefficients
-
-
-def _is_count(value: float) -> bool:
-    return 1 <= value < math.inf and value == math.floor(value)
-
-
-def _plain(value: float) -> str:
-    return f"{value:.12g}"
 
 
 # --- text form

@@ -40,7 +40,7 @@ from synthesis_cases import TRACKED, Layers, Shapes, large_tensors, small_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.profiles.tracked import WINDOW
+from posthoc_cli.profiles import WINDOW
 from posthoc_cli.synthesis.engine import check_device
 
 NEVER = 10**9

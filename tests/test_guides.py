@@ -98,6 +98,7 @@ def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
     (tmp_path / "eval.py").write_text(EVALUATION)
     weights = names["model"].state_dict()
     save_file(weights, tmp_path / "full.safetensors")
+    torch.save({"model": weights, "ema": weights}, tmp_path / "last.pt")
     save_file({"0.weight": weights["0.weight"]}, tmp_path / "decoder.safetensors")
     return tmp_path
 

@@ -12,11 +12,11 @@ from ema_pytorch import PostHocEMA as LucidrainsEMA
 from posthoc_ema import PostHocEMA as NextmlEMA
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.profiles import Discrete, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import (
+from posthoc_cli.profiles import (
     MOST_TIMES,
+    Discrete,
     ema_pytorch_profile,
-    posthoc_ema_profile,
+    gamma_from_sigma_rel,
     torchtitan_profile,
 )
 from posthoc_cli.snapshots.sources import with_sampled_measurements
@@ -89,11 +89,11 @@ def test_a_library_stores_the_average_of_its_profile(
             stored = torch.load(tmp_path / f"{index}.{step}.pt", weights_only=True)
             if library == "ema-pytorch":
                 value = stored["ema_model.weight"][0]
-                profile, first = ema_pytorch_profile(gamma_from_sigma_rel(width), step, update_every), 1
+                first = 1
             else:
                 value, after = stored["weight"][0], more["update_after_step"]
-                profile = posthoc_ema_profile(gamma_from_sigma_rel(width), step, update_every, after)
                 first = max(after, 1)
+            profile = ema_pytorch_profile(gamma_from_sigma_rel(width), step, update_every, first)
             torch.testing.assert_close(value, averaged(profile, path), rtol=0, atol=1e-9)
             assert (profile.t, profile.t_first) == (step, first)
 
@@ -130,8 +130,8 @@ def test_torchtitan(update_every: int, start_step: int) -> None:
 
 
 def test_a_step_before_the_first_update_is_refused() -> None:
-    with refused("step", "at least update_after_step, 100"):
-        posthoc_ema_profile(1.0, 99)
+    with refused("step", "must be at least 100, that of the first update"):
+        ema_pytorch_profile(1.0, 99, 10, first=100)
 
 
 # --- the motion between stored averages

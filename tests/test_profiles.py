@@ -17,21 +17,23 @@ from scipy import integrate
 
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
-    ClassicalEMA,
     Clock,
     ClockRecorder,
     Discrete,
-    EmulatedDecay,
     Point,
     PowerFunction,
     Profile,
-    StepWindow,
-    Uniform,
+    classical_average,
+    classical_beta,
+    emulated_decay,
     gamma_from_sigma_rel,
+    mean_age,
     new_value_share,
+    sigma_rel_from_classical_beta,
     sigma_rel_from_gamma,
+    step_window,
+    uniform_average,
 )
-from posthoc_cli.profiles.others import classical_beta, mean_age, sigma_rel_from_classical_beta
 
 
 @pytest.mark.parametrize("sigma_rel", [*np.geomspace(1e-4, 0.28867, 60), 0.288675, 1e-6, 0.999e-6, 1e-9, 0.28])
@@ -140,11 +142,9 @@ def test_steps_between_known_pairs_have_equal_lengths() -> None:
     np.testing.assert_allclose(UNEVEN.step_at(times), steps, rtol=1e-14)
     np.testing.assert_allclose(UNEVEN.time_at(steps), times, rtol=1e-14)
     np.testing.assert_allclose(UNEVEN.step_at([[-3.0, 0.0], [100.0, 150.0]]), [[0, 0], [160, 460]])
-    np.testing.assert_allclose(UNEVEN.steps_per_time([-1, 0, 5, 5.1, 80, 80.1, 90, 91]), [0, 0, 2, 0.4, 0.4, 6, 6, 6])
     at = np.array([0.0, 0.5, 1.0, 12345.0, 1e9])
     for clock in (Clock.of_steps(), Clock(np.arange(1, 50), np.arange(1, 50))):
         np.testing.assert_array_equal(clock.step_at(at), at)
-        np.testing.assert_array_equal(clock.steps_per_time(at), [0, 1, 1, 1, 1])
 
 
 # --- recording a clock ---------------------------------------------------------------------------
@@ -274,46 +274,36 @@ def test_a_value_that_is_no_state_is_refused(state: list[float]) -> None:
 
 # --- other profiles ------------------------------------------------------------------------------
 
-# Profiles by name, each with the times at which its density jumps or bends.
-OTHERS: dict[str, tuple[Profile, list[float]]] = {
-    "classical": (ClassicalEMA(0.98, 90.0, Clock.of_steps()), []),
-    "classical, uneven": (ClassicalEMA(0.97, 90.0, UNEVEN), [5, 80]),
-    "classical, late": (ClassicalEMA(0.97, 85.0, UNEVEN, start=3.0), [3, 5, 80, 85]),
-    "classical, short": (ClassicalEMA(0.5, 90.0, Clock((30,), (90,))), []),
-    "window": (StepWindow(30, 90.0, Clock.of_steps()), [60]),
-    "window, uneven": (StepWindow(65, 85.0, UNEVEN), [5, 80, 85]),
-    "uniform": (Uniform(20.0, 70.0), [20, 70]),
-    "cosine decay": (EmulatedDecay(20.0, 90.0, "cosine"), [20]),
-    "linear decay": (EmulatedDecay(20.0, 70.0, "linear"), [20, 70]),
-    "1-sqrt decay": (EmulatedDecay(20.0, 90.0, "1-sqrt"), [20]),
-    "power function": (PowerFunction.from_sigma_rel(0.07, 90.0), []),
-    "uniform power function": (PowerFunction(0.0, 90.0), []),
+OTHERS = {
+    "classical": classical_average(0.98, 90.0, Clock.of_steps()),
+    "classical, late": classical_average(0.97, 85.0, UNEVEN, start=3.0),
+    "window": step_window(65, 85.0, UNEVEN),
+    "uniform": uniform_average(20.0, 70.0),
+    "cosine decay": emulated_decay(20.0, 90.0, "cosine"),
+    "1-sqrt decay": emulated_decay(20.0, 90.0, "1-sqrt"),
+    "power function": PowerFunction.from_sigma_rel(0.07, 90.0),
+    "uniform power function": PowerFunction(0.0, 90.0),
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_the_tail_is_the_integral_of_the_density(name: str) -> None:
-    profile, kinks = OTHERS[name]
-    for s in (0.0, 1.0, 3.0, 5.5, 10.3, 33.0, 69.0, 81.0, 89.0):
-        edges = [s, *(kink for kink in kinks if kink > s), 90.0]
-        spans = itertools.pairwise(edges)
-        mass = sum(integrate.quad(profile.density, a, b, epsabs=1e-13, epsrel=1e-10, limit=200)[0] for a, b in spans)
-        before_start = isinstance(profile, ClassicalEMA) and s < profile.start
-        at_once = 1 - profile.tail(profile.start) if before_start else 0.0
-        error = 1e-9 if isinstance(profile, EmulatedDecay) else 1e-11  # a difference quotient has less digits
-        assert mass + at_once == pytest.approx(float(profile.tail(s)), abs=error)
+@pytest.mark.parametrize("profile", OTHERS.values(), ids=OTHERS)
+def test_tails_fall_from_one_to_zero_at_times_of_any_dtype_and_shape(profile: Profile) -> None:
+    times = np.linspace(-90, 135, 451)
+    tail = profile.tail(times)
+    assert np.all(np.diff(tail) <= 1e-12)  # only rounding in a clock's step number may raise a tail
+    assert np.all(tail[times < 0] == 1)
+    assert np.all(tail[times >= profile.t] == 0)  # type: ignore[attr-defined]
+    assert profile.tail(times.astype(np.float32)).dtype == np.float64
+    np.testing.assert_array_equal(profile.tail(times.reshape(11, 41)), tail.reshape(11, 41))
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_times_of_any_dtype_are_computed_in_float64_and_those_outside_the_run_have_no_mass(name: str) -> None:
-    profile, _ = OTHERS[name]
-    times = np.array([0.0, 1.0, 3.0, 60.0, 69.0, 90.0, 97.0])
-    for method in (profile.density, profile.tail):
-        values = method(times.astype(np.float32))
-        assert np.asarray(values).dtype == np.float64
-        np.testing.assert_array_equal(values, method(times))
-    np.testing.assert_array_equal(profile.tail([[-5.0, -1e-9], [90.0, 1e6]]), [[1, 1], [0, 0]])
-    np.testing.assert_array_equal(profile.density([[-5.0, 0.0], [90.1, 1e6]]), np.zeros((2, 2)))
+@pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
+def test_a_decay_multiplies_the_updates_of_a_run(shape: str) -> None:
+    """theta_0 + the sum of the updates at time s times d(s), with d from 1 to 0 between times 20 and 90."""
+    steps = np.arange(90)
+    x = np.clip((steps - 20) / 70, 0, 1)
+    multiplier = {"linear": 1 - x, "cosine": np.cos(np.pi * x / 2) ** 2, "1-sqrt": 1 - x**0.5}[shape]
+    np.testing.assert_allclose(emulated_decay(20.0, 90.0, shape).tail(steps), multiplier, atol=1e-12)
 
 
 def later_weights(weights: np.ndarray) -> np.ndarray:
@@ -339,10 +329,8 @@ CLOCKS = ((Clock.of_steps(), np.arange(101.0)), (UNEVEN, np.array([uneven_time(s
 @pytest.mark.parametrize("first", [1, 7])
 def test_the_classical_profile_has_the_weights_of_its_recursion(decay: float, first: int) -> None:
     for clock, times in CLOCKS:
-        profile = ClassicalEMA(decay, times[-1], clock, start=times[first])
+        profile = classical_average(decay, times[-1], clock, start=times[first])
         np.testing.assert_allclose(profile.tail(times), simulated(decay, 100, first), rtol=1e-12, atol=1e-15)
-        from_zero = ClassicalEMA(decay, times[-1], clock)
-        np.testing.assert_allclose(from_zero.tail(times[1:]), simulated(decay, 100)[1:], rtol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 30, 100])
@@ -350,32 +338,8 @@ def test_a_window_weighs_each_of_its_steps_the_same(steps: int) -> None:
     weights = np.zeros(101)
     weights[-steps:] = 1 / steps
     for clock, times in CLOCKS:
-        profile = StepWindow(steps, times[-1], clock)
+        profile = step_window(steps, times[-1], clock)
         np.testing.assert_allclose(profile.tail(times), later_weights(weights), rtol=1e-12, atol=1e-12)
-        assert profile.start == pytest.approx(times[100 - steps], abs=1e-12)
-
-
-@given(st.data())
-def test_tails_fall_from_one_to_zero(data: st.DataObject) -> None:
-    positive = st.floats(1e-3, 1e3)
-    gaps = data.draw(st.lists(st.tuples(positive, positive), min_size=1, max_size=6))
-    steps, times = np.cumsum(gaps, axis=0).T
-    clock, t = Clock(steps, times), float(times[-1])
-    decay = data.draw(st.floats(0, 1, exclude_min=True, exclude_max=True))
-    profiles = [
-        ClassicalEMA(decay, t, clock, start=t * data.draw(st.floats(0, 1))),
-        Uniform(t * data.draw(st.floats(0, 0.99)), t),
-        *(StepWindow(data.draw(st.integers(1, int(most))), t, clock) for most in steps[-1:] if most >= 1),
-    ]
-    at = np.sort(np.concatenate((np.linspace(-t, 1.5 * t, 101), times, np.nextafter(times, 0))))
-    for profile in profiles:
-        tail = profile.tail(at)
-        # Only rounding in a clock's step number, up to 1e-16 of it, may raise a tail.
-        assert np.all(np.diff(tail) <= 1e-12)
-        assert np.all((tail >= 0) & (tail <= 1))
-        assert tail[0] == 1
-        assert np.all(tail[at >= t] == 0)
-        assert np.all(profile.density(at) >= 0)
 
 
 # --- checkpoints, and averages over known times
@@ -384,7 +348,6 @@ def test_tails_fall_from_one_to_zero(data: st.DataObject) -> None:
 def test_a_checkpoint_has_all_mass_at_its_time() -> None:
     point = Point(100)
     assert point.tail([0, 99.9, 100, 101]).tolist() == [1, 1, 0, 0]
-    assert not point.density(np.linspace(0, 200, 9)).any()
     assert (point.t, point.t_first, point.jumps.tolist()) == (100.0, 1.0, [100.0])
 
 
@@ -401,13 +364,3 @@ def test_the_tail_of_a_discrete_average_reproduces_its_sum() -> None:
     assert (profile.t, profile.t_first) == (60.0, times[0])
     assert profile.tail(-1) == profile.tail(0) == 1
     assert profile.tail(times[-1]) == 0
-
-
-@pytest.mark.parametrize(
-    ("times", "masses", "t"),
-    [([], [], 0), ([1, 2], [1], 0), ([2, 1], [0.5, 0.5], 0), ([0, 1], [0.5, 0.5], 0), ([1, 2], [0.5, 0.6], 0),
-     ([1, 2], [1.5, -0.5], 0), ([1, 2], [0.5, 0.5], 1.5), ([1, float("nan")], [0.5, 0.5], 0)],
-)  # fmt: skip
-def test_an_impossible_discrete_average_is_refused(times: list[float], masses: list[float], t: float) -> None:
-    with refused("times and masses"):
-        Discrete(times, masses, t)

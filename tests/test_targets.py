@@ -11,13 +11,15 @@ import pytest
 from checking import refused
 
 from posthoc_cli.profiles import (
-    ClassicalEMA,
     Clock,
-    EmulatedDecay,
+    Formula,
     Point,
     PowerFunction,
-    StepWindow,
-    Uniform,
+    Profile,
+    classical_average,
+    emulated_decay,
+    step_window,
+    uniform_average,
 )
 from posthoc_cli.targets import (
     Beta,
@@ -42,30 +44,33 @@ IMAGES = Clock((10, 10_000), (1_280.0, 1_000_000.0))
     ("target", "label", "title", "sigma_rel", "profile"),
     [
         (SigmaRel(0.15), "0.15", "sigma_rel 0.15", 0.15, PowerFunction.from_sigma_rel(0.15, 1e6)),
-        (Beta(0.9999), "beta-0.9999", "beta:0.9999", None, ClassicalEMA(0.9999, 1e6, IMAGES, start=1280.0)),
-        (HalfLife(5000), "half-life-5000", "half-life:5000", None, ClassicalEMA(0.5**2e-4, 1e6, IMAGES, start=1280.0)),
-        (Window(1000), "window-1000", "window:1000", None, StepWindow(1000, 1e6, IMAGES)),
-        (Between(5e4, 8e4), "between-50000-80000", "between:50000:80000", None, Uniform(5e4, 8e4)),
-        (Decay("linear", 0.2), "decay-linear-20%", "decay:linear:20%", None, EmulatedDecay(8e5, 1e6, "linear")),
+        (Beta(0.9999), "beta-0.9999", "beta:0.9999", None, classical_average(0.9999, 1e6, IMAGES, start=1280.0)),
+        (HalfLife(5000), "half-life-5000", "half-life:5000", None,
+         classical_average(0.5**2e-4, 1e6, IMAGES, start=1280.0)),
+        (Window(1000), "window-1000", "window:1000", None, step_window(1000, 1e6, IMAGES)),
+        (Between(5e4, 8e4), "between-50000-80000", "between:50000:80000", None, uniform_average(5e4, 8e4)),
+        (Decay("linear", 0.2), "decay-linear-20%", "decay:linear:20%", None, emulated_decay(8e5, 1e6, "linear")),
         (Decay("1-sqrt", (5e4, 8e4)), "decay-1-sqrt-50000-80000", "decay:1-sqrt:50000:80000", None,
-         EmulatedDecay(5e4, 8e4, "1-sqrt")),
-        (GivenProfile(Uniform(0, 9.0), "mine"), "mine", "profile mine", None, Uniform(0, 9.0)),
+         emulated_decay(5e4, 8e4, "1-sqrt")),
+        (GivenProfile(uniform_average(0, 9.0), "mine"), "mine", "profile mine", None, uniform_average(0, 9.0)),
     ],
 )  # fmt: skip
 def test_each_target_has_its_names_and_its_profile(
-    target: Target, label: str, title: str, sigma_rel: float | None, profile: object
+    target: Target, label: str, title: str, sigma_rel: float | None, profile: Profile
 ) -> None:
     assert (target.label, target.title, target.sigma_rel) == (label, title, sigma_rel)
-    assert target.profile(1e6, IMAGES, 1280.0) == profile
+    times = np.linspace(-1, 1.1e6, 1000)
+    np.testing.assert_array_equal(target.profile(1e6, IMAGES, 1280.0).tail(times), profile.tail(times))
     assert as_target(target) is target
     if not isinstance(target, GivenProfile):
         assert as_target(target.title.removeprefix("sigma_rel ")) == target
 
 
-def test_a_number_is_a_sigma_rel_and_an_object_with_density_and_tail_a_profile() -> None:
+def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
     for value in (0.15, np.float32(0.15), np.array(0.15)):
         assert as_target(value) == SigmaRel(float(value))
-    assert as_target(Uniform(0.0, 5.0)) == GivenProfile(Uniform(0.0, 5.0))
+    profile = uniform_average(0.0, 5.0)
+    assert as_target(profile) == GivenProfile(profile)
     assert Beta(1 - 1e-12).label != Beta(1 - 2e-12).label
     assert SigmaRel(0.1500001).label == "0.1500001"
 
@@ -74,8 +79,8 @@ def test_a_users_target_is_used_unchanged() -> None:
     class Half:
         label, title, sigma_rel = "half", "the last half", None
 
-        def profile(self, t: float, clock: Clock, t_first: float) -> Uniform:  # noqa: ARG002
-            return Uniform(t / 2, t)
+        def profile(self, t: float, clock: Clock, t_first: float) -> Formula:  # noqa: ARG002
+            return uniform_average(t / 2, t)
 
     target = Half()
     assert as_target(target) is target
@@ -109,8 +114,8 @@ def test_a_users_target_is_used_unchanged() -> None:
         (lambda: as_target("half-life:1e300"), "target", "target half-life:1e300: must be from 1 to 1e15 steps"),
         (lambda: Between(0, 1e-300).profile(1e6, IMAGES, 1280.0), "target", "between:0:1e-300: must span at least"),
         (lambda: Window(10**4 + 1).profile(1e6, IMAGES, 1280.0), "target", "target window:10001: the run has 10,000"),
-        (lambda: GivenProfile(Uniform(0, 1), "../a b"), "profile", "'../a b'"),
-        (lambda: GivenProfile(Uniform(0, 1e6 + 1), "mine").profile(1e6, IMAGES, 1280.0), "profile mine",
+        (lambda: GivenProfile(uniform_average(0, 1), "../a b"), "profile", "'../a b'"),
+        (lambda: GivenProfile(uniform_average(0, 1e6 + 1), "mine").profile(1e6, IMAGES, 1280.0), "profile mine",
          "tail is 9.99999e-07 at s = 1,000,000; must lie in [0, 1]"),
     ],
 )  # fmt: skip
@@ -121,16 +126,15 @@ def test_an_impossible_target_is_refused(make: Callable[[], object], subject: st
 
 @dataclasses.dataclass
 class Written:
-    """A profile that is uniform on (0, 100], except for the function that a test replaces."""
+    """A profile that is uniform on (0, 100], unless a test replaces its tail."""
 
-    density: Callable = Uniform(0, 100).density
-    tail: Callable = Uniform(0, 100).tail
+    tail: Callable = uniform_average(0, 100).tail
 
 
 @pytest.mark.parametrize(
     "profile",
     [
-        Written(), PowerFunction.from_sigma_rel(0.01, 100.0), ClassicalEMA(0.999, 100.0, STEPS),
+        Written(), PowerFunction.from_sigma_rel(0.01, 100.0), classical_average(0.999, 100.0, STEPS),
         Written(tail=lambda s: (np.clip(1 - s / 100, 0, 1) + 1e-12).tolist()),
     ],
 )  # fmt: skip
@@ -141,11 +145,9 @@ def test_valid_profiles_are_used_unchanged(profile: object) -> None:
 @pytest.mark.parametrize(
     ("profile", "words"),
     [
-        (Written(tail=None), "has no tail"),
-        (Written(density=lambda s: s * np.nan), "density is nan at s = 1e-07"),
-        (Written(density=lambda s: np.where(s > 50, -1.0, 1.0)), "density is -1 at s = 50."),
-        (Written(density=lambda _: 0.01), "shape (1146,) has shape ()"),
-        (Written(density=lambda s: math.exp(s)), "density fails for an array of times: only "),
+        (Written(lambda s: s * np.nan), "tail is nan at s = -100"),
+        (Written(lambda _: 0.01), "shape (1150,) has shape ()"),
+        (Written(lambda s: math.exp(s)), "tail fails for an array of times: only "),
         (Written(tail=lambda s: np.full(s.shape, np.inf)), "tail is inf at s = -100"),
         (Written(tail=lambda s: 1 - s / 100), "tail is 2 at s = -100"),
         (Written(tail=lambda s: np.clip(0.5 - s / 200, 0, 0.5)), "is 0.5 at s = -100; must lie in [0, 1], be 1"),

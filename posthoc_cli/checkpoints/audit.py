@@ -37,8 +37,7 @@ from posthoc_cli.checkpoints.audit_decay import (
     series_of,
 )
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import RAMP_UP, DecayRule, OrdinaryEMA
+from posthoc_cli.profiles import RAMP_UP, DecayRule, FloatArray, OrdinaryEMA, Point, gamma_from_sigma_rel
 from posthoc_cli.snapshots.codecs import decode_sample
 from posthoc_cli.snapshots.path import places
 from posthoc_cli.snapshots.snapshot import Snapshot

@@ -41,8 +41,7 @@ from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize_scalar
 
 from posthoc_cli.errors import NonFiniteError
-from posthoc_cli.profiles import FloatArray, sigma_rel_from_gamma
-from posthoc_cli.profiles.other_libraries import POWER, DecayRule
+from posthoc_cli.profiles import POWER, DecayRule, FloatArray, sigma_rel_from_gamma
 from posthoc_cli.snapshots.sources import FileSource, expected_rounding
 
 _MOST_ELEMENTS, _MOST_ELEMENTS_IN_SERIES = 1_000_000, 30_000

@@ -33,6 +33,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,14 @@ from posthoc_cli.checkpoints.read_step import checked_step, step_of
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, Updates, make_checkpoint
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
-from posthoc_cli.profiles import Discrete, Point, PowerFunction, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import (
-    DEFAULT_UPDATE_AFTER_STEP,
+from posthoc_cli.profiles import (
     RAMP_UP,
     TORCHTITAN_GAMMA,
+    Discrete,
+    Point,
+    PowerFunction,
     ema_pytorch_profile,
-    posthoc_ema_profile,
+    gamma_from_sigma_rel,
     power_function_profile,
     torchtitan_profile,
 )
@@ -184,6 +186,8 @@ def _titan_averages(indexed: IndexedCheckpoint) -> Tensors:
 
 # --- ema-pytorch and pytorch-posthoc-ema: averages by number, whose settings are not in their files
 
+DEFAULT_UPDATE_AFTER_STEP = 100
+"""The default of `pytorch-posthoc-ema`."""
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
 _NUMBERED_FORM = "<number>.<step>.pt, or <number>_<step>.safetensors"
 _COUNTERS = ("initted", "step")
@@ -220,7 +224,7 @@ def _numbered_profile(library: str, gamma: float, step: int, settings: ImportSet
     if library == "ema-pytorch":
         return ema_pytorch_profile(gamma, step, update_every)
     after = DEFAULT_UPDATE_AFTER_STEP if settings.update_after_step is None else settings.update_after_step
-    return posthoc_ema_profile(gamma, step, update_every, after)
+    return ema_pytorch_profile(gamma, step, update_every, max(after, 1))
 
 
 def _check_update_after_step(path: Path, indexed: IndexedCheckpoint, step: int, given: int | None) -> None:
@@ -525,7 +529,8 @@ def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED
     if len(unclear) > 1:
         reason = f"which of its sets of tensors is the {'average' if len(pairs) > 1 else 'model'} is unclear: "
         listed = names_in([".".join(key) for key in unclear])
-        raise FileFormatError(indexed.path, reason + listed, "name them by `average` and `weights` in an import")
+        hint = "name the average by `average`, or both by `average` and `weights` in an import"
+        raise FileFormatError(indexed.path, reason + listed, hint)
     for key, (weights,) in pairs.items():
         return _FoundEMA(sets[key], sets[weights])
     models = [name for name in indexed.groups() if not name.startswith(NOT_WEIGHTS) and name != "opt"]
@@ -576,11 +581,13 @@ _DEEPEST_SET = 2
 def _named_set(indexed: IndexedCheckpoint, sets: Collection[Keys], text: str | None) -> Keys | None:
     if text is None:
         return None
-    for keys in sets:
-        if ".".join(keys) == text.rstrip("."):
-            return keys
-    known = names_in([".".join(keys) for keys in sets])
-    raise FileFormatError(indexed.path, f"has no set of tensors {shown(text)}; it has {known}")
+    matching = [keys for keys in sets if fnmatchcase(".".join(keys), text.rstrip("."))]
+    outermost = [keys for keys in matching if len(keys) == min(map(len, matching))]
+    if len(outermost) == 1:
+        return outermost[0]
+    known = names_in([".".join(keys) for keys in outermost or sets])
+    wrong = "has several sets of tensors" if outermost else "has no set of tensors"
+    raise FileFormatError(indexed.path, f"{wrong} {shown(text)}: {known}")
 
 
 def _are_alike(averaged: Tensors, weights: Tensors) -> bool:
@@ -662,30 +669,37 @@ def _ordinary(library: str, **fields: Any) -> Kind:
     return Kind(functools.partial(_read_ordinary, library), is_in, takes=_EMA_TAKES, **fields)
 
 
-def stored_in(path: Path, weights: bool = False) -> Checkpoint:
+def stored_in(path: Path, weights: bool = False, average: str | None = None) -> Checkpoint:
     """Return the average that a training's checkpoint holds, as it is, or with `weights` its raw weights.
 
+    Arguments:
+        average: the key or prefix of the average's tensors, or a glob of it; by default the one whose key says it.
+
     Raises:
-        FileFormatError: the checkpoint cannot be read, or nothing in it says that it is an average.
+        FileFormatError: the checkpoint cannot be read, or nothing in it says that it is an average, or two do.
     """
     indexed = index_checkpoint(path)
-    found = next(filter(None, (_find(library, indexed) for library in FINDERS)), None)
-    if weights and found is None:  # of two averages, too
-        sets = _sets_of_tensors(indexed)
-        models = {key for others in _pairs(sets).values() for key in others}
-        tensors: Tensors = sets[models.pop()] if len(models) == 1 else indexed.model_tensors()
-        return make_checkpoint(path, tensors, Point(1.0), 1)
-    found = found or _two_sets(indexed)
+    sets = _sets_of_tensors(indexed)
+    pairs = _pairs(sets)
+    found = None if average else next(filter(None, (_find(library, indexed) for library in FINDERS)), None)
+    if average and (key := _named_set(indexed, sets, average)):
+        others = _pairs(sets, [key]).get(key, [])
+        found = _FoundEMA(sets[key], sets[others[0]] if len(others) == 1 else {})
+    elif found is None and (titan := _titan_averages(indexed)):
+        found = _FoundEMA(titan, indexed.model_tensors())
     if weights:
-        tensors = found.weights if found and found.weights else indexed.model_tensors()
-    elif found is not None:
+        models = {key for others in pairs.values() for key in others}
+        tensors = found.weights if found else sets[models.pop()] if len(models) == 1 else {}
+        return make_checkpoint(path, tensors or indexed.model_tensors(), Point(1.0), 1)
+    found = found or _two_sets(indexed)
+    if found is not None:
         tensors = {name: found.averaged.get(name, find) for name, find in found.weights.items()} or found.averaged
     else:
-        alone = [key for key in _sets_of_tensors(indexed) if AVERAGE_WORD.search(key[-1])]
+        alone = [key for key in sets if AVERAGE_WORD.search(key[-1])]
         if len(alone) != 1 and not _EMA_NAME.search(path.name):
-            keys = names_in([".".join(key) for key in _sets_of_tensors(indexed) if len(key) == 1])
+            keys = names_in([".".join(key) for key in sets if len(key) == 1])
             reason = f"holds no average that its keys name ({keys})" if keys else "holds no average that a key names"
-            raise FileFormatError(path, reason, "say weights to export the raw ones")
+            raise FileFormatError(path, reason, "name its key by `average`, or say `weights` for the raw ones")
         tensors = indexed.under(*alone[0]) if len(alone) == 1 else indexed.model_tensors()
     return make_checkpoint(path, tensors, Point(1.0), 1)
 

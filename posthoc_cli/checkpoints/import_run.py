@@ -19,8 +19,7 @@ from posthoc_cli.checkpoints.import_files import is_import, make_manifest, write
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, open_checkpoints
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.profiles import Point
-from posthoc_cli.profiles.other_libraries import OrdinaryEMA
+from posthoc_cli.profiles import OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import inspect_directory
 
 log = logging.getLogger(__name__)

@@ -30,8 +30,7 @@ from posthoc_cli.checkpoints.read_step import named_step
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, shown
-from posthoc_cli.profiles import Point
-from posthoc_cli.profiles.other_libraries import OrdinaryEMA
+from posthoc_cli.profiles import OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
 from posthoc_cli.snapshots.outputs import describe_tensors
 from posthoc_cli.snapshots.snapshot import Snapshot

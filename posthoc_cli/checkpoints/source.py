@@ -18,15 +18,18 @@ from posthoc_cli.checkpoints.read_step import read_number
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, brief, check_count, check_word, shown
 from posthoc_cli.profiles import (
+    POWER,
+    RAMP_UP,
+    WARM_UPS,
     Clock,
+    DecayRule,
+    OrdinaryEMA,
     Point,
     PowerFunction,
-    RecordedPowerFunction,
     StoredProfile,
     check_sigma_rel,
     gamma_from_sigma_rel,
 )
-from posthoc_cli.profiles.other_libraries import POWER, RAMP_UP, WARM_UPS, DecayRule, OrdinaryEMA
 from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.selection import check_globs, make_selection
@@ -220,10 +223,10 @@ class CheckpointInfo(SourceInfo):
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
         """Return the input of a reconstruction, with its own or another profile, as if updated at every step."""
         used: Any = profile or self.profile
-        if isinstance(used, PowerFunction):
-            used = RecordedPowerFunction(used.gamma, used.t, self.t_first, 1.0)
         eps = EPS["F64" if {self.tensors[name].dtype for name in self.averages} == {"F64"} else "F32"]
-        return StoredAverage(used, self.step, eps, None, self.t / self.step, Steps(Clock([self.step], [self.t]), 1))
+        return StoredAverage(
+            used, self.step, eps, None, self.t / self.step, Steps(Clock([self.step], [self.t]), 1), t_first=self.t_first
+        )
 
     @property
     def holds(self) -> str:
@@ -242,7 +245,7 @@ class Updates:
     """How an ordinary EMA was updated, as far as its file says.
 
     Attributes:
-        rule: arguments of `profiles.other_libraries.DecayRule`; without "decay" if the file does not hold it.
+        rule: arguments of `profiles.DecayRule`; without "decay" if the file does not hold it.
         count: number of updates; None if the file does not hold it.
         every: calls between updates; for EDM images of a batch, 0 if they are unknown.
         from_first: whether the first call is an update, and not call number `every`.

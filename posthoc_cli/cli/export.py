@@ -24,7 +24,7 @@ def export(
         ...,
         metavar="FILE|DIR",
         help="An output of ema synthesize, a snapshot, or any safetensors file; a training's checkpoint, such as "
-        "last.pt; a folder of shards or its index; or a folder of several outputs.",
+        "last.pt or a DCP folder; a folder of shards or its index; or a folder of several outputs.",
     ),
     out: Path = values.OUTPUT(
         ..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards or for several outputs."
@@ -39,6 +39,13 @@ def export(
     ),
     weights: bool = values.flag(
         values.HOW, "--weights", help="Take the raw weights of a training's checkpoint, not its average."
+    ),
+    average: str | None = values.HOW(
+        None,
+        metavar="KEY",
+        show_default="by its name",
+        help="Take the average with this key or prefix, or a glob of it, of a training's checkpoint: model_ema2, "
+        "net_ema.",
     ),
     prefix: str = values.HOW("", help="Put this in front of every name in FILE."),
     strip_prefix: str = values.HOW("", help="Remove this from the front of the names in FILE."),
@@ -57,7 +64,7 @@ def export(
     base = None if base is None else values.existing(base)
     report = export_file(
         values.existing(file, pickles=True), out, layout, dtype, base, prefix, strip_prefix, overwrite,
-        max_shard_size, weights, output.progress_bar(),
+        max_shard_size, weights, average, output.progress_bar(),
     )  # fmt: skip
     output.print_report(report, as_json, _print, base, out)
 

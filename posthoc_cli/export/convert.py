@@ -13,7 +13,7 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import stored_in
-from posthoc_cli.checkpoints.read_model import sets_in
+from posthoc_cli.checkpoints.read_model import DCP_METADATA, sets_in
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
 from posthoc_cli.errors import (
@@ -22,6 +22,7 @@ from posthoc_cli.errors import (
     MismatchError,
     NonFiniteError,
     OutputExistsError,
+    check_alone,
     shown,
 )
 from posthoc_cli.export.layouts import (
@@ -99,14 +100,15 @@ def export_file(
     overwrite: bool = False,
     max_shard_size: str | None = None,
     weights: bool = False,
+    average: str | None = None,
     progress: ProgressBar = no_bar,
 ) -> ExportReport:
     """Write a model, or each model of a folder, in another layout; only "pt" and "dcp" need memory for all tensors.
 
     Arguments:
         source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; a
-            training's checkpoint that `torch.save` wrote, from which the average is taken; or
-            shards or parts of one of these: their index, or its folder; or a folder of several outputs.
+            training's checkpoint that `torch.save` or torch.distributed.checkpoint wrote, from which the average is
+            taken; or shards or parts of one of these: their index, or its folder; or a folder of several outputs.
         out: the output, whose name decides the layout unless `layout` is given; a folder for several outputs.
         dtype: dtype of all floating-point tensors except copies; None to keep each tensor's own.
         base: a model that completes the output with the tensors that `source` lacks: a safetensors file, an index of
@@ -116,16 +118,21 @@ def export_file(
         overwrite: replace existing outputs.
         max_shard_size: largest size of a shard, such as "5GB", which is the default.
         weights: of a training's checkpoint take the raw weights, not the average.
+        average: the key or prefix of the average in a training's checkpoint, or a glob of it, if no word says it.
         progress: opens a progress bar of the bytes to read.
 
     Raises:
         FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
     """
     started = time.perf_counter()
-    if weights and not _is_checkpoint(source):
+    check_alone(weights=weights, average=average)
+    is_checkpoint = average is not None or _is_checkpoint(source)
+    if weights and not is_checkpoint:
         raise InvalidValueError("weights", f"is for a training's checkpoint, and {source.name} is none")
-    sources, wanted = [source] if _is_checkpoint(source) else models_at(source), parse_dtype(dtype)
-    checkpoints = {model: stored_in(model, weights) for model in sources if _is_checkpoint(model)}
+    sources, wanted = [source] if is_checkpoint else models_at(source), parse_dtype(dtype)
+    checkpoints = {
+        model: stored_in(model, weights, average) for model in sources if is_checkpoint or _is_checkpoint(model)
+    }
     outs = [out] if len(sources) == 1 else _outputs_in(out, sources, layout, overwrite)
     options = OutputOptions(layout=layout, overwrite=overwrite, max_shard_size=max_shard_size)
     made = {}
@@ -224,9 +231,10 @@ def _read_source(
 
 
 def _is_checkpoint(source: Path) -> bool:
-    """Return whether a source is a training's checkpoint: a pickle, or a folder with an average next to the weights."""
-    is_pickle = source.name.endswith((*PICKLED, ".pth.tar")) and source.is_file()
-    return is_pickle or (source.is_dir() and bool(sets_in(source)))
+    """Return whether a source is a training's checkpoint: a pickle, a DCP folder, or weights next to an average."""
+    if source.is_dir():
+        return (source / DCP_METADATA).is_file() or bool(sets_in(source))
+    return source.name.endswith((*PICKLED, ".pth.tar")) and source.is_file()
 
 
 def _read_checkpoint(stack: ExitStack, one: Checkpoint, dtype: str | None) -> dict[str, _PlannedTensor]:

@@ -263,8 +263,8 @@ class Densities(StoredFunctions):
     """The densities of profiles; for power functions (gamma + 1) s**gamma / t**(gamma + 1).
 
     Mass at a point is spread over the interval that ends there. `updates` is the time between updates within each
-    interval, [K]: a target's density at s is limited to its mass between s - updates and s + updates, divided by
-    updates. Without the limit a density that grows without bound, as at the start of a 1-sqrt decay, has no
+    interval, [K]: a target's density at s is its mass between s - updates and s + updates, divided by
+    their distance. Without the limit a density that grows without bound, as at the start of a 1-sqrt decay, has no
     integrable square, although the mass of each update is finite.
     """
 
@@ -281,9 +281,14 @@ class Densities(StoredFunctions):
         return np.asarray(-np.diff(profile.tail(self._edges)) / np.diff(self._edges), dtype=np.float64)
 
     def _values(self, profile: Profile, s: FloatArray, interval: npt.NDArray[np.intp]) -> FloatArray:
-        density, apart = profile.density(s), self._updates[interval]
-        mass = profile.tail(s - apart) - profile.tail(s + apart)
-        return np.where(density * apart > mass, mass / np.where(apart > 0, apart, 1.0), density)
+        begin, end, apart = self._edges[interval], self._ends[interval], self._updates[interval]
+        apart = np.maximum(apart, _STEP * (end - begin))
+        low, high = np.maximum(s - apart, begin), np.minimum(s + apart, end)
+        return np.asarray((profile.tail(low) - profile.tail(high)) / (high - low))
+
+
+_STEP = 1e-6
+"""Half the width of the difference quotient for a density, as a fraction of its interval."""
 
 
 # --- Quadrature, for targets that are no power functions --------------------------------------------

@@ -18,8 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
-from posthoc_cli.profiles.tracked import LONGEST, WINDOW
+from posthoc_cli.profiles import LONGEST, WINDOW, FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction.basis import (
     Cells,
     Densities,

@@ -18,7 +18,6 @@ from posthoc_cli.profiles import (
     FloatArray,
     Point,
     PowerFunction,
-    RecordedPowerFunction,
     StoredProfile,
     roundings,
 )
@@ -96,7 +95,7 @@ class StoredAverage:
     """A stored average and its measurements.
 
     Attributes:
-        profile: as its tracker recorded it, or that of a checkpoint or of an average over known times.
+        profile: of its tracker, of a checkpoint or of an average over known times.
         updates: number of updates in the average.
         eps: distance from 1 to the next number of the accumulator's dtype.
         measurements: None if nothing was measured.
@@ -105,9 +104,10 @@ class StoredAverage:
         motion: estimate of the network's motion that was made at that time; None if there was none.
         inherited: expected squared error that remains from rounded snapshots from which the run was resumed.
         gammas: exponents of all profiles that share means with this one; empty if its means have its own weights.
+        t_first: time of a power function's first update: its mass before that applies to the values of that time.
     """
 
-    profile: RecordedPowerFunction | Point | Discrete
+    profile: PowerFunction | Point | Discrete
     updates: int
     eps: float
     measurements: Measurements | None
@@ -116,24 +116,20 @@ class StoredAverage:
     motion: Motion | None = None
     inherited: float = 0.0
     gammas: tuple[float, ...] = ()
-
-    @property
-    def pure(self) -> StoredProfile:
-        """The profile; a recorded power function without the effects of discrete updates."""
-        return self.profile.pure if isinstance(self.profile, RecordedPowerFunction) else self.profile
+    t_first: float = 1.0
 
     @property
     def start(self) -> float:
         """The earliest time at which motion matters: a tracker's first update, otherwise the first training step."""
+        if isinstance(self.profile, PowerFunction):
+            return self.t_first
         first = self.profile.t_first
-        if isinstance(self.profile, RecordedPowerFunction) or self.steps is None:
-            return first
-        return min(first, float(self.steps.clock.time_at(1)))
+        return first if self.steps is None else min(first, float(self.steps.clock.time_at(1)))
 
     @property
     def roundings(self) -> float:
         """The number of independent roundings, each of a value of the average's size, that the average contains."""
-        if isinstance(self.profile, RecordedPowerFunction):
+        if isinstance(self.profile, PowerFunction):
             return roundings(self.profile.gamma, self.updates)
         if isinstance(self.profile, Point):
             return 0.0
@@ -208,12 +204,12 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
     """
     measured = [average.measurements for average in averages if average.measurements is not None]
     if not measured or len(measured) < len(averages):
-        return assumed_prior([average.pure for average in averages])
+        return assumed_prior([average.profile for average in averages])
     norm = np.array([measurements.norm for measurements in measured])
     counts = np.array([average.roundings for average in averages])
     arithmetic = norm * np.array([(ROUNDING * average.eps) ** 2 for average in averages]) * counts
     inherited = np.array([average.inherited for average in averages])
-    profiles = [average.pure for average in averages]
+    profiles = [average.profile for average in averages]
     in_order = sorted(range(len(averages)), key=lambda i: order_of(profiles[i]))
     steps = averages[in_order[-1]].steps
     found = [] if sketch else _distances([(profiles[i], measured[i], arithmetic[i]) for i in in_order])
@@ -243,7 +239,9 @@ def misfit(averages: Sequence[StoredAverage]) -> float:
 
     Return nan with fewer than two distances above 0, and infinity where no motion can explain them.
     """
-    measured = [(average.pure, average.measurements, 0.0) for average in averages if average.measurements is not None]
+    measured = [
+        (average.profile, average.measurements, 0.0) for average in averages if average.measurements is not None
+    ]
     distances = [distance for distance in _distances(measured) if not distance.same_profile]
     if len(distances) < 2:
         return math.nan
@@ -273,8 +271,8 @@ def _doubt(motion: Motion, distances: Sequence[PairDistance], steps: Steps | Non
 
 def _shared(averages: Sequence[StoredAverage], inherited: FloatArray, sketch: Sketch | None) -> FloatArray | None:
     """Return `Prior.shared`: inherited errors, and those from means that profiles share."""
-    tracked = [i for i, average in enumerate(averages) if isinstance(average.profile, RecordedPowerFunction)]
-    profiles = [averages[i].profile.pure for i in tracked]  # type: ignore[union-attr]
+    powers = {i: average.profile for i, average in enumerate(averages) if isinstance(average.profile, PowerFunction)}
+    tracked, profiles = list(powers), list(powers.values())
     gammas, times = gammas_and_times(profiles)
     rows = [np.zeros((0, len(tracked)))]
     if inherited.any():

@@ -20,8 +20,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError, brief, check_word
-from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
-from posthoc_cli.profiles.other_libraries import OrdinaryEMA
+from posthoc_cli.profiles import FloatArray, OrdinaryEMA, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction.basis import (
     Cells,
     Densities,
@@ -370,9 +369,11 @@ def reconstruct(
     if not snapshots:
         raise InvalidValueError("snapshots", "must be at least one")
     for wanted in targets:
-        is_profile = all(callable(getattr(wanted, name, None)) for name in ("density", "tail"))
-        if not (is_profile or (isinstance(wanted, np.ndarray) and wanted.shape == (len(snapshots),))):
-            reason = "must be a profile with density(s) and tail(s), such as PowerFunction.from_sigma_rel(0.15, t)"
+        if not (
+            callable(getattr(wanted, "tail", None))
+            or (isinstance(wanted, np.ndarray) and wanted.shape == (len(snapshots),))
+        ):
+            reason = "must be a profile with tail(s), such as PowerFunction.from_sigma_rel(0.15, t)"
             reason += f", or an array of {len(snapshots)} coefficients"
             raise InvalidValueError("target", reason, value=brief(wanted))
     last = max(p.t for p in snapshots)

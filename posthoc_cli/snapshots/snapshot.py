@@ -24,7 +24,6 @@ from posthoc_cli.profiles import (
     Discrete,
     Point,
     PowerFunction,
-    RecordedPowerFunction,
     StoredProfile,
     gamma_from_sigma_rel,
 )
@@ -203,14 +202,9 @@ class Snapshot(FileSource, SourceInfo):
         return self.clock or ((self.step, self.t),)
 
     @property
-    def recorded(self) -> RecordedPowerFunction:
-        """The profile of the average as its tracker recorded it."""
-        return RecordedPowerFunction(self.gamma, self.t, self.t_first, self.max_interval)
-
-    @property
     def profile(self) -> PowerFunction:
         """The power function of the average."""
-        return self.recorded.pure
+        return PowerFunction(self.gamma, self.t)
 
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
         """Return the average as reconstruction uses it; a `profile` of points in time replaces the power function."""
@@ -221,11 +215,11 @@ class Snapshot(FileSource, SourceInfo):
         steps, times = zip(*self.clock_pairs, strict=True)
         (step, t), (last_step, last_t) = [(0, 0.0), *self.clock_pairs][-2:]
         return StoredAverage(
-            profile if isinstance(profile, Point | Discrete) else self.recorded,
+            profile if isinstance(profile, Point | Discrete) else self.profile,
             self.updates or max(self.step // schedule.update_every - skipped_updates, 1),
             EPS["F64" if is_float64 else "F32"], self.measurements, (last_t - t) / (last_step - step),
             Steps(Clock(steps, times), schedule.update_every), self.motion, self.inherited,
-            () if is_float64 else tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
+            () if is_float64 else tuple(map(gamma_from_sigma_rel, self.sigma_rels)), self.t_first,
         )  # fmt: skip
 
     def encoded(self) -> dict[str, Any]:

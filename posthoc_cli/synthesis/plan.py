@@ -270,8 +270,8 @@ def plan_synthesis(
     Arguments:
         sources: averages of one run, in any order. If more than `reconstruction.MOST_SOLVED` are at or before the time
             of the targets, that many are used, chosen by their times alone, so for any targets alike (`Plan.choice`).
-        targets: at least one; each a sigma_rel in (0, 0.2887), a `targets.Target`, or an object with `density` and
-            `tail` over training time.
+        targets: at least one; each a sigma_rel in (0, 0.2887), a `targets.Target`, or an object with a function `tail`
+            over training time.
         t: time of the targets; sources at or before it are used. By default the time of the newest source.
         step: the same in calls of `update_`; if the run's clock does not count steps, it must be that of a snapshot.
         method: the solver; None for the default one.

@@ -498,7 +498,7 @@ class PostHocEMA:
 
         Arguments:
             sigma_rel: length of the average, in (0, 0.2887); or another target, such as `targets.Beta(0.9999)`, or its
-                text form, "beta:0.9999"; or any object with `density` and `tail`.
+                text form, "beta:0.9999"; or any object with a function `tail`.
             t, step: time of the average, or its number of calls; by default that of a live tracker, or the newest.
             dtype: dtype of the averages; None for each parameter's own.
             method: the solver, "minvar" or "paper"; None for the first.

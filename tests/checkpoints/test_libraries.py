@@ -18,8 +18,7 @@ from ema_command import Ema
 from factories import exact_weights
 
 from posthoc_cli import Run, errors, import_checkpoints, synthesize
-from posthoc_cli.profiles import Discrete, Point, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
+from posthoc_cli.profiles import Discrete, Point, ema_pytorch_profile, gamma_from_sigma_rel
 from posthoc_cli.snapshots.sources import sample_measurements
 
 STEPS = 400

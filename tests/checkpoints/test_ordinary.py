@@ -18,8 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trained import EVERY, STEPS, TIMES, Average, by, ema, error_of, named, network, ratio, train, write
 
 from posthoc_cli import Run, errors, import_checkpoints
-from posthoc_cli.profiles import Point
-from posthoc_cli.profiles.other_libraries import DecayRule
+from posthoc_cli.profiles import DecayRule, Point
 
 DECAY = 0.995
 Weights = dict[str, torch.Tensor]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_layouts import distributed
 from ema_command import Ema
 from safetensors.torch import load_file, save_file
 from trained import STEPS, TIMES, ema, error_of, named, train
@@ -169,7 +170,7 @@ def test_which_set_is_meant_is_asked_where_two_have_a_word_or_fit(tmp_path: Path
     with pytest.raises(FileFormatError, match="model is unclear: 'one', 'other'"):
         import_checkpoints(students, tmp_path / "again")
     assert import_checkpoints(students, tmp_path / "again", weights="one").written
-    with pytest.raises(FileFormatError, match="has no set of tensors 'elsewhere'; it has 'one', 'other', 'ema'"):
+    with pytest.raises(FileFormatError, match="has no set of tensors 'elsewhere': 'one', 'other', 'ema'"):
         import_checkpoints(students, tmp_path / "never", average="elsewhere")
 
 
@@ -230,23 +231,64 @@ def test_the_directions_of_weight_norm_are_averaged(tmp_path: Path) -> None:
     assert 10 < float(Run(tmp_path / "run").average(0.2)["weight_v"][0, 0]) < 20
 
 
+def exported(ema: Ema, source: Path, *options: object) -> Weights:
+    out = source.parent / "exported.safetensors"
+    assert ema("export", source, "--out", out, "--force", *options).code == 0
+    return load_file(out)
+
+
+def assert_equal(found: Weights, expected: Weights) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_average_in_a_training_checkpoint_is_exported_exactly(layout: str, tmp_path: Path, ema: Ema) -> None:
+    """From one file, and from a folder of torch.distributed.checkpoint."""
     weights, average = named(train()[-1]), named(train()[10])
-    torch.save(LAYOUTS[layout](weights, average), tmp_path / "last.pt")
-    for option, expected in (((), average), (("--weights",), weights)):
-        out = tmp_path / f"model{len(option)}.safetensors"
-        assert ema("export", tmp_path / "last.pt", "--out", out, *option).code == 0
-        found = load_file(out)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    content = LAYOUTS[layout](weights, average)
+    torch.save(content, tmp_path / "last.pt")
+    distributed(tmp_path / "last", content)
+    for source in (tmp_path / "last.pt", tmp_path / "last"):
+        assert_equal(exported(ema, source), average)
+        assert_equal(exported(ema, source, "--weights"), weights)
+
+
+def test_an_average_among_several_is_exported_by_its_key_prefix_or_glob(tmp_path: Path, ema: Ema) -> None:
+    """JiT and MAR store two, of which no word says the better one; the statistics that an average lacks are added."""
+    weights, *averages = (named(train()[index]) for index in (-1, 10, 20))
+    counter = {"bn.num_batches_tracked": torch.tensor(3)}
+    content = {"model": weights | counter, "model_ema1": averages[0], "model_ema2": averages[1], "epoch": 3}
+    torch.save(content, tmp_path / "last.pth")
+    distributed(tmp_path / "last", content)
+    for source in (tmp_path / "last.pth", tmp_path / "last"):
+        asked = ema("export", source, "--out", tmp_path / "never.safetensors")
+        assert asked.code == 1
+        assert "average is unclear: 'model_ema1', 'model_ema2'; name the average by `average`" in asked.error
+        for key, average in zip(("model_ema1", "*2"), averages, strict=True):
+            assert_equal(exported(ema, source, "--average", key), average | counter)
+        assert_equal(exported(ema, source, "--weights"), weights | counter)
+        unknown = ema("export", source, "--out", tmp_path / "never.safetensors", "--average", "elsewhere")
+        assert "has no set of tensors 'elsewhere': 'model', 'model_ema1', 'model_ema2'" in unknown.error
+        assert "has several" in ema("export", source, "--out", tmp_path / "never.safetensors", "--average", "*").error
+    assert not (tmp_path / "never.safetensors").exists()
+    save_file(prefixed("net.", weights) | prefixed("net_mean.", averages[0]), tmp_path / "last.safetensors")
+    assert_equal(exported(ema, tmp_path / "last.safetensors", "--average", "net_mean."), averages[0])
+
+
+def test_the_average_of_torchtitan_is_exported(tmp_path: Path, ema: Ema) -> None:
+    weights, average = named(train()[-1]), named(train()[10])
+    states = {f"state.{name}.ema_params": value for name, value in average.items()}
+    distributed(tmp_path / "step-9", {"model": weights, "ema_optimizer": states})
+    assert_equal(exported(ema, tmp_path / "step-9"), average)
+    assert_equal(exported(ema, tmp_path / "step-9", "--weights"), weights)
 
 
 def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path: Path, ema: Ema) -> None:
     torch.save({"model": named(train()[-1]), "optimizer": {}}, tmp_path / "last.pt")
     refused = ema("export", tmp_path / "last.pt", "--out", tmp_path / "model.safetensors")
     assert refused.code == 1
-    assert "last.pt: holds no average that its keys name ('model'); say weights to export the raw ones" in refused.err
+    assert "last.pt: holds no average that its keys name ('model'); name its key by `average`, or say" in refused.err
     assert not (tmp_path / "model.safetensors").exists()
     torch.save({"ema": named(train()[-1]), "step": 3}, tmp_path / "alone.pt")
     assert ema("export", tmp_path / "alone.pt", "--out", tmp_path / "alone.safetensors").code == 0

@@ -16,16 +16,15 @@ from factories import FloatArray, power_functions
 from posthoc_cli.profiles import (
     Clock,
     Discrete,
-    EmulatedDecay,
     Point,
     PowerFunction,
     Profile,
-    RecordedPowerFunction,
     StoredProfile,
-    Uniform,
+    ema_pytorch_profile,
+    emulated_decay,
     gamma_from_sigma_rel,
+    uniform_average,
 )
-from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
 from posthoc_cli.reconstruction import (
     METHODS,
     Distance,
@@ -59,9 +58,7 @@ def masses(profile: Profile, steps: int) -> FloatArray:
         return np.asarray(-np.diff(profile.tail(np.arange(steps + 1))))
     if isinstance(profile, PowerFunction):
         return np.diff(np.minimum(np.arange(steps + 1) / profile.t, 1) ** (profile.gamma + 1))
-    assert isinstance(profile, Uniform)
-    inside = (np.arange(1, steps + 1) > profile.start) & (np.arange(1, steps + 1) <= profile.end)
-    return inside / inside.sum()
+    return np.asarray(-np.diff(profile.tail(np.arange(steps + 1))))  # a mean of whole steps
 
 
 def distance(other: StoredProfile, difference: FloatArray) -> Distance:
@@ -90,9 +87,7 @@ def errors(
             others += [other for earlier in newest.values() for other in earlier]
             distances = tuple(distance(other, values[profile] - values[other]) for other in others)
             measurements = Measurements(float(np.sum(values[profile] ** 2)), 0.0, distances)
-            is_power = isinstance(profile, PowerFunction)
-            kept = RecordedPowerFunction(profile.gamma, profile.t, 1.0, 1.0) if is_power else profile
-            averages.append(StoredAverage(kept, 1, 2.0**-52, measurements, 1.0, STEP_CLOCK))
+            averages.append(StoredAverage(profile, 1, 2.0**-52, measurements, 1.0, STEP_CLOCK))
         for profile, number in now:
             newest[number] = [*newest[number], profile][-2:]
     result = reconstruct(profiles, targets, None, measured_prior(averages), float(len(path)))
@@ -113,7 +108,7 @@ def even_prior(count: int, t: float, noise: float = 0.0) -> Prior:
 @pytest.mark.parametrize("kind", ["even", "cosine", "noisy"])
 @pytest.mark.parametrize("count", [8, 20, 64])
 def test_errors_from_checkpoints_alone_are_predicted(kind: str, count: int) -> None:
-    actual, predicted = errors([points(count)], walk(kind), [*TARGETS, Uniform(STEPS / 2, STEPS)])
+    actual, predicted = errors([points(count)], walk(kind), [*TARGETS, uniform_average(STEPS / 2, STEPS)])
     ratios = actual / predicted
     assert np.all((ratios > 0.6) & (ratios < 1.5)), ratios
 
@@ -183,8 +178,8 @@ def sums_of_coefficients(stored: Sequence[Point], target: Profile, t: float) -> 
 @pytest.mark.parametrize(
     ("target", "times"),
     [
-        (Uniform(0.0, 1000.0), [100.0, 150.0, 400.0, 410.0, 1000.0]),
-        (EmulatedDecay(600.0, 1000.0, "linear"), [600.0, 650.0, 700.0, 900.0, 1000.0]),
+        (uniform_average(0.0, 1000.0), [100.0, 150.0, 400.0, 410.0, 1000.0]),
+        (emulated_decay(600.0, 1000.0, "linear"), [600.0, 650.0, 700.0, 900.0, 1000.0]),
     ],
 )
 def test_sums_of_coefficients_are_the_means_of_the_tail_between_checkpoints(
@@ -211,7 +206,7 @@ def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape: str, d: Callable
     """
     steps, start = 600, 400
     stored = [Point(float(t)) for t in range(start - 20, steps + 1)]
-    sums, predicted = sums_of_coefficients(stored, EmulatedDecay(float(start), float(steps), shape), float(steps))
+    sums, predicted = sums_of_coefficients(stored, emulated_decay(float(start), float(steps), shape), float(steps))
     assert sums[:21] == pytest.approx(1, abs=1e-9)
     assert sums[21:] == pytest.approx(d(np.arange(steps - start) / (steps - start)), abs=1e-9)
     assert predicted < 1e-6

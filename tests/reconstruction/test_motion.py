@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 
-from posthoc_cli.profiles import Clock, PowerFunction, RecordedPowerFunction
+from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import (
     Distance,
     Measurements,
@@ -193,7 +193,7 @@ def test_segments_end_at_snapshots_and_the_last_one_at_the_last(count: int) -> N
 
 
 def average(t: float, sigma_rel: float, norm: float, *distances: Distance, rounding: float = 0.0) -> StoredAverage:
-    profile = RecordedPowerFunction(exact_gamma(sigma_rel), t, 1.0, 1.0)
+    profile = PowerFunction(exact_gamma(sigma_rel), t)
     return StoredAverage(profile, int(t), 2.0**-23, Measurements(norm, rounding, distances))
 
 
@@ -261,7 +261,7 @@ def test_the_rounding_of_updates_is_that_of_the_hooks_averages(steps: int, sigma
         averages.update_(reader, {}, float(k), k)
         exact += (1 - ((k - 1) / k) ** (gamma + 1)) * (model.double().numpy() - exact)
     computed = averages.values(BucketTile(0, 0, 0, size), gammas.index(gamma)).double().numpy()
-    profile, measured = RecordedPowerFunction(gamma, float(k), 1.0, 1.0), Measurements(float(exact @ exact), 0.0)
+    profile, measured = PowerFunction(gamma, float(k)), Measurements(float(exact @ exact), 0.0)
     stored = StoredAverage(profile, k, 2.0**-23, measured, gammas=gammas)
     error = np.sum((computed - exact) ** 2) / measured_prior([stored]).arithmetic[0]
     assert 0.4 < error < 1.6  # the open window has fewer values than the others

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate
 
-from posthoc_cli.profiles import PowerFunction, Uniform
+from posthoc_cli.profiles import PowerFunction, uniform_average
 from posthoc_cli.reconstruction import check_method, reconstruct
 
 T = 100_000.0
@@ -128,7 +128,7 @@ def test_misuse_is_named() -> None:
     target, later = power_functions((10.0, 11.0), (0.05,))
     with refused("snapshots", "at least one"):
         reconstruct([], [target])
-    for wanted, t in ((target, None), (Uniform(1, 5), 10.0)):
+    for wanted, t in ((target, None), (uniform_average(1, 5), 10.0)):
         with refused("snapshots", "at or before"):
             reconstruct([later], [wanted], t=t)
     for wrong in (0.15, [0.15], None, np.ones(2)):

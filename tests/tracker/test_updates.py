@@ -273,10 +273,10 @@ def test_the_header_says_which_profile_a_file_holds(tmp_path: Path) -> None:
             tracker.update_(model, t=64.0 * k + (500 if k > 20 else 0))
     snapshots = read_directory(tmp_path)
     assert [s.info.t for s in snapshots] == [64 * 20, 64 * 30 + 500]
-    profile = snapshots[-1].recorded
-    assert (profile.t_first, profile.max_interval) == (64 * 14, 64 * 2 + 500)
-    assert snapshots[-1].info.t_unit == "images"
-    assert snapshots[-1].info.step == 30
+    info = snapshots[-1].info
+    assert (info.t_first, info.max_interval) == (64 * 14, 64 * 2 + 500)
+    assert info.t_unit == "images"
+    assert info.step == 30
 
 
 def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:

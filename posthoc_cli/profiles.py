@@ -1,0 +1,818 @@
+"""Averaging profiles: how much each moment of training counts in an average. NumPy only, float64.
+
+Training time `s` starts at 0 on the run's clock, in any unit. An average at time `t` is sum_k w_k theta_k over the
+weights of the network after each step. Its profile is its `tail`: tail(s) is the mass at times after s, 1 before the
+start and 0 from `t` on. The weights of step k have the mass tail(step k-1) - tail(step k). A tail is also what
+multiplies updates: sum_k w_k theta_k = theta_0 + sum_k tail(step k-1) (theta_k - theta_k-1).
+
+Below: the power function, which runs track; averages over known times, which other programs store; the formulas that a
+user may ask for; the clock of a run; and how updates are folded into tracked averages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.errors import InvalidValueError, check_number
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Profile(Protocol):
+    """The mass of an average, 1 in total, over times on the run's clock."""
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Return the mass at times after `s`, any shape: 1 before the start, 0 from the end on, never increasing."""
+
+
+class StoredProfile(Profile, Protocol):
+    """The profile of a stored average: `PowerFunction`, `Point`, `Discrete`, or another profile with a time.
+
+    A profile with mass at points has their times as `jumps`, in ascending order.
+    """
+
+    @property
+    def t(self) -> float:
+        """The time at which the average was taken, above 0; all mass is at or before it."""
+
+
+# --- the power function (Karras et al., arXiv 2312.02696, section 3.1) ------------------------------
+#
+# An average taken at time t with exponent gamma weighs the network at time s by
+#
+#     density(s) = (gamma + 1) s**gamma / t**(gamma + 1),     0 < s <= t      (equation 121),
+#
+# whose mean is t (gamma + 1) / (gamma + 2) and whose standard deviation, divided by t, is
+#
+#     sigma_rel = sqrt((gamma + 1) / ((gamma + 2)**2 (gamma + 3)))          (equation 123).
+#
+# gamma = 0 is the uniform average, sigma_rel = 12**-0.5 = 0.2887, the longest one.
+
+UNIFORM_SIGMA_REL = 12**-0.5
+"""sigma_rel of the uniform average over all of training; every power function is shorter."""
+
+SHORTEST_SIGMA_REL = 1e-12
+"""The least sigma_rel, shorter than one step of any training; far below it the formulas overflow."""
+
+
+def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
+    """Return `sigma_rel` as a float; raise an InvalidValueError about `name` if it is out of range."""
+    try:
+        value = math.nan if isinstance(sigma_rel, str) else float(sigma_rel)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        value = math.nan
+    if not 0 < value < UNIFORM_SIGMA_REL:
+        shown = f"{sigma_rel:g}" if isinstance(sigma_rel, int | float) else repr(sigma_rel)[:40]
+        must = "must lie" if isinstance(sigma_rel, int | float) else "must be a number, and lie"
+        reason = f"{must} in (0, 0.2887); 0.2887 is the uniform average over all of training"
+        raise InvalidValueError(name, reason, value=shown)
+    if value < SHORTEST_SIGMA_REL:
+        reason = f"too short to differ from no averaging; must be at least {SHORTEST_SIGMA_REL:g}"
+        raise InvalidValueError(name, reason, value=f"{value:g}")
+    return value
+
+
+def gamma_from_sigma_rel(sigma_rel: float) -> float:
+    """Return the exponent of the profile with width `sigma_rel` (equation 126), gamma + 1 to about 1e-15 relative.
+
+    With x = gamma + 1 and T = sigma_rel**-2, equation 123 reads f(x) = (x + 1)**2 (x + 2) - T x = 0. Near the uniform
+    average f has two positive roots (x = 1 and x = 0.37 at T = 12); the larger one is the solution. f is convex for
+    x > 0, and x = 1 / sigma_rel lies right of both roots, so that Newton's method from there decreases monotonically to
+    the larger root.
+    """
+    return _gamma(check_sigma_rel(sigma_rel))
+
+
+@lru_cache(maxsize=4096)
+def _gamma(sigma_rel: float) -> float:
+    if sigma_rel < 1e-6:
+        # x = 1/sigma_rel - 2 - sigma_rel/2 + O(sigma_rel**2); beyond that, f overflows or loses digits.
+        return 1 / sigma_rel - 3 - sigma_rel / 2
+    inverse_square = 1 / (sigma_rel * sigma_rel)
+    x = 1 / sigma_rel
+    while True:
+        value = (x + 1) ** 2 * (x + 2) - inverse_square * x
+        slope = (x + 1) * (3 * x + 5) - inverse_square
+        smaller = x - value / slope
+        if not smaller < x:
+            return x - 1
+        x = smaller
+
+
+def sigma_rel_from_gamma(gamma: float) -> float:
+    """Return the width of the profile with exponent `gamma` > 0, as a fraction of training time."""
+    if not (gamma > 0 and math.isfinite(gamma)):
+        raise InvalidValueError("gamma", "must be above 0, the uniform average, and finite", value=f"{gamma:g}")
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+
+
+def new_value_share(gamma: float, t_prev: float, t: float) -> float:
+    """Return 1 - beta, the share of the new value in an update at time `t`.
+
+    beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127). A chain of such
+    updates gives each value the power function's mass on the interval before it. At the first update `t_prev` is 0.
+    """
+    if t_prev == 0:
+        return 1.0
+    return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t))
+
+
+@dataclass(frozen=True)
+class PowerFunction:
+    """The power-function profile of an average taken at time `t` > 0, with exponent `gamma` >= 0."""
+
+    gamma: float
+    t: float
+
+    @classmethod
+    def from_sigma_rel(cls, sigma_rel: float, t: float) -> PowerFunction:
+        """Return the power function of width `sigma_rel` at time `t`."""
+        return cls(gamma_from_sigma_rel(sigma_rel), float(t))
+
+    @property
+    def sigma_rel(self) -> float:
+        """The standard deviation as a fraction of `t`."""
+        return sigma_rel_from_gamma(self.gamma)
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """Return the mass per unit of time at `s`; 0 outside (0, t]."""
+        relative = np.asarray(s, dtype=np.float64) / self.t
+        inside = (relative > 0) & (relative <= 1)
+        return np.where(inside, np.power(np.where(inside, relative, 1.0), self.gamma), 0.0) * (self.gamma + 1) / self.t
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Return the mass after `s`: 1 - (s/t)**(gamma + 1) within (0, t]."""
+        relative = np.clip(np.asarray(s, dtype=np.float64) / self.t, 0.0, 1.0)
+        with np.errstate(divide="ignore"):
+            return np.asarray(-np.expm1((self.gamma + 1) * np.log(relative)), dtype=np.float64)
+
+
+# --- averages over known times ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """The profile of the weights at time `t` > 0 themselves: an ordinary checkpoint."""
+
+    t: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "t", float(self.t))
+
+    @property
+    def t_first(self) -> float:
+        """The time at which averages begin: the first step on a step clock, not the first checkpoint."""
+        return min(1.0, self.t)
+
+    @property
+    def jumps(self) -> FloatArray:
+        """The times at which the profile has mass: shape [1]."""
+        return np.array([self.t])
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Return the mass after `s`: 1 before `t`, 0 from `t` on."""
+        return np.where(np.asarray(s, dtype=np.float64) < self.t, 1.0, 0.0)
+
+
+class Discrete:
+    """An average over weights at known times, sum_k masses_k theta(times_k), taken at time `t`.
+
+    Attributes:
+        times: at least one, in ascending order, above 0 and at most `t`.
+        masses: at least 0, scaled to the sum 1: one for each of `times`.
+        t: by default the last of `times`.
+    """
+
+    def __init__(
+        self, times: Sequence[float] | FloatArray, masses: Sequence[float] | FloatArray, t: float = 0.0
+    ) -> None:
+        self.times, mass = np.array(times, dtype=np.float64), np.array(masses, dtype=np.float64)
+        self.masses, self.t = mass / mass.sum(), float(t or self.times[-1])
+
+    @property
+    def t_first(self) -> float:
+        """The time of the earliest weights in the average."""
+        return float(self.times[0])
+
+    @property
+    def jumps(self) -> FloatArray:
+        """The times at which the profile has mass."""
+        return self.times
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Return the mass after `s`."""
+        return self._later[np.searchsorted(self.times, np.asarray(s, dtype=np.float64), side="right")]
+
+    @cached_property
+    def _later(self) -> FloatArray:
+        """The mass from each of the times on, then 0; summed from the end, which keeps the digits of small tails."""
+        later = np.append(np.cumsum(self.masses[::-1])[::-1], 0.0)
+        later[0] = 1.0
+        return later
+
+
+MOST_UPDATES = 20_000_000
+"""Limit of the updates of one average: far more than a training makes, and few enough for memory."""
+
+MOST_TIMES = 16_384
+"""Limit of the times in a profile. Of more updates, neighbours are joined, which moves mass by < 1e-4 of training."""
+
+
+def updated_average(step: int, first: int, every: int, kept: Callable[[FloatArray], FloatArray]) -> Discrete:
+    """Return the average at a step whose update k, at step first + k every, keeps exp(kept(k)) of itself, k >= 1.
+
+    The first update, k = 0, keeps nothing.
+
+    Raises:
+        InvalidValueError: the step is before the first update, or makes more than `MOST_UPDATES`.
+    """
+    if step < first:
+        raise InvalidValueError("step", f"must be at least {first}, that of the first update", value=step)
+    count = (step - first) // every + 1
+    if count > MOST_UPDATES:
+        reason = f"makes more than {MOST_UPDATES:,} updates, one every {every:,} steps"
+        raise InvalidValueError("step", reason, value=f"{step:,}")
+    logs = np.asarray(kept(np.arange(1.0, count)), dtype=np.float64)
+    # The mass after each update, from that before the first one.
+    after = np.concatenate(([1.0], -np.expm1(np.cumsum(logs[::-1])[::-1]), [0.0]))
+    masses, size = -np.diff(after), -(-count // MOST_TIMES)
+    groups = np.arange(0, count, size)
+    joined = np.add.reduceat(masses, groups)
+    # Each group lies at its mean time. Far before the end of a short average, masses are 0 in float64.
+    later = np.add.reduceat(masses * (np.arange(count) % size), groups)
+    places = groups + np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
+    return Discrete(np.asarray(first + every * places, dtype=np.float64), joined, step)
+
+
+def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> Discrete:
+    """Return the profile that `ema-pytorch` 0.8.3 and `pytorch-posthoc-ema` 1.0.10 store, on the step clock.
+
+    They count calls from the first update, c = 1, 1 + every, ..., and keep (1 - 1 / (c + 1))**(gamma + 1), whatever
+    `every` is. With every = 1 that is the power function of `gamma`, shifted by a step; with more it is close to that
+    of the exponent (gamma + 1) / every - 1, a longer average. `first` is the step of the first update: 1, or
+    `update_after_step` of the latter library.
+    """
+    return updated_average(step, first, every, lambda k: (gamma + 1) * np.log1p(-1 / (k * every + 2)))
+
+
+def power_function_profile(gamma: float, step: int, every: int = 1, update_after_step: int = 0) -> Discrete:
+    """Return the profile of an EMA whose n-th update keeps (1 - 1/n)**(gamma + 1), equation 2 of arXiv 2312.02696.
+
+    The first update is at the first multiple of `every` after `update_after_step`.
+    """
+    first = (update_after_step // every + 1) * every
+    return updated_average(step, first, every, lambda k: (gamma + 1) * np.log1p(-1 / (k + 1)))
+
+
+TORCHTITAN_GAMMA = 20 * math.log(2) - 1
+"""The exponent to which torchtitan's average is close: its `half_life_fraction` is 0.05."""
+
+
+def torchtitan_profile(step: int, every: int = 1, start_step: int = 0) -> Discrete:
+    """Return the profile of torchtitan's `EMAOptimizersContainer` (main branch, 2026); the defaults are torchtitan's.
+
+    The update at step start_step + n every keeps 2**(-20 / max(n, 1)); the first one has n = 0 if there is a start.
+    """
+    begun = 0 if start_step else 1
+    return updated_average(step, start_step or every, every, lambda k: -(TORCHTITAN_GAMMA + 1) / (k + begun))
+
+
+# --- ordinary EMAs: one decay, perhaps with a warm-up
+
+WARM_UPS = ("ratio", "power", "ramp-up")
+POWER, RAMP_UP = 2 / 3, 0.05
+"""The usual defaults of libraries, for `DecayRule.power` of the warm-ups "power" and "ramp-up"."""
+
+_FINEST, _STEPS_FINEST = 128, 512
+"""Number of times of an ordinary EMA in each of its time constants, and in each doubling of the steps."""
+
+_FORGOTTEN = 30.0
+"""Age in time constants from which on values are left out: their mass is below 1e-13."""
+
+_COPY = -1e3
+"""The number used as the logarithm of 0."""
+
+
+@dataclass(frozen=True)
+class DecayRule:
+    """The decay of each update of an ordinary EMA.
+
+    Attributes:
+        decay: the constant decay; with a warm-up, its upper limit.
+        warm_up: the decay of the n-th update up to that limit: "" for none, "ratio" for (1 + n) / (10 + n), "power" for
+            1 - (1 + n / inv_gamma)**-power, or "ramp-up" for 2**(-1 / (power n)), a half-life that is a share of the
+            training so far. The first update that is no copy has n = 1.
+        copies: number of initial updates that copy the weights.
+        stride: increment of n per update, for libraries that count calls.
+        inv_gamma, power, least: parameters of the warm-up; `least` is a lower limit of the decay.
+        uncertainty: relative, of the time constant 1 / (1 - decay), if the decay was estimated; 0 if it is known.
+        late: steps by which the first update may be later, if its step was estimated; 0 if it is known.
+    """
+
+    decay: float
+    warm_up: str = ""
+    copies: int = 0
+    stride: int = 1
+    inv_gamma: float = 1.0
+    power: float = POWER
+    least: float = 0.0
+    uncertainty: float = 0.0
+    late: int = 0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.decay, float) and 0 < self.decay < 1):
+            raise InvalidValueError("ema_decay", "must lie in (0, 1)", value=self.decay)
+        if not (isinstance(self.uncertainty, float) and 0 <= self.uncertainty <= 3):
+            raise InvalidValueError("ema_uncertainty", "must be a fraction such as 0.03", value=self.uncertainty)
+
+    @property
+    def rule(self) -> str:
+        """The warm-up in words, for messages."""
+        if self.warm_up == "ratio":
+            return "the warm-up (1 + n) / (10 + n)"
+        if self.warm_up == "ramp-up":
+            return f"the ramp-up of its half-life to {self.power:g} of the training so far"
+        scaled = "n" if self.inv_gamma == 1 else f"n / {self.inv_gamma:g}"
+        return f"the warm-up 1 - (1 + {scaled})^-{self.power:.3g}"
+
+    def at(self, updates: FloatArray) -> FloatArray:
+        """Return the share of the previous average that updates keep, by their numbers from 1: shape of `updates`."""
+        numbers = 1 + (updates - 1) * self.stride
+        n = np.maximum(numbers - self.copies, 0.0)
+        if self.warm_up == "ratio":
+            kept = np.minimum((1 + n) / (10 + n), self.decay)
+        elif self.warm_up == "power":
+            kept = np.minimum(-np.expm1(-self.power * np.log1p(n / self.inv_gamma)), self.decay)
+        elif self.warm_up == "ramp-up":
+            kept = np.minimum(np.exp2(-1 / (self.power * np.maximum(n, 1))), self.decay)
+        else:
+            kept = np.full(n.size, self.decay)
+        return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)
+
+    def kept_logs(self, updates: int) -> FloatArray:
+        """Return the logarithm of the share that updates 1 to k keep together, for k from 0 to `updates`."""
+        return _kept_logs(self, 1 << max(10, updates.bit_length()))[: updates + 1]
+
+    def profile(self, step: int, updates: int, every: int = 1, first: int = 0) -> OrdinaryEMA:
+        """Return the profile of the average at a step of the training.
+
+        Arguments:
+            step: the time of the average.
+            updates: number of updates up to `step`.
+            every: steps between updates.
+            first: the step of the first update; 0 if updates are at the last multiples of `every`. The initial average
+                is the weights one interval before the first update, at the earliest at time 0.5.
+        """
+        if updates > MOST_UPDATES:
+            raise InvalidValueError("step", f"makes more than {MOST_UPDATES:,} updates", value=f"{step:,}")
+        return OrdinaryEMA(self, step, updates, every, first or step // every * every - (updates - 1) * every)
+
+
+@lru_cache(maxsize=4)
+def _kept_logs(decay: DecayRule, most: int) -> FloatArray:
+    with np.errstate(divide="ignore"):
+        logs = np.log(decay.at(np.arange(1.0, most + 1)))
+    return np.append(0.0, np.cumsum(np.maximum(logs, _COPY)))
+
+
+class OrdinaryEMA(Discrete):
+    """The profile of an ordinary EMA at a step, from the product of the decays of its updates.
+
+    `times`, at which the intervals of a solver end, joins updates where that moves little mass, and leaves out those
+    with negligible mass. Tails are exact at any time, so that the common part of two successive averages cancels.
+    """
+
+    def __init__(self, decay: DecayRule, step: int, updates: int, every: int, first: int) -> None:
+        logs = self._logs = decay.kept_logs(updates)
+        self._start = max(float(first - every), 0.5)
+        self.settings: dict[str, Any] = vars(decay) | {"updates": updates, "every": every, "first": first}
+        numbers = np.arange(1, updates + 1)
+        # Groups depend on an update's number alone, so that averages at different times have the same groups.
+        level = np.floor(np.maximum(np.cumsum(np.maximum(np.diff(logs), -1.0)), _COPY) * -_FINEST)
+        size = np.exp2(np.maximum(np.floor(np.log2(numbers / _STEPS_FINEST)), 0))
+        place = np.floor((numbers - 1) / size) * size
+        is_end = np.append((np.diff(level) > 0) | (np.diff(place) > 0), np.ones(min(1, updates), bool))
+        ends = numbers[is_end & (logs[1:] - logs[-1] < _FORGOTTEN)]
+        times = np.append(self._start, first + every * (ends - 1.0))
+        masses = np.diff(np.exp(logs[-1] - logs[np.append(0, ends)]), prepend=0.0)
+        super().__init__(times, masses, step)
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Return the mass after `s`."""
+        at, logs = np.asarray(s, dtype=np.float64), self._logs
+        done = np.floor((at - self.settings["first"]) / self.settings["every"]) + 1
+        done = np.clip(done, 0, logs.size - 1).astype(np.intp)
+        return np.where(at < self._start, 1.0, -np.expm1(logs[-1] - logs[done]))
+
+    @classmethod
+    def of(cls, step: int, updates: int, every: int, first: int, **decay: Any) -> OrdinaryEMA:
+        """Return the average with these `settings`, plain values for JSON."""
+        return cls(DecayRule(**decay), step, updates, every, first)
+
+    @property
+    def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
+        """The averages with a longer time constant and a later start, by their uncertainties; itself for 0."""
+        settings = self.settings | {"uncertainty": 0.0, "late": 0}
+        longer, later = 1 + float(self.settings["uncertainty"]), self.settings["late"] // self.settings["every"]
+        decay = {"decay": 1 - (1 - settings["decay"]) / longer}
+        copies = {"copies": settings["copies"] + min(later, settings["updates"] - 1)}
+        return (
+            OrdinaryEMA.of(int(self.t), **settings | decay) if longer > 1 else self,
+            OrdinaryEMA.of(int(self.t), **settings | copies) if later > 0 else self,
+        )
+
+
+# --- what a user may ask for ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A profile given by its tail in closed form, for times from 0 to the time of the average."""
+
+    formula: Callable[[FloatArray], FloatArray]
+    t: float
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Return the mass after `s`."""
+        times = np.asarray(s, dtype=np.float64)
+        inside = np.clip(self.formula(np.clip(times, 0.0, self.t)), 0.0, 1.0)
+        return np.where(times < 0, 1.0, np.where(times >= self.t, 0.0, inside))
+
+
+def classical_average(beta: float, t: float, clock: Clock, start: float = 0.0) -> Formula:
+    """Return x <- beta x + (1 - beta) theta at every step, which begins as a copy of the weights at time `start`.
+
+    With n(s) the step at time s, the mass after s is 1 - beta**(n(t) - n(s)); the rest lies on the initial value.
+    """
+    now, log = float(clock.step_at(t)), math.log(beta)  # the logarithm keeps the digits of a beta near 1
+    return Formula(lambda s: np.where(s < start, 1.0, -np.expm1(log * np.maximum(now - clock.step_at(s), 0.0))), t)
+
+
+def uniform_average(start: float, end: float) -> Formula:
+    """Return the mean of all weights from time `start` to time `end`."""
+    return Formula(lambda s: (end - s) / (end - start), end)
+
+
+def step_window(steps: int, t: float, clock: Clock) -> Formula:
+    """Return the mean of the last `steps` steps up to time `t`, (n(t) - n(s)) / steps with n(s) the step at time s."""
+    now = float(clock.step_at(t))
+    return Formula(lambda s: (now - clock.step_at(s)) / steps, t)
+
+
+SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
+    "1-sqrt": lambda x: 1 - np.sqrt(x),
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
+}
+"""The multiplier d(x) at the fraction x of a decay, from 1 down to 0."""
+
+
+def emulated_decay(start: float, end: float, shape: str) -> Formula:
+    """Return the average that emulates a decay of the learning rate by one of `SHAPES` from time `start` to `end`.
+
+    An average multiplies the update at time s by tail(s). So one with tail(s) = d((s - start) / (end - start)) equals
+    the weights of a run whose learning rate is multiplied by d from `start` on, if the updates themselves are otherwise
+    the same. As a combination of checkpoints, sum_j c_j theta_j, it has the sums w_i = sum_(j >= i) c_j, the multiplier
+    of the updates up to theta_i (WSM, arXiv 2507.17634, for evenly spaced checkpoints).
+    """
+    return Formula(lambda s: SHAPES[shape](np.clip((s - start) / (end - start), 0.0, 1.0)), end)
+
+
+_SLACK = 1e-9
+"""Accepted rounding error of a tail."""
+
+
+def try_profile(profile: Profile, t: float, title: str) -> None:
+    """Check a user's profile at about 1,200 times from before the run to after `t`, which are denser near 0 and `t`.
+
+    Its tail must take arrays and return finite values of the same shape, in [0, 1], 1 before 0 and 0 from `t` on, and
+    never grow. Mass at time 0 is allowed.
+
+    Raises:
+        InvalidValueError: with `title` as its subject.
+    """
+    near = np.geomspace(1e-9, 1e-3, 61)
+    inside = np.concatenate((np.arange(1, 1025) / 1024, near, 1 - near))
+    times = np.unique(np.concatenate(([-1.0, -1e-6, 0.0, 1.5], inside))) * t
+    try:
+        tail = np.asarray(profile.tail(times), dtype=np.float64)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InvalidValueError(title, f"tail fails for an array of times: {cause}; must take any shape") from error
+    if tail.shape != times.shape:
+        reason = f"tail of times of shape {times.shape} has shape {tail.shape}; must have the same"
+        raise InvalidValueError(title, reason)
+    least, most = np.where(times < 0, 1.0, 0.0), np.where(times >= t, 0.0, 1.0)
+    is_inside = (tail >= least - _SLACK) & (tail <= most + _SLACK)
+    grows = np.diff(np.where(is_inside, tail, 0.0), prepend=1.0) > _SLACK
+    for is_wrong, accepted in (
+        (~is_inside, f"must lie in [0, 1], be 1 before 0, and 0 from t = {t:,.12g} on"),
+        (grows, "must never grow"),
+    ):
+        if is_wrong.any():
+            first = is_wrong.argmax()
+            raise InvalidValueError(title, f"tail is {tail[first]:.6g} at s = {times[first]:,.12g}; {accepted}")
+
+
+# --- classical averages of the same mean age --------------------------------------------------------
+
+
+def mean_age(gamma: float, steps: int) -> float:
+    """Return the mean age, in steps, of the values in a power-function average updated at every step 1 .. `steps`.
+
+    It is sum_k w_k (T - k) with the discrete weights w, by partial summation sum_{j=1}^{T-1} (j/T)**(gamma+1).
+    """
+    x = gamma + 1
+    if steps <= 1_000_000:
+        return float(np.sum(np.power(np.arange(1, steps) / steps, x)))
+    if x > 0.1 * steps:
+        # The terms fall by a factor exp(-x/T) each: 400 of them leave out less than e**-40.
+        return float(np.sum(np.exp(x * np.log1p(-np.arange(1, 401) / steps))))
+    # Euler-Maclaurin; the next terms are of order (x/T)**5 / 30240.
+    ratio = x / steps
+    return float(steps / (x + 1) - 0.5 + ratio / 12 - ratio * (x - 1) * (x - 2) / steps**2 / 720)
+
+
+def classical_beta(sigma_rel: float, steps: int) -> float:
+    """Return the constant decay beta whose mean age beta / (1 - beta) is the power function's after `steps` steps."""
+    age = mean_age(gamma_from_sigma_rel(sigma_rel), steps)
+    return age / (1 + age)
+
+
+def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
+    """Return the inverse of `classical_beta`; beta is below the uniform average's, 1 - 2 / (steps + 1)."""
+    longest = 1 - 2 / (steps + 1)
+    if not 0 < beta < longest:
+        reason = f"after {steps:,} steps beta must lie in (0, {longest:.7g}), below the mean age of the uniform average"
+        raise InvalidValueError("betas", reason, value=f"{beta!r}")
+    from scipy.optimize import brentq  # slow to import
+
+    age = beta / (1 - beta)
+    # The mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
+    largest = steps * (2 + max(0.0, -math.log(age))) * 2
+
+    def excess(log_x: float) -> float:
+        return mean_age(math.expm1(log_x), steps) - age
+
+    return sigma_rel_from_gamma(math.expm1(brentq(excess, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14)))
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A power function, and the classical EMA with the same mean age after a number of steps.
+
+    Attributes:
+        sigma_rel, gamma: of the power function.
+        mean_age, std: mean age of the averaged values and standard deviation of their times, in steps.
+        beta: of the classical EMA.
+    """
+
+    sigma_rel: float
+    gamma: float
+    mean_age: float
+    std: float
+    beta: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes for JSON."""
+        return asdict(self)
+
+
+def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float] = ()) -> list[Conversion]:
+    """Return the power functions with these widths, then those with the mean ages of these classical decays.
+
+    Raises:
+        InvalidValueError: `steps` is not from 1 to 1e15, or a width or a decay is out of its range.
+    """
+    check_number("steps", steps, lambda count: 1 <= count <= 10**15, "be from 1 to 1e15")
+    pairs = [(sigma_rel, classical_beta(sigma_rel, steps)) for sigma_rel in sigma_rels]
+    pairs += [(sigma_rel_from_classical_beta(beta, steps), beta) for beta in betas]
+    gammas = [gamma_from_sigma_rel(sigma_rel) for sigma_rel, _ in pairs]
+    return [
+        Conversion(sigma_rel, gamma, mean_age(gamma, steps), sigma_rel * steps, beta)
+        for (sigma_rel, beta), gamma in zip(pairs, gammas, strict=True)
+    ]
+
+
+# --- steps over training time, for averages over steps on a clock in images or tokens
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A run's steps (calls of `update_`) over its training time, interpolated linearly from step 0 at time 0.
+
+    After the last known pair, steps are as long as just before it. The step clock is the identity.
+
+    Attributes:
+        steps, times: the known pairs, at least one, both ascending from above 0.
+    """
+
+    steps: Sequence[float]
+    times: Sequence[float]
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "times"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+
+    @classmethod
+    def of_steps(cls) -> Clock:
+        """Return the step clock: the time of a step is its number."""
+        return cls((1.0,), (1.0,))
+
+    def step_at(self, s: npt.ArrayLike) -> FloatArray:
+        """Return the step at times `s`, any shape, with fractions; 0 up to time 0."""
+        times, steps = self._nodes
+        return _interpolated(np.asarray(s, dtype=np.float64), times, steps)
+
+    def time_at(self, step: npt.ArrayLike) -> FloatArray:
+        """Return the time of steps, any shape: the inverse of `step_at`."""
+        times, steps = self._nodes
+        return _interpolated(np.asarray(step, dtype=np.float64), steps, times)
+
+    @cached_property
+    def _nodes(self) -> tuple[FloatArray, FloatArray]:
+        return np.array([0.0, *self.times]), np.array([0.0, *self.steps])
+
+
+def _interpolated(x: FloatArray, knots: FloatArray, values: FloatArray) -> FloatArray:
+    """Interpolate linearly between knots: constant before the first one, with the last slope after the last."""
+    slope = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
+    beyond = values[-1] + (x - knots[-1]) * slope
+    return np.where(x > knots[-1], beyond, np.interp(x, knots, values))
+
+
+MOST_KNOTS = 256
+"""Limit of the pairs that a ClockRecorder keeps, the newest one included."""
+
+TOLERANCE = 0.5
+"""Largest error of a clock between its knots, in steps, until `MOST_KNOTS` is reached."""
+
+
+Knots = tuple[tuple[int, float], ...]
+
+
+@dataclass(slots=True, eq=False)
+class ClockRecorder:
+    """A clock, recorded call by call as knots: pairs of step and time, with a line between neighbours. Immutable.
+
+    A line starts at a knot, the first one at step 0 and time 0, and continues while it passes every later pair within
+    the tolerance. The possible slopes form an interval, which each pair narrows, so that no pair is stored. When the
+    interval is empty, the previous pair becomes the next knot.
+
+    At `MOST_KNOTS` knots the one nearest to the line between its neighbours is dropped, and the tolerance grows to that
+    distance, so that the rest of training is not recorded more precisely than its past.
+
+    Attributes:
+        step, t: the newest pair; 0 before the first pair.
+    """
+
+    step: int = 0
+    t: float = 0.0
+    _knots: Knots = ()
+    _lowest: float = 0.0
+    _highest: float = math.inf
+    _tolerance: float = TOLERANCE
+
+    @classmethod
+    def of_knots(cls, knots: Sequence[tuple[int, float]]) -> ClockRecorder:
+        """Return a recorder that continues from the result of `knots_until`, at least one knot.
+
+        The interval of possible slopes is lost except for the mean slope, so that the last pair becomes a knot unless
+        later steps have exactly that length.
+        """
+        *earlier, (step, t) = knots
+        kept, tolerance = _with_room(earlier, TOLERANCE)
+        begin, begin_t = kept[-1] if kept else (0, 0.0)
+        slope = (step - begin) / (t - begin_t)
+        return cls(step, t, kept, slope, slope, tolerance)
+
+    def add(self, step: int, t: float) -> ClockRecorder:
+        """Return a recorder that also has the next pair, which must be above the last one."""
+        knots, lowest, highest, tolerance = self._knots, self._lowest, self._highest, self._tolerance
+        begin, begin_t = knots[-1] if knots else (0, 0.0)
+        if not lowest <= (step - begin) / (t - begin_t) <= highest:
+            knots, tolerance = _with_room([*knots, (self.step, self.t)], tolerance)
+            (begin, begin_t), lowest, highest = knots[-1], 0.0, math.inf
+        lowest = max(lowest, (step - begin - tolerance) / (t - begin_t))
+        highest = min(highest, (step - begin + tolerance) / (t - begin_t))
+        return ClockRecorder(step, t, knots, lowest, highest, tolerance)
+
+    def knots_until(self, step: int, t: float) -> Knots:
+        """Return the knots up to an added pair, which becomes the last one; nothing for the step clock."""
+        knots = (*(knot for knot in self._knots if knot[0] < step), (step, t))
+        return () if all(knot[0] == knot[1] for knot in knots) else knots
+
+    def state(self) -> list[float]:
+        """Return tolerance, slopes, and each knot's step and time, from which `of_state` continues exactly."""
+        pairs = (*self._knots, (self.step, self.t))
+        return [self._tolerance, self._lowest, self._highest, *(number for pair in pairs for number in pair)]
+
+    @classmethod
+    def of_state(cls, state: Sequence[float]) -> ClockRecorder:
+        """Return the recorder with this `state`.
+
+        Raises:
+            InvalidValueError: the value is not the state of a recorder.
+        """
+        if not _is_state(state):
+            expected = f"a tolerance, two slopes and up to {MOST_KNOTS} pairs of a step and its time, both ascending"
+            raise InvalidValueError("clock", f"must be a list of {expected}")
+        tolerance, lowest, highest = map(float, state[:3])
+        *earlier, (step, t) = ((int(step), float(t)) for step, t in zip(state[3::2], state[4::2], strict=True))
+        return cls(step, t, tuple(earlier), lowest, highest, tolerance)
+
+
+def _with_room(knots: list[tuple[int, float]], tolerance: float) -> tuple[Knots, float]:
+    """Drop knots until there is room for the newest pair; return the rest and their tolerance."""
+    while len(knots) >= MOST_KNOTS:
+        changes = [
+            abs(step - a - (b - a) * ((t - a_t) / (b_t - a_t)))
+            for (a, a_t), (step, t), (b, b_t) in zip([(0, 0.0), *knots], knots, knots[1:], strict=False)
+        ]
+        tolerance = max(tolerance, min(changes))
+        del knots[changes.index(min(changes))]
+    return tuple(knots), tolerance
+
+
+def _is_state(state: object) -> bool:
+    """Return whether a value read from a file is the `state` of a ClockRecorder."""
+    if not isinstance(state, list) or not 5 <= len(state) <= 3 + 2 * MOST_KNOTS or len(state) % 2 == 0:
+        return False
+    if not all(type(x) is float or (type(x) is int and x < 2**63) for x in state):
+        return False
+    tolerance, lowest, highest, *pairs = state
+    if not (TOLERANCE <= tolerance < math.inf and 0 <= lowest <= highest):
+        return False
+    steps, times = [0, *pairs[::2]], [0.0, *pairs[1::2]]
+    growing = all(a < b < math.inf for values in (steps, times) for a, b in pairwise(values))
+    return pairs == [0, 0] or (growing and all(type(step) is int for step in steps))
+
+
+# --- folding updates into tracked averages ----------------------------------------------------------
+
+WINDOW = 256
+"""Limit of the updates in a mean, which collects their roundings; shorter means would round the average more often."""
+
+LONGEST_OWN = 1 / 8
+"""Limit of the time that a mean of one profile covers, relative to all of training so far."""
+
+UNEVEN = 1 / 60
+"""Limit of the relative difference between profiles in their weights within a mean that they share."""
+
+LONGEST = 1 / 1000
+"""The time that a shared mean of more than two values may cover, relative to all of training so far."""
+
+
+def reach(gammas: Sequence[float]) -> float:
+    """Return the time that a mean of more than two values may cover for these profiles, relative to `t`."""
+    spread = max(gammas) - min(gammas)
+    return min(LONGEST, UNEVEN / spread) if spread else LONGEST
+
+
+def window_ends(gammas: Sequence[float], window: int, begin: float, t: float, shared: bool) -> bool:
+    """Return whether the means of the last `window` values, after `begin`, are folded into the averages at time `t`.
+
+    The first update is always folded. A mean that profiles share is exact for two values, however far they are apart.
+    """
+    if window >= WINDOW or t - begin >= LONGEST_OWN * t:
+        return True
+    return shared and window > 1 and t - begin > reach(gammas) * t
+
+
+def may_share_mean(window: int, begin: float, t: float) -> bool:
+    """Return whether all profiles may share a mean of `WINDOW` updates, each as long as these in (begin, t]."""
+    return (t - begin) * WINDOW <= LONGEST * t * window
+
+
+def sketched_window_ends(gammas: Sequence[float], begin: float, before: float, t: float) -> bool:
+    """Return whether, where profiles have their own means, the sketch's window after `begin` ends at `t`.
+
+    `before` is the time of the last update.
+
+    A window is as long as a shared mean; where that would contain two values, each value has a window.
+    """
+    least = 2 if begin == before else 1
+    return (t - begin) * least > reach(gammas) * t
+
+
+def roundings(gamma: float, updates: int) -> float:
+    """Return the number of independent roundings, each of the average's size, that remain in it after the updates.
+
+    Reading the average rounds once. A mean of n updates is rounded at each of them; the k-th rounding decays as k / n,
+    which leaves n / 3. If the mean covers most of the average, they decay as the average does, (s / t)^(gamma + 1),
+    which leaves `updates` / (2 gamma + 3). The average over many means reduces this by the sum of their squared masses
+    p(s) n dt, n dt integral p^2 ds = (gamma + 1)^2 / (2 gamma + 1) n / `updates`. Each fold rounds once more;
+    `updates` / n / (2 gamma + 3) of these remain.
+    """
+    n = min(WINDOW, max(1.0, LONGEST_OWN * updates))
+    fading = 2 * gamma + 3
+    means = min(n / 3, updates / fading) * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
+    return 1 + means + updates / n / fading
