@@ -175,6 +175,10 @@ class Series:
     values: list[npt.NDArray[np.float32]]
     rounding: FloatArray
 
+    def elements(self, pieces: npt.NDArray[np.bool_]) -> int:
+        """Return the number of elements in the pieces of a mask."""
+        return sum(values.shape[1] for values in compress(self.values, pieces))
+
     def covariance(self, pieces: npt.NDArray[np.bool_], first: int, last: int) -> tuple[FloatArray, FloatArray, int]:
         """Return S of the differences to the weights at `first`, its part from rounding, and the number of elements.
 
@@ -266,7 +270,7 @@ class PowerModel(Model):
         """Override `Model`."""
         starts = np.array(self.starts)
         last = np.maximum(np.searchsorted(starts, t, "right") - 1, 0)
-        return value * np.log(np.maximum(t - starts[last], self.every or 1e-300)) + _EVERYTHING * last
+        return np.asarray(value * np.log(np.maximum(t - starts[last], self.every or 1e-300)) + _EVERYTHING * last)
 
     def length(self, value: float) -> float:
         """Return the sigma_rel."""
@@ -487,13 +491,11 @@ def _misfit(matrices: FloatArray, covariance: FloatArray, rounding: FloatArray, 
     return float(np.linalg.slogdet(total)[1] + np.trace(np.linalg.solve(total, covariance)))
 
 
-def misfit(
-    fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int
-) -> tuple[float, float]:
-    """Return -2 log of a model's likelihood near the value of a fit, and the best value; in few rounds."""
+def misfit(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int) -> tuple[float, float]:
+    """Return -2 log of a model's likelihood for each element, near the value of a fit, and the best value."""
     cost = _cost(fit, series, pieces, max(first, last - _MOST_CHECKPOINTS), last, rounds=_FEW_ROUNDS)
     found = minimize_scalar(cost, bounds=(-0.7, 0.7), method="bounded", options={"xatol": 0.01})
-    return float(found.fun), fit.value * math.exp(found.x)
+    return float(found.fun) / series.elements(pieces), fit.value * math.exp(found.x)
 
 
 def refine(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int) -> tuple[float, float]:

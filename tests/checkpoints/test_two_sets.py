@@ -93,6 +93,22 @@ def test_names_of_files_and_folders_say_which_is_the_average(layout: str, tmp_pa
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
 
 
+def test_of_files_with_two_decays_one_is_chosen(tmp_path: Path, ema: Ema) -> None:
+    """By the decay that is said, or by the names of its files."""
+    folder = write_folders(tmp_path / "run", "guided-diffusion")
+    for step in TIMES:
+        torch.save(named(train()[0]), folder / f"ema_0.5_{step:06}.pt")  # another average
+    done = ema("import", folder, "--out", tmp_path / "0")
+    assert done.code == 2
+    assert "--average: must be given: the files are of several averages, 'ema_0.5_*' or 'ema_0.99_*'" in done.error
+    for options in (("--ema-decay", DECAY), ("--average", "ema_0.99_*")):
+        out = tmp_path / options[0]
+        assert ema("import", folder, *options, "--out", out).code == 0
+        assert {one.path.name[:9] for one in Run(out).sources} == {"ema_0.99_", "model0001", "model0000"}
+        found, predicted = error_of(Run(out))
+        assert found < 2 * predicted < 0.04
+
+
 @pytest.mark.parametrize(
     "content", [lambda a: {"ema": a, "opt": optimizer(a)}, lambda a: {"model_ema": a, "args": {"lr": 3}}]
 )
