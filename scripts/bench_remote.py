@@ -26,7 +26,8 @@ import torch
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.remote import store
-from posthoc_cli.synthesis.engine import REMOTE_THREADS, Writer, synthesize_into
+from posthoc_cli.snapshots.tensorfile import THREADS
+from posthoc_cli.synthesis.engine import Writer, synthesize_into
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -104,7 +105,7 @@ def timed(call: Any) -> tuple[float, float]:
 
 def fetch(requests: Sequence[tuple[str, int, int]]) -> None:
     """Make the same requests by obstore alone."""
-    with ThreadPoolExecutor(REMOTE_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda request: len(store.get(*request)[0]), requests))
 
 

@@ -134,9 +134,7 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
         for number, (offset, piece) in enumerate(cut(value, (grids or {}).get(name, (parts,)))):
             held[number][name] = (piece, Chunk(tuple(value.shape), offset))
     measured = info.measurements
-    nothing = measured and Measurements(
-        0.0, 0.0, tuple(replace(one, squared=0.0, rounding=0.0) for one in measured.distances), measured.weights and 0.0
-    )
+    nothing = measured and Measurements(0.0, 0.0)
     known = codecs.decode_path(info.sketch).sketch if info.sketch else None
     no_path = (
         ""
@@ -149,7 +147,7 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
             info, tensors={name: info.tensors[name] for name in own},
             aliases={alias: name for alias, name in info.aliases.items() if name in own},
             inherited=info.inherited if first else 0.0, measurements=measured if first else nothing,
-            motion=info.motion if first else None, part=(number, parts), sketch=info.sketch if first else no_path,
+            part=(number, parts), sketch=info.sketch if first else no_path,
             chunks={name: chunk for name, (_, chunk) in own.items()}, mesh={"shape": [parts], "names": None},
         )  # fmt: skip
         file = snapshot_path(path.parent, info.t, info.sigma_rel, (number, parts))

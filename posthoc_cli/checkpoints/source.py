@@ -235,9 +235,8 @@ class CheckpointInfo(SourceInfo):
         """Return the input of a reconstruction, with its own or another profile, as if updated at every step."""
         used: Any = profile or self.profile
         eps = EPS["F64" if {self.tensors[name].dtype for name in self.averages} == {"F64"} else "F32"]
-        return StoredAverage(
-            used, self.step, eps, None, self.t / self.step, Steps(Clock([self.step], [self.t]), 1), t_first=self.t_first
-        )
+        steps = Steps(Clock([self.step], [self.t]), 1)
+        return StoredAverage(used, self.step, eps, None, steps, t_first=self.t_first)
 
     @property
     def holds(self) -> str:

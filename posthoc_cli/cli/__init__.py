@@ -23,7 +23,6 @@ import typer
 from typer import Option
 
 import posthoc_cli
-from posthoc_cli import files
 from posthoc_cli.cli import (
     audit,
     demo,
@@ -41,7 +40,7 @@ from posthoc_cli.cli import (
     synthesize,
     verify,
 )
-from posthoc_cli.errors import InvalidValueError, PostHocError, one_line
+from posthoc_cli.errors import PostHocError, one_line
 
 # typer bundles click or uses the installed one, depending on its release; this is the base class of all usage errors
 # in either case.
@@ -49,36 +48,24 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__
 _DEBUG = "--debug"
 
 
-class _Group(typer.core.TyperGroup):
-    """The group of all commands, whose help shows no type behind options without a value."""
+class _Flags:
+    """Parameters whose help shows no type behind options without a value, and not --help, which was just used."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the options of the group."""
-        params = super().get_params(ctx)
+        """Return the parameters of a command or group."""
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for option in params:
             if getattr(option, "is_flag", False):
-                option.metavar = ""
+                option.metavar, option.hidden = "", option.name == "help"
         return params
 
 
-class _Command(typer.core.TyperCommand):
-    """A command that refuses empty paths, and whose errors about arguments name its options."""
+class _Group(_Flags, typer.core.TyperGroup):
+    """The group of all commands."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        """Return the option --help, hidden: whoever reads the list of options has already used it."""
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.hidden = True
-        return option
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments, but refuse an empty path, which would mean the working directory."""
-        parsed = {} if ctx.resilient_parsing or "" not in args else self.make_parser(ctx).parse_args(args=[*args])[0]
-        for argument in self.params:
-            value = parsed.get(argument.name)
-            if argument.param_type_name == "argument" and (value == "" or (isinstance(value, tuple) and "" in value)):
-                raise InvalidValueError(argument.metavar, files.EMPTY)
-        return super().parse_args(ctx, args)
+class _Command(_Flags, typer.core.TyperCommand):
+    """A command: an error about an argument of the library names the option of that name."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -103,11 +90,13 @@ for _module in (
 ):  # fmt: skip
     # A command's function is named as its file is.
     _function = getattr(_module, _module.__name__.rpartition(".")[2])
-    _name = _function.__name__.strip("_").replace("_", "-")
     # Each paragraph of the help becomes one line, which is wrapped to the terminal; each example starts a new line.
-    _text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_function.__doc__ or ""))
-    _examples = _module.EPILOG.replace("   or   ", "\n\nor:       ")
-    app.command(_name, cls=_Command, help=_text, epilog=_examples)(_function)
+    app.command(
+        _function.__name__.strip("_").replace("_", "-"),
+        cls=_Command,
+        help=re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_function.__doc__ or "")),
+        epilog=_module.EPILOG.replace("   or   ", "\n\nor:       "),
+    )(_function)
 
 
 def _print_version(wanted: bool) -> None:
@@ -118,10 +107,8 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = Option(
-        False, "--version", "-V", callback=_print_version, is_eager=True, metavar="", help="Print the version."
-    ),
-    debug: bool = Option(False, _DEBUG, metavar="", help="Show a traceback when something goes wrong."),
+    version: bool = Option(False, "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."),
+    debug: bool = Option(False, _DEBUG, help="Show a traceback when something goes wrong."),
 ) -> None:
     """Choose the length of a model's weight average after training."""
 
@@ -152,19 +139,11 @@ def main() -> NoReturn:
         code = 130
     except BrokenPipeError:
         code = _broken_pipe_code()
-    except PostHocError as error:
+    except (PostHocError, OSError) as error:
         if debug:
             raise
-        code = error.exit_code
-        _print_message("error", error)
-    except OSError as error:
-        if debug:
-            raise
-        code = 1
-        if error.filename == output.STDOUT:
-            _drop_output()
-        where = f"{error.filename}: " if error.filename else ""
-        _print_message("error", where + (error.strerror or str(error)).lower())
+        code = error.exit_code if isinstance(error, PostHocError) else 1
+        _print_message("error", error if isinstance(error, PostHocError) else _system_text(error))
     except SystemExit as ending:
         if not isinstance(ending.__context__, BrokenPipeError):  # click turns a broken pipe into exit code 1
             raise
@@ -177,6 +156,13 @@ def main() -> NoReturn:
     if code == 130:  # from the handler above, or returned by typer
         output.print_note("ema: interrupted")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _system_text(error: OSError) -> str:
+    """Return the text of the operating system's error."""
+    if error.filename == output.STDOUT:
+        _drop_output()
+    return (f"{error.filename}: " if error.filename else "") + (error.strerror or str(error)).lower()
 
 
 def _print_message(kind: str, message: object) -> None:

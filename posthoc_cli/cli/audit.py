@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import typer
 from typer import Argument
 
-from posthoc_cli.cli import output, values
-from posthoc_cli.errors import percent
-
-if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.audit import Audit
+from posthoc_cli.cli import options, output
 
 EPILOG = "Example:  ema audit checkpoints --claimed 0.9999 --out audit.png"
 
 
 def audit(
-    directory: Path = Argument(..., metavar="DIR", help="Checkpoints with an average and the weights, or snapshots."),
-    claimed: float | None = values.RUN(
+    directory: str = Argument(..., metavar="DIR", help="Checkpoints with an average and the weights, or snapshots."),
+    claimed: float | None = options.RUN(
         None, metavar="DECAY", show_default="from the files or the import", help="The decay that it should have."
     ),
-    out: Path | None = values.PICTURE,
-    overwrite: bool = values.OVERWRITE,
-    as_json: bool = values.JSON,
+    out: Path | None = options.PICTURE,
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
 ) -> None:
     """Find which decay an average really has.
 
@@ -35,8 +31,8 @@ def audit(
 
     Exit code 1 if an average is not what it claims to be.
     """
-    picture = values.new_picture(out, overwrite)
-    audits = values.open_run(directory, directory=False).audit(claimed)
+    picture = options.new_picture(out, overwrite)
+    audits = options.open_run(directory, directory=False).audit(claimed)
     if not audits[0].intervals:
         picture = None  # there is nothing to draw
     if picture is not None:
@@ -47,27 +43,30 @@ def audit(
         output.print_json({"audits": [audit.to_dict() for audit in audits]})
     else:
         for audit in audits:
-            _print(audit)
+            _print(audit.to_dict())
         if picture is not None:
             output.print_line(f"wrote {picture}")
     if any(audit.is_bad for audit in audits):
         raise typer.Exit(1)
 
 
-def _print(audit: Audit) -> None:
-    is_decay = audit.what == "decay"
-    columns = ["from", "to", "found", *["claimed", "ratio"] * (audit.claimed is not None), "unexplained", "note"]
-    rows = []
-    for interval in audit.intervals:
-        times = [f"{t:,.12g}" for t in (interval.begin, interval.end)]
-        found, claimed = interval.found, interval.claimed
-        claim = [] if claimed is None else [f"{claimed:,.4g}", f"{found / claimed:.3g}"]
-        measured = "-" if math.isnan(found) else f"{found:,.4g}"
-        rows.append([*times, measured, *claim, percent(interval.unexplained), interval.note])
+def _print(found: dict[str, Any]) -> None:
+    name, intervals = found["name"], found["intervals"]
+    of = f" of {name}" * bool(name)
+    is_decay = found["what"] == "decay"
+    rows = [
+        {
+            "found": "-" if math.isnan(one["found"]) else f"{one['found']:,.4g}",
+            "claimed": "" if one["claimed"] is None else f"{one['claimed']:,.4g}",
+            "ratio": "" if one["claimed"] is None else f"{one['found'] / one['claimed']:.3g}",
+        }
+        | {key: one[key] for key in ("begin", "end", "unexplained", "note")}
+        for one in intervals
+    ]
+    claim = [] if found["claimed"] is None else ["claimed", "ratio"]
     if rows:
-        of = f" of {audit.name}" * bool(audit.name)
         output.print_line(f"time constant{of}, in steps, by interval" if is_decay else f"sigma_rel found{of}")
-        output.print_table(columns, rows, left=["note"])
+        output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained", "note"])
         output.print_line()
-    verdict = "" if audit.text.endswith(audit.verdict) else f"{audit.verdict}: "
-    output.print_line(f"{audit.name}: " * bool(audit.name) + f"{verdict}{audit.text}")
+    verdict = "" if found["text"].endswith(found["verdict"]) else f"{found['verdict']}: "
+    output.print_line(f"{name}: " * bool(name) + f"{verdict}{found['text']}")

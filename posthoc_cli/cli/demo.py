@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.cli import output, values
+from posthoc_cli.cli import options, output
 from posthoc_cli.cli.output import print_line
-
-if TYPE_CHECKING:
-    from posthoc_cli.demo import Result
 
 EPILOG = "Example:  ema demo --out ema-demo"
 
 
 def demo(
-    out: Path = values.OUTPUT("ema-demo", "--out", "-o", help="The folder for all files of the demo; new, or empty."),
-    overwrite: bool = values.flag(
-        values.OUTPUT,
+    out: Path = options.OUTPUT("ema-demo", "--out", "-o", help="The folder for all files of the demo; new, or empty."),
+    overwrite: bool = options.OUTPUT(
+        False,
         "--overwrite",
         "--force",
         "-f",
         help="Replace an earlier demo in that folder; other files are kept.",
     ),
-    as_json: bool = values.JSON,
-    steps: str = values.HOW("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),
+    as_json: bool = options.JSON,
+    steps: str = options.HOW("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),
 ) -> None:
     """Train a small diffusion model and choose its average.
 
@@ -36,39 +33,36 @@ def demo(
     """
     from posthoc_cli.demo import run
 
-    count = values.parse_count(steps, "--steps", "8000, 8e3 or 8K")
+    count = options.parse_count(steps, "--steps", "8000, 8e3 or 8K")
     say = output.print_note if as_json else print_line
     out = files.expanded(files.local_path("--out", out))
-    result = run(out, count, overwrite, say, output.progress_bar(unit="steps"))
-    output.print_report(result, as_json, _print)
+    output.show(run(out, count, overwrite, say, output.progress_bar(unit="steps")).to_dict(), as_json, _print)
 
 
-def _print(result: Result) -> None:
-    found, raw = result.sweep, result.sweep.raw or 0.0
+def _print(found: dict[str, Any]) -> None:
     print_line()
     print_line("Which length is best? The loss on images that the training has not seen:")
-    rows = [["raw weights", f"{raw:.5f}", "", ""]]
-    for trial in found.trials:
-        if trial.x and trial.value is not None:
-            mark = "<- best" if trial.x == result.best else ""
-            rows.append([f"{trial.x:g}", f"{trial.value:.5f}", f"{100 * (trial.value / raw - 1):+.2f} %", mark])
-    output.print_table(["sigma_rel", "validation loss", "vs raw", ""], rows, left=[""])
-    low, high = found.found.low, found.found.high
-    print_line(f"sigma_rel {low:g} to {high:g} are equal within the noise; ema sweep searches with a command of yours")
+    rows = [{"what": "raw weights", "loss": f"{found['raw']:.5f}", "versus": "", "mark": ""}]
+    for one in found["averages"]:
+        mark = "<- best" if one["sigma_rel"] == found["best"] else ""
+        versus = f"{100 * (one['loss'] / found['raw'] - 1):+.2f} %"
+        rows.append({"what": f"{one['sigma_rel']:g}", "loss": f"{one['loss']:.5f}", "versus": versus, "mark": mark})
+    output.print_rows(rows, ["sigma_rel:what", "validation loss:loss", "vs raw:versus", ":mark"])
     print_line()
     print_line("Is it the true average? Distance to averages tracked during training, in float64:")
-    rows = [[f"{c.sigma_rel:g}", f"{c.relative_error:.1e}", f"{c.raw_distance:.1e}"] for c in result.checks]
-    output.print_table(["sigma_rel", "synthesized", "raw weights"], rows)
+    rows = [
+        {"sigma_rel": f"{one['sigma_rel']:g}"} | {key: f"{one[key]:.1e}" for key in ("relative_error", "raw_distance")}
+        for one in found["tracked"]
+    ]
+    output.print_rows(rows, ["sigma_rel", "synthesized:relative_error", "raw weights:raw_distance"])
     print_line("relative L2 distance over all parameters; storing snapshots in float16 alone accounts for about 2e-4")
-    folder = result.folder
-    mine, plan = folder.root / "mine.safetensors", folder.root / "plan.png"
+    out = Path(found["out"])
     print_line()
-    print_line(f"done in {result.seconds:.0f} s; in {folder.root}:")
-    print_line(f"  {', '.join(path.name + '/' * path.is_dir() for path in sorted(folder.root.iterdir()))}")
-    print_line("open report.html, look at the pictures, and try:")
-    for command in (
-        ["synthesize", folder.snapshots, "--sigma-rel", "0.13", "--out", mine],
-        ["info", folder.average(result.best)],
-        ["plan", "--steps", "100000", "--params", "100K", "--disk", "10MB", "--out", plan],
+    print_line(f"done in {found['seconds']:.0f} s. Open {out / 'report.html'}, look at the pictures, and try:")
+    best = out / "averages" / f"sigma_rel-{found['best']!r}.safetensors"
+    for words in (
+        ["synthesize", out / "snapshots", "--sigma-rel", "0.13", "--out", out / "mine.safetensors"],
+        ["info", best],
+        ["plan", "--steps", "100000", "--params", "100K", "--disk", "10MB", "--out", out / "plan.png"],
     ):
-        print_line(f"  {shlex.join(['ema', *map(str, command)])}")
+        print_line(f"  {shlex.join(['ema', *map(str, words)])}")

@@ -8,7 +8,7 @@ from importlib.resources import files
 
 from typer import Argument
 
-from posthoc_cli.cli import output, values
+from posthoc_cli.cli import options, output
 from posthoc_cli.errors import check_word
 
 EPILOG = "Example:  ema guide training"
@@ -27,7 +27,7 @@ def _names(incomplete: str) -> list[str]:
 
 def guide(
     name: str | None = Argument(None, metavar="NAME", autocompletion=_names, help="The guide; default: list all."),
-    as_json: bool = values.JSON,
+    as_json: bool = options.JSON,
 ) -> None:
     """Show a guide, or list the guides.
 
@@ -43,7 +43,7 @@ def guide(
         text = {} if name is None else {"text": guides[name]}
         output.print_json({"guides": [{"guide": page, "about": about[page]} | text for page in chosen]})
     elif name is None:
-        output.print_table(["guide", "about"], [*map(list, about.items())], left=["guide", "about"])
+        output.print_rows([{"guide": page, "about": said} for page, said in about.items()], ["guide", "about"])
     elif not sys.stdout.isatty():
         output.write(guides[name])
     else:

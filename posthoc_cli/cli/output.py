@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from rich.console import Console
 from posthoc_cli import errors, files
 from posthoc_cli.errors import printable
 from posthoc_cli.progress import ProgressBar
+from posthoc_cli.report.facts import text, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,25 +37,6 @@ def write(text: str, flush: bool = False) -> None:
         raise OSError(error.errno, error.strerror, STDOUT) from error
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
-    """Print an aligned table without rules; columns named in `left` are text, all others are numbers."""
-    lines = [[*map(printable, line)] for line in (columns, *rows)]
-    widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
-    for line in lines:
-        padded = []
-        for title, cell, width in zip(columns, line, widths, strict=True):
-            space = " " * (width - cell_len(cell))
-            padded.append(cell + space if title in left else space + cell)
-        write(f"{'  '.join(padded).rstrip()}\n")
-
-
-def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Print names and values in two aligned columns."""
-    width = max(cell_len(name) for name, _ in pairs)
-    for name, value in pairs:
-        write(f"{name}{' ' * (width - cell_len(name))}  {printable(value)}\n")
-
-
 def print_line(text: str = "") -> None:
     """Print one line to stdout and flush it."""
     write(f"{printable(text)}\n", flush=True)
@@ -65,39 +47,66 @@ def print_note(text: str) -> None:
     sys.stderr.write(f"{printable(text)}\n")
 
 
+def print_json(value: Any) -> None:
+    """Print one JSON object to stdout."""
+    write(f"{json.dumps(value, indent=2, allow_nan=False)}\n")
+
+
+def show(report: dict[str, Any], as_json: bool, as_text: Callable[[dict[str, Any]], None]) -> None:
+    """Print a report's `to_dict`: as JSON, or by a function that prints the same fields as text."""
+    (print_json if as_json else as_text)(report)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Print rows of a report as an aligned table, numbers to the right.
+
+    Arguments:
+        columns: the key of each column, or its title and key as "size:bytes"; a cell is empty if its row lacks the key.
+    """
+    pairs = [column.rsplit(":", 1) if ":" in column else (title_of(column), column) for column in columns]
+    lines = [[title for title, _ in pairs]]
+    lines += [[text(key, row[key]) if key in row else "" for _, key in pairs] for row in rows]
+    lines = [[*map(printable, line)] for line in lines]
+    are_numbers = [all(isinstance(row.get(key, 0), int | float | None) for row in rows) for _, key in pairs]
+    widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:
+        cells = []
+        for cell, width, is_number in zip(line, widths, are_numbers, strict=True):
+            space = " " * (width - cell_len(cell))
+            cells.append(space + cell if is_number else cell + space)
+        write(f"{'  '.join(cells).rstrip()}\n")
+
+
+def print_some(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Print a table like `print_rows`, after an empty line; of many rows the first and the last ones."""
+    half = MOST_ROWS // 2
+    print_line()
+    print_rows(rows if len(rows) <= MOST_ROWS else [*rows[:half], *rows[-half:]], columns)
+    if len(rows) > MOST_ROWS:
+        print_line(f"and {len(rows) - MOST_ROWS:,} more; --json lists them")
+
+
+def print_coefficients(snapshots: Sequence[Mapping[str, Any]]) -> None:
+    """Print the snapshots of an average whose coefficients have the largest magnitude, in their order."""
+    order = sorted(range(len(snapshots)), key=lambda index: -abs(snapshots[index]["coefficient"]))
+    print_rows([snapshots[index] for index in sorted(order[:MOST_ROWS])], ["snapshot:file", "coefficient"])
+    if len(snapshots) > MOST_ROWS:
+        print_line(f"and {len(snapshots) - MOST_ROWS:,} more with smaller coefficients; --json lists them")
+
+
+def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Print names and values in two aligned columns."""
+    width = max(cell_len(name) for name, _ in pairs)
+    for name, value in pairs:
+        write(f"{name}{' ' * (width - cell_len(name))}  {printable(value)}\n")
+
+
 def warn_of_statistics(copies: Iterable[str]) -> None:
     """Print to stderr what to do about BatchNorm statistics, if the names of copied tensors contain any."""
     from posthoc_cli.snapshots.selection import statistics_notice
 
     if notice := statistics_notice(copies):
         print_note(f"ema: warning: {notice}")
-
-
-def print_rest(count: int, what: str = "") -> None:
-    """Print how many rows a table leaves out, if any."""
-    if count > 0:
-        print_line(f"and {count:,} more {what}".rstrip() + "; --json lists them")
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON object to stdout."""
-    write(f"{json.dumps(value, indent=2, allow_nan=False)}\n")
-
-
-def print_report(report: Any, as_json: bool, show: Callable[..., None], *arguments: Any) -> None:
-    """Print a report: as JSON (the dict itself, or its `to_dict()`), or as text by `show(report, *arguments)`."""
-    if as_json:
-        print_json(report if isinstance(report, dict) else report.to_dict())
-    else:
-        show(report, *arguments)
-
-
-def print_largest(columns: Sequence[str], rows: Sequence[Sequence[str]], values: Sequence[float]) -> None:
-    """Print a table of the rows whose coefficients, `values`, have the largest magnitude, in the order of the rows."""
-    order = sorted(range(len(values)), key=lambda index: -abs(values[index]))
-    shown = sorted(order[:MOST_ROWS])
-    print_table(columns, [rows[index] for index in shown], left=columns[:1])
-    print_rest(len(rows) - len(shown), "with smaller coefficients")
 
 
 def write_picture(draw: Callable[[], Figure], path: Path, overwrite: bool) -> None:

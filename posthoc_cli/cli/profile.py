@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posthoc_cli.cli import output, values
+from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, check_alone
 from posthoc_cli.targets import Beta, HalfLife, bad, parse_numbers, parse_targets
 
@@ -12,20 +12,19 @@ EPILOG = (
 )
 
 _DEFAULT = "0.001,0.01,0.03,0.05,0.10,0.15,0.20,0.27"
-_COLUMNS = {"sigma_rel": ".6g", "gamma": ".6g", "mean_age": ",.6g", "std": ",.6g", "beta": ".8g"}
 
 
 def profile(
-    sigma_rel: str | None = values.TARGETS(None, show_default="common widths", help="Widths: a number, list or range."),
-    target: str | None = values.TARGETS(
+    sigma_rel: str | None = options.TARGETS(None, show_default="common widths", help="A number, a list or a range."),
+    target: str | None = options.TARGETS(
         None,
         metavar="KIND:VALUE",
         help="Classical EMAs to convert: beta:0.9999 or half-life:5000, a list or range; needs --steps.",
     ),
-    steps: str | None = values.HOW(
+    steps: str | None = options.HOW(
         None, metavar="COUNT", show_default="1000", help="Length of training, in steps: 100000, 1e5."
     ),
-    as_json: bool = values.JSON,
+    as_json: bool = options.JSON,
 ) -> None:
     """Convert between sigma_rel and a classical beta.
 
@@ -39,7 +38,7 @@ def profile(
     if target is not None and steps is None:
         reason = "is missing: the sigma_rel of a decay depends on the length of training"
         raise InvalidValueError("--steps", reason, "such as --steps 100000")
-    count = values.parse_count(steps or "1000", "--steps")
+    count = options.parse_count(steps or "1000", "--steps")
     widths = parse_numbers(_DEFAULT if sigma_rel is None else sigma_rel, "--sigma-rel") if target is None else []
     betas = [] if target is None else _betas(target)
     try:
@@ -50,9 +49,10 @@ def profile(
         raise bad("--target", target, error.reason) from error
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
-    else:
-        output.print_table(list(_COLUMNS), [[format(row[key], spec) for key, spec in _COLUMNS.items()] for row in rows])
-        output.print_line(f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age")
+        return
+    rounded = [{key: float(f"{value:.8g}") for key, value in row.items()} for row in rows]
+    output.print_rows(rounded, ["sigma_rel", "gamma", "mean_age:mean_age", "std", "beta"])
+    output.print_line(f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age")
 
 
 def _betas(text: str) -> list[float]:

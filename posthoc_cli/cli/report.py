@@ -7,7 +7,7 @@ from pathlib import Path
 from typer import Argument
 
 from posthoc_cli import files
-from posthoc_cli.cli import output, values
+from posthoc_cli.cli import options, output
 
 EPILOG = (
     "Example:  ema report run/ema --sweep sweep --out report.html   or   "
@@ -16,16 +16,16 @@ EPILOG = (
 
 
 def report(
-    directories: list[Path] = Argument(
+    directories: list[str] = Argument(
         [], metavar="DIR", help="A directory of snapshots or of checkpoints; several are compared."
     ),
-    sweep: list[Path] = values.RUN(
+    sweep: list[Path] = options.RUN(
         [], metavar="DIR", help="The folder that ema sweep has written for such a run. Repeatable."
     ),
-    checkpoints: str | None = values.CHECKPOINTS,
-    out: Path = values.OUTPUT("report.html", "--out", "-o", help="The page."),
-    overwrite: bool = values.OVERWRITE,
-    as_json: bool = values.JSON,
+    checkpoints: str | None = options.CHECKPOINTS,
+    out: Path = options.OUTPUT("report.html", "--out", "-o", help="The page."),
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
 ) -> None:
     """Make a page about a run and its best length.
 
@@ -35,7 +35,7 @@ def report(
     from posthoc_cli.report.page import render
 
     page = files.new_file(out, (".html",), overwrite)
-    runs = values.open_runs(directories, checkpoints)
+    runs = options.open_runs(directories, checkpoints)
     folders = [files.expanded(folder) for folder in sweep]
     text = render(runs, folders, page).encode()
     files.write_atomically(page, text, overwrite)

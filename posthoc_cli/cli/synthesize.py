@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from posthoc_cli import resources
-from posthoc_cli.cli import output, values
+from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, percent
-from posthoc_cli.targets import Groups, separate
-
-if TYPE_CHECKING:
-    from posthoc_cli.export.writing import SynthesisReport
-    from posthoc_cli.synthesis.plan import Plan
+from posthoc_cli.report.facts import title_of
+from posthoc_cli.targets import Groups
 
 EPILOG = (
     "Example:  ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors   or   "
@@ -22,46 +19,46 @@ EPILOG = (
 
 
 def synthesize(
-    directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
-    sigma_rel: str | None = values.SIGMA_REL,
-    target: list[str] = values.TARGET,
-    group: list[str] = values.TARGETS(
+    directory: str | None = options.DIRECTORY_OR_CHECKPOINTS,
+    sigma_rel: str | None = options.SIGMA_REL,
+    target: list[str] = options.TARGET,
+    group: list[str] = options.TARGETS(
         [],
         metavar="GLOB=SIGMA_REL",
         help="The length for tensors whose names match a glob: 'unet.up.*=0.12'. Repeat for others, such as '*=0.08'; "
         "the first match counts.",
     ),
-    out: str | None = values.OUTPUT(
+    out: str | None = options.OUTPUT(
         None,
         "--out",
         "-o",
         help="A file; a folder, for one file per target; or a name with {sigma_rel}, which becomes 0.15, or with "
         "{target}, which becomes sigma_rel-0.15, beta-0.9999, ...",
     ),
-    dtype: values.Dtype = values.DTYPE,
-    layout: values.Layout | None = values.LAYOUT,
-    max_shard_size: str | None = values.MAX_SHARD_SIZE,
-    like: Path | None = values.LIKE_MODEL,
-    component: str | None = values.COMPONENT,
-    overwrite: bool = values.OVERWRITE,
-    skip_existing: bool = values.flag(
-        values.OUTPUT, "--skip-existing", help="Keep existing outputs of the same plan, verified."
+    dtype: options.Dtype = options.DTYPE,
+    layout: options.Layout | None = options.LAYOUT,
+    max_shard_size: str | None = options.MAX_SHARD_SIZE,
+    like: Path | None = options.LIKE_MODEL,
+    component: str | None = options.COMPONENT,
+    overwrite: bool = options.OVERWRITE,
+    skip_existing: bool = options.OUTPUT(
+        False, "--skip-existing", help="Keep existing outputs of the same plan, verified."
     ),
-    as_json: bool = values.JSON,
-    checkpoints: str | None = values.CHECKPOINTS,
-    t: float | None = values.TIME,
-    step: str | None = values.STEP,
-    dry_run: bool = values.flag(
-        values.HOW,
+    as_json: bool = options.JSON,
+    checkpoints: str | None = options.CHECKPOINTS,
+    t: float | None = options.TIME,
+    step: str | None = options.STEP,
+    dry_run: bool = options.HOW(
+        False,
         "--dry-run",
         help="Show coefficients, errors and sizes; write nothing. Reads only headers, and a sample of tensors "
         "if headers lack measurements.",
     ),
-    max_error: str | None = values.HOW(
+    max_error: str | None = options.HOW(
         None, metavar="ERROR", show_default="warn at 1%", help="Fail if a predicted error exceeds this: 0.01, or 1%."
     ),
-    method: values.Method | None = values.METHOD,
-    device: str = values.HOW("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
+    method: options.Method | None = options.METHOD,
+    device: str = options.HOW("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
 ) -> None:
     """Make the average of any length from snapshots.
 
@@ -78,109 +75,81 @@ def synthesize(
     """
     from posthoc_cli.export.writing import is_rank
 
-    targets = values.parse_targets(sigma_rel, target)
-    targets += [Groups(values.parse_groups(group))] if group else []
-    run = values.open_run(directory, checkpoints)
+    targets = options.parse_targets(sigma_rel, target)
+    targets += [Groups(options.parse_groups(group))] if group else []
+    run = options.open_run(directory, checkpoints)
     if not targets:
         kinds = "--sigma-rel 0.15, --target beta:0.9999 (`ema guide synthesis` lists the kinds) or --group '*=0.1'"
         raise InvalidValueError("no target", f"name at least one by {kinds}")
     report = run.write(
-        targets, out, t=t, step=values.optional(values.parse_count, step, "--step"), method=method,
-        max_error=values.optional(values.parse_max_error, max_error), dtype=dtype, layout=layout,
+        targets, out, t=t, step=options.optional(options.parse_count, step, "--step"), method=method,
+        max_error=options.optional(options.parse_max_error, max_error), dtype=dtype, layout=layout,
         max_shard_size=max_shard_size, device=device, overwrite=overwrite,
         skip_existing=skip_existing, dry_run=dry_run, distributed=is_rank(), like=like, component=component,
         progress=output.progress_bar(),
     )  # fmt: skip
     if report is not None:
         output.warn_of_statistics(report.plan.newest.info.copies)
-        output.print_report(report, as_json, _print)
+        output.show(report.to_dict(), as_json, _print)
 
 
-def _print(report: SynthesisReport) -> None:
-    plan = report.plan
-    if plan.choice is not None:
-        output.print_line(f"from {plan.choice}")
-    made = [index for index in range(len(plan.targets)) if index not in report.existing]
-    if report.taken:
-        names = ", ".join(report.taken[:3]) + ", ..." * (len(report.taken) > 3)
-        count = output.counted(len(report.taken), "tensor")
-        output.print_note(f"{count} copied from the model folder, since the run does not have them: {names}")
-    elif report.outputs and made:
-        _note_left_out(plan, report.outputs[made[0]])
-    if not report.outputs and len(plan.targets) == 1:
-        _print_coefficients(plan)
-    errors = {"predicted error": [plan.predicted_error(index) for index in range(len(plan.targets))]}
-    if plan.method == "paper":
-        errors["profile error"] = [plan.profile_error(index) for index in range(len(plan.targets))]
-    if len(plan.targets) > 1:
-        _print_table(report, errors)
-    if made:
-        output.print_line(_made_text(report, made, errors))
-    else:
-        output.print_line("every output already exists; nothing was written")
-
-
-def _print_coefficients(plan: Plan) -> None:
-    """Print the snapshots with the largest coefficients, by time."""
-    from posthoc_cli.profiles import Point
-    from posthoc_cli.snapshots.sources import kind_of
-
-    for target, column in zip(separate(plan.targets), plan.reconstruction.coefficients.T.tolist(), strict=True):
-        rows = []
-        for source, value in zip(plan.sources, column, strict=True):
-            kind = "weights" if isinstance(source.profile, Point) else "EMA"
-            tracked = f"{source.info.sigma_rel:g}" if source.info.sigma_rel else kind
-            rows.append([source.name, f"{source.info.t:,.12g}", tracked, f"{value:+.6f}"])
-        output.print_largest([kind_of(plan.sources[0]), "t", "tracked", f"c({target.label})"], rows, column)
+def _print(found: dict[str, Any]) -> None:
+    targets = found["targets"]
+    made = [target for target in targets if not target["skipped"]]
+    if found["choice"] is not None:
+        output.print_line(f"from {found['choice']}")
+    if taken := found["from_model_folder"]:
+        output.print_note(f"{_listed(taken)} copied from the model folder, since the run does not have them")
+    elif found["left_out"] and made and made[0]["output"]:
+        _note_left_out(found["left_out"], Path(made[0]["output"]))
+    shown = ["predicted_error", *["profile_error"] * (targets[0]["method"] == "paper")]
+    if len(targets) > 1:
+        output.print_rows(_rows(targets), ["target", *shown, "output:file"])
         output.print_line()
-
-
-def _print_table(report: SynthesisReport, errors: dict[str, list[float | None]]) -> None:
-    paths = report.outputs
-    one_folder = len({path.parent for path in paths}) == 1  # the last line names it
-    rows = []
-    for index, target in enumerate(report.plan.targets):
-        path = "-" if not paths else paths[index].name if one_folder else str(paths[index])
-        cells = [percent(values[index]) for values in errors.values()]
-        rows.append([target.title, *cells, path + " (existed)" * (index in report.existing)])
-    output.print_table(["target", *errors, "output"], rows, left=["target", "output"])
-    output.print_line()
-
-
-def _made_text(report: SynthesisReport, made: list[int], errors: dict[str, list[float | None]]) -> str:
-    """Return the last line: what was made (or would be), from what, how exact, how large, and where."""
-    from posthoc_cli.snapshots.sources import counted, kind_of
-
-    plan, paths = report.plan, report.outputs
-    single = len(plan.targets) == 1
-    averages = plan.targets[0].title if single else output.counted(len(made), "average")
-    size = resources.size_text(plan.nbytes) + " each" * (not single)
-    count = counted(plan.sources)
-    later = "" if plan.last == plan.t else f" (the newest {kind_of(plan.newest)} is of {plan.last:,.12g})"
-    worst = [f"{name} {_largest_text([values[index] for index in made])}" for name, values in errors.items()]
-    text = f"{averages} at t = {plan.t:,.12g} from {count}{later}, {', '.join(worst)}, {size}"
-    if not paths:
-        return f"would make {text}; would read {resources.size_text(plan.read_bytes)}; nothing was written"
-    place = str(paths[0] if single else paths[0].parent)
-    return f"made {text}, in {report.seconds:.1f} s: {'in this folder' if place == '.' else place}"
-
-
-def _largest_text(errors: list[float | None]) -> str:
-    """Return the largest of some errors as text."""
-    known = [error for error in errors if error is not None]
-    if len(known) < len(errors):
-        return percent(None)
-    return "up to " * (len(known) > 1) + percent(max(known))
-
-
-def _note_left_out(plan: Plan, path: Path) -> None:
-    """Print the names of the tensors that an output lacks, and the command that adds them."""
-    left_out = [name for name in plan.newest.info.left_out if not name.endswith("_extra_state")]
-    if not left_out:
+    elif not targets[0]["output"]:
+        output.print_coefficients(targets[0]["snapshots"])
+        output.print_line()
+    if not made:
+        output.print_line("every output already exists; nothing was written")
         return
-    names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
+    one = made[0]
+    what = one["target"] if len(targets) == 1 else output.counted(len(made), "average")
+    worst = ", ".join(f"{title_of(key)} {_largest([target[key] for target in made])}" for key in shown)
+    size = resources.size_text(one["bytes"]) + " each" * (len(targets) > 1)
+    text = f"{what} at t = {one['t']:,.12g} from {found['sources']}, {worst}, {size}"
+    if one["output"] is None:
+        read = resources.size_text(found["read_bytes"])
+        output.print_line(f"would make {text}; would read {read}; nothing was written")
+    else:
+        place = one["output"] if len(targets) == 1 else str(Path(one["output"]).parent)
+        output.print_line(f"made {text}, in {one['seconds']:.1f} s: {'in this folder' if place == '.' else place}")
+
+
+def _rows(targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the targets with their outputs' names; the last line says the folder if it is the same for all."""
+    paths = [Path(target["output"] or "-") for target in targets]
+    one_folder = len({path.parent for path in paths}) == 1
+    names = [path.name if one_folder else str(path) for path in paths]
+    return [
+        target | {"file": name + " (existed)" * target["skipped"]} for target, name in zip(targets, names, strict=True)
+    ]
+
+
+def _largest(errors: list[float | None]) -> str:
+    """Return the largest of some errors as text."""
+    if None in errors:
+        return percent(None)
+    return "up to " * (len(errors) > 1) + percent(max(filter(None, errors), default=0.0))
+
+
+def _listed(names: list[str]) -> str:
+    return f"{output.counted(len(names), 'tensor')} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+
+
+def _note_left_out(names: list[str], path: Path) -> None:
+    """Print the names of the tensors that an output lacks, and the command that adds them."""
     file = path.with_suffix(".safetensors") if path.suffix in (".pt", ".pth", ".bin") else path
     before = "" if file == path else f"make {file.name} instead of {path.name}, then: "
     command = f"{before}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
-    reason = f"are not in the output, since the run does not track them ({names})"
-    output.print_note(f"{len(left_out)} of the model's tensors {reason}; to add them from a full model: {command}")
+    reason = "of the model, which the run does not track"
+    output.print_note(f"the output lacks {_listed(names)} {reason}; to add it from a full model: {command}")

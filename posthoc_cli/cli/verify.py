@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer import Argument
 
 from posthoc_cli import resources
-from posthoc_cli.cli import output, values
-
-if TYPE_CHECKING:
-    from posthoc_cli.snapshots.verify import Verification
+from posthoc_cli.cli import options, output
 
 EPILOG = "Example:  ema verify run/ema   or   ema verify out/ m.safetensors --json"
 
 
 def verify(
-    paths: list[Path] = Argument(
+    paths: list[str] = Argument(
         ..., metavar="DIR|FILE", help="Directories or files: snapshots, outputs, states, parts or shards."
     ),
-    as_json: bool = values.JSON,
+    as_json: bool = options.JSON,
 ) -> None:
     """Check every byte of snapshots, outputs and states.
 
@@ -35,15 +31,16 @@ def verify(
     reports: list[dict[str, Any]] = []
     fine = True
     # All paths are checked first, since reading takes long.
-    for path in [values.existing(path) for path in paths]:
+    for path in [options.existing(path, name="DIR|FILE") for path in paths]:
         check = Run(path).check(output.progress_bar())
+        report = check.to_dict()
         if not as_json:
             if len(paths) > 1:  # files are named relative to their path
                 if reports:
                     output.print_line()
                 output.print_line(f"{check.path}:")
-            _print(check)
-        reports.append(check.to_dict())
+            _print(report)
+        reports.append(report)
         fine = fine and check.is_fine
     if as_json:
         output.print_json(reports[0] if len(reports) == 1 else {"kind": "several", "paths": reports})
@@ -51,43 +48,36 @@ def verify(
         raise typer.Exit(1)
 
 
-def _print(check: Verification) -> None:
-    fine = [report for report in check.files if report.is_fine]
-    listed = fine if len(fine) <= output.MOST_ROWS else []
-    rows = [[check.name(report.path), report.what, report.state] for report in listed]
-    if rows:
-        output.print_table(["file", "what", "state"], rows, left=["file", "what", "state"])
-    elif fine:
+def _print(found: dict[str, Any]) -> None:
+    fine = [file for file in found["files"] if file["state"] in ("intact", "unchecked")]
+    wrong = [file for file in found["files"] if file not in fine]
+    if len(fine) > output.MOST_ROWS:
         output.print_line(f"{output.counted(len(fine), 'file')} with nothing wrong; --json lists them")
-    for report in check.files:
-        if not report.is_fine:
-            state = f"{report.state}: " * (not report.detail.startswith(report.state)) + report.detail
-            output.print_line(f"{check.name(report.path)}: {report.what}: {state.removesuffix(': ')}")
-    for path in check.leftovers:
-        output.print_line(f"{check.name(path)}: left by an interrupted write, or by one in progress")
-    if check.files or check.leftovers:
+    elif fine:
+        output.print_rows(fine, ["file:path", "what", "state"])
+    for file in wrong:
+        state = f"{file['state']}: " * (not file["detail"].startswith(file["state"])) + file["detail"]
+        output.print_line(f"{file['path']}: {file['what']}: {state.removesuffix(': ')}")
+    for name in found["leftovers"]:
+        output.print_line(f"{name}: left by an interrupted write, or by one in progress")
+    if found["files"] or found["leftovers"]:
         output.print_line()
-    for note in check.notes:
-        output.print_line(f"note: {note}")
-    for problem in check.problems:
-        output.print_line(f"problem: {problem}")
-    output.print_line(_summary(check))
+    for kind in ("note", "problem"):
+        for text in found[f"{kind}s"]:
+            output.print_line(f"{kind}: {text}")
+    output.print_line(_verdict(found, wrong))
 
 
-def _summary(check: Verification) -> str:
+def _verdict(found: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
     """Return the last line: how many files are intact, or which are not."""
-    from posthoc_cli.snapshots.verify import UNCHECKED
-
-    count = len(check.files)
-    wrong = [report for report in check.files if not report.is_fine]
+    total = output.counted(len(found["files"]), "file")
     if not wrong:
-        unchecked = sum(report.state == UNCHECKED for report in check.files)
-        verdict = "all intact" if not unchecked else f"{count - unchecked:,} intact, {unchecked:,} without checksums"
-        size = resources.size_text(check.nbytes)
-        return f"{output.counted(count, 'file')}, {size} verified in {check.seconds:.1f} s: {verdict}"
-    names = ", ".join(check.name(report.path) for report in wrong[:3])
+        unchecked = sum(file["state"] == "unchecked" for file in found["files"])
+        intact = f"{len(found['files']) - unchecked:,} intact, {unchecked:,} without checksums"
+        size = resources.size_text(found["bytes"])
+        return f"{total}, {size} verified in {found['seconds']:.1f} s: {intact if unchecked else 'all intact'}"
+    names = ", ".join(file["path"] for file in wrong[:3])
     more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
-    states = {report.state for report in wrong}
+    states = {file["state"] for file in wrong}
     verdict = states.pop() if len(states) == 1 else "not in order"
-    verb = "is" if len(wrong) == 1 else "are"
-    return f"{len(wrong):,} of {output.counted(count, 'file')} {verb} {verdict}: {names}{more}"
+    return f"{len(wrong):,} of {total} {'is' if len(wrong) == 1 else 'are'} {verdict}: {names}{more}"

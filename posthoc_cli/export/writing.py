@@ -61,7 +61,7 @@ from posthoc_cli.snapshots.outputs import (
     same_coefficients,
     training_metadata,
 )
-from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.sources import FileSource, counted
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, read_file
 from posthoc_cli.synthesis.engine import check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
@@ -98,10 +98,17 @@ class SynthesisReport:
             target["output"] = str(self.outputs[index]) if self.outputs else None
             target["skipped"] = index in self.existing
             target["seconds"] = self.seconds
-        report["device"] = self.device
-        if self.taken:
-            report["from_model_folder"] = list(self.taken)
-        return report
+            target["bytes"] = self.plan.nbytes
+        left_out = [name for name in self.plan.newest.info.left_out if not name.endswith("_extra_state")]
+        later = f" (the newest is of {self.plan.last:,.12g})" if self.plan.last != self.plan.t else ""
+        return report | {
+            "device": self.device,
+            "sources": counted(self.plan.sources) + later,
+            "choice": self.plan.choice,
+            "read_bytes": self.plan.read_bytes,
+            "left_out": left_out,
+            "from_model_folder": list(self.taken),
+        }
 
 
 class Outputs:

@@ -35,9 +35,6 @@ ASSUMED_STRETCH = 0.25
 """Assumed root mean square length of the walk over all of training, relative to the norm of the weights. Recorded runs
 have 0.01 (learning rate decayed to almost 0) to 0.45 (constant learning rate)."""
 
-_MOST_STORED = 96
-"""Limit of the number of segments in a snapshot's header."""
-
 
 @dataclass(frozen=True, eq=False)
 class Motion:
@@ -59,18 +56,6 @@ class Motion:
         """Return a constant walk of total `variance` over (0, t], relative to the squared norm, without noise."""
         count = t if steps is None else float(steps.clock.step_at(t))
         return cls(np.array([0.0, t]), np.array([variance / count]), np.zeros(1))
-
-    def handed_on(self) -> Motion:
-        """Return the motion for a snapshot's header: six digits, the shortest neighbours joined down to a limit."""
-        edges, walk, noise = (values.tolist() for values in (self.edges, self.walk, self.noise))
-        while len(walk) > _MOST_STORED:
-            k = min(range(len(walk) - 1), key=lambda k: edges[k + 2] - edges[k])
-            first, second = edges[k + 1] - edges[k], edges[k + 2] - edges[k + 1]
-            for values in (walk, noise):
-                values[k : k + 2] = [(first * values[k] + second * values[k + 1]) / (first + second)]
-            del edges[k + 1]
-        walk, noise = ([float(f"{value:.6g}") for value in values] for values in (walk, noise))
-        return Motion(np.array(edges), np.array(walk), np.array(noise))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Motion) and all(

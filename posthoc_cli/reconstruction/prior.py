@@ -80,14 +80,12 @@ class Measurements:
     Attributes:
         norm: squared norm of the exact average.
         rounding: squared norm of the difference between the stored copy and the exact average.
-        distances: to the other averages of the same time, and to the newest earlier snapshots of each profile.
-        weights: squared distance between the exact average and the network's weights at its time; None if unknown.
+        distances: to other averages, where both were sampled from files; headers hold none.
     """
 
     norm: float
     rounding: float
     distances: tuple[Distance, ...] = ()
-    weights: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,7 @@ class StoredAverage:
         updates: number of updates in the average.
         eps: distance from 1 to the next number of the accumulator's dtype.
         measurements: None if nothing was measured.
-        step_length: duration of a training step at the average's time; 0 if unknown.
         steps: the run's steps up to that time; None if unknown.
-        motion: estimate of the network's motion that was made at that time; None if there was none.
         inherited: expected squared error that remains from rounded snapshots from which the run was resumed.
         gammas: exponents of all profiles that share means with this one; empty if its means have its own weights.
         t_first: time of a power function's first update: its mass before that applies to the values of that time.
@@ -111,9 +107,7 @@ class StoredAverage:
     updates: int
     eps: float
     measurements: Measurements | None
-    step_length: float = 0.0
     steps: Steps | None = None
-    motion: Motion | None = None
     inherited: float = 0.0
     gammas: tuple[float, ...] = ()
     t_first: float = 1.0

@@ -1,7 +1,11 @@
-"""Reads of an object in a store by ranges. Threads that read at a time are what keeps several requests in flight."""
+"""Reads of an object in a store by ranges, one request each, or, while a synthesis reads it, ahead by long requests."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,6 +14,44 @@ from posthoc_cli.remote import store
 
 START = 256 * 1024
 """Bytes of the first request, enough for the header of most files; small reads elsewhere request as many."""
+
+_AHEAD_BYTES = 64 * 1024 * 1024
+"""Bytes of all objects together that are held, or under way, before they are read."""
+
+MOST_AHEAD = _AHEAD_BYTES // (2 * START)
+"""The largest number of objects that are read ahead."""
+
+_LONGEST = 4 * 1024 * 1024
+_MOST_PIECES = 4
+"""Pieces of an object that are held at a time: several tensors may be read in turns."""
+
+
+class Ahead:
+    """What reads objects ahead: threads that make the requests, and the bytes of each, by the number of objects."""
+
+    def __init__(self, pool: ThreadPoolExecutor, objects: int) -> None:
+        self.pool = pool
+        self.length = min(_LONGEST, _AHEAD_BYTES // (2 * objects) // START * START)
+
+
+@contextmanager
+def reading_ahead(objects: int, threads: int) -> Iterator[Ahead | None]:
+    """Make the threads for reading this many objects ahead; None for so many that their bytes would be too many."""
+    if objects > MOST_AHEAD:
+        yield None
+        return
+    pool = ThreadPoolExecutor(threads, "ema-ahead")
+    try:
+        yield Ahead(pool, objects)
+    finally:  # on an error, too: wait for the requests being made and cancel the others
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Piece:
+    """Consecutive bytes of an object, requested or here, and how many of them were not read yet."""
+
+    def __init__(self, data: Future[memoryview], unread: int) -> None:
+        self.data, self.unread = data, unread
 
 
 class RemoteBytes:
@@ -24,7 +66,9 @@ class RemoteBytes:
         self._start: memoryview | None
         self._start, self._info = store.get(self._url, 0, START)
         self.size, self.tag = self._info.size, self._info.tag
-        _piece(self, 0)
+        self._ahead: Ahead | None = None
+        self._lock, self._pieces = threading.Lock(), dict[int, _Piece]()
+        _small_piece(self, 0)
 
     @property
     def stamp(self) -> tuple[int, str]:
@@ -32,15 +76,47 @@ class RemoteBytes:
         info = self._info if self.tag else store.head(self._url)
         return info.size, info.tag or str(info.modified)
 
+    def read_ahead(self, ahead: Ahead, begin: int) -> None:
+        """Request the bytes from an offset on, and from now on those after what is read."""
+        self._ahead = ahead
+        with self._lock:
+            self._request(begin - begin % ahead.length, ahead)
+
     def read(self, view: memoryview, offset: int) -> int:
         """Fill the beginning of a view from an offset on; return how many bytes, 0 only at the end of the object."""
-        if len(view) < START:
-            data = _piece(self, offset - offset % START)[offset % START :]
-        else:
+        data = self._taken_ahead(offset, len(view), self._ahead) if self._ahead else None
+        if data is None and len(view) < START:
+            data = _small_piece(self, offset - offset % START)[offset % START :]
+        elif data is None:
             data = self.get(offset, offset + len(view))
         count = min(len(view), len(data))
         view[:count] = data[:count]
         return count
+
+    def _taken_ahead(self, offset: int, count: int, ahead: Ahead) -> memoryview | None:
+        """Return bytes of the piece at an offset; None for a short read that no piece has, far from others."""
+        begin = offset - offset % ahead.length
+        with self._lock:
+            if begin not in self._pieces and count < START // 2:
+                return None
+            piece = self._request(begin, ahead)
+            count = min(count, begin + ahead.length - offset)
+            piece.unread -= count
+            if piece.unread <= 0:
+                self._pieces.pop(begin, None)
+            self._request(begin + ahead.length, ahead)
+        return piece.data.result()[offset - begin : offset - begin + count]
+
+    def _request(self, begin: int, ahead: Ahead) -> _Piece:
+        """Return the piece that begins at an offset, requested if it is neither here nor under way."""
+        if (piece := self._pieces.get(begin)) is None:
+            end = min(begin + ahead.length, self.size)
+            piece = _Piece(ahead.pool.submit(self.get, begin, end), end - begin)
+            if piece.unread > 0:
+                self._pieces[begin] = piece
+                while len(self._pieces) > _MOST_PIECES:
+                    del self._pieces[next(iter(self._pieces))]
+        return piece
 
     def get(self, begin: int, end: int) -> memoryview:
         """Return the bytes of a range by one request, fewer at the end of the object."""
@@ -60,10 +136,12 @@ class RemoteBytes:
         return start
 
     def close(self) -> None:
-        """Do nothing: a request ends with its answer."""
+        """Forget the bytes that were read ahead: a request ends with its answer."""
+        self._ahead = None
+        self._pieces.clear()
 
 
 @lru_cache(maxsize=64)
-def _piece(file: RemoteBytes, begin: int) -> memoryview:
+def _small_piece(file: RemoteBytes, begin: int) -> memoryview:
     """Return the `START` bytes of a file from an offset on, for reads that are smaller."""
     return file.take_start() or file.get(begin, begin + START)

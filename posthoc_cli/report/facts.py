@@ -1,4 +1,4 @@
-"""The result of `Run.info` as names and texts, for the page and for the terminal."""
+"""Values of a report's `to_dict` as texts for people: for the page, and for the tables of the terminal."""
 
 from __future__ import annotations
 
@@ -9,14 +9,52 @@ from typing import Any
 from posthoc_cli.errors import percent
 from posthoc_cli.resources import size_text
 
+_LONGEST_TEXT = 200
+_PERCENT = (
+    "profile_error", "predicted_error", "worst_error", "median_error", "relative_rounding", "unexplained", "versus_raw",
+)  # fmt: skip
+_FORMATS: dict[str, Callable[[Any], str]] = {
+    "path": str,
+    "bytes": size_text,
+    "norm": "{:.4g}".format,
+    "measured": lambda count: f"{count:,} of them" if count else "none of them: errors are predicted from a sample",
+    "relative_rounding_range": lambda ends: " to ".join(dict.fromkeys(map(percent, ends or [None]))),
+    "coefficient": lambda value: f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}",
+    **dict.fromkeys(_PERCENT, percent),
+}
+
+
+def title_of(key: str) -> str:
+    """Return a key in words."""
+    return key.replace("_", " ").replace("sigma rel", "sigma_rel")
+
+
+def text(key: str, value: Any) -> str:
+    """Return the value of a key as text; empty to omit it."""
+    if key in _FORMATS:
+        return _FORMATS[key](value)
+    if key == "snapshots" and isinstance(value, list):
+        return f"{len({snapshot['file'] for snapshot in value}):,}"  # a target of groups lists them once per group
+    if value is None:
+        return "" if key in ("sigma_rel", "gamma") else "none"  # profiles other than power functions have no width
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {text(name, item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(text("", item) for item in value[:5]) + (f" and {len(value) - 5} more" * (len(value) > 5))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.12g}"
+    shown = str(value)
+    return shown if len(shown) <= _LONGEST_TEXT else f"{shown[: _LONGEST_TEXT - 3]}..."
+
 
 def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the result of `Run.info` as names and texts to print, without its tables and notes."""
     hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
     hidden |= set() if description.get("method") == "paper" else {"profile_error"}
-    names = {key: key.replace("_", " ").replace("sigma rel", "sigma_rel") for key in description}
-    pairs = [(names[key], _text(key, value)) for key, value in description.items() if key not in hidden]
-    return [(name, text) for name, text in pairs if text]
+    pairs = [(title_of(key), text(key, value)) for key, value in description.items() if key not in hidden]
+    return [(name, said) for name, said in pairs if said]
 
 
 def summary(description: dict[str, Any]) -> list[tuple[str, str]]:
@@ -30,37 +68,3 @@ def summary(description: dict[str, Any]) -> list[tuple[str, str]]:
         size = size_text(sum(checkpoint["bytes"] for checkpoint in checkpoints))
         pairs.append(("checkpoints", f"{listed}, {size}"))
     return pairs
-
-
-def brief_text(text: str) -> str:
-    """Return a text for a table, truncated if it is long."""
-    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
-
-
-_LONGEST_TEXT = 200
-_FORMATS: dict[str, Callable[[Any], str]] = {
-    "path": str,
-    "bytes": size_text,
-    "norm": "{:.4g}".format,
-    "measured": lambda count: f"{count:,} of them" if count else "none of them: errors are predicted from a sample",
-    **dict.fromkeys(("profile_error", "predicted_error", "relative_rounding"), percent),
-}
-
-
-def _text(key: str, value: Any) -> str:
-    """Return a value of a report as text to print; empty to omit it."""
-    if key in _FORMATS:
-        return _FORMATS[key](value)
-    if key == "snapshots" and isinstance(value, list):
-        return f"{len({snapshot['file'] for snapshot in value}):,}"  # a target of groups lists them once per group
-    if value is None:
-        return "" if key in ("sigma_rel", "gamma") else "none"  # profiles other than power functions have no width
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_text(name, item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value[:5])) + (f" and {len(value) - 5} more" if len(value) > 5 else "")
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return f"{value:,}" if isinstance(value, int) else f"{value:,.12g}"
-    return brief_text(str(value))

@@ -38,9 +38,9 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, spared_times
-from posthoc_cli.reconstruction import Distance, Measurements, measured_prior
+from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.chunks import cover_problem
-from posthoc_cli.snapshots.codecs import joined_paths
+from posthoc_cli.snapshots.codecs import decode_path, joined_paths
 from posthoc_cli.snapshots.path import index_within, joined_sample, places
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, read_one
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, in_turn, read_file, read_small_file
@@ -370,7 +370,6 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
         parts[0], tensors=tensors, aliases={alias: name for part in parts for alias, name in part.aliases.items()},
         inherited=sum(part.inherited for part in parts),
         measurements=sum_of_parts([part.measurements for part in parts]),
-        motion=next((part.motion for part in parts if part.motion is not None), None),
         sample=joined_sample([(part.sample, at) for part, at in zip(parts, sampled, strict=True)]),
         sketch=joined_paths([part.sketch for part in parts]),
         part=None, chunks={}, path=folder, files=tuple(held_files), entries=entries,
@@ -395,19 +394,7 @@ def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
         return None
-    by_partner = [{(distance.t, distance.sigma_rel): distance for distance in part.distances} for part in known]
-    distances = [
-        Distance(*key, sum(d[key].squared for d in by_partner), sum(d[key].rounding for d in by_partner))
-        for key in by_partner[0]
-        if all(key in d for d in by_partner)
-    ]
-    weights = [part.weights for part in known if part.weights is not None]
-    return Measurements(
-        sum(part.norm for part in known),
-        sum(part.rounding for part in known),
-        tuple(distances),
-        sum(weights) if len(weights) == len(known) else None,
-    )
+    return Measurements(sum(part.norm for part in known), sum(part.rounding for part in known))
 
 
 # --- what belongs together
@@ -488,21 +475,6 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float, part: tuple[int, 
         return directory / f"{clock}-{sigma_rel!r}{SUFFIX}"
     number, parts = part
     return directory / f"{clock}-{sigma_rel!r}" / f"part-{number:05d}-of-{parts:05d}{SUFFIX}"
-
-
-def newest_before(own: Snapshot, stored: Sequence[Snapshot]) -> list[Snapshot]:
-    """Return the two newest earlier snapshots of each profile that have measurements; `stored` is in order of time.
-
-    Distances over one interval and over two distinguish a random walk from noise.
-    """
-    newest: dict[float, list[Snapshot]] = {sigma_rel: [] for sigma_rel in own.sigma_rels}
-    for snapshot in reversed(stored):
-        of_profile = newest.get(snapshot.sigma_rel, [])
-        if snapshot.t < own.t and snapshot.measurements and len(of_profile) < 2:
-            of_profile.insert(0, snapshot)
-        if all(len(of_profile) == 2 for of_profile in newest.values()):
-            break
-    return [snapshot for of_profile in newest.values() for snapshot in of_profile]
 
 
 # --- the lock
@@ -721,7 +693,9 @@ def _surplus(stored: Sequence[Snapshot], max_checkpoints: int, sigma_range: tupl
         averages = [snapshot.average() for snapshot in scheduled]
         profiles = [snapshot.profile for snapshot in scheduled]
         spared = spared_times(max_checkpoints)
-        dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range, spared)
+        newest = scheduled[-1].sketch
+        prior = measured_prior(averages, decode_path(newest).sketch if newest else None)
+        dropped = snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range, spared)
         surplus += [scheduled[index] for index in dropped]
     oldest_spared = sorted({snapshot.t for snapshot in stored})[-SPARED_TIMES:][0]
     for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):

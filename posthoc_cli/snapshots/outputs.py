@@ -353,7 +353,6 @@ def _describe_snapshot(snapshot: Snapshot) -> Description:
     measurements = measured and {
         "norm": math.sqrt(measured.norm),
         "relative_rounding": _relative_rounding(measured),
-        "distances": len(measured.distances),
     }
     fields = "sigma_rel gamma t t_unit step off_schedule t_first max_interval"
     return {

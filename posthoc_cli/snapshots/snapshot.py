@@ -27,14 +27,14 @@ from posthoc_cli.profiles import (
     StoredProfile,
     gamma_from_sigma_rel,
 )
-from posthoc_cli.reconstruction import Measurements, Motion, Steps, StoredAverage
+from posthoc_cli.reconstruction import Measurements, Steps, StoredAverage
 from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.codecs import decode_sample, is_path
 from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.sources import Dtype, FileSource, Rule, SourceInfo, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile, compact, read_file
 
-MAX_KNOTS = MAX_INTERVALS = 1_000
+MAX_KNOTS = 1_000
 EARLIEST, LATEST = 1e-100, 1e100
 """The range of training times; products of times outside it overflow."""
 T = TypeVar("T")
@@ -59,13 +59,6 @@ Knots = Annotated[
 SampleText = Annotated[str, Rule("a sample", decode_sample)]
 SketchText = Annotated[str, Rule("a sketch", is_path)]
 Part = Annotated[tuple[int, int], Rule("the number of a part and their count", lambda part: 0 < part[0] <= part[1])]
-Intervals = Annotated[
-    Motion,
-    Rule(
-        f"1 to {MAX_INTERVALS:,} values of walk, as many of noise, and one more of edges",
-        lambda own: 1 <= len(own.walk) <= MAX_INTERVALS and len(own.walk) == len(own.noise) == len(own.edges) - 1,
-    ),
-]
 
 
 @dataclass(frozen=True)
@@ -116,13 +109,7 @@ class Snapshot(FileSource, SourceInfo):
             snapshots on the schedule do not depend on it.
         measurements: float64 sums over the elements of all averages in the file (not of statistics and copies), for a
             large model estimated from a sample of elements. `norm` sums the squares of the exact average, `rounding`
-            those of (stored - exact), `weights` those of (exact - the network's weights at that time). `distances` are
-            to the run's other profiles at the same time, exact (rounding 0), and to the two newest earlier snapshots of
-            each profile as stored (rounding: their own): `squared` sums the squares of the differences. A snapshot that
-            is named there may have been deleted since.
-        motion: the motion of the network up to `t`, from the measurements of all snapshots so far, including deleted
-            ones: constant on intervals that end at `edges`; `walk` is the variance of the increments per step, `noise`
-            that of the noise times a step, summed over all elements.
+            those of (stored - exact).
         sample: base64 of little-endian float32 values: for the elements that `path.places` names the network's values
             at the last update, then as many of the exact average. A part has those in its chunks.
         sketch: base64 of random projections of the network's path up to `t`, see `codecs`.
@@ -164,7 +151,6 @@ class Snapshot(FileSource, SourceInfo):
     inherited: float = 0.0
     off_schedule: bool = False
     measurements: Measurements | None = None
-    motion: Intervals | None = None
     sample: SampleText = ""
     sketch: SketchText = ""
     part: Part | None = None
@@ -213,12 +199,11 @@ class Snapshot(FileSource, SourceInfo):
         # Averages of float64 tensors are accumulated in float64, all others in float32.
         is_float64 = {self.tensors[name].dtype for name in self.averages} == {"F64"}
         steps, times = zip(*self.clock_pairs, strict=True)
-        (step, t), (last_step, last_t) = [(0, 0.0), *self.clock_pairs][-2:]
         return StoredAverage(
             profile if isinstance(profile, Point | Discrete) else self.profile,
             self.updates or max(self.step // schedule.update_every - skipped_updates, 1),
-            EPS["F64" if is_float64 else "F32"], self.measurements, (last_t - t) / (last_step - step),
-            Steps(Clock(steps, times), schedule.update_every), self.motion, self.inherited,
+            EPS["F64" if is_float64 else "F32"], self.measurements,
+            Steps(Clock(steps, times), schedule.update_every), self.inherited,
             () if is_float64 else tuple(map(gamma_from_sigma_rel, self.sigma_rels)), self.t_first,
         )  # fmt: skip
 
@@ -230,6 +215,8 @@ class Snapshot(FileSource, SourceInfo):
             for f in fields(self)
             if f.name not in unstored and (f.default is f.default_factory is MISSING or getattr(self, f.name))
         }
+        if (own := self.measurements) is not None:
+            values["measurements"] = {"norm": own.norm, "rounding": own.rounding}
         return {"kind": "snapshot", "format": FORMAT, **values}
 
     @property

@@ -47,7 +47,15 @@ from posthoc_cli.reconstruction import (
 )
 from posthoc_cli.snapshots.chunks import Box, boxes_of_range, row_major
 from posthoc_cli.snapshots.codecs import decode_path
-from posthoc_cli.snapshots.tensorfile import Entry, TensorFile, decode_values, in_turn, items, tensor_from_bytes
+from posthoc_cli.snapshots.tensorfile import (
+    THREADS,
+    Entry,
+    TensorFile,
+    decode_values,
+    in_turn,
+    items,
+    tensor_from_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -297,12 +305,18 @@ def _place(data: npt.NDArray[Any], held: Box, part: Box, out: npt.NDArray[Any], 
 
 @contextmanager
 def all_open(sources: Sequence[Source]) -> Iterator[None]:
-    """Keep the files of all sources open for the block."""
+    """Keep the files of all sources open for the block, and read those in stores ahead."""
     on_disk = [source for source in sources if isinstance(source, FileSource)]
-    is_remote = any(is_url(source.path) for source in on_disk)
+    remote = [source for source in on_disk if is_url(source.path)]
     with ExitStack() as stack:
-        for source in in_turn(lambda source: source.__enter__(), on_disk, is_remote):
+        for source in in_turn(lambda source: source.__enter__(), on_disk, bool(remote)):
             stack.push(source.__exit__)
+        if remote:
+            from posthoc_cli.remote.ranges import reading_ahead
+
+            ahead = stack.enter_context(reading_ahead(len(remote), THREADS))
+            for file in (file for source in remote for file in source.files):
+                file.read_ahead(ahead)
         yield
 
 
@@ -367,15 +381,16 @@ RUN_ELEMENTS = 1_024
 def source_prior(sources: Sequence[Source]) -> Prior:
     """Return the prior: the motion of the network and the rounding of each source, in their order.
 
-    If the header of a file has no measurements, the measurements of all files are estimated from a sample.
+    If the header of a file has no measurements, or the newest one no sketch, the measurements of all files are
+    estimated from a sample.
     """
     on_disk = [source for source in sources if isinstance(source, FileSource)]
     ordered = [*on_disk, *(source for source in sources if not isinstance(source, FileSource))]
     averages = [source.info.average(source.profile) for source in ordered]
-    if sampled := any(source.info.measurements is None for source in on_disk):
-        averages[: len(on_disk)] = with_sampled_measurements(on_disk)
     last = max((source.info.t for source in ordered), default=0.0)  # earlier sketches show a part of the path
     text = next((source.info.sketch for source in ordered if source.info.t == last and source.info.sketch), "")
+    if sampled := not text or any(source.info.measurements is None for source in on_disk):
+        averages[: len(on_disk)] = with_sampled_measurements(on_disk)
     prior = measured_prior(averages, decode_path(text).sketch if text else None)
     place = {id(source): index for index, source in enumerate(ordered)}
     return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
@@ -448,7 +463,7 @@ def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[StoredAve
     except OverflowError:
         sampled = [None] * len(snapshots)
     return [
-        replace(snapshot.info.average(snapshot.profile), measurements=measurements, motion=None)
+        replace(snapshot.info.average(snapshot.profile), measurements=measurements)
         for snapshot, measurements in zip(snapshots, sampled, strict=True)
     ]
 

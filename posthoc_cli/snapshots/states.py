@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.profiles import ClockRecorder
-from posthoc_cli.snapshots.snapshot import RunId, SketchText, TrackingSchedule, converted, kinds_of
+from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, TrackingSchedule, converted, kinds_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class StateInfo:
 
     Values are 0 before the first update; `updates` is None if unknown. `window`, `folds`, `folded_t`, `shared` and
     `inherited` are those of `tracker.averages.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are the
-    header checksums of the snapshots on disk.
+    header checksums of the snapshots on disk. `weights` are the network's at the last call, at the elements of a
+    snapshot's sample; empty if unknown.
     """
 
     run_id: RunId
@@ -39,6 +40,7 @@ class StateInfo:
     clock: tuple[float, ...]
     sketch: SketchText
     snapshots: tuple[str, ...]
+    weights: tuple[Annotated[float, ANY_SIGN], ...]
 
 
 _STATE = kinds_of(StateInfo) | {"clock": Any, "schedule": Any}

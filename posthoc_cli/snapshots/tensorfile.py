@@ -55,7 +55,7 @@ from posthoc_cli.snapshots.chunks import Box
 if TYPE_CHECKING:
     import torch
 
-    from posthoc_cli.remote.ranges import RemoteBytes
+    from posthoc_cli.remote.ranges import Ahead, RemoteBytes
 
 SUFFIX = ".safetensors"
 FORMAT = 3
@@ -133,6 +133,9 @@ class _LocalBytes:
 
     tag = ""
 
+    def read_ahead(self, ahead: Ahead, begin: int) -> None:
+        """Do nothing: the system reads ahead."""
+
     def __init__(self, path: Path) -> None:
         self._descriptor = files.system.open(path)
         status = os.fstat(self._descriptor)
@@ -190,6 +193,11 @@ class OpenedFile:
         """Return `count` bytes at an offset, fewer at the end of the file."""
         buffer = bytearray(count)
         return bytes(buffer[: self.read_into(memoryview(buffer), offset)])
+
+    def read_ahead(self, ahead: Ahead | None, begin: int) -> None:
+        """Request an object's bytes from an offset on before they are read, see `remote.ranges`."""
+        if ahead is not None:
+            self._bytes.read_ahead(ahead, begin)
 
     def close(self) -> None:
         """Close the file."""
@@ -327,6 +335,11 @@ class TensorFile:
         with file:
             if kind is None and not self.sums and file.stamp != self.stamp:
                 raise FileFormatError(self.path, "was changed while it was being read", "run again")
+
+    def read_ahead(self, ahead: Ahead | None) -> None:
+        """Have the payload of a file that is open, and in a store, requested before it is read."""
+        assert self._shared.file is not None, "the caller has opened it"
+        self._shared.file.read_ahead(ahead, min((entry.begin for entry in self.entries.values()), default=0))
 
     def read(self, name: str, begin: int, view: memoryview, verify: bool = True) -> None:
         """Fill `view` with the bytes of a tensor, in row-major order, from `begin` on; verify all blocks of them."""
@@ -775,12 +788,15 @@ def encode_header(
 
 
 def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Assign places in a payload: wide items first, so that every tensor is aligned to its item size."""
+    """Assign places in a payload: wide items first, so that every tensor is aligned to its item size.
+
+    Of each width, tensors of one block come last, next to each other: a synthesis reads many of them at a time.
+    """
     if "__metadata__" in entries:
         raise InvalidValueError("tensor name '__metadata__'", "is no tensor's in a safetensors file")
     placed: dict[str, Entry] = {}
     begin = 0
-    for name, entry in sorted(entries.items(), key=lambda item: -ITEM_BYTES[item[1].dtype]):
+    for name, entry in sorted(entries.items(), key=lambda e: (-ITEM_BYTES[e[1].dtype], e[1].size <= BLOCK)):
         placed[name] = Entry(entry.dtype, entry.shape, begin)
         begin += entry.nbytes
     return placed

@@ -248,8 +248,8 @@ class Scratch:
 Progress = Callable[[int], None]
 """A function that is called with the number of bytes just read, in the thread that called the engine."""
 
-REMOTE_THREADS = 16
-"""Threads for sources in an object store: most of them wait for the network while others compute."""
+REMOTE_THREADS, READING_THREADS = 4, 16
+"""Least number of threads for sources in an object store, which are read ahead; for too many to be read ahead."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
     wide = "F32" if device.type == "mps" else None  # mps has no float64
     size = ONE_TARGET if len(plan.targets) == 1 else BLOCK
     tiles = deque((part, tile) for part in plan.passes() for tile in cut_tiles(part, size, wide))
-    least = REMOTE_THREADS if is_remote and options.workers is None else 1
+    least = _least_threads(len(plan.sources)) if is_remote and options.workers is None else 1
     workers = min(max(least, worker_count(options.workers)), max(1, len(tiles)))
     local, stop, torch_threads = threading.local(), threading.Event(), torch.get_num_threads()
     queue: deque[Future[Tile]] = deque()
@@ -337,6 +337,12 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(torch_threads)  # the workers' setting is also that of threads that begin later
+
+
+def _least_threads(sources: int) -> int:
+    from posthoc_cli.remote.ranges import MOST_AHEAD
+
+    return REMOTE_THREADS if sources <= MOST_AHEAD else READING_THREADS
 
 
 Writer = Callable[[torch.Tensor], object]

@@ -62,9 +62,6 @@ MOST_UNDONE = 3 / 4
 GOLDEN = (math.sqrt(5) - 1) / 2
 """The inverse of the golden ratio, whose multiples, modulo 1, are the most evenly spread for any number of them."""
 
-Sampled = Sequence[tuple[Elements, Sequence[torch.Tensor]]]
-"""Selected elements of the values, and the buffers that they are copied to."""
-
 
 @dataclass(frozen=True)
 class Standing:
@@ -75,7 +72,9 @@ class Standing:
         updates, window: number of updates, None if unknown, and number of updates since the last fold.
         folds, folded_t: number of folds, and time of the last one.
         shared: whether the first profile's mean serves all profiles since the last fold.
-        inherited: expected squared norms of the errors left by the rounded snapshots that the run resumed from.
+        inherited: expected squared norms of the errors left by the rounded snapshots that the run resumed from, and by
+            steps between these and the model that were lost.
+        missing: squared distance of the model from where these averages end, of which the next update loses the way.
     """
 
     t: float = 0.0
@@ -88,6 +87,12 @@ class Standing:
     folded_t: float = 0.0
     shared: bool = False
     inherited: tuple[float, ...] = ()
+    missing: float = 0.0
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """The expected squared errors of the averages: inherited ones and what is missing."""
+        return tuple(error + self.missing for error in self.inherited)
 
     def after(self, shares: Sequence[float], t: float, step: int) -> Standing:
         """Return the standing after an update in which the new values have these shares, before a fold."""
@@ -99,7 +104,10 @@ class Standing:
             max_interval=max(self.max_interval, t - self.t) if self.t else 0.0,
             updates=None if self.updates is None else self.updates + 1,
             window=self.window + 1,
-            inherited=tuple(error * (1 - share) ** 2 for error, share in zip(self.inherited, shares, strict=True)),
+            inherited=tuple(
+                error * (1 - share) ** 2 + self.missing for error, share in zip(self.inherited, shares, strict=True)
+            ),
+            missing=0.0,
         )
 
     def folded(self) -> Standing:
@@ -189,12 +197,12 @@ class Averages:
     @torch.no_grad()
     def update_(
         self, values: LayoutReader, copies: Mapping[str, torch.Tensor], t: float, step: int,
-        pool: ThreadPool = SINGLE_THREAD, wanted: Sampled = (), sketcher: Sketcher | None = None,
+        pool: ThreadPool = SINGLE_THREAD, sampled: Elements | None = None, sketcher: Sketcher | None = None,
     ) -> str | None:  # fmt: skip
         """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values - averages).
 
-        The averages move to the layout of `values` if it has changed; `copies` replace the earlier ones. The `wanted`
-        elements of the values are copied to their buffers, and `sketcher` replaces the earlier one. If a value is nan
+        The averages move to the layout of `values` if it has changed; `copies` replace the earlier ones. The `sampled`
+        elements of the values are kept in `sample`, and `sketcher` replaces the earlier one. If a value is nan
         or infinite, nothing changes, and the first tensor with such a value is returned.
         """
         before, gammas, limits = self.standing, self.gammas, self._limits
@@ -211,10 +219,11 @@ class Averages:
                 return name
         tensors = self._allocated(values.layout, pool.size)
         self.sketcher, self.known_path = sketcher, None
+        sample = None if sampled is None else sampled.buffers()
 
         def take(tile: BucketTile, value: torch.Tensor, thread: int) -> None:
-            for elements, buffers in wanted:
-                elements.take(tile, value, buffers)
+            if sampled is not None and sample is not None:
+                sampled.take(tile, value, sample)
             if sketcher is not None and not before.shared:
                 sketcher.take(tile, value)
             (fold if folds else interpolate)(tile, value, thread)
@@ -266,7 +275,7 @@ class Averages:
             pool.each(lambda tile, thread: take(tile, values.values(tile, thread), thread), others)
         if all(bucket.device.type == "cpu" for bucket in values.layout):
             self._limits = [min(2 * norm, torch.finfo(torch.float32).max) for norm in norms]
-        self.copies, self.standing = copies, after.folded() if folds else after
+        self.copies, self.sample, self.standing = copies, sample, after.folded() if folds else after
         if sketcher is not None and not before.shared:
             sketcher.end_value(gammas, t, self.standing.shared)
         elif sketcher is not None and folds:

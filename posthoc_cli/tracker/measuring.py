@@ -1,8 +1,7 @@
 """Measurements of averages and of the weights' path, on a subset of the elements.
 
-Norms, rounding errors and distances, see `reconstruction.Measurements`, are sums over the subset in float64, scaled to
-all elements: exact for small models. They are consistent with each other for any subset, as they are the measurements
-of a network of these elements. With n elements of about one size the relative error of a sum is (2 / n)^(1/2), 0.2 %
+Norms and rounding errors, see `reconstruction.Measurements`, are sums over the subset in float64, scaled to all
+elements: exact for small models. With n elements of about one size the relative error of a sum is (2 / n)^(1/2), 0.2 %
 for half a million, and larger if few elements dominate.
 
 The path of the weights is projected to a few numbers at every fold, see `reconstruction.Sketch`: each element of the
@@ -13,9 +12,8 @@ threads, tiles or devices. Running statistics have no path.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -23,18 +21,10 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.errors import PostHocError
 from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
-from posthoc_cli.reconstruction import Distance, Measurements, Sketch
-from posthoc_cli.snapshots.chunks import Box, Chunk
+from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.codecs import PathSketch
-from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.snapshots.sources import ElementRange
-from posthoc_cli.snapshots.tensorfile import tensor_from_bytes
-from posthoc_cli.tracker.layout import BucketTile, Elements, Layout, Values, joined, ranges_of, tiles_of
-
-log = logging.getLogger(__name__)
+from posthoc_cli.tracker.layout import BucketTile, Elements, Layout, Values
 
 MEASURED_ELEMENTS = 2**19
 """The number of elements that are measured of a large model, about."""
@@ -71,19 +61,6 @@ class Subset(Elements):
         self.edges = np.array([0, *accumulate(counts)], np.int64)
         self.scales = np.array([*self.sizes.values()], np.float64) / np.array(counts, np.float64)
 
-    def read(self, read: Callable[[Sequence[ElementRange]], Sequence[torch.Tensor]]) -> Values:
-        """Return the subset's values in tensors whose ranges `read` returns; each is read from beginning to end."""
-        buffers = [torch.zeros(count, dtype=b.wide) for count, b in zip(self.counts, self.layout, strict=True)]
-        tiles = zip(tiles_of(self.layout), self.of_tiles, ranges_of(self.layout), strict=True)
-        for tile, (number, _, index), ranges in tiles:
-            buffer, indices = buffers[tile.bucket], index.cpu().long()
-            wanted = [piece for piece in ranges if piece.name in self.sizes]
-            for (name, begin, end), values in zip(wanted, read(wanted), strict=True):
-                offset = self.layout[tile.bucket].places[name][0] + begin - tile.begin
-                first, last = torch.searchsorted(indices, torch.tensor((offset, offset + end - begin))).tolist()
-                buffer[number + first : number + last] = values.to(buffer.dtype)[indices[first:last] - offset]
-        return joined(buffers)
-
     def sums(self, values: Values, others: Values | None = None) -> FloatArray:
         """Return the squared norm of each tensor, or its squared distance from `others`: shape [tensors]."""
         sums, begin = np.zeros(len(self.sizes)), 0
@@ -99,6 +76,12 @@ class Subset(Elements):
     def squared(self, values: Values, others: Values | None = None) -> float:
         """Return the squared norm of all tensors together, or their squared distance from `others`."""
         return float(self.sums(values, others).sum())
+
+    def measured(self, average: Values, stored: Values | None = None) -> Measurements | None:
+        """Return the measurements of an average that is stored with these values; None if its norm is not finite."""
+        norm = self.squared(average)
+        rounding = 0.0 if stored is None else self.squared(average, stored)
+        return Measurements(norm, rounding) if math.isfinite(norm) else None
 
 
 def _hashed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -117,70 +100,6 @@ def _draw(name: str, size: int, stride: int) -> Values:
         seed = np.uint64(xxhash.xxh3_64_intdigest(name.encode(errors="replace")))
         indices += (_hashed(indices.view(np.uint64) + seed) % np.uint64(stride)).view(np.int64)
     return np.asarray(indices[indices < size])
-
-
-def measurements(
-    infos: Sequence[Snapshot], subset: Subset, averages: Sequence[Values], earlier: Sequence[Snapshot],
-    stored: Sequence[Values] | None = None, network: Values | None = None,
-) -> list[Measurements | None]:  # fmt: skip
-    """Return the measurements of averages of one time, one a profile; None if the squared norm is not finite.
-
-    Arguments:
-        averages: values of the subset.
-        earlier: snapshots to which distances are measured. They are read from disk and verified; a missing or damaged
-            snapshot is left out, with a warning.
-        stored: the averages' values as they are stored; None if they are not.
-        network: the model's values at that time, if known.
-    """
-    distances: list[list[Distance]] = [[] for _ in infos]
-
-    def measure(t: float, sigma_rel: float, others: Values, rounding: float = 0.0) -> None:
-        for average, own_distances in zip(averages, distances, strict=True):
-            if average is not others:
-                own_distances.append(Distance(t, sigma_rel, subset.squared(average, others), rounding))
-
-    for info, average in zip(infos, averages, strict=True):
-        measure(info.t, info.sigma_rel, average)
-    for snapshot in earlier:
-        # Readers add the measurements of all parts. The rounding of a complete snapshot is in the first part alone.
-        part, known = infos[0].part, snapshot.info.measurements
-        has_rounding = snapshot.info.part == part or part is None or part[0] == 1
-        values = _read_subset(snapshot, subset, infos[0].chunks)
-        if values is not None and known is not None:
-            measure(snapshot.t, snapshot.sigma_rel, values, known.rounding if has_rounding else 0.0)
-    result: list[Measurements | None] = []
-    for index, (average, own_distances) in enumerate(zip(averages, distances, strict=True)):
-        norm, to_network = subset.squared(average), math.nan if network is None else subset.squared(average, network)
-        rounding = 0.0 if stored is None else subset.squared(average, stored[index])
-        # The square of a difference may overflow where those of the values do not.
-        finite = tuple(distance for distance in own_distances if math.isfinite(distance.squared))
-        measured = Measurements(norm, rounding, finite, to_network if math.isfinite(to_network) else None)
-        result.append(measured if math.isfinite(norm) else None)
-    return result
-
-
-def _read_subset(snapshot: Snapshot, subset: Subset, chunks: Mapping[str, Chunk]) -> Values | None:
-    """Return the subset's values in a snapshot; None, with a warning, if the snapshot cannot be read."""
-    shapes = {n: shape for bucket in subset.layout for n, shape in zip(bucket.names, bucket.shapes, strict=True)}
-    boxes = {name: chunk.box(shapes[name]) for name, chunk in chunks.items() if name in shapes}
-    if snapshot.part is not None:
-        boxes = {}
-
-    def read(ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        values = []
-        for name, begin, end in ranges:
-            dtype, box = snapshot.entries[name].dtype, boxes.get(name) or Box.full(snapshot.entries[name].shape)
-            data = np.empty((end - begin) * ITEM_BYTES[dtype], np.uint8)
-            snapshot.read_box(name, box, data.data, begin)
-            values.append(tensor_from_bytes(data, dtype, (end - begin,)))
-        return values
-
-    try:
-        with snapshot:
-            return subset.read(read)
-    except PostHocError as error:
-        log.warning("%s; new snapshots are written without their distance to it", error)
-        return None
 
 
 # --- the path of the weights

@@ -57,6 +57,7 @@ from posthoc_cli.tracker.staging import (
     ModelCopy,
     StorageLayout,
     Streams,
+    measured_now,
     stage,
 )
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info
@@ -207,7 +208,7 @@ class Pipeline:
             self._check_open()
             self.tracking = replace(self.tracking, progress=progress)
             if is_due:
-                self._submit_snapshots(self.tracking, None)
+                self._submit_snapshots(self.tracking)
 
         self._updates.call(work)
         self._counted = progress
@@ -234,7 +235,10 @@ class Pipeline:
                 return []
             live = LiveAverages(self, current.averages, tensors.layout)
             self._readers.add(live)
-            return live_sources(self._settings, self._without_averages(current), tensors.layout, live.read)
+            with self._streams.in_own_streams():
+                subset = self._storage_of(tensors.layout).subset
+                measured = measured_now(subset, current.averages, self._pool_for(tensors.layout))
+            return live_sources(self._settings, self._without_averages(current), tensors.layout, measured, live.read)
 
         return self._updates.call(work) if self.tracking.averages.exist or not self._updates.is_idle() else []
 
@@ -258,7 +262,7 @@ class Pipeline:
             self._writes.wait()
             current, snapshotter = self._current(), self.snapshotter
             if snapshotter is not None and snapshotter.is_behind(current, at_end):
-                self._submit_snapshots(current, None, is_due=False)
+                self._submit_snapshots(current, is_due=False)
 
         self._updates.submit(work)
 
@@ -367,9 +371,9 @@ class Pipeline:
     ) -> NonFiniteError | None:
         """Take in values while the training waits; return the error if the update is left out."""
         with self._streams.in_streams_of_caller(streams):
-            refused, network = self._take_in(values, copies, progress)
+            refused = self._take_in(values, copies, progress)
         if self._settings.snapshot_is_due(progress.step):
-            self._submit_snapshots(self.tracking, network)
+            self._submit_snapshots(self.tracking)
         return refused
 
     def _update_async(
@@ -377,36 +381,33 @@ class Pipeline:
     ) -> None:
         """Take in a copy of the values, and give the copy back."""
         try:
-            refused, network = self._update_monitor.run(lambda: self._take_in(copy.arrived(), copies, progress))
+            refused = self._update_monitor.run(lambda: self._take_in(copy.arrived(), copies, progress))
         finally:
             self._copier.give_back(copy)
         self._streams.last_events = events
         if self._settings.snapshot_is_due(progress.step):
-            self._submit_snapshots(self.tracking, network)
+            self._submit_snapshots(self.tracking)
         if refused is not None:
             self._settings.skip_update(refused)
 
     @torch.no_grad()
     def _take_in(
         self, values: LayoutReader, copies: Mapping[str, torch.Tensor], progress: TrainingProgress
-    ) -> tuple[NonFiniteError | None, Sequence[torch.Tensor] | None]:
-        """Update averages and counters; return the error of an update left out, and the values for due snapshots."""
+    ) -> NonFiniteError | None:
+        """Update averages and counters; return the error of an update left out."""
         self._check_open()
         now, averages, storage = self.tracking, self.tracking.averages, self._storage_of(values.layout)
         pool = self._pool_for(values.layout)
-        if is_due := self._settings.snapshot_is_due(progress.step):
+        if self._settings.snapshot_is_due(progress.step):
             self._host_memory_for(storage)  # before anything is changed: memory may run out
         for reader in list(self._readers):
             reader.copy()
-        sample, network = storage.sample.buffers(), storage.subset.buffers() if is_due else None
-        wanted = [(storage.sample, sample), *([] if network is None else [(storage.subset, network)])]
         sketcher = self._sketcher(averages, storage, now.tracked)
-        name = averages.update_(values, copies, progress.t, progress.step, pool, wanted, sketcher)
+        name = averages.update_(values, copies, progress.t, progress.step, pool, storage.sample, sketcher)
         self.tracking = replace(now, progress=progress)
         if name is not None:
-            return nonfinite_error(name, now.tracked.tensors, progress.step), None
-        averages.sample = sample
-        return None, network
+            return nonfinite_error(name, now.tracked.tensors, progress.step)
+        return None
 
     def _sketcher(self, averages: Averages, storage: StorageLayout, tracked: TrackedModel) -> Sketcher | None:
         """Return the sketcher of the path from the first update on, or from a known path; None if neither is known."""
@@ -419,8 +420,8 @@ class Pipeline:
                 return None
         return sketcher
 
-    def _submit_snapshots(self, current: Tracking, network: Sequence[torch.Tensor] | None, is_due: bool = True) -> None:
-        """Stage the averages, and queue their snapshots; `network` has the model's values of the measured subset."""
+    def _submit_snapshots(self, current: Tracking, is_due: bool = True) -> None:
+        """Stage the averages, and queue their snapshots."""
         tensors, snapshotter = current.averages.tensors, self.snapshotter
         if tensors is None or snapshotter is None or not current.averages.exist:
             return
@@ -429,7 +430,7 @@ class Pipeline:
         copies = self._host_memory_for(storage)
         state = self._without_averages(current)
         with self._streams.in_own_streams():
-            staged = stage(storage, current.averages, copies, network, self._pool_for(tensors.layout))
+            staged = stage(storage, current.averages, copies, self._pool_for(tensors.layout))
         self._writes.submit(lambda: self._write_monitor.run(lambda: snapshotter.record(state, staged, is_due)))
 
 

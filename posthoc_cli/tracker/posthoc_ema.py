@@ -21,13 +21,14 @@ import types
 import weakref
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 from weakref import WeakKeyDictionary, WeakSet
 
+import numpy as np
 import torch
 
 from posthoc_cli.dtypes import EPS
@@ -44,12 +45,14 @@ from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights, as_targets
 from posthoc_cli.snapshots.codecs import encode_path, joined_paths
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.path import places
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.tracker import resuming
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import HOST
+from posthoc_cli.tracker.measuring import Subset
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
@@ -68,7 +71,7 @@ from posthoc_cli.tracker.pipeline import Pipeline, state_of_tracker, wait_for_wr
 from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.sharding import Group, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.snapshotter import run_snapshots
-from posthoc_cli.tracker.staging import squared_norms
+from posthoc_cli.tracker.staging import measured_now
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info, unpack_state
 from posthoc_cli.tracker.synthesizer import ChunkSynthesizer, Query, Synthesizer, as_dtensors, plan_possible
 from posthoc_cli.tracker.worker import CallGuard
@@ -121,7 +124,8 @@ class PostHocEMA:
         self._warned_of: set[str] = set()
         self._calls = CallGuard(directory)
         members.keeps(model, directory)
-        self._sample: dict[int, float] | None = None  # of the model that was given, until the first call
+        self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
+        self._weights: tuple[float, ...] = ()  # of the network in a loaded state, until the first call
         if model is not None and tracking.resumes:
             self._note_weights(model)
             self._choose_start(model, is_first_call=False)
@@ -561,8 +565,10 @@ class PostHocEMA:
 
         Snapshots that are later than the state, or of another attempt that continued from an earlier state, are moved
         to the folder `superseded`. From now on this tracker's settings hold, such as another `update_every` or
-        `checkpoint_every`, or fewer `sigma_rels`; every profile stays exact. An error changes nothing. For a sharded
-        model all processes make the call; each loads the chunks that it owns, also from complete tensors.
+        `checkpoint_every`, or fewer `sigma_rels`; every profile stays exact. An error changes nothing. Where the
+        model has other weights than the network had at that step, as after lost steps, the first `update_` warns, and
+        later predicted errors contain the distance. For a sharded model all processes make the call; each loads the
+        chunks that it owns, also from complete tensors.
 
         Raises:
             InvalidValueError, ModelMismatchError, NonFiniteError: not a tracker's state, or one that does not fit.
@@ -582,6 +588,9 @@ class PostHocEMA:
             norms = _squared_norms(group, loaded)
             group.together(lambda: self._write_from(loaded, norms))
             self._pipeline.set(loaded)
+            self._weights, model = loaded.weights if self._has_state else (), self._tracked_model()
+            if self._weights and model is not None:
+                self._note_weights(model)
 
     def close(self) -> None:
         """Write a last snapshot if one is missing, `flush`, release the directory, and detach.
@@ -636,6 +645,8 @@ class PostHocEMA:
         self._pipeline.is_restored = False
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
+        elif self._weights:
+            self._note_missing(model)
         if self._members.keeps(model, self.checkpoint_dir):
             self._keep(model, t)
         else:
@@ -755,6 +766,26 @@ class PostHocEMA:
         if chosen is not now:
             self._pipeline.set(chosen)
 
+    def _note_missing(self, model: torch.nn.Module) -> None:
+        """Note how far the model is from the network of the loaded state, which later predicted errors contain.
+
+        The model may have been restored in place after its state was loaded, which nobody notices: then the present
+        model, one step later, is the nearer one.
+        """
+        group, now = self._members.keepers("update_"), self._pipeline.tracking
+        recorded, tracked = np.array(self._weights, np.float32), now.tracked
+        present = group.together(lambda: self._watch.sample(model, tracked))
+        known = [resuming.in_order(ChainMap(*group.from_all(one))) for one in (self._sample or {}, present)]
+        gaps = [resuming.squared_gap(tracked, one, recorded) for one in known if len(one) == len(recorded)]
+        if missing := min(gaps, default=0.0):
+            averages = replace(now.averages, standing=replace(now.averages.standing, missing=missing * tracked.leads))
+            self._pipeline.set(replace(now, averages=averages))
+            if group.leads:
+                text = "the model has other weights than the network had then, and later predicted errors contain that"
+                step = now.progress.step
+                log.warning(f"%s: the averages continue from the state of step %d; {text}", self.checkpoint_dir, step)
+        self._weights = ()
+
     def _become_writer(self) -> None:
         """Become the directory's writer, at the first call, and in a resumed run load its averages."""
         with self._pipeline.as_writer(self.checkpoint_dir, self.run_id) as snapshotter:
@@ -785,15 +816,28 @@ class PostHocEMA:
         averages = tracking.averages
         part = averages.standing.inherited, encode_path(averages.known_path, exact=True)
         inherited, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
+        weights = self._present_weights(group, tracking.tracked)
         # Each process knows the rounding and the path of its own part, and some processes have no average.
         total, sketch = tuple(map(sum, zip(*inherited, strict=True))), joined_paths([*filter(None, sketches)])
 
         def read_info() -> StateInfo:
             snapshotter = self._pipeline.snapshotter
             complete = tracking if snapshotter is None else replace(tracking, snapshots=snapshotter.checksums)
-            return state_info(complete, self.settings)
+            return state_info(replace(complete, weights=weights), self.settings)
 
         return tracking, replace(group.from_first(read_info), inherited=total, sketch=sketch)
+
+    def _present_weights(self, group: Group, tracked: TrackedModel) -> tuple[float, ...]:
+        """Return the network's sampled weights at the last call; empty if they are unknown."""
+        if self._weights or not self._pipeline.progress.updated:
+            return self._weights
+        model, own = self._tracked_model(), dict[int, float]()
+        if model is not None and not self._pipeline.tracking.resumes and not is_swapped(model):
+            with suppress(ModelMismatchError):
+                own = self._watch.sample(model, tracked)
+        values = resuming.in_order(ChainMap(*group.from_all(own)))
+        is_known = len(values) == len(places(tracked.complete_shapes)) and bool(np.isfinite(values).all())
+        return tuple(values.tolist()) if is_known else ()
 
     def _read_exactly(self) -> Tracking:
         self.flush()
@@ -907,14 +951,19 @@ def _note_restored(model: torch.nn.Module, _: object) -> None:
     """Handle the end of the model's `load_state_dict`; a function of the module, so that models can be pickled."""
     for tracker in [*_trackers.get(model, ())]:
         tracker._pipeline.is_restored = True
-        if tracker._pipeline.tracking.resumes and not tracker.closed:
+        resumes = tracker._pipeline.tracking.resumes
+        if (resumes or tracker._weights) and not tracker.closed:
             tracker._note_weights(model)
-            if not tracker._members.is_chunked:  # else other processes would have to take part
+            if resumes and not tracker._members.is_chunked:  # else other processes would have to take part
                 tracker._choose_start(model, is_first_call=False)
 
 
 def _squared_norms(group: Group, state: Tracking) -> dict[float, float]:
     """Return the squared norm of each average by sigma_rel, summed over the processes."""
     averages = state.averages
-    parts = group.from_all({} if averages.tensors is None else squared_norms(averages, state.tracked.weights))
+    own: dict[float, float] = {}
+    if averages.tensors is not None:
+        found = measured_now(Subset(averages.tensors.layout, state.tracked.weights), averages)
+        own = {one: measured.norm for one, measured in zip(averages.sigma_rels, found, strict=True) if measured}
+    parts = group.from_all(own)
     return {sigma_rel: sum(norms.get(sigma_rel, 0.0) for norms in parts) for sigma_rel in averages.sigma_rels}

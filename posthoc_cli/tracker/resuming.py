@@ -25,9 +25,9 @@ from posthoc_cli.errors import (
     percent,
     shown,
 )
-from posthoc_cli.profiles import ClockRecorder
+from posthoc_cli.profiles import ClockRecorder, new_value_share
 from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
-from posthoc_cli.snapshots.codecs import Floats, path_of_part
+from posthoc_cli.snapshots.codecs import Floats, decode_sample, path_of_part
 from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_directory
 from posthoc_cli.snapshots.path import are_equal, recorded_weights, squared_distance
 from posthoc_cli.snapshots.snapshot import Snapshot
@@ -81,9 +81,10 @@ class Start:
         """
         # A process that only counts must not see which snapshots the writer sets aside meanwhile.
         stored = find_snapshots(self._directory) if writes else self._stored
-        values = np.array([sample[number] for number in sorted(sample)], np.float32)
+        values = in_order(sample)
         if self._is_given:
-            self._missing = group.from_first(lambda: self._distance(values, stored, now.tracked))
+            recorded = recorded_weights(stored).get(self.step or 0)
+            self._missing = group.from_first(lambda: squared_gap(now.tracked, values, recorded))
             if self._missing and is_first_call and group.leads and writes:
                 text = (
                     "the averages continue from step %d, as requested; the model has other weights than the network had"
@@ -110,23 +111,26 @@ class Start:
         resumed = resumed_tracking(snapshots_until(stored, self.step), self._settings.sigma_rels)
         return replace(now, progress=resumed.progress)
 
-    def _distance(self, values: Floats, stored: Sequence[Snapshot], tracked: TrackedModel) -> float:
-        """Return the squared distance of the model from the network's weights at the given call; 0 if unknown."""
-        recorded = recorded_weights(stored).get(self.step or 0)
-        if recorded is None or are_equal(values, recorded):
-            return 0.0
-        return squared_distance(values, recorded, {name: tracked.complete_shape(name) for name in tracked.weights})
-
     def read(self, now: Tracking) -> Tracking:
         """Read the state to resume from out of the directory."""
         if self.step == 0:
             return replace(now, progress=TrainingProgress(), resumes=False)
         loaded = load_from_directory(self._directory, self._settings, now.tracked, self.step)
         standing = loaded.averages.standing
-        if self._missing and now.tracked.leads:
-            inherited = tuple(error + self._missing for error in standing.inherited)
-            loaded.averages.standing = replace(standing, inherited=inherited)
+        loaded.averages.standing = replace(standing, missing=self._missing * now.tracked.leads)
         return loaded
+
+
+def in_order(sample: Mapping[int, float]) -> Floats:
+    """Return the values of a sample in the order of their numbers."""
+    return np.array([sample[number] for number in sorted(sample)], np.float32)
+
+
+def squared_gap(tracked: TrackedModel, values: Floats, recorded: Floats | None) -> float:
+    """Return the squared distance of a model from the recorded weights; 0 if these are unknown."""
+    if recorded is None or are_equal(values, recorded):
+        return 0.0
+    return squared_distance(values, recorded, tracked.complete_shapes)
 
 
 def stored_to_resume(directory: Path, resume: str | int) -> Sequence[Snapshot]:
@@ -247,7 +251,7 @@ def _rounded_state(
     chosen = {s.info.sigma_rel: s for s in snapshots if s.info.t == last.t}
     kept = AverageTensors(host_layout(tracked), len(sigma_rels))
     inherited = tuple(
-        _read_average(chosen[sigma_rel], high, tracked)
+        _read_average(chosen[sigma_rel], snapshots, high, tracked)
         if sigma_rel in chosen
         else _reconstruct(directory, snapshots, sigma_rel, high, tracked)
         for sigma_rel, high in zip(sigma_rels, kept.high, strict=True)
@@ -299,8 +303,14 @@ def _reconstruct(
     return predicted**2 * norm
 
 
-def _read_average(snapshot: Snapshot, average: FlatTensors, tracked: TrackedModel) -> float:
-    """Fill `average` from a snapshot, and return the expected squared norm of its error."""
+def _read_average(
+    snapshot: Snapshot, earlier: Sequence[Snapshot], average: FlatTensors, tracked: TrackedModel
+) -> float:
+    """Fill `average` from a snapshot, and return the expected squared norm of its error.
+
+    The errors of two resumes may add up, see `error_after_rounding`. How far the average has moved since the `earlier`
+    snapshot of its profile is estimated from the samples of both.
+    """
     expected = norm = 0.0
     boxes = tracked.boxes()
     with snapshot:
@@ -314,9 +324,12 @@ def _read_average(snapshot: Snapshot, average: FlatTensors, tracked: TrackedMode
             if value.element_size() < view.element_size():
                 expected += (ROUNDING * torch.finfo(value.dtype).eps) ** 2 * square
     info, measured = snapshot.info, snapshot.info.measurements
-    before = [d for d in measured.distances if d.sigma_rel == info.sigma_rel] if measured is not None else []
-    last = max(before, key=lambda d: d.t, default=None)
-    moved, share = (math.inf, 1.0) if last is None else (last.squared, 1 - (last.t / info.t) ** (info.gamma + 1))
+    before = [s for s in earlier if s.sigma_rel == info.sigma_rel and s.t < info.t and s.sample]
+    moved, share = math.inf, 1.0
+    if before and info.sample:
+        now, last = (decode_sample(one.sample)[1] for one in (info, before[-1]))
+        moved = squared_distance(now, last, {name: snapshot.entries[name].shape for name in info.averages})
+        share = new_value_share(info.gamma, before[-1].t, info.t)
     rounding = expected if measured is None else measured.rounding
     # The snapshot's measurements cover the complete tensors; this process may own a part of them.
     part = 1.0 if boxes is None or measured is None else norm / measured.norm if measured.norm else 0.0

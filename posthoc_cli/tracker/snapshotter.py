@@ -10,13 +10,13 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
+from posthoc_cli.dtypes import ITEM_BYTES, stored_name
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -27,9 +27,9 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import MEASURED, Motion, measured_prior
+from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.chunks import Box
-from posthoc_cli.snapshots.codecs import encode_path
+from posthoc_cli.snapshots.codecs import decode_sample, encode_path
 from posthoc_cli.snapshots.directory import (
     LOCK_NAME,
     ON_ONE_FILE_SYSTEM,
@@ -37,20 +37,18 @@ from posthoc_cli.snapshots.directory import (
     find_snapshots,
     inspect_directory,
     list_folder,
-    newest_before,
-    on_schedule,
     remove_leftovers,
     remove_snapshot,
     set_aside,
     snapshot_path,
     thin,
 )
+from posthoc_cli.snapshots.path import squared_distance
 from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, read_one
 from posthoc_cli.snapshots.sources import ElementRange, Source
 from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, tensor_bytes
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
-from posthoc_cli.tracker.measuring import Subset, measurements
+from posthoc_cli.tracker.layout import Layout
 from posthoc_cli.tracker.resuming import ways_to_resume
 from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.staging import StagedAverages
@@ -59,7 +57,6 @@ from posthoc_cli.tracker.state import Settings, Tracking
 log = logging.getLogger(__name__)
 
 _SAME_NORM = 1e-12  # largest relative difference of one norm, summed twice in float64 in different orders
-_FITTED = 24  # snapshots that a new one's motion is fitted to; earlier measurements are in the headers
 
 
 # --- sources of a synthesis ---
@@ -103,7 +100,9 @@ class LiveSource:
             at += len(data)
 
 
-def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> list[Snapshot]:
+def headers(
+    settings: Settings, state: Tracking, measurements: Sequence[Measurements | None], off_schedule: bool = False
+) -> list[Snapshot]:
     """Return the headers of snapshots of a state's averages, one a profile."""
     averages, standing, tracked = state.averages, state.averages.standing, state.tracked
     knots, members = state.progress.clock.knots_until(standing.step, standing.t), tracked.members
@@ -115,15 +114,17 @@ def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> 
             t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
             tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
             selection=settings.selection, skip_nonfinite=settings.on_nonfinite == "skip", updates=standing.updates,
-            inherited=inherited, off_schedule=off_schedule, sketch=sketch, chunks=tracked.chunks,
+            inherited=inherited, off_schedule=off_schedule, measurements=measured, sketch=sketch, chunks=tracked.chunks,
             part=members.part, mesh=members.mesh, session=members.session,
         )
-        for sigma_rel, gamma, inherited in zip(averages.sigma_rels, averages.gammas, standing.inherited, strict=True)
+        for sigma_rel, gamma, inherited, measured in zip(
+            averages.sigma_rels, averages.gammas, standing.errors, measurements, strict=True
+        )
     ]  # fmt: skip
 
 
 def live_sources(
-    settings: Settings, state: Tracking, layout: Layout,
+    settings: Settings, state: Tracking, layout: Layout, measurements: Sequence[Measurements | None],
     read: Callable[[int, Sequence[ElementRange]], list[torch.Tensor]],
 ) -> list[LiveSource]:  # fmt: skip
     """Return the averages of a state as sources, one a profile; `read` returns ranges of averages, on the host."""
@@ -139,7 +140,7 @@ def live_sources(
         averages = iter(read(index, [piece for piece in ranges if piece.name not in copies]))
         return [copies[name].reshape(-1)[i:j] if name in copies else next(averages) for name, i, j in ranges]
 
-    infos = headers(settings, state)
+    infos = headers(settings, state, measurements)
     return [LiveSource(info, specs, partial(read_with_copies, index)) for index, info in enumerate(infos)]
 
 
@@ -154,26 +155,6 @@ def with_snapshots(live: Sequence[LiveSource], snapshots: Sequence[Snapshot]) ->
     now, profiles = live[0].info.t if live else math.inf, {source.info.sigma_rel for source in live}
     infos = ((snapshot, snapshot.info) for snapshot in snapshots)
     return [*live, *(s for s, info in infos if info.t < now or (info.t == now and info.sigma_rel not in profiles))]
-
-
-def measured(live: Sequence[LiveSource], stored: Sequence[Snapshot]) -> list[LiveSource]:
-    """Return the sources with measurements: those of their snapshots if these are stored already, else new ones."""
-    if not live:
-        return []
-    infos = [source.info for source in live]
-    of_part = (snapshot for snapshot in stored if snapshot.info.part == infos[0].part)
-    known = {(snapshot.t, snapshot.sigma_rel): snapshot.info.measurements for snapshot in of_part}
-    found = [known.get((info.t, info.sigma_rel)) for info in infos]
-    if None in found:
-        specs = {name: live[0].entries[name] for name in infos[0].averages if name in live[0].entries}
-        layout = buckets_of({name: (HOST, torch_dtype(spec.dtype), spec.shape) for name, spec in specs.items()})
-        subset = Subset(layout, specs)
-        values = [subset.read(source.read) for source in live]
-        found = measurements(infos, subset, values, newest_before(infos[0], stored))
-    return [
-        replace(source, info=replace(source.info, measurements=own and replace(own, rounding=0.0)))
-        for source, own in zip(live, found, strict=True)
-    ]
 
 
 # --- snapshots ---
@@ -223,10 +204,17 @@ class Snapshotter:
         return frozenset(snapshot.checksum for snapshot in self._stored)
 
     def distances(self) -> dict[float, float]:
-        """Return each average's distance from the model when it was last stored, relative to its norm, by sigma_rel."""
-        newest = {snapshot.sigma_rel: snapshot.info.measurements for snapshot in self._stored}
-        known = {sigma_rel: m for sigma_rel, m in newest.items() if m is not None and m.weights is not None}
-        return {sigma_rel: math.sqrt((m.weights or 0.0) / m.norm) for sigma_rel, m in known.items() if m.norm}
+        """Return each average's distance from the model when it was last stored, relative to its norm, by sigma_rel.
+
+        It is estimated from the sample in the header, see `snapshots.path`.
+        """
+        distances = {}
+        for sigma_rel, newest in {snapshot.sigma_rel: snapshot for snapshot in self._stored}.items():
+            weights, average = decode_sample(newest.sample)
+            shapes = {name: newest.entries[name].shape for name in newest.averages}
+            if len(weights) and (norm := squared_distance(average, 0 * average, shapes)):
+                distances[sigma_rel] = math.sqrt(squared_distance(weights, average, shapes) / norm)
+        return distances
 
     def check_run(self, run_id: str) -> None:
         """Raise a MismatchError if the directory holds snapshots of another run."""
@@ -234,10 +222,6 @@ class Snapshotter:
             reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
             hint = f"{ways_to_resume(self._stored[-1].info.step)}; for a new run name another directory"
             raise MismatchError(self.directory, reason, hint)
-
-    def stored(self, off_schedule: bool = True) -> list[Snapshot]:
-        """Return the stored snapshots, or only those on the schedule."""
-        return self._stored if off_schedule else on_schedule(self._stored)
 
     def list_complete(self) -> None:
         """Replace the parts of this process by complete snapshots, as states list them; a sole writer has no parts."""
@@ -289,7 +273,8 @@ class Snapshotter:
                 if files.is_absent(self.directory):
                     reason = f"was deleted: the averages of step {standing.step} are lost"
                     raise WriteError(self.directory, reason, errno=errno.ENOENT)
-                infos = zip(headers(self._settings, state, off_schedule), staged.samples, strict=True)
+                made = headers(self._settings, state, staged.measurements, off_schedule)
+                infos = zip(made, staged.samples, strict=True)
                 self.write([replace(info, sample=sample) for info, sample in infos], staged, state.averages.copies)
                 self._thin()
             except PostHocError as error:
@@ -297,37 +282,24 @@ class Snapshotter:
                 raise
 
     def write(self, infos: Sequence[Snapshot], staged: StagedAverages, copies: Mapping[str, torch.Tensor]) -> None:
-        """Write the snapshots of one time durably, with their measurements; none if an average is not finite.
+        """Write the snapshots of one time durably; none if an average is not finite.
 
         After skipped updates, an average that is due may be stored already: then it is not written again. Snapshots on
-        the schedule are written and measured as if none existed off the schedule.
+        the schedule are written as if none existed off the schedule.
         """
         due = [not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule) for info in infos]
         if not any(due):
             return
-        earlier = self.stored(infos[0].off_schedule)
         for bad in filter(None, staged.nonfinite):
             raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
-        subset, partners = staged.layout.subset, newest_before(infos[0], earlier)
-        measured = measurements(infos, subset, staged.averages, partners, staged.stored, staged.network)
         for name, copy in copies.items():
             if copy.is_floating_point() and bool(copy.isnan().any()):
                 log.warning("tensor %r holds nan, and is copied unchanged", name)
-        infos = [replace(info, measurements=own) for info, own in zip(infos, measured, strict=True)]
-        motion = self._motion(earlier, infos)
         nbytes = 0
         for index, (info, is_due) in enumerate(zip(infos, due, strict=True)):
             if is_due:
-                nbytes += self._write_one(replace(info, motion=motion), staged, index, copies)
+                nbytes += self._write_one(info, staged, index, copies)
         self.written = (self.written[0] + 1, nbytes)
-
-    def _motion(self, earlier: Sequence[Snapshot], infos: Sequence[Snapshot]) -> Motion | None:
-        """Return the motion up to these snapshots, for their headers; None if too few were measured."""
-        known = (snapshot for snapshot in reversed(earlier) if snapshot.info.measurements)
-        fitted = [snapshot.info for snapshot in islice(known, _FITTED) if snapshot.t < infos[0].t][::-1]
-        prior = measured_prior([info.average() for info in [*fitted, *infos]])
-        is_known = prior.source == MEASURED and prior.motion.edges[0] > 0  # an assumed motion begins at time 0
-        return prior.motion.handed_on() if is_known else None
 
     def _thin(self) -> None:
         schedule = self._settings.schedule
@@ -392,16 +364,9 @@ class PartSnapshotter(Snapshotter):
         """Return no distances: each process has measured only its own part."""
         return {}
 
-    def stored(self, off_schedule: bool = True) -> list[Snapshot]:
-        """Return the stored parts of this process, without those that another process has removed."""
-        return [*filter(_exists, super().stored(off_schedule))]
-
     def list_complete(self) -> None:
         """Replace the list of this process's parts by that of the complete snapshots."""
         self._stored = [*self._complete().values()]
-
-    def _motion(self, earlier: Sequence[Snapshot], infos: Sequence[Snapshot]) -> None:
-        """Return no motion: each process has measured only its own part."""
 
     def _thin(self) -> None:
         with suppress(RemoteError):  # if the store does not answer, the next snapshots thin

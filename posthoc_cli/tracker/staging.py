@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli.dtypes import torch_dtype
+from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.codecs import encode_sample
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
@@ -242,8 +243,7 @@ class StagedAverages:
     Attributes:
         copies: the values, except tensors that are stored in another dtype, which are in `others`.
         nonfinite: the first tensor that holds a nan or an infinity.
-        averages, stored: values of the measured subset, exact and as they are stored.
-        network: the model's values of the measured subset, if known.
+        measurements: of each average.
         samples: the exact and the model's values of the sample, encoded for the header; "" if the model's are unknown.
     """
 
@@ -251,9 +251,7 @@ class StagedAverages:
     copies: Sequence[HostTensors]
     others: Sequence[dict[str, torch.Tensor]]
     nonfinite: Sequence[str | None]
-    averages: Sequence[Values]
-    stored: Sequence[Values]
-    network: Values | None
+    measurements: Sequence[Measurements | None]
     samples: Sequence[str]
 
     def flats(self, index: int) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
@@ -273,12 +271,11 @@ class StagedAverages:
 
 @torch.no_grad()
 def stage(
-    layout: StorageLayout, averages: Averages, copies: Sequence[HostTensors],
-    network: Sequence[torch.Tensor] | None = None, pool: ThreadPool = SINGLE_THREAD,
-) -> StagedAverages:  # fmt: skip
+    layout: StorageLayout, averages: Averages, copies: Sequence[HostTensors], pool: ThreadPool = SINGLE_THREAD
+) -> StagedAverages:
     """Round the averages as they are now into `copies`, which may be pinned: complete when the current stream is.
 
-    `network` has the model's values of the subset, one buffer a bucket. Results do not depend on the pool's threads.
+    Results do not depend on the pool's threads.
     """
     profiles, subset = range(len(averages.sigma_rels)), layout.subset
     subset_buffers, samples = ([elements.buffers() for _ in profiles] for elements in (subset, layout.sample))
@@ -312,9 +309,10 @@ def stage(
         for index in profiles
     ]
     nonfinite = [nonfinite_name(tensors) for tensors in others]
-    weights, network_values = averages.sample, None if network is None else joined(network)
+    weights = averages.sample
     encoded = ["" if weights is None else encode_sample(*map(layout.in_order, (weights, exact))) for exact in samples]
-    return StagedAverages(layout, copies, others, nonfinite, measured, stored, network_values, encoded)
+    measurements = [subset.measured(*values) for values in zip(measured, stored, strict=True)]
+    return StagedAverages(layout, copies, others, nonfinite, measurements, encoded)
 
 
 def _stored_in_other_dtypes(
@@ -359,14 +357,14 @@ def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
     return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
 
 
-def squared_norms(averages: Averages, measured: Iterable[str]) -> dict[float, float]:
-    """Return the squared norm of each average, by sigma_rel, as its snapshot would have it."""
-    kept = averages.tensors
-    assert kept is not None
-    subset, norms = Subset(kept.layout, measured), {}
-    for index, sigma_rel in enumerate(averages.sigma_rels):
-        buffers = subset.buffers()
-        for tile in tiles_of(kept.layout):
-            subset.take(tile, averages.values(tile, index), buffers)
-        norms[sigma_rel] = subset.squared(joined(buffers))
-    return norms
+def measured_now(subset: Subset, averages: Averages, pool: ThreadPool = SINGLE_THREAD) -> list[Measurements | None]:
+    """Return the measurements of the averages as they are now, not rounded."""
+    profiles = range(len(averages.sigma_rels))
+    buffers = [subset.buffers() for _ in profiles]
+
+    def take(tile: BucketTile, thread: int) -> None:
+        for index in profiles:
+            subset.take(tile, averages.values(tile, index, thread), buffers[index])
+
+    pool.each(take, tiles_of(subset.layout))
+    return [subset.measured(joined(values)) for values in buffers]

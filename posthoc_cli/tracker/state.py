@@ -160,6 +160,7 @@ class Tracking:
     Attributes:
         resumes: whether the averages are still to be loaded from the directory.
         snapshots: in a state to continue from, the header checksums of the snapshots written until its time.
+        weights: in such a state, the network's sampled weights at the last call; empty if unknown.
     """
 
     run_id: str
@@ -168,6 +169,7 @@ class Tracking:
     averages: Averages
     resumes: bool = False
     snapshots: frozenset[str] = frozenset()
+    weights: tuple[float, ...] = ()
 
     @classmethod
     def new(cls, run_id: str, tracked: TrackedModel, sigma_rels: Sequence[float], resumes: bool = False) -> Tracking:
@@ -246,7 +248,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         path = path_of_part(info.sketch, tracked.part)
         averages = Averages(wanted, standing, kept, copies, known_path=path)
     progress = TrainingProgress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
-    return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
+    return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots), weights=info.weights)
 
 
 def state_info(state: Tracking, settings: Settings) -> StateInfo:
@@ -257,10 +259,10 @@ def state_info(state: Tracking, settings: Settings) -> StateInfo:
         sigma_rels=averages.sigma_rels, averages_t=standing.t, averages_step=standing.step,
         t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
         window=standing.window, folds=standing.folds, folded_t=standing.folded_t, shared=standing.shared,
-        inherited=standing.inherited,
+        inherited=standing.errors,
         schedule=settings.schedule, clock=tuple(progress.clock.state()),
         sketch=encode_path(averages.known_path, exact=True),
-        snapshots=tuple(sorted(state.snapshots)),
+        snapshots=tuple(sorted(state.snapshots)), weights=state.weights,
     )  # fmt: skip
 
 

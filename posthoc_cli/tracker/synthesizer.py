@@ -40,7 +40,7 @@ from posthoc_cli.tracker.model_weights import check_weights, copied_weights, fil
 from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.sharding import Group, ShardOwners, as_dtensor, held_box, held_part, is_sharded, reshard
-from posthoc_cli.tracker.snapshotter import LiveSource, measured, run_snapshots, with_snapshots
+from posthoc_cli.tracker.snapshotter import LiveSource, run_snapshots, with_snapshots
 from posthoc_cli.tracker.state import Settings
 
 Result = TypeVar("Result")
@@ -221,9 +221,9 @@ class Synthesizer:
             )
         self.tracker.flush()
         if live_only:
-            return [*measured(self._pipeline.live(), [])]
+            return [*self._pipeline.live()]
         live, snapshots = self._pipeline.live(), run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
-        return self._until_start(with_snapshots(measured(live, snapshots), snapshots))
+        return self._until_start(with_snapshots(live, snapshots))
 
     def _until_start(self, sources: list[Source]) -> list[Source]:
         """Return the sources that are not later than the call from which the run is to be resumed."""
@@ -235,8 +235,11 @@ class Synthesizer:
         sources = self._checked(sources)
         if self._is_live(query):
             source = sources[self._index(query) or 0]
+            plan = plan_synthesis([source], [query.wanted], method=query.method, dtype=query.dtype)
+            if isinstance(source.info, Snapshot) and source.info.inherited:  # as after rounding
+                return _logged(plan)
             log.info("live average of sigma_rel %g at t = %.12g: exact", source.info.sigma_rel, source.info.t)
-            return plan_synthesis([source], [query.wanted], method=query.method, dtype=query.dtype)
+            return plan
         return _logged(plan_synthesis(sources, [query.wanted], query.t, query.step, query.method, dtype=query.dtype))
 
     def _checked(self, sources: list[Source]) -> list[Source]:
@@ -322,8 +325,7 @@ class ChunkSynthesizer(Synthesizer):
 
         def measure() -> list[LiveSource]:
             self.tracker.flush()
-            snapshotter = self._pipeline.snapshotter
-            return measured(self._pipeline.live(), [] if snapshotter is None else snapshotter.stored())
+            return self._pipeline.live()
 
         local, progress = self.group.together(measure), self._pipeline.progress
         headers = [(source.info, dict(source.entries)) for source in local]

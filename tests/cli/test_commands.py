@@ -14,7 +14,7 @@ from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.cli.output import print_pairs, print_table
+from posthoc_cli.cli.output import print_pairs, print_rows
 from posthoc_cli.errors import percent
 from posthoc_cli.resources import size_text
 
@@ -115,7 +115,7 @@ def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run:
 def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_path: Path, name: str) -> None:
     layout = ("--layout", "sharded") if name == "m" else ()
     made = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / name, *layout)
-    (note,) = (line for line in made.err.splitlines() if "not in the output" in line)
+    (note,) = (line for line in made.err.splitlines() if "the output lacks" in line)
     assert "(2.bias)" in note
     command = made.err.split("from a full model: ")[1].strip()
     if name == "m.pt":
@@ -148,11 +148,12 @@ def test_the_profiles_table_and_the_conversion_in_both_directions(ema: Ema) -> N
 
 def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     """Texts to the left and numbers to the right, by their width on a terminal, and control characters escaped."""
-    print_table(["file", "size"], [["名\x1b", "1"], ["longer-name", "12,000"]], left=["file"])
+    rows = [{"file": "名\x1b", "bytes": 1, "predicted_error": 0.1}, {"file": "longer-name", "bytes": 12_000}]
+    print_rows(rows, ["file", "size:bytes", "predicted_error"])
     assert capsys.readouterr().out.splitlines() == [
-        "file           size",
-        "名\\x1b            1",
-        "longer-name  12,000",
+        "file          size  predicted error",
+        "名\\x1b         1 B             10 %",
+        "longer-name  12 kB",
     ]
     print_pairs([("run", "x"), ("schedule", "y")])
     assert capsys.readouterr().out == "run       x\nschedule  y\n"

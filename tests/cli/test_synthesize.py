@@ -24,7 +24,7 @@ def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     made = r"made sigma_rel 0\.15 at t = 2,000 from 40 snapshots"
     assert re.match(rf"{made}, predicted error 0\.\d+ %, 128 B, in ", last)
     assert str(out) in last
-    assert "1 of the model's tensors are not in the output" in result.err
+    assert "the output lacks 1 tensor (2.bias) of the model" in result.err
     found = load_file(out)
     assert_same_tensors(found, PostHocEMA.from_path(run).state_dict(sigma_rel=0.15))
     assert found["2.weight"].dtype == torch.float16

@@ -325,20 +325,6 @@ def test_the_error_bar_holds_whether_rounding_or_motion_dominates(
         assert 0.5 < actual / predicted < 1.4
 
 
-def test_the_motion_of_a_header_keeps_the_variance_of_the_path() -> None:
-    """Segments that are joined have the sum of their variances, whatever their lengths."""
-    random = np.random.default_rng(0)
-    edges = np.cumsum(random.uniform(0.1, 20.0, 300))
-    motion = Motion(edges, random.uniform(0.1, 5.0, 299), random.uniform(0.0, 3.0, 299))
-    kept = motion.handed_on()
-    assert kept.walk.size < 100
-    assert set(kept.edges) <= set(edges)
-    for name in ("walk", "noise"):
-        total = np.concatenate(([0.0], np.cumsum(getattr(motion, name) * np.diff(edges))))
-        found = np.cumsum(getattr(kept, name) * np.diff(kept.edges))
-        assert found == pytest.approx(total[np.searchsorted(edges, kept.edges[1:])], rel=1e-5)
-
-
 @pytest.mark.parametrize("steps", [None, Steps(Clock.of_steps())])
 def test_a_longer_run_of_the_same_training_has_the_same_errors(steps: Steps | None) -> None:
     """The same snapshots, at the same fractions of both runs, give averages of equal error, relative to the norm."""

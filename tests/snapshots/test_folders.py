@@ -27,7 +27,7 @@ from snapshots.recorded import Walk
 
 from posthoc_cli import PostHocEMA, PostHocError, Run, export_file
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
-from posthoc_cli.reconstruction import Distance, Measurements
+from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import (
@@ -70,7 +70,7 @@ def test_all_results_from_parts_equal_those_from_single_files(run: Path, unsplit
     """Without measurements in headers, the same sample is read from both."""
     if how == "unmeasured":
         for path in (*snapshot_files(run), *snapshot_files(unsplit)):
-            rewrite_snapshot(path, measurements=None, motion=None, sketch="")
+            rewrite_snapshot(path, measurements=None, sketch="")
     split_all(run, "grid" if how == "unmeasured" else how)
     expected, split = Run(unsplit), Run(run)
     for target in (0.15, 0.27):
@@ -193,17 +193,11 @@ def test_tiles_of_large_tensors_are_the_same_bits(tmp_path: Path, grid: tuple[in
 def test_measurements_are_added(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(4)})
     folder = split_snapshot(path, 2)
-    numbers = [
-        Measurements(2.0, 0.5, (Distance(10.0, 0.1, 3.0, 0.0), Distance(5.0, 0.05, 1.0, 0.25)), 7.0),
-        Measurements(4.0, 0.25, (Distance(5.0, 0.05, 2.0, 0.5),), 1.0),
-    ]
-    for part, measured in zip(parts_of(folder), numbers, strict=True):
+    for part, measured in zip(parts_of(folder), (Measurements(2.0, 0.5), Measurements(4.0, 0.25)), strict=True):
         rewrite_snapshot(part, measurements=measured, inherited=1.5)
     (snapshot,) = read_directory(tmp_path)
-    assert snapshot.info.measurements == Measurements(6.0, 0.75, (Distance(5.0, 0.05, 3.0, 0.75),), 8.0)
+    assert snapshot.info.measurements == Measurements(6.0, 0.75)
     assert snapshot.info.inherited == 3
-    rewrite_snapshot(parts_of(folder)[1], measurements=replace(numbers[1], weights=None))
-    assert read_directory(tmp_path)[0].info.measurements == replace(snapshot.info.measurements, weights=None)
     rewrite_snapshot(parts_of(folder)[1], measurements=None)
     assert read_directory(tmp_path)[0].info.measurements is None
 
@@ -260,7 +254,7 @@ def gap(part: Path) -> None:
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (with_fields(run_id=OTHER_RUN_ID), "are not of one snapshot: they differ in run_id"),
     (
-        with_fields(t=59.0, step=59, updates=59, clock=(), motion=None, measurements=None),
+        with_fields(t=59.0, step=59, updates=59, clock=(), measurements=None),
         r"are not of one snapshot: they differ in (t|step)",
     ),
     (elsewhere(shape=(21, 30)), r"tensor '0.weight' has the shapes \[20, 30\] and \[21, 30\]"),

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli.dtypes import stored_name
-from posthoc_cli.reconstruction import Distance, Measurements, Motion
+from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.outputs import OutputInfo, Used, decode_output
 from posthoc_cli.snapshots.snapshot import TrackingSchedule, decode_snapshot
 from posthoc_cli.snapshots.sources import TrackedTensor
@@ -141,10 +141,7 @@ def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
         tensors={"w": TrackedTensor("average", "BF16"), "seen": TrackedTensor("copy", "I64")},
         schedule=TrackingSchedule(5, 10, 15, None, "F16"), sigma_rels=(0.1, 0.28),
         clock=((3, 0.1), (77, 1234.5)),
-        measurements=Measurements(
-            1 / 3, 1e-9, (Distance(1234.5, 0.28, 0.5, 0.0), Distance(999.0, 0.1, 2.0, 1e-9)), 0.25
-        ),
-        motion=Motion(np.array([0.1, 600.0, 1234.5]), np.array([2.0, 0.5]), np.array([0.0, 1e-3])),
+        measurements=Measurements(1 / 3, 1e-9),
     )  # fmt: skip
     assert read_by_the_book(path).content == {
         "kind": "snapshot", "format": 3, "run_id": RUN_ID, "sigma_rel": 0.1, "gamma": exact_gamma(0.1),
@@ -156,14 +153,7 @@ def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
         },
         "tensors": {"w": {"role": "average", "dtype": "BF16"}, "seen": {"role": "copy", "dtype": "I64"}},
         "aliases": {"tied": "w"}, "left_out": ["frozen"],
-        "measurements": {
-            "norm": 1 / 3, "rounding": 1e-9, "weights": 0.25,
-            "distances": [
-                {"t": 1234.5, "sigma_rel": 0.28, "squared": 0.5, "rounding": 0.0},
-                {"t": 999.0, "sigma_rel": 0.1, "squared": 2.0, "rounding": 1e-9},
-            ],
-        },
-        "motion": {"edges": [0.1, 600.0, 1234.5], "walk": [2.0, 0.5], "noise": [0.0, 0.001]},
+        "measurements": {"norm": 1 / 3, "rounding": 1e-9},
     }  # fmt: skip
 
 
@@ -178,17 +168,14 @@ names = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
     times=st.tuples(st.floats(1e-9, 1e18), st.floats(1e-6, 0.999), st.floats(0, 1)), known=st.booleans(),
     sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28), step=st.integers(2, 10**18 - 1),
     unit=names.filter(str.isprintable),
-    sums=st.none() | st.lists(st.just(0.0) | st.floats(1e-100, 1e100), min_size=4, max_size=4),
+    sums=st.none() | st.lists(st.just(0.0) | st.floats(1e-100, 1e100), min_size=2, max_size=2),
 )  # fmt: skip
 def test_the_metadata_of_a_snapshot_is_read_back_exactly(
     tensor_names: list[str], times: tuple[float, float, float], known: bool, sigma_rel: float, step: int, unit: str,
     sums: list[float] | None,
 ) -> None:  # fmt: skip
     t, early, interval = times
-    measurements = None
-    if sums is not None:
-        distances = (Distance(t, 0.2885, sums[2], 0.0), Distance(early * t, 0.28, sums[2], sums[3]))
-        measurements = Measurements(sums[0], sums[1], distances, sums[3] if known else None)
+    measurements = None if sums is None else Measurements(*sums)
     alias, *stored = tensor_names
     optional = {"clock": ((step // 2, t * early), (step, t)), "updates": step // 2, "inherited": early}
     optional |= {"off_schedule": True, "skip_nonfinite": True}

@@ -263,22 +263,14 @@ schedule = partial(changed, {
     "checkpoint_dtype": "F16", "sigma_range": [0.05, 0.28],
 })  # fmt: skip
 roles = partial(changed, {"a": {"role": "average", "dtype": "F32"}, "b": {"role": "copy", "dtype": "I16"}})
-motion = partial(changed, {"edges": [1, 5, 10], "walk": [2, 0.5], "noise": [0, 1e-3]})
 selection = partial(changed, {"only_trainable": True, "include": ["a*"], "exclude": ["b"], "buffers": "copy"})
-DISTANCE = {"t": 10.0, "sigma_rel": 0.28, "squared": 0.5, "rounding": 0.0}
-
-
-def measured(distance: Mapping[str, Any] | None = None, **changes: Any) -> str:
-    first = {**DISTANCE, **(distance or {})}
-    distances = [first, {**first, "t": 5.0, "sigma_rel": 0.05}]
-    return changed({"norm": 7.25, "rounding": 1e-7, "distances": distances}, **changes)
+measured = partial(changed, {"norm": 7.25, "rounding": 1e-7})
 
 
 def wrong(name: str, value: str) -> str:
     return f"{name}: must be a finite number, at least 0, not {value}"
 
 
-FEW = "must be 1 to 1,000 values"
 SNAPSHOT = {
     "format": [("2", "its format is 2"), ('"3"', "its format is")],
     "run_id": [('"short"', ""), (f'"{"g" * 32}"', "")],
@@ -312,15 +304,7 @@ SNAPSHOT = {
         *((measured(norm=value), wrong("norm", repr(value))) for value in (-1, True, "1", None)),
         (measured(rounding=10**400), wrong("rounding", "an int of many digits")),
         (measured(norm=1).replace("1,", "1e999,", 1), wrong("norm", "inf")),
-        (measured({"rounding": float("inf")}), "Infinity is not JSON"), (measured({"t": [1]}), wrong("t", "a list")),
-        (measured(distances={}), "distances: must be a list"), ('{"rounding":0,"distances":[]}', "norm: is missing"),
-        (measured(distances=[1]), "distances: must be a JSON object, not 1"),
-    ],
-    "motion": [
-        (motion(walk=[-1, 1]), "walk: must be a list of finite numbers, at least 0"),
-        (motion(walk=[1]), f"{FEW} of walk, as many of noise, and one more"), (motion(noise=[1, 1, 1]), FEW),
-        (motion(edges=[1, 10]), FEW), (motion(edges=[1], walk=[], noise=[]), FEW),
-        (motion(edges=[*range(1, 1003)], walk=[1] * 1001, noise=[0] * 1001), FEW),
+        (measured(rounding=float("inf")), "Infinity is not JSON"), ('{"rounding":0}', "norm: is missing"),
     ],
     "sigma_rels": [("[]", "must be a list of numbers"), ("[true]", "must be a list of finite numbers")],
     "clock": [
@@ -383,8 +367,8 @@ def test_missing_optional_metadata_is_read_as_none(small: Small) -> None:
     before = read_snapshot(forge(path, {"measurements": measured()})).info.measurements
     older = read_snapshot(forge(path, {"measurements": measured(arithmetic=1e-9)})).info.measurements  # until 0.2
     assert (older, before is None) == (before, False)
-    info = read_snapshot(forge(path, {"measurements": None, "clock": None, "motion": None})).info
-    assert (info.measurements, info.clock, info.motion, info.selection) == (None, (), None, None)
+    info = read_snapshot(forge(path, {"measurements": None, "clock": None})).info
+    assert (info.measurements, info.clock, info.selection) == (None, (), None)
     assert (info.updates, info.inherited, info.off_schedule) == (None, 0.0, False)
 
 

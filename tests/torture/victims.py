@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from factories import split_snapshot, write_snapshot
@@ -21,7 +22,8 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.reconstruction import Distance, Measurements
+from posthoc_cli.reconstruction import Measurements, Sketch
+from posthoc_cli.snapshots.codecs import PathSketch, encode_path
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index, decode_output
 from posthoc_cli.snapshots.snapshot import decode_snapshot
 from posthoc_cli.snapshots.tensorfile import read_file, tensor_bytes
@@ -138,10 +140,11 @@ def harm_all(
 
 def small_snapshot(folder: Path, values: dict[str, torch.Tensor] | None = None) -> Victim:
     """Write a snapshot, which a synthesis reads."""
-    measured = Measurements(7.25, 1e-7, (Distance(5.0, 0.05, 0.25, 1e-8),))
+    measured = Measurements(7.25, 1e-7)
+    sketch = Sketch(np.array([1.0, 5.0, 10.0]), np.ones(2), np.array([[0.0, 0.0], [0.5, 0.25]]), np.zeros(2))
     path = write_snapshot(
         folder / "run", 10, 0.05, RUN_ID, values or VALUES, sigma_rels=(0.05, 0.28), aliases={"tied": "a"},
-        left_out=("frozen",), measurements=measured, clock=((10, 10.0),),
+        left_out=("frozen",), measurements=measured, clock=((10, 10.0),), sketch=encode_path(PathSketch(1, sketch)),
     )  # fmt: skip
     out = folder / "out.safetensors"
     return Victim("snapshot", path, lambda: synthesize(folder / "run", out), out, str(path))

@@ -274,18 +274,74 @@ def test_a_requested_step_is_used_whatever_the_weights(tmp_path: Path, caplog: p
             assert 0.5 * expected < found < 1.5 * expected
 
 
-def test_a_state_in_the_users_own_checkpoint_needs_no_place_on_the_path(tmp_path: Path) -> None:
-    training, states = Training(), {}
-    with PostHocEMA.from_model(training.model, tmp_path, **SETTINGS) as ema:
-        training.run(1, 20, ema)
-        states = ema.state_dict(), training.checkpoint()
-        training.run(21, 100, ema)
-    again = Training(seed=4)
-    with resumed(again.model, tmp_path) as ema:
-        again.restored(states[1])
-        ema.load_state_dict(states[0])
-        again.run(21, 60, ema)
-        assert error(ema, [*training.path[:20], *again.path]) < 1e-6
+@pytest.mark.parametrize("order", ["state last", "state first", "in place"])
+@pytest.mark.parametrize("clock", ["steps", "images"])
+def test_a_state_of_an_earlier_step_than_the_models_is_continued_with_a_warning(
+    tmp_path: Path, order: str, clock: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The steps in between are lost: later predicted errors contain the distance between the model and the state's.
+
+    With an own clock the first value after the gap stands for all of it."""
+    settings: dict[str, Any] = SETTINGS | {"t_unit": clock, "checkpoint_dtype": torch.float32}
+
+    def run(training: Training, first: int, last: int, ema: PostHocEMA) -> None:
+        for step in range(first, last + 1):
+            training.run(step, step)
+            ema.update_(training.model, None if clock == "steps" else 10.0 * step)
+
+    training = Training()
+    with PostHocEMA.from_model(training.model, tmp_path, **settings) as ema:
+        run(training, 1, 100, ema)
+        state, at_100 = ema.state_dict(), training.checkpoint()
+        run(training, 101, 130, ema)
+        at_130 = training.checkpoint()
+    for saved, is_exact in ((at_100, True), (at_130, False)):
+        caplog.clear()
+        again = Training(seed=4)
+        with PostHocEMA.from_model(again.model, tmp_path, **settings, resume="auto") as ema:
+            if order == "state last":
+                again.restored(saved)
+            ema.load_state_dict(state)
+            if order == "state first":
+                again.restored(saved)
+            elif order == "in place":
+                for name, value in again.model.state_dict().items():
+                    value.copy_(saved["model"][name])
+            kept = ema.state_dict()["weights"]
+            run(again, 131, 131, ema)
+            found = ema.state_dict(0.05).predicted_error
+        assert kept == state["weights"]
+        assert found is not None
+        lost = distance(recorded(again.model), at_100["model"])
+        one_step = distance(recorded(again.model), saved["model"])
+        said = "the averages continue from the state of step 100; the model has other weights" in caplog.text
+        if is_exact and order != "in place":
+            assert not said
+            assert found < 1e-6
+        elif is_exact:  # nobody notices a change in place: the present model is one step away
+            assert found < 1.5 * one_step
+        else:
+            assert said
+            assert 0.5 * lost < found < 1.5 * lost
+
+
+def test_a_live_average_is_called_exact_only_where_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not after resuming from snapshots that are rounded to float16."""
+    caplog.set_level(logging.INFO)
+    training = Training()
+    for last in (40, 80):
+        settings = SETTINGS | {"checkpoint_dtype": torch.float16}
+        with PostHocEMA.from_model(training.model, tmp_path, **settings, resume="auto") as ema:
+            training.run(last - 39, last, ema)
+            caplog.clear()
+            found = ema.state_dict(0.28, dtype=torch.float32)
+            said = [text for text in caplog.messages if "average of sigma_rel" in text]
+        if last == 40:
+            assert said == ["live average of sigma_rel 0.28 at t = 40: exact"]
+        else:
+            assert found.predicted_error is not None
+            assert 1e-6 < found.predicted_error < 1e-3
+            assert said == [f"average of sigma_rel 0.28 at t = 80: predicted error {found.predicted_error:.2g}"]
 
 
 def test_another_model_is_an_error_at_the_first_call_even_if_no_update_is_due(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ STAGE = (
 before, after = int(arguments[1]), int(arguments[2])
 ema = tracker("run")
 if before:
+    move(model, before)
     dcp.load({"ema": ema}, checkpoint_id=folder / f"dcp-{before}")
     assert ema.step == before
 else:
@@ -83,11 +84,7 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         assert measured is not None
         assert true is not None
         assert measured.norm == pytest.approx(true.norm)
-        distances, right = ({(d.t, d.sigma_rel): d for d in own.distances} for own in (measured, true))
-        assert distances.keys() == right.keys()
-        for partner, distance in right.items():
-            assert distances[partner].squared == pytest.approx(distance.squared)
-            assert distances[partner].rounding == pytest.approx(distance.rounding)
+        assert measured.rounding == pytest.approx(true.rounding)
     assert_near(Run(tmp_path / "run").average(0.2, t=12), truth(0.2, [2, 4, 6, 8, 10, 12]))
 
 

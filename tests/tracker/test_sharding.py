@@ -411,7 +411,6 @@ def test_a_run_resumes_with_another_arrangement_of_processes(
     check_group(RESUME, ranks[1], tmp_path, kinds[1], 9, 12)
     newest = read_directory(tmp_path / "run")[-1].info
     assert newest.measurements is not None
-    assert {one.t for one in newest.measurements.distances} == {4, 8, 12}
     for width in (0.1, 0.2):
         assert_near(Run(tmp_path / "run").average(width, t=12), truth(width, [2, 4, 6, 8, 10, 12]), within=2e-6)
 

@@ -1,14 +1,13 @@
-"""Options that several commands share, and the parsing of their values."""
+"""The command line's gate: options that several commands share, and what turns their texts into values."""
 
 from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from typer import Argument, Option
 
@@ -24,52 +23,14 @@ _PANELS = "Targets", "Output", "Which run", "How"
 TARGETS, OUTPUT, RUN, HOW = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
 """Options by the panel of the help in which they appear; the panel that most users need comes first."""
 
+Method = Literal["minvar", "paper"]
+Layout = Literal["safetensors", "sharded", "pt", "dcp"]
+Dtype = Literal["keep", "float32", "float16", "bfloat16", "float64", "fp32", "fp16", "bf16", "fp64"]
+
 
 def one_of(*words: str) -> Callable[[str], list[str]]:
     """Return a function for completion in a shell: it lists the words that begin with the typed text."""
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
-
-
-def flag(option: Callable[..., Any], *names: str, help: str) -> Any:
-    """Return an option without a value."""
-    return option(False, *names, metavar="", help=help)
-
-
-class _Word(str, Enum):
-    """A value of an option that takes one of several words."""
-
-    __str__ = str.__str__
-    __repr__ = str.__repr__
-
-
-class Method(_Word):
-    """A solver."""
-
-    minvar = "minvar"
-    paper = "paper"
-
-
-class Layout(_Word):
-    """A layout of outputs."""
-
-    safetensors = "safetensors"
-    sharded = "sharded"
-    pt = "pt"
-    dcp = "dcp"
-
-
-class Dtype(_Word):
-    """A dtype of outputs."""
-
-    keep = "keep"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float64 = "float64"
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-    fp64 = "fp64"
 
 
 SIGMA_REL = TARGETS(
@@ -121,9 +82,8 @@ DIRECTORY_OR_CHECKPOINTS = Argument(
     None, metavar="DIR", help="The directory of the tracker's snapshots, or of checkpoints.", show_default=False
 )
 PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
-OVERWRITE = flag(OUTPUT, "--overwrite", "--force", "-f", help="Replace existing outputs.")
-JSON = flag(OUTPUT, "--json", help="Print one JSON object.")
-YES = flag(HOW, "--yes", "-y", help="Do not ask.")
+OVERWRITE = OUTPUT(False, "--overwrite", "--force", "-f", help="Replace existing outputs.")
+JSON = OUTPUT(False, "--json", help="Print one JSON object.")
 CHECKPOINTS = RUN(
     None,
     metavar="DIR|GLOB",
@@ -132,11 +92,7 @@ CHECKPOINTS = RUN(
 )
 
 
-def new_picture(out: Path | None, overwrite: bool) -> Path | None:
-    """Return the path of the picture that `--out` names, after checking that it may be written."""
-    from posthoc_cli import plots
-
-    return None if out is None else files.new_file(out, plots.PICTURES, overwrite)
+# --- values
 
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -168,75 +124,6 @@ def parse_max_error(text: str) -> float:
         raise bad("--max-error", text, "must be a relative error in (0, 1), such as 0.01 or 1%") from None
 
 
-def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T | None:
-    """Return the parsed text of an option, or None without the option."""
-    return None if text is None else parse(text, *arguments)
-
-
-def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path:
-    """Return the path of an existing input, with ~ expanded.
-
-    Raises an InvalidValueError for a path that does not exist, for a file where a `directory` is needed, for a pickle
-    unless `pickles`.
-    """
-    from posthoc_cli.snapshots.directory import PICKLES
-
-    path = files.expanded(path)
-    reason = "no such directory" if directory else "no such file or directory"
-    hint = "name the directory that a tracker writes its snapshots to" if directory else ""
-    try:
-        is_directory = stat.S_ISDIR(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InvalidValueError(path, reason, hint) from None
-    if is_directory:
-        if (pickles or directory) and (runs := _runs_in(path)):
-            reason = f"contains runs, but no snapshots itself: {', '.join(runs)}"
-            raise InvalidValueError(path, reason, "name one of them")
-        return path
-    if directory:
-        raise InvalidValueError(path, "is not a directory", hint)
-    if path.suffix in PICKLES and not pickles:
-        reason = "is a pickle (.pt, .bin), which this command does not read; save it as safetensors"
-        raise InvalidValueError(path, reason)
-    return path
-
-
-def _runs_in(directory: Path) -> list[str]:
-    """Return the names of a directory's folders if all contain snapshots, and the directory itself no weights."""
-    from posthoc_cli.snapshots.directory import PICKLES, is_snapshot_name
-
-    with suppress(OSError):
-        paths = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
-        folders = [path for path in paths if path.is_dir()]
-        has_weights = any(path.suffix in (".safetensors", *PICKLES) for path in paths)
-        if not has_weights and all(any(map(is_snapshot_name, folder.iterdir())) for folder in folders):
-            return [folder.name for folder in folders]
-    return []
-
-
-def open_run(place: Path | None, checkpoints: str | None = None, directory: bool = True) -> Run:
-    """Open the run of DIR, --checkpoints or both; DIR may be a file unless `directory`."""
-    from posthoc_cli.checkpoints.open_run import is_glob
-    from posthoc_cli.run import Run
-
-    def checked(path: str | Path, directory: bool) -> Path:
-        path = files.expanded(files.given_path("--checkpoints", path))
-        return path if is_glob(path) else existing(path, directory, pickles=not directory)
-
-    if place is not None:
-        return Run(checked(place, directory), also=None if checkpoints is None else checked(checkpoints, False))
-    if checkpoints is None:
-        raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
-    return Run(checked(checkpoints, directory))
-
-
-def open_runs(places: Sequence[Path], checkpoints: str | None) -> list[Run]:
-    """Open the runs of all DIR, or the run of --checkpoints."""
-    if checkpoints is not None and len(places) > 1:
-        raise InvalidValueError("--checkpoints", "belong to one training; name at most one DIR", value=checkpoints)
-    return [open_run(place, checkpoints) for place in places] or [open_run(None, checkpoints)]
-
-
 def parse_targets(sigma_rel: str | None, others: Sequence[str]) -> list[Target]:
     """Return the targets of --sigma-rel and of each --target, in this order, without duplicates."""
     parsed: list[Target] = [] if sigma_rel is None else [*map(SigmaRel, parse_numbers(sigma_rel, "--sigma-rel"))]
@@ -255,3 +142,76 @@ def parse_groups(texts: Sequence[str]) -> dict[str, float]:
             raise bad("--group", text, "must be GLOB=SIGMA_REL, each glob once, such as 'unet.up.*=0.12'")
         groups[glob] = widths[0]
     return groups
+
+
+def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T | None:
+    """Return the parsed text of an option, or None without the option."""
+    return None if text is None else parse(text, *arguments)
+
+
+# --- paths
+
+
+def existing(place: str | Path, directory: bool = False, name: str = "DIR") -> Path:
+    """Return the path of an existing input, with ~ expanded.
+
+    Raises:
+        InvalidValueError: the path is empty, does not exist, is no directory where a `directory` is needed, or holds
+            runs in place of snapshots.
+    """
+    path = files.expanded(files.given_path(name, place))
+    hint = "name the directory that a tracker writes its snapshots to" if directory else ""
+    try:
+        is_directory = stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        reason = "no such directory" if directory else "no such file or directory"
+        raise InvalidValueError(path, reason, hint) from None
+    if directory and not is_directory:
+        raise InvalidValueError(path, "is not a directory", hint)
+    if is_directory and (runs := _runs_in(path)):
+        raise InvalidValueError(path, f"contains runs, but no snapshots itself: {', '.join(runs)}", "name one of them")
+    return path
+
+
+def _runs_in(directory: Path) -> list[str]:
+    """Return the names of a directory's folders if all contain snapshots, and the directory itself no weights."""
+    from posthoc_cli.snapshots.directory import PICKLES, is_snapshot_name
+
+    with suppress(OSError):
+        paths = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+        folders = [path for path in paths if path.is_dir()]
+        has_weights = any(path.suffix in (".safetensors", *PICKLES) for path in paths)
+        if not has_weights and all(any(map(is_snapshot_name, folder.iterdir())) for folder in folders):
+            return [folder.name for folder in folders]
+    return []
+
+
+def new_picture(out: Path | None, overwrite: bool) -> Path | None:
+    """Return the path of the picture that `--out` names, after checking that it may be written."""
+    from posthoc_cli import plots
+
+    return None if out is None else files.new_file(out, plots.PICTURES, overwrite)
+
+
+def open_run(place: str | None, checkpoints: str | None = None, directory: bool = True) -> Run:
+    """Open the run of DIR, --checkpoints or both; DIR may be a file unless `directory`."""
+    from posthoc_cli.checkpoints.open_run import is_glob
+    from posthoc_cli.run import Run
+
+    def checked(text: str, directory: bool, name: str) -> Path:
+        path = files.expanded(files.given_path(name, text))
+        return path if is_glob(path) else existing(path, directory)
+
+    if place is not None:
+        also = None if checkpoints is None else checked(checkpoints, False, "--checkpoints")
+        return Run(checked(place, directory, "DIR"), also=also)
+    if checkpoints is None:
+        raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
+    return Run(checked(checkpoints, directory, "--checkpoints"))
+
+
+def open_runs(places: Sequence[str], checkpoints: str | None) -> list[Run]:
+    """Open the runs of all DIR, or the run of --checkpoints."""
+    if checkpoints is not None and len(places) > 1:
+        raise InvalidValueError("--checkpoints", "belong to one training; name at most one DIR", value=checkpoints)
+    return [open_run(place, checkpoints) for place in places] or [open_run(None, checkpoints)]
