@@ -606,7 +606,7 @@ def _read_ordinary(
     library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
 ) -> list[Checkpoint]:
     """Return the average that a library stored, or an average alone, and the weights if the checkpoint has them."""
-    if is_named_average(path, settings) or (settings.average and "*" in settings.average):
+    if is_named_average(path, settings):
         settings = replace(settings, average=None)
     found = _two_sets(indexed, settings) if library == "ema" else _find(library, indexed)
     is_alone = library == "ema" and found is None

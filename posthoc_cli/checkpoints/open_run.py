@@ -73,7 +73,11 @@ def open_checkpoints(
         return checked_run(read_manifest(path).read())
     paths = _of_one_average(_candidates(place), settings)
     by_word = next((path.name for path in paths if named_step(path).by_word), "")
-    read = [one for path in paths for one in _read(path, settings, by_word)]
+    by_name = any(is_named_average(path, settings) for path in paths)
+    of_key = replace(settings, average=None) if by_name else settings
+    read = [
+        one for path in paths for one in _read(path, settings if is_named_average(path, settings) else of_key, by_word)
+    ]
     if not read:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)

@@ -130,14 +130,16 @@ _Locate = Callable[[str, int], _Bytes] | None
 
 def _storage_in(file: OpenedFile, data: _Bytes) -> _Bytes:
     """Return the storage in a string of bytes: five pickles, of which the fourth names it, its length and its bytes."""
-    values, at, end = [], data.begin, data.begin + data.nbytes
+    values: list[Any] = []
+    at, end = data.begin, data.begin + data.nbytes
     for _ in range(5):
         value, at = _unpickled(file, at, end, _CALLS, lambda _, nbytes: _Bytes(0, nbytes))
         values.append(value)
     magic, protocol, system, storage, _ = values
-    is_known = (magic, protocol) == (_STREAM_MAGIC, _STREAM_PROTOCOL) and isinstance(storage, _Bytes)
+    is_known = (magic, protocol) == (_STREAM_MAGIC, _STREAM_PROTOCOL)
     is_little = isinstance(system, dict) and system.get("little_endian") is True
-    _check(is_known and is_little, "is of an unknown release of torch.save, or of a big-endian machine")
+    if not (is_known and is_little and isinstance(storage, _Bytes)):
+        raise _PickleError("is of an unknown release of torch.save, or of a big-endian machine")
     _check(at + 8 + storage.nbytes <= end, "truncated, or its storages are not those of its tensors")
     return replace(storage, begin=at + 8)
 

@@ -240,7 +240,10 @@ def test_objects_of_any_class_may_accompany_the_weights(protocol: int, tmp_path:
     for zipped in (True, False):
         model = {"w": torch.arange(5.0), "v": torch.ones(2, 2)[1], "n": torch.tensor([1, 2], dtype=torch.uint16)}
         content = {"args": objects, "step": 7, "state_dict": model}
-        torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+        if zipped:
+            torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol)
+        else:
+            (tmp_path / "x.pt").write_bytes(pickle.dumps(content, protocol))
         run = Run(tmp_path / "x.pt")
         assert run.step == 7
         assert {name: value.tolist() for name, value in run.average(0.2).items()} == {

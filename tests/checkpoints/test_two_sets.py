@@ -104,7 +104,7 @@ def test_of_files_with_two_decays_one_is_chosen(tmp_path: Path, ema: Ema) -> Non
     for options in (("--ema-decay", DECAY), ("--average", "ema_0.99_*")):
         out = tmp_path / options[0]
         assert ema("import", folder, *options, "--out", out).code == 0
-        assert {one.path.name[:9] for one in Run(out).sources} == {"ema_0.99_", "model0001", "model0000"}
+        assert {one.path.name[:8] for one in Run(out).sources} == {"ema_0.99", "model000", "model001"}
         found, predicted = error_of(Run(out))
         assert found < 2 * predicted < 0.04
 
