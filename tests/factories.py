@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
@@ -300,6 +302,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 def snapshot_files(run: Path) -> list[Path]:
     """Return the snapshots of a directory by name."""
     return sorted(run.glob("0*.safetensors"))
+
+
+def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
+    """Change values, given as JSON, in the object of a file's header, or remove them (None), and seal it again."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    own = {key: json.dumps(value) for key, value in json.loads(header["__metadata__"]["ema"]).items()} | dict(changes)
+    items = (f"{json.dumps(key)}:{value}" for key, value in own.items() if value is not None)
+    header["__metadata__"] |= {"ema": "{" + ",".join(items) + "}", "ema.checksum": "0" * 16}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    blank, mark = len(text).to_bytes(8, "little") + text, b'"ema.checksum":"'
+    checksum = xxhash.xxh3_64_hexdigest(blank).encode()
+    path.write_bytes(blank.replace(mark + b"0" * 16, mark + checksum) + data[end:])
+    return path
 
 
 def flip_bit(path: Path, position: int = -1) -> None:

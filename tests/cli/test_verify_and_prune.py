@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from ema_command import Asked, Ema
-from factories import OTHER_RUN_ID, contents, flip_bit, rewrite_snapshot, snapshot_files
+from factories import OTHER_RUN_ID, contents, flip_bit, forge, rewrite_snapshot, snapshot_files
 from safetensors.torch import save_file
-from torture.victims import forge
 
 from posthoc_cli.snapshots.directory import DirectoryLock
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from snapshots.recorded import Walk, new_tracker
-from torture.victims import small_output, small_snapshot
+from torture.damage import small_output, small_snapshot
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,10 @@ import pytest
 import safetensors.torch
 import torch
 from ema_command import Ema
-from factories import RUN_ID, flip_bit, read_snapshot, write_snapshot
+from factories import RUN_ID, flip_bit, forge, read_snapshot, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torture.victims import examine, forge
+from torture.damage import examine
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError

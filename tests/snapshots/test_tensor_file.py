@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from factories import RUN_ID, write_snapshot
+from factories import RUN_ID, forge, write_snapshot
 from safetensors.torch import save_file
 from snapshots.recorded import call_number, failing
-from torture.victims import forge
 
 from posthoc_cli import disk_sources, files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import RUN_ID, flip_bit, snapshot_files, write_snapshot, write_tensors
+from factories import RUN_ID, flip_bit, forge, snapshot_files, write_snapshot, write_tensors
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import failing, record
-from torture.victims import forge
 
 from posthoc_cli import disk_sources
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name

@@ -1,4 +1,4 @@
-"""Experiments on the guarantees of snapshots and outputs, and the tally that each of them returns."""
+"""Experiments on the guarantees of snapshots and outputs; `make test` runs a share of each, `make torture` all."""
 
 from __future__ import annotations
 
@@ -37,23 +37,20 @@ class Tally:
     @contextmanager
     def judged(self, what: str, named: str = "") -> Iterator[None]:
         """Require that the block ends in time, without an error or with one short error that contains `named`."""
-        before = signal.signal(signal.SIGALRM, _hang_up)
+
+        def hang_up(*_: object) -> None:
+            raise HungError(f"took more than {LONGEST} s")
+
+        before = signal.signal(signal.SIGALRM, hang_up)
         signal.alarm(LONGEST)
-        wrong = ""
         try:
             yield
         except PostHocError as error:
             text = str(error)
             if named not in text or not text.isprintable() or len(text) > 2_000:
-                wrong = f"{text[:300]!r}, where {named!r} was to be named"
+                self.missed.append(f"{what}: {text[:300]!r}, where {named!r} was to be named")
         except (Exception, HungError) as error:  # noqa: BLE001 - any other error is a failure
-            wrong = f"{type(error).__name__}: {str(error)[:500]}"
+            self.missed.append(f"{what}: {type(error).__name__}: {str(error)[:500]}")
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, before)
-        if wrong:
-            self.missed.append(f"{what}: {wrong}"[:4_000])
-
-
-def _hang_up(*_: object) -> None:
-    raise HungError(f"took more than {LONGEST} s")

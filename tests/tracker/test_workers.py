@@ -1,6 +1,6 @@
 """The threads of updates: torch's own threads and settings are left alone; any number of threads gives the same bits.
 
-Experiments of tests/torture try whether readers and signal handlers see the averages of one update.
+`test_tearing` tries whether readers and signal handlers see the averages of one update.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from factories import averages_in
-from torture.tearing import Equal, start, wrong_state
+from tracker.test_tearing import Equal, start, wrong_state
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError

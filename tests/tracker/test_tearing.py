@@ -1,0 +1,186 @@
+"""Averages read, and updates interrupted, at random moments: every caller sees the averages of one update.
+
+All elements of the model are equal, hence all elements of an average are: a different element was read, or left, in the
+middle of an update. The definition gives the correct value at each step.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from factories import averages_in, exact_gamma
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import NotReadyError
+from posthoc_cli.snapshots.directory import read_directory
+
+SIGMA_RELS = (0.2, 0.21)
+"""Two similar widths: profiles that share a mean then have nearly its weights and differ from the truth only by
+rounding, although the model's values jump."""
+
+MOST, EVERY = 100_000, 2
+"""The largest number of steps of a training, and the number of calls from one update to the next."""
+
+TOLERANCE = 40 * 2.0**-24
+"""The relative tolerance: a float32 mean is rounded up to 32 times, the average once; a torn average is off by 1e-5."""
+
+
+def value_at(step: int) -> float:
+    """Return the value of all elements of the model after a step."""
+    return float(np.float32(1 + (step * 0.6180339887) % 1))
+
+
+@cache
+def truth(sigma_rel: str) -> npt.NDArray[np.float64]:
+    """Return the averages after each update by the definition: update t_k has weight t_k^(g+1) - t_(k-1)^(g+1)."""
+    times = np.arange(0, MOST + 1, EVERY, dtype=np.float64)
+    values = np.array([value_at(int(t)) for t in times[1:]])
+    powers = (times / MOST) ** (exact_gamma(float(sigma_rel)) + 1)
+    return np.asarray(np.cumsum(values * np.diff(powers)) / powers[1:])
+
+
+class Equal(torch.nn.Module):
+    """A model in which all elements of all parameters are equal."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.large = torch.nn.Parameter(torch.zeros(elements))
+        self.small = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(7, 3)) for _ in range(5)])
+        self.wide = torch.nn.Parameter(torch.zeros(100, dtype=torch.float64))
+
+    def go_to(self, step: int) -> None:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.fill_(value_at(step))
+
+
+def start(folder: Path, model: Equal, device: str, checkpoint_every: int) -> PostHocEMA:
+    return PostHocEMA.from_model(
+        model, folder, SIGMA_RELS, EVERY, checkpoint_every, max_checkpoints=3, checkpoint_dtype=None, device=device
+    )
+
+
+def away(tensors: Mapping[str, torch.Tensor], sigma_rel: str, step: int, tolerance: float = TOLERANCE) -> list[str]:
+    """Return a line if an element is too far from the average of the last update up to a step."""
+    low, high = min(float(t.min()) for t in tensors.values()), max(float(t.max()) for t in tensors.values())
+    right = float(truth(sigma_rel)[step // EVERY - 1])
+    is_near = max(right - low, high - right) <= tolerance * right
+    return [] if is_near else [f"sigma_rel {sigma_rel} at {step}: from {low} to {high}, and it is {right}"]
+
+
+def wrong_state(state: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a tracker's state."""
+    step, updated = state["step"], state["averages_step"]
+    if not updated <= step < updated + EVERY or state["t"] != step or state["averages_t"] != updated:
+        return [f"step {step} at t = {state['t']} with averages of {updated} at {state['averages_t']}"]
+    if list(state["clock"])[-2:] != [step, step] or state["updates"] != updated // EVERY:
+        return [f"step {step} with a clock that ends at {list(state['clock'])[-2:]}, and {state['updates']} updates"]
+    averages = averages_in(state) if updated else {}
+    return [line for sigma_rel, tensors in averages.items() for line in away(tensors, sigma_rel, updated)]
+
+
+def wrong_weights(weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return what is wrong with an average of any length: a sum of tracked ones with coefficients up to about 4."""
+    low, high = min(float(t.min()) for t in weights.values()), max(float(t.max()) for t in weights.values())
+    return [] if high - low <= 8 * TOLERANCE * high else [f"from {low} to {high}"]
+
+
+@pytest.mark.parametrize("device", ["model", "cpu"])
+def test_averages_that_another_thread_reads_are_those_of_one_update(tmp_path: Path, device: str) -> None:
+    model, other, wrong, chance = Equal(300_000), Equal(300_000), list[str](), random.Random(0)
+    tracker = start(tmp_path, model, device, 10 * MOST)
+
+    def swapped_in(sigma_rel: float) -> list[str]:
+        with tracker.model(other, sigma_rel=sigma_rel) as averaged:
+            return wrong_weights(averaged.state_dict())
+
+    ways = {
+        "state_dict()": lambda: wrong_state(tracker.state_dict()),
+        "state_dict(0.2)": lambda: wrong_weights(tracker.state_dict(0.2)),
+        "state_dict(0.205)": lambda: wrong_weights(tracker.state_dict(0.205)),
+        "model(0.205)": lambda: swapped_in(0.205),
+        "model(0.2)": lambda: swapped_in(0.2),
+    }
+
+    def read() -> None:
+        for _, (way, found) in zip(range(50), cycle(ways.items()), strict=False):
+            time.sleep(chance.uniform(0, 0.001))
+            wrong.extend(f"{way}: {line}" for line in found())
+
+    reader = threading.Thread(target=read)
+    while tracker.step < 2 or (reader.is_alive() and tracker.step < MOST):
+        model.go_to(tracker.step + 1)
+        tracker.update_(model)
+        if tracker.step == 2:
+            reader.start()
+    reader.join()
+    tracker.close()
+    assert wrong == []
+
+
+class Stop(BaseException):
+    """What a signal handler raises, like KeyboardInterrupt."""
+
+
+@pytest.mark.parametrize("device", ["model", "cpu"])
+@pytest.mark.parametrize("last", ["close", "update"])
+def test_an_update_that_a_signal_interrupts_was_made_or_was_not(tmp_path: Path, device: str, last: str) -> None:
+    """Handlers raise, read, flush; the last one closes the tracker, or makes an update of its own within the update."""
+    model, usual, wrong, chance, armed = Equal(3_000), 0.002, list[str](), random.Random(0), False
+    tracker = start(tmp_path, model, device, 10 * EVERY)
+
+    def stop() -> list[str]:
+        raise Stop
+
+    def update() -> list[str]:
+        before = tracker.step
+        with suppress(NotReadyError):
+            tracker.update_(model)
+            return [] if tracker.step == before + 1 else [f"step {before} became {tracker.step}"]
+        return []
+
+    ways = {"stop": stop, "read": lambda: wrong_state(tracker.state_dict()), "flush": tracker.flush}
+    ends = {"close": tracker.close, "update": update}
+
+    def handle(*_: object) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            wrong.extend((ways | ends)[way]() or [])
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        for number in range(150):
+            way = chance.choice([*ways]) if number < 149 else last
+            model.go_to(tracker.step + 1)
+            started, armed = time.perf_counter(), True
+            with suppress(Stop, NotReadyError) if way != "read" else suppress(Stop):
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 1.5 * usual))
+                tracker.update_(model)
+            armed = False
+            usual = min(0.02, 0.9 * usual + 0.1 * (time.perf_counter() - started))
+            wrong += wrong_state(tracker.state_dict()) if number < 149 else []
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        with suppress(NotReadyError):
+            tracker.close()
+    assert wrong == []
+    if last == "close":
+        for snapshot in read_directory(tmp_path):
+            with snapshot:
+                weights = {name: snapshot.tensor(name) for name in snapshot.entries}
+            assert away(weights, repr(snapshot.info.sigma_rel), snapshot.info.step, 2 * TOLERANCE) == []
