@@ -273,7 +273,9 @@ class Updates:
     def profile(self, path: Path, step: int, settings: ImportSettings, default_decay: float) -> OrdinaryEMA | None:
         """Return the profile at a step, with the default decay if none is known; None if that is 0."""
         every, after, count = settings.update_every or self.every, settings.update_after_step or 0, self.count
-        rule = {"decay": default_decay} | self.rule | settings.rule(every)
+        said = settings.rule(every)
+        of_file = {} if "decay" in said and self.rule.get("decay") == UNLIMITED else self.rule  # another kind of rule
+        rule = {"decay": default_decay} | of_file | said
         if not rule["decay"]:
             return None
         if restart := max((restart for restart in settings.ema_restarts if restart < step), default=0):
