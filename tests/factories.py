@@ -24,13 +24,12 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import Measurements, MinimumVariance
-from posthoc_cli.snapshots import codecs
-from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.outputs import INDEX_NAME, OutputInfo, encode_index
+from posthoc_cli.snapshots.path import PathSketch, decode_path, encode_path
 from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, decode_snapshot
 from posthoc_cli.snapshots.sources import TrackedTensor
-from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, read_file, tensor_bytes
+from posthoc_cli.snapshots.tensorfile import Chunk, Entry, TensorFileWriter, read_file, tensor_bytes
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -137,11 +136,11 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
             held[number][name] = (piece, Chunk(tuple(value.shape), offset))
     measured = info.measurements
     nothing = measured and Measurements(0.0, 0.0)
-    known = codecs.decode_path(info.sketch).sketch if info.sketch else None
+    known = decode_path(info.sketch).sketch if info.sketch else None
     no_path = (
         ""
         if known is None
-        else codecs.encode_path(codecs.PathSketch(0, replace(known, means=0 * known.means, spread=0 * known.spread)))
+        else encode_path(PathSketch(0, replace(known, means=0 * known.means, spread=0 * known.spread)))
     )
     for number, own in enumerate(held, 1):
         first = number == 1

@@ -114,8 +114,8 @@ def assert_sums(stream: Iterable[tuple[str, list[torch.Tensor]]], expected: Expe
 # --- the same bytes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-@pytest.mark.parametrize("chunk", [COLUMNS, 4 * COLUMNS, 2**18])
+@pytest.mark.parametrize("workers", [1, 5])
+@pytest.mark.parametrize("chunk", [COLUMNS, 2**18])
 def test_chunks_and_threads_of_any_number_give_the_same_bytes(
     mixed: Path, workers: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,15 +134,7 @@ def test_copies_come_from_the_newest_snapshot_also_where_no_target_needs_it(tmp_
     assert dict(synthesize(plan))["count"][0] == 100
 
 
-def test_files_have_the_bytes_of_the_stream(mixed: Path, tmp_path: Path) -> None:
-    plan, outputs = plan_of(mixed), [tmp_path / f"{target}.safetensors" for target in TARGETS]
-    write_synthesis(plan, outputs, OutputOptions(workers=3))
-    written = [load_file(path) for path in outputs]
-    for name, values in bits(plan).items():
-        assert [as_bytes(tensors[name]) for tensors in written] == values, name
-
-
-@pytest.mark.parametrize("slots", [1, 3, 4, engine.SLOTS])
+@pytest.mark.parametrize("slots", [1, 3, engine.SLOTS])
 def test_each_of_any_number_of_targets_is_the_sum_within_rounding(
     mixed: Path, monkeypatch: pytest.MonkeyPatch, slots: int
 ) -> None:
@@ -154,9 +146,8 @@ def test_each_of_any_number_of_targets_is_the_sum_within_rounding(
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode(), torch.device("meta")], ids=["inference", "meta"])
-@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: object, suffix: str) -> None:
-    plan, paths = plan_of(mixed, (0.1,)), [tmp_path / f"{name}.{suffix}" for name in ("one", "two")]
+def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: object) -> None:
+    plan, paths = plan_of(mixed, (0.1,)), [tmp_path / "one.pt", tmp_path / "two.pt"]
     write_synthesis(plan, paths[:1])
     with mode:  # type: ignore[attr-defined]
         write_synthesis(plan, paths[1:])
@@ -236,7 +227,7 @@ def harmed(mixed: Path, tmp_path: Path, name: str = "large") -> tuple[Path, Plan
     return run, plan, path
 
 
-@pytest.mark.parametrize("name", ["large", "changing", "small 7", "own", "scalar"])
+@pytest.mark.parametrize("name", ["changing", "small 7"])
 def test_a_flipped_bit_anywhere_in_a_tensor_is_found_by_name_and_nothing_is_left(
     mixed: Path, tmp_path: Path, name: str
 ) -> None:

@@ -97,14 +97,6 @@ def test_only_snapshots_at_or_before_the_time_are_used_and_copies_come_from_the_
     assert [value.item() for value in dict(synthesize(plan))["count"]] == [newest] * 3
 
 
-def test_floating_point_buffers_are_copied_and_never_cast(tmp_path: Path) -> None:
-    tensors = {"w": TrackedTensor("average", "F32"), "var": TrackedTensor("copy", "F32")}
-    for t in (10, 20):
-        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": draw(t), "var": torch.tensor([t + 1e-3])}, tensors=tensors)
-    (value,) = dict(synthesize(plan_of(tmp_path, [0.04], dtype=torch.float16)))["var"]
-    assert torch.equal(value, torch.tensor([20 + 1e-3]))
-
-
 @pytest.mark.parametrize(("dtype", "own"), [(None, "F32"), ("keep", "F32"), ("bf16", "BF16"), (torch.float64, "F64")])
 def test_the_specs_of_a_plan_are_what_it_makes(tmp_path: Path, dtype: torch.dtype | str | None, own: str) -> None:
     """Tied tensors appear under each of their names."""

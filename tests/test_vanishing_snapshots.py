@@ -13,7 +13,7 @@ import torch
 from ema_command import Ema
 from factories import random_walk, write_run
 from safetensors.torch import load_file
-from snapshots.recorded import Walk, failing, record
+from snapshots.recorded import failing, record
 
 from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli import run as run_module
@@ -75,14 +75,11 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     return removed
 
 
-@pytest.mark.parametrize("way", ["state_dict", "load_into", "command"])
+@pytest.mark.parametrize("way", ["state_dict", "command"])
 def test_weights_are_made_from_the_remaining_snapshots(tmp_path: Path, way: str, planned: list[Plan], ema: Ema) -> None:
     run, out = record(tmp_path / "run", 20, checkpoint_every=2), tmp_path / "out.safetensors"
     if way == "state_dict":
         found = average(run)
-    elif way == "load_into":
-        PostHocEMA.from_path(run).load_into(model := Walk().model, sigma_rel=0.15)
-        found = model.state_dict()["0.weight"]
     else:
         result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
         assert result.code == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -10,16 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ema_command import Ema
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from snapshots.recorded import record
 
-from posthoc_cli import PostHocEMA, Window, disk_sources, plan_synthesis, synthesize
+from posthoc_cli import Window, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.planning import schedule, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MOST_SOLVED, Motion, assumed_prior, reconstruct, thinned_subset
-from posthoc_cli.run import Run
 from posthoc_cli.snapshots import prune, sources
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning
@@ -65,8 +62,7 @@ def test_the_choice_is_spread_evenly_back_from_the_newest() -> None:
     assert thinned_subset(regular(50), 100) == list(range(100))
 
 
-@pytest.mark.parametrize("rounding", [2e-4, 1.5e-3], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("cooling", [0.0, 2.0], ids=["even", "cooling"])
+@pytest.mark.parametrize(("rounding", "cooling"), [(2e-4, 2.0), (1.5e-3, 0.0)], ids=["float16", "bfloat16"])
 def test_the_choice_loses_little(rounding: float, cooling: float) -> None:
     """With half of the snapshots no average loses much more than what rounding alone would cost, a root of 2."""
     snapshots, t = regular(150), 150.0
@@ -112,8 +108,7 @@ def chosen_times(run: Path, t: float) -> list[float]:
 
 
 @pytest.mark.usefixtures("_twenty")
-@pytest.mark.parametrize("method", ["minvar", "paper"])
-@pytest.mark.parametrize("t", [200.0, 143.0])
+@pytest.mark.parametrize(("t", "method"), [(200.0, "minvar"), (143.0, "paper")])
 def test_a_synthesis_uses_the_choice_up_to_its_time(run: Path, t: float, method: str) -> None:
     plan = plan_synthesis(disk_sources(run), [0.15], t, method=method)
     assert (plan.solved, plan.available) == (20, 2 * int(t // 5))
@@ -133,32 +128,6 @@ def test_the_choice_does_not_depend_on_the_targets(run: Path) -> None:
     assert [source.name for source in alone.sources] == [source.name for source in company.sources]
     one, other = dict(synthesize(alone))["0.weight"][0], dict(synthesize(company))["0.weight"][1]
     torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
-
-
-@pytest.mark.usefixtures("_twenty")
-def test_the_choice_is_reported(run: Path, ema: Ema, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = PostHocEMA.from_path(run)
-    with caplog.at_level(logging.INFO):
-        tracker.state_dict(sigma_rel=0.15)
-    assert "made from 20 of 80 snapshots up to t = 200" in caplog.text
-    line = "20 of 80 snapshots up to t = 200, evenly in time"
-    text = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.safetensors")
-    assert f"from {line}\n" in text.out
-    report = ema("synthesize", run, "--sigma-rel", "0.15", "--dry-run", "--json")
-    assert '"solved_with": 20,\n  "available": 80,' in report.out
-    plot = ema("error-plot", run, "--out", tmp_path / "e.csv")
-    assert f"{run}: 20 of 80 snapshots up to 200 steps" in plot.out
-    assert "20 of 40 snapshots up to 100 steps" in ema("error-plot", run, "--t", "102", "--json").out
-    assert "20 of 80 averages" in tracker.reconstruction_error().axes[0].get_legend().get_texts()[0].get_text()
-
-
-@pytest.mark.usefixtures("_twenty")
-def test_the_curve_is_that_of_the_synthesis(run: Path) -> None:
-    for t in (None, 143.0):
-        curve = Run(run).error_curve((0.1, 0.2), t=t)
-        plan = plan_synthesis(disk_sources(run), [0.1], t, dtype="float32")
-        assert curve.predicted_error is not None
-        assert curve.predicted_error[0] == pytest.approx(float(plan.reconstruction.predicted_error[0]), rel=1e-9)
 
 
 @pytest.mark.usefixtures("_twenty")

@@ -38,8 +38,7 @@ from posthoc_cli.checkpoints.audit_decay import (
 )
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import RAMP_UP, DecayRule, FloatArray, OrdinaryEMA, Point, gamma_from_sigma_rel
-from posthoc_cli.snapshots.codecs import decode_sample
-from posthoc_cli.snapshots.path import places
+from posthoc_cli.snapshots.path import decode_sample, places
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import FileSource, Source
 

@@ -26,13 +26,14 @@ import numpy as np
 from posthoc_cli.checkpoints.read_pickle import Node, read_pickled
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
-from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.tensorfile import (
     SUFFIX,
+    Box,
     Entry,
     OpenedFile,
+    cover_problem,
     decode_file,
     decode_values,
     is_sizes,

@@ -23,8 +23,7 @@ from typing import Any
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError
-from posthoc_cli.snapshots.chunks import row_major
-from posthoc_cli.snapshots.tensorfile import Entry, OpenedFile, is_sizes
+from posthoc_cli.snapshots.tensorfile import Entry, OpenedFile, is_sizes, row_major
 
 _ZIP = b"PK\x03\x04"
 _MOST_REPEATED = 64 * 1024 * 1024

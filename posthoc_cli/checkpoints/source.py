@@ -35,10 +35,9 @@ from posthoc_cli.profiles import (
     sigma_rel_from_gamma,
 )
 from posthoc_cli.reconstruction import Steps, StoredAverage
-from posthoc_cli.snapshots.chunks import Box
-from posthoc_cli.snapshots.selection import check_globs, make_selection
+from posthoc_cli.snapshots.snapshot import check_globs, make_selection
 from posthoc_cli.snapshots.sources import FileSource, SourceInfo, TrackedTensor
-from posthoc_cli.snapshots.tensorfile import Entry, TensorFile
+from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""

@@ -103,7 +103,7 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 
 def warn_of_statistics(copies: Iterable[str]) -> None:
     """Print to stderr what to do about BatchNorm statistics, if the names of copied tensors contain any."""
-    from posthoc_cli.snapshots.selection import statistics_notice
+    from posthoc_cli.snapshots.snapshot import statistics_notice
 
     if notice := statistics_notice(copies):
         print_note(f"ema: warning: {notice}")

@@ -51,8 +51,7 @@ from posthoc_cli.snapshots.outputs import (
     models_at,
     training_metadata,
 )
-from posthoc_cli.snapshots.selection import running_statistics
-from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, running_statistics
 from posthoc_cli.snapshots.sources import FileSource
 from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, Entry, TensorFile, read_file
 

@@ -39,11 +39,9 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, spared_times
 from posthoc_cli.reconstruction import Measurements, measured_prior
-from posthoc_cli.snapshots.chunks import cover_problem
-from posthoc_cli.snapshots.codecs import decode_path, joined_paths
-from posthoc_cli.snapshots.path import index_within, joined_sample, places
+from posthoc_cli.snapshots.path import decode_path, index_within, joined_paths, joined_sample, places
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, read_one
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, in_turn, read_file, read_small_file
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Box, Entry, cover_problem, in_turn, read_file, read_small_file
 
 log = logging.getLogger(__name__)
 
@@ -243,16 +241,12 @@ def read_directory(directory: Path) -> list[Snapshot]:
 # --- snapshots of several parts
 
 PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}\.safetensors")
+_SNAPSHOT_NAME = re.compile(r"\d{16,}(\.\d+)?-(0\.\d+|[\d.]+e-\d+)")
 
 
 def is_snapshot_name(path: Path) -> bool:
     """Return whether a path has a name as from `snapshot_path`, of a file or of a folder."""
-    t, dash, sigma_rel = path.name.removesuffix(SUFFIX).partition("-")
-    try:
-        named = snapshot_path(path.parent, float(t), float(sigma_rel)) if dash else None
-    except (ValueError, ArithmeticError):
-        return False
-    return named is not None and path in (named, named.with_name(named.name.removesuffix(SUFFIX)))
+    return _SNAPSHOT_NAME.fullmatch(path.name.removesuffix(SUFFIX)) is not None
 
 
 def is_parts_folder(path: Path) -> bool:
@@ -287,19 +281,18 @@ def joined(folder: Path, parts: Sequence[Snapshot]) -> Snapshot | str:
     """Join the parts in a folder to a snapshot; if it is incomplete, return what is there, such as "2 of 4 parts".
 
     Parts are equal in all of their headers but for what describes their own tensors (`_OWN`). Readers add their
-    measurements and `inherited`, and keep a distance that all parts have; `motion` is in the first part. Sketches add
-    up, too: the projected numbers and the squared distances.
+    measurements and `inherited`. Sketches add up, too: the projected numbers and the squared distances.
 
     Raises:
         FileFormatError: elements of a tensor are missing.
         MismatchError: two parts do not belong together; both are named.
     """
-    sets: dict[tuple[int, int], list[Snapshot]] = {}
-    for part in parts:
+    sets: dict[tuple[int, int], list[Snapshot]] = defaultdict(list)
+    for part in sorted(parts, key=lambda part: (part.part or (0, 0), part.path.name)):
         if part.part is None:
             reason = "is in a folder of parts but is not a part of a snapshot"
             raise FileFormatError(part.path, reason, "move it to the directory")
-        sets.setdefault((part.part[1], part.session), []).append(part)
+        sets[part.part[1], part.session].append(part)
     for of_set in sets.values():
         _check_parts(of_set)
     # A snapshot off the schedule may be in the course of being replaced, part by part, by the same one on it.
@@ -309,8 +302,7 @@ def joined(folder: Path, parts: Sequence[Snapshot]) -> Snapshot | str:
         if len(of_set) == number and len({part.off_schedule for part in of_set}) == 1
     ]
     if len(complete) > 1:
-        first, other = complete[0][0], complete[1][0]
-        raise MismatchError(f"{first.path} and {other.path}", "are parts of two complete snapshots", "remove one")
+        raise _apart(complete[0][0], complete[1][0], "are parts of two complete snapshots", "remove one")
     if complete:
         return _join(folder, complete[0])
     counts = [f"{len(of_set)} of {number} parts" for (number, _), of_set in sorted(sets.items())]
@@ -319,74 +311,73 @@ def joined(folder: Path, parts: Sequence[Snapshot]) -> Snapshot | str:
 
 
 _OWN = (
-    "tensors", "aliases", "inherited", "off_schedule", "measurements", "motion", "sample", "sketch", "part", "chunks",
-    "mesh", "path", "files", "entries",
+    "tensors", "aliases", "inherited", "off_schedule", "measurements", "sample", "sketch", "part", "chunks", "mesh",
+    "path", "files", "entries",
 )  # fmt: skip
 """The fields in which parts may differ."""
 
 
-def _check_parts(parts: list[Snapshot]) -> None:
-    """Sort parts by number; raise MismatchError, naming two of them, if they are not of one snapshot."""
-    parts.sort(key=lambda part: (part.part or (0, 0), part.path.name))
+def _apart(first: Snapshot, other: Snapshot, reason: str, hint: str = "") -> MismatchError:
+    """Return the error that two files do not belong together."""
+    return MismatchError(f"{first.path} and {other.path}", reason, hint)
+
+
+def _check_parts(parts: Sequence[Snapshot]) -> None:
+    """Raise MismatchError, naming two of them, if parts in order of their numbers are not of one snapshot."""
     for before, part in pairwise(parts):
         if before.part == part.part:
-            reason = "are both part {} of {}".format(*(part.part or (0, 0)))
-            raise MismatchError(f"{before.path} and {part.path}", reason, "remove one")
-    first = parts[0]
-    for part in parts[1:]:
-        for key, value in vars(first).items():
+            raise _apart(before, part, "are both part {} of {}".format(*(part.part or (0, 0))), "remove one")
+        for key, value in vars(before).items():
             if key not in _OWN and getattr(part, key) != value:
-                raise MismatchError(f"{first.path} and {part.path}", f"are not of one snapshot: they differ in {key}")
+                raise _apart(before, part, f"are not of one snapshot: they differ in {key}")
 
 
 def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     """Return the snapshot of these parts; raise the errors of `joined` if their chunks are not complete tensors."""
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
-    entries: dict[str, Entry] = {}
     held: dict[str, list[Snapshot]] = defaultdict(list)
-    held_files = []
     for part in parts:
-        boxes = {name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()}
-        held_files.append(replace(part.files[0], boxes=boxes))
-        for name, chunk in part.chunks.items():
-            entry = entries.setdefault(name, Entry(part.entries[name].dtype, chunk.shape))
+        for name in part.chunks:
             held[name].append(part)
-            if entry.shape != chunk.shape:
-                shapes = f"{list(entry.shape)} and {list(chunk.shape)}"
-                reason = f"do not match: tensor {shown(name)} has the shapes {shapes}"
-                raise MismatchError(f"{held[name][0].path} and {part.path}", reason)
-            # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
-            widest = max(entry.dtype, part.entries[name].dtype, key=ITEM_BYTES.__getitem__)
-            entries[name] = entry._replace(dtype=widest)
-    for name, holders in held.items():
-        _check_cover(folder, name, entries[name], holders)
-    averages = {name: entries[name].shape for name, tensor in tensors.items() if tensor.role == "average"}
-    sampled: list[list[int]] = [[] for _ in parts]
-    for position, (name, index) in enumerate(places(averages)):
-        for at, file in zip(sampled, held_files, strict=True):
-            if name in file.boxes and index_within(file.boxes[name], averages[name], index) is not None:
-                at.append(position)
+    entries = {name: _joined_entry(folder, name, holders) for name, holders in held.items()}
+    held_files = [replace(part.files[0], boxes={name: _box(part, name) for name in part.chunks}) for part in parts]
+    shapes = {name: entries[name].shape for name, tensor in tensors.items() if tensor.role == "average"}
+    sampled = list(enumerate(places(shapes)))
+    samples = []
+    for part in parts:
+        inside = (
+            position
+            for position, (name, index) in sampled
+            if name in part.chunks and index_within(_box(part, name), shapes[name], index) is not None
+        )
+        samples.append((part.sample, [*inside]))
     return replace(
         parts[0], tensors=tensors, aliases={alias: name for part in parts for alias, name in part.aliases.items()},
         inherited=sum(part.inherited for part in parts),
-        measurements=sum_of_parts([part.measurements for part in parts]),
-        sample=joined_sample([(part.sample, at) for part, at in zip(parts, sampled, strict=True)]),
+        measurements=sum_of_parts([part.measurements for part in parts]), sample=joined_sample(samples),
         sketch=joined_paths([part.sketch for part in parts]),
         part=None, chunks={}, path=folder, files=tuple(held_files), entries=entries,
     )  # fmt: skip
 
 
-def _check_cover(folder: Path, name: str, entry: Entry, holders: Sequence[Snapshot]) -> None:
-    """Raise an error unless the chunks of a tensor hold each of its elements exactly once."""
-    boxes = [part.chunks[name].box(part.entries[name].shape) for part in holders]
-    problem = cover_problem(entry.shape, boxes)
-    if problem is None:
-        return
-    for (first, box), (other, other_box) in combinations(zip(holders, boxes, strict=True), 2):
-        if box.intersection(other_box).size:
-            reason = f"tensor {shown(name)}: both hold some of its elements"
-            raise MismatchError(f"{first.path} and {other.path}", reason)
-    raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
+def _box(part: Snapshot, name: str) -> Box:
+    return part.chunks[name].box(part.entries[name].shape)
+
+
+def _joined_entry(folder: Path, name: str, holders: Sequence[Snapshot]) -> Entry:
+    """Return a complete tensor; raise an error unless the chunks of it hold each of its elements exactly once."""
+    shape = holders[0].chunks[name].shape
+    for part in holders:
+        if (other := part.chunks[name].shape) != shape:
+            reason = f"do not match: tensor {shown(name)} has the shapes {list(shape)} and {list(other)}"
+            raise _apart(holders[0], part, reason)
+    if problem := cover_problem(shape, [_box(part, name) for part in holders]):
+        for first, part in combinations(holders, 2):
+            if _box(first, name).intersection(_box(part, name)).size:
+                raise _apart(first, part, f"tensor {shown(name)}: both hold some of its elements")
+        raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
+    # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
+    return Entry(max((part.entries[name].dtype for part in holders), key=ITEM_BYTES.__getitem__), shape)
 
 
 def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
@@ -408,7 +399,7 @@ def time_order(snapshot: Snapshot) -> tuple[float, float, str]:
 def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     """Return an error for each pair of snapshots that cannot be in one directory; `snapshots` are in order of time."""
     errors = [
-        MismatchError(f"{snapshots[0].path} and {other.path}", reason)
+        _apart(snapshots[0], other, reason)
         for other in snapshots[1:]
         if (reason := difference(snapshots[0], other)) is not None
     ]
@@ -418,7 +409,7 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
         first = seen.setdefault((t, sigma_rel), snapshot)
         if first is not snapshot:
             reason = f"both hold sigma_rel {sigma_rel:g} at t = {t:,.12g}"
-            errors.append(MismatchError(f"{first.path} and {snapshot.path}", reason, "remove one"))
+            errors.append(_apart(first, snapshot, reason, "remove one"))
     return errors
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +23,7 @@ from typing import Annotated, Any
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
-from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, list_folder, read_snapshot
-from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.snapshots.snapshot import (
     ANY_SIGN,
     RunId,
@@ -35,6 +33,7 @@ from posthoc_cli.snapshots.snapshot import (
     Unit,
     decode,
     decode_snapshot,
+    statistics_notice,
 )
 from posthoc_cli.snapshots.sources import FileSource
 from posthoc_cli.snapshots.tensorfile import (
@@ -247,161 +246,135 @@ Description = dict[str, Any]
 
 
 def describe(path: Path) -> Description:
-    """Describe a directory or a file.
+    """Describe a directory, a file, or a model in shards.
 
     Raises:
         DirectoryError: a directory has no snapshots, outputs or models.
         FileFormatError: a file is damaged; in a snapshot directory this is one of the "problems" instead.
         MismatchError: shards are of different models.
     """
-    if not path.is_dir():
-        return describe_model(path)
     if is_parts_folder(path):
-        return _describe_snapshot(read_snapshot(path))
+        return _of_snapshot(read_snapshot(path))
+    if not path.is_dir():
+        return _of_model(path)
     content = inspect_directory(path)
     if content.snapshots or content.problems or content.incomplete:
+        copies = content.snapshots[-1].copies if content.snapshots else ()
         return {
             "kind": "directory",
             "path": str(path),
-            **(_describe_run(content.snapshots) if content.snapshots else {}),
+            **(_of_run(content.snapshots) if content.snapshots else {}),
             "superseded": content.superseded,
             "leftovers": [leftover.name for leftover in (*content.leftovers, *content.incomplete)],
-            "notes": [*content.notes, *_notes(content.snapshots[-1].info.copies if content.snapshots else ())],
+            "notes": [*content.notes, *filter(None, [statistics_notice(copies)])],
             "problems": [str(problem) for problem in content.problems],
         }
-    described = [describe_model(model) for model in models_at(path)]
-    if is_model_folder(path):
-        return described[0]
-    return {"kind": "outputs", "path": str(path), "outputs": described}
+    described = [_of_model(model) for model in models_at(path)]
+    return described[0] if is_model_folder(path) else {"kind": "outputs", "path": str(path), "outputs": described}
 
 
-def describe_model(path: Path) -> Description:
-    """Describe a file, or a model in shards. Raises the errors of `describe`."""
+def _of_model(path: Path) -> Description:
     shards = []
-    for place, names in model_files(path).items():
-        shards.append(read_file(place))
+    for file, names in model_files(path).items():
+        shards.append(read_file(file))
         check_indexed(shards[-1], names)
     if not shards:
         raise FileFormatError(path, "is an index that names no file")
     is_sharded, kinds = index_of(path) is not None, {shard.kind for shard in shards}
-    path = path if is_sharded else shards[0].path
     if kinds == {"snapshot"} and not is_sharded:
-        return _describe_snapshot(decode_snapshot(shards[0]))
+        return _of_snapshot(decode_snapshot(shards[0]))
+    place = {"path": str(path if is_sharded else shards[0].path)}
+    sizes = _counts([shard.entries for shard in shards]) | {"bytes": sum(shard.nbytes for shard in shards)}
     if kinds != {"output"}:
-        return {"kind": "safetensors", "path": str(path), **_sizes(shards)}
+        return {"kind": "safetensors", **place, **sizes}
     outputs = [decode_output(shard) for shard in shards]
     for shard, output in zip(shards, outputs, strict=True):
         check_alike(shards[0].path, outputs[0], shard.path, output)
-    fields = "profile sigma_rel gamma t t_unit method profile_error predicted_error"
+    notice = statistics_notice(name for output in outputs for name in output.copies)
     return {
-        **_values("output", path, outputs[0], fields),
-        "snapshots": [vars(used) for used in outputs[0].snapshots],
-        **_sizes(shards),
-        "notes": _notes(name for output in outputs for name in output.copies),
-    }
+        "kind": "output", **place, "run": outputs[0].run_id,
+        **_fields(outputs[0], "profile sigma_rel gamma t t_unit method profile_error predicted_error"),
+        "snapshots": [vars(used) for used in outputs[0].snapshots], **sizes, "notes": [notice] if notice else [],
+    }  # fmt: skip
 
 
-def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
-    newest = snapshots[-1].info
-    runs = sorted({snapshot.info.run_id for snapshot in snapshots})
-    widths = sorted({snapshot.info.sigma_rel for snapshot in snapshots})
+def _of_run(snapshots: Sequence[Snapshot]) -> Description:
+    newest, runs = snapshots[-1], sorted({snapshot.run_id for snapshot in snapshots})
+    profiles = []
+    for width in sorted({snapshot.sigma_rel for snapshot in snapshots}):
+        tracked = [snapshot for snapshot in snapshots if snapshot.sigma_rel == width]
+        known = [error for snapshot in tracked if (error := _relative_rounding(snapshot)) is not None]
+        profiles.append(
+            {**_fields(tracked[0], "sigma_rel gamma"), "times": [snapshot.t for snapshot in tracked]}
+            | _fields(tracked[-1], "t_first max_interval")
+            | {"relative_rounding_range": [min(known), max(known)] if known else None, "bytes": _bytes(tracked)}
+        )
     return {
         "run": runs[0] if len(runs) == 1 else runs,
-        "t_unit": newest.t_unit,
-        "t": newest.t,
-        "step": newest.step,
-        "schedule": _describe_schedule(newest.schedule),
-        **describe_tensors(snapshots[-1]),
-        "snapshots": [
-            {"file": s.path.name, "t": s.info.t, "step": s.info.step, "sigma_rel": s.info.sigma_rel} for s in snapshots
-        ],
-        **_describe_parts(snapshots[-1]),
-        "measured": sum(snapshot.info.measurements is not None for snapshot in snapshots),
-        "bytes": sum(snapshot.nbytes for snapshot in snapshots),
-        "profiles": [_describe_profile([s for s in snapshots if s.info.sigma_rel == width]) for width in widths],
+        **_fields(newest, "t_unit t step"),
+        "schedule": _of_schedule(newest.schedule),
+        **describe_tensors(newest),
+        "snapshots": [{"file": s.path.name, **_fields(s, "t step sigma_rel")} for s in snapshots],
+        **_of_parts(newest),
+        "measured": sum(snapshot.measurements is not None for snapshot in snapshots),
+        "bytes": _bytes(snapshots),
+        "profiles": profiles,
     }
 
 
-def _describe_schedule(schedule: TrackingSchedule) -> Description:
+def _of_snapshot(snapshot: Snapshot) -> Description:
+    measured = snapshot.measurements
+    measurements = measured and {"norm": math.sqrt(measured.norm), "relative_rounding": _relative_rounding(snapshot)}
+    return {
+        "kind": "snapshot", "path": str(snapshot.path), "run": snapshot.run_id,
+        **_fields(snapshot, "sigma_rel gamma t t_unit step off_schedule t_first max_interval"),
+        "schedule": _of_schedule(snapshot.schedule), "measurements": measurements, **_of_parts(snapshot),
+        **describe_tensors(snapshot), "bytes": snapshot.nbytes,
+    }  # fmt: skip
+
+
+def _of_schedule(schedule: TrackingSchedule) -> Description:
     """Return the settings of `PostHocEMA.from_model`, without the range for thinning, which follows from the widths."""
     dtype = schedule.checkpoint_dtype
     described = vars(schedule) | {"checkpoint_dtype": dtype and DTYPES[dtype].torch_name}
     return {name: value for name, value in described.items() if name != "sigma_range"}
 
 
-def _describe_profile(snapshots: Sequence[Snapshot]) -> Description:
-    roundings = [_relative_rounding(snapshot.info.measurements) for snapshot in snapshots]
-    known = [error for error in roundings if error is not None]
-    return {
-        "sigma_rel": snapshots[0].info.sigma_rel,
-        "gamma": snapshots[0].info.gamma,
-        "times": [snapshot.info.t for snapshot in snapshots],
-        "t_first": snapshots[-1].info.t_first,
-        "max_interval": snapshots[-1].info.max_interval,
-        "relative_rounding_range": [min(known), max(known)] if known else None,
-        "bytes": sum(snapshot.nbytes for snapshot in snapshots),
-    }
+def _of_parts(snapshot: Snapshot) -> Description:
+    """Return which part it is, or how many there are, and the mesh; nothing for a snapshot in one file."""
+    if not snapshot.part and snapshot.path.suffix == SUFFIX:
+        return {}
+    count = {"part": "{}/{}".format(*snapshot.part)} if snapshot.part else {"parts": len(snapshot.files)}
+    return count | ({"mesh": snapshot.mesh} if snapshot.mesh else {})
 
 
-def _relative_rounding(measured: Measurements | None) -> float | None:
-    """Return the rounding error of a stored average relative to its norm; None if unknown."""
-    return math.sqrt(measured.rounding / measured.norm) if measured is not None and measured.norm > 0 else None
-
-
-def _describe_snapshot(snapshot: Snapshot) -> Description:
-    info, measured = snapshot.info, snapshot.info.measurements
-    measurements = measured and {
-        "norm": math.sqrt(measured.norm),
-        "relative_rounding": _relative_rounding(measured),
-    }
-    fields = "sigma_rel gamma t t_unit step off_schedule t_first max_interval"
-    return {
-        **_values("snapshot", snapshot.path, info, fields),
-        "schedule": _describe_schedule(info.schedule),
-        "measurements": measurements,
-        **_describe_parts(snapshot),
-        **describe_tensors(snapshot),
-        "bytes": snapshot.nbytes,
-    }
-
-
-def _describe_parts(snapshot: Snapshot) -> Description:
-    info = snapshot.info
-    count = {"part": "{}/{}".format(*info.part)} if info.part else {"parts": len(snapshot.files)}
-    return (
-        {**count, **({"mesh": info.mesh} if info.mesh else {})}
-        if info.part or len(snapshot.files) > 1 or snapshot.path.suffix != SUFFIX
-        else {}
-    )
-
-
-def _values(kind: str, path: Path, info: Any, fields: str) -> Description:
-    values = {name: getattr(info, name) for name in fields.split()}
-    return {"kind": kind, "path": str(path), "run": info.run_id, **values}
-
-
-def describe_tensors(snapshot: FileSource) -> Description:
-    """Describe the tensors of a snapshot: numbers, roles and dtypes."""
-    info = snapshot.info
+def describe_tensors(source: FileSource) -> Description:
+    """Describe the tensors of a snapshot or checkpoint: numbers, roles and dtypes."""
+    info, notice = source.info, statistics_notice(source.info.copies)
     copied = len(info.copies)
     return {
-        **_counts([snapshot.entries]),
+        **_counts([source.entries]),
         "averaged": len(info.tensors) - copied,
         "copied": copied,
         "aliases": len(info.aliases),
         "left_out": list(info.left_out),
         "model_dtypes": sorted({info.tensors[name].dtype for name in info.averages}),
-        "notes": _notes(info.copies),
+        "notes": [notice] if notice else [],
     }
 
 
-def _notes(copies: Iterable[str]) -> list[str]:
-    notice = statistics_notice(copies)
-    return [] if notice is None else [notice]
+def _fields(info: object, names: str) -> Description:
+    return {name: getattr(info, name) for name in names.split()}
 
 
-def _sizes(files: Collection[TensorFile]) -> Description:
-    return {**_counts([file.entries for file in files]), "bytes": sum(file.nbytes for file in files)}
+def _bytes(snapshots: Sequence[Snapshot]) -> int:
+    return sum(snapshot.nbytes for snapshot in snapshots)
+
+
+def _relative_rounding(snapshot: Snapshot) -> float | None:
+    """Return the rounding error of a stored average relative to its norm; None if unknown."""
+    measured = snapshot.measurements
+    return math.sqrt(measured.rounding / measured.norm) if measured is not None and measured.norm > 0 else None
 
 
 def _counts(files: Collection[Mapping[str, Entry]]) -> Description:

@@ -1,4 +1,4 @@
-"""Compare a model's weights with those of a run, by a sample of elements that the headers of its snapshots hold.
+"""What a header says about the path of a run's weights: a sample of elements, and a sketch by random projections.
 
 A header holds, for some 512 elements, the network's weights at the snapshot's time and the values of the average. Names
 and shapes alone determine which elements these are. A model stands at a time of the run if its values equal the
@@ -7,19 +7,41 @@ recorded ones, exactly or after rounding these to float16 or bfloat16, as a chec
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from posthoc_cli.snapshots.chunks import Box
-from posthoc_cli.snapshots.codecs import PLACES, Floats, decode_sample, encode_sample
+from posthoc_cli.profiles import FloatArray
+from posthoc_cli.reconstruction import Sketch
+from posthoc_cli.snapshots.tensorfile import Box
 
-if TYPE_CHECKING:
-    from posthoc_cli.snapshots.snapshot import Snapshot
+# --- the sample
+
+Floats = npt.NDArray[np.float32]
+
+PLACES = 512
+"""The number of elements in a sample; small models have fewer."""
+
+
+def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
+    """Return a sample as stored in headers: float32 values of the network, then of the average, in base64."""
+    return base64.b64encode(np.concatenate([weights, average]).astype("<f4").tobytes()).decode()
+
+
+def decode_sample(text: str) -> tuple[Floats, Floats]:
+    """Return the values of the network and of the average in a sample; raise ValueError if it is invalid."""
+    data = base64.b64decode(text, validate=True)
+    if len(data) % 8 or len(data) > 8 * PLACES:
+        raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
+    values = np.frombuffer(data, "<f4").astype(np.float32)
+    return values[: len(values) // 2], values[len(values) // 2 :]
+
 
 Place = tuple[str, int]
 
@@ -59,16 +81,6 @@ def joined_sample(parts: Sequence[tuple[str, Sequence[int]]]) -> str:
     return encode_sample(weights, averages)
 
 
-def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
-    """Return the network's sampled weights by step, in order, of the times whose headers hold a complete sample."""
-    if not snapshots:
-        return {}
-    newest = snapshots[-1]
-    count = len(places({name: newest.entries[name].shape for name in newest.averages}))
-    samples = {snapshot.step: decode_sample(snapshot.sample)[0] for snapshot in snapshots}
-    return {step: weights for step, weights in samples.items() if len(weights) == count and np.isfinite(weights).all()}
-
-
 def are_equal(model: Floats, recorded: Floats) -> bool:
     """Return whether a model's values are the recorded ones, exactly or rounded to float16 or bfloat16."""
     import torch  # already loaded: the caller has a model
@@ -87,3 +99,94 @@ def squared_distance(model: Floats, recorded: Floats, shapes: Mapping[str, Seque
     sampled = sum(sizes[name] for name in dict.fromkeys(names))
     squares: npt.NDArray[np.float64] = (model.astype(np.float64) - recorded) ** 2
     return float(squares @ share) * (sum(sizes.values()) / sampled if sampled else 1.0)
+
+
+# --- the sketch of the path
+
+MOST_WINDOWS, MOST_NUMBERS = 4_096, 1_024
+_LARGEST = 2.0**14
+"""The largest difference after scaling to float16: differences down to 2**-28 of it keep all bits."""
+
+_AND = "|"
+"""The separator between the sketches of parts; used in memory only."""
+
+_MOST = 1e60
+"""The bound on usable numbers: products of larger ones overflow."""
+
+
+class PathSketch(NamedTuple):
+    """A sketch and the identifier of its projection, which depends on the tensors and the random signs."""
+
+    projection: int
+    sketch: Sketch
+
+
+def encode_path(path: PathSketch | None, exact: bool = False) -> str:
+    """Return a sketch as stored in headers, or in states if `exact`; empty for None or unusable numbers."""
+    if path is None:
+        return ""
+    sketch, means = path.sketch, path.sketch.means.astype("<f4")
+    if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
+        return ""
+    factor = float(np.abs(np.diff(means.astype(np.float64), axis=0)).max(initial=0.0)) / _LARGEST or 1.0
+    steps, place = np.zeros((len(means) - 1, means.shape[1]), "<f2"), means[0] / factor
+    for step, wanted in zip(steps, means[1:] / factor, strict=True):  # from the rounded place, so errors do not add up
+        step[:] = wanted - place
+        place = place + step
+    counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
+    known = np.concatenate((sketch.edges, sketch.folds, sketch.spread, [factor])).astype("<f8")
+    parts = (counts, known, means) if exact else (counts, known, means[:1], steps)
+    return base64.b64encode(b"".join(part.tobytes() for part in parts)).decode()
+
+
+def decode_path(text: str) -> PathSketch:
+    """Return the path that a sketch encodes, adding up the parts of `joined_paths`; ValueError if it is invalid."""
+    (projection, total), *others = (_decoded(part) for part in text.split(_AND))
+    for _, sketch in others:
+        total = replace(total, means=total.means + sketch.means, spread=total.spread + sketch.spread)
+    return PathSketch(projection, total)
+
+
+def is_path(text: str) -> bool:
+    """Return True for a text that is empty or encodes a path; raise ValueError for any other."""
+    return not text or all(map(_path_arrays, text.split(_AND)))
+
+
+def _decoded(text: str) -> PathSketch:
+    (windows, _, size, projection), (*known, factor), means, steps = _path_arrays(text)
+    edges, folds, spread = np.split(np.array(known), [windows + 1, 2 * windows + 1])
+    if size == 2:
+        means = np.concatenate((means, means + np.cumsum(steps * factor, axis=0)))
+    return PathSketch(projection, Sketch(edges, folds, means, spread))
+
+
+def path_of_part(text: str, part: tuple[int, int] | None) -> PathSketch | None:
+    """Return the path of a part (its number, counted from 1, and the count) or a complete model; None if unknown."""
+    number, count = part or (1, 1)
+    texts = text.split(_AND)
+    return decode_path(texts[number - 1]) if text and len(texts) == count else None
+
+
+def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArray]:
+    """Return the four integers, the float64 values, and the float32 and float16 numbers of a sketch."""
+    data = base64.b64decode(text, validate=True)
+    counts = np.frombuffer(data[:32], "<i8").tolist() if len(data) >= 32 else [0] * 4
+    windows, numbers, size, _ = counts
+    first = 32 + 8 * (3 * windows + 2)
+    rest = first + 4 * numbers * (windows if size == 4 else 1)
+    is_sketch = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)
+    if not is_sketch or len(data) != rest + 2 * numbers * (windows - 1) * (size == 2):
+        raise ValueError(f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4")
+    pieces = ((data[32:first], "<f8"), (data[first:rest], "<f4"), (data[rest:], "<f2"))
+    known, means, steps = (np.frombuffer(piece, dtype).astype(np.float64) for piece, dtype in pieces)
+    return counts, known, means.reshape(-1, numbers), steps.reshape(-1, numbers)
+
+
+def joined_paths(texts: Sequence[str]) -> str:
+    """Join the sketches of a model's parts; return an empty text unless all have a sketch of the same windows."""
+    if not texts or not all(texts):
+        return ""
+    (counts, known, *_), *others = (_path_arrays(text) for text in texts)
+    shared = 2 * counts[0] + 1  # the windows' edges and folds
+    is_alike = all(counts[:2] == c[:2] and np.array_equal(known[:shared], k[:shared]) for c, k, *_ in others)
+    return _AND.join(texts) if is_alike else ""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -17,7 +18,7 @@ import numpy as np
 import xxhash
 
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, shown
+from posthoc_cli.errors import FileFormatError, InvalidValueError, check_word, shown
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import (
     Clock,
@@ -28,11 +29,9 @@ from posthoc_cli.profiles import (
     gamma_from_sigma_rel,
 )
 from posthoc_cli.reconstruction import Measurements, Steps, StoredAverage
-from posthoc_cli.snapshots.chunks import Chunk
-from posthoc_cli.snapshots.codecs import decode_sample, is_path
-from posthoc_cli.snapshots.selection import Selection
+from posthoc_cli.snapshots.path import Floats, decode_sample, is_path, places
 from posthoc_cli.snapshots.sources import Dtype, FileSource, Rule, SourceInfo, TrackedTensor
-from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile, compact, read_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, Chunk, Entry, TensorFile, compact, read_file
 
 MAX_KNOTS = 1_000
 EARLIEST, LATEST = 1e-100, 1e100
@@ -71,6 +70,96 @@ class TrackingSchedule:
     max_checkpoints: Count | None = 20
     checkpoint_dtype: Dtype | None = "F16"
     sigma_range: tuple[float, float] = USEFUL_RANGE
+
+
+# --- the choice of tensors
+
+BUFFERS = ("statistics", "copy", "average")
+"""The treatments of buffers."""
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+GLOBS = ("include", "exclude", "copy_only")
+"""The fields of a selection that are globs on names."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A choice of tensors, by globs on their names; see `PostHocEMA.from_model`."""
+
+    only_trainable: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    buffers: str = "statistics"
+    copy_only: tuple[str, ...] = ()
+
+    def names(self, name: str) -> bool:
+        """Return whether the globs select a name. `*` matches any characters including dots."""
+        return (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
+
+    def copies(self, name: str) -> bool:
+        """Return whether a glob of `copy_only` matches a name."""
+        return _matches(name, self.copy_only)
+
+    def resumed(self, roles: Mapping[str, str]) -> Selection:
+        """Return the selection for resuming a run whose tensors have these roles: running statistics keep theirs."""
+        if self.buffers == "copy" and "statistic" in roles.values():
+            return replace(self, buffers="statistics").resumed(roles)
+        copies = running_statistics(name for name, role in roles.items() if role == "copy")
+        kept = tuple(sorted(name for name in copies if not self.copies(name)))
+        return replace(self, copy_only=self.copy_only + kept) if self.buffers == "statistics" else self
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def make_selection(include: str | Iterable[str] | None, exclude: str | Iterable[str] | None, buffers: str) -> Selection:
+    """Return a selection from a user's arguments; raise InvalidValueError, naming the argument, if one is invalid."""
+    check_word("buffers", buffers, BUFFERS)
+    named = _globs("include", include)
+    return Selection(not named, named, _globs("exclude", exclude), buffers)
+
+
+def check_globs(selection: Selection, names: Iterable[str]) -> None:
+    """Raise InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
+    names = list(names)
+    for argument in GLOBS:
+        for glob in getattr(selection, argument):
+            if not any(fnmatchcase(name, glob) for name in names):
+                examples = ", ".join(map(repr, names[:3])) or "none"
+                reason = f"matches no tensor of the model; it has names such as {examples}"
+                raise InvalidValueError(argument, reason, value=repr(glob))
+
+
+def _globs(argument: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
+    if globs is None:
+        return ()
+    listed = (globs,) if isinstance(globs, str) or not isinstance(globs, Iterable) else tuple(globs)
+    if not all(isinstance(glob, str) and glob for glob in listed):
+        raise InvalidValueError(argument, "must be a glob on names, such as 'decoder.*', or a list", value=repr(globs))
+    return listed
+
+
+def running_statistics(names: Iterable[str]) -> frozenset[str]:
+    """Return the names of BatchNorm's running means and variances: a layer has both, and a count of batches."""
+    known = frozenset(names)
+    layers = {name.removesuffix(_STATISTICS[0]) for name in known if name.split(".")[-1] == _STATISTICS[0]}
+    complete = [layer for layer in layers if all(layer + part in known for part in _STATISTICS)]
+    return frozenset(layer + part for layer in complete for part in _STATISTICS[:2])
+
+
+def statistics_notice(copies: Iterable[str]) -> str | None:
+    """Return advice, in one line, about running statistics among the names of copies; None without any."""
+    layers = len(running_statistics(copies)) // 2
+    if not layers:
+        return None
+    counted = f"{layers:,} BatchNorm layer{'s' * (layers > 1)}"
+    return (
+        f"the running statistics of {counted} are copies, which belong to the raw weights: recompute them with "
+        "posthoc_cli.update_bn(model, loader) before you measure or use an average"
+    )
+
+
+# --- the snapshot
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,7 +201,7 @@ class Snapshot(FileSource, SourceInfo):
             those of (stored - exact).
         sample: base64 of little-endian float32 values: for the elements that `path.places` names the network's values
             at the last update, then as many of the exact average. A part has those in its chunks.
-        sketch: base64 of random projections of the network's path up to `t`, see `codecs`.
+        sketch: base64 of random projections of the network's path up to `t`, see `path`.
         part: (3, 8) in the third of eight parts of a snapshot.
         chunks: for each tensor of a part the shape of the complete tensor, and the place of the chunk's first element.
         mesh: {"shape": [2, 4], "names": ["dp", "tp"] or null}: the device mesh, for information.
@@ -263,6 +352,16 @@ def _check_tensors(snapshot: Snapshot, stored: Mapping[str, Entry]) -> None:
         if not fits or any(end > size for end, size in zip(chunk.box(shape).end, chunk.shape, strict=True)):
             reason = f"shape {list(shape)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
             raise ValueError(f"chunks: tensor {shown(name)}: {reason}")
+
+
+def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
+    """Return the network's sampled weights by step, in order, of the times whose headers hold a complete sample."""
+    if not snapshots:
+        return {}
+    newest = snapshots[-1]
+    count = len(places({name: newest.entries[name].shape for name in newest.averages}))
+    samples = {snapshot.step: decode_sample(snapshot.sample)[0] for snapshot in snapshots}
+    return {step: weights for step, weights in samples.items() if len(weights) == count and np.isfinite(weights).all()}
 
 
 # --- decoding by annotations

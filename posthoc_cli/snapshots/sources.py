@@ -45,15 +45,17 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     thinned_subset,
 )
-from posthoc_cli.snapshots.chunks import Box, boxes_of_range, row_major
-from posthoc_cli.snapshots.codecs import decode_path
+from posthoc_cli.snapshots.path import decode_path
 from posthoc_cli.snapshots.tensorfile import (
     THREADS,
+    Box,
     Entry,
     TensorFile,
+    boxes_of_range,
     decode_values,
     in_turn,
     items,
+    row_major,
     tensor_from_bytes,
 )
 
@@ -105,7 +107,7 @@ class SourceInfo:
         aliases: further names of tensors, each with the name under which the tensor is stored.
         left_out: names in the model's state that were not tracked.
         measurements: the measurements of the average; None if they must be estimated.
-        sketch: the path of the weights up to `t`, see `codecs.encode_path`; empty if unknown.
+        sketch: the path of the weights up to `t`, see `path.encode_path`; empty if unknown.
     """
 
     run_id: str

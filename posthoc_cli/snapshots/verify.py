@@ -7,9 +7,9 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import (
@@ -39,6 +39,7 @@ from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
     INDEX_SUFFIX,
     OutputInfo,
+    ShardIndex,
     check_alike,
     decode_index,
     decode_output,
@@ -70,10 +71,13 @@ _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 class FileReport:
     """The result of verifying a file.
 
-    `unit` is the path of the whole: the file, or the folder of a model in several files. `what` describes the
-    file in a few words; `kind` is "snapshot", "output" or None. `detail` explains the `state`,
-    or notes something unusual. The other fields come from a valid header. The tensors in `averages` must be finite. A
-    `snapshot` in parts is in the report of one part: of the first broken one, if there is any.
+    Attributes:
+        unit: the path of the whole: the file, or the folder of a model or snapshot in several files.
+        what: the file in a few words.
+        kind: "snapshot", "output" or None.
+        detail: explains the `state`, or notes something unusual.
+        header: what a valid header says: a snapshot, or a part of one, or an output.
+        names: the tensors in the file.
     """
 
     path: Path
@@ -83,10 +87,8 @@ class FileReport:
     state: str = INTACT
     detail: str = ""
     nbytes: int = 0
-    file: TensorFile | None = None
-    snapshot: Snapshot | None = None
-    output: OutputInfo | None = None
-    averages: Collection[str] = ()
+    header: Snapshot | OutputInfo | None = None
+    names: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_fine(self) -> bool:
@@ -153,57 +155,84 @@ class Verification:
         }
 
 
+def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
+    """Read every byte of a directory or a file; check checksums, headers, values, and snapshots against each other.
+
+    No lock is taken: files that a training deletes meanwhile are left out, files that it adds are not read. Raises
+    DirectoryError if there is nothing to verify.
+    """
+    started = time.perf_counter()
+    listed, units = _listed(path)
+    reports: list[FileReport] = []
+    snapshots: list[Snapshot] = []
+    incomplete: dict[Path, str] = {}
+    with progress("verifying", sum(map(_size, units))) as advance:
+        for unit in units:
+            found = unit.verify(advance)
+            if isinstance(found, str):
+                incomplete[unit.path] = found
+                continue
+            reports += found.reports
+            snapshots += found.snapshots
+    snapshots.sort(key=time_order)
+    problems = contradictions(snapshots)
+    if snapshots and not problems:
+        try:
+            run_clock(snapshots)
+        except MismatchError as error:
+            problems = [error]
+    notes = [f"{listed.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
+    if listed.is_directory:
+        notes += missing_at_newest(snapshots)
+    notes += [f"{folder.name}/: has {parts}" for folder, parts in incomplete.items()]
+    return replace(
+        listed, files=tuple(reports), problems=tuple(map(str, problems)), notes=(*notes, *listed.notes),
+        leftovers=tuple(sorted((*listed.leftovers, *incomplete))),
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
 # --- listing
 
 
-class _Unit(NamedTuple):
-    """A file, the parts of a snapshot, or the shards of a model, which need not exist."""
-
-    path: Path
-    files: Mapping[Path, Collection[str]]
-    indexed_by: Path | None = None
-    superseded: bool = False
-    has_parts: bool = False
-
-
 def _listed(path: Path) -> tuple[Verification, list[_Unit]]:
-    """List what to verify, reading indexes and the headers of parts; raise DirectoryError if there is nothing."""
+    """List what to verify, reading indexes; raise DirectoryError if there is nothing."""
     if is_parts_folder(path):
-        return Verification(path, True, leftovers=tuple(list_directory(path).leftovers)), [_parts(path)]
+        return Verification(path, True, leftovers=tuple(list_directory(path).leftovers)), [_Parts(path, is_alone=True)]
     if path.is_dir():
         return _listed_directory(path)
     if files.is_absent(path):
         raise DirectoryError(path, "no such file or directory", ACCEPTED)
     if path.suffix in PICKLES:
         raise InvalidValueError(path, "has no checksums, and no pickle is opened here", ACCEPTED)
-    return Verification(path, False), [_shards(path) if path.name.endswith(INDEX_SUFFIX) else _Unit(path, {path: ()})]
+    unit = _Shards(path) if path.name.endswith(INDEX_SUFFIX) else _Unit(path)
+    return Verification(path, False), [unit]
 
 
 def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     listing = list_directory(directory)
     models = [path for path in listing.entries if path.name != SUPERSEDED and _has_index(path)]
-    units = [_shards(folder / INDEX_NAME) for folder in (directory, *models) if _has_index(folder)]
+    units: list[_Unit] = [_Shards(folder / INDEX_NAME) for folder in (directory, *models) if _has_index(folder)]
     shards = {path for unit in units for path in unit.files}
-    units += [_Unit(path, {path: ()}) for path in listing.files if path not in shards]
-    of_parts = [_parts(path) for path in listing.folders]
-    units += [unit for unit in of_parts if unit.files]
-    units.sort(key=lambda unit: unit.indexed_by or unit.path)
+    units += [_Unit(path) for path in listing.files if path not in shards]
+    parts = [_Parts(path) for path in listing.folders]
+    units = sorted([*units, *(unit for unit in parts if unit.files)], key=lambda unit: unit.place)
     notes: list[str] = []
     superseded = _readable(directory / SUPERSEDED, notes)
-    old_units = [_Unit(path, {path: ()}, superseded=True) for path in superseded.files]
-    old_units += [_parts(path)._replace(superseded=True) for path in superseded.parts_folders]
-    listings = (listing, *map(_readable, (*models, *listing.folders)), superseded)
-    empty = [unit.path for unit in of_parts if not unit.files and not unit.path.is_symlink() and unit.path.is_dir()]
+    old: list[_Unit] = [_Unit(path, superseded=True) for path in superseded.files]
+    old += [_Parts(path, superseded=True) for path in superseded.parts_folders]
+    empty = [unit.path for unit in parts if not unit.files and not unit.path.is_symlink() and unit.path.is_dir()]
     notes += [f"{path.name}/: has no parts" for path in empty]
+    listings = (listing, *map(_readable, (*models, *listing.folders)), superseded)
     leftovers = sorted([*empty, *(path for entries in listings for path in entries.leftovers)])
     pickles = len(listing.pickles)
-    if not (units or old_units or leftovers):
+    if not (units or old or leftovers):
         reason = "holds no snapshots or outputs" + "; no pickle is opened here" * bool(pickles)
         raise DirectoryError(directory, reason, ACCEPTED)
     if pickles:
         notes.append(f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read")
-    result = Verification(directory, True, notes=tuple(notes), leftovers=tuple(leftovers), superseded=len(old_units))
-    return result, [*units, *old_units]
+    result = Verification(directory, True, notes=tuple(notes), leftovers=tuple(leftovers), superseded=len(old))
+    return result, [*units, *old]
 
 
 def _readable(folder: Path, notes: list[str] | None = None) -> Directory:
@@ -225,129 +254,72 @@ def _has_index(folder: Path) -> bool:
     return False
 
 
-def _parts(folder: Path) -> _Unit:
-    return _Unit(folder, dict.fromkeys(list_folder(folder).files, ()), has_parts=True)
-
-
-def _shards(index: Path) -> _Unit:
-    """Return the shards that an index names: none if it cannot be read, which makes each file a separate unit."""
-    try:
-        shards = decode_index(index).shards
-    except FileFormatError:  # reported when the index is compared with its shards
-        shards = {}
-    return _Unit(index.parent, {index.parent / name: names for name, names in shards.items()}, index)
-
-
-# --- verifying
-
-
-def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
-    """Read every byte of a directory or a file; check checksums, headers, values, and snapshots against each other.
-
-    No lock is taken: files that a training deletes meanwhile are left out, files that it adds are not read. Raises
-    DirectoryError if there is nothing to verify.
-    """
-    started = time.perf_counter()
-    listed, units = _listed(path)
-    with progress("verifying", _size(units)) as advance:
-        reports = [report for unit in units for report in _read_unit(unit, advance)]
-    incomplete = {r.unit: r.detail for r in reports if r.state == MISSING and r.path == r.unit != path}
-    reports = [report for report in reports if report.unit not in incomplete]
-    snapshots = sorted((r.snapshot for r in reports if r.snapshot and r.is_fine), key=time_order)
-    problems = contradictions(snapshots)
-    if snapshots and not problems:
-        try:
-            run_clock([snapshot.info for snapshot in snapshots])
-        except MismatchError as error:
-            problems = [error]
-    notes = [f"{listed.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
-    if listed.is_directory:
-        notes += missing_at_newest(snapshots)
-    notes += [f"{folder.name}/: {parts}" for folder, parts in incomplete.items()]
-    return replace(
-        listed, files=tuple(reports), problems=tuple(map(str, problems)), notes=(*notes, *listed.notes),
-        leftovers=tuple(sorted((*listed.leftovers, *incomplete))),
-        seconds=time.perf_counter() - started,
-    )  # fmt: skip
-
-
-def _size(units: Sequence[_Unit]) -> int:
+def _size(unit: _Unit) -> int:
     """Return about how many bytes there are to read."""
     total = 0
-    for path in (path for unit in units for path in unit.files):
+    for path in unit.files:
         with suppress(OSError):
             total += path.stat().st_size
     return total
 
 
-# --- reading a file
+# --- a file
 
 
-def _read_unit(unit: _Unit, progress: Callable[[int], object]) -> list[FileReport]:
-    """Return the reports of a unit's files, its index first, without files that were deleted after the listing."""
-    results = {path: _read_file(path, unit.path, progress) for path in unit.files}
-    reports = [report for report in results.values() if report is not None]
-    if unit.indexed_by is not None:
-        return _shard_reports(unit, unit.indexed_by, results, reports)
-    if unit.superseded:
-        return [replace(report, what=f"superseded {report.what}", snapshot=None) for report in reports]
-    if unit.has_parts:  # if a part is missing, a training is deleting the snapshot
-        return _part_reports(unit, reports) if len(reports) == len(results) else []
-    strays = (report.snapshot is not None and report.snapshot.part is not None for report in reports)
-    return [replace(r, snapshot=None) if is_stray else r for r, is_stray in zip(reports, strays, strict=True)]
-
-
-def _read_file(path: Path, unit: Path, progress: Callable[[int], object]) -> FileReport | None:
+def _read(path: Path, unit: Path, progress: Callable[[int], object]) -> FileReport | None:
     """Read every byte of a file and return the report; None if the file was deleted meanwhile."""
-    nbytes = 0
-    damaged: dict[str, FileFormatError] = {}
-    nonfinite: dict[str, None] = {}
+    report, file, read = FileReport(path, unit), None, 0
+    damaged, nonfinite = dict[str, FileFormatError](), dict[str, None]()
     try:
         file = read_file(path)
         with file, closing(file.checked()) as results:
-            report = _described(FileReport(path, unit), file)
-            nbytes = file.nbytes - sum(entry.nbytes for entry in file.entries.values())
-            progress(nbytes)
+            report, averages = _described(report, file)
+            read = file.nbytes - sum(report.names.values())
+            progress(read)
             for checked in results:
                 damaged |= checked.damaged
                 nonfinite |= dict.fromkeys(checked.nonfinite)
-                nbytes += checked.nbytes
+                read += checked.nbytes
                 progress(checked.nbytes)
     except FileFormatError as error:
         if isinstance(error, VanishedError) and files.is_absent(path):
             return None  # a training has deleted it
-        return replace(_unreadable(FileReport(path, unit), error), nbytes=nbytes)
-    bad = [name for name in nonfinite if name in report.averages]
-    state, detail = UNCHECKED if report.kind is None else INTACT, ""
+        return _unreadable(replace(report, nbytes=read), error, file)
+    report = replace(report, nbytes=read)
     if damaged:
-        state, detail = DAMAGED, f"{next(iter(damaged.values())).reason}{_and_more(len(damaged) - 1, 'tensor')}"
-    elif bad:
-        state, detail = NONFINITE, f"average {_nonfinite(bad)}{_and_more(len(bad) - 1, 'average')}"
-    elif nonfinite:
-        role = "tensor" if report.kind is None else "copy"
-        detail = f"{role} {_nonfinite(nonfinite)}{_and_more(len(nonfinite) - 1, 'tensor')}"
-    return replace(report, nbytes=nbytes, state=state, detail=detail)
+        reason = next(iter(damaged.values())).reason
+        return replace(report, state=DAMAGED, detail=f"{reason}{_and_more(len(damaged) - 1, 'tensor')}")
+    if bad := [name for name in nonfinite if name in averages]:
+        return replace(report, state=NONFINITE, detail=_nonfinite("average", bad, "average"))
+    kind = "tensor" if report.kind is None else "copy"
+    return replace(report, detail=_nonfinite(kind, [*nonfinite], "tensor") if nonfinite else "")
 
 
-def _nonfinite(names: Collection[str]) -> str:
-    return f"{shown(next(iter(names)))} holds nan or infinity"
-
-
-def _described(report: FileReport, file: TensorFile) -> FileReport:
-    """Add a header's content to a report; raise FileFormatError if it is invalid."""
-    averages: Collection[str]
-    report = replace(report, kind=file.kind, file=file)
+def _described(report: FileReport, file: TensorFile) -> tuple[FileReport, Collection[str]]:
+    """Add a header's content to a report; return it, and the averages; raise FileFormatError if it is invalid."""
+    names = {name: entry.nbytes for name, entry in file.entries.items()}
+    report = replace(report, kind=file.kind, names=names)
     if file.kind is None:
-        return replace(report, what="foreign")
+        return replace(report, what="foreign", state=UNCHECKED), ()
     if file.kind == "output":
         output = decode_output(file)
-        what, averages = _output_words(output), file.entries.keys() - set(output.copies)
-        return replace(report, what=what, output=output, averages=averages)
+        return replace(report, what=_output_words(output), header=output), names.keys() - set(output.copies)
     snapshot = decode_snapshot(file)
     part = "part {}/{} of ".format(*snapshot.part) if snapshot.part else ""
     what = f"{part}snapshot sigma_rel {snapshot.sigma_rel:g} at t = {snapshot.t:,.12g}"
-    averages = frozenset(name for name, tensor in snapshot.tensors.items() if tensor.role != "copy")
-    return replace(report, what=what, snapshot=snapshot, averages=averages)
+    return replace(report, what=what, header=snapshot), names.keys() - set(snapshot.copies)
+
+
+def _unreadable(report: FileReport, error: FileFormatError, file: TensorFile | None) -> FileReport:
+    """Return the report of a file that cannot be read or decoded, with what its name and its header show."""
+    state, detail = _fault(error)
+    if is_snapshot_name(report.unit):
+        report = replace(report, what="snapshot, by its name", kind="snapshot")
+    if file is not None and file.kind not in (None, "snapshot", "output"):
+        state, detail = UNSUPPORTED, f"its kind is {shown(file.kind)}, which this release does not know"
+    elif file is not None and file.kind and (form := file.content.get("format")) != FORMAT:
+        state, detail = UNSUPPORTED, f"its format is {shown(form)}; this release reads {FORMAT}"
+    return replace(report, state=state, detail=detail)
 
 
 def _fault(error: FileFormatError) -> tuple[str, str]:
@@ -355,99 +327,136 @@ def _fault(error: FileFormatError) -> tuple[str, str]:
     return DAMAGED if is_broken else UNREADABLE, error.reason
 
 
-def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
-    """Return the report of a file that cannot be read or decoded, with what its name and ema.format show."""
-    state, detail = _fault(error)
-    if is_snapshot_name(report.unit):
-        report = replace(report, what="snapshot, by its name", kind="snapshot")
-    with suppress(FileFormatError):
-        file = read_file(report.path)
-        if file.kind not in (None, "snapshot", "output"):
-            state, detail = UNSUPPORTED, f"its kind is {shown(file.kind)}, which this release does not know"
-        elif file.kind and (form := file.content.get("format")) != FORMAT:
-            state, detail = UNSUPPORTED, f"its format is {shown(form)}; this release reads {FORMAT}"
-    return replace(report, state=state, detail=detail)
-
-
 def _output_words(output: OutputInfo) -> str:
-    return f"output {_shortened(output.profile)} at t = {output.t:,.12g}"
+    profile = output.profile if len(output.profile) <= 60 else f"{output.profile[:57]}..."
+    return f"output {profile} at t = {output.t:,.12g}"
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _nonfinite(kind: str, names: Sequence[str], others: str) -> str:
+    return f"{kind} {shown(names[0])} holds nan or infinity{_and_more(len(names) - 1, others)}"
 
 
 def _and_more(count: int, what: str) -> str:
     return f" (and {count:,} {what}{'s' * (count > 1)} more)" if count else ""
 
 
-# --- the parts of a snapshot
+# --- what belongs together
 
 
-def _part_reports(unit: _Unit, reports: list[FileReport]) -> list[FileReport]:
-    """Complete the reports of parts: add their snapshot, or what is wrong between them, to the report of one part."""
-    place = next((index for index, report in enumerate(reports) if not report.is_fine), 0)
-    parts = [report.snapshot for report in reports if report.snapshot]
-    reports = [replace(report, snapshot=None) for report in reports]
-    if len(parts) < len(reports) and reports[place].is_fine:
-        stray = next(report for report in reports if report.kind != "snapshot")
-        detail = "is in a folder of parts but is not a part of a snapshot"
-        return [replace(r, state=MISMATCHED, detail=detail) if r is stray else r for r in reports]
-    try:
-        content = joined(unit.path, parts) if len(parts) == len(reports) else None
-    except PostHocError as error:
-        if reports[place].is_fine:  # otherwise its report shows the cause
-            detail = str(error).replace(f"{unit.path}{os.sep}", "").removeprefix(f"{unit.path}: ")
-            reports[place] = replace(reports[place], state=MISMATCHED, detail=detail)
-        return reports
-    if isinstance(content, Snapshot):
-        reports[place] = replace(reports[place], snapshot=content)
-    elif content:
-        return [FileReport(unit.path, unit.path, "snapshot", "snapshot", MISSING, f"has {content}"), *reports]
-    return reports
+@dataclass(frozen=True)
+class _Found:
+    """What was found in a unit: a report for each file, and the complete snapshots in which nothing is wrong."""
+
+    reports: Sequence[FileReport]
+    snapshots: Sequence[Snapshot] = ()
 
 
-# --- an index against its shards
+class _Unit:
+    """A file, or several that belong together."""
+
+    def __init__(self, path: Path, *, superseded: bool = False) -> None:
+        self.path, self.place, self.superseded = path, path, superseded
+        self.files: Mapping[Path, Collection[str]] = {path: ()}
+
+    def verify(self, progress: Callable[[int], object]) -> _Found | str:
+        """Read all files; return what was found, or, in words, what there is of an incomplete snapshot."""
+        results = {path: _read(path, self.path, progress) for path in self.files}
+        found = self.judged(results, [report for report in results.values() if report is not None])
+        if self.superseded and isinstance(found, _Found):
+            return _Found([replace(report, what=f"superseded {report.what}") for report in found.reports])
+        return found
+
+    def judged(self, _results: Mapping[Path, FileReport | None], existing: list[FileReport]) -> _Found | str:
+        """Judge the reports of the files together; None stands for a file that does not exist."""
+        headers = [report.header for report in existing if report.is_fine]
+        return _Found(existing, [one for one in headers if isinstance(one, Snapshot) and one.part is None])
 
 
-def _shard_reports(
-    unit: _Unit, index: Path, results: Mapping[Path, FileReport | None], existing: Sequence[FileReport]
-) -> list[FileReport]:
-    model = next((report for report in existing if report.output), FileReport(index, unit.path))
-    of_model = f" of {_output_words(model.output)}" if model.output else ""
-    state, detail = _index_fault(unit, index, existing)
-    reports = [FileReport(index, unit.path, f"index{of_model}", model.kind, state, detail)]
-    for path, report in results.items():
-        if report is None:
-            report = FileReport(path, unit.path, f"shard{of_model}", None, MISSING, f"{index.name} names it")
-        reports.append(replace(report, what=f"shard{of_model}" if report.output else report.what, snapshot=None))
-    return reports
+class _Parts(_Unit):
+    """The folder of a snapshot in parts; what is wrong between them is in the report of one of them."""
+
+    def __init__(self, path: Path, *, superseded: bool = False, is_alone: bool = False) -> None:
+        super().__init__(path, superseded=superseded)
+        self.files, self._is_alone = dict.fromkeys(list_folder(path).files, ()), is_alone
+
+    def judged(self, results: Mapping[Path, FileReport | None], existing: list[FileReport]) -> _Found | str:
+        """Judge the parts together: without one of them, a training is deleting the snapshot."""
+        if len(existing) < len(results):
+            return _Found([])
+        stray = next((report for report in existing if report.is_fine and report.kind != "snapshot"), None)
+        if stray is not None:
+            return _Found(_mismatched(existing, stray, "is in a folder of parts but is not a part of a snapshot"))
+        parts = [report.header for report in existing if isinstance(report.header, Snapshot)]
+        if len(parts) < len(existing):
+            return _Found(existing)
+        broken = next((report for report in existing if not report.is_fine), None)
+        try:
+            content = joined(self.path, parts)
+        except PostHocError as error:
+            detail = str(error).replace(f"{self.path}{os.sep}", "").removeprefix(f"{self.path}: ")
+            return _Found(existing if broken else _mismatched(existing, existing[0], detail))
+        if isinstance(content, Snapshot):
+            return _Found(existing, () if broken else [content])
+        if not content or self.superseded:
+            return _Found(existing)
+        if not self._is_alone:
+            return content
+        missing = FileReport(self.path, self.path, "snapshot", "snapshot", MISSING, f"has {content}")
+        return _Found([missing, *existing])
 
 
-def _index_fault(unit: _Unit, index: Path, existing: Sequence[FileReport]) -> tuple[str, str]:
-    """Return the state of an index, compared with the existing shards, and the detail."""
-    try:
-        total = decode_index(index).total_size
-    except FileFormatError as error:
-        return _fault(error)
-    if not unit.files:
-        return DAMAGED, "names no shard"
-    nbytes = 0
-    for shard in existing:
-        tensors, named = shard.file.entries if shard.file else {}, set(unit.files[shard.path])
-        nbytes += sum(entry.nbytes for entry in tensors.values())
-        if shard.is_fine and tensors.keys() != named:
-            name = shown(min(tensors.keys() ^ named))
-            return MISMATCHED, f"tensor {name} is in {shard.path.name} or named by the index, but not both"
-    if len(existing) < len(unit.files) or not all(shard.is_fine for shard in existing):
-        return INTACT, ""  # the shard's report shows the cause
-    try:
-        for shard in existing[1:]:
-            check_alike(existing[0].path, existing[0].output, shard.path, shard.output)
-    except MismatchError as error:
-        return MISMATCHED, str(error).replace(f"{unit.path}{os.sep}", "")
-    if not any(shard.output for shard in existing):
-        return UNCHECKED, ""
-    if total != nbytes:  # an index has no checksum
-        return DAMAGED, f"its total_size is {shown(total)}; the shards hold {nbytes:,} bytes"
-    return INTACT, ""
+def _mismatched(reports: Sequence[FileReport], wrong: FileReport, detail: str) -> list[FileReport]:
+    return [replace(r, state=MISMATCHED, detail=detail) if r is wrong else r for r in reports]
+
+
+class _Shards(_Unit):
+    """A model in shards, with the index that names them."""
+
+    def __init__(self, index: Path) -> None:
+        super().__init__(index.parent)
+        self.place, self._fault = index, ("", "")
+        content = ShardIndex({}, None)
+        try:
+            content = decode_index(index)
+        except FileFormatError as error:  # each file is a unit of its own then
+            self._fault = _fault(error)
+        self.files, self._total = {index.parent / n: names for n, names in content.shards.items()}, content.total_size
+
+    def judged(self, results: Mapping[Path, FileReport | None], existing: list[FileReport]) -> _Found | str:
+        """Compare the index with its shards, and these with each other."""
+        output = next((r.header for r in existing if isinstance(r.header, OutputInfo)), None)
+        of_model = f" of {_output_words(output)}" if output else ""
+        state, detail = self._judged_index(existing) if not self._fault[0] else self._fault
+        kind = "output" if output else None
+        reports = [FileReport(self.place, self.path, f"index{of_model}", kind, state, detail)]
+        for path, report in results.items():
+            if report is None:
+                detail = f"{self.place.name} names it"
+                reports.append(FileReport(path, self.path, f"shard{of_model}", None, MISSING, detail))
+            else:
+                is_output = isinstance(report.header, OutputInfo)
+                reports.append(replace(report, what=f"shard{of_model}") if is_output else report)
+        return _Found(reports)
+
+    def _judged_index(self, existing: Sequence[FileReport]) -> tuple[str, str]:
+        """Return the state of the index, compared with the existing shards, and the detail."""
+        if not self.files:
+            return DAMAGED, "names no shard"
+        for shard in existing:
+            if shard.is_fine and (differing := shard.names.keys() ^ set(self.files[shard.path])):
+                where = f"is in {shard.path.name} or named by the index, but not both"
+                return MISMATCHED, f"tensor {shown(min(differing))} {where}"
+        if len(existing) < len(self.files) or not all(shard.is_fine for shard in existing):
+            return INTACT, ""  # the shard's report shows the cause
+        outputs = [shard.header if isinstance(shard.header, OutputInfo) else None for shard in existing]
+        try:
+            for shard, output in zip(existing[1:], outputs[1:], strict=True):
+                check_alike(existing[0].path, outputs[0], shard.path, output)
+        except MismatchError as error:
+            return MISMATCHED, str(error).replace(f"{self.path}{os.sep}", "")
+        if outputs[0] is None:
+            return UNCHECKED, ""
+        nbytes = sum(sum(shard.names.values()) for shard in existing)
+        if self._total != nbytes:  # an index has no checksum
+            return DAMAGED, f"its total_size is {shown(self._total)}; the shards hold {nbytes:,} bytes"
+        return INTACT, ""

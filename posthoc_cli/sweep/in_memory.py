@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import InvalidValueError, shown, warn
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.selection import statistics_notice
+from posthoc_cli.snapshots.snapshot import statistics_notice
 from posthoc_cli.sweep.results import RAW, SweepReport, has_raw
 from posthoc_cli.sweep.search import Axis, Search, Trial, check_counts, good_range
 from posthoc_cli.targets import Mean, SigmaRel

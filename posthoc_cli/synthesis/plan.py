@@ -19,11 +19,10 @@ from posthoc_cli.errors import InexactError, InvalidValueError, check_alone, che
 from posthoc_cli.planning import Candidate, check_max_error, check_within, error_curve
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.outputs import OutputInfo, Used
-from posthoc_cli.snapshots.selection import running_statistics
+from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.sources import Source, TrackedTensor, by_time, chosen_up_to, counted, run_clock, source_prior
-from posthoc_cli.snapshots.tensorfile import Entry
+from posthoc_cli.snapshots.tensorfile import Box, Entry
 from posthoc_cli.targets import Groups, Mean, Target, as_target, separate
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ from itertools import pairwise
 import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, may_share_mean, new_value_share, window_ends
-from posthoc_cli.snapshots.codecs import PathSketch
+from posthoc_cli.snapshots.path import PathSketch
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.layout import BucketTile, Elements, FlatTensors, Layout, LayoutReader, tiles_of
 from posthoc_cli.tracker.measuring import Sketcher, closed

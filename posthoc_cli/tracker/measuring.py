@@ -23,7 +23,7 @@ import xxhash
 
 from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
 from posthoc_cli.reconstruction import Measurements, Sketch
-from posthoc_cli.snapshots.codecs import PathSketch
+from posthoc_cli.snapshots.path import PathSketch
 from posthoc_cli.tracker.layout import BucketTile, Elements, Layout, Values
 
 MEASURED_ELEMENTS = 2**19

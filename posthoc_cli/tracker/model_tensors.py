@@ -20,13 +20,10 @@ import torch
 
 from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
-from posthoc_cli.snapshots.chunks import Box, Chunk
-from posthoc_cli.snapshots.codecs import encode_sample
-from posthoc_cli.snapshots.path import index_within, places
-from posthoc_cli.snapshots.selection import Selection, running_statistics
-from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.path import encode_sample, index_within, places
+from posthoc_cli.snapshots.snapshot import Selection, Snapshot, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
-from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, MAX_TENSORS, Entry, encode_header, lay_out
+from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, MAX_TENSORS, Box, Chunk, Entry, encode_header, lay_out
 from posthoc_cli.tracker.sharding import Members, is_fsdp, is_sharded, local_part, local_tensors, reshard
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes for which torch has no arithmetic

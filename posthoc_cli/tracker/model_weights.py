@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, warn
 from posthoc_cli.run import Weights
-from posthoc_cli.snapshots.selection import running_statistics, statistics_notice
+from posthoc_cli.snapshots.snapshot import running_statistics, statistics_notice
 from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.tracker.model_tensors import (

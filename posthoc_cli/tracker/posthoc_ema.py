@@ -43,12 +43,10 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights, as_targets
-from posthoc_cli.snapshots.codecs import encode_path, joined_paths
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.path import places
-from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
+from posthoc_cli.snapshots.path import encode_path, joined_paths, places
+from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
-from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.tracker import resuming
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import HOST
@@ -72,7 +70,15 @@ from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.sharding import Group, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.snapshotter import run_snapshots
 from posthoc_cli.tracker.staging import measured_now
-from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info, unpack_state
+from posthoc_cli.tracker.state import (
+    Settings,
+    StateInfo,
+    Tracking,
+    TrainingProgress,
+    pack_state,
+    state_info,
+    unpack_state,
+)
 from posthoc_cli.tracker.synthesizer import ChunkSynthesizer, Query, Synthesizer, as_dtensors, plan_possible
 from posthoc_cli.tracker.worker import CallGuard
 

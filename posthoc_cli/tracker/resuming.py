@@ -27,10 +27,15 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import ClockRecorder, new_value_share
 from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
-from posthoc_cli.snapshots.codecs import Floats, decode_sample, path_of_part
 from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_directory
-from posthoc_cli.snapshots.path import are_equal, recorded_weights, squared_distance
-from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.path import (
+    Floats,
+    are_equal,
+    decode_sample,
+    path_of_part,
+    squared_distance,
+)
+from posthoc_cli.snapshots.snapshot import Snapshot, recorded_weights
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing

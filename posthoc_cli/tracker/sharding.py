@@ -33,7 +33,7 @@ from posthoc_cli.errors import (
     RankError,
     VanishedError,
 )
-from posthoc_cli.snapshots.chunks import Box, Chunk, row_major
+from posthoc_cli.snapshots.tensorfile import Box, Chunk, row_major
 from posthoc_cli.tracker.layout import HOST
 
 Result = TypeVar("Result")

@@ -28,8 +28,6 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Measurements
-from posthoc_cli.snapshots.chunks import Box
-from posthoc_cli.snapshots.codecs import decode_sample, encode_path
 from posthoc_cli.snapshots.directory import (
     LOCK_NAME,
     ON_ONE_FILE_SYSTEM,
@@ -43,10 +41,10 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.path import squared_distance
+from posthoc_cli.snapshots.path import decode_sample, encode_path, squared_distance
 from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, read_one
 from posthoc_cli.snapshots.sources import ElementRange, Source
-from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, tensor_bytes
+from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFileWriter, tensor_bytes
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import Layout
 from posthoc_cli.tracker.resuming import ways_to_resume

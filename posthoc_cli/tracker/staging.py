@@ -17,7 +17,7 @@ import torch
 
 from posthoc_cli.dtypes import torch_dtype
 from posthoc_cli.reconstruction import Measurements
-from posthoc_cli.snapshots.codecs import encode_sample
+from posthoc_cli.snapshots.path import encode_sample
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.layout import (

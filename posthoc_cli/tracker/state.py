@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import torch
 
@@ -21,11 +21,18 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
-from posthoc_cli.snapshots import states
-from posthoc_cli.snapshots.codecs import encode_path, path_of_part
-from posthoc_cli.snapshots.selection import Selection
-from posthoc_cli.snapshots.snapshot import EARLIEST, LATEST, TrackingSchedule
-from posthoc_cli.snapshots.states import StateInfo
+from posthoc_cli.snapshots.path import encode_path, path_of_part
+from posthoc_cli.snapshots.snapshot import (
+    ANY_SIGN,
+    EARLIEST,
+    LATEST,
+    RunId,
+    Selection,
+    SketchText,
+    TrackingSchedule,
+    converted,
+    kinds_of,
+)
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.model_tensors import TrackedModel, named_tensors, nonfinite_name
@@ -223,7 +230,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     if version != STATE_VERSION:
         reason = f"must come from state_dict() of a process that keeps averages, of version {STATE_VERSION}"
         raise InvalidValueError("state", f"{reason}, not {shown(version)}")
-    info = states.state_from(state, settings.schedule)
+    info = state_from(state, settings.schedule)
     if info.t_unit != settings.t_unit:
         raise InvalidValueError("state", f"counts time in {shown(info.t_unit)}, this tracker in {settings.t_unit!r}")
     wanted = settings.sigma_rels
@@ -247,7 +254,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
         path = path_of_part(info.sketch, tracked.part)
         averages = Averages(wanted, standing, kept, copies, known_path=path)
-    progress = TrainingProgress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
+    progress = TrainingProgress.resumed(clock_at(list(info.clock), info.step, info.t), info.averages_step)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots), weights=info.weights)
 
 
@@ -317,3 +324,71 @@ def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
 def listed(sigma_rels: Sequence[float]) -> str:
     """Return the profiles as a text with commas."""
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
+
+
+# --- the entries of a state
+
+
+@dataclass(frozen=True)
+class StateInfo:
+    """A tracker's state without its tensors, as of the last call; fields `averages_...` are as of the last update.
+
+    Values are 0 before the first update; `updates` is None if unknown. `window`, `folds`, `folded_t`, `shared` and
+    `inherited` are those of `tracker.averages.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are the
+    header checksums of the snapshots on disk. `weights` are the network's at the last call, at the elements of a
+    snapshot's sample; empty if unknown.
+    """
+
+    run_id: RunId
+    step: int
+    t: float
+    t_unit: str
+    sigma_rels: tuple[float, ...]
+    averages_t: float
+    averages_step: int
+    t_first: float
+    max_interval: float
+    updates: int | None
+    window: int
+    folds: int
+    folded_t: float
+    shared: bool
+    inherited: tuple[float, ...]
+    schedule: TrackingSchedule
+    clock: tuple[float, ...]
+    sketch: SketchText
+    snapshots: tuple[str, ...]
+    weights: tuple[Annotated[float, ANY_SIGN], ...]
+
+
+_STATE = kinds_of(StateInfo) | {"clock": Any, "schedule": Any}
+"""The type of each entry of a state; `ClockRecorder.of_state` checks the clock."""
+
+
+def state_from(values: Mapping[str, Any], schedule: TrackingSchedule) -> StateInfo:
+    """Check the entries of a state, ignoring further ones; raise InvalidValueError, naming the entry, if invalid."""
+    checked: dict[str, Any] = {}
+    for key, kind in _STATE.items():
+        if key not in values:
+            raise InvalidValueError("state", f"{key}: is missing; not a tracker's state, as state_dict() gives it")
+        try:
+            checked[key] = converted(values[key], kind)
+        except ValueError as error:
+            raise InvalidValueError("state", f"{key}: {error}") from error
+    info = StateInfo(**checked | {"schedule": schedule})
+    try:
+        if len(info.inherited) != len(info.sigma_rels):
+            raise InvalidValueError("inherited", f"must be one for each profile, not {len(info.inherited)}")
+        clock_at(list(info.clock or ()), info.step, info.t)
+    except InvalidValueError as error:
+        raise InvalidValueError("state", str(error)) from error
+    return replace(info, clock=tuple(info.clock))
+
+
+def clock_at(state: Any, step: int, t: float) -> ClockRecorder:
+    """Return a training's clock from its state; raise InvalidValueError unless it ends at `step` and `t`."""
+    clock = ClockRecorder.of_state(state)
+    if (clock.step, clock.t) != (step, t):
+        end = f"ends at step {shown(clock.step)}, t {clock.t!r}"
+        raise InvalidValueError("clock", f"{end}; the training is at step {step}, t {t!r}")
+    return clock

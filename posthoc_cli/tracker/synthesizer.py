@@ -27,11 +27,10 @@ from posthoc_cli.errors import (
     warn,
 )
 from posthoc_cli.run import Wanted, Weights, make_weights, with_consistent_plan
-from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import read_snapshot, sum_of_parts
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.snapshots.tensorfile import Entry
+from posthoc_cli.snapshots.tensorfile import Box, Entry
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import SigmaRel, Target, as_target

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +19,8 @@ from factories import random_walk, split_snapshot, write_run
 from remote.faulty import FaultyServer
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import Run, export_file, import_checkpoints
-from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, RemoteError, WriteError
+from posthoc_cli import Run, export_file
+from posthoc_cli.errors import InvalidValueError, OutputExistsError, RemoteError, WriteError
 from posthoc_cli.remote import store
 from posthoc_cli.remote.store import remote_path
 
@@ -108,14 +107,6 @@ def test_each_command_takes_a_url(made: Path, bucket: str, ema: Ema, tmp_path: P
     assert ema("prune", run, "--keep", "3", "--dry-run").code == 0
     with_checkpoints = ("--checkpoints", f"{bucket}/folders", "--out", tmp_path / "with.safetensors")
     assert ema("synthesize", run, *with_checkpoints, "--sigma-rel", "0.1").code == 0
-
-
-def test_an_import_refers_to_objects_and_sees_that_one_was_replaced(made: Path, bucket: str, tmp_path: Path) -> None:
-    import_checkpoints(f"{bucket}/pickles", tmp_path / "imported")
-    assert_mean_of_last(Run(tmp_path / "imported"), made)
-    store.put(f"{bucket}/pickles/step30.pt", made / "pickles/step20.pt", create=False)
-    with pytest.raises(FileFormatError, match=r"step30\.pt: was replaced since"):
-        Run(tmp_path / "imported").average("last:3")
 
 
 def test_an_output_appears_in_the_bucket_complete_and_replaces_nothing(
@@ -225,20 +216,6 @@ def test_folders_that_libraries_write_are_sent_completely_or_not_at_all(
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
 
 
-def test_an_output_that_came_meanwhile_stays(made: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the output exists is checked at the start, and again by the store when it is sent."""
-    url, put = f"{bucket}/out.safetensors", store.put
-
-    def later(*arguments: object, **options: bool) -> str:
-        put(url, b"other's", create=False)
-        return put(*arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(store, "put", later)
-    with pytest.raises(OutputExistsError, match=f"^{url}: already exists"):
-        Run(f"{bucket}/run").write(0.15, url)
-    assert bytes(store.get(url, 0, 100)[0]) == b"other's"
-
-
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_a_large_file_replaces_nothing(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_parts: bool
@@ -263,37 +240,3 @@ def test_a_large_file_replaces_nothing(
     (tmp_path / "empty").touch()
     store.put(f"{bucket}/empty", tmp_path / "empty")
     assert store.listed(bucket).keys() == {"large", "empty"}
-
-
-SENT = """
-import re, resource, sys
-from pathlib import Path
-from posthoc_cli.remote import store
-store.put(f"{sys.argv[1]}/small", b"1")
-held = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (held + 100_000_000,) * 2)
-store.put(f"{sys.argv[1]}/large", Path(sys.argv[2]))
-"""
-
-
-def test_a_large_file_is_not_held_in_memory(bucket: str, tmp_path: Path) -> None:
-    with (tmp_path / "large").open("wb") as file:
-        file.truncate(250_000_000)
-    subprocess.run([sys.executable, "-c", SENT, bucket, tmp_path / "large"], check=True)
-    assert store.head(f"{bucket}/large").size == 250_000_000
-
-
-def test_a_large_upload_has_time_as_its_size(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, asked = store._opened, list[int]()
-
-    def record(*place: Any) -> Any:
-        asked.append(place[-1])
-        return opened(*place)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(store, "_SLOWEST", 1000)
-        patched.setattr(store, "_opened", record)
-        for size in (50_000, 300_000):
-            (tmp_path / "file").write_bytes(bytes(size))
-            store.put(f"{bucket}/{size}", tmp_path / "file")
-    assert asked == [0, 360]

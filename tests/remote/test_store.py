@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from moto.iam.models import iam_backends
 
 from posthoc_cli.errors import PostHocError, RemoteError
 from posthoc_cli.remote import store
@@ -103,28 +102,6 @@ def test_settings_that_cannot_be_used_are_named(
     with pytest.raises(RemoteError) as caught:
         store.head(url)
     assert str(caught.value) == f"{url}: cannot be opened: {wanted}"
-
-
-def test_credentials_that_the_server_checks_and_refuses(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = iam_backends["123456789012"]["aws"]
-    backend.create_user("us-east-1", "user")
-    key = backend.create_access_key("user")
-    store.put(f"{bucket}/x", b"1")
-    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)
-    for name, secret, wanted in (
-        ("AKIAUNKNOWN", "secret", "the credentials are not accepted"),
-        (key.access_key_id, "wrong", "the credentials are not accepted"),
-        (key.access_key_id, key.secret_access_key, "access is denied"),
-    ):
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", name)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-        store._opened.cache_clear()
-        for request in (store.head, store.listed, store.delete, lambda url: store.put(url, b"2")):
-            with pytest.raises(RemoteError, match=wanted) as caught:
-                request(f"{bucket}/x")
-            assert caught.value.errno == errno.EACCES and name not in str(caught.value)
-    backend.delete_access_key(key.access_key_id, "user")
-    backend.delete_user("user")
 
 
 def test_nothing_of_the_room_is_loaded_where_no_url_is_used(tmp_path: Path) -> None:

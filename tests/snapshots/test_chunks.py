@@ -7,9 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.sources import FileSource
-from posthoc_cli.snapshots.tensorfile import Entry
+from posthoc_cli.snapshots.tensorfile import Box, Entry, cover_problem
 
 SHAPES = [(), (1,), (7,), (5, 3), (4, 1, 6), (3, 4, 2, 2), (0, 3)]
 

@@ -153,13 +153,6 @@ def test_a_directory_that_cannot_be_listed_is_an_error_with_the_reason(tmp_path:
         read_directory(tmp_path)
 
 
-def test_a_snapshot_that_is_thinned_away_during_reading_is_no_error(tmp_path: Path) -> None:
-    write_times(tmp_path, [10, 20, 30])
-    gone = snapshot_path(tmp_path, 20, 0.05)
-    with failing("open", errno.EIO, lambda _: gone.unlink(missing_ok=True)):  # deletes it, and never fails
-        assert times_in(tmp_path) == [10, 30]
-
-
 # --- inspection
 
 
@@ -211,22 +204,11 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     write_run(tmp_path, trajectory, range(10, 101, 10), (0.05, 0.28))
     snapshots = read_directory(tmp_path)
     measured = [
-        replace(snapshot, measurements=average.measurements, motion=None)
+        replace(snapshot, measurements=average.measurements)
         for snapshot, average in zip(snapshots, with_sampled_measurements(snapshots), strict=True)
     ]
     left = thin(measured, 3)
     assert sum(40 <= s.t <= 80 for s in left) >= 3  # it hardly matters which earlier snapshot is left
-
-
-def test_thinning_keeps_what_the_wanted_range_needs(tmp_path: Path) -> None:
-    """Short averages need the latest times, long ones all of training."""
-    times = [float(t) for t in range(10, 310, 10)]
-    kept = {}
-    for wanted in ((0.02, 0.03), (0.25, 0.28)):
-        write_times(tmp_path / str(wanted), times, (0.05, 0.28))
-        kept[wanted] = [s.t for s in thin(stored(tmp_path / str(wanted)), 6, wanted)]
-        assert len(kept[wanted]) == 12
-    assert np.median(kept[(0.02, 0.03)]) > np.median(kept[(0.25, 0.28)]) + 20
 
 
 def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Path) -> None:

@@ -9,28 +9,26 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from ema_command import Ema
-from factories import RUN_ID, flip_bit, forge, read_snapshot, write_snapshot
+from factories import RUN_ID, forge, read_snapshot, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torture.damage import examine
 
-from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.snapshots import tensorfile
 from posthoc_cli.snapshots.directory import inspect_directory
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
-from posthoc_cli.snapshots.selection import Selection
+from posthoc_cli.snapshots.snapshot import Selection
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, read_file
 from posthoc_cli.tracker import model_tensors
@@ -104,16 +102,13 @@ def test_an_impossible_header_length_is_refused_before_memory_is_allocated(tmp_p
         read_file(path)
 
 
-@pytest.mark.parametrize("key", [b'"dtype"', b'"d\\u0074ype"'])
-def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path, key: bytes, ema: Ema) -> None:
-    """700,000 empty tensors once took minutes; keys may be escaped."""
-    text = b",".join(b'"%d":{%b:"F32","shape":[0],"data_offsets":[0,0]}' % (n, key) for n in range(200_001))
+def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    """700,000 empty tensors once took minutes."""
+    text = b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(200_001))
     path = craft(tmp_path / "a.safetensors", b"{%b}" % text)
     message = f"{path}: its header names 200,001 tensors; at most 200,000 are read"
     with pytest.raises(FileFormatError, match=re.escape(message)):
         read_file(path)
-    done = ema("info", path)
-    assert (done.code, done.error) == (1, message)
 
 
 def test_no_file_is_written_that_could_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,14 +196,6 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) 
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "x.safetensors"]
 
 
-def test_names_are_shortened_in_messages(tmp_path: Path) -> None:
-    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"x" * 100_000: torch.ones(1)})
-    flip_bit(path)
-    with pytest.raises(FileFormatError, match=r"'x{200}'\.\.\. is damaged") as caught:
-        examine(path)
-    assert len(str(caught.value)) < 1_000
-
-
 # --- the headers of a run
 
 VALUES = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4), "n": torch.tensor(3)}
@@ -253,65 +240,26 @@ MALFORMED: dict[str, dict[str, Sequence[str]]] = {  # a key of each annotated ty
 }  # fmt: skip
 
 
-def changed(value: Mapping[str, Any], **changes: Any) -> str:
-    """Return an object as JSON with other values, without those that are `...`."""
-    return json.dumps({name: entry for name, entry in {**value, **changes}.items() if entry is not ...})
-
-
-schedule = partial(changed, {
-    "update_every": 5, "checkpoint_every": 10, "update_after_step": 0, "max_checkpoints": None,
-    "checkpoint_dtype": "F16", "sigma_range": [0.05, 0.28],
-})  # fmt: skip
-roles = partial(changed, {"a": {"role": "average", "dtype": "F32"}, "b": {"role": "copy", "dtype": "I16"}})
-selection = partial(changed, {"only_trainable": True, "include": ["a*"], "exclude": ["b"], "buffers": "copy"})
-measured = partial(changed, {"norm": 7.25, "rounding": 1e-7})
-
-
-def wrong(name: str, value: str) -> str:
-    return f"{name}: must be a finite number, at least 0, not {value}"
-
-
+ROLES = '{"a":{"role":"%s","dtype":"%s"},"b":{"role":"copy","dtype":"%s"}}'
 SNAPSHOT = {
     "format": [("2", "its format is 2"), ('"3"', "its format is")],
     "run_id": [('"short"', ""), (f'"{"g" * 32}"', "")],
     # Products of such a small time underflow.
     "t": [("-1.0", "at least 0, not -1.0"), ("1e300", "must be a time of training, not 1e+300")],
     "t_first": [("0", "must be a time of training, not 0"), ("5e-324", "must be a time of training")],
-    "schedule": [
-        ('{"update_every":1}', ""), (schedule(update_every=True), ""), (schedule(update_every=None), ""),
-        (schedule(max_checkpoints=1.0), ""), (schedule(checkpoint_dtype="F13"), ""),
-        (schedule(checkpoint_dtype=["F16"]), ""), (schedule(max_checkpoints=...), "max_checkpoints: is missing"),
-        (schedule(checkpoint_dtype=...), "checkpoint_dtype: is missing"),
-        (schedule(update_after_step=10**400), "at least 0, not an int of many digits"),
-        (schedule(sigma_range=[0.05]), "sigma_range: must be a list of 2"),
-    ],
+    "schedule": [('{"update_every":1}', "checkpoint_every: is missing"), ('{"update_every":true}', "")],
     "tensors": [
-        ("{}", ""), (roles(a={"role": "sum", "dtype": "F32"}), ""), (roles(a={"role": "average", "dtype": "F13"}), ""),
-        (roles(a={"role": ["average"], "dtype": "F32"}), ""), (roles(c={"role": "copy", "dtype": "F32"}), ""),
-        (roles(a={"role": "average", "dtype": "I64"}), ""),  # an average of whole numbers
-        (roles(b={"role": "average", "dtype": "I16"}), ""),
-        (roles(b={"role": "copy", "dtype": "F16"}), ""),  # a copy whose stored dtype differs
+        ("{}", ""), (ROLES % ("sum", "F32", "I16"), ""), (ROLES % ("average", "F13", "I16"), ""),
+        (ROLES % ("average", "I64", "I16"), "cannot hold average of I64"), (ROLES % ("average", "F32", "F16"), ""),
     ],
-    "aliases": [
-        ('{"tied":"missing"}', ""), ('{"a":"b"}', ""), ('{"tied":["a"]}', ""), ('{"tied":null}', ""),
-        ('{"__metadata__":"a"}', "'__metadata__'"),
-    ],
-    "selection": [
-        (selection(only_trainable=1), ""), (selection(include="a*"), ""), (selection(include={"a": 1}), ""),
-        (selection(exclude=["a", 1]), ""), (selection(buffers=1), ""), ("{}", "only_trainable: is missing"),
-    ],
+    "aliases": [('{"tied":"missing"}', ""), ('{"a":"b"}', ""), ('{"__metadata__":"a"}', "'__metadata__'")],
+    "selection": [("{}", "only_trainable: is missing")],
     "measurements": [
-        *((measured(norm=value), wrong("norm", repr(value))) for value in (-1, True, "1", None)),
-        (measured(rounding=10**400), wrong("rounding", "an int of many digits")),
-        (measured(norm=1).replace("1,", "1e999,", 1), wrong("norm", "inf")),
-        (measured(rounding=float("inf")), "Infinity is not JSON"), ('{"rounding":0}', "norm: is missing"),
+        ('{"norm":-1,"rounding":0}', "norm: must be a finite number, at least 0, not -1"),
+        ('{"norm":1e999,"rounding":0}', "norm: must be a finite number, at least 0, not inf"),
     ],
     "sigma_rels": [("[]", "must be a list of numbers"), ("[true]", "must be a list of finite numbers")],
-    "clock": [
-        ("[4,10]", "must be a list of 2, not 4"), ("[[4,4.5,1],[10,10]]", "must be a list"),
-        *((f"[[{pair}],[10,10]]", "clock") for pair in ("4.0,4.5", "true,4.5", '4,"4"', "4,1e999", "-1,0.5")),
-        (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000"),
-    ],
+    "clock": [("[4,10]", "must be a list of 2"), (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000")],
     "sums": [(f'{{"a":"{"0" * 16}","b":"{"0" * 16}"}}', "tensor 'a' is damaged")],
     "kind": [('"output"', "profile: is missing"), ('"elsewhere"', "its kind is")],
 }  # fmt: skip
@@ -362,24 +310,6 @@ def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(small:
 # --- unusual but valid metadata
 
 
-def test_missing_optional_metadata_is_read_as_none(small: Small) -> None:
-    path = small("snapshot")
-    before = read_snapshot(forge(path, {"measurements": measured()})).info.measurements
-    older = read_snapshot(forge(path, {"measurements": measured(arithmetic=1e-9)})).info.measurements  # until 0.2
-    assert (older, before is None) == (before, False)
-    info = read_snapshot(forge(path, {"measurements": None, "clock": None})).info
-    assert (info.measurements, info.clock, info.selection) == (None, (), None)
-    assert (info.updates, info.inherited, info.off_schedule) == (None, 0.0, False)
-
-
-def test_unusual_valid_clocks_are_read(small: Small, tmp_path: Path) -> None:
-    path = forge(small("snapshot"), {"clock": "[[1,7],[10,10]]"})
-    assert read_snapshot(path).info.clock == ((1, 7.0), (10, 10.0))
-    path = write_snapshot(tmp_path / "long", 500, 0.05, RUN_ID, VALUES, step=1000)
-    knots = json.dumps([[k, k / 2] for k in range(1, 1001)])
-    assert len(read_snapshot(forge(path, {"clock": knots})).info.clock) == 1000
-
-
 def test_an_output_of_an_unknown_kind_is_not_exported_as_a_foreign_file(small: Small, tmp_path: Path) -> None:
     path = forge(small("output"), {"kind": '"something later"'})
     with pytest.raises(FileFormatError, match=r"'something later': no weights, or of a later release"):
@@ -415,12 +345,3 @@ def test_a_file_of_an_earlier_format_is_named_as_such(tmp_path: Path) -> None:
     path = craft(tmp_path / "x.safetensors", {"__metadata__": {"ema.format": "snapshot", "ema.version": "1"}})
     with pytest.raises(FileFormatError, match="is of an earlier release"):
         read_file(path)
-
-
-def test_errors_in_python_are_one_line_of_limited_length(tmp_path: Path) -> None:
-    """Names come from files and folders, and a terminal would obey their control characters."""
-    with pytest.raises(DirectoryError) as caught:
-        _ = Run(tmp_path / "a\x1b[31m\nb").snapshots
-    assert "a\\x1b[31m\\nb" in str(caught.value)
-    assert str(caught.value).isprintable()
-    assert len(str(InvalidValueError("prefix", "is too long", value="x" * 10**6))) < 6_000

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -53,12 +52,6 @@ def test_an_index_is_read_back_and_has_the_form_of_other_libraries(tmp_path: Pat
     found = decode_index(tmp_path / INDEX_NAME)
     assert found == ShardIndex({"1" + SUFFIX: ["c"], "2" + SUFFIX: ["a", "b"]}, 12)
     assert list(found.shards) == ["1" + SUFFIX, "2" + SUFFIX]
-
-
-@pytest.mark.parametrize("total", [None, "12", 12.0, True, [12]])
-def test_a_total_size_that_is_no_whole_number_is_ignored(tmp_path: Path, total: Any) -> None:
-    (tmp_path / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": {}}))
-    assert decode_index(tmp_path / INDEX_NAME).total_size is None
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from factories import OTHER_RUN_ID, RUN_ID, make_info, read_snapshot, write_snapshot
+from factories import RUN_ID, read_snapshot, write_snapshot
 
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.reconstruction import Measurements
-from posthoc_cli.snapshots import sources
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import (
-    FileSource,
     TrackedTensor,
     expected_rounding,
     sample_measurements,
@@ -81,7 +77,7 @@ def test_results_are_in_the_order_of_the_snapshots_with_distances_to_the_newest_
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1.0, 1e-3, 2e-7, 1e-6])
+@pytest.mark.parametrize("scale", [1.0, 2e-7])
 def test_the_expected_rounding_is_that_of_values_that_are_rounded(dtype: torch.dtype, scale: float) -> None:
     """This includes subnormal numbers of float16; 200,000 errors average to within 2 %."""
     exact = (draw(1, 200_000) * scale).float().to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -90,17 +86,6 @@ def test_the_expected_rounding_is_that_of_values_that_are_rounded(dtype: torch.d
     expected = expected_rounding(stored.double().numpy(), stored_name(dtype), original)
     zeros = stored == 0
     assert expected == pytest.approx(squares((exact[~zeros], stored[~zeros])), rel=0.02)
-
-
-def test_float32_of_a_float64_model_is_rounded(tmp_path: Path) -> None:
-    exact = draw(1, 100_000)
-    expected = expected_rounding(exact.float().double().numpy(), "F32", "F64")
-    assert expected == pytest.approx(squares((exact, exact.float())), rel=0.02)
-    tensors = make_info({"w": exact}).tensors
-    path = write_snapshot(tmp_path, 10.0, 0.05, RUN_ID, {"w": exact.float()}, tensors=tensors)
-    (measured,) = sample_measurements([read_snapshot(path)])
-    assert measured.rounding == pytest.approx(expected, rel=1e-12)
-    assert expected_rounding(np.zeros(10), "F16", "F32") == 0  # zeros count as exact
 
 
 # --- large models
@@ -123,64 +108,6 @@ def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path:
         assert measured.rounding == pytest.approx(rounding, rel=0.15)
     exact = squares(*((values[20][n], values[10][n]) for n in shapes))
     assert found[1].distances[0].squared == pytest.approx(exact, rel=0.15)
-
-
-def test_estimates_are_unbiased_over_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MOST_ELEMENTS", 4_096)
-    values = {"small": draw(0, 700) * 5, "large": draw(1, 20_000), "odd": draw(2, 31) * 20}
-    snapshot = write(tmp_path, 10, 0.05, values)
-    estimates = []
-    for seed in range(400):
-        estimates.append(sample_measurements([replace(snapshot, run_id=f"{seed:032x}")])[0].norm)
-    error = np.std(estimates) / np.sqrt(len(estimates))
-    assert abs(np.mean(estimates) - squares(*((x, torch.zeros(1)) for x in values.values()))) < 4 * error
-    assert np.std(estimates) > 0
-
-
-def elements_read(snapshots: list[Snapshot], monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, int, int]]]:
-    """Return the ranges, in elements, that are read from each file."""
-    parts: dict[Path, list[tuple[str, int, int]]] = {s.path: [] for s in snapshots}
-    real = FileSource.values
-
-    def listen(self: FileSource, name: str, begin: int, end: int) -> np.ndarray:
-        parts[self.path].append((name, begin, end))
-        return real(self, name, begin, end)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FileSource, "values", listen)
-        sample_measurements(snapshots)
-    return list(parts.values())
-
-
-def test_the_same_elements_are_read_of_every_snapshot_and_others_in_another_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    values = {"a": torch.zeros(1_500_000), "b": torch.zeros(500_001), "n": torch.zeros(9, dtype=torch.int64)}
-    run = [write(tmp_path / "run", t, 0.05, values) for t in (10, 20)]
-    other = [write(tmp_path / "other", 10, 0.05, values, OTHER_RUN_ID)]
-    first, second = elements_read(run, monkeypatch)
-    assert first == second
-    assert elements_read(run, monkeypatch) == [first, first]
-    assert elements_read(other, monkeypatch) != [first]
-    assert {name for name, *_ in first} == {"a", "b"}
-    seen = {(name, i) for name, begin, end in first for i in range(begin, end)}
-    assert 990_000 < len(seen) <= 1_000_000
-    assert sum(end - begin for _, begin, end in first) == len(seen)  # no element twice
-    share = sum(name == "a" for name, _ in seen) / len(seen)
-    assert share == pytest.approx(0.75, abs=0.06)
-
-
-def test_a_run_of_elements_continues_in_the_next_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each range is within one tensor; of a model no larger than the sample, every element is read once."""
-    monkeypatch.setattr(sources, "RUN_ELEMENTS", 4)
-    values = {name: torch.zeros(size) for name, size in zip("abcdefghi", [3, 0, 4, 0, 4, 0, 4, 0, 4], strict=True)}
-    (parts,) = elements_read([write(tmp_path, 10, 0.05, values)], monkeypatch)
-    assert all(0 <= begin < end <= values[name].numel() for name, begin, end in parts)
-    read = sorted((name, i) for name, begin, end in parts for i in range(begin, end))
-    assert read == [(name, k) for name, value in values.items() for k in range(value.numel())]
-    monkeypatch.setattr(sources, "MOST_ELEMENTS", 8)
-    (parts,) = elements_read([write(tmp_path, 20, 0.05, values)], monkeypatch)
-    assert sum(end - begin for _, begin, end in parts) in (8, 4 + 19 % 4)
 
 
 # --- values that cannot be measured

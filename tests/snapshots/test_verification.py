@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import RUN_ID, flip_bit, forge, snapshot_files, write_snapshot, write_tensors
+from factories import RUN_ID, flip_bit, forge, snapshot_files, write_snapshot
 from safetensors.torch import load_file, save_file
-from snapshots.recorded import failing, record
+from snapshots.recorded import failing
 
 from posthoc_cli import disk_sources
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots import tensorfile
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
-from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import BLOCK, decode_values, holds_nonfinite, read_file
 from posthoc_cli.snapshots.verify import Verification, verify
@@ -123,12 +120,8 @@ def harm(path: Path, names: str | list[str]) -> None:
         flip_bit(path, header.entries[name].begin + header.entries[name].nbytes - 1)
 
 
-@pytest.mark.parametrize("threads", [1, 8])
-def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
-) -> None:
+def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_path: Path) -> None:
     """It takes constant memory: a bounded number of blocks is in flight."""
-    monkeypatch.setattr(tensorfile, "THREADS", threads)
     generator = torch.Generator().manual_seed(0)
     sizes = [0, 1, 3, 1_000_000, 2**21, 2**21 + 1, 5_000_000, *[7] * 2000, 1_048_575]
     values = {f"{k}": torch.randn(size, generator=generator).half() for k, size in enumerate(sizes)}
@@ -145,16 +138,6 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(
     with read_file(path) as file:
         assert {name for found in file.checked() for name in found.damaged} == set(harmed)
     assert "(and 3 tensors more)" in only_wrong(path)[1]
-
-
-def test_a_file_that_shrinks_during_reading_is_damaged_from_there_on(tmp_path: Path) -> None:
-    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {name: torch.ones(1_000_000) for name in "abc"})
-    with read_file(path) as file:
-        os.truncate(path, file.entries["b"].begin + 8)
-        found = list(file.checked())
-    assert sum(checked.nbytes for checked in found) == 12_000_000
-    assert {name for checked in found for name in checked.damaged} == {"b", "c"}
-    assert {error.subject for checked in found for error in checked.damaged.values()} == {str(path)}
 
 
 # --- damage
@@ -233,19 +216,6 @@ def test_nonfinite_numbers_are_recognized_by_their_bits(dtype: str) -> None:
     assert not holds_nonfinite(memoryview(bits[finite].tobytes()), dtype)
     assert not holds_nonfinite(memoryview(b"\xff" * 8), "I64")
     assert not holds_nonfinite(memoryview(b""), dtype)
-
-
-def test_nan_in_averages_of_outputs_is_an_error_and_in_copies_a_note(tmp_path: Path) -> None:
-    run = record(tmp_path / "copies", buffers="copy")
-    output = synthesize(run, 0.1, tmp_path / "output.safetensors")
-    values, info = load_file(output), decode_output(read_file(output))
-    first, second = sorted(name for name in values if "running" in name)
-    values[first][2] = values[second][3] = np.nan
-    write_tensors(output, values, info, overwrite=True)
-    assert notes(output) == (f"{output}: copy {first!r} holds nan or infinity (and 1 tensor more)",)
-    values["0.weight"][2, 2] = np.nan
-    write_tensors(output, values, info, overwrite=True)
-    assert only_wrong(output) == ("nonfinite", "average '0.weight' holds nan or infinity")
 
 
 def test_contradicting_clocks_are_a_problem_of_the_directory(tmp_path: Path) -> None:
@@ -390,7 +360,7 @@ def test_superseded_snapshots_are_read_and_do_not_mix(run: Path) -> None:
     assert found.broken == (again,)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin", ".pkl"])
+@pytest.mark.parametrize("suffix", [".pt", ".pkl"])
 def test_no_pickle_is_opened(run: Path, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "only" / f"model{suffix}"
     path.parent.mkdir()
@@ -410,27 +380,3 @@ def test_a_path_without_files_to_verify_is_an_error(tmp_path: Path) -> None:
             verify(tmp_path / name)
     (tmp_path / "text").write_text("hello")
     assert only_wrong(tmp_path / "text")[0] == "damaged"
-
-
-def test_an_interrupt_does_not_wait_for_a_large_file(tmp_path: Path) -> None:
-    nbytes = 2**38
-    header = json.dumps({"w": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}).encode()
-    with (tmp_path / "sparse.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + nbytes)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    handler = signal.signal(signal.SIGALRM, interrupt)
-    # Repeated after 2 s, since Python drops exceptions that are raised in callbacks of the garbage collector.
-    signal.setitimer(signal.ITIMER_REAL, 0.2, 2.0)
-    started = time.monotonic()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            verified(tmp_path)
-        elapsed = time.monotonic() - started
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-    assert elapsed < 10

@@ -15,8 +15,8 @@ from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.reconstruction import Measurements, Sketch
-from posthoc_cli.snapshots.codecs import PathSketch, encode_path
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index, decode_output
+from posthoc_cli.snapshots.path import PathSketch, encode_path
 from posthoc_cli.snapshots.snapshot import decode_snapshot
 from posthoc_cli.snapshots.tensorfile import read_file, tensor_bytes
 from posthoc_cli.snapshots.verify import verify

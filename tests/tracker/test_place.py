@@ -21,8 +21,8 @@ from tracker.runs import as_if_killed, contents, times, tracked_error
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, LockedError, ModelMismatchError
-from posthoc_cli.snapshots.codecs import decode_sample
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.path import decode_sample
 
 SETTINGS: dict[str, Any] = {"update_every": 1, "checkpoint_every": 40, "checkpoint_dtype": None}
 OFF = r"model: its weights are those of no snapshot of the run in .*restore the model's checkpoint.*resume=\d+.*another"

@@ -13,8 +13,8 @@ from groups import alone, check_group, truth
 from tracker.runs import assert_near
 
 from posthoc_cli import Run
-from posthoc_cli.snapshots.codecs import decode_path
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.path import decode_path
 
 BEGIN = """
 import torch.distributed.checkpoint as dcp

@@ -10,10 +10,9 @@ from groups import SETTINGS, Net, alone, check_group, move, run_group, train, tr
 from tracker.runs import assert_near
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.snapshot import decode_snapshot
-from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.snapshots.tensorfile import Box, cover_problem, read_file
 
 SPREAD = [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)]
 

@@ -10,7 +10,7 @@ import torch
 
 from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.reconstruction import Sketch
-from posthoc_cli.snapshots import codecs
+from posthoc_cli.snapshots.path import PathSketch, decode_path, encode_path
 from posthoc_cli.tracker import layout as layouts
 from posthoc_cli.tracker import measuring
 from posthoc_cli.tracker.layout import lay_out, tiles_of
@@ -48,7 +48,7 @@ def test_sketches_in_snapshots_have_the_length_of_the_path(tmp_path: Path) -> No
         for step in range(200):
             net[1].running_mean.fill_(1000.0 * step)  # type: ignore[union-attr, operator]
             trained(tracker, net, step + 1, step + 1)
-    path = codecs.decode_path(sketches(tmp_path)[200])
+    path = decode_path(sketches(tmp_path)[200])
     assert path.sketch.edges[0] == 1 and path.sketch.edges[-1] == 200 and path.sketch.folds.sum() == 200
     squared = np.sum(np.diff(path.sketch.means, axis=0) ** 2, axis=1)
     expected = 0.02**2 * sum(p.numel() for p in net.parameters())
@@ -62,7 +62,7 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path, monkeypatch
         net = model()
         with tracker_of(net, tmp_path / str(most)) as tracker:
             trained(tracker, net, 1, 150)
-        found[most] = codecs.decode_path(sketches(tmp_path / str(most))[150]).sketch
+        found[most] = decode_path(sketches(tmp_path / str(most))[150]).sketch
     fine, coarse = found[512], found[20]
     assert 10 <= len(coarse.folds) <= 21 < len(fine.folds)
     assert set(coarse.edges) < set(fine.edges) and coarse.folds.sum() == fine.folds.sum() == 150
@@ -91,7 +91,7 @@ def test_resumed_runs_have_the_same_sketch(tmp_path: Path) -> None:
             trained(tracker, net, 101, 150)
     straight, exact, rounded = (sketches(tmp_path / name)[150] for name in ("straight", "exact", "snapshots"))
     assert exact == straight
-    one, other = codecs.decode_path(straight).sketch, codecs.decode_path(rounded).sketch
+    one, other = decode_path(straight).sketch, decode_path(rounded).sketch
     assert other.edges[-1] == one.edges[-1] and other.folds.sum() == 150
     np.testing.assert_allclose(one.folds @ one.means / 150, other.folds @ other.means / 150, atol=3e-3)
 
@@ -166,18 +166,18 @@ def test_hostile_sketches_are_refused() -> None:
         sketcher.end_window(t)
     path = sketcher.path()
     for exact in (False, True):
-        text = codecs.encode_path(path, exact)
-        np.testing.assert_allclose(codecs.decode_path(text).sketch.means, path.sketch.means, rtol=1e-3)
+        text = encode_path(path, exact)
+        np.testing.assert_allclose(decode_path(text).sketch.means, path.sketch.means, rtol=1e-3)
         for bad in (text[:-8], text + "AAAA", text[:40], "AAAA", "!", "A" * 4000):
             with pytest.raises(ValueError):  # base64's or the package's
-                codecs.decode_path(bad)
+                decode_path(bad)
     one = path.sketch
-    assert codecs.encode_path(codecs.PathSketch(1, Sketch(one.edges, one.folds, one.means + np.inf, one.spread))) == ""
+    assert encode_path(PathSketch(1, Sketch(one.edges, one.folds, one.means + np.inf, one.spread))) == ""
 
 
 def test_a_path_in_a_header_is_as_exact_at_its_end_as_at_its_beginning() -> None:
     """Within the float16 rounding of one step, 2^-11: 1,023 independent roundings would add up to at least 9 times."""
     means = np.cumsum(np.random.default_rng(0).uniform(-1, 1, (1024, 64)), axis=0).astype(np.float32).astype(float)
-    path = codecs.PathSketch(1, Sketch(np.arange(1.0, 1026.0), np.ones(1024), means, np.zeros(1024)))
-    found = codecs.decode_path(codecs.encode_path(path)).sketch.means
+    path = PathSketch(1, Sketch(np.arange(1.0, 1026.0), np.ones(1024), means, np.zeros(1024)))
+    found = decode_path(encode_path(path)).sketch.means
     assert np.abs(found - means).max() < 2**-11

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.selection import Selection
+from posthoc_cli.snapshots.snapshot import Selection
 from posthoc_cli.tracker.model_tensors import collect_tensors
 
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
