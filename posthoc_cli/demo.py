@@ -1,4 +1,4 @@
-"""The demo from end to end: train, synthesize, measure, export, draw, compare. Printing is up to the caller.
+"""The demo from end to end: train, search the best length, make that average, draw. Printing is up to the caller.
 
 The training is that of a small diffusion model on made-up data, after Karras et al., arXiv 2206.00364, table 1: a
 network F with preconditioning is the denoiser
@@ -15,16 +15,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from posthoc_cli import files, plots
@@ -41,49 +38,32 @@ Say = Callable[[str], None]
 IMAGES, VALIDATION_IMAGES = 1400, 360
 
 SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))
-"""The synthesized averages: 0.025, 0.05, ..., 0.275."""
-
-DIRECT_SIGMA_RELS = (0.05, 0.1, 0.15, 0.2, 0.25)
-"""Those also tracked directly."""
-
-
-@dataclass(frozen=True)
-class DirectCheck:
-    """|| synthesized - tracked || / || tracked || over all parameters, in float64; and the same for the raw weights."""
-
-    sigma_rel: float
-    relative_error: float
-    raw_distance: float
+"""The lengths to measure: 0.025, 0.05, ..., 0.275."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """The results of a demo: its files, the measurements, and the `ema` commands that were run."""
+    """The results of a demo: its folder, its settings, the search, and the `ema` commands that were run."""
 
-    folder: Folder
-    settings: TrainingSettings
+    out: Path
+    steps: int
     sweep: SweepReport
-    checks: list[DirectCheck]
     commands: list[str]
     seconds: float
 
-    @property
-    def best(self) -> float:
-        """The sigma_rel that the sweep chose, as named in the picture and the page."""
-        return self.sweep.found.best
-
     def to_dict(self) -> dict[str, Any]:
         """Return the results as data for JSON."""
+        found = self.sweep.found
         return {
-            "out": str(self.folder.root),
-            "steps": self.settings.steps,
-            "checkpoint_every": self.settings.checkpoint_every,
+            "out": str(self.out),
+            "steps": self.steps,
+            "checkpoint_every": checkpoint_every(self.steps),
             "raw": self.sweep.raw,
             "averages": [{"sigma_rel": trial.x, "loss": trial.value} for trial in self.sweep.trials if trial.x],
-            "best": self.best,
-            "tracked": [vars(check) for check in self.checks],
+            "best": found.best,
+            "equal_within_noise": [found.low, found.high],
             "commands": self.commands,
-            "files": [str(path) for path in sorted(self.folder.root.iterdir())],
+            "files": [str(path) for path in sorted(self.out.iterdir())],
             "seconds": self.seconds,
         }
 
@@ -91,70 +71,54 @@ class Result:
 def run(out: Path, steps: int, overwrite: bool, say: Say, watch: ProgressBar) -> Result:
     """Train a small diffusion model with the hook, and choose the length of its average afterwards.
 
-    The results go to the folder `out`, with `overwrite` in the place of an earlier demo; `steps` is a multiple of 100;
-    `watch` opens a progress bar, of the steps of training.
+    Arguments:
+        out: a new or empty folder; with `overwrite` also that of an earlier demo, whose files are replaced.
+        steps: of training, a multiple of 100.
+        watch: opens a progress bar, of the steps of training.
 
     Raises:
-        InvalidValueError, OutputExistsError: see `TrainingSettings`, `Folder.prepare`.
+        InvalidValueError, OutputExistsError: an argument is wrong.
         PostHocError: a command failed.
     """
     started, threads = time.perf_counter(), torch.get_num_threads()
-    settings, folder = TrainingSettings(steps), Folder(out)
-    folder.prepare(overwrite)
+    if steps < 100 or steps % 100:
+        raise InvalidValueError("steps", "must be a multiple of 100, from 100", value=steps)
+    prepare(out, overwrite)
+    snapshots, every = out / "snapshots", checkpoint_every(steps)
+    say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook updates two averages")
+    say(f"every {UPDATE_EVERY} steps and writes snapshots of both every {every:,} steps to {snapshots}")
     torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
     try:
-        model = _train(settings, folder, say, watch)
-        listed, over = f"{SIGMA_RELS[0]:g},{SIGMA_RELS[1]:g},...,{SIGMA_RELS[-1]:g}", "--overwrite"
-        lines = [
-            run_command(say, "info", folder.snapshots),
-            run_command(say, "error-plot", folder.snapshots, "--out", folder.error_picture, over),
-            run_command(say, "synthesize", folder.snapshots, "--sigma-rel", listed, "--out", folder.averages, over),
-        ]
+        with watch("training", steps) as advance:
+            model = train(steps, make_waves(IMAGES, seed=0), snapshots, advance)
+        lines = [run_command(say, "info", snapshots)]
         say("")
         say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training never saw")
-        swept = _measure(folder, model)
-        best = folder.average(swept.found.best)
-        lines.append(run_command(say, "export", best, "--out", folder.best, over))
-        files.write_atomically(folder.loss_picture, plots.as_file(partial(plots.sweep_figure, swept.to_dict()), ".png"))
-        page = "--sweep", folder.sweep, "--out", folder.page, over
-        lines.append(run_command(say, "report", folder.snapshots, *page))
-        checks = [compare(folder, width) for width in DIRECT_SIGMA_RELS]
+        swept = _measure(snapshots, model)
     finally:
         torch.set_num_threads(threads)
-    return Result(folder, settings, swept, checks, lines, time.perf_counter() - started)
+    swept.write(out / "sweep")
+    files.write_atomically(out / "loss.png", plots.as_file(partial(plots.sweep_figure, swept.to_dict()), ".png"))
+    width, best = f"{swept.found.best:.6g}", out / "best.safetensors"
+    for words in (
+        ("synthesize", snapshots, "--sigma-rel", width, "--out", best),
+        ("error-plot", snapshots, "--out", out / "error.png"),
+        ("report", snapshots, "--sweep", out / "sweep", "--out", out / "report.html"),
+    ):
+        lines.append(run_command(say, *words, "--overwrite"))
+    return Result(out, steps, swept, lines, time.perf_counter() - started)
 
 
-def _train(settings: TrainingSettings, folder: Folder, say: Say, watch: ProgressBar) -> Denoiser:
-    say(
-        f"training a diffusion model on {IMAGES:,} made-up images: {settings.steps:,} steps of Adam, learning rate "
-        f"{settings.learning_rate:g}, falling from step {settings.decay_start:,} on"
-    )
-    say(
-        f"the hook updates two averages every {UPDATE_EVERY} steps and writes snapshots of both every "
-        f"{settings.checkpoint_every:,} steps to {folder.snapshots}"
-    )
-    started = time.perf_counter()
-    with watch("training", settings.steps) as advance:
-        model, direct = train(settings, make_waves(IMAGES, seed=0), folder.snapshots, DIRECT_SIGMA_RELS, advance)
-    say(f"trained in {time.perf_counter() - started:.0f} s")
-    files.write_atomically(folder.raw, safetensors.torch.save(model.state_dict()))
-    for average in direct:
-        files.write_atomically(folder.tracked(average.sigma_rel), safetensors.torch.save(average.by_name(model)))
-    return model
-
-
-def _measure(folder: Folder, model: Denoiser) -> SweepReport:
-    """Measure and record the validation losses of the averages and of the raw weights, which `model` has."""
+def _measure(snapshots: Path, model: Denoiser) -> SweepReport:
+    """Return the validation losses of the averages, and of the raw weights, which `model` has."""
     validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0)
 
     def loss(measured: Denoiser) -> float:
         return float(validation(measured).mean())
 
     raw = Trial(RAW, 0.0, 0, loss(model))
-    swept = sweep(folder.snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
-    swept = replace(swept, trials=(raw, *swept.trials))
-    swept.write(folder.sweep)
-    return swept
+    swept = sweep(snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
+    return replace(swept, trials=(raw, *swept.trials))
 
 
 def run_command(say: Say, *words: str | Path) -> str:
@@ -181,75 +145,44 @@ def run_command(say: Say, *words: str | Path) -> str:
     return line
 
 
-def compare(folder: Folder, sigma_rel: float) -> DirectCheck:
-    """Return the distances of the synthesized average and of the raw weights from the directly tracked average."""
-    tracked = load_file(folder.tracked(sigma_rel))
-    truth = torch.cat([value.reshape(-1) for value in tracked.values()])
-    found = [load_file(path) for path in (folder.average(sigma_rel), folder.raw)]
-    vectors = [torch.cat([weights[name].double().reshape(-1) for name in tracked]) for weights in found]
-    return DirectCheck(sigma_rel, *(float((vector - truth).norm() / truth.norm()) for vector in vectors))
-
-
 # --- the folder --------------------------------------------------------------------------------------
 
 _MARKER = "made-by-ema-demo.txt"
 _MARKER_TEXT = """\
 `ema demo` made this folder.
 
-snapshots/        what the hook wrote during training: give it to ema synthesize, ema error-plot, ema info
-averages/         averages of many lengths, synthesized from the snapshots after training
-tracked/          averages of a few lengths, tracked during training in float64, to compare with
-raw.safetensors   the weights as the last step of training left them
-best.pt           the best average, as a state dict for torch.load
-sweep/            what a search of the best length has measured
-report.html       a page about all of it
-*.png             pictures
+snapshots/         what the hook wrote during training: give it to ema synthesize, ema error-plot, ema info
+sweep/             what a search of the best length has measured
+best.safetensors   the best average
+report.html        a page about all of it
+*.png              pictures
 
 `ema demo --overwrite` removes these files and makes them again. It leaves other files alone.
 """
 _MADE = (
-    "snapshots/*.safetensors", "snapshots/.ema*", "averages/sigma_rel-*.safetensors", "tracked/sigma_rel-*.safetensors",
-    "raw.safetensors", "best.pt", "loss.png", "error.png", "report.html", "sweep/sweep.json",
+    "snapshots/*.safetensors", "snapshots/.ema*", "sweep/sweep.json", "best.safetensors", "loss.png", "error.png",
+    "report.html",
 )  # fmt: skip
 
 
-class Folder:
-    """The files of a demo, in `root`."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.snapshots, self.averages = root, root / "snapshots", root / "averages"
-        self.raw, self.best = root / "raw.safetensors", root / "best.pt"
-        self.sweep, self.page = root / "sweep", root / "report.html"
-        self.loss_picture, self.error_picture = root / "loss.png", root / "error.png"
-
-    def average(self, sigma_rel: float) -> Path:
-        """Return the path of an average, as named by `ema synthesize`."""
-        return self.averages / f"sigma_rel-{sigma_rel!r}.safetensors"
-
-    def tracked(self, sigma_rel: float) -> Path:
-        """Return the path of a directly tracked average."""
-        return self.root / "tracked" / f"sigma_rel-{sigma_rel!r}.safetensors"
-
-    def prepare(self, overwrite: bool) -> None:
-        """Make the folder, or with `overwrite` delete the files of an earlier demo; else an OutputExistsError."""
-        files.check_parent("out", self.root)
-        marker = self.root / _MARKER
-        is_empty = self.root.is_dir() and not any(self.root.iterdir())
-        if self.root.exists() and not (is_empty or marker.is_file()):
-            raise OutputExistsError(self.root, "already exists, and no earlier demo made it", "name another folder")
-        if marker.is_file() and not overwrite:
-            hint = "name another folder, or `overwrite` to replace it"
-            raise OutputExistsError(self.root, "holds an earlier demo", hint)
-        for folder in (self.snapshots, self.averages, self.root / "tracked", self.sweep):
-            if folder.is_symlink():
-                raise OutputExistsError(folder, "is a symbolic link, and no demo made it", "remove it")
-        with files.reported_as_write_error(self.root):
-            for pattern in _MADE:
-                for path in self.root.glob(pattern):
-                    files.system.unlink(path)
-            for folder in (self.root, self.averages, self.root / "tracked"):
-                files.make_directory(folder)
-        files.write_atomically(marker, _MARKER_TEXT.encode(), overwrite=True)
+def prepare(out: Path, overwrite: bool) -> None:
+    """Make the folder, or with `overwrite` delete the files of an earlier demo; else an OutputExistsError."""
+    files.check_parent("out", out)
+    marker = out / _MARKER
+    is_empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not (is_empty or marker.is_file()):
+        raise OutputExistsError(out, "already exists, and no earlier demo made it", "name another folder")
+    if marker.is_file() and not overwrite:
+        hint = "name another folder, or `overwrite` to replace it"
+        raise OutputExistsError(out, "holds an earlier demo", hint)
+    for folder in (out / "snapshots", out / "sweep"):
+        if folder.is_symlink():
+            raise OutputExistsError(folder, "is a symbolic link, and no demo made it", "remove it")
+    with files.reported_as_write_error(out):
+        for path in (path for pattern in _MADE for path in out.glob(pattern)):
+            files.system.unlink(path)
+        files.make_directory(out)
+    files.write_atomically(marker, _MARKER_TEXT.encode(), overwrite=True)
 
 
 # --- the model and its data --------------------------------------------------------------------------
@@ -377,85 +310,35 @@ UPDATE_EVERY = 10
 SNAPSHOTS = 40
 """Kept a tracked profile; no more are taken if the number of steps allows that."""
 
+BATCH, LEARNING_RATE = 32, 8e-3
+"""The learning rate is high and falls late, so that the network circles around good weights, and their mean is better
+than any of them."""
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """Settings of the training.
 
-    The learning rate is high and falls late, so that the network circles around good weights, and their mean is better
-    than any of them.
+def checkpoint_every(steps: int) -> int:
+    """Return the steps between snapshots: a divisor of `steps`, so that the last step has one."""
+    updates = steps // UPDATE_EVERY
+    return UPDATE_EVERY * next(n for n in range(max(1, updates // SNAPSHOTS), 0, -1) if updates % n == 0)
+
+
+def train(steps: int, data: Images, directory: Path, advance: Callable[[int], None]) -> Denoiser:
+    """Train a denoiser with the hook.
+
+    Arguments:
+        directory: for the snapshots.
+        advance: called with the number of steps since its last call.
     """
-
-    steps: int
-    batch: int = 32
-    learning_rate: float = 8e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 100 or self.steps % 100:
-            raise InvalidValueError("steps", "must be a multiple of 100, from 100", value=self.steps)
-
-    @property
-    def checkpoint_every(self) -> int:
-        """The steps between snapshots: a divisor of `steps`, so that the last step has one."""
-        updates = self.steps // UPDATE_EVERY
-        return UPDATE_EVERY * next(n for n in range(max(1, updates // SNAPSHOTS), 0, -1) if updates % n == 0)
-
-    @property
-    def decay_start(self) -> int:
-        """The step from which the learning rate falls: t_ref of `learning_rate_at`."""
-        return self.steps * 3 // 10
-
-    def learning_rate_at(self, step: int) -> float:
-        """Return alpha_ref / sqrt(max(t / t_ref, 1)), the decay of arXiv 2312.02696."""
-        return self.learning_rate / math.sqrt(max(step / self.decay_start, 1.0))
-
-
-class DirectAverage:
-    """The power-function average of one length, tracked in float64.
-
-    It shares no code with the tracker, whose results it checks: gamma from the roots of equation 123, one vector of all
-    parameters, the recursion written out.
-    """
-
-    def __init__(self, sigma_rel: float) -> None:
-        self.sigma_rel = sigma_rel
-        # The largest real root of (x + 1)**2 (x + 2) = x / sigma_rel**2 with x = gamma + 1.
-        roots = np.roots([1, 4, 5 - sigma_rel**-2, 2])
-        self.gamma = float(max(root.real for root in roots if abs(root.imag) < 1e-9)) - 1
-        self._t, self._value = 0.0, torch.zeros((), dtype=torch.float64)
-
-    def update_(self, weights: torch.Tensor, t: float) -> None:
-        """Average all parameters, as one vector, at time `t`."""
-        beta = (self._t / t) ** (self.gamma + 1)  # 0 for the first
-        self._t, self._value = t, beta * self._value + (1 - beta) * weights.double()
-
-    def by_name(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Return the average as float64 tensors by name."""
-        parameters = dict(model.named_parameters())
-        values = torch.split(self._value, [parameter.numel() for parameter in parameters.values()])
-        return {name: value.reshape(parameters[name].shape) for name, value in zip(parameters, values, strict=True)}
-
-
-def train(
-    settings: TrainingSettings, data: Images, directory: Path, direct: Sequence[float], advance: Callable[[int], None]
-) -> tuple[Denoiser, list[DirectAverage]]:
-    """Train a denoiser with the hook, and track averages directly at the same steps; return both.
-
-    `directory` is for the snapshots, `direct` has the sigma_rel of the averages to track directly; `advance` is called
-    with the number of steps since the last call.
-    """
-    model = make_denoiser(settings.seed)
+    model = make_denoiser(seed=0)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
-    averages = [DirectAverage(width) for width in direct]
-    every, random = settings.checkpoint_every, torch.Generator().manual_seed(settings.seed)
+    every, random = checkpoint_every(steps), torch.Generator().manual_seed(0)
     with PostHocEMA.from_model(
         model, directory, update_every=UPDATE_EVERY, checkpoint_every=every, max_checkpoints=SNAPSHOTS
     ) as ema:
-        for step in range(1, settings.steps + 1):
-            optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)
-            chosen = torch.randint(len(data.images), (settings.batch,), generator=random)
-            sigma = random_noise_levels(settings.batch, random)
+        for step in range(1, steps + 1):
+            # alpha_ref / sqrt(max(t / t_ref, 1)), the decay of arXiv 2312.02696
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE / math.sqrt(max(step / (steps * 3 // 10), 1.0))
+            chosen = torch.randint(len(data.images), (BATCH,), generator=random)
+            sigma = random_noise_levels(BATCH, random)
             images = Images(data.images[chosen], data.labels[chosen])
             loss = losses(model, images, sigma, torch.randn(images.images.shape, generator=random)).mean()
             optimizer.zero_grad()
@@ -463,8 +346,5 @@ def train(
             optimizer.step()
             ema.update_(model)
             if step % UPDATE_EVERY == 0:
-                weights = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
-                for average in averages:
-                    average.update_(weights, step)
                 advance(UPDATE_EVERY)
-    return model, averages
+    return model

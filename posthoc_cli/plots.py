@@ -60,7 +60,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GOOD_ERROR = 0.01
 """The error below which ranges of sigma_rel are shaded and named in the title."""
 
-_LEAST_ERRORS = (1e-8, 1e-5)
+_LEAST_ERRORS = (1e-8, 1e-4)
 """Bounds of the lower end of the error axis, at which tracked profiles with smaller errors are drawn."""
 
 _MOST_ERROR = 2.0
@@ -154,37 +154,32 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
 
 
 def audit_figure(audit: dict[str, Any]) -> Figure:
-    """Draw the length of an average over training, with the claimed length as a line; below it the unexplained share.
+    """Draw the length of an average in each interval of the training, and the claimed length as a line.
 
     A band shows the length of all intervals together. `audit` is the `to_dict` of an audit.
     """
     intervals = audit["intervals"]
-    spans = np.array([(interval["begin"], interval["end"]) for interval in intervals])
-    found, unexplained = np.array([(abs(each["found"]), each["unexplained"]) for each in intervals], float).T
     claimed, length, sigma = intervals[0]["claimed"], audit["length"] or 0.0, audit["uncertainty"] or 0.0
-    figure = _figure(_WIDTH, 5.6)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    middle = spans.mean(axis=1)
-    upper.hlines(found, spans[:, 0], spans[:, 1], color="C0")
-    upper.plot(middle, found, "o", color="C0", markersize=4, label="found")
+    lengths = [abs(each["found"]) for each in intervals]
+    figure = _figure(_WIDTH, 4.2)
+    axes = figure.add_subplot()
     if audit["found"] is not None and 0 < length < math.inf and sigma <= 1:
+        label = f"found in all together: {length:,.4g}"
         band = length / math.exp(sigma), length * math.exp(sigma)
-        upper.axhspan(*band, color="C0", alpha=0.25, linewidth=0, label="found, all together")
+        axes.axhspan(*band, color=COLOURS[0], alpha=0.2, linewidth=0, label=label)
+    begins, ends = [each["begin"] for each in intervals], [each["end"] for each in intervals]
+    axes.hlines(lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label="found in each interval")
     if claimed is not None:
-        upper.axhline(claimed, color="C1", label="claimed")
-    upper.set_yscale("log")
-    shown = np.append(found, [] if claimed is None else claimed)
-    shown = shown[np.isfinite(shown) & (shown > 0)]
-    if shown.size:
-        upper.set_ylim(shown.min() / 1.5, shown.max() * 1.5)
-    for axis in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
-        axis("{x:,.3g}")
-    upper.set_ylabel("time constant (steps)" if audit["what"] == "decay" else "sigma_rel")
-    upper.set_title(_plain(f"{audit['name']}: " * bool(audit["name"]) + audit["verdict"]))
-    lower.bar(middle, 100 * unexplained, width=0.8 * np.diff(spans, axis=1)[:, 0], color="C0")
-    lower.set_ylabel("unexplained (%)")
-    lower.set_xlabel("training time")
-    _finish(upper, "")
+        axes.axhline(claimed, color=COLOURS[1], linestyle="--", linewidth=1.6, label=f"claimed: {claimed:,.4g}")
+    axes.set_yscale("log")
+    shown = [value for value in (*lengths, claimed) if value is not None and 0 < value < math.inf]
+    if shown:
+        axes.set_ylim(min(shown) / 1.5, max(shown) * 2.5)  # room for the legend
+    _round_ticks(axes.yaxis)
+    axes.set_ylabel("time constant (steps)" if audit["what"] == "decay" else "sigma_rel")
+    axes.set_xlabel("training time")
+    axes.set_title(_plain(f"{audit['name']}: " * bool(audit["name"]) + audit["verdict"]), fontsize=12)
+    _finish(axes)
     return figure
 
 
@@ -326,7 +321,7 @@ def _wrapped(text: str, width: float, size: float) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _finish(axes: Axes, title: str | None = None) -> Legend:
+def _finish(axes: Axes) -> Legend:
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    return axes.legend(fontsize=8, framealpha=0.9, title=title, title_fontsize=8)
+    return axes.legend(fontsize=8, framealpha=0.9)

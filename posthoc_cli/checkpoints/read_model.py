@@ -50,7 +50,12 @@ ENDINGS = (SUFFIX, *PICKLES, ".pth.tar")
 PARAMETERS = "shadow_params"
 """Key of averages in a list, in the order of the model's parameters."""
 _MOST_VALUES = 1_000_000
+_USUAL_LENGTH = 100
+"""The length of a name that counts as one value more: a pickle can repeat long names, which few bytes refer to."""
 _DEEPEST = 100
+_MOST_SHARED, _MOST_SMALL = 8, 64 * 1024 * 1024
+"""The most bytes of tensors, as a multiple of their file's, and of those of a small file: views of one storage may
+overlap, and be expanded."""
 DCP_METADATA = ".metadata"
 INDEX_ENDING = ".index.json"
 EMA_ENDING = "_ema"
@@ -284,6 +289,10 @@ def _of_file(path: Path) -> IndexedCheckpoint:
             content: dict[Keys, Any] = {(name,): entry for name, entry in header.entries.items()}
         else:
             content = _leaves(path, read_pickled(file, 0, file.size))
+            total = sum(entry.nbytes for entry in {value for value in content.values() if isinstance(value, Entry)})
+            if total > _MOST_SHARED * file.size + _MOST_SMALL:
+                reason = f"its tensors share bytes, and would take {total:,} in place of {file.size:,}"
+                raise FileFormatError(path, f"cannot be read as tensors: {reason}")
         identity = sampled_identity(file), file.stamp
     tensors: dict[Keys, Find] = {}
     for keys, value in content.items():
@@ -321,13 +330,14 @@ def _leaves(path: Path, value: Any) -> dict[Keys, Any]:
         elif depth < _DEEPEST:
             module = _module_tensors(item) if isinstance(item, Node) else None
             is_module, content = module is not None, module or item
-            count += len(content)
-            if count > _MOST_VALUES:
-                raise FileFormatError(path, f"cannot be read as tensors: holds more than {_MOST_VALUES:,} values")
             for key in reversed(content):
                 if isinstance(key, str | int):
                     name = (*keys[:-1], f"{keys[-1]}.{key}") if is_module and is_in_module else (*keys, str(key))
                     pending.append((name, content[key], depth + 1, is_module))
+                    count += 1 + sum(map(len, name)) // _USUAL_LENGTH
+                if count > _MOST_VALUES:
+                    reason = f"holds more than {_MOST_VALUES:,} values, or very long names"
+                    raise FileFormatError(path, f"cannot be read as tensors: {reason}")
     return leaves
 
 

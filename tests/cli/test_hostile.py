@@ -20,7 +20,7 @@ from ema_command import Ema, run_ema, unmeasured_environment
 from factories import RUN_ID, contents, write_snapshot, write_tensors
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli.demo import Folder
+from posthoc_cli.demo import prepare
 from posthoc_cli.errors import OutputExistsError, WriteError
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.outputs import Used, decode_output
@@ -88,14 +88,14 @@ def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, preci
     assert precious.read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("name", ["snapshots", "averages", "tracked"])
+@pytest.mark.parametrize("name", ["snapshots", "sweep"])
 def test_a_demo_removes_nothing_through_a_link(tmp_path: Path, precious: Path, name: str) -> None:
-    folder, link = Folder(tmp_path / "demo"), tmp_path / "demo" / name
-    folder.prepare(overwrite=False)
+    link = tmp_path / "demo" / name
+    prepare(tmp_path / "demo", overwrite=False)
     shutil.rmtree(link, ignore_errors=True)
     link.symlink_to(precious.parent)
     with pytest.raises(OutputExistsError, match=f"{name}: is a symbolic link"):
-        folder.prepare(overwrite=True)
+        prepare(tmp_path / "demo", overwrite=True)
     assert precious.read_bytes() == b"mine"
 
 

@@ -88,19 +88,19 @@ def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "said", "name"),
     [
-        (("--sigma-rel", "0.12"), "its target is sigma_rel 0.12, not sigma_rel 0.15"),
-        (("--t", "1000"), "its t is 1,000, not 2,000"),
-        (("--method", "paper"), "its method is paper, not minvar"),
-        (("--dtype", "float32"), "its tensor '2.weight' is F32 of shape [2, 3], not F16 of shape [2, 3]"),
+        (("--sigma-rel", "0.12"), "its target is sigma_rel 0.12, not sigma_rel 0.15", "m.safetensors"),
+        (("--t", "1000"), "its t is 1,000, not 2,000", "m"),
+        (("--method", "paper"), "its method is paper, not minvar", "m.safetensors"),
+        (("--dtype", "float32"), "its tensor '2.weight' is F32 of shape [2, 3], not F16 of shape [2, 3]", "m"),
     ],
 )
-@pytest.mark.parametrize(("layout", "name"), [("safetensors", "m.safetensors"), ("sharded", "m")])
 def test_an_output_of_another_plan_is_not_skipped(
-    ema: Ema, run: Path, tmp_path: Path, options: tuple[str, str], said: str, layout: str, name: str
+    ema: Ema, run: Path, tmp_path: Path, options: tuple[str, str], said: str, name: str
 ) -> None:
-    base = ("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / name, "--layout", layout)
+    layout = ("--layout", "sharded") if name == "m" else ()
+    base = ("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / name, *layout)
     assert ema(*base, *options).code == 0
     before = contents(tmp_path)
     refused = ema(*base, "--skip-existing")
@@ -207,7 +207,7 @@ def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema: Ema, tmp_
     assert curve["predicted_error"][-1] == pytest.approx(expected_error(0.28, (0.05,), (100,), 0.0), rel=0.01)
 
 
-@pytest.mark.parametrize("text", ["0.0001", "0.01%", "0.01 %", "1e-4"])
+@pytest.mark.parametrize("text", ["0.0001", "0.01 %"])
 def test_an_average_with_too_large_an_error_is_not_made_and_no_tensor_is_read(
     ema: Ema, run: Path, tmp_path: Path, text: str
 ) -> None:

@@ -182,8 +182,10 @@ def interrupted_when_it_writes(command: list[object], target: Path, number: sign
 
 
 @pytest.mark.xdist_group("interruptions")  # these tests share a run, and a folder to write to
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-@pytest.mark.parametrize("out", ["out.safetensors", "folder"])
+@pytest.mark.parametrize(
+    ("number", "code", "out"),
+    [(signal.SIGINT, 130, "out.safetensors"), (signal.SIGTERM, 143, "folder"), (signal.SIGHUP, 129, "out.safetensors")],
+)
 def test_an_interruption_leaves_nothing(large_run: Path, number: signal.Signals, code: int, out: str) -> None:
     target = large_run.parent / "target"
     command = ["synthesize", large_run, "--sigma-rel", "0.12", "--out", target / out]
