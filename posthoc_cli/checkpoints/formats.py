@@ -64,7 +64,7 @@ from posthoc_cli.profiles import (
     ema_pytorch_profile,
     gamma_from_sigma_rel,
 )
-from posthoc_cli.reconstruction import DistanceTo, misfit
+from posthoc_cli.reconstruction import misfit
 from posthoc_cli.snapshots.sources import sample_measurements
 from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 
@@ -281,7 +281,7 @@ def _misfits_by_interval(
         }
         averages = []
         for source, measurements in zip(sources, measured, strict=True):
-            distances = tuple(DistanceTo(**vars(d) | {"profile": profiles[d.other]}) for d in measurements.distances)
+            distances = tuple(replace(d, other=profiles[d.other]) for d in measurements.distances)
             average = source.info.average(profiles[source.profile])
             averages.append(replace(average, measurements=replace(measurements, distances=distances)))
         if not math.isnan(found := misfit(averages)):  # nan if nothing moved
