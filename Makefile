@@ -61,7 +61,6 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_synthesis.py
 	$(BIN)/python scripts/bench_batch_norm.py
 	$(BIN)/python scripts/bench_update.py
-	$(BIN)/python scripts/bench_sharded.py
 	$(BIN)/python scripts/bench_sweep.py
 
 evidence: $(READY)

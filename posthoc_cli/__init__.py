@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from posthoc_cli.synthesis.plan import plan_synthesis
     from posthoc_cli.targets import Beta, Between, Decay, Groups, HalfLife, Mean, Window
     from posthoc_cli.tracker import PostHocEMA
-    from posthoc_cli.tracker.model_weights import update_bn
+    from posthoc_cli.tracker.filling import update_bn
 
 __all__ = [
     "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
@@ -44,7 +44,7 @@ _HOMES = {
     "PowerFunction": "profiles", "Run": "run", "disk_sources": "checkpoints.open_run",
     "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
     "import_checkpoints": "checkpoints.import_run", "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction",
-    "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine", "update_bn": "tracker.model_weights",
+    "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine", "update_bn": "tracker.filling",
 }  # fmt: skip
 """The module of each name that is no module itself."""
 

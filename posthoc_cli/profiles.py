@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, Protocol
@@ -263,31 +263,12 @@ def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> 
     return updated_average(step, first, every, lambda k: (gamma + 1) * np.log1p(-1 / (k * every + 2)))
 
 
-def power_function_profile(gamma: float, step: int, every: int = 1, update_after_step: int = 0) -> Discrete:
-    """Return the profile of an EMA whose n-th update keeps (1 - 1/n)**(gamma + 1), equation 2 of arXiv 2312.02696.
-
-    The first update is at the first multiple of `every` after `update_after_step`.
-    """
-    first = (update_after_step // every + 1) * every
-    return updated_average(step, first, every, lambda k: (gamma + 1) * np.log1p(-1 / (k + 1)))
-
-
-TORCHTITAN_GAMMA = 20 * math.log(2) - 1
-"""The exponent to which torchtitan's average is close: its `half_life_fraction` is 0.05."""
-
-
-def torchtitan_profile(step: int, every: int = 1, start_step: int = 0) -> Discrete:
-    """Return the profile of torchtitan's `EMAOptimizersContainer` (main branch, 2026); the defaults are torchtitan's.
-
-    The update at step start_step + n every keeps 2**(-20 / max(n, 1)); the first one has n = 0 if there is a start.
-    """
-    begun = 0 if start_step else 1
-    return updated_average(step, start_step or every, every, lambda k: -(TORCHTITAN_GAMMA + 1) / (k + begun))
-
-
 # --- ordinary EMAs: one decay, perhaps with a warm-up
 
 WARM_UPS = ("ratio", "power", "ramp-up")
+POWER_FUNCTION = "power function"
+UNLIMITED = 0.5**1e-9
+"""The decay of a rule without an upper limit."""
 POWER, RAMP_UP = 2 / 3, 0.05
 """The usual defaults of libraries, for `DecayRule.power` of the warm-ups "power" and "ramp-up"."""
 
@@ -308,8 +289,9 @@ class DecayRule:
     Attributes:
         decay: the constant decay; with a warm-up, its upper limit.
         warm_up: the decay of the n-th update up to that limit: "" for none, "ratio" for (1 + n) / (10 + n), "power" for
-            1 - (1 + n / inv_gamma)**-power, or "ramp-up" for 2**(-1 / (power n)), a half-life that is a share of the
-            training so far. The first update that is no copy has n = 1.
+            1 - (1 + n / inv_gamma)**-power, "ramp-up" for 2**(-1 / (power n)), a half-life that is a share of the
+            training so far, or `POWER_FUNCTION` for (n / (n + 1))**power, which after one copy is equation 2 of
+            arXiv 2312.02696 with power = gamma + 1. The first update that is no copy has n = 1.
         copies: number of initial updates that copy the weights.
         stride: increment of n per update, for libraries that count calls.
         inv_gamma, power, least: parameters of the warm-up; `least` is a lower limit of the decay.
@@ -333,6 +315,13 @@ class DecayRule:
         if not (isinstance(self.uncertainty, float) and 0 <= self.uncertainty <= 3):
             raise InvalidValueError("ema_uncertainty", "must be a fraction such as 0.03", value=self.uncertainty)
 
+    def longer(self, factor: float) -> DecayRule:
+        """Return the rule of an average that is longer by a factor at its end."""
+        powers = {POWER_FUNCTION: self.power / factor, "ramp-up": self.power * factor}
+        if self.decay == UNLIMITED and self.warm_up in powers:
+            return replace(self, power=powers[self.warm_up])
+        return replace(self, decay=1 - (1 - self.decay) / factor)
+
     @property
     def rule(self) -> str:
         """The warm-up in words, for messages."""
@@ -353,6 +342,8 @@ class DecayRule:
             kept = np.minimum(-np.expm1(-self.power * np.log1p(n / self.inv_gamma)), self.decay)
         elif self.warm_up == "ramp-up":
             kept = np.minimum(np.exp2(-1 / (self.power * np.maximum(n, 1))), self.decay)
+        elif self.warm_up == POWER_FUNCTION:
+            kept = np.minimum((n / (n + 1)) ** self.power, self.decay)
         else:
             kept = np.full(n.size, self.decay)
         return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)
@@ -421,12 +412,12 @@ class OrdinaryEMA(Discrete):
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
         """The averages with a longer time constant and a later start, by their uncertainties; itself for 0."""
         settings = self.settings | {"uncertainty": 0.0, "late": 0}
-        longer, later = 1 + float(self.settings["uncertainty"]), self.settings["late"] // self.settings["every"]
-        decay = {"decay": 1 - (1 - settings["decay"]) / longer}
-        copies = {"copies": settings["copies"] + min(later, settings["updates"] - 1)}
+        counts = {name: settings.pop(name) for name in ("updates", "every", "first")}
+        rule, factor = DecayRule(**settings), 1 + float(self.settings["uncertainty"])
+        late = min(self.settings["late"] // counts["every"], counts["updates"] - 1)
         return (
-            OrdinaryEMA.of(int(self.t), **settings | decay) if longer > 1 else self,
-            OrdinaryEMA.of(int(self.t), **settings | copies) if later > 0 else self,
+            rule.longer(factor).profile(int(self.t), **counts) if factor > 1 else self,
+            replace(rule, copies=rule.copies + late).profile(int(self.t), **counts) if late > 0 else self,
         )
 
 

@@ -43,14 +43,6 @@ RATES: dict[str, Rate] = {
 }
 
 
-def alternating(blocks: int, slow_first: bool = False) -> Rate:
-    """Return rates that are 1 and a thousandth in alternating blocks of training."""
-    return lambda fraction: np.where((fraction * blocks).astype(int) % 2 == slow_first, 1.0, 1e-3)
-
-
-# --- paths -----------------------------------------------------------------------------------------
-
-
 def walk(
     rate: str | Rate, steps: int, parameters: int = 1000, seed: int = 0, stretch: float = STRETCH, label: str = ""
 ) -> Trajectory:
@@ -122,12 +114,6 @@ def wave(periods: float, amplitude: float) -> Rate:
 
 
 # --- changes to a path -----------------------------------------------------------------------------
-
-
-def paused(run: Trajectory, after: int, pause: float) -> Trajectory:
-    """Return the same steps on a clock that advances by `pause` between step `after` and the next."""
-    times = run.times + pause * (np.arange(run.steps) >= after)
-    return Trajectory(f"{run.name}, pause {pause:g}", run.weights, run.shapes, times)
 
 
 def reinitialised(run: Trajectory, after: int, seed: int = 0) -> Trajectory:

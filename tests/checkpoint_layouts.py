@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import pickle
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -118,10 +119,8 @@ def lightning(run: Path, step: int, weights: Weights) -> None:
 LAYOUTS: dict[str, Callable[[Path, int, Weights], object]] = {
     "safetensors": lambda run, step, weights: save_file(weights, run / f"step{step}.safetensors"),
     "archives": lambda run, step, weights: torch.save(weights, run / f"model-{step:08}.pt"),
-    "streams": lambda run, step, weights: torch.save(
-        {"model": weights, "optimizer": weights, "step": step},
-        run / f"{step}.pth",
-        _use_new_zipfile_serialization=False,
+    "pickles": lambda run, step, weights: (run / f"{step}.pth").write_bytes(
+        pickle.dumps({"model": weights, "optimizer": weights, "step": step})
     ),
     "modules": lambda run, step, weights: torch.save({"module": weights, "iteration": step}, run / f"rank_{step}.pt"),
     "lightning": lightning,

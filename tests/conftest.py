@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 from ema_command import Ema, Result, as_command  # noqa: E402
 
 from posthoc_cli.cli import main  # noqa: E402
-from posthoc_cli.tracker import pipeline, worker  # noqa: E402
+from posthoc_cli.tracker import background, pipeline  # noqa: E402
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # other work runs at the same time
 hypothesis.settings.load_profile("any machine")
@@ -48,7 +48,7 @@ def _alone() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turn warnings into errors, except those about waiting, which depend on the load of the machine."""
-    monkeypatch.setattr(worker, "PATIENCE", 1e9)
+    monkeypatch.setattr(background, "PATIENCE", 1e9)
 
 
 @pytest.fixture(autouse=True)

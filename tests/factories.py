@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import PowerFunction, Profile
-from posthoc_cli.reconstruction import Measurements, MinimumVariance
+from posthoc_cli.reconstruction import Measurements, Problem
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.outputs import INDEX_NAME, OutputInfo, encode_index
 from posthoc_cli.snapshots.path import PathSketch, decode_path, encode_path
@@ -333,12 +333,12 @@ def refuse_for_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def solved(solver: MinimumVariance, target: Profile) -> FloatArray:
+def solved(solver: Problem, target: Profile) -> FloatArray:
     """Return the coefficients for one target: shape [n]."""
-    return solver.solve(solver.goals([target]))[:, 0]
+    return solver.optimum(solver.goals([target]))[:, 0]
 
 
-def squared_error(solver: MinimumVariance, coefficients: FloatArray, target: Profile) -> float:
+def squared_error(solver: Problem, coefficients: FloatArray, target: Profile) -> float:
     """Return the expected squared error of any coefficients for one target."""
     return float(solver.expected_squares(coefficients[:, None], solver.goals([target])).sum())
 

@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from posthoc_cli import PostHocEMA, PostHocError, Run
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.directory import find_snapshots
-from posthoc_cli.tracker.sharding import held_part
+from posthoc_cli.tracker.processes import held_part
 
 __all__ = [
     "SETTINGS", "Net", "Path", "PostHocEMA", "PostHocError", "Run", "close", "dist", "equal", "filled", "held", "move",

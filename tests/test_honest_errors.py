@@ -104,8 +104,10 @@ def errors(found: Floats, truth: Floats) -> Floats:
     return np.linalg.norm(found - truth, axis=1) / np.linalg.norm(truth, axis=1)
 
 
-@pytest.mark.parametrize(("tracked", "keep"), [((0.05, 0.28), 1), ((0.05, 0.10), 2), ((0.10,), 3)])
-@pytest.mark.parametrize("rate", ["cosine", "frozen", "restarts"])
+@pytest.mark.parametrize(
+    ("rate", "tracked", "keep"),
+    [("cosine", (0.05, 0.28), 1), ("frozen", (0.05, 0.10), 2), ("restarts", (0.10,), 3), ("frozen", (0.05, 0.28), 1)],
+)
 def test_with_few_snapshots_left_the_predicted_error_holds(
     tmp_path: Path, rate: str, tracked: tuple[float, ...], keep: int
 ) -> None:
@@ -134,8 +136,10 @@ def errors_of_pruned(folder: Path, path: npt.NDArray[np.float32], bound: float, 
     return actual, predicted
 
 
-@pytest.mark.parametrize(("tracked", "bound"), [((0.05, 0.28), 0.01), ((0.05, 0.10), 0.003)])
-@pytest.mark.parametrize("rate", ["cosine", "frozen", "restarts"])
+@pytest.mark.parametrize(
+    ("rate", "tracked", "bound"),
+    [("cosine", (0.05, 0.28), 0.01), ("frozen", (0.05, 0.10), 0.003), ("restarts", (0.05, 0.28), 0.01)],
+)
 def test_pruning_to_an_error_leaves_that_error(
     tmp_path: Path, rate: str, tracked: tuple[float, ...], bound: float
 ) -> None:
@@ -147,8 +151,10 @@ def test_pruning_to_an_error_leaves_that_error(
     assert np.all(actual < 3 * predicted)
 
 
-@pytest.mark.parametrize("bound", [0.003, 0.01])
-@pytest.mark.parametrize(("kind", "tracked"), [("wave", (0.05, 0.28)), ("wave", (0.05, 0.10)), ("fall", (0.05, 0.10))])
+@pytest.mark.parametrize(
+    ("kind", "tracked", "bound"),
+    [("wave", (0.05, 0.28), 0.01), ("wave", (0.05, 0.10), 0.003), ("fall", (0.05, 0.10), 0.003)],
+)
 def test_pruning_to_an_error_holds_it_where_the_path_is_smooth(
     tmp_path: Path, kind: str, tracked: tuple[float, ...], bound: float
 ) -> None:
@@ -158,7 +164,7 @@ def test_pruning_to_an_error_holds_it_where_the_path_is_smooth(
     errors_of_pruned(tmp_path, path, bound, min(max(tracked) * 1.5, 0.28))
 
 
-@pytest.mark.parametrize(("amplitude", "phase"), [(1.0, 0.0), (1.0, 1.0), (1.0, 2.0), (0.1, 1.0)])
+@pytest.mark.parametrize(("amplitude", "phase"), [(1.0, 0.0), (1.0, 2.0), (0.1, 1.0)])
 def test_an_oscillation_in_step_with_the_snapshots_has_a_known_error(
     tmp_path: Path, amplitude: float, phase: float
 ) -> None:
@@ -200,11 +206,10 @@ def test_smooth_paths_are_no_worse_than_the_published_answer(
     assert_honest(*judged(tmp_path, path))
 
 
-@pytest.mark.parametrize("every", [100, 200])
-def test_the_error_of_a_decay_that_begins_steeply_is_not_overestimated(tmp_path: Path, every: int) -> None:
+def test_the_error_of_a_decay_that_begins_steeply_is_not_overestimated(tmp_path: Path) -> None:
     """A 1-sqrt decay's density grows without bound at its start; its predicted error was 2 to 3 times too large."""
     path = walk("constant")
-    track(tmp_path, path, checkpoint_every=every, checkpoint_dtype="float32")
+    track(tmp_path, path, checkpoint_every=100, checkpoint_dtype="float32")
     found, predicted = made(tmp_path, [Decay("1-sqrt", 0.2)], "minvar")
     seen = np.arange(STRIDE, STEPS + 1, STRIDE)
     mass = np.sqrt(np.clip((seen / STEPS - 0.8) / 0.2, 0, 1))
@@ -253,7 +258,7 @@ def test_weights_drawn_anew_right_after_a_snapshot_are_expected(
     assert np.all(predicted < 6 * actual + 3e-8)
 
 
-@pytest.mark.parametrize("updates", [2, 3, 5])
+@pytest.mark.parametrize("updates", [2, 5])
 def test_five_snapshots_of_a_few_updates_are_no_worse_than_the_published_answer(tmp_path: Path, updates: int) -> None:
     for seed, rate in enumerate(("constant", "cosine")):
         path = walk(rate, 5 * updates, seed)

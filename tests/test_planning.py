@@ -30,7 +30,7 @@ from posthoc_cli.planning import (
     snapshots_to_drop,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior
+from posthoc_cli.reconstruction import Motion, Prior, Problem, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
 
 PriorOf = Callable[[list[PowerFunction]], Prior]
@@ -94,9 +94,9 @@ def test_thinning_makes_nearly_the_best_choice_of_its_size(
 
     def error(choice: Sequence[int]) -> float:
         """The 8-norm over twelve targets, by which thinning chooses."""
-        solver = MinimumVariance([snapshots[i] for i in choice], prior.of(choice), 16.0)
+        solver = Problem([snapshots[i] for i in choice], prior.of(choice), 16.0)
         goals = solver.goals(targets)
-        return float(np.mean(solver.expected_squares(solver.solve(goals), goals).sum(axis=0) ** 4) ** (1 / 8))
+        return float(np.mean(solver.expected_squares(solver.optimum(goals), goals).sum(axis=0) ** 4) ** (1 / 8))
 
     best = min(error([*others, 15]) for others in combinations(range(15), keep - 1))
     assert error([snapshots.index(p) for p in kept(snapshots, prior, keep)]) <= 1.02 * best

@@ -14,7 +14,7 @@ import torch
 from posthoc_cli.errors import InvalidValueError, check_count
 from posthoc_cli.run import Wanted
 from posthoc_cli.tracker import PostHocEMA
-from posthoc_cli.tracker.model_weights import load_weights
+from posthoc_cli.tracker.filling import load_weights
 
 
 class AveragedModule(Protocol):

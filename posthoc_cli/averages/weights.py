@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, check_count, check_number, warn
-from posthoc_cli.tracker.model_tensors import check_model, named_tensors, unwrapped
+from posthoc_cli.tracker.model import check_model, named_tensors, unwrapped
 
 SUSPICIOUS_MOMENTUM = 0.5
 

@@ -57,8 +57,13 @@ _ALL = 0.999
 _CLEARLY = 0.5
 """An explanation is clearly better if its residual is below this share of another one's."""
 
-_WARMER = 2.0
-"""Smallest advantage of a warm-up over a constant decay: log residuals, summed over the intervals."""
+_FAR = 3.0
+"""Rules whose log residuals, summed over the intervals, exceed the least ones by this are not compared further."""
+
+_ALIKE, _SAME = 0.05, 0.02
+"""Rules explain files about equally if -2 log of their likelihoods for each element differ by less than this; and the
+largest difference of their tails, at any checkpoint, with which it does not matter which of them is taken: a length of
+another 5 % moves tails as much."""
 
 _VAGUE, _BEYOND_DOUBT = 0.25, 5.0
 """The relative uncertainty of a length above which it is undetermined, unless it differs from the claimed one by that
@@ -104,6 +109,7 @@ class Audit:
         warm_up: rule by which the decay rose, as `ImportSettings.ema_warmup` names it; empty without a warm-up.
         starts: times after the begin of the training at which the average started from the weights.
         is_late: whether the first of these is its begin, and not a restart.
+        choices: settings of an import that explain the averages about equally; empty if one is the best.
         tensors: names of the tensors that the verdict is about; empty for all tensors.
         intervals: findings for each interval, in order of time.
         elements: number of elements in the sample.
@@ -121,6 +127,7 @@ class Audit:
     warm_up: str = ""
     starts: tuple[float, ...] = ()
     is_late: bool = False
+    choices: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
     intervals: tuple[Interval, ...] = ()
     elements: int = 0
@@ -176,6 +183,7 @@ class _Case:
     model: Model
     restarts: tuple[float, ...] = ()
     unit: str = "steps"
+    counts_calls: bool = False
 
     def __post_init__(self) -> None:
         moved = np.array([products.gram[:, 2, 2] > 0 for products in self.products])
@@ -236,25 +244,25 @@ class _Case:
         return best[1], best[1] + best[0]
 
 
-def _explain(case: _Case) -> Fit:
-    """Return the best fit of any model; note in the case where the average began or began again."""
+def _explain(case: _Case) -> tuple[Fit, tuple[Fit, ...]]:
+    """Return the best fit and its rivals, see `_best_fit`; note in the case where the average began or began again."""
     begins = [index for index, note in case.notes.items() if note.what == _BEGINS]
     starts: dict[int, float] = {}
-    fit = _best_fit(case, ())
+    fit, rivals = _best_fit(case, ())
     for _ in range(2):  # an average that restarted repeats its warm-up, too
         found = {index: _locate_start(fit, case.rows[index])[0] for index in begins} | _find_restarts(case, fit)
         if not found.keys() - starts.keys():
             break
         starts |= found
         case.notes |= {index: _Note(_BEGINS, time) for index, time in found.items()}
-        fit = _best_fit(case, tuple(sorted(starts.values())))
-        for _ in range(3 * isinstance(fit.model, WarmModel)):
+        fit, rivals = _best_fit(case, tuple(sorted(starts.values())))
+        for _ in range(3 * isinstance(fit.model, WarmModel | PowerModel)):
             for index in starts:
                 starts[index] = _locate_warm_start(fit, case.rows[index], sorted({*starts.values()} - {starts[index]}))
             fit = case.fit(replace(fit.model, starts=(0.0, *sorted(starts.values()))))  # type: ignore[call-arg]
     for index, time in starts.items():  # no checkpoint shows an average before the first interval
         case.notes[index] = _Note(_BEGINS if index in (0, *begins) else _AGAIN, time)
-    return fit
+    return fit, rivals
 
 
 _RULES = (
@@ -264,25 +272,40 @@ _RULES = (
 """Warm-ups that libraries have."""
 
 
-def _best_fit(case: _Case, starts: tuple[float, ...]) -> Fit:
-    """Return the fit of the claimed model; without a claim, of a constant decay or of a clearly better warm-up."""
-    fit, every = case.fit(case.model), case.model.every
-    if case.model.what == "decay" and case.model.value is None:
-        all_starts = (0.0, *sorted({*starts, *case.restarts}))
-        warm = min((case.fit(WarmModel(None, every, rule, all_starts)) for rule in _RULES), key=lambda it: it.misfit)
-        if warm.misfit + _WARMER < fit.misfit:  # a path that turns back looks like a warm-up: compare the likelihoods
-            warm_misfit, misfit_of_constant = (
-                misfit(each, case.series, case.kept, *case.stretch) for each in (warm, fit)
-            )
-            if warm_misfit < misfit_of_constant:
-                return warm
-    return fit
+def _best_fit(case: _Case, starts: tuple[float, ...]) -> tuple[Fit, tuple[Fit, ...]]:
+    """Return the fit of the claimed model; without a claim, of the best rule, and of others that are about as good.
+
+    A path that turns back, or slows down, looks like another rule: the likelihoods decide. Among rules that are alike,
+    and make the same averages, it is the first one.
+    """
+    if case.model.value is not None or case.model.what != "decay":
+        return case.fit(case.model), ()
+    every, all_starts = case.model.every, (0.0, *sorted({*starts, *case.restarts}))
+    warm = [WarmModel(None, every, rule, all_starts) for rule in _RULES]
+    fits = [case.fit(model) for model in (case.model, *warm, PowerModel(None, every, all_starts))]
+    least = min(fit.misfit for fit in fits)
+    fits = [fit for fit in fits if fit.misfit < least + _FAR]
+    if len(fits) == 1:
+        return fits[0], ()
+    found = [misfit(fit, case.series, case.kept, *case.stretch) for fit in fits]
+    limit = min(cost for cost, _ in found) + _ALIKE
+    alike = [(fit, value) for fit, (cost, value) in zip(fits, found, strict=True) if cost <= limit]
+    tails = [_tails(fit.model, value, case.products) for fit, value in alike]
+    others = [fit for (fit, _), tail in zip(alike, tails, strict=True) if np.abs(tail - tails[0]).max() > _SAME]
+    return alike[0][0], tuple(others)
+
+
+def _tails(model: Model, value: float, intervals: Sequence[Products]) -> FloatArray:
+    """Return the mass before each checkpoint in the averages of all checkpoints: [checkpoints, checkpoints]."""
+    ends = np.array([intervals[0].begin, *(products.end for products in intervals)])
+    forgotten = model.forgotten(value, ends)
+    return np.tril(np.exp(np.minimum(forgotten - forgotten[:, None], 0.0)))
 
 
 def _find_restarts(case: _Case, fit: Fit) -> dict[int, float]:
     """Return the times at which the average restarted from the weights, by interval."""
     restarts: dict[int, float] = {}
-    if fit.model.what != "decay" or len(fit.products) < 3:
+    if case.model.what != "decay" or len(fit.products) < 3:
         return restarts
     kept, joint_residuals = fit.kept, fit.residuals(fit.value)
     for index, products, share, joint_residual in zip(case.usable, fit.products, kept, joint_residuals, strict=True):
@@ -355,11 +378,12 @@ def _judge(case: _Case) -> Audit:
             return replace(base, verdict=verdict, text=_HOW[verdict])
     if not case.usable:
         return replace(base, verdict="undetermined", text="in no interval do both the weights and the average move")
-    fit = _explain(case)
+    fit, rivals = _explain(case)
     value, uncertainty = refine(fit, case.series, case.kept, *case.stretch)
     found, rising = _final_parameter(fit.model, value, case.products[-1].end)
     audit = replace(
         base,
+        what=fit.model.what,
         found=found,
         length=None if rising else fit.model.length(value),
         uncertainty=None if rising else uncertainty,
@@ -368,6 +392,10 @@ def _judge(case: _Case) -> Audit:
         is_late=bool(case.times(_BEGINS)),
         intervals=tuple(_interval(case.rows[i], fit, str(case.notes.get(i, ""))) for i in range(len(case.rows))),
     )
+    if rivals:
+        choices = tuple(_setting(each.model, each.value) for each in (fit, *rivals))
+        text = f"the files show it about equally as {', and as '.join(choices)}"
+        return replace(audit, verdict="undetermined", text=text, found=None, choices=choices)
     fault = next(_faults(case, fit, value, uncertainty, audit.intervals), None)
     return replace(audit, **fault) if fault else _compare_lengths(audit, case, fit, value)
 
@@ -383,7 +411,7 @@ def _faults(
         text += f"; its decay is {decay:.7g} " + ("at the end, still rising" if rising else f"(± {uncertainty:.1%})")
         yield {"verdict": "began again", "text": text}
     unexplained = [interval.unexplained for interval in intervals if not interval.note]
-    if value <= 0 or (case.model.what == "decay" and unexplained and np.median(unexplained) > _FOREIGN):
+    if value <= 0 or (fit.model.what == "decay" and unexplained and np.median(unexplained) > _FOREIGN):
         yield {"verdict": "undetermined", "text": _AWAY if value <= 0 else _UNEXPLAINED, "found": None}
     if lost := case.lost:
         count = len(set(case.tensors))
@@ -418,8 +446,12 @@ def _compare_lengths(audit: Audit, case: _Case, fit: Fit, value: float) -> Audit
         return replace(audit, verdict="found", text=shown)
     ratio = length / claimed
     audit = replace(audit, ratio=ratio)
-    if abs(math.log(ratio)) <= max(math.log(_SLACK), 3 * sigma):
+    slack = max(math.log(_SLACK), 3 * sigma)
+    if abs(math.log(ratio)) <= slack:
         return replace(audit, verdict="as claimed", text=f"{shown}, as claimed")
+    if case.counts_calls and ratio > 1 and abs(math.log(ratio / round(ratio))) <= slack:
+        text = f"{shown}, as claimed if it is updated at about every {round(ratio)}th call, which its files do not say"
+        return replace(audit, verdict="as claimed", text=text)
     factor = max(ratio, 1 / ratio)
     text = f"{factor:.3g} times too {'long' if ratio > 1 else 'short'}: {shown}, not {audit.claimed:.7g}"
     factors = " to ".join(dict.fromkeys(f"{factor * math.exp(sign * sigma):.3g}" for sign in (-1, 1)))
@@ -428,6 +460,14 @@ def _compare_lengths(audit: Audit, case: _Case, fit: Fit, value: float) -> Audit
         return replace(audit, verdict="too long", text=f"{text}; as if {usual} (k = {factors})")
     usual = "once a microbatch, or by each of so many processes"
     return replace(audit, verdict="too short", text=f"{text}; as if updated {factors} times a step: {usual}")
+
+
+def _setting(model: Model, value: float) -> str:
+    """Return the settings of an import that make averages of a model."""
+    if model.what == "sigma_rel":
+        return f"sigma_rels {model.parameter(value):.3g}"
+    warm_up = f" with ema_warmup {model.warm_up}" * bool(model.warm_up)
+    return f"ema_decay {min(model.parameter(value), 0.999999):.6g}{warm_up}"
 
 
 def _final_parameter(model: Model, value: float, end: float) -> tuple[float, bool]:
@@ -491,20 +531,37 @@ def _audit_checkpoints(sources: Sequence[Source], claimed: float | None, every: 
         if len(averages) > 1:
             first, name = averages[0], f"sigma_rel {width:g}" if width else ""
             pieces = choose_pieces({name: math.prod(first.entries[name].shape) for name in first.info.averages})
-            samples = (read_sample(weights[average.info.t], average, pieces) for average in averages)
+            before = max((t for t in weights if t < first.info.t), default=None)
+            is_absent = before is not None and len(averages) == sum(t > before for t in weights)
+            pairs = [(weights[before],) * 2] if before is not None and is_absent and _may_begin(first, before) else []
+            pairs += [(weights[average.info.t], average) for average in averages]
+            samples = (read_sample(*pair, pieces) for pair in pairs)
             model, starts = _claim(averages, width, claimed, every)
-            yield from _audit_samples(samples, name, [name for name, *_ in pieces], model, starts, first.info.t_unit)
+            updates = getattr(averages[-1], "updates", None)
+            calls = updates is not None and updates.counts_calls and getattr(model, "decay", DecayRule(0.5)).stride == 1
+            yield from _audit_samples(
+                samples, name, [name for name, *_ in pieces], model, starts, first.info.t_unit, calls
+            )
+
+
+def _may_begin(first: FileSource, before: float) -> bool:
+    """Return whether nothing says that an average began before the last file without it, so that it began later."""
+    updates, settings = getattr(first, "updates", None), getattr(first.profile, "settings", {})
+    return (
+        updates is not None and updates.count is None and settings.get("first", 0) - settings.get("every", 0) < before
+    )
 
 
 def _claim(
     averages: Sequence[FileSource], width: float, claimed: float | None, every: float
 ) -> tuple[Model, tuple[float, ...]]:
     """Return the model that averages are claimed to follow, and the restarts that their settings say."""
-    if width:
-        return PowerModel(gamma_from_sigma_rel(width) + 1), ()
-    decay: float | None = getattr(averages[-1].info, "decay", 0.0) or None
     profiles = [source.profile for source in averages if isinstance(source.profile, OrdinaryEMA)]
     settings = dict(profiles[-1].settings) if profiles else {}
+    if width:
+        every, first = settings.get("every", 0.0), settings.get("first", 0.0)
+        return PowerModel(gamma_from_sigma_rel(width) + 1, every, (float(first - every),)), ()
+    decay: float | None = getattr(averages[-1].info, "decay", 0.0) or None
     if claimed is not None:
         settings["decay"] = decay = claimed
     every = settings.pop("every", every)
@@ -539,7 +596,7 @@ def _audit_snapshots(snapshots: Sequence[Snapshot]) -> Iterator[Audit]:
 
 def _audit_samples(
     samples: Iterable[Sample], name: str, tensors: Sequence[str], model: Model, starts: tuple[float, ...] = (),
-    unit: str = "steps",
+    unit: str = "steps", counts_calls: bool = False,
 ) -> Iterator[Audit]:  # fmt: skip
     """Yield the audit of an average if there are two samples or more; keep only a part of each in memory."""
     products: list[Products] = []
@@ -550,5 +607,5 @@ def _audit_samples(
         kept.append(sample.thinned())
         last = sample
     if last and products:
-        audit = _judge(_Case(name, products, series_of(kept), tensors, model, starts, unit))
+        audit = _judge(_Case(name, products, series_of(kept), tensors, model, starts, unit, counts_calls))
         yield replace(audit, elements=sum(map(len, last.average)))

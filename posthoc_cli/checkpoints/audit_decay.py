@@ -71,8 +71,8 @@ _NOISE, _BUILD_UP = (0.03, 0.3, 1.0, 3.0), (0.03, 0.1, 0.3, 1.0)
 _CHECKPOINTS_A_COMPONENT = 5
 """Number of checkpoints for each principal component of the weights in the path."""
 
-_ROUNDS, _FEW_ROUNDS = 300, 25
-"""Rounds of the iteration for the variances: to find a value, and to compare models."""
+_ROUNDS, _SOME_ROUNDS, _FEW_ROUNDS = 300, 100, 25
+"""Rounds of the iteration for the variances: to find a value, its uncertainty, and to compare models."""
 
 _STEP = 0.01
 """Difference of logarithms for the second derivative of a likelihood."""
@@ -175,6 +175,10 @@ class Series:
     values: list[npt.NDArray[np.float32]]
     rounding: FloatArray
 
+    def elements(self, pieces: npt.NDArray[np.bool_]) -> int:
+        """Return the number of elements in the pieces of a mask."""
+        return sum(values.shape[1] for values in compress(self.values, pieces))
+
     def covariance(self, pieces: npt.NDArray[np.bool_], first: int, last: int) -> tuple[FloatArray, FloatArray, int]:
         """Return S of the differences to the weights at `first`, its part from rounding, and the number of elements.
 
@@ -256,14 +260,17 @@ class Model:
 
 @dataclass(frozen=True)
 class PowerModel(Model):
-    """A power function; the free value is gamma + 1."""
+    """A power function, which begins again at each of the `starts`; the free value is gamma + 1."""
 
     every: float = 0.0
+    starts: tuple[float, ...] = (0.0,)
     what = "sigma_rel"
 
     def forgotten(self, value: float, t: FloatArray) -> FloatArray:
         """Override `Model`."""
-        return value * np.log(np.maximum(t, 1e-300))
+        starts = np.array(self.starts)
+        last = np.maximum(np.searchsorted(starts, t, "right") - 1, 0)
+        return np.asarray(value * np.log(np.maximum(t - starts[last], self.every or 1e-300)) + _EVERYTHING * last)
 
     def length(self, value: float) -> float:
         """Return the sigma_rel."""
@@ -398,7 +405,7 @@ def interval_residuals(model: Model, value: float, products: Products) -> FloatA
 
 def followed_since(model: Model, value: float, begin: float, end: float) -> float:
     """Return s of an average that starts from the weights at `begin`."""
-    if isinstance(model, WarmModel):
+    if isinstance(model, WarmModel | PowerModel):
         model = replace(model, starts=(begin,))
     return float(_factors_between(model, value, begin, end)[1][0])
 
@@ -471,23 +478,27 @@ class _Paths:
 
 
 def _misfit(matrices: FloatArray, covariance: FloatArray, rounding: FloatArray, rounds: int) -> float:
-    """Return -2 / elements of the log likelihood, with the most likely variances."""
+    """Return -2 / elements of the log likelihood, with the most likely variances after so many rounds from equal ones.
+
+    Rounds that begin with variances for another value are biased towards it: a variance near 0 hardly grows.
+    """
     flat, traces = matrices.reshape(len(matrices), -1), np.trace(matrices, axis1=1, axis2=2)
     size = np.trace(covariance) / len(covariance)
     known = rounding + 1e-9 * size * np.eye(len(covariance))
     variances = np.where(traces > 0, size / 3 / np.maximum(traces, 1e-300), 0.0)
     for _ in range(rounds):
-        inverse = np.linalg.inv(known + np.tensordot(variances, matrices, 1))
+        inverse = np.linalg.inv(known + (variances @ flat).reshape(known.shape))
         measured, expected = flat @ (inverse @ covariance @ inverse).ravel(), flat @ inverse.ravel()
         variances = variances * np.sqrt(np.maximum(measured, 0) / np.maximum(expected, 1e-300))
-    total = known + np.tensordot(variances, matrices, 1)
+    total = known + (variances @ flat).reshape(known.shape)
     return float(np.linalg.slogdet(total)[1] + np.trace(np.linalg.solve(total, covariance)))
 
 
-def misfit(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int) -> float:
-    """Return -2 log of a model's likelihood near the value of a fit, in few rounds, to compare models."""
+def misfit(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int) -> tuple[float, float]:
+    """Return -2 log of a model's likelihood for each element, near the value of a fit, and the best value."""
     cost = _cost(fit, series, pieces, max(first, last - _MOST_CHECKPOINTS), last, rounds=_FEW_ROUNDS)
-    return float(minimize_scalar(cost, bounds=(-0.7, 0.7), method="bounded", options={"xatol": 0.01}).fun)
+    found = minimize_scalar(cost, bounds=(-0.7, 0.7), method="bounded", options={"xatol": 0.01})
+    return float(found.fun) / series.elements(pieces), fit.value * math.exp(found.x)
 
 
 def refine(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int) -> tuple[float, float]:
@@ -499,13 +510,15 @@ def refine(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, 
     if fit.value <= 0 or last - first < 3:  # no average has such a value, or one interval shows any
         return fit.value, math.inf
     first = max(first, last - _MOST_CHECKPOINTS)
-    log, sigma = _minimize(_cost(fit, series, pieces, first, last))
-    motion = (_minimize(_cost(fit, series, pieces, first, last, with_motion=False))[0] - log) / 2
+    cost = _cost(fit, series, pieces, first, last)
+    log = _minimize(cost, 1e-4)
+    curvature = cost(log - _STEP) + cost(log + _STEP) - 2 * cost(log)
+    sigma = _STEP * math.sqrt(2 / max(curvature, 1e-9))
+    motion = (_minimize(_cost(fit, series, pieces, first, last, with_motion=False, rounds=_SOME_ROUNDS)) - log) / 2
     half, change = (last - first) // 2, 0.0
     if half > 2:
-        earlier, later = (
-            _minimize(_cost(fit, series, pieces, *some))[0] for some in ((first, last - half), (last - half - 1, last))
-        )
+        ranges = (first, last - half), (last - half - 1, last)
+        earlier, later = (_minimize(_cost(fit, series, pieces, *some, rounds=_SOME_ROUNDS)) for some in ranges)
         change = (earlier - later) / 2
     value = fit.value * math.exp(log)
     share = 0.0
@@ -528,14 +541,13 @@ def _cost(
     return cost
 
 
-def _minimize(cost: Callable[[float], float]) -> tuple[float, float]:
-    """Return the minimum of -2 log of a likelihood near 0, and its uncertainty from the curvature."""
+def _minimize(cost: Callable[[float], float], exact: float = 1e-2) -> float:
+    """Return where a cost is least near 0."""
     bracket = [-0.7, 0.0, 0.7]
     costs = [cost(log) for log in bracket]
     while costs[1] > min(costs) and abs(bracket[1]) < 3:
         direction = int(np.sign(costs[0] - costs[2]))
         bracket = [log + 0.7 * direction for log in bracket]
         costs = [*costs[1:], cost(bracket[2])] if direction > 0 else [cost(bracket[0]), *costs[:2]]
-    found = minimize_scalar(cost, bounds=(bracket[0], bracket[2]), method="bounded", options={"xatol": 1e-4})
-    curvature = cost(found.x - _STEP) + cost(found.x + _STEP) - 2 * found.fun
-    return float(found.x), _STEP * math.sqrt(2 / max(curvature, 1e-9))
+    bounds = bracket[0], bracket[2]
+    return float(minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": exact}).x)

@@ -14,6 +14,7 @@ Ordinary EMAs, with the places of the average and of the weights, and what the f
     ema-pytorch's EMA       `ema_model.*`                     `online_model.*`         absent; `step`
     LitEma                  `model_ema.*` without dots        in the same group        `decay`, `num_updates`
     torch-ema               a list `shadow_params`            another group            `decay`, `num_updates`
+    torchtitan              `state.<name>.ema_params`         the rest of the folder   0.05 of training: its default
     mmengine's EMAHook      `state_dict`                      `ema_state_dict`         absent; `steps`
     EDM, StyleGAN           `ema`, `G_ema` of a pickle        `net`, `G`               `training_options.json`
     any other (DiT, ...)    a key with a word for it          a set with its names     absent
@@ -56,16 +57,14 @@ from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import (
     RAMP_UP,
-    TORCHTITAN_GAMMA,
+    UNLIMITED,
     Discrete,
     Point,
     PowerFunction,
     ema_pytorch_profile,
     gamma_from_sigma_rel,
-    power_function_profile,
-    torchtitan_profile,
 )
-from posthoc_cli.reconstruction import DistanceTo, misfit
+from posthoc_cli.reconstruction import misfit
 from posthoc_cli.snapshots.sources import sample_measurements
 from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 
@@ -146,7 +145,7 @@ def check_used(settings: ImportSettings, kinds: Collection[str]) -> None:
             raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", value=text)
 
 
-# --- weights, and torchtitan's average in the same folder
+# --- weights
 
 _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
 
@@ -154,25 +153,6 @@ _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
 def _read_weights(path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
     tensors = settings.select(indexed.model_tensors(settings.prefix))
     return [make_checkpoint(path, tensors, Point(float(step)), step)]
-
-
-def _read_torchtitan(path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
-
-    averages = _titan_averages(indexed)
-    tensors = settings.select(indexed.model_tensors(settings.prefix))
-    averaged = {name: averages.get(settings.prefix + name, find) for name, find in tensors.items()}
-    if averaged == tensors:
-        raise FileFormatError(path, "holds no average of torchtitan for these tensors")
-    if settings.ema_decay is not None:
-        weights, average = (
-            make_checkpoint(path, each, Point(float(step)), step, "torchtitan", updates=updates)
-            for each, updates in ((tensors, None), (averaged, Updates()))
-        )
-        return [weights, average]
-    profile = torchtitan_profile(step, settings.update_every or 1, settings.update_after_step or 0)
-    width = PowerFunction(TORCHTITAN_GAMMA, step).sigma_rel
-    weights = make_checkpoint(path, tensors, Point(float(step)), step, "torchtitan")
-    return [weights, make_checkpoint(path, averaged, profile, step, "torchtitan", sigma_rel=width)]
 
 
 def _titan_averages(indexed: IndexedCheckpoint) -> Tensors:
@@ -301,7 +281,7 @@ def _misfits_by_interval(
         }
         averages = []
         for source, measurements in zip(sources, measured, strict=True):
-            distances = tuple(DistanceTo(**vars(d) | {"profile": profiles[d.other]}) for d in measurements.distances)
+            distances = tuple(replace(d, other=profiles[d.other]) for d in measurements.distances)
             average = source.info.average(profiles[source.profile])
             averages.append(replace(average, measurements=replace(measurements, distances=distances)))
         if not math.isnan(found := misfit(averages)):  # nan if nothing moved
@@ -389,6 +369,13 @@ def _averaged_model(indexed: IndexedCheckpoint) -> _FoundEMA | None:
         if averaged and (updates := _as_count(indexed.number(*parent, "n_averaged"))):
             return _FoundEMA(averaged, _model_tensors(indexed, parent), _first_copies(updates))
     return None
+
+
+def _torchtitan(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+    """The update at `start_step` + n `update_every` keeps 2**(-1 / (0.05 n)), or another `half_life_fraction`."""
+    averaged = _titan_averages(indexed)
+    rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
+    return _FoundEMA(averaged, indexed.model_tensors(), Updates(rule, at_start=True)) if averaged else None
 
 
 def _ema_pytorch(indexed: IndexedCheckpoint) -> _FoundEMA | None:
@@ -483,6 +470,7 @@ def _edm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
 
 
 FINDERS: dict[str, Callable[[IndexedCheckpoint], _FoundEMA | None]] = {
+    "torchtitan": _torchtitan,
     "diffusers-ema": _diffusers,
     "timm": _timm,
     "lightning-ema": _lightning,
@@ -599,19 +587,32 @@ def _are_alike(averaged: Tensors, weights: Tensors) -> bool:
 
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 """Pattern in the name of a file or folder whose tensors are an ordinary EMA."""
-_NAMED_DECAY = re.compile(r"ema_(0\.\d+)_")
+NAMED_DECAY = re.compile(r"ema_(0\.\d+)_")
 """Pattern of the decay in names of guided-diffusion, such as `ema_0.9999_000050.pt` next to `model000050.pt`."""
+
+
+def named_decay(path: Path) -> float | None:
+    """Return the decay in the name of an average's file."""
+    match = NAMED_DECAY.match(path.name)
+    return float(match[1]) if match else None
+
+
+def is_named_average(path: Path, settings: ImportSettings) -> bool:
+    """Return whether the setting `average` is a glob of the names of files, of which this is one."""
+    return bool(settings.average) and fnmatchcase(path.name, str(settings.average))
 
 
 def _read_ordinary(
     library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
 ) -> list[Checkpoint]:
     """Return the average that a library stored, or an average alone, and the weights if the checkpoint has them."""
+    if is_named_average(path, settings):
+        settings = replace(settings, average=None)
     found = _two_sets(indexed, settings) if library == "ema" else _find(library, indexed)
     is_alone = library == "ema" and found is None
     if is_alone:
-        named = _NAMED_DECAY.match(path.name)
-        updates = Updates({"decay": float(named[1])} if named else {})
+        decay = named_decay(path)
+        updates = Updates({} if decay is None else {"decay": decay})
         found = _FoundEMA(indexed.model_tensors(settings.prefix), updates=updates)
     if found is None:
         raise FileFormatError(path, f"holds no EMA of {library}")
@@ -642,21 +643,15 @@ def _read_ordinary(
     average = settings.select({name: averaged.get(name, find) for name, find in weights.items()} or averaged)
     make = functools.partial(make_checkpoint, path, profile=Point(float(step)), step=step, kind=library,
                              t_unit=found.t_unit)  # fmt: skip
-    made = [make(tensors={name: weights[name] for name in average})] if weights else []
-    if not settings.sigma_rels:
-        return [*made, make(tensors=average, updates=found.updates)]
     if len(settings.sigma_rels) > 1:
         given = names_in([f"{sigma_rel:g}" for sigma_rel in settings.sigma_rels])
         raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}", value=given)
-    (width,) = settings.sigma_rels
-    profile = power_function_profile(
-        gamma_from_sigma_rel(width), step, settings.update_every or 1, settings.update_after_step or 0
-    )
-    return [*made, make(tensors=average, profile=profile, sigma_rel=width)]
+    made = [make(tensors={name: weights[name] for name in average})] if weights else []
+    return [*made, make(tensors=average, updates=found.updates)]
 
 
 _EMA_TAKES = (
-    "step_from", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty", "ema_late", "update_every",
+    "step_from", "sigma_rels", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty", "ema_late", "update_every",
     "update_after_step", "steps_per_epoch",
 )  # fmt: skip
 
@@ -685,8 +680,6 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
     if average and (key := _named_set(indexed, sets, average)):
         others = _pairs(sets, [key]).get(key, [])
         found = _FoundEMA(sets[key], sets[others[0]] if len(others) == 1 else {})
-    elif found is None and (titan := _titan_averages(indexed)):
-        found = _FoundEMA(titan, indexed.model_tensors())
     if weights:
         models = {key for others in pairs.values() for key in others}
         tensors = found.weights if found else sets[models.pop()] if len(models) == 1 else {}
@@ -724,16 +717,12 @@ TABLE = {
     "edm2": Kind(_read_edm2, name=_EDM2, form=_EDM2_FORM, of_name=1000),
     "ema-pytorch": _numbered("ema-pytorch", True, ()),
     "posthoc-ema": _numbered("posthoc-ema", False, ("update_after_step",)),
-    "torchtitan": Kind(
-        _read_torchtitan, lambda _, indexed: bool(_titan_averages(indexed)),
-        takes=("step_from", "update_every", "update_after_step", "ema_decay"),
-    ),
     **{name: _ordinary(name) for name in FINDERS},
     "edm": _ordinary("edm", name=_EDM_FILE, form="network-snapshot-<images in thousands>.pkl", of_name=1000),
     "ema": Kind(
         functools.partial(_read_ordinary, "ema"),
         lambda path, indexed: bool(_EMA_NAME.search(path.name)) or _two_sets(indexed) is not None,
-        takes=(*_EMA_TAKES, "average", "weights", "sigma_rels"),
+        takes=(*_EMA_TAKES, "average", "weights"),
     ),
     "checkpoints": Kind(_read_weights, takes=("step_from",)),
 }  # fmt: skip

@@ -103,7 +103,7 @@ def import_checkpoints(
     profiles = [one.profile for one in found if isinstance(one.profile, OrdinaryEMA)]
     if profiles and given.update_every is None:  # known from all files together: one alone may not show it
         given = replace(given, update_every=profiles[-1].settings["every"])
-    if any(isinstance(one.profile, OrdinaryEMA) and not one.info.decay for one in found):
+    if not all(one.is_known for one in found):
         given, checks = _find_decay(found, given)
     else:
         given, checks = _check_decay(found, given)
@@ -128,29 +128,39 @@ def _open_foreign(origin: Path, settings: ImportSettings) -> list[Checkpoint]:
 
 def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:
     """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about it."""
-    unclaimed = [replace(one, info=replace(one.info, decay=0.0)) for one in sources]  # also if the file says the decay
+    # Some files may say their decay, of which all have the same.
+    unclaimed = [replace(one, info=replace(one.info, decay=0.0, sigma_rel=0.0)) for one in sources]
     try:
         (audit, *_) = audit_sources(unclaimed, every=given.update_every or 1)
     except InvalidValueError:
         reason = "must be given: the files do not hold it, and it cannot be found without weights next to the averages"
         raise InvalidValueError("ema_decay", reason) from None
-    sigma = audit.uncertainty or 0.0
+    if audit.choices:
+        raise InvalidValueError("ema_decay", f"must be given: {audit.text}", "say one of them")
+    sigma, is_power = audit.uncertainty or 0.0, audit.what == "sigma_rel"
     spacing = float(np.median([interval.end - interval.begin for interval in audit.intervals] or [1.0]))
-    is_clear = audit.found is not None and sigma <= _VAGUE * (1 + spacing * (1 - audit.found)) ** 2
-    if audit.verdict not in ("found", "began again") or audit.found is None or not is_clear:
+    limit = _VAGUE * (1 if audit.found is None or is_power else (1 + spacing * (1 - audit.found)) ** 2)
+    if audit.verdict not in ("found", "began again") or audit.found is None or sigma > limit:
         vague = " the files show it too vaguely:" * (audit.verdict == "found")
-        raise InvalidValueError("ema_decay", f"must be given:{vague} {audit.text}", "say which decay the EMAs have")
-    decay = _round_decay(audit.found, sigma)
-    settings = replace(
-        given,
-        ema_decay=decay,
-        ema_warmup=given.ema_warmup or audit.warm_up or "none",
-        ema_uncertainty=sigma if decay == audit.found else sigma / 2,  # a rounded decay is probably exact
-    )
+        hint = "say which width or decay the EMAs have"
+        raise InvalidValueError("sigma_rels" if is_power else "ema_decay", f"must be given:{vague} {audit.text}", hint)
+    if is_power:
+        width = float(f"{audit.found:.4g}")
+        settings = replace(given, sigma_rels=(width,), ema_uncertainty=sigma)
+        taken = ""
+    else:
+        decay = _round_decay(audit.found, sigma)
+        settings = replace(
+            given,
+            ema_decay=decay,
+            ema_warmup=given.ema_warmup or audit.warm_up or "none",
+            ema_uncertainty=sigma if decay == audit.found else sigma / 2,  # a rounded decay is probably exact
+        )
+        taken = f"; taken as {decay:g}" * (decay != audit.found)
     settings = _with_starts(settings, audit)
     if settings.update_after_step is None and any(one.updates and one.updates.counts_calls for one in sources):
         settings = replace(settings, update_after_step=0)
-    return settings, [f"found: {audit.text}" + f"; taken as {decay:g}" * (decay != audit.found)]
+    return settings, [f"found: {audit.text}{taken}"]
 
 
 def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
@@ -189,7 +199,7 @@ def _round_decay(decay: float, uncertainty: float) -> float:
 
 def _check_decay(found: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:
     """Compare the known decay of ordinary EMAs with the files; return the settings with starts, and lines about it."""
-    if not any(one.info.decay for one in found):
+    if not any(isinstance(one.profile, OrdinaryEMA) for one in found):
         return given, []
     try:
         audits = audit_sources(found)
@@ -199,6 +209,7 @@ def _check_decay(found: Sequence[Checkpoint], given: ImportSettings) -> tuple[Im
         if audit.is_bad:
             raise InvalidValueError("ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed)
         if audit.verdict == "undetermined":
-            log.warning("ema_decay is taken as given, and could not be checked: %s", audit.text)
+            reason = "ema_decay is taken as given, and could not be checked: errors may be several times as predicted"
+            log.warning("%s: %s", reason, audit.text)
         given = _with_starts(given, audit)
     return given, [f"given: {audit.text}" for audit in audits]

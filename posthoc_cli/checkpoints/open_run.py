@@ -23,9 +23,17 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of
+from posthoc_cli.checkpoints.formats import NAMED_DECAY, TABLE, check_used, is_named_average, kind_of, named_decay
 from posthoc_cli.checkpoints.import_files import is_import, read_manifest
-from posthoc_cli.checkpoints.read_model import ENDINGS, NOT_WEIGHTS, index_checkpoint, model_in, names_in, sets_in
+from posthoc_cli.checkpoints.read_model import (
+    AVERAGE_WORD,
+    ENDINGS,
+    NOT_WEIGHTS,
+    index_checkpoint,
+    model_in,
+    names_in,
+    sets_in,
+)
 from posthoc_cli.checkpoints.read_step import named_step
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
 from posthoc_cli.dtypes import DTYPES, EPS
@@ -63,9 +71,13 @@ def open_checkpoints(
     path = files.expanded(place)
     if is_import(path):
         return checked_run(read_manifest(path).read())
-    paths = _candidates(place)
+    paths = _of_one_average(_candidates(place), settings)
     by_word = next((path.name for path in paths if named_step(path).by_word), "")
-    read = [one for path in paths for one in _read(path, settings, by_word)]
+    by_name = any(is_named_average(path, settings) for path in paths)
+    of_key = replace(settings, average=None) if by_name else settings
+    read = [
+        one for path in paths for one in _read(path, settings if is_named_average(path, settings) else of_key, by_word)
+    ]
     if not read:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
@@ -78,7 +90,7 @@ def open_checkpoints(
     checkpoints = [one.with_settings(settings, default_decay) for one in read]
     if settings.update_every is None and (every := _common_interval(checkpoints)):
         checkpoints = [one.with_settings(replace(settings, update_every=every), default_decay) for one in read]
-    left_out = [] if unclaimed else [one for one in checkpoints if one.updates and not one.info.decay]
+    left_out = [] if unclaimed else [one for one in checkpoints if not one.is_known]
     if len(left_out) == len(checkpoints):
         reason = "holds EMAs, and neither their decay nor weights next to them"
         raise InvalidValueError(place, reason, "give ema_decay to an import")
@@ -86,7 +98,24 @@ def open_checkpoints(
         what = f"{len(left_out):,} EMA{'s' * (len(left_out) > 1)}, such as {left_out[0].path.name}"
         reason = "left out of averages: their files do not say the decay; `ema import` finds it, or takes `ema_decay`"
         log.warning("%s: %s, %s", place, what, reason)
-    return checked_run([one for one in checkpoints if unclaimed or not one.updates or one.info.decay])
+    return checked_run([one for one in checkpoints if unclaimed or one.is_known])
+
+
+def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:
+    """Return the files without those of other averages, where names have several decays, or settings name files.
+
+    Raises:
+        InvalidValueError: no setting says which average is meant.
+    """
+    if any(is_named_average(path, settings) for path in paths):
+        return [path for path in paths if is_named_average(path, settings) or not AVERAGE_WORD.search(path.name)]
+    decays = {path: decay for path in paths if (decay := named_decay(path)) is not None}
+    if len({*decays.values()}) < 2:
+        return paths
+    if settings.ema_decay not in decays.values():
+        choices = " or ".join(sorted({f"'{NAMED_DECAY.match(path.name)[0]}*'" for path in decays}))  # type: ignore[index]
+        raise InvalidValueError("average", f"must be given: the files are of several averages, {choices}")
+    return [path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay]
 
 
 def _common_interval(checkpoints: Sequence[Checkpoint]) -> int | None:

@@ -5,7 +5,7 @@ in place. They have no checksums of blocks: a file is recognised by its size, th
 its content.
 
 Tensors are found by the keys that lead to them, since a checkpoint often holds more than the model: the model is chosen
-by `model_tensors`. A tensor consists of one chunk or several, each a box of the tensor in a file.
+by `tracker.model`. A tensor consists of one chunk or several, each a box of the tensor in a file.
 
 A folder of torch.distributed.checkpoint has a pickle `.metadata`, which names the file and range of each chunk, where
 the chunk is an archive itself; or, from its HuggingFaceStorageWriter, safetensors files with offsets in their metadata.

@@ -1,8 +1,7 @@
-"""Find the tensors in files of `torch.save`, which are zip archives or, from old releases, streams; and in pickles.
+"""Find the tensors in files of `torch.save`, which are zip archives, and in those of `pickle.dump`.
 
 A tensor in a pickle is a call with a storage, an offset, a shape and strides. A storage is a range of bytes of the
-file: an uncompressed member of the archive, a part of the stream after the pickles, or a string of bytes in a pickle
-that holds such a stream itself, as `pickle.dump` of a tensor writes it.
+file: an uncompressed member of the archive, or the end of a string of bytes in a pickle.
 
 Pickles are read by the interpreter of their opcodes here, which imports nothing: it has functions of this module for
 the few names that make tensors, and an inert `Node`, whose call makes another node, for each other name. Python's own
@@ -18,7 +17,7 @@ import os
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,8 +31,7 @@ _MOST_REPEATED = 64 * 1024 * 1024
 _MOST_ARGUMENTS = 16
 """Largest number of arguments of a call that are used, and of a key's items: a pickle may pass a million to each of a
 million calls."""
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
+_STREAM_MAGIC, _STREAM_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LONGEST_LINE = 4096
 """Largest number of bytes of a name or number that is written as text."""
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -72,7 +70,7 @@ class Node(dict[Any, Any]):
 
 
 def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
-    """Return the object in a range of a file, written by torch.save of any release, or by pickle.
+    """Return the object in a range of a file, written by torch.save since release 1.6, or by pickle.
 
     It consists of plain values, lists, tuples and dicts, a `Entry` for each tensor, and a `Node` for each other
     object.
@@ -81,19 +79,22 @@ def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
         FileFormatError: the range cannot be read.
     """
 
-    known: dict[_Bytes, Any] = {}
+    known: dict[_Bytes, _Bytes] = {}
 
-    def from_bytes(data: Any) -> Any:
-        """Return the storage in a string of bytes; a string within such a string is not read."""
+    def from_bytes(data: Any) -> _Bytes:
+        """Return the storage in a string of bytes."""
         _check(isinstance(data, _Bytes), "a storage without bytes")  # before it is hashed, which may take forever
         if data not in known:
-            known[data] = _read_stream(file, data.begin, data.begin + data.nbytes, _CALLS)
+            known[data] = _storage_in(file, data)
         return known[data]
 
-    calls: _Calls = {**_CALLS, "torch.storage._load_from_bytes": from_bytes}
     try:
-        is_zip = file.read_at(4, begin) == _ZIP
-        return _read_zip(file, begin, end, calls) if is_zip else _read_stream(file, begin, end, calls)
+        if file.read_at(4, begin) == _ZIP:
+            return _read_zip(file, begin, end, _CALLS | {"torch.storage._load_from_bytes": from_bytes})
+        value, _ = _unpickled(file, begin, end, _CALLS | {"torch.storage._load_from_bytes": from_bytes})
+        is_old = value == _STREAM_MAGIC
+        _check(not is_old, "is of torch.save before release 1.6, or without its zip archive: load and save it again")
+        return value
     except _PickleError as error:
         raise FileFormatError(file.path, f"cannot be read as tensors: {error}") from error
 
@@ -117,41 +118,29 @@ class _Bytes:
     dtype: str | None = None
 
 
-_Calls = Mapping[str, Callable[..., Any]]
+_Calls = dict[str, Callable[..., Any]]
 """Functions in place of those that a pickle names; calls of other names make nodes."""
 _Locate = Callable[[str, int], _Bytes] | None
 """A function that returns the storage of a key, with an expected number of bytes; None if there are no storages."""
 
 
-# --- archives and streams
+# --- archives, and storages in pickles
 
 
-def _read_stream(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:
-    """Return the object in a pickle, or in the five pickles and the storages of a torch.save before archives."""
-    value, start = _unpickled(file, begin, end, calls)
-    if value != _LEGACY_MAGIC:
-        return value
-    protocol, start = _unpickled(file, start, end, calls)
-    system, start = _unpickled(file, start, end, calls)
-    is_known = protocol == _LEGACY_PROTOCOL and isinstance(system, dict) and system.get("little_endian") is True
-    _check(is_known, "is of an unknown release of torch.save, or of a big-endian machine")
-    sizes: dict[str, int] = {}
-    begins: dict[str, int] = {}
-
-    def locate(key: str, nbytes: int) -> _Bytes:
-        sizes[key] = max(nbytes, sizes.get(key, 0))
-        return _Bytes(begins.get(key, 0), nbytes)
-
-    # The order of the storages follows the pickle that refers to them, so the pickle is read twice.
-    _, keys_begin = _unpickled(file, start, end, calls, locate)
-    keys, position = _unpickled(file, keys_begin, end, calls)
-    for key in keys if isinstance(keys, list) else ():
-        if isinstance(key, str):
-            begins[key] = position + 8
-            position += 8 + sizes.get(key, 0)
-    is_complete = position <= end and begins.keys() == sizes.keys()
-    _check(is_complete, "truncated, or its storages are not those of its tensors")
-    return _unpickled(file, start, end, calls, locate)[0]
+def _storage_in(file: OpenedFile, data: _Bytes) -> _Bytes:
+    """Return the storage in a string of bytes: five pickles, of which the fourth names it, its length and its bytes."""
+    values: list[Any] = []
+    at, end = data.begin, data.begin + data.nbytes
+    for _ in range(5):
+        value, at = _unpickled(file, at, end, _CALLS, lambda _, nbytes: _Bytes(0, nbytes))
+        values.append(value)
+    magic, protocol, system, storage, _ = values
+    is_known = (magic, protocol) == (_STREAM_MAGIC, _STREAM_PROTOCOL)
+    is_little = isinstance(system, dict) and system.get("little_endian") is True
+    if not (is_known and is_little and isinstance(storage, _Bytes)):
+        raise _PickleError("is of an unknown release of torch.save, or of a big-endian machine")
+    _check(at + 8 + storage.nbytes <= end, "truncated, or its storages are not those of its tensors")
+    return replace(storage, begin=at + 8)
 
 
 def _read_zip(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:

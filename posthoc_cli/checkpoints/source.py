@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,7 +20,9 @@ from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, brief, check_count, check_word, shown
 from posthoc_cli.profiles import (
     POWER,
+    POWER_FUNCTION,
     RAMP_UP,
+    UNLIMITED,
     WARM_UPS,
     Clock,
     DecayRule,
@@ -29,6 +32,7 @@ from posthoc_cli.profiles import (
     StoredProfile,
     check_sigma_rel,
     gamma_from_sigma_rel,
+    sigma_rel_from_gamma,
 )
 from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots.snapshot import check_globs, make_selection
@@ -48,7 +52,8 @@ class ImportSettings:
         step_from: regular expression to search in a path; its group is the step, also as 1_500 or 1.5k.
         prefix: prefix of the names of the model's tensors, which is removed.
         include, exclude: globs on the names without the prefix.
-        sigma_rels: widths of the averages of `ema-pytorch` or `posthoc-ema`, in the order of their numbers.
+        sigma_rels: widths of power functions: of the averages of `ema-pytorch` or `posthoc-ema` in the order of their
+            numbers, or of the one average in each file.
         update_every, update_after_step: settings of these libraries; torchtitan's `update_every_n_steps`, `start_step`;
             `update_every` also of ordinary EMAs.
         ema_decay: decay of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images; "half-life:5%" for
@@ -101,6 +106,10 @@ class ImportSettings:
             if (value := getattr(self, name)) is not None:
                 check_count(name, value, least)
         DecayRule(**{"decay": 0.5, **self.rule()})
+        if self.sigma_rels and self.ema_decay is not None:
+            raise InvalidValueError(
+                "ema_decay", "is another rule than sigma_rels: give one of them", value=self.ema_decay
+            )
         groups = 0
         with suppress(re.error, TypeError):
             groups = 1 if self.step_from is None else re.compile(self.step_from).groups
@@ -120,13 +129,15 @@ class ImportSettings:
             if half_life <= 0:
                 reason = "must lie in (0, 1), or be a half-life such as half-life:500000 or half-life:5%"
                 raise InvalidValueError("ema_decay", reason, value=repr(self.ema_decay))
-            if text.endswith("%"):  # a power function, which has no largest half-life
-                return {"decay": 0.5**1e-9, "warm_up": "ramp-up", "power": half_life / 100, "copies": 1} | (
-                    {} if self.ema_uncertainty is None else {"uncertainty": self.ema_uncertainty}
-                )
-            rule["decay"] = 0.5 ** (every / half_life)
+            if text.endswith("%"):
+                rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": half_life / 100}
+            else:
+                rule["decay"] = 0.5 ** (every / half_life)
         elif self.ema_decay is not None:
             rule["decay"] = self.ema_decay
+        elif self.sigma_rels:
+            power = gamma_from_sigma_rel(self.sigma_rels[0]) + 1
+            rule = {"decay": UNLIMITED, "warm_up": POWER_FUNCTION, "power": power, "copies": 1}
         if self.ema_uncertainty is not None:
             rule["uncertainty"] = self.ema_uncertainty
         if self.ema_warmup is not None:
@@ -152,7 +163,7 @@ class ImportSettings:
         if self.ema_late is not None:
             settings = replace(settings, update_after_step=None, ema_restarts=(), ema_late=None)
         if self.ema_uncertainty is not None:
-            settings = replace(settings, ema_decay=None, ema_warmup=None, ema_uncertainty=None)
+            settings = replace(settings, ema_decay=None, ema_warmup=None, sigma_rels=(), ema_uncertainty=None)
         return settings
 
     def select(self, tensors: Tensors, ignored: Collection[str] = ()) -> Tensors:
@@ -248,6 +259,7 @@ class Updates:
         every: calls between updates; for EDM images of a batch, 0 if they are unknown.
         from_first: whether the first call is an update, and not call number `every`.
         counts_calls: whether the file counts calls, and does not say how many there are between two updates.
+        at_start: whether a first update after the begin of the training is at the step that settings name, and copies.
     """
 
     rule: dict[str, Any] = field(default_factory=dict)
@@ -255,11 +267,14 @@ class Updates:
     every: int = 1
     from_first: bool = False
     counts_calls: bool = False
+    at_start: bool = False
 
     def profile(self, path: Path, step: int, settings: ImportSettings, default_decay: float) -> OrdinaryEMA | None:
         """Return the profile at a step, with the default decay if none is known; None if that is 0."""
         every, after, count = settings.update_every or self.every, settings.update_after_step or 0, self.count
-        rule = {"decay": default_decay} | self.rule | settings.rule(every)
+        said = settings.rule(every)
+        of_file = {} if "decay" in said and self.rule.get("decay") == UNLIMITED else self.rule  # another kind of rule
+        rule = {"decay": default_decay} | of_file | said
         if not rule["decay"]:
             return None
         if restart := max((restart for restart in settings.ema_restarts if restart < step), default=0):
@@ -267,6 +282,8 @@ class Updates:
             first, count = restart + every, (step - restart) // every
         elif count is None:
             first = after + 1 if self.from_first else (after // every + 1) * every
+            if after and self.at_start:
+                first, rule["copies"] = after, 1
             if after and step <= first - every:  # a copy of the weights
                 return DecayRule(**rule).profile(step, 0, every, step + every)
             count = max(0, (step - first) // every + 1)
@@ -318,6 +335,11 @@ class Checkpoint(FileSource):
         return self.info.profile
 
     @property
+    def is_known(self) -> bool:
+        """Whether its profile is known, and no placeholder for that of an ordinary EMA."""
+        return self.updates is None or bool(self.info.decay or self.info.sigma_rel)
+
+    @property
     def file_bytes(self) -> int:
         """The size of its tensors."""
         return sum(tensor.nbytes for tensor in self.entries.values())
@@ -330,9 +352,13 @@ class Checkpoint(FileSource):
         profile = self.updates and self.updates.profile(self.path, self.info.step, settings, default_decay)
         if not (self.updates and profile):
             return self
-        is_known = settings.ema_decay is not None or "decay" in self.updates.rule
-        decay = profile.settings["decay"] if is_known else 0.0
-        return replace(self, info=replace(self.info, profile=profile, decay=decay))
+        if settings.ema_decay is None and not settings.sigma_rels and "decay" not in self.updates.rule:
+            return replace(self, info=replace(self.info, profile=profile, decay=0.0, sigma_rel=0.0))
+        rule = profile.settings
+        power = rule["power"] if rule["warm_up"] == POWER_FUNCTION else math.log(2) / rule["power"]
+        is_power = rule["decay"] == UNLIMITED and power > 1
+        found = {"sigma_rel": sigma_rel_from_gamma(power - 1)} if is_power else {"decay": rule["decay"]}
+        return replace(self, info=replace(self.info, profile=profile, **{"decay": 0.0, "sigma_rel": 0.0} | found))
 
     @property
     def identity(self) -> str:

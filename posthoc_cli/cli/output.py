@@ -89,7 +89,7 @@ def print_some(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
 def print_coefficients(snapshots: Sequence[Mapping[str, Any]]) -> None:
     """Print the snapshots of an average whose coefficients have the largest magnitude, in their order."""
     order = sorted(range(len(snapshots)), key=lambda index: -abs(snapshots[index]["coefficient"]))
-    print_rows([snapshots[index] for index in sorted(order[:MOST_ROWS])], ["snapshot:file", "coefficient"])
+    print_rows([snapshots[index] for index in sorted(order[:MOST_ROWS])], ["file", "coefficient"])
     if len(snapshots) > MOST_ROWS:
         print_line(f"and {len(snapshots) - MOST_ROWS:,} more with smaller coefficients; --json lists them")
 

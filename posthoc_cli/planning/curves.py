@@ -27,9 +27,9 @@ from posthoc_cli.reconstruction import (
     METHODS,
     Motion,
     Prior,
+    Problem,
     assumed_prior,
     check_method,
-    expected_errors,
     reconstruct,
     relative_width,
     thinned_subset,
@@ -207,7 +207,7 @@ def error_curve(
     inside = [s for s in tracked if low <= s <= high]
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, _POINTS), inside))), low, high)
     if check_method(method) == METHODS[0]:
-        predicted, profile_error = expected_errors(usable, powers(grid, t), prior, t)
+        _, profile_error, predicted = Problem(usable, prior, t).solve(powers(grid, t), METHODS[0])
     else:
         result = reconstruct(usable, powers(grid, t), method, prior, t)
         predicted, profile_error = result.predicted_error, result.profile_error
@@ -230,7 +230,7 @@ def forecast(
     """Return the error curve of at least one snapshot by minimum variance, at the time of the last snapshot."""
     grid = np.clip(np.geomspace(*sigma_range, points), *sigma_range)
     t = max(p.t for p in snapshots)
-    predicted, profile_error = expected_errors(snapshots, powers(grid, t), prior, t)
+    _, profile_error, predicted = Problem(snapshots, prior, t).solve(powers(grid, t), METHODS[0])
     return ErrorCurve(label, t, grid, profile_error, _zero_if_nan(predicted), _tracked(snapshots))
 
 

@@ -14,9 +14,9 @@ from posthoc_cli.reconstruction import (
     MOST_SOLVED,
     ROUNDING,
     Losses,
-    MinimumVariance,
     Motion,
     Prior,
+    Problem,
     assumed_prior,
     one_blas_thread,
     thinned_subset,
@@ -229,7 +229,7 @@ def losses_of(
 ) -> Losses:
     """Return the errors of targets over the range, at the time of the last snapshot, as snapshots are lost."""
     t = max(p.t for p in snapshots)
-    return MinimumVariance(snapshots, prior, t).losses(powers(np.geomspace(*sigma_range, _TARGETS), t))
+    return Problem(snapshots, prior, t).losses(powers(np.geomspace(*sigma_range, _TARGETS), t))
 
 
 def _combined(squares: FloatArray) -> FloatArray:

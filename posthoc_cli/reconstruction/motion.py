@@ -1,4 +1,5 @@
-"""The motion of the network: fitted to the measured distances between its averages, and sketched by the hook.
+"""What is known about a run in addition to the profiles of its averages: the motion of its network, fitted to measured
+distances or sketched by the hook, and the errors of the stored averages.
 
 Model: the weights follow a random walk with independent increments of variance v(s) ds, which depends on the learning
 rate, plus noise of intensity w(s) whose memory is shorter than the time between snapshots, as of a network that is
@@ -8,26 +9,32 @@ The expected squared distance of two averages, one of them stored with a roundin
     E |theta_i - theta_j|^2 = integral v (tail_i - tail_j)^2 ds + integral w (p_i - p_j)^2 ds + r_j,
 
 linear in v and w. With both constant on segments of training, every measured distance is a linear equation for them.
+Measurements are sums over the elements of all averaged tensors (not of copied ones), in float64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from posthoc_cli.profiles import LONGEST, WINDOW, FloatArray, PowerFunction, Profile, StoredProfile
-from posthoc_cli.reconstruction.basis import (
-    Cells,
-    Densities,
-    Steps,
-    Tails,
-    are_powers,
-    cells_between,
-    gammas_and_times,
+from posthoc_cli.profiles import (
+    LONGEST,
+    WINDOW,
+    Discrete,
+    FloatArray,
+    Point,
+    PowerFunction,
+    Profile,
+    StoredProfile,
+    roundings,
 )
+from posthoc_cli.reconstruction.nodes import Nodes, Steps
 
 # --- motion ----------------------------------------------------------------------------------------
 
@@ -107,6 +114,10 @@ Of 120 averages of checkpoints, all were within 2 of the predicted error, with a
 100 updates in place of 300 to 3,000 93 %."""
 
 
+_UNSHOWN = 1e-20
+"""Influence of a segment on the distances, relative to the largest, that comes from rounding alone: eps squared."""
+
+
 def fit_motion(
     start: float,
     times: Sequence[float],
@@ -137,14 +148,11 @@ def fit_motion(
     if edges.size == 1:
         edges = np.array([start / 2, start])
     segments = edges.size - 1
-    cells, walks, noises, rounding = influences(edges, distances, steps)
-    segment = np.clip(np.searchsorted(edges, cells.edges[:-1], side="right") - 1, 0, segments - 1)
-    first = np.flatnonzero(np.diff(segment, prepend=-1))  # the first cell of each segment
+    walks, noises, rounding = influences(edges, distances, steps)
     # Averages that should be equal, and differ, are not what their files say: no motion explains them.
     explained = walks.any(axis=1) | (rounding > 0)
     kinds = [walks, noises] if may_have_noise and len(distances) >= _DISTANCES_FOR_NOISE * segments else [walks]
-    influence = np.hstack([np.add.reduceat(kind[explained], first, axis=1) for kind in kinds])
-    rounding = rounding[explained]
+    influence, rounding = np.hstack(kinds)[explained], rounding[explained]
     unknowns = np.zeros(2 * segments)
     if influence.any():
         total = influence.sum(axis=0)
@@ -155,7 +163,11 @@ def fit_motion(
         for _ in range(_UPDATES):
             model = np.maximum(influence @ x + rounding, 1e-12)
             x *= np.sqrt(np.divide(model**-2 @ influence, total, out=np.ones_like(total), where=total > 0))
-        unknowns[: x.size] = x
+        # A segment that no distance shows, as that before the first update, moves as its neighbours do.
+        fitted = zip(np.split(unknowns, 2), np.split(x, len(kinds)), np.split(total, len(kinds)), strict=False)
+        for kind, values, size in fitted:
+            shown = np.flatnonzero(size > _UNSHOWN * size.max())
+            kind[:] = np.interp(np.arange(segments), shown, values[shown])
     return Motion(edges, unknowns[:segments], unknowns[segments:])
 
 
@@ -165,74 +177,32 @@ def _joined(edges: FloatArray) -> FloatArray:
     return np.asarray(edges[places])
 
 
-# --- integrals -------------------------------------------------------------------------------------
-
-
 def influences(
     edges: FloatArray, distances: Sequence[PairDistance], steps: Steps | None
-) -> tuple[Cells, FloatArray, FloatArray, FloatArray]:
-    """Return the cells between `edges`, and the contributions to each measured distance, relative to it.
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return the contributions to each measured distance, relative to it.
 
-    These are a walk and a noise of intensity 1 in each cell alone, [distances, K] each, and rounding, [distances].
+    These are a walk and a noise of intensity 1 on each segment between `edges` alone, [distances, segments] each, and
+    rounding, [distances].
     """
-    later, earlier = [distance.later for distance in distances], [distance.earlier for distance in distances]
-    cells = cells_between(edges, {*later, *earlier}, steps)
-    if are_powers(later) and are_powers(earlier):
-        walk, noise = _integrals(cells.edges, later, earlier)
-    else:
-        walk, noise = (_by_basis(kind, cells.edges, later, earlier) for kind in (Tails, Densities))
-    walk, noise = walk * cells.density, noise * cells.duration
-    if cells.interval.size:
-        np.add.at(walk.T, cells.interval, cells.stride * (cells.tails(later) - cells.tails(earlier)) ** 2)
-        np.add.at(noise.T, cells.interval, (cells.masses(later) - cells.masses(earlier)) ** 2 / cells.stride)
-    squared, rounding = np.array([(distance.squared, distance.rounding) for distance in distances]).T
-    walk, noise = (np.maximum(influence, 0.0) / squared[:, None] for influence in (walk, noise))
-    return cells, walk, noise, np.minimum(rounding / squared, 1.0)
+    place: dict[StoredProfile, int] = {}
+    pairs = [[place.setdefault(p, len(place)) for p in (each.later, each.earlier)] for each in distances]
+    nodes = Nodes(edges, list(place), steps)
+    first = np.searchsorted(nodes.edges, edges[:-1])
+    segment = np.searchsorted(first, nodes.interval, side="right") - 1
+    squared, rounding = np.array([(each.squared, each.rounding) for each in distances]).T
+    walk, noise = np.zeros((2, len(distances), edges.size - 1))
+    for kind, values in ((walk, nodes.tails(list(place))), (noise, nodes.masses(list(place)))):
+        for row, (later, earlier) in enumerate(pairs):
+            squares = (values[:, later] - values[:, earlier]) ** 2
+            kind[row] = np.bincount(segment, nodes.weight * squares, edges.size - 1) / squared[row]
+    return walk, noise, np.minimum(rounding / squared, 1.0)
 
 
 def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:
     """Return the distances that are expected with this motion, relative to the measured ones: shape [distances]."""
-    cells, walks, noises, rounding = influences(motion.edges, distances, steps)
-    walk, noise = motion.on(cells.edges)
-    return np.asarray(walks @ walk + noises @ noise + rounding)
-
-
-def _by_basis(
-    kind: type[Tails | Densities],
-    edges: FloatArray,
-    later: Sequence[StoredProfile],
-    earlier: Sequence[StoredProfile],
-) -> FloatArray:
-    """Return integrals of squared differences of tails or densities over each interval: shape [distances, K]."""
-    profiles = list(dict.fromkeys((*later, *earlier)))
-    rows = dict(zip(profiles, np.moveaxis(kind(profiles, edges).of_stored(profiles), 2, 0), strict=True))
-    pairs = zip(later, earlier, strict=True)
-    return np.stack([np.sum((rows[a] - rows[b]) ** 2, axis=1) for a, b in pairs])
-
-
-def _integrals(
-    edges: FloatArray, later: Sequence[PowerFunction], earlier: Sequence[PowerFunction]
-) -> tuple[FloatArray, FloatArray]:
-    """Return integrals of (tail_i - tail_j)^2 and of (p_i - p_j)^2 over each interval: shape [distances, K] each."""
-    (x, t), (y, u) = ((gamma[:, None] + 1, time[:, None]) for gamma, time in map(gammas_and_times, (later, earlier)))
-    # Up to the earlier time the tails differ by (s/u)^y - (s/t)^x ...
-    a, b = np.minimum(edges[:-1], u), np.minimum(edges[1:], u)
-    walk = _moment(a, b, u, 2 * y) - 2 * _moment(a, b, u, y, t, x) + _moment(a, b, t, 2 * x)
-    noise = _moment(a, b, u, 2 * y - 2) * (y / u) ** 2 + _moment(a, b, t, 2 * x - 2) * (x / t) ** 2
-    noise -= 2 * _moment(a, b, u, y - 1, t, x - 1) * (x / t) * (y / u)
-    # ... and after it by 1 - (s/t)^x.
-    a, b = np.clip(edges[:-1], u, t), np.clip(edges[1:], u, t)
-    walk = np.maximum(walk, 0.0) + np.maximum((b - a) - 2 * _moment(a, b, t, x) + _moment(a, b, t, 2 * x), 0.0)
-    noise = np.maximum(noise, 0.0) + _moment(a, b, t, 2 * x - 2) * (x / t) ** 2
-    return walk, noise
-
-
-def _moment(
-    a: FloatArray, b: FloatArray, t: FloatArray, p: FloatArray, u: FloatArray | float = 1.0, q: FloatArray | float = 0.0
-) -> FloatArray:
-    """Return the integral of (s/t)^p (s/u)^q from a to b, with 0 < a <= b <= t, u."""
-    peak = b * (b / t) ** p * (b / u) ** q
-    return np.asarray(peak * -np.expm1(-(p + q + 1) * np.log(b / a)) / (p + q + 1), dtype=np.float64)
+    walks, noises, rounding = influences(motion.edges, distances, steps)
+    return np.asarray(walks @ motion.walk + noises @ motion.noise + rounding)
 
 
 # --- the sketch ------------------------------------------------------------------------------------
@@ -406,3 +376,340 @@ def _beyond_main_direction(rows: FloatArray) -> FloatArray:
         return rows
     main = np.linalg.svd(rows, full_matrices=False)[2][:1]
     return np.asarray((rows - rows @ main.T @ main) * np.sqrt(rows.shape[1] / (rows.shape[1] - 1)))
+
+
+# --- stored averages ----------------------------------------------------------------------------------
+
+MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
+
+ROUNDING: float = math.sqrt(2 * math.log(2) / 36)
+"""Root mean square error of one rounding to nearest, relative to the values, in units of eps: 0.196.
+
+The error of a value m 2**e is uniform within a spacing of eps 2**e, with variance (eps 2**e)**2 / 12. If logarithms of
+values are evenly distributed, the mean square of m in [1, 2) is 3 / (2 ln 2).
+"""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The squared Euclidean distance between an average and another one of the same run, of the profile `other`.
+
+    `rounding` is the part of `squared` that the roundings of stored copies cause.
+    """
+
+    other: StoredProfile
+    squared: float
+    rounding: float
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The measurements of one stored average; for a large model estimates from one subset of the elements.
+
+    Attributes:
+        norm: squared norm of the exact average.
+        rounding: squared norm of the difference between the stored copy and the exact average.
+        distances: to other averages, where both were sampled from files; headers hold none.
+    """
+
+    norm: float
+    rounding: float
+    distances: tuple[Distance, ...] = ()
+
+
+@dataclass(frozen=True)
+class StoredAverage:
+    """A stored average and its measurements.
+
+    Attributes:
+        profile: of its tracker, of a checkpoint or of an average over known times.
+        updates: number of updates in the average.
+        eps: distance from 1 to the next number of the accumulator's dtype.
+        measurements: None if nothing was measured.
+        steps: the run's steps up to that time; None if unknown.
+        inherited: expected squared error that remains from rounded snapshots from which the run was resumed.
+        gammas: exponents of all profiles that share means with this one; empty if its means have its own weights.
+        t_first: time of a power function's first update: its mass before that applies to the values of that time.
+    """
+
+    profile: PowerFunction | Point | Discrete
+    updates: int
+    eps: float
+    measurements: Measurements | None
+    steps: Steps | None = None
+    inherited: float = 0.0
+    gammas: tuple[float, ...] = ()
+    t_first: float = 1.0
+
+    @property
+    def start(self) -> float:
+        """The earliest time at which motion matters: a tracker's first update, otherwise the first training step."""
+        if isinstance(self.profile, PowerFunction):
+            return self.t_first
+        first = self.profile.t_first
+        return first if self.steps is None else min(first, float(self.steps.clock.time_at(1)))
+
+    @property
+    def roundings(self) -> float:
+        """The number of independent roundings, each of a value of the average's size, that the average contains."""
+        if isinstance(self.profile, PowerFunction):
+            return roundings(self.profile.gamma, self.updates)
+        if isinstance(self.profile, Point):
+            return 0.0
+        # Each update rounds, and its error decays as the mass of the earlier values does.
+        return float(np.sum((1 - self.profile.tail(self.profile.times)) ** 2))
+
+
+# --- the prior ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is known about snapshots in addition to their profiles. Arrays are in the snapshots' order: shape [n] each.
+
+    Attributes:
+        motion: of the network.
+        rounding: variance of each stored copy's rounding, r_i; 0 for an exact copy.
+        arithmetic: variance of each average from the arithmetic of its updates.
+        norm: squared norm of each average.
+        source: where the numbers come from: "measured" while training, "sampled" from the files, or "assumed".
+        steps: of the run; None if unknown.
+        doubt: how badly the motion explains the measured distances, see `_doubt`.
+        sketch: of the path of the weights; None if the hook made none.
+        shared: errors that averages have in common, as independent components: shape [n, components]; None for none.
+    """
+
+    motion: Motion
+    rounding: FloatArray
+    arithmetic: FloatArray
+    norm: FloatArray
+    source: str
+    steps: Steps | None = None
+    doubt: float = 0.0
+    sketch: Sketch | None = None
+    shared: FloatArray | None = None
+
+    def of(self, snapshots: Sequence[int]) -> Prior:
+        """Return the prior of a subset of the snapshots, given by their indices."""
+        index = np.asarray(snapshots, dtype=np.intp)
+        arrays: dict[str, Any] = {name: v[index] for name, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return replace(self, **arrays)
+
+    def sampled(self) -> Prior:
+        """Return this prior with `source` "sampled" if it was "measured"."""
+        return replace(self, source=SAMPLED) if self.source == MEASURED else self
+
+    def stretched(self, steps: float, t: float, norm: float) -> Motion:
+        """Return the motion of a run with `steps` steps that takes the path up to `t`, relative to a squared norm.
+
+        The increments over dn steps have the variance v dn, so that v shrinks as the number of steps grows. Densities
+        shrink, too, and integral w p^2 dn with them, so that w grows.
+        """
+        motion = self.motion
+        edges = motion.edges if self.steps is None else self.steps.clock.step_at(motion.edges)
+        factor = steps / (t if self.steps is None else float(self.steps.clock.step_at(t)))
+        # The new run moves from its start, even if the averages of this run began later.
+        edges = np.concatenate(([0.0], edges[1:] * factor))
+        return Motion(edges, motion.walk / (factor * norm), motion.noise * factor / norm)
+
+
+def assumed_prior(snapshots: Sequence[StoredProfile], rounding: float = 0.0, motion: Motion | None = None) -> Prior:
+    """Return the prior of planned or unmeasured snapshots, relative to the norm.
+
+    `rounding` is the root mean square error of a stored copy; `motion` is an even walk by default.
+    """
+    ones = np.ones(len(snapshots))
+    motion = motion or Motion.even(max(p.t for p in snapshots))
+    return Prior(motion, rounding**2 * ones, 0 * ones, ones, ASSUMED)
+
+
+def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = None) -> Prior:
+    """Return the prior from the measurements of a run's averages, or `assumed_prior` if any average has none.
+
+    The order of the averages affects only the order of the arrays. `sketch` covers the path up to the last average.
+    """
+    measured = [average.measurements for average in averages if average.measurements is not None]
+    if not measured or len(measured) < len(averages):
+        return assumed_prior([average.profile for average in averages])
+    norm = np.array([measurements.norm for measurements in measured])
+    counts = np.array([average.roundings for average in averages])
+    arithmetic = norm * np.array([(ROUNDING * average.eps) ** 2 for average in averages]) * counts
+    inherited = np.array([average.inherited for average in averages])
+    profiles = [average.profile for average in averages]
+    in_order = sorted(range(len(averages)), key=lambda i: _order_of(profiles[i]))
+    steps = averages[in_order[-1]].steps
+    found = [] if sketch else _distances([(profiles[i], measured[i], arithmetic[i]) for i in in_order])
+    distances = [distance for distance in found if not distance.same_profile]
+    if sketch is not None:
+        motion = sketch.motion(steps)
+    elif distances:
+        times = [profile.t for profile in profiles]
+        # Other libraries' averages of one time take the mean of the same weights in late intervals: with noise in place
+        # of a walk, combinations were up to 28 times as far off.
+        may_have_noise = not any(isinstance(profile, Discrete) for profile in profiles)
+        start = min(average.start for average in averages)
+        motion = fit_motion(start, times, distances, steps, may_have_noise)
+    else:
+        motion = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
+    # Weights that are all 0 have distances, but all of these are 0.
+    still = not norm.any() and any(measurements.distances for measurements in measured)
+    return Prior(
+        motion, np.array([measurements.rounding for measurements in measured]), arithmetic, norm,
+        MEASURED if distances or still or sketch is not None else ASSUMED, steps,
+        _doubt(motion, distances, steps) if distances else 0.0, sketch, _shared(averages, inherited, sketch),
+    )  # fmt: skip
+
+
+def misfit(averages: Sequence[StoredAverage]) -> float:
+    """Return how badly even the best motion explains the distances: the root mean square of log(measured / fitted).
+
+    Return nan with fewer than two distances above 0, and infinity where no motion can explain them.
+    """
+    measured = [
+        (average.profile, average.measurements, 0.0) for average in averages if average.measurements is not None
+    ]
+    distances = [distance for distance in _distances(measured) if not distance.same_profile]
+    if len(distances) < 2:
+        return math.nan
+    steps, start, times = averages[0].steps, min(average.start for average in averages), [p.t for p, _, _ in measured]
+    even = Motion(np.array([start, max(times)]), np.ones(1), np.ones(1))
+    if start >= max(times) or np.any(expected_distances(even, distances, steps) <= 0):
+        return math.inf  # profiles that are equal have no distance, whatever the motion
+    motion = fit_motion(start, times, distances, steps)
+    return float(np.sqrt(np.mean(np.log(expected_distances(motion, distances, steps)) ** 2)))
+
+
+_NEGLIGIBLE = 1e-4
+"""Squared distance, relative to the largest one, below which its exact value hardly matters."""
+
+
+def _doubt(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> float:
+    """Return how badly the motion explains the distances: the root mean square of log(measured / expected).
+
+    A walk with noise whose sizes vary explains the distances of ordinary training within a few per cent. If the path
+    oscillates, or is smooth between snapshots, some are many times larger than expected, and others smaller.
+    """
+    measured = np.array([distance.squared for distance in distances])
+    least = _NEGLIGIBLE * measured.max()
+    expected = measured * expected_distances(motion, distances, steps)
+    return float(np.sqrt(np.mean(np.log((expected + least) / (measured + least)) ** 2))) / 2
+
+
+def _shared(averages: Sequence[StoredAverage], inherited: FloatArray, sketch: Sketch | None) -> FloatArray | None:
+    """Return `Prior.shared`: inherited errors, and those from means that profiles share."""
+    powers = {i: average.profile for i, average in enumerate(averages) if isinstance(average.profile, PowerFunction)}
+    tracked, profiles = list(powers), list(powers.values())
+    gammas, times = np.array([p.gamma for p in profiles]), np.array([p.t for p in profiles])
+    rows = [np.zeros((0, len(tracked)))]
+    if inherited.any():
+        order = np.argsort(times, kind="stable")
+        rows.append(np.zeros((len(tracked), len(tracked))))
+        rows[-1][:, order] = inherited_factor(inherited[tracked][order], gammas[order], times[order])
+    largest = max((gamma for average in averages for gamma in average.gammas), default=0.0)
+    steps = averages[-1].steps
+    if sketch is not None and steps is not None and np.any(gammas < largest):
+        updates = steps.clock.step_at(sketch.edges) / steps.stride
+        rows += (errors for errors in sketch.of_shared_means(profiles, largest, updates) if errors.any())
+    shared = np.zeros((len(averages), sum(map(len, rows))))
+    shared[tracked] = np.vstack(rows).T
+    return shared if shared.any() else None
+
+
+def _order_of(profile: StoredProfile) -> tuple[float, float, float]:
+    """Return a sort key that depends on the profile alone; equal profiles have equal keys."""
+    if isinstance(profile, PowerFunction):
+        return profile.t, profile.gamma, 0.0
+    return profile.t, np.inf, float(profile.tail(profile.t / 2))
+
+
+def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> list[PairDistance]:
+    """Return the measured distance of each pair of averages; if a pair has several records, the last one."""
+    distances: dict[tuple[tuple[float, ...], ...], PairDistance] = {}
+    floor = 1e-18 * max(measurements.norm for _, measurements, _ in averages)
+    for profile, measurements, arithmetic in averages:
+        for distance in measurements.distances:
+            earlier, later = sorted((profile, distance.other), key=_order_of)
+            # The partner may have been deleted; its arithmetic has about the same variance.
+            noise = distance.rounding + 2 * arithmetic
+            # A distance below the errors is only known to be small.
+            squared = max(distance.squared, noise, floor)
+            if squared > 0:
+                # A gamma that was computed elsewhere may differ in its last bits.
+                pair = tuple((t, round(gamma, 9), half) for t, gamma, half in map(_order_of, (later, earlier)))
+                distances[pair] = PairDistance(later, earlier, squared, noise)
+    return list(distances.values())
+
+
+# --- correlated roundings --------------------------------------------------------------------------
+#
+# If an element moves by several spacings of the storage dtype between two snapshots, its rounding errors in them are
+# independent. If it hardly moves, it is rounded to the same value, and combining the snapshots does not average the
+# error out. The errors are uniform within a spacing h, with variance r = h^2 / 12, and periodic in the value with
+# period h. By the Fourier series of that sawtooth, their correlation after a Gaussian displacement of variance d is
+#
+#     rho = 6 / pi^2 sum_k k^-2 exp(-2 pi^2 k^2 d / h^2) = 6 / pi^2 sum_k k^-2 exp(-pi^2 / 6 k^2 d / r).
+#
+# With sums over all elements for d and r, it holds for a network whose elements move by equally many spacings. As a
+# function of expected squared distances it is a mixture of Gaussian kernels, hence positive semidefinite.
+
+_FAR = 12.0
+"""Squared distance d / r beyond which the correlation is negligible: exp(-pi^2 / 6 * 12) = 3e-9."""
+
+_LARGEST = 0.99
+"""Correlation of the errors of two copies without motion between them. With 1, coefficients of opposite signs could
+cancel errors whose sizes differ a little, and grow without bound."""
+
+
+def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatArray) -> FloatArray:
+    """Return a matrix B such that B^T B is the covariance of the stored copies' errors: shape [n, n].
+
+    `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` holds the expected squared
+    distances of the averages, [n, n].
+    """
+    root = np.sqrt(rounding)
+    scale = root[:, None] * root
+    with np.errstate(over="ignore"):  # infinity is a valid limit
+        near = (apart < _FAR * scale) & ~np.eye(root.size, dtype=bool)
+    if not near.any():
+        return np.diag(np.sqrt(rounding + arithmetic))
+    correlation = np.eye(root.size)
+    correlation[near] = _LARGEST * _correlation(apart[near] / scale[near])
+    # NumPy's eigh uses divide and conquer; the QR driver fails on about 1 % of these clustered spectra.
+    values, vectors = np.linalg.eigh(correlation * scale + np.diag(arithmetic))
+    return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
+
+
+def inherited_factor(inherited: FloatArray, gamma: FloatArray, times: FloatArray) -> FloatArray:
+    """Return a matrix B such that B^T B is the covariance of errors inherited from rounded snapshots: shape [n, n].
+
+    An average at t keeps the share (t_i / t)^(gamma + 1) of the error of an earlier average of its profile; the rest of
+    its error arose between the two. `inherited` holds the variances, [n]; `times` are in ascending order.
+    """
+    factor = np.zeros((times.size, times.size))
+    for profile in (np.flatnonzero(gamma == exponent) for exponent in np.unique(gamma)):
+        factor[profile[0], profile[0]] = np.sqrt(inherited[profile[0]])
+        for before, after in pairwise(profile.tolist()):
+            kept = factor[:, before] * (times[before] / times[after]) ** (gamma[after] + 1)
+            variance = float(kept @ kept)
+            factor[:, after] = kept * np.sqrt(min(1.0, inherited[after] / variance)) if variance > 0 else 0.0
+            factor[after, after] = np.sqrt(max(inherited[after] - variance, 0.0))
+    return factor
+
+
+def error_after_rounding(error: float, rounding: float, spread: float, moved: float, share: float) -> float:
+    """Return the expected squared error of an average that resumes from its stored copy, `error` before the rounding.
+
+    The values of a copy are representable in the storage dtype, so that the next rounding depends only on the
+    displacement from them: `share`, the mass of the values since the last resume, times the average's lag, of which the
+    same share is forgotten. Two consecutive displacements differ by 2 share times their square; where that is small,
+    the errors have one sign and add up. `rounding` is the squared error of the last rounding, `spread` its expectation
+    for arbitrary values; `moved` is the squared distance from the copy of the last resume.
+    """
+    correlation = float(_correlation(np.array([2 * share * moved / spread]))[0]) if spread > 0 else 0.0
+    return error + rounding + 2 * correlation * float(np.sqrt(error * rounding))
+
+
+def _correlation(distance: FloatArray) -> FloatArray:
+    """Return the correlation of two rounding errors at squared distances d / r: shape of `distance`."""
+    squares = np.arange(1, 65) ** 2
+    return np.asarray(sum(np.exp(-(np.pi**2) / 6 * k * distance) / k for k in squares) / sum(1 / squares))

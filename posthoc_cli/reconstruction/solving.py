@@ -7,11 +7,23 @@ p_1 .. p_n, the target has profile p, and the coefficients c minimise the L2 dis
 
 and are then divided by their sum. Without the division the error at sigma_rel >= 0.2 is several times larger, since an
 average whose mass is not 1 scales the weights.
+
+Minimum variance, the default: for a network that moves as a random walk of variance v(s) ds with noise of intensity
+w(s) (see `motion`), and stored copies with errors of variance r_i, the average with coefficients c, sum(c) = 1, has
+
+    E |error|^2 = integral v (sum_i c_i tail_i - tail)^2 ds + integral w (sum_i c_i p_i - p)^2 ds + sum_i c_i^2 r_i.
+
+Minimising it over c is a least-squares problem whose squared residual is the expected squared error; the constraint
+eliminates the last coefficient. The second term alone is the published method; most networks are closer to a walk.
+
+If the path of the weights was sketched, the error of any coefficients is measured (see `Sketch`), and that is the error
+bar. The coefficients minimise the mean of the measured and the expected error: there are fewer projections than
+directions of motion, and coefficients fitted to the projections alone are worse in the other directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,289 +33,19 @@ from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError, brief, check_word
 from posthoc_cli.profiles import FloatArray, OrdinaryEMA, PowerFunction, Profile, StoredProfile
-from posthoc_cli.reconstruction.basis import (
-    Cells,
-    Densities,
-    LeastSquares,
-    Losses,
-    StoredFunctions,
-    Tails,
-    are_powers,
-    cells_between,
-    gammas_of,
-    solve_once,
-    with_points,
-)
-from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, rounding_factor
-
-# --- minimum variance
-
-
-_LEAST_LEFT = 0.1
-"""Lower limit of the share of a residual that remains after a solution, see `_left_out`."""
-
-_NO_ROUNDING = 1e-30
-"""Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is far larger."""
-
-
-@dataclass(frozen=True)
-class Goals:
-    """Targets as columns of a least-squares problem, [rows, targets], and their squared norms, [targets].
-
-    Norms may exceed those of the columns: no coefficients reach the difference.
-    """
-
-    targets: Sequence[Profile]
-    columns: FloatArray
-    norms: FloatArray
-
-    @cached_property
-    def unreachable(self) -> FloatArray:
-        """The part of the squared norms that no coefficients reach: shape [targets]."""
-        return np.asarray(np.maximum(self.norms - np.sum(self.columns**2, axis=0), 0.0))
-
-
-class MinimumVariance:
-    """The coefficients of least expected squared error at `t`, and that error. Coefficients: shape [n, targets].
-
-    For a network that moves as a random walk of variance v(s) ds with noise of intensity w(s) (see `motion`), and
-    stored copies with errors of variance r_i, the average with coefficients c, sum(c) = 1, has the error
-
-        E |error|^2 = integral v (sum_i c_i tail_i - tail)^2 ds + integral w (sum_i c_i p_i - p)^2 ds + sum_i c_i^2 r_i.
-
-    Minimising it over c is a least-squares problem whose squared residual is the expected squared error; the constraint
-    eliminates the last coefficient. The second term alone is the published method; most networks are closer to a walk.
-
-    If the path of the weights was sketched, the error of any coefficients is measured (see `Sketch`), and that is the
-    error bar. The coefficients minimise the mean of the measured and the expected error: there are fewer projections
-    than directions of motion, and coefficients fitted to the projections alone are worse in the other directions.
-
-    The profiles are at or before `t`, in the order of the prior; the mass before the first update lies on that update.
-    """
-
-    def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
-        self._stored, self._prior = snapshots, prior
-        times = [profile.t for profile in self._stored]
-        start = prior.motion.edges[0]
-        edges = np.unique(np.clip(np.concatenate((prior.motion.edges, times, [t])), min(start, t), t))
-        cells = cells_between(edges, self._stored, prior.steps)
-        self._terms = _terms(prior, cells, self._stored)
-        self._root = np.sqrt(0.5) if self.is_measured else 1.0  # root of the weight of expected and measured rows each
-        self._rows = self._root * np.vstack([term.of_stored(self._stored) for term in self._terms])  # [rows, n]
-
-    def goals(self, targets: Sequence[Profile]) -> Goals:
-        """Return the targets as columns of the problem, the argument of the other methods."""
-        columns, norms = zip(*(term.of_targets(targets) for term in self._terms), strict=True)
-        return Goals(targets, self._root * np.vstack(columns), self._root**2 * np.sum(norms, axis=0))
-
-    def solve(self, goals: Goals, at_once: bool = False) -> FloatArray:
-        """Return the coefficients of least expected error; the coefficients of each target sum to 1.
-
-        With `at_once`, many targets are solved several times faster, with other last bits.
-        """
-        wanted = self._with_errors(goals) - self._stacked[:, -1:]
-        others = solve_once(self._differences, wanted)[0] if at_once else self._problem.solve(wanted)
-        solution = np.vstack((others, 1 - others.sum(axis=0)))
-        # Coefficients below the rounding of the sum become 0, so that their snapshots need not be read.
-        solution[np.abs(solution) < np.finfo(np.float64).eps * np.abs(solution).sum(axis=0)] = 0.0
-        unrounded = np.flatnonzero(self._prior.rounding <= _NO_ROUNDING * self._prior.norm)
-        exact = {self._stored[i]: i for i in unrounded.tolist()}
-        for column, target in enumerate(goals.targets):
-            if isinstance(target, PowerFunction) and target in exact:
-                solution[:, column] = np.arange(len(self._stored)) == exact[target]
-        return np.asarray(solution)
-
-    def expected_squares(self, coefficients: FloatArray, goals: Goals, solved: bool = False) -> FloatArray:
-        """Return E |error|^2 of targets, each with its column of coefficients of sum 1: shape [2, targets].
-
-        The rows are the parts from motion and from rounding. The former is measured if there is a sketch, otherwise
-        expected and widened by the doubt. Of coefficients that were `solved` for, residuals are scaled by `_left_out`.
-        """
-        missed = self._rows @ coefficients - goals.columns
-        if not self.is_measured:
-            motion = (goals.unreachable + np.sum(missed**2, axis=0)) * np.exp(2 * _WIDENING * self.doubt)
-        else:
-            measured = missed[self._measured] / (self._left_out[:, None] if solved else 1.0)
-            motion = np.sum(measured**2, axis=0) / self._root**2
-        return np.stack((motion, np.sum((self._errors @ coefficients) ** 2, axis=0)))
-
-    def error_of(self, coefficients: FloatArray) -> float:
-        """Return the predicted error of given coefficients, [n], from the errors of the stored copies alone."""
-        column = coefficients[:, None]
-        made = self._rows @ column
-        squares = np.sum((self._rounding @ column) ** 2, axis=0, keepdims=True)
-        return float(self.expected_errors(squares, column, Goals((), made, np.sum(made**2, axis=0)))[0])
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether the errors of coefficients are measured, see `Sketch`."""
-        return self._prior.sketch is not None
-
-    @cached_property
-    def _measured(self) -> slice:
-        """The rows of measured errors; all rows if there is no sketch."""
-        rows = self._rows.shape[0]
-        return slice(0 if self._prior.sketch is None else rows - sum(self._prior.sketch.means.shape) - 2, rows)
-
-    @property
-    def unsure(self) -> float:
-        """Relative standard deviation of a squared error in one direction, measured by D projections: sqrt(2 / D)."""
-        return 0.0 if self._prior.sketch is None else float(np.sqrt(2 / self._prior.sketch.means.shape[1]))
-
-    @cached_property
-    def _left_out(self) -> FloatArray:
-        """The residual of each measured row, relative to its residual if the solution had left the row out."""
-        return np.maximum(1 - self._problem.leverage[self._measured], _LEAST_LEFT)
-
-    @property
-    def doubt(self) -> float:
-        """The doubt about the motion beyond what is usual."""
-        return max(0.0, self._prior.doubt - _SURE)
-
-    def expected_errors(self, squares: FloatArray, coefficients: FloatArray, goals: Goals) -> FloatArray:
-        """Return the roots of `expected_squares`, relative to the targets' probable norms; nan if only that is 0."""
-        norms, errors = self._norms(coefficients, goals), np.sqrt(squares.sum(axis=0))
-        relative = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
-        return np.where((norms > 0) | (errors > 0), relative, 0.0)
-
-    def losses(self, targets: Sequence[Profile]) -> Losses:
-        """Return the targets' squared errors as snapshots are lost."""
-        goals = self.goals(targets)
-        return Losses(self._stacked, self._with_errors(goals), goals.unreachable)
-
-    def _norms(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
-        """Return the probable norms of targets that have these coefficients, whose sum is 1: shape [targets].
-
-        A sketch measures them, up to a factor that is taken from the stored averages in use, whose norms are known.
-        Without a sketch |theta_i|^2 = |theta_0|^2 + |motion since theta_0|^2 is expected of stored averages and of
-        targets, and the result is at least half the smallest stored norm. Assumed motion is relative to stored norms.
-        """
-        norms, rows = self._prior.norm, self._rows
-        if self._prior.source == ASSUMED or not norms.any():
-            return np.full(goals.norms.size, np.sqrt(norms.mean()))
-        if (sketch := self._prior.sketch) is None:
-            squares = (norms - np.sum(rows**2, axis=0)) @ coefficients + goals.norms
-            return np.asarray(np.sqrt(np.maximum(squares, norms.min() / 4)))
-        projections = slice(self._measured.start, self._measured.start + sketch.means.shape[1])
-        projected, wanted = (
-            np.sum((sketch.means[:1].T + values[projections] / self._root) ** 2, axis=0)
-            for values in (rows, goals.columns)
-        )
-        exact, sketched = (squares @ np.abs(coefficients) for squares in (norms, projected))
-        return np.asarray(np.sqrt(wanted * np.divide(exact, sketched, out=np.zeros_like(sketched), where=sketched > 0)))
-
-    @cached_property
-    def _rounding(self) -> FloatArray:
-        """A root of the covariance of the stored copies' errors: shape [n or more, n]."""
-        rows = self._rows[self._measured] / self._root
-        squared = np.sum(rows**2, axis=0)
-        apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
-        separate = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
-        return separate if self._prior.shared is None else np.vstack((separate, self._prior.shared.T))
-
-    @cached_property
-    def _errors(self) -> FloatArray:
-        """`_rounding`, and below it the errors of decays and beginnings that were estimated: shape [n or more, n].
-
-        If an estimated time constant is off by a factor 1 + e, each tail changes by e d tail / d log(tau), with the
-        same e for all averages and the standard deviation that the profiles state. The motion turns these changes into
-        errors that add up over the averages. The same holds for an estimated beginning that is off.
-        """
-        rows = [self._rounding]
-        for others in zip(*(p.others if isinstance(p, OrdinaryEMA) else (p, p) for p in self._stored), strict=True):
-            if any(other is not stored for other, stored in zip(others, self._stored, strict=True)):
-                changed = self._root * np.vstack([term.of_stored(others) for term in self._terms]) - self._rows
-                rows.append(np.asarray(np.linalg.qr(changed[self._measured] / self._root, mode="r")))
-        return np.vstack(rows)
-
-    @cached_property
-    def _stacked(self) -> FloatArray:
-        """The rows of motion, and below them those of `_errors`."""
-        return np.vstack((self._rows, self._errors))
-
-    def _with_errors(self, goals: Goals) -> FloatArray:
-        """Return the columns of targets, which have no errors, for the rows of `_stacked`."""
-        return np.vstack((goals.columns, np.zeros((self._errors.shape[0], goals.norms.size))))
-
-    @property
-    def _differences(self) -> FloatArray:
-        """The columns for all coefficients but the last, which is 1 minus their sum."""
-        return np.asarray(self._stacked[:, :-1] - self._stacked[:, -1:])
-
-    @cached_property
-    def _problem(self) -> LeastSquares:
-        """The problem for all coefficients but the last."""
-        return LeastSquares(self._differences)
-
-
-@dataclass(frozen=True)
-class _Integral:
-    """A term of the error that is an integral over intervals of many updates; `root`, [K], is the root of v or w.
-
-    `most` is the limit of a target's squared norm, which would be infinite for noise at a point.
-    """
-
-    functions: StoredFunctions
-    root: FloatArray
-    most: float = np.inf
-
-    def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
-        """Return the columns of stored profiles: shape [rows, n]."""
-        return self._scaled(self.functions.of_stored(profiles))
-
-    def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        """Return the columns of targets, [rows, n], and squared norms, [n], which may exceed those of the columns."""
-        rows, squares = self.functions.of_targets(targets)
-        return self._scaled(rows), np.minimum(self.root**2 @ squares, self.most)
-
-    def _scaled(self, rows: FloatArray) -> FloatArray:
-        """Return rows of the intervals, [K, G, n], times the roots: shape [K * G, n]."""
-        return np.asarray((rows * self.root[:, None, None]).reshape(-1, rows.shape[2]), dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class _Listed:
-    """A term of the error that is a sum over rows: the updates of intervals that have few, or the sketch's.
-
-    `values` returns a column per profile, [rows, profiles]; `root` is that of each row's weight.
-    """
-
-    values: Callable[[Sequence[Profile]], FloatArray]
-    root: FloatArray | float = 1.0
-
-    def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
-        """Return the columns of stored profiles: shape [rows, n]."""
-        return self.of_targets(profiles)[0]
-
-    def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        """Return the columns of targets, [rows, n], and their squared norms, [n]."""
-        columns = np.asarray((self.root * self.values(targets).T).T, dtype=np.float64)
-        return columns, np.asarray(np.sum(columns**2, axis=0))
-
-
-def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Listed]:
-    """Return the terms of the error: walk, noise if there is any, and the sketch's measurement last."""
-    walk, noise = prior.motion.on(cells.edges)
-    few = cells.interval
-    terms: list[_Integral | _Listed] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
-    if few.size:
-        terms.append(_Listed(cells.tails, np.sqrt(walk[few] * cells.stride)))
-    if noise.any():
-        most = float(noise.max()) / cells.stride if cells.stride else np.inf
-        densities = Densities(stored, cells.edges, cells.stride * cells.duration)
-        terms.append(_Integral(densities, np.sqrt(noise * cells.duration), most))
-        if few.size:
-            terms.append(_Listed(cells.masses, np.sqrt(noise[few] / cells.stride)))
-    if (sketch := prior.sketch) is not None:
-        terms.append(_Listed(lambda profiles: np.vstack(sketch.measured(profiles))))
-    return terms
-
-
-# --- both methods
-
+from posthoc_cli.reconstruction.motion import ASSUMED, Prior, assumed_prior, rounding_factor
+from posthoc_cli.reconstruction.nodes import Nodes
 
 METHODS = ("minvar", "paper")
 """The solvers; the first one is the default."""
+
+
+def check_method(method: str | None) -> str:
+    """Return `method`, or the default for None; raise an InvalidValueError that lists the methods if it is none."""
+    if method is None:
+        return METHODS[0]
+    check_word("method", method, METHODS)
+    return method
 
 
 @dataclass(frozen=True)
@@ -314,7 +56,7 @@ class Reconstruction:
         coefficients: shape [snapshots, targets]; each column sums to 1.
         profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure; float64 limits it to
             about 1e-7. For checkpoints, whose mass is at single steps, it is far above 1 and says little.
-        predicted_error: shape [targets]; expected relative L2 error of the weights (see `MinimumVariance`).
+        predicted_error: shape [targets]; expected relative L2 error of the weights.
     """
 
     coefficients: FloatArray
@@ -336,14 +78,6 @@ class Reconstruction:
         return error if self.prior.source != ASSUMED and np.isfinite(error) else None
 
 
-def check_method(method: str | None) -> str:
-    """Return `method`, or the default for None; raise an InvalidValueError that lists the methods if it is none."""
-    if method is None:
-        return METHODS[0]
-    check_word("method", method, METHODS)
-    return method
-
-
 def reconstruct(
     snapshots: Sequence[StoredProfile],
     targets: Sequence[Profile | FloatArray],
@@ -356,8 +90,7 @@ def reconstruct(
     Arguments:
         snapshots: profiles of the stored averages (power functions, checkpoints, averages over known times), at least
             one, distinct, none after `t`.
-        targets: profiles; power functions are treated in closed form, others by quadrature. An array of coefficients,
-            [snapshots], in place of a profile is used unchanged.
+        targets: profiles. An array of coefficients, [snapshots], in place of a profile is used unchanged.
         method: "minvar", minimum variance, or "paper", the published one; by default the first.
         prior: of the snapshots; by default even motion without rounding.
         t: the time of the targets; by default that of the wanted power functions, else of the last snapshot.
@@ -369,10 +102,8 @@ def reconstruct(
     if not snapshots:
         raise InvalidValueError("snapshots", "must be at least one")
     for wanted in targets:
-        if not (
-            callable(getattr(wanted, "tail", None))
-            or (isinstance(wanted, np.ndarray) and wanted.shape == (len(snapshots),))
-        ):
+        is_given = isinstance(wanted, np.ndarray) and wanted.shape == (len(snapshots),)
+        if not (is_given or callable(getattr(wanted, "tail", None))):
             reason = "must be a profile with tail(s), such as PowerFunction.from_sigma_rel(0.15, t)"
             reason += f", or an array of {len(snapshots)} coefficients"
             raise InvalidValueError("target", reason, value=brief(wanted))
@@ -382,26 +113,71 @@ def reconstruct(
     if last > t:
         raise InvalidValueError("snapshots", "must be at or before the time of the target")
     prior = assumed_prior(snapshots) if prior is None else prior
-    problem = _Problem(snapshots, prior, t)
+    problem = Problem(snapshots, prior, t)
     # One at a time, so that no bit of a target's coefficients depends on the other targets.
-    columns, predicted, profile = np.zeros((len(snapshots), len(targets))), *np.zeros((2, len(targets)))
+    columns, profile, predicted = np.zeros((len(snapshots), len(targets))), *np.zeros((2, len(targets)))
     for k, target in enumerate(targets):
         if isinstance(target, np.ndarray):
-            columns[:, k], predicted[k] = target, problem.variance.error_of(target)
+            columns[:, k], predicted[k] = target, problem.error_of(target)
         else:
-            columns[:, k : k + 1], predicted[k : k + 1], profile[k : k + 1] = problem.solve([target], method)
+            columns[:, k : k + 1], profile[k : k + 1], predicted[k : k + 1] = problem.solve([target], method)
     return Reconstruction(columns, profile, predicted, prior)
 
 
-def expected_errors(
-    snapshots: Sequence[StoredProfile], targets: Sequence[PowerFunction], prior: Prior, t: float
-) -> tuple[FloatArray, FloatArray]:
-    """Return predicted and profile errors of power functions by minimum variance: shape [targets] each.
+# --- least squares
 
-    They equal those of `reconstruct` up to the last digits; solving for all targets at once is many times faster.
+
+class LeastSquares:
+    """argmin_x || factor x - goals || with one factorisation for any number of goals.
+
+    The directions of `factor` whose size is zero up to rounding are left out; `size` is that of the numbers whose
+    differences `factor` holds.
+
+    Attributes:
+        inverse: W with W W^T = (factor^T factor)^-1 on the other directions: shape [columns, rank].
     """
-    return _Problem(snapshots, prior, t).solve(targets, METHODS[0], at_once=True)[1:]
 
+    def __init__(self, factor: FloatArray, size: float = 0.0) -> None:
+        self._q, r = np.linalg.qr(factor)
+        limit = np.finfo(np.float64).eps * max(factor.shape)
+        inverse = _inverse(r, limit, size) if r.shape[0] == r.shape[1] else None
+        if inverse is None:
+            left, sizes, right = np.linalg.svd(r, full_matrices=False)
+            kept = sizes > limit * sizes.max(initial=size)
+            self._q, inverse = self._q @ left[:, kept], right[kept].T / sizes[kept]
+        self.inverse = inverse
+
+    def solve(self, goals: FloatArray) -> FloatArray:
+        """Return the solutions for goals, [rows, goals]: shape [columns, goals]."""
+        return np.asarray(self.inverse @ (self._q.T @ goals))
+
+    def missed(self, goals: FloatArray) -> FloatArray:
+        """Return the squared residuals: shape [goals]."""
+        return np.asarray(np.sum((goals - self._q @ (self._q.T @ goals)) ** 2, axis=0))
+
+    @property
+    def leverage(self) -> FloatArray:
+        """The share of a change in each row of a goal that the fit follows, in [0, 1]: shape [rows]."""
+        return np.asarray(np.sum(self._q**2, axis=1))
+
+
+def _inverse(r: FloatArray, limit: float, size: float) -> FloatArray | None:
+    """Return the inverse of a triangle; None if its least direction is below `limit` of the largest, or of `size`."""
+    try:
+        inverse = np.asarray(np.linalg.inv(r), dtype=np.float64)
+    except np.linalg.LinAlgError:
+        return None
+    largest = np.abs(r).sum(axis=0).max(initial=size)
+    return inverse if limit * largest * np.abs(inverse).sum(axis=0).max(initial=0.0) < 1 else None
+
+
+# --- the problem
+
+_LEAST_LEFT = 0.1
+"""Lower limit of the share of a residual that remains after a solution, see `_left_out`."""
+
+_NO_ROUNDING = 1e-30
+"""Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is far larger."""
 
 _GAIN, _GAIN_OF_ONE = (0.8, 0.95), (0.4, 0.6)
 """Predicted error of minimum variance, relative to that of the published coefficients. Up to the first number minimum
@@ -431,71 +207,171 @@ _WIDENING = 1.3
 snapshots they were up to 80 times off). A larger number would hold more often, and be too high more often."""
 
 
-class _Problem:
-    """The snapshots, and both solvers for targets at `t`."""
+@dataclass(frozen=True)
+class Goals:
+    """Targets as columns of the least-squares problem of minimum variance.
+
+    Attributes:
+        targets: the profiles.
+        columns: expected rows, then measured ones: shape [rows, targets].
+        unreachable: the part of each expected squared error that no coefficients change: shape [targets].
+    """
+
+    targets: Sequence[Profile]
+    columns: FloatArray
+    unreachable: FloatArray
+
+
+class Problem:
+    """The snapshots of a run, at or before `t`, in the order of the prior, and both solvers for targets at `t`.
+
+    Coefficients have the shape [n, targets]. The mass before the first update lies on that update.
+    """
 
     def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
-        self._snapshots = {snapshot: row for row, snapshot in enumerate(snapshots)}
-        self.variance = MinimumVariance(snapshots, prior, t)
-        times = [snapshot.t for snapshot in snapshots]
-        self._alone_from = np.unique(times)[-_TIMES_ALONE:][0]
-        edges = with_points(np.unique(np.concatenate(([0.0], times, [t]))), snapshots, prior.steps)
-        self._densities = Densities(snapshots, edges)
-        self._factor = self._densities.of_stored(snapshots).reshape(-1, len(snapshots))
-        self._may_blend = are_powers(snapshots)
-        is_unsure = gammas_of(snapshots).size == 1 and np.unique(times).size <= _FEW_TIMES
-        self._gains = _GAIN_OF_ONE if is_unsure else _GAIN
+        self._stored, self._prior = snapshots, prior
+        self._place = {snapshot: row for row, snapshot in enumerate(snapshots)}
+        times = np.array([profile.t for profile in snapshots])
+        self._edges = np.unique(np.concatenate(([0.0, t], times)))
+        distinct = self._edges[np.isin(self._edges, times)]
+        gammas = {profile.gamma if isinstance(profile, PowerFunction) else None for profile in snapshots}
+        self._may_blend = None not in gammas
+        self._gains = _GAIN_OF_ONE if len(gammas - {None}) == 1 and distinct.size <= _FEW_TIMES else _GAIN
+        self._newest = np.flatnonzero(times >= distinct[-_TIMES_ALONE:][0])
+        start = min(float(prior.motion.edges[0]), t)
+        self._nodes = Nodes(np.clip(np.concatenate((prior.motion.edges, times, [t])), start, t), snapshots, prior.steps)
+        walk, noise = prior.motion.on(self._nodes.edges)
+        self._walk, self._noise = walk, noise
+        # The rows of the expected error; with a sketch the mean of expected and measured errors is minimised.
+        self._half = np.sqrt(0.5) if prior.sketch is not None else 1.0
+        self._root_walk, self._root_noise = (
+            self._half * np.sqrt(self._nodes.weight * each[self._nodes.interval]) for each in (walk, noise)
+        )
+        self._expected = self._root_walk[:, None] * self._nodes.tails(snapshots)
+        if noise.any():
+            rows = self._root_noise[:, None] * self._nodes.masses(snapshots)
+            self._expected = np.vstack((self._expected, rows))
+        # The measured error, whose rows are the expected ones if there is no sketch: seen and unseen.
+        self._seen, self._unseen = (self._expected, np.zeros((0, len(snapshots))))
+        if prior.sketch is not None:
+            self._seen, self._unseen = prior.sketch.measured(snapshots)
+        self._factor = np.vstack((self._expected, *self._halved_sketch(self._seen, self._unseen), self._errors))
 
-    def solve(
-        self, targets: Sequence[Profile], method: str, at_once: bool = False
-    ) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Return coefficients, [snapshots, targets], predicted errors and profile errors, [targets] each."""
-        goals = self.variance.goals(targets)
-        rows, squares = self._densities.of_targets(targets)
-        profiles, norms = rows.reshape(-1, len(targets)), squares.sum(axis=0)
+    def goals(self, targets: Sequence[Profile]) -> Goals:
+        """Return the targets as columns of the problem, the argument of the other methods."""
+        columns, unreachable = np.zeros((self._factor.shape[0], len(targets))), np.zeros(len(targets))
+        for k, target in enumerate(targets):
+            tail, missed = self._nodes.goal_tails(target)
+            rows, unreachable[k] = [self._root_walk * tail], self._walk @ missed
+            if self._noise.any():
+                mass, missed = self._nodes.goal_masses(target)
+                rows.append(self._root_noise * mass)
+                unreachable[k] += self._noise @ missed
+            if self._prior.sketch is not None:
+                rows += (each[:, 0] for each in self._halved_sketch(*self._prior.sketch.measured([target])))
+            column = np.concatenate(rows)
+            columns[: column.size, k] = column
+        return Goals(targets, columns, self._half**2 * unreachable)
+
+    def _halved_sketch(self, seen: FloatArray, unseen: FloatArray) -> list[FloatArray]:
+        return [] if self._prior.sketch is None else [self._half * seen, self._half * unseen]
+
+    def solve(self, targets: Sequence[Profile], method: str) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return coefficients, [snapshots, targets], profile errors and predicted errors, [targets] each."""
+        goals = self.goals(targets)
+        nodes, factor, problem = self._published
+        profiles, norms = np.zeros((factor.shape[0], len(targets))), np.zeros(len(targets))
+        for k, target in enumerate(targets):
+            mass, missed = nodes.goal_masses(target)
+            profiles[:, k], norms[k] = np.sqrt(nodes.weight) * mass, missed.sum()
         # Algorithm 3 of the paper, divided by the sum; nan for a target without mass here.
-        solution = solve_once(self._factor, profiles)[0] if at_once else self._published.solve(profiles)
+        solution = problem.solve(profiles)
         total = solution.sum(axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):
             columns = np.where((total > 0) & (total < np.inf), solution / total, np.nan)
-        powers = [(k, target) for k, target in enumerate(targets) if isinstance(target, PowerFunction)]
-        stored = [(k, self._snapshots[target]) for k, target in powers if target in self._snapshots]
+        stored = [
+            (k, self._place[p]) for k, p in enumerate(targets) if isinstance(p, PowerFunction) and p in self._place
+        ]
         for column, row in stored:
             columns[:, column] = np.arange(columns.shape[0]) == row  # the exact solution without rounding
         if method == METHODS[0]:
-            optimal = self.variance.solve(goals, at_once)
+            optimal = self.optimum(goals)
             columns = np.where(np.isnan(columns) | (not self._may_blend), optimal, columns)
-            choose = self._best_measured if self.variance.is_measured else self._blended
+            choose = self._blended if self._prior.sketch is None else self._best_measured
             columns, expected = choose(optimal, columns, goals)
         elif np.isnan(columns).any():
             reason = "none of its mass lies before the last snapshot in use"
             raise InvalidValueError("target", reason, "use the time of a snapshot")
         else:
-            expected = self.variance.expected_squares(columns, goals)
-        # || sum_i c_i p_i - p || / || p ||, from the parts outside and inside the span of the basis.
-        unreachable = np.maximum(norms - np.sum(profiles**2, axis=0), 0.0)
-        errors = np.sqrt((unreachable + np.sum((self._factor @ columns - profiles) ** 2, axis=0)) / norms)
+            expected = self.expected_squares(columns, goals)
+        # || sum_i c_i p_i - p || / || p ||, from the parts outside and inside the span of polynomials.
+        missed = norms + np.sum((factor @ columns - profiles) ** 2, axis=0)
+        errors = np.sqrt(missed / (norms + np.sum(profiles**2, axis=0)))
         for column, row in stored:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0
-        return columns, self.variance.expected_errors(expected, columns, goals), errors
+        return columns, errors, self.relative(expected, columns, goals)
+
+    def optimum(self, goals: Goals) -> FloatArray:
+        """Return the coefficients of least expected error; the coefficients of each target sum to 1."""
+        others = self._problem.solve(goals.columns - self._factor[:, -1:])
+        solution = np.vstack((others, 1 - others.sum(axis=0)))
+        # Coefficients below the rounding of the sum become 0, so that their snapshots need not be read.
+        solution[np.abs(solution) < np.finfo(np.float64).eps * np.abs(solution).sum(axis=0)] = 0.0
+        for column, target in enumerate(goals.targets):
+            row = self._place.get(target) if isinstance(target, PowerFunction) else None
+            if row is not None and self._prior.rounding[row] <= _NO_ROUNDING * self._prior.norm[row]:
+                solution[:, column] = np.arange(len(self._stored)) == row
+        return np.asarray(solution)
+
+    def expected_squares(self, coefficients: FloatArray, goals: Goals, solved: bool = False) -> FloatArray:
+        """Return E |error|^2 of targets, each with its column of coefficients of sum 1: shape [2, targets].
+
+        The rows are the parts from motion and from rounding. The former is measured if there is a sketch, otherwise
+        expected and widened by the doubt. Of coefficients that were `solved` for, residuals are scaled by `_left_out`.
+        """
+        missed = self._factor @ coefficients - goals.columns
+        first, last = len(self._expected), len(self._factor) - len(self._errors)
+        if self._prior.sketch is None:
+            beyond = max(0.0, self._prior.doubt - _SURE)
+            motion = (goals.unreachable + np.sum(missed[:last] ** 2, axis=0)) * np.exp(2 * _WIDENING * beyond)
+        else:
+            measured = missed[first:last] / (self._left_out[first:last, None] if solved else 1.0)
+            motion = np.sum(measured**2, axis=0) / self._half**2
+        return np.stack((motion, np.sum(missed[last:] ** 2, axis=0)))
+
+    def relative(self, squares: FloatArray, coefficients: FloatArray, goals: Goals) -> FloatArray:
+        """Return the roots of `expected_squares`, relative to the targets' probable norms; nan if only that is 0."""
+        norms, errors = self._norms(coefficients, goals), np.sqrt(squares.sum(axis=0))
+        relative = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
+        return np.where((norms > 0) | (errors > 0), relative, 0.0)
+
+    def error_of(self, coefficients: FloatArray) -> float:
+        """Return the predicted error of given coefficients, [n], from the errors of the stored copies alone."""
+        column = coefficients[:, None]
+        squares = np.sum((self._rounding @ column) ** 2, axis=0, keepdims=True)
+        return float(self.relative(squares, column, Goals((), self._factor @ column, np.zeros(1)))[0])
+
+    def losses(self, targets: Sequence[Profile]) -> Losses:
+        """Return the targets' squared errors as snapshots are lost."""
+        goals = self.goals(targets)
+        return Losses(self._factor, goals.columns, goals.unreachable)
 
     def _best_measured(self, optimal: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
         """Return the optimal coefficients if they are clearly better than others, else the best others, with squares.
 
         Others are the published ones, and each snapshot of the newest times alone. Projections overstate or understate
         motion, of all coefficients alike if it has one direction; rounding is known. The optimal ones must be better
-        either way.
+        either way, by the standard deviation of a squared length that D numbers show, sqrt(2 / D).
         """
-        expected, every = self.variance.expected_squares, np.arange(goals.norms.size)
-        newest = [row for snapshot, row in self._snapshots.items() if snapshot.t >= self._alone_from]
-        alone = np.eye(len(self._snapshots))[:, newest]
+        every = np.arange(len(goals.targets))
+        alone = np.eye(len(self._stored))[:, self._newest]
         others = np.stack((published, *(np.repeat(column[:, None], every.size, axis=1) for column in alone.T)))
-        squares = expected(optimal, goals, solved=True)
-        other_squares = np.stack([expected(other, goals) for other in others])
+        squares = self.expected_squares(optimal, goals, solved=True)
+        other_squares = np.stack([self.expected_squares(other, goals) for other in others])
         best = other_squares.sum(axis=1).argmin(axis=0)
-        is_better = np.ones(every.size, dtype=bool)
-        for deviation in (-self.variance.unsure, self.variance.unsure):
+        is_better, unsure = np.ones(every.size, dtype=bool), np.sqrt(2 / len(self._seen))
+        for deviation in (-unsure, unsure):
             shown = np.array([1 + deviation, 1.0])
             is_better &= shown @ squares < _CLEARLY * np.min(shown @ other_squares, axis=0)
         columns = np.where(is_better, optimal, others[best, :, every].T)
@@ -503,17 +379,146 @@ class _Problem:
 
     def _blended(self, optimal: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
         """Return coefficients between both, nearer to the published ones for a smaller gain, and their squares."""
-        least, usual = (self.variance.expected_squares(c, goals).sum(axis=0) for c in (optimal, published))
+        least, usual = (self.expected_squares(c, goals).sum(axis=0) for c in (optimal, published))
         gain = np.sqrt(np.divide(least, usual, out=np.zeros(least.size), where=usual > 0))
-        gain *= np.exp(_CAUTION * self.variance.doubt)
+        gain *= np.exp(_CAUTION * max(0.0, self._prior.doubt - _SURE))
         sure, none = self._gains
         columns = optimal + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (published - optimal)
-        return columns, self.variance.expected_squares(columns, goals)
+        return columns, self.expected_squares(columns, goals)
+
+    def _norms(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
+        """Return the probable norms of targets that have these coefficients, whose sum is 1: shape [targets].
+
+        A sketch measures them, up to a factor that is taken from the stored averages in use, whose norms are known.
+        Without a sketch |theta_i|^2 = |theta_0|^2 + |motion since theta_0|^2 is expected of stored averages and of
+        targets, and the result is at least half the smallest stored norm. Assumed motion is relative to stored norms.
+        """
+        norms, first = self._prior.norm, len(self._expected)
+        if self._prior.source == ASSUMED or not norms.any():
+            return np.full(coefficients.shape[1], np.sqrt(norms.mean()))
+        if (sketch := self._prior.sketch) is None:
+            wanted = goals.unreachable + np.sum(goals.columns[:first] ** 2, axis=0)
+            squares = (norms - np.sum(self._expected**2, axis=0)) @ coefficients + wanted
+            return np.asarray(np.sqrt(np.maximum(squares, norms.min() / 4)))
+        projections = slice(first, first + len(self._seen))
+        projected, wanted = (
+            np.sum((sketch.means[:1].T + values[projections] / self._half) ** 2, axis=0)
+            for values in (self._factor, goals.columns)
+        )
+        exact, sketched = (squares @ np.abs(coefficients) for squares in (norms, projected))
+        return np.asarray(np.sqrt(wanted * np.divide(exact, sketched, out=np.zeros_like(sketched), where=sketched > 0)))
 
     @cached_property
-    def _published(self) -> LeastSquares:
-        """The least-squares problem of the published method."""
-        return LeastSquares(self._factor)
+    def _published(self) -> tuple[Nodes, FloatArray, LeastSquares]:
+        """The nodes, the factor and the least-squares problem of the published method, over time."""
+        nodes = Nodes(self._edges, self._stored, self._prior.steps, per_step=False)
+        factor = np.sqrt(nodes.weight)[:, None] * nodes.masses(self._stored)
+        return nodes, factor, LeastSquares(factor)
+
+    @cached_property
+    def _problem(self) -> LeastSquares:
+        """The problem for all coefficients but the last, which is 1 minus their sum."""
+        return LeastSquares(self._factor[:, :-1] - self._factor[:, -1:])
+
+    @cached_property
+    def _left_out(self) -> FloatArray:
+        """The residual of each row, relative to its residual if the solution had left the row out."""
+        return np.maximum(1 - self._problem.leverage, _LEAST_LEFT)
+
+    @cached_property
+    def _rounding(self) -> FloatArray:
+        """A root of the covariance of the stored copies' errors: shape [n or more, n]."""
+        rows = np.vstack((self._seen, self._unseen))
+        squared = np.sum(rows**2, axis=0)
+        apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
+        separate = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
+        return separate if self._prior.shared is None else np.vstack((separate, self._prior.shared.T))
+
+    @cached_property
+    def _errors(self) -> FloatArray:
+        """`_rounding`, and below it the errors of decays and beginnings that were estimated: shape [n or more, n].
+
+        If an estimated time constant is off by a factor 1 + e, each tail changes by e d tail / d log(tau), with the
+        same e for all averages and the standard deviation that the profiles state. The motion turns these changes into
+        errors that add up over the averages. The same holds for an estimated beginning that is off.
+        """
+        rows = [self._rounding]
+        for others in zip(*(p.others if isinstance(p, OrdinaryEMA) else (p, p) for p in self._stored), strict=True):
+            if any(other is not stored for other, stored in zip(others, self._stored, strict=True)):
+                changed = [self._root_walk[:, None] * (self._nodes.tails(others) - self._nodes.tails(self._stored))]
+                if self._noise.any():
+                    masses = self._nodes.masses(others) - self._nodes.masses(self._stored)
+                    changed.append(self._root_noise[:, None] * masses)
+                rows.append(np.asarray(np.linalg.qr(np.vstack(changed) / self._half, mode="r")))
+        return np.vstack(rows)
+
+
+_REFRESH = 0.25
+"""The share of the snapshots after whose loss the problem is solved again, since each loss costs digits."""
+
+
+class Losses:
+    """The expected squared errors of targets as snapshots are lost one after another, from one factorisation.
+
+    All coefficients but the last are the unknowns of a least-squares problem whose squared residuals are the squared
+    errors. With its solution c and the inverse P = W W^T of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to
+    a squared error, subtracts P_ki c_i / P_ii from each c_k, and removes the direction of row i from each row of W.
+
+    Arguments:
+        factor: one column per snapshot: shape [rows, n].
+        goals: one column per target: shape [rows, targets].
+        unreachable: the part of each squared error that no coefficients change: shape [targets].
+
+    Attributes:
+        squares: expected squared errors of the targets with the remaining snapshots: shape [targets].
+    """
+
+    squares: FloatArray
+    _columns: FloatArray  # [targets, n]
+    _root: FloatArray  # W: [n, less than n]
+
+    def __init__(self, factor: FloatArray, goals: FloatArray, unreachable: FloatArray) -> None:
+        # An equivalent problem with at most as many rows as columns.
+        triangle = np.asarray(np.linalg.qr(np.hstack((factor, goals)), mode="r"))
+        self._factor, self._goals = triangle[:, : factor.shape[1]], triangle[:, factor.shape[1] :]
+        self._unreachable, self._left = unreachable, np.arange(factor.shape[1])
+        self._solve()
+
+    def squares_without_each(self) -> FloatArray:
+        """Return the expected squared errors after the loss of each snapshot; `squares` if it is lost: [targets, n]."""
+        spread = np.sum(self._root**2, axis=1)
+        costs = np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
+        return np.asarray(self.squares[:, None] + np.square(self._columns) * costs)
+
+    def lose(self, snapshot: int) -> None:
+        """Continue without one of the remaining snapshots."""
+        self._left = self._left[self._left != snapshot]
+        if self._is_degenerate or self._left.size <= (1 - _REFRESH) * self._solved:
+            self._solve()
+            return
+        row, lost = self._root[snapshot].copy(), self._columns[:, snapshot].copy()
+        square = row @ row
+        pivot = self._root @ row / square
+        self.squares = self.squares + lost * lost / square
+        self._columns -= np.multiply.outer(lost, pivot)
+        self._root -= np.multiply.outer(pivot, row)
+        self._columns[:, snapshot] = self._root[snapshot] = 0.0
+
+    def of(self, snapshots: Sequence[int]) -> Losses:
+        """Return the losses for a subset of all the snapshots, which are renumbered."""
+        return Losses(self._factor[:, snapshots], self._goals, self._unreachable)
+
+    def _solve(self) -> None:
+        """Solve the problem for the remaining snapshots, and set `squares`, the coefficients and W."""
+        left, count = self._left, self._factor.shape[1]
+        others, last = self._factor[:, left[:-1]] - self._factor[:, left[-1:]], self._factor[:, left[-1:]]
+        problem = LeastSquares(others, float(np.abs(self._factor).max()))
+        solution, root = problem.solve(self._goals - last), problem.inverse
+        self._solved, self._is_degenerate = left.size, root.shape[1] < others.shape[1]
+        self.squares = self._unreachable + problem.missed(self._goals - last)
+        self._columns, self._root = np.zeros((self._goals.shape[1], count)), np.zeros((count, root.shape[1]))
+        self._columns[:, left[:-1]], self._columns[:, left[-1]] = solution.T, 1 - solution.sum(axis=0)
+        self._root[left[:-1]], self._root[left[-1]] = root, -root.sum(axis=0)
 
 
 # --- very many snapshots

@@ -37,7 +37,6 @@ from posthoc_cli.profiles import Clock, Discrete, FloatArray, Point, StoredProfi
 from posthoc_cli.reconstruction import (
     ASSUMED,
     Distance,
-    DistanceTo,
     Measurements,
     Motion,
     Prior,
@@ -441,7 +440,7 @@ def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) ->
     for _, at_time in groupby(ordered, key=lambda i: snapshots[i].info.t):
         now = {index: _read(snapshots[index], ranges) for index in at_time}
         earlier = [sample for kind in sorted(newest) for samples in newest[kind] for sample in samples]
-        recent: dict[int, DistanceTo] = {}
+        recent: dict[int, Distance] = {}
         for index, sample in now.items() if local else ():
             if (motion := _recent_motion(sample, newest[_kind(sample.snapshot)])) is not None:
                 recent[index] = motion
@@ -549,11 +548,8 @@ def _read(snapshot: FileSource, ranges: Sequence[ElementRange]) -> _Sample:
 def _measure(sample: _Sample, partners: Sequence[_Sample], more: Sequence[Distance] = ()) -> Measurements:
     distances = [*more]
     for partner in partners:
-        info, squared = partner.snapshot.info, _squares(sample, sample.values - partner.values)
-        distance = Distance(info.t, info.sigma_rel, squared, sample.rounding + partner.rounding)
-        other = partner.snapshot.profile
-        is_foreign = isinstance(other, Point | Discrete)
-        distances.append(DistanceTo(**vars(distance), profile=other) if is_foreign else distance)
+        squared = _squares(sample, sample.values - partner.values)
+        distances.append(Distance(partner.snapshot.profile, squared, sample.rounding + partner.rounding))
     return Measurements(_squares(sample, sample.values), sample.rounding, tuple(distances))
 
 
@@ -567,7 +563,7 @@ _CLEAR = 2.0
 """A squared distance must be this many times its expected rounding to show motion."""
 
 
-def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> DistanceTo | None:
+def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Distance | None:
     """Return an average's distance from what it would be if the weights had not moved between its last two intervals.
 
     Of three successive averages a, b, c of one kind, c consists of b with a share k and of the mean of the weights
@@ -599,8 +595,7 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     rounding = sample.rounding + share_b**2 * sample_b.rounding + (1 - share_b) ** 2 * sample_a.rounding
     tail = share_b * b.tail(b.times) + (1 - share_b) * a.tail(b.times)
     masses = np.maximum(-np.diff(tail, prepend=1.0), 0.0)
-    info, squared = sample_b.snapshot.info, _squares(sample, sample.values - unmoved)
-    return DistanceTo(info.t, info.sigma_rel, squared, rounding, Discrete(b.times, masses / masses.sum(), b.t))
+    return Distance(Discrete(b.times, masses, b.t), _squares(sample, sample.values - unmoved), rounding)
 
 
 def _squares(sample: _Sample, values: FloatArray) -> float:

@@ -99,7 +99,7 @@ def _average(
     run: Run, tracker: PostHocEMA | None, model: torch.nn.Module | None, is_tracked: bool, length: float
 ) -> Iterator[tuple[Any, float | None]]:
     """Yield the argument of the metric, and the predicted error of the average; the length 0 means the raw weights."""
-    from posthoc_cli.tracker.model_weights import swapped_in, warn_of_statistics
+    from posthoc_cli.tracker.filling import swapped_in, warn_of_statistics
 
     if model is not None and tracker is not None and (length or is_tracked):
         # Without a length the model keeps its weights, and is only put into eval mode.

@@ -48,9 +48,9 @@ import torch
 from posthoc_cli.profiles import gamma_from_sigma_rel, may_share_mean, new_value_share, window_ends
 from posthoc_cli.snapshots.path import PathSketch
 from posthoc_cli.snapshots.sources import ElementRange
-from posthoc_cli.tracker.layout import BucketTile, Elements, FlatTensors, Layout, LayoutReader, tiles_of
+from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.measuring import Sketcher, closed
-from posthoc_cli.tracker.worker import SINGLE_THREAD, ThreadPool
+from posthoc_cli.tracker.memory import BucketTile, Elements, FlatTensors, Layout, LayoutReader, tiles_of
 
 EXPONENT = 0x7F80_0000
 """The exponent bits of a float32; alone they are the largest power of two that is not above the number's size."""

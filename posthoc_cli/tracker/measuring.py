@@ -24,7 +24,7 @@ import xxhash
 from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
 from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.path import PathSketch
-from posthoc_cli.tracker.layout import BucketTile, Elements, Layout, Values
+from posthoc_cli.tracker.memory import BucketTile, Elements, Layout, Values
 
 MEASURED_ELEMENTS = 2**19
 """The number of elements that are measured of a large model, about."""

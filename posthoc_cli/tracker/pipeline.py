@@ -9,14 +9,14 @@ A value has at most six forms from `update_` to a file:
 5. the average in the storage dtype, on the host (`StagedAverages`);
 6. the bytes of the file (`TensorFileWriter`).
 
-Each step works tile by tile, see `layout`, while a tile stays in the cache; the elements for measurements, for the
+Each step works tile by tile, see `memory`, while a tile stays in the cache; the elements for measurements, for the
 sample of the weights and for the sketch of their path are selected in the same pass.
 
 Only jobs of the first thread change and read averages, one job at a time. So each reader sees the averages of one
 update, whichever thread it calls from, and no exception of a signal handler can stop an update halfway. The counters
 change with the averages, see `Tracking`.
 
-Snapshots are written in the background, and large updates by a pool of threads, see `worker.ThreadPool`.
+Snapshots are written in the background, and large updates by a pool of threads, see `background.ThreadPool`.
 """
 
 from __future__ import annotations
@@ -45,23 +45,31 @@ from posthoc_cli.errors import (
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.layout import HostTensors, Layout, LayoutReader, lay_out, on_host
-from posthoc_cli.tracker.measuring import Sketcher
-from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
-from posthoc_cli.tracker.sharding import Members
-from posthoc_cli.tracker.snapshotter import LiveSource, PartSnapshotter, Snapshotter, live_sources
-from posthoc_cli.tracker.staging import (
+from posthoc_cli.tracker.background import (
+    SINGLE_THREAD,
+    BackpressureMonitor,
     DeviceEvents,
     DeviceStreams,
-    ModelCopier,
-    ModelCopy,
-    StorageLayout,
     Streams,
+    ThreadPool,
+    Worker,
+    end_threads,
+)
+from posthoc_cli.tracker.copying import ModelCopier, ModelCopy
+from posthoc_cli.tracker.measuring import Sketcher
+from posthoc_cli.tracker.memory import HostTensors, Layout, LayoutReader, lay_out, on_host
+from posthoc_cli.tracker.model import ModelTensors, TrackedModel, nonfinite_error
+from posthoc_cli.tracker.processes import Members
+from posthoc_cli.tracker.snapshotter import (
+    LiveSource,
+    PartSnapshotter,
+    Snapshotter,
+    StorageLayout,
+    live_sources,
     measured_now,
     stage,
 )
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info
-from posthoc_cli.tracker.worker import SINGLE_THREAD, BackpressureMonitor, ThreadPool, Worker, end_threads
 
 log = logging.getLogger(__name__)
 

@@ -47,11 +47,33 @@ from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.path import encode_path, joined_paths, places
 from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
+from posthoc_cli.synthesis.engine import check_device
+from posthoc_cli.synthesis.plan import Plan
+from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import resuming
+from posthoc_cli.tracker.attach import Attachment, WeakModel, attach
+from posthoc_cli.tracker.averaged import (
+    as_dtensors,
+    from_sources,
+    make_average,
+    plan_possible,
+    refused,
+    run_snapshots,
+)
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.layout import HOST
+from posthoc_cli.tracker.background import CallGuard
+from posthoc_cli.tracker.filling import (
+    WithStatement,
+    check_weights,
+    fill,
+    fill_model,
+    swapped_in,
+    update_bn,
+    warn_of_statistics,
+)
 from posthoc_cli.tracker.measuring import Subset
-from posthoc_cli.tracker.model_tensors import (
+from posthoc_cli.tracker.memory import HOST
+from posthoc_cli.tracker.model import (
     ModelTensors,
     ModelWatch,
     TrackedModel,
@@ -63,13 +85,10 @@ from posthoc_cli.tracker.model_tensors import (
     nonfinite_name,
     unwrapped,
 )
-from posthoc_cli.tracker.model_weights import WithStatement, swapped_in, update_bn, warn_of_statistics
-from posthoc_cli.tracker.optimizer import Attachment, WeakModel, attach
 from posthoc_cli.tracker.pipeline import Pipeline, state_of_tracker, wait_for_writers
+from posthoc_cli.tracker.processes import Group, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.resuming import Start
-from posthoc_cli.tracker.sharding import Group, ShardOwners, is_first_of_group, mesh_of
-from posthoc_cli.tracker.snapshotter import run_snapshots
-from posthoc_cli.tracker.staging import measured_now
+from posthoc_cli.tracker.snapshotter import measured_now
 from posthoc_cli.tracker.state import (
     Settings,
     StateInfo,
@@ -79,8 +98,6 @@ from posthoc_cli.tracker.state import (
     state_info,
     unpack_state,
 )
-from posthoc_cli.tracker.synthesizer import ChunkSynthesizer, Query, Synthesizer, as_dtensors, plan_possible
-from posthoc_cli.tracker.worker import CallGuard
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -456,12 +473,16 @@ class PostHocEMA:
             RankError: another process failed, is at another step, or does not make the call within 300 s.
         """
 
-        def make() -> tuple[Synthesizer, Weights]:
-            query = Query(sigma_rel, t, step, dtype, method)
-            synthesizer = self._synthesizer(check_model(model), f"model({query})")
-            return synthesizer, synthesizer.weights(query)
+        own_dtypes, asked = dtype is None, _asked(t, step, dtype, method)
 
-        return WithStatement(partial(self._filled, model, make, own_dtypes=dtype is None))
+        def make() -> Weights:
+            group = self._callers(check_model(model), f"model({_described(sigma_rel, asked)})")
+            weights = make_average(self, group, model, sigma_rel, **asked)
+            if not group.is_alone:  # else `swapped_in` checks
+                group.together(lambda: check_weights(model, weights, own_dtypes))
+            return weights
+
+        return WithStatement(partial(self._filled, model, make, own_dtypes))
 
     def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, WithStatement[Module]]:
         """Return a context manager like that of `model` for each of several lengths, made when its block is entered.
@@ -479,12 +500,11 @@ class PostHocEMA:
             InvalidValueError, NotReadyError, RankError: an argument, and see `model`.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        synthesizer = self._synthesizer(check_model(model), f"models({', '.join(wanted)})")
-        refused = synthesizer.refused(wanted)
-        for label, reason in refused.items() if self.keeps_averages else ():
+        refusals = refused(self, self._callers(check_model(model), f"models({', '.join(wanted)})"), wanted)
+        for label, reason in refusals.items() if self.keeps_averages else ():
             if self._is_first_warning(label):
                 log.warning("%s; there is no average of it at step %d", reason, self.step)
-        return {label: self.model(model, target) for label, target in wanted.items() if label not in refused}
+        return {label: self.model(model, target) for label, target in wanted.items() if label not in refusals}
 
     @overload
     def state_dict(self) -> dict[str, Any]: ...
@@ -523,8 +543,9 @@ class PostHocEMA:
         """
         if sigma_rel is None:
             return self._own_state()
-        model, query = self._chunked_model(), Query(sigma_rel, t, step, dtype, method)
-        weights = self._synthesizer(model, f"state_dict({query}{', full' * full})").weights(query)
+        model, asked = self._chunked_model(), _asked(t, step, dtype, method)
+        group = self._callers(model, f"state_dict({_described(sigma_rel, asked)}{', full' * full})")
+        weights = make_average(self, group, model, sigma_rel, **asked)
         return weights if model is None else as_dtensors(weights, model, full)
 
     def load_into(
@@ -547,8 +568,19 @@ class PostHocEMA:
             FileFormatError, NonFiniteError: a snapshot is damaged, or a value does not fit the model's dtype; the
                 tensors before it are filled.
         """
-        query = Query(sigma_rel, t, step, dtype, method)
-        self._synthesizer(check_model(model), f"load_into({query})").fill(query, device)
+        own_dtypes, asked = dtype is None, _asked(t, step, dtype, method)
+        group = self._callers(check_model(model), f"load_into({_described(sigma_rel, asked)})")
+        created_on, in_place = check_device(device), Weights()
+
+        def fill_at_once(plan: Plan) -> Weights:
+            fill_model(model, plan, created_on)
+            return in_place
+
+        weights = make_average(self, group, model, sigma_rel, **asked, use=fill_at_once)
+        if weights is not in_place:
+            accepts_meta = not self._members.is_chunked
+            group.together(lambda: check_weights(model, weights, own_dtypes, accepts_meta))
+            fill(model, weights, weights.items(), own_dtypes, created_on)
 
     update_bn = staticmethod(update_bn)
 
@@ -562,7 +594,7 @@ class PostHocEMA:
         from posthoc_cli import plots
 
         keepers = self._members.keepers("reconstruction_error()")
-        candidate = self._synthesizer_of(keepers, None).of_sources(self._candidate)
+        candidate = from_sources(self, keepers, self._candidate)
         curve = error_curve(candidate, sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
@@ -871,12 +903,9 @@ class PostHocEMA:
     # --- averages
 
     @contextmanager
-    def _filled(
-        self, model: Module, make: Callable[[], tuple[Synthesizer, Weights]], own_dtypes: bool = True
-    ) -> Iterator[Module]:
+    def _filled(self, model: Module, make: Callable[[], Weights], own_dtypes: bool = True) -> Iterator[Module]:
         """Give the model the weights that `make` returns, and warn, once, of running statistics that are copies."""
-        synthesizer, weights = make()
-        synthesizer.check(weights, own_dtypes)
+        weights = make()
         with swapped_in(model, weights, own_dtypes):
             yield model
             if "statistics" not in self._warned_of:
@@ -896,16 +925,12 @@ class PostHocEMA:
         rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
         return Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
 
-    def _synthesizer(self, model: torch.nn.Module | None, call: str) -> Synthesizer:
-        """Begin a call for averages, by all processes that keep parts of them or replicas."""
+    def _callers(self, model: torch.nn.Module | None, call: str) -> Group:
+        """Return the processes that make a call for averages together: all that keep parts of them, or replicas."""
         tracked = self._tracked_model(model)
         parameter = None if tracked is None else next(tracked.parameters(), None)
         device = HOST if parameter is None else parameter.device
-        group = self._members.callers(call, not self._pipeline.tracking.resumes, device)
-        return self._synthesizer_of(group, model)
-
-    def _synthesizer_of(self, group: Group, model: torch.nn.Module | None) -> Synthesizer:
-        return (ChunkSynthesizer if self._members.is_chunked else Synthesizer)(self, group, model)
+        return self._members.callers(call, not self._pipeline.tracking.resumes, device)
 
     def _tracked_model(self, default: torch.nn.Module | None = None) -> torch.nn.Module | None:
         """Return the model that this tracker was made with if it still exists, else `default`."""
@@ -939,6 +964,17 @@ def _with_members(
     everywhere = TrackedModel.of_model(tensors).complete_shapes
     part = replace(TrackedModel.of_model(tensors.of(members), members), everywhere=everywhere)
     return replace(tracking, run_id=members.run_id, tracked=part)
+
+
+def _asked(t: float | None, step: int | None, dtype: Dtype, method: str | None) -> dict[str, Any]:
+    """Return these arguments of a call for an average as keywords, without those that are not given."""
+    given = {"t": t, "step": step, "dtype": dtype, "method": method}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _described(wanted: Wanted, asked: Mapping[str, object]) -> str:
+    """Return the arguments of a call for an average as a text, for comparison between processes and for messages."""
+    return ", ".join([as_target(wanted).title, *(f"{name}={value}" for name, value in asked.items())])
 
 
 _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()

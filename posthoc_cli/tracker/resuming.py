@@ -39,9 +39,9 @@ from posthoc_cli.snapshots.snapshot import Snapshot, recorded_weights
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
-from posthoc_cli.tracker.layout import FlatTensors
-from posthoc_cli.tracker.model_tensors import TrackedModel
-from posthoc_cli.tracker.sharding import Group
+from posthoc_cli.tracker.memory import FlatTensors
+from posthoc_cli.tracker.model import TrackedModel
+from posthoc_cli.tracker.processes import Group
 from posthoc_cli.tracker.state import (
     Settings,
     Tracking,

@@ -6,17 +6,20 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
+from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES, stored_name
+from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -41,15 +44,28 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.path import decode_sample, encode_path, squared_distance
+from posthoc_cli.snapshots.path import decode_sample, encode_path, encode_sample, squared_distance
 from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, read_one
-from posthoc_cli.snapshots.sources import ElementRange, Source
+from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFileWriter, tensor_bytes
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.layout import Layout
+from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
+from posthoc_cli.tracker.measuring import Subset
+from posthoc_cli.tracker.memory import (
+    Bucket,
+    BucketTile,
+    Elements,
+    HostTensors,
+    Layout,
+    Values,
+    joined,
+    on_host,
+    ranges_of,
+    tiles_of,
+)
+from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
+from posthoc_cli.tracker.processes import PATIENCE, Members
 from posthoc_cli.tracker.resuming import ways_to_resume
-from posthoc_cli.tracker.sharding import PATIENCE, Members
-from posthoc_cli.tracker.staging import StagedAverages
 from posthoc_cli.tracker.state import Settings, Tracking
 
 log = logging.getLogger(__name__)
@@ -140,19 +156,6 @@ def live_sources(
 
     infos = headers(settings, state, measurements)
     return [LiveSource(info, specs, partial(read_with_copies, index)) for index, info in enumerate(infos)]
-
-
-def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
-    """Return the snapshots of a run on disk; none if the directory belongs to another run."""
-    snapshots = find_snapshots(directory)
-    return snapshots if snapshots and snapshots[0].info.run_id == run_id else []
-
-
-def with_snapshots(live: Sequence[LiveSource], snapshots: Sequence[Snapshot]) -> list[Source]:
-    """Return live averages, and the snapshots of other averages up to their time."""
-    now, profiles = live[0].info.t if live else math.inf, {source.info.sigma_rel for source in live}
-    infos = ((snapshot, snapshot.info) for snapshot in snapshots)
-    return [*live, *(s for s, info in infos if info.t < now or (info.t == now and info.sigma_rel not in profiles))]
 
 
 # --- snapshots ---
@@ -420,3 +423,173 @@ def _is_of_earlier_session(path: Path, own: Snapshot) -> bool:
     with suppress(FileFormatError, RemoteError):  # there is no readable part
         return read_one(path).session < own.session
     return False
+
+
+# --- what is stored of averages
+
+
+class StorageLayout:
+    """How averages of a layout are stored, and which of their elements are measured.
+
+    Attributes:
+        stored: the same buckets on the host in the storage dtype.
+        weights: names of the tensors that are measured and rounded: all but running statistics.
+        shapes, dtypes: the shape of each tensor, and the dtype that it is stored in if its values fit.
+        subset: the elements of the weights that are measured.
+        sample: the elements of a snapshot's sample.
+    """
+
+    def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
+        self.layout, self.tracked = layout, tracked
+        self.stored = tuple(replace(b, dtype=torch_dtype(dtype) if dtype else b.dtype) for b in on_host(layout))
+        self.weights = frozenset(tracked.weights)
+        self.subset = Subset(layout, self.weights)
+        self.shapes = {n: shape for bucket in layout for n, shape in zip(bucket.names, bucket.shapes, strict=True)}
+        self.dtypes = {name: bucket.dtype for bucket in self.stored for name in bucket.names}
+        places = {name: (index, begin) for index, b in enumerate(layout) for name, (begin, _) in b.places.items()}
+        sampled = [(places[name][0], places[name][1] + i) for name, i in tracked.sampled.values()]
+        pairs = np.array(sampled, np.int64).reshape(-1, 2)
+        self._order = np.lexsort(pairs.T[::-1])
+        ordered = pairs[self._order]
+        self.sample = Elements(layout, [ordered[ordered[:, 0] == index, 1] for index in range(len(layout))])
+
+    def in_order(self, buffers: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
+        """Return the values of a snapshot's sample, one buffer a bucket, in the sample's order."""
+        values = np.empty(len(self._order), np.float32)
+        with np.errstate(over="ignore"):  # values that float32 cannot hold become infinite
+            values[self._order] = joined(buffers)
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class StagedAverages:
+    """The averages of one update as they are stored; each list has one item a profile.
+
+    Attributes:
+        copies: the values, except tensors that are stored in another dtype, which are in `others`.
+        nonfinite: the first tensor that holds a nan or an infinity.
+        measurements: of each average.
+        samples: the exact and the model's values of the sample, encoded for the header; "" if the model's are unknown.
+    """
+
+    layout: StorageLayout
+    copies: Sequence[HostTensors]
+    others: Sequence[dict[str, torch.Tensor]]
+    nonfinite: Sequence[str | None]
+    measurements: Sequence[Measurements | None]
+    samples: Sequence[str]
+
+    def flats(self, index: int) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        """Yield the stored tensors of `copies`: several end to end in one flat tensor, or one in several."""
+        copies, others = self.copies[index], self.others[index]
+        for number, (bucket, edges) in enumerate(zip(copies.layout, copies.edges, strict=True)):
+
+            def slabs(name: str, bucket: Bucket = bucket, edges: Sequence[int] = edges) -> tuple[int, int] | None:
+                begin, end = bucket.places[name]
+                return None if name in others else (bisect_right(edges, begin), bisect_left(edges, end))
+
+            for span, group in groupby(bucket.names, slabs):
+                names = [*group]
+                if span is not None:
+                    yield names, copies.flat(number, bucket.places[names[0]][0], bucket.places[names[-1]][1])
+
+
+@torch.no_grad()
+def stage(
+    layout: StorageLayout, averages: Averages, copies: Sequence[HostTensors], pool: ThreadPool = SINGLE_THREAD
+) -> StagedAverages:
+    """Round the averages as they are now into `copies`, which may be pinned: complete when the current stream is.
+
+    Results do not depend on the pool's threads.
+    """
+    profiles, subset = range(len(averages.sigma_rels)), layout.subset
+    subset_buffers, samples = ([elements.buffers() for _ in profiles] for elements in (subset, layout.sample))
+    tiles = tiles_of(layout.layout)
+    norms: list[list[torch.Tensor]] = [[] for _ in tiles]
+
+    def stage_tile(tile: BucketTile, thread: int) -> None:
+        for index in profiles:
+            exact = averages.values(tile, index, thread)
+            (out,) = copies[index].flat(tile.bucket, tile.begin, tile.end)
+            if exact.device.type == "cpu":
+                out.copy_(exact)
+            else:
+                out.copy_(exact.to(out.dtype), non_blocking=True)
+            norms[tile.number].append(torch.linalg.vector_norm(exact))
+            subset.take(tile, exact, subset_buffers[index])
+            layout.sample.take(tile, exact, samples[index])
+
+    pool.each(stage_tile, tiles)
+    doubtful: list[set[str]] = [set() for _ in profiles]
+    for tile, tile_norms, ranges in zip(tiles, norms, ranges_of(layout.layout), strict=True):
+        largest = torch.finfo(layout.stored[tile.bucket].dtype).max
+        for index, norm in enumerate(tile_norms):
+            if not float(norm) <= largest:
+                doubtful[index] |= {piece.name for piece in ranges}
+    measured = [joined(buffers) for buffers in subset_buffers]
+    paired = [zip(buffers, layout.stored, strict=True) for buffers in subset_buffers]
+    stored = [joined([values.to(bucket.dtype).to(values.dtype) for values, bucket in pairs]) for pairs in paired]
+    others = [
+        _stored_in_other_dtypes(layout, averages, index, doubtful[index], measured[index], stored[index])
+        for index in profiles
+    ]
+    nonfinite = [nonfinite_name(tensors) for tensors in others]
+    weights = averages.sample
+    encoded = ["" if weights is None else encode_sample(*map(layout.in_order, (weights, exact))) for exact in samples]
+    measurements = [subset.measured(*values) for values in zip(measured, stored, strict=True)]
+    return StagedAverages(layout, copies, others, nonfinite, measurements, encoded)
+
+
+def _stored_in_other_dtypes(
+    layout: StorageLayout, averages: Averages, index: int, doubtful: set[str], measured: Values, stored: Values
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of an average that are stored in another dtype than their bucket's, in that dtype.
+
+    These are running statistics, and weights that their bucket's dtype cannot hold: those are stored in float32, or
+    else in float64, and their measured values are changed in `stored`.
+    """
+    subset, found = layout.subset, {}
+    spans = dict(zip(subset.sizes, pairwise(subset.edges.tolist()), strict=True))
+    norms, errors = subset.sums(measured), subset.sums(measured, stored)
+    for name, norm, error in zip(spans, norms.tolist(), errors.tolist(), strict=True):
+        if not _is_accurate(norm, error, layout.dtypes[name]):
+            doubtful.add(name)
+    for name in [name for name in layout.dtypes if name in doubtful or name not in layout.weights]:
+        shape, usual = layout.shapes[name], layout.dtypes[name]
+        (exact,) = averages.read(index, [ElementRange(name, 0, math.prod(shape))])
+        candidates = (usual, torch.float32) if name in layout.weights else ()
+        dtype = next((candidate for candidate in candidates if _holds(candidate, exact)), exact.dtype)
+        if name not in layout.weights or dtype != usual or not bool(exact.isfinite().all()):
+            found[name] = exact.to(dtype).view(shape)
+            span = slice(*spans.get(name, (0, 0)))
+            stored[span] = measured[span].astype(np.float64 if dtype == torch.float64 else np.float32)
+    return found
+
+
+def _holds(dtype: torch.dtype, exact: torch.Tensor) -> bool:
+    """Return whether a dtype holds a tensor as accurately as ordinary values."""
+    error = exact - exact.to(dtype).to(exact.dtype)
+    norm, rounding = (float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2 for values in (exact, error))
+    return _is_accurate(norm, rounding, dtype)
+
+
+def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
+    """Return whether the squared rounding error of a tensor of this squared norm is that of ordinary values.
+
+    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative; more if a value becomes infinite,
+    or if all values are about as small as the dtype's subnormal numbers.
+    """
+    return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
+
+
+def measured_now(subset: Subset, averages: Averages, pool: ThreadPool = SINGLE_THREAD) -> list[Measurements | None]:
+    """Return the measurements of the averages as they are now, not rounded."""
+    profiles = range(len(averages.sigma_rels))
+    buffers = [subset.buffers() for _ in profiles]
+
+    def take(tile: BucketTile, thread: int) -> None:
+        for index in profiles:
+            subset.take(tile, averages.values(tile, index, thread), buffers[index])
+
+    pool.each(take, tiles_of(subset.layout))
+    return [subset.measured(joined(values)) for values in buffers]

@@ -34,9 +34,9 @@ from posthoc_cli.snapshots.snapshot import (
     kinds_of,
 )
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
-from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
-from posthoc_cli.tracker.model_tensors import TrackedModel, named_tensors, nonfinite_name
-from posthoc_cli.tracker.sharding import as_dtensor, held_box, reshard
+from posthoc_cli.tracker.memory import HOST, Layout, buckets_of
+from posthoc_cli.tracker.model import TrackedModel, named_tensors, nonfinite_name
+from posthoc_cli.tracker.processes import as_dtensor, held_box, reshard
 
 STATE_VERSION = 5
 

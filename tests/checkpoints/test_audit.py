@@ -43,9 +43,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "falling sgd": {"falls": True, "rate": 1e-2, "optimizer": "SGD"},
 }  # fmt: skip
 HEALTHY = [
-    *((name, decay, dtype) for name in TRAININGS for decay in (0.98, 0.995, 0.999)
-      for dtype in (torch.float32, torch.float16) if name != "falling sgd"),
-    ("falling sgd", 0.99, torch.float32), ("falling sgd", 0.99, torch.float16), ("constant", 0.99, torch.bfloat16),
+    ("constant", 0.98, torch.float32), ("falling", 0.995, torch.float16), ("sgd", 0.999, torch.float32),
+    ("falling sgd", 0.99, torch.float16), ("constant", 0.99, torch.bfloat16),
 ]  # fmt: skip
 
 
@@ -88,11 +87,10 @@ HELD_OUT = {"falls": True, "seed": 7}
 """A training that was not used to choose any threshold."""
 
 
-@pytest.mark.parametrize("options", [{}, HELD_OUT], ids=["", "held out"])
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_average_is_named(case: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_broken_average_is_named(case: str, tmp_path: Path) -> None:
     update, verdict, reason = BROKEN[case]
-    run = Run(write(tmp_path / "x", train(**options), update))
+    run = Run(write(tmp_path / "x", train(**HELD_OUT), update))
     (found,) = run.audit(DECAY)
     assert (found.verdict, found.is_bad) == (verdict, verdict != "undetermined"), found.text
     assert re.search(reason, found.text)

@@ -54,7 +54,7 @@ def test_a_plan_moves_like_the_checkpoints(ema: Ema, run: Path) -> None:
 
 def test_checkpoints_are_not_called_snapshots(ema: Ema, run: Path) -> None:
     made = ema("synthesize", run / "own", "--target", "between:383:387", "--dry-run")
-    assert made.out.startswith("checkpoint ")
+    assert made.out.startswith("file ")
     assert re.search(r"predicted error \S+ % from the 40 checkpoints up to t = 400", made.err)
     assert "snapshot" not in made.out + made.err
 

@@ -40,14 +40,14 @@ def read(run: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize("place", ["archive", "stream", "plain", "root", "distributed", "metadata", "edm2"])
+@pytest.mark.parametrize("place", ["archive", "plain", "root", "distributed", "metadata", "edm2"])
 def test_a_bomb_is_read_as_data(place: str, tmp_path: Path) -> None:
     run, bomb = tmp_path / "run", Bomb(tmp_path / "executed")
     run.mkdir()
     for step in (10, 20):
         content = {"state_dict": {"w": torch.full((3,), float(step))}, "bomb": bomb, bomb.marker: [bomb]}
-        if place in ("archive", "stream"):
-            torch.save(content, run / f"step{step}.pt", _use_new_zipfile_serialization=place == "archive")
+        if place == "archive":
+            torch.save(content, run / f"step{step}.pt")
         elif place == "plain":
             (run / f"step{step}.pt").write_bytes(pickle.dumps(content))
         elif place == "root":
@@ -162,7 +162,7 @@ def test_what_a_pickle_could_reach_is_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "step1.pt").write_bytes(b"\x80\x02" + rebuild + attributes + b".")
     assert "holds no tensors" in read(tmp_path)
     torch.save({"w": torch.ones(3)}, tmp_path / "step1.pt", _use_new_zipfile_serialization=False)
-    assert read(tmp_path) == ""
+    assert "is of torch.save before release 1.6" in read(tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

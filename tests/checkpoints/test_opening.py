@@ -237,10 +237,13 @@ def test_objects_of_any_class_may_accompany_the_weights(protocol: int, tmp_path:
         b"x" * 99, 10**30, range(3), complex(1, 2), torch.float16, torch.device("cpu"), torch.Size([2]), print, Keyed,
         "\u20ac\n", None, b"x" * 100_000, np.arange(50_000), "\u20ac" * 50_000,
     ]  # fmt: skip
-    for zipped in (True, False):
+    for zipped in (True, False)[: 2 if protocol > 2 else 1]:  # before, a pickle has bytes as text
         model = {"w": torch.arange(5.0), "v": torch.ones(2, 2)[1], "n": torch.tensor([1, 2], dtype=torch.uint16)}
         content = {"args": objects, "step": 7, "state_dict": model}
-        torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+        if zipped:
+            torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol)
+        else:
+            (tmp_path / "x.pt").write_bytes(pickle.dumps(content, protocol))
         run = Run(tmp_path / "x.pt")
         assert run.step == 7
         assert {name: value.tolist() for name, value in run.average(0.2).items()} == {
@@ -347,11 +350,12 @@ def test_torchtitan_averages_are_read_with_the_weights(tmp_path: Path, imported:
         optimizer = {f"state.{name}.exp_avg": value for name, value in weights.items()}
         distributed(tmp_path / f"step-{step}", content | {"ema_optimizer": averages, "optimizer": optimizer})
     run = Run(tmp_path)
-    assert [type(source.profile) for source in run.sources] == [Point, Discrete] * 2
+    assert [isinstance(source.profile, Point) for source in run.sources] == [True, False] * 2
     assert [source.info.sigma_rel for source in run.sources[1::2]] == pytest.approx([0.0635] * 2, abs=1e-3)
     average = imported(tmp_path, update_every=5, update_after_step=10).sources[-1].profile
     assert isinstance(average, Discrete)
-    assert average.times.tolist() == [10, 15, 20]
+    masses = -np.diff(average.tail(np.arange(21.0)))
+    assert np.flatnonzero(masses > 1e-12).tolist() == [9, 14, 19]  # of the weights after steps 10, 15 and 20
     assert set(run.tensors) == {"a", "b"}
     average = next(source for source in run.sources if isinstance(source.profile, Discrete))
     assert average.tensor("a").tolist() == [5.0] * 3

@@ -280,7 +280,7 @@ def test_the_decay_is_found(tmp_path: Path, ema: Ema, caplog: pytest.LogCaptureF
     assert decay == pytest.approx(DECAY, abs=2e-4)
     assert error_of(Run(tmp_path / "run"))[0] < 2e-3
     shown = ema("synthesize", tmp_path / "run", "--sigma-rel", 0.15, "--dry-run").out
-    assert re.search(r"\(average\) +[\d,]+ +EMA", shown)
+    assert re.search(r"\(average\) +[-+]0\.\d+\n", shown)
     for wrong in (0.9, 0.9995):
         done = ema("import", tmp_path / "x", "--out", tmp_path / "other", "--ema-decay", wrong)
         assert done.code == 2

@@ -73,26 +73,65 @@ def test_a_restart_that_was_found_counts_as_uncertain(tmp_path: Path) -> None:
     assert abs(settings["ema_restarts"][0] - 850) < 3 * settings["ema_late"]
 
 
-@pytest.mark.parametrize("begin", [400, 1000, 1400])
-@pytest.mark.parametrize("options", [{}, {"rate": 1e-2, "optimizer": "SGD"}], ids=["adam", "sgd"])
-def test_files_before_a_late_start_are_weights(options: dict[str, Any], begin: int, tmp_path: Path) -> None:
-    """Whether the start is said or found: a long average is at most as far off as with the weights alone."""
+LATE = [(1000, {}, True), (1000, {}, False), (400, {"rate": 1e-2, "optimizer": "SGD"}, True), (430, {}, False)]
+
+
+@pytest.mark.parametrize(("begin", "options", "copies"), LATE)
+def test_files_before_a_late_start_are_weights(
+    begin: int, options: dict[str, Any], copies: bool, tmp_path: Path
+) -> None:
+    """The average in files before is a copy of the weights, or absent; whether the start is said or found."""
     weights, update = train(**options), ema(0.995)
     folder = write(tmp_path / "x", weights, lambda step, e, x: x.copy() if step <= begin else update(step, e, x))
     (tmp_path / "weights").mkdir()
     for path in folder.iterdir():
-        torch.save(torch.load(path)["state_dict"], tmp_path / "weights" / path.name)
+        content = torch.load(path)
+        torch.save(content["state_dict"], tmp_path / "weights" / path.name)
+        if content["step"] <= begin and not copies:
+            del content["state_dict_ema"]
+            torch.save(content, path)
     alone, _ = error_of(Run(tmp_path / "weights"), 0.25, weights=weights)
-    said = {"ema_decay": 0.995, "update_after_step": begin}
-    for settings in [said, {}, {"ema_decay": 0.995}] if begin < 1400 else [said]:
+    for settings in ({"ema_decay": 0.995, "update_after_step": begin}, {}, {"ema_decay": 0.995}):
         done = import_checkpoints(folder, tmp_path / "run", overwrite=True, **settings)
         assert done.counts["weights"] == len(TIMES)
         assert sum(done.counts.values()) == len(TIMES) + sum(step > begin for step in TIMES)
         error, predicted = error_of(Run(tmp_path / "run"), 0.25, weights=weights)
         assert error < 1.01 * alone
         assert 0.4 < error / predicted < 2
-    with pytest.raises(errors.InvalidValueError, match=r"update_after_step 1600: is not before the last .* 1,500: no"):
-        import_checkpoints(folder, tmp_path / "none", ema_decay=0.995, update_after_step=1600)
+    if copies:
+        with pytest.raises(errors.InvalidValueError, match=r"update_after_step 1600: is not before .* 1,500: no"):
+            import_checkpoints(folder, tmp_path / "none", ema_decay=0.995, update_after_step=1600)
+
+
+@pytest.mark.parametrize("exponent", [3.0, 20.0])
+def test_a_power_function_is_found(exponent: float, tmp_path: Path) -> None:
+    """The n-th update keeps (1 - 1/n)^exponent; of its width, exact averages are as far off as predicted."""
+    update = by(lambda n: (1 - 1 / n) ** exponent)
+    options = {} if exponent == 3 else {"rate": 1e-2, "optimizer": "SGD"}
+    weights = train(**options)
+    folder = write(tmp_path / "x", weights, update)
+    width = exponent**0.5 / ((exponent + 1) * (exponent + 2) ** 0.5)
+    try:
+        done = import_checkpoints(folder, tmp_path / "run")
+    except errors.InvalidValueError as error:
+        assert "sigma_rels: must be given: the files show it too vaguely: sigma_rel 0.04" in str(error)
+        done = import_checkpoints(folder, tmp_path / "run", sigma_rels=[width])
+    assert "sigma_rel" in done.checks[0]
+    settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
+    assert settings["sigma_rels"] == [pytest.approx(width, rel=2 * settings.get("ema_uncertainty", 0))]
+    for wanted in (0.1, 0.25):
+        error, predicted = error_of(Run(tmp_path / "run"), wanted, weights=weights)
+        assert error < 2 * predicted < 1e-2
+
+
+def test_rules_that_explain_the_files_equally_are_asked_for(tmp_path: Path, ema: Ema) -> None:
+    folder = write(tmp_path / "x", train(falls=True), by(lambda n: min(0.99, power(n))))
+    done = ema("import", folder, "--out", tmp_path / "run")
+    assert done.code == 2
+    choices = "ema_decay 0.98.* with ema_warmup ratio, and as ema_decay 0.98.* with ema_warmup power; say one of them"
+    assert re.search(f"--ema-decay: must be given: .* equally as {choices}", done.error), done.error
+    assert not (tmp_path / "run").exists()
+    assert ema("audit", folder).code == 0
 
 
 def test_a_late_start_of_averages_alone(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from posthoc_cli.reconstruction.prior import error_after_rounding, inherited_factor, rounding_factor
+from posthoc_cli.reconstruction.motion import error_after_rounding, inherited_factor, rounding_factor
 
 
 @pytest.mark.parametrize("spacings", [0.0, 0.05, 0.15, 0.3, 0.6, 3.0])

@@ -31,7 +31,7 @@ from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
 from posthoc_cli.snapshots.snapshot import Selection
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, read_file
-from posthoc_cli.tracker import model_tensors
+from posthoc_cli.tracker import model as model_tensors
 
 Small = Callable[[str], Path]
 
@@ -280,6 +280,32 @@ def test_an_impossible_value_is_refused_in_one_short_line(
     assert (message or key) in caught.value.reason or caught.value.reason.startswith("damaged ema: ")
     assert caught.value.reason.isprintable()
     assert len(caught.value.reason) < 300
+
+
+ODD = (
+    "null", "true", "-1", "0", "1e999", "-5e-324", "9" * 400, '""', '"\\u0000"', '"\\ud800"', '"../../x"',
+    json.dumps("x" * 10_000), "[]", "[[]]", "[1,2]", '["a",1]', "{}", '{"a":1}', '{"a":{}}', "[" * 3_000 + "]" * 3_000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "output"])
+def test_any_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(
+    small: Small, tmp_path: Path, kind: str
+) -> None:
+    made, path, refused = small(kind).read_bytes(), tmp_path / "odd.safetensors", 0
+    path.write_bytes(made)
+    content = read_file(path).content
+    for key in content:
+        for text in ODD:
+            path.write_bytes(made)
+            try:
+                examine(forge(path, {key: text}))
+            except FileFormatError as error:
+                refused += 1
+                assert error.subject == str(path)
+                assert error.reason.isprintable()
+                assert len(str(error)) < 1_000
+    assert refused > 0.8 * len(content) * len(ODD)
 
 
 @pytest.mark.parametrize(("kind", "required"), [

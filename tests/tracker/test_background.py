@@ -22,10 +22,11 @@ from tracker.runs import contents, scheduled, step, times, train, wait_for_write
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import model_tensors, worker
-from posthoc_cli.tracker.layout import LayoutReader
+from posthoc_cli.tracker import background
+from posthoc_cli.tracker import model as model_tensors
+from posthoc_cli.tracker.copying import ModelCopy
+from posthoc_cli.tracker.memory import LayoutReader
 from posthoc_cli.tracker.snapshotter import Snapshotter
-from posthoc_cli.tracker.staging import ModelCopy
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
 
@@ -265,9 +266,9 @@ def test_a_training_that_waits_gets_one_warning_with_the_times(
 ) -> None:
     """Jobs of 3 s come after every second of training."""
     now = [0.0]
-    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(worker, "PATIENCE", 10.0)
-    monitor = worker.BackpressureMonitor("an update", "update_every")
+    monkeypatch.setattr(background.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(background, "PATIENCE", 10.0)
+    monitor = background.BackpressureMonitor("an update", "update_every")
     said = r"^posthoc_cli: an update takes 3 s .* every 1 s: .* waited 10 s .*larger update_every"
 
     def passes(seconds: float) -> None:
@@ -286,7 +287,7 @@ ENDS = """
 import sys, threading, torch
 from concurrent.futures import thread
 from posthoc_cli import PostHocEMA
-from posthoc_cli.tracker.staging import ModelCopy
+from posthoc_cli.tracker.copying import ModelCopy
 real = ModelCopy.arrived
 def late(*arguments):
     while not thread._shutdown:  # the interpreter has begun to end

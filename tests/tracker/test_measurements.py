@@ -19,9 +19,7 @@ from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, NonFiniteError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.tracker import layout, measuring
-from posthoc_cli.tracker.sharding import THIS_PROCESS
-from posthoc_cli.tracker.synthesizer import Synthesizer
+from posthoc_cli.tracker import measuring, memory
 
 Tensors = dict[str, torch.Tensor]
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 5}
@@ -96,7 +94,7 @@ def test_a_tensor_of_many_slabs_is_measured_and_stored_as_one(
 ) -> None:
     """Tensors do not end where tiles and slabs end, nor tiles where slabs end."""
     for name, elements in {"TILE": 2**8, "DEVICE_TILE": 2**8, "SLAB": 2**11}.items():
-        monkeypatch.setattr(layout, name, elements)
+        monkeypatch.setattr(memory, name, elements)
     model = torch.nn.Linear(123, 457)
     model.empty = torch.nn.Parameter(torch.empty(0, 3))
     model.scalar = torch.nn.Parameter(torch.tensor(2.0))
@@ -188,7 +186,8 @@ def test_live_averages_are_measured_as_snapshots_are_but_without_rounding(tmp_pa
     with PostHocEMA.from_model(model, tmp_path, (0.05, 0.1, 0.28), **SETTINGS) as tracker:
         watched = Watched(tracker)
         watched.train(model, 1, 7)
-        live = [source.info for source in Synthesizer(tracker, THIS_PROCESS, None).sources() if source.info.t == 7]
+        tracker.flush()
+        live = [source.info for source in tracker._pipeline.live()]
         assert [info.sigma_rel for info in live] == [0.05, 0.1, 0.28]
         for info in live:
             watched.check(info)
@@ -201,7 +200,7 @@ def test_values_that_are_not_measured_are_stored_or_refused_as_others_are(
 ) -> None:
     """One element that float16 cannot hold, or whose average is infinite, is found in 20 or all that are measured."""
     monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", measured)
-    monkeypatch.setattr(layout, "TILE", 256)
+    monkeypatch.setattr(memory, "TILE", 256)
     model = torch.nn.Sequential(*(torch.nn.Linear(40, 25, bias=False) for _ in range(3)))
     model.norm = torch.nn.BatchNorm1d(7, affine=False)
     settings: dict = {"update_every": 1, "checkpoint_every": 4, "device": device}
@@ -230,7 +229,7 @@ def test_values_that_are_not_measured_are_stored_or_refused_as_others_are(
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_a_device_are_measured_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "DEVICE_TILE", 1_000)
+    monkeypatch.setattr(memory, "DEVICE_TILE", 1_000)
     model = torch.nn.Linear(123, 45).cuda()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         watched = Watched(tracker)

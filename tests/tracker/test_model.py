@@ -16,7 +16,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
 from posthoc_cli.snapshots import tensorfile
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import model_tensors
+from posthoc_cli.tracker import model as model_tensors
 
 
 class Network(torch.nn.Module):

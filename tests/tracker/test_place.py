@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -62,15 +64,26 @@ class Training:
         return self
 
 
-def finished(folder: Path, last: int = 200, saved: Sequence[int] = (), kind: str = "adam", **settings: Any) -> Any:
-    """Return a training up to step `last`, and its checkpoints of the steps in `saved`."""
+@cache
+def _finished(last: int, kind: str, settings: frozenset[tuple[str, Any]]) -> tuple[Training, Any, dict[str, bytes]]:
+    """Train once; return the training, its checkpoints of every tenth step, and the files in the directory."""
     training, checkpoints = Training(kind=kind), {}
-    with PostHocEMA.from_model(training.model, folder, **SETTINGS | settings) as ema:
-        for step in range(1, last + 1):
-            training.run(step, step, ema)
-            if step in saved:
-                checkpoints[step] = training.checkpoint()
-    return training, checkpoints
+    with TemporaryDirectory() as folder:
+        with PostHocEMA.from_model(training.model, folder, **SETTINGS | dict(settings)) as ema:
+            for step in range(1, last + 1):
+                training.run(step, step, ema)
+                if step % 10 == 0:
+                    checkpoints[step] = training.checkpoint()
+        return training, checkpoints, {path.name: path.read_bytes() for path in Path(folder).glob("*.safetensors")}
+
+
+def finished(folder: Path, last: int = 200, kind: str = "adam", **settings: Any) -> tuple[Training, Any]:
+    """Return a training up to step `last`, whose snapshots lie in a folder, and its checkpoints of every tenth step."""
+    training, checkpoints, contents = _finished(last, kind, frozenset(settings.items()))
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return copy.deepcopy(training), checkpoints
 
 
 def error(ema: PostHocEMA, path: Sequence[Mapping[str, torch.Tensor]]) -> float:
@@ -89,9 +102,9 @@ def resumed(model: torch.nn.Module, folder: Path, way: str = "from_model") -> Po
 # --- weights that the network had at a time of the run, and others
 
 
-@pytest.mark.parametrize("way", ["from_model", "from_path"])
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("last", [200, 75])
+@pytest.mark.parametrize(
+    ("way", "seed", "last"), [("from_model", 0, 200), ("from_path", 1, 200), ("from_model", 1, 75)]
+)
 def test_a_run_is_not_resumed_with_fresh_weights(tmp_path: Path, way: str, seed: int, last: int) -> None:
     """Nor with the weights that the run began with, nor if it has only one snapshot on the schedule."""
     finished(tmp_path, last)
@@ -125,7 +138,7 @@ def permuted(training: Training) -> None:
 
 @pytest.mark.parametrize("change", ["1 step", "5 steps", "50 steps", "permuted", "average", "between", "forked"])
 def test_a_model_that_has_gone_elsewhere_is_refused(tmp_path: Path, change: str) -> None:
-    training, checkpoints = finished(tmp_path, 200, saved=[130, 160])
+    training, checkpoints = finished(tmp_path, 200)
     if change in ("between", "forked"):
         training = Training().restored(checkpoints[130 if change == "between" else 160])
         training.run(900, 939 if change == "forked" else 899)
@@ -140,14 +153,14 @@ def test_a_model_that_has_gone_elsewhere_is_refused(tmp_path: Path, change: str)
         training.run(201, 201, ema)
 
 
-@pytest.mark.parametrize("way", ["from_model", "from_path"])
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize(
+    ("way", "late", "kind"), [("from_model", False, "adam"), ("from_path", True, "adam"), ("from_model", True, "sgd")]
+)
 def test_an_earlier_checkpoint_resumes_from_its_own_step(
     tmp_path: Path, way: str, late: bool, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The checkpoint may be loaded after the tracker was made."""
-    first, checkpoints = finished(tmp_path, 200, saved=[80], kind=kind)
+    first, checkpoints = finished(tmp_path, 200, kind=kind)
     again = Training(seed=3, kind=kind)
     if not late:
         again.restored(checkpoints[80])
@@ -166,7 +179,7 @@ def test_an_earlier_checkpoint_resumes_from_its_own_step(
 
 def test_the_last_checkpoint_that_was_loaded_decides(tmp_path: Path) -> None:
     """A script may build its tracker with one checkpoint, and load another one before it trains."""
-    first, checkpoints = finished(tmp_path, 200, saved=[80, 100])
+    first, checkpoints = finished(tmp_path, 200)
     again = Training(seed=3).restored(checkpoints[80])
     ema = resumed(again.model, tmp_path)
     assert ema.step == 80
@@ -186,7 +199,7 @@ def test_a_time_without_a_snapshot_of_each_profile_is_resumed_by_reconstruction(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is missing is reconstructed, and later predicted errors contain its error."""
-    first, checkpoints = finished(tmp_path, 400, saved=[400], checkpoint_every=20)
+    first, checkpoints = finished(tmp_path, 400, checkpoint_every=20)
     (gone,) = (s for s in read_directory(tmp_path) if (s.info.t, s.info.sigma_rel) == (400, 0.28))
     gone.path.unlink()
     again = Training(seed=3).restored(checkpoints[400])
@@ -227,7 +240,7 @@ def test_a_snapshot_on_request_is_a_place_to_resume_from(tmp_path: Path, every: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_checkpoint_in_half_precision_resumes_the_run(tmp_path: Path, dtype: torch.dtype) -> None:
-    _, checkpoints = finished(tmp_path, 200, saved=[160])
+    _, checkpoints = finished(tmp_path, 200)
     again = Training(seed=3).restored(checkpoints[160])
     for parameter in again.model.parameters():
         parameter.data.copy_(parameter.data.to(dtype))
@@ -252,7 +265,7 @@ def test_weights_that_do_not_move_resume_from_the_newest_snapshot(tmp_path: Path
 
 def test_a_requested_step_is_used_whatever_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Later predicted errors contain the distance of the model from the network of that step."""
-    _, checkpoints = finished(tmp_path, 200, saved=[120, 160])
+    _, checkpoints = finished(tmp_path, 200)
     for named, weights in ((160, None), (160, 120), (120, 120)):
         caplog.clear()
         training = Training(seed=1)
@@ -274,8 +287,9 @@ def test_a_requested_step_is_used_whatever_the_weights(tmp_path: Path, caplog: p
             assert 0.5 * expected < found < 1.5 * expected
 
 
-@pytest.mark.parametrize("order", ["state last", "state first", "in place"])
-@pytest.mark.parametrize("clock", ["steps", "images"])
+@pytest.mark.parametrize(
+    ("order", "clock"), [("state last", "images"), ("state first", "steps"), ("in place", "steps")]
+)
 def test_a_state_of_an_earlier_step_than_the_models_is_continued_with_a_warning(
     tmp_path: Path, order: str, clock: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,11 +8,11 @@ import pytest
 from checking import refused
 from groups import averages, check_group, run_group
 
-from posthoc_cli.tracker.sharding import check_torch
+from posthoc_cli.tracker.processes import check_torch
 
 TRAINED = """
 from posthoc_cli.errors import RankError
-from posthoc_cli.tracker import sharding
+from posthoc_cli.tracker import processes
 def same_in_all(model):
     for name, one in sorted(held(model).items()):
         first = one.clone()
@@ -79,7 +79,7 @@ ema.close()
 def test_a_process_that_does_not_make_the_call_or_fails_in_it_is_named(tmp_path: Path) -> None:
     averages(tmp_path, 8)
     code = """
-sharding.GRACE, sharding.WARNING, sharding.LIMIT = 0.1, 0.3, 2.0
+processes.GRACE, processes.WARNING, processes.LIMIT = 0.1, 0.3, 2.0
 model = spread(Net(), "ddp")
 ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
 go(ema, 1, 8)

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import forked
 import pytest
 import torch
-from factories import averages_in, exact_gamma, random_walk, write_run
+from factories import averages_in, exact_gamma
 from safetensors.torch import load_file, save_file
 from tracker.runs import contents, scheduled, times, train
 
@@ -214,21 +214,6 @@ def test_a_time_without_all_profiles_is_refused_where_the_missing_one_cannot_be_
         tracker.update_(model)
         assert tracker.step == 11
     assert len(list((tmp_path / "superseded").iterdir())) == 1
-
-
-def test_a_run_without_a_stored_selection_tracks_frozen_parameters_only_with_include(tmp_path: Path) -> None:
-    """Headers of an early release do not say whether frozen parameters were tracked."""
-    write_run(tmp_path, random_walk(4, {"weight": (2, 2), "bias": (2,)}), [2, 4])
-    model = torch.nn.Linear(2, 2)
-    model.bias.requires_grad_(False)
-    with PostHocEMA.from_path(tmp_path, model, step=4) as run:
-        with pytest.raises(ModelMismatchError, match=r"'bias': is tracked, but .*with include='\*'"):
-            run.update_(model)
-        widths = run.settings.sigma_rels
-    options = {"update_every": 1, "checkpoint_every": 2, "include": "*", "resume": 4}
-    with PostHocEMA.from_model(model, tmp_path, widths, **options) as run:
-        train(model, run, 5, 6)
-    assert {"weight", "bias"} == set(read_directory(tmp_path)[-1].info.tensors)
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])

@@ -43,7 +43,7 @@ with torch.no_grad():
 block.__exit__(None, None, None)
 assert model.training and equal(held(model), raw)
 assert torch.equal(model(x), before)
-from posthoc_cli.tracker.sharding import reshard
+from posthoc_cli.tracker.processes import reshard
 reshard(model)
 train(model, 9, 10, ema)
 with ema.model(model, 0.2):

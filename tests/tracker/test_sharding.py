@@ -74,7 +74,7 @@ def test_a_process_holds_its_share_and_no_complete_tensor_set(tmp_path: Path) ->
 import gc
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from posthoc_cli.tracker.sharding import held_part
+from posthoc_cli.tracker.processes import held_part
 def memory(key):
     gc.collect()
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -283,13 +283,13 @@ def test_no_process_writes_if_the_first_has_no_lock_since_it_has_nothing_to_writ
     code = """
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from posthoc_cli.tracker import sharding
+from posthoc_cli.tracker import processes
 model = torch.nn.Linear(3, 4)
 mesh = DeviceMesh("cpu", [1])
 for name, parameter in [*model.named_parameters()]:
     setattr(model, name, torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
 ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
-sharding.PATIENCE = 2.0
+processes.PATIENCE = 2.0
 refused(lambda: ema.update_(model))
 """
     outs = check_group(code, 2, tmp_path)
@@ -360,8 +360,8 @@ ema.close()
 @pytest.mark.parametrize("maker", [0, 1])
 def test_a_tracker_in_one_process_only_names_the_others(maker: int, tmp_path: Path) -> None:
     code = """
-from posthoc_cli.tracker import sharding
-sharding.PATIENCE = 0.5
+from posthoc_cli.tracker import processes
+processes.PATIENCE = 0.5
 model = spread(Net(), "fsdp")
 if rank == int(arguments[0]):
     refused(lambda: PostHocEMA.from_model(model, folder / "run"))

@@ -11,10 +11,10 @@ import torch
 from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.reconstruction import Sketch
 from posthoc_cli.snapshots.path import PathSketch, decode_path, encode_path
-from posthoc_cli.tracker import layout as layouts
 from posthoc_cli.tracker import measuring
-from posthoc_cli.tracker.layout import lay_out, tiles_of
+from posthoc_cli.tracker import memory as layouts
 from posthoc_cli.tracker.measuring import Subset
+from posthoc_cli.tracker.memory import lay_out, tiles_of
 
 
 def trained(tracker: PostHocEMA, model: torch.nn.Module, first: int, last: int) -> None:

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import layout
+from posthoc_cli.tracker import memory
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.layout import BucketTile, LayoutReader, lay_out, tiles_of
 from posthoc_cli.tracker.measuring import Sketcher, Subset
+from posthoc_cli.tracker.memory import BucketTile, LayoutReader, lay_out, tiles_of
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -104,7 +104,7 @@ def test_averages_keep_moving_after_a_million_updates(
 
 
 @pytest.mark.parametrize("sigma_rels", [(0.05,), (0.05, 0.28), (0.01, 0.1, 0.2886)])
-@pytest.mark.parametrize(("begin", "every"), [(0, 1), (2500, 1), (40_000, 10), (1_000_000, 64)])
+@pytest.mark.parametrize(("begin", "every"), [(0, 1), (40_000, 10), (1_000_000, 64)])
 def test_float32_averages_are_right_wherever_windows_end(
     tmp_path: Path, sigma_rels: tuple[float, ...], begin: int, every: int
 ) -> None:
@@ -239,7 +239,7 @@ def test_the_path_is_of_means_over_a_thousandth_of_training(
     weights = torch.zeros(1000, dtype=dtype)
     found = []
     for tile in (1000, 300):
-        monkeypatch.setattr(layout, "TILE", tile)
+        monkeypatch.setattr(memory, "TILE", tile)
         reader = LayoutReader.of_tensors(lay_out({"w": weights}), {"w": weights})
         running = Averages.none_yet(SIGMA_RELS)
         sketcher, exact = (Sketcher(Subset(reader.layout, {"w"})) for _ in range(2))
@@ -442,7 +442,7 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
     bad: float,
 ) -> None:  # fmt: skip
     """The bad value is in the last of many tiles, at first beside values so large that a trace of them would show."""
-    monkeypatch.setattr(layout, "TILE", 64)
+    monkeypatch.setattr(memory, "TILE", 64)
     model = torch.nn.ParameterDict({"weight": torch.zeros(1000, dtype=dtype)})
     model.register_buffer("count", torch.zeros(()))
     options = {"update_every": 1, "checkpoint_every": 1000, "device": device, "on_nonfinite": on_nonfinite}

@@ -21,23 +21,16 @@ from tracker.test_tearing import Equal, start, wrong_state
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
-from posthoc_cli.tracker import averages, layout, staging
-from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.worker import ThreadPool, Worker, end_threads
+from posthoc_cli.tracker import averages, memory
 
 
 @pytest.fixture
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "TILE", 256)  # a power of two
-
-
-@pytest.fixture
-def _two_threads() -> None:
-    torch.set_num_threads(2)  # conftest sets the number to 1 for each test
+    monkeypatch.setattr(memory, "TILE", 256)  # a power of two
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("size", [2, 3, 7])
+@pytest.mark.parametrize("size", [2, 7])
 def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"a": (37, 41), "b": (5003,), "c": (3,), "d": (64, 64), "e": ()}
@@ -59,55 +52,21 @@ def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) 
         assert_same_tensors(states[1][sigma_rel], average)
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_in_any_thread_is_raised_when_all_threads_have_stopped(failing: int) -> None:
-    pool, barrier, working = ThreadPool(2), threading.Barrier(2), []
-
-    def work(item: int, thread: int) -> None:
-        working.append(thread)
-        barrier.wait(60)
-        if thread == failing:
-            raise MemoryError("none left")
-        working.remove(thread)
-
-    with pytest.raises(MemoryError, match="none left"):
-        pool.each(work, range(2))
-    assert working == [failing]
-    pool.each(lambda *_: None, range(2))  # the pool can be used again
-    pool.close()
-
-
-@pytest.mark.usefixtures("_small_tiles", "_two_threads")
+@pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("device", [None, "cpu"])
-def test_threads_of_training_are_left_alone(
-    device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their number stays, also in threads that start during an update or later; copies do not use them."""
-    seen: dict[str, list[int]] = {"averages": [], "training": [], "later": []}
-    real, fill, copying = Averages.update_, staging._fill, set[int]()
-
-    def later() -> None:
-        thread = threading.Thread(target=lambda: seen["later"].append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-
-    def update_(*arguments: object) -> None:
-        seen["averages"].append(torch.get_num_threads())
-        later()
-        real(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Averages, "update_", update_)
-    monkeypatch.setattr(staging, "_fill", lambda *a: copying.add(torch.get_num_threads()) or fill(*a))
-    with PostHocEMA.from_model(
-        model := torch.nn.Linear(60, 60), tmp_path, update_every=1, checkpoint_every=100, device=device
-    ) as tracker:
-        for _ in range(3):
+def test_threads_of_training_are_left_alone(device: str | None, tmp_path: Path) -> None:
+    """Their number stays, also in threads that start during an update or later."""
+    torch.set_num_threads(2)  # conftest sets the number to 1 for each test
+    seen: list[int] = []
+    model = torch.nn.Linear(60, 60)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2, device=device) as tracker:
+        for _ in range(4):
             tracker.update_(model)
-            seen["training"].append(torch.get_num_threads())
-    later()
-    assert seen == {"averages": [1] * 3, "training": [2] * 3, "later": [2] * 4}
-    assert torch.get_num_threads() == 2
-    assert copying == ({1} if device == "cpu" else set())
+            thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+            seen.append(torch.get_num_threads())
+    assert {*seen, torch.get_num_threads()} == {2}
 
 
 def test_a_signal_amid_an_update_leaves_gradients_enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +85,9 @@ def test_a_signal_amid_an_update_leaves_gradients_enabled(tmp_path: Path, monkey
         assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
-@pytest.mark.parametrize("way", ["state", "load", "update", "close"])
+@pytest.mark.parametrize(
+    ("device", "way"), [("cpu", "state"), ("model", "state"), ("model", "load"), ("cpu", "update"), ("model", "close")]
+)
 def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
     tmp_path: Path, device: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,29 +157,11 @@ def test_reading_changes_no_later_bit(tmp_path: Path, begin: int) -> None:
     assert_same_tensors(*states)
 
 
-def test_the_end_of_the_process_waits_for_jobs_that_other_jobs_submit() -> None:
-    worker, began, done = Worker("late"), threading.Event(), threading.Event()
-
-    def first() -> None:
-        began.set()
-        while worker._queue.empty():  # until `end_threads` has asked the thread to end
-            pass
-        worker.submit(done.set)
-
-    worker.submit(first)
-    assert began.wait(60)
-    ending = threading.Thread(target=end_threads, daemon=True)
-    ending.start()
-    ending.join(60)
-    assert not ending.is_alive()
-    assert done.is_set()
-
-
 def test_the_end_of_the_process_waits_until_threads_have_freed_their_objects() -> None:
     """A thread that frees a tensor while the interpreter shuts down aborts the process: exit code 134."""
     code = """
         import time
-        from posthoc_cli.tracker.pipeline import Worker
+        from posthoc_cli.tracker.background import Worker
         class Large:
             def __del__(self):
                 time.sleep(1)

@@ -34,7 +34,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.snapshot import Selection
-from posthoc_cli.tracker.model_tensors import collect_tensors
+from posthoc_cli.tracker.model import collect_tensors
 
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from posthoc_cli.tracker import layout, staging
-from posthoc_cli.tracker.layout import HostTensors, LayoutReader, lay_out
-from posthoc_cli.tracker.staging import ModelCopier, ModelCopy
+from posthoc_cli.tracker import copying, memory
+from posthoc_cli.tracker.copying import ModelCopier, ModelCopy
+from posthoc_cli.tracker.memory import HostTensors, LayoutReader, lay_out
 
 
 class Event:
@@ -84,7 +84,7 @@ class SimulatedDevice:
         self.current = before
 
     def as_torch(self) -> Any:
-        """Return the replacement of torch in `staging`."""
+        """Return the replacement of torch in `copying`."""
         used_by = self.used_by
         cuda = SimpleNamespace(
             Stream=self.stream, Event=lambda **_: Event(self), current_stream=lambda _: self.current, stream=self.on,
@@ -127,9 +127,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
     if request.param >= 10:
         simulated.free = 0
         for name, elements in {"TILE": 2, "DEVICE_TILE": 2, "SLAB": 4}.items():
-            monkeypatch.setattr(layout, name, elements)
+            monkeypatch.setattr(memory, name, elements)
 
-    for module in (staging, layout):
+    for module in (copying, memory):
         monkeypatch.setattr(module, "torch", simulated.as_torch())
     return simulated
 
@@ -216,14 +216,14 @@ def test_slabs_of_pinned_memory_are_not_rounded_up(count: int, dtype: torch.dtyp
     sizes = [slab.nbytes for slab in host.slabs[0]]
     assert sum(sizes) == count * dtype.itemsize
     taken = sum(2 ** (size - 1).bit_length() for size in sizes)
-    assert taken <= (count + layout.TILE / 2) * dtype.itemsize
-    assert all(size <= layout.SLAB * dtype.itemsize for size in sizes)
+    assert taken <= (count + memory.TILE / 2) * dtype.itemsize
+    assert all(size <= memory.SLAB * dtype.itemsize for size in sizes)
     for device in ("cpu", "cuda"):
         assert set(host.edges[0]) <= {0, *replace(host.layout[0], device=torch.device(device)).edges()}
 
 
 def test_tiles_are_row_major_whatever_the_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "TILE", 7)
+    monkeypatch.setattr(memory, "TILE", 7)
     turned = torch.arange(5 * 6 * 2.0).reshape(6, 5, 2).transpose(0, 1)
     tensors = {
         "a": torch.arange(3.0),

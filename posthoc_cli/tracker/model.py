@@ -24,7 +24,7 @@ from posthoc_cli.snapshots.path import encode_sample, index_within, places
 from posthoc_cli.snapshots.snapshot import Selection, Snapshot, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, MAX_TENSORS, Box, Chunk, Entry, encode_header, lay_out
-from posthoc_cli.tracker.sharding import Members, is_fsdp, is_sharded, local_part, local_tensors, reshard
+from posthoc_cli.tracker.processes import Members, is_fsdp, is_sharded, local_part, local_tensors, reshard
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes for which torch has no arithmetic
 AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
@@ -57,7 +57,7 @@ class ModelTensors:
         aliases: further names of these tensors (tied parameters) -> the stored name.
         left_out: names in the model's state that are not tracked.
         frozen: names in `left_out` of parameters that require no gradient.
-        chunks: for each tensor of which this process holds only a part, see `sharding`, the part's position.
+        chunks: for each tensor of which this process holds only a part, see `processes`, the part's position.
         statistics: names of the averaged tensors that are running statistics.
     """
 

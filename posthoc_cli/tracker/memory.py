@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli.snapshots.sources import ElementRange
-from posthoc_cli.tracker.worker import SINGLE_THREAD, ThreadPool
+from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 
 HOST = torch.device("cpu")
 

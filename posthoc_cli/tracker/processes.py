@@ -34,7 +34,7 @@ from posthoc_cli.errors import (
     VanishedError,
 )
 from posthoc_cli.snapshots.tensorfile import Box, Chunk, row_major
-from posthoc_cli.tracker.layout import HOST
+from posthoc_cli.tracker.memory import HOST
 
 Result = TypeVar("Result")
 

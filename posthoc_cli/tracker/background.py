@@ -1,4 +1,4 @@
-"""Worker threads that run jobs in order, thread pools for large updates, and a warning when training has to wait.
+"""Worker threads that run jobs in order, a pool for large updates, accelerators' streams, and a warning of waiting.
 
 A signal handler runs in the main thread, between any two steps of its code, and may call the very function that it has
 interrupted. So no lock is held while Python code runs: a handler that waited for it would deadlock with the interrupted
@@ -15,12 +15,12 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from threadpoolctl import ThreadpoolController
@@ -350,3 +350,50 @@ class BackpressureMonitor:
             f"{self._what} takes {duration:.3g} s and is due every {interval:.3g} s: training has waited "
             f"{self._wait_total:.3g} s so far; a larger {self._option} makes it rarer"
         )
+
+
+# --- accelerators
+
+Streams = dict[torch.device, Any]
+DeviceEvents = tuple[tuple[torch.device, Any], ...]  # a CUDA event a device: it ends when the work queued before it has
+
+
+class DeviceStreams:
+    """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the last update's end."""
+
+    def __init__(self) -> None:
+        self.last_events: DeviceEvents = ()
+        self._own: Streams = {}
+
+    @staticmethod
+    def current(devices: Iterable[torch.device]) -> Streams:
+        """Return the streams that the calling thread uses on these devices."""
+        return {device: torch.cuda.current_stream(device) for device in {*devices} if device.type == "cuda"}
+
+    @staticmethod
+    def record_events(streams: Streams) -> DeviceEvents:
+        """Record events after the work that is queued in the streams so far."""
+        return tuple((device, stream.record_event()) for device, stream in streams.items())
+
+    @contextmanager
+    def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
+        """Work in the streams of another thread, which waits for the block; set `last_events` at its end."""
+        with ExitStack() as stack:
+            for stream in streams.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+            self.last_events = self.record_events(streams)
+
+    @contextmanager
+    def in_own_streams(self) -> Iterator[None]:
+        """Work in separate streams, after the last update, and wait for that work at the end of the block."""
+        cuda: Any = torch.cuda
+        with ExitStack() as stack:
+            for device, event in self.last_events:
+                if device not in self._own:
+                    self._own[device] = cuda.Stream(device)
+                self._own[device].wait_event(event)
+                stack.enter_context(cuda.stream(self._own[device]))
+            yield
+            for device, _ in self.last_events:
+                self._own[device].synchronize()

@@ -18,7 +18,7 @@ from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.snapshot import running_statistics, statistics_notice
 from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.tracker.model_tensors import (
+from posthoc_cli.tracker.model import (
     ON_META,
     ModelTensors,
     NamedTensor,
@@ -26,7 +26,7 @@ from posthoc_cli.tracker.model_tensors import (
     named_tensors,
     swapped,
 )
-from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fsdp, is_fully_sharded, is_sharded, reshard
+from posthoc_cli.tracker.processes import as_dtensor, held_part, is_fsdp, is_fully_sharded, is_sharded, reshard
 
 Entered = TypeVar("Entered")
 

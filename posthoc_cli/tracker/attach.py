@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.tracker.model_tensors import unwrapped
+from posthoc_cli.tracker.model import unwrapped
 from posthoc_cli.tracker.state import Settings
 
 _BY_HAND = "leave attach out, and call ema.update_(model) after each step that was taken"
