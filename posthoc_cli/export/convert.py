@@ -138,7 +138,7 @@ def export_file(
     total = sum(
         checkpoints[model].file_bytes
         if model in checkpoints
-        else sum(path.stat().st_size for path in model_files(model))
+        else sum(read_file(path).nbytes for path in model_files(model))
         for model in sources
     )
     with progress("exporting", total) as advance:
