@@ -304,6 +304,8 @@ class Problem:
             raise InvalidValueError("target", reason, "use the time of a snapshot")
         else:
             expected = self.expected_squares(columns, goals)
+        # Coefficients below the rounding of the sum become 0, so that their snapshots need not be read.
+        columns[np.abs(columns) < np.finfo(np.float64).eps * np.abs(columns).sum(axis=0)] = 0.0
         # || sum_i c_i p_i - p || / || p ||, from the parts outside and inside the span of polynomials.
         missed = norms + np.sum((factor @ columns - profiles) ** 2, axis=0)
         errors = np.sqrt(missed / (norms + np.sum(profiles**2, axis=0)))
@@ -316,8 +318,6 @@ class Problem:
         """Return the coefficients of least expected error; the coefficients of each target sum to 1."""
         others = self._problem.solve(goals.columns - self._factor[:, -1:])
         solution = np.vstack((others, 1 - others.sum(axis=0)))
-        # Coefficients below the rounding of the sum become 0, so that their snapshots need not be read.
-        solution[np.abs(solution) < np.finfo(np.float64).eps * np.abs(solution).sum(axis=0)] = 0.0
         for column, target in enumerate(goals.targets):
             row = self._place.get(target) if isinstance(target, PowerFunction) else None
             if row is not None and self._prior.rounding[row] <= _NO_ROUNDING * self._prior.norm[row]:

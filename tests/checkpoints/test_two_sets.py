@@ -316,7 +316,7 @@ def test_a_half_life_that_is_a_share_of_training_is_a_power_function(tmp_path: P
     path = train()
     average = path[0].copy()
     for step in range(1, STEPS + 1):
-        kept = 2 ** (-1 / (0.05 * (step - 1))) if step > 1 else 0.0
+        kept = 2 ** (-1 / (0.05 * step))
         average = kept * average + (1 - kept) * path[step - 1]
         if step in TIMES:
             torch.save({"model": named(path[step - 1]), "ema": named(average)}, folder / f"{step:07}.pt")
