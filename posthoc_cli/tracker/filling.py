@@ -30,9 +30,6 @@ from posthoc_cli.tracker.processes import as_dtensor, held_part, is_fsdp, is_ful
 
 Entered = TypeVar("Entered")
 
-_ALIGNED = 64
-"""Alignment of tensors in a file, in bytes."""
-
 
 class WithStatement(Generic[Entered]):
     """A context manager that can be entered more than once, and cannot be used as a decorator by mistake."""
