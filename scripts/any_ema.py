@@ -167,7 +167,7 @@ def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, 
                 held.take(torch.from_numpy(average.astype(np.float32)))
                 own[1](step) if own else in_format(library, copies(net), copies(held), decay, place, step)
         said: dict[str, Any] = {"steps_per_epoch": EPOCH} if library.startswith("timm") else {}
-        said |= {"ema_decay": decay, "update_every": 1} if library == "ema-pytorch" else {}
+        said |= {"ema_decay": decay, "update_every": 1, "update_after_step": 100} if library == "ema-pytorch" else {}
         said |= {"update_every": 1000} if library == "edm" else {}
         said |= {"prefix": "model."} if library == "lit-ema" else {}
         try:

@@ -6,6 +6,7 @@ updates.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from factories import exact_weights
 from safetensors.torch import load_file
 
-from posthoc_cli import Between, Decay, PostHocEMA, disk_sources, plan_synthesis, synthesize
+from posthoc_cli import Between, Decay, PostHocEMA, disk_sources, import_checkpoints, plan_synthesis, synthesize
 from posthoc_cli.profiles import Profile
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
@@ -312,3 +313,29 @@ def test_four_files_of_one_width_give_hardly_worse_than_published_averages_of_an
         folder = tmp_path / f"{periods}-{phase}"
         actual, theirs, _ = judged_files(folder, path, range(1000, STEPS + 1, 1000), (0.1,))
         assert np.all(actual < 1.27 * theirs + 3e-8)
+
+
+@pytest.mark.parametrize(("memory", "decay"), [(5, 0.99), (20, 0.998)])
+def test_checkpoints_show_that_weights_forget_between_them(tmp_path: Path, memory: int, decay: float) -> None:
+    """Weights wander about one place, as those of SGD at a constant rate; a walk explains their EMAs as well as noise
+    does, and predicts half of the error.
+    """
+    random, pull = np.random.default_rng(memory), 1 / memory
+    place = random.normal(size=SIZE) / SIZE**0.5
+    path = np.empty((STEPS, SIZE))
+    weights = average = place
+    for step in range(STEPS):
+        weights = weights + pull * (place - weights) + 0.01 / SIZE**0.5 * random.normal(size=SIZE)
+        average = decay * average + (1 - decay) * weights
+        path[step] = weights
+        if (step + 1) % 200 == 0:
+            content = {
+                key: {"w": torch.from_numpy(one)[None].clone()} for key, one in (("model", weights), ("ema", average))
+            }
+            torch.save(content | {"step": step + 1}, tmp_path / f"{step + 1}.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the decay may be undetermined
+        import_checkpoints(tmp_path, tmp_path / "run", ema_decay=decay)
+    found, predicted = made(tmp_path / "run", [*WIDTHS], "minvar")
+    actual = errors(found, true(path.astype(np.float32), 1))
+    assert np.all(np.abs(np.log(actual / predicted)) < np.log(2)), actual / predicted

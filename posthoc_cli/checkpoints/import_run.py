@@ -209,7 +209,7 @@ def _check_decay(found: Sequence[Checkpoint], given: ImportSettings) -> tuple[Im
         if audit.is_bad:
             raise InvalidValueError("ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed)
         if audit.verdict == "undetermined":
-            reason = "ema_decay is taken as given, and could not be checked: errors may be several times as predicted"
+            reason = "ema_decay is taken as given, and could not be checked: predicted errors hold if it is right"
             log.warning("%s: %s", reason, audit.text)
         given = _with_starts(given, audit)
     return given, [f"given: {audit.text}" for audit in audits]

@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from posthoc_cli.profiles import (
     LONGEST,
@@ -52,11 +53,14 @@ class Motion:
             first update.
         walk: variance of the increments per step, v: shape [segments]; per unit of `t` if the steps are unknown.
         noise: intensity of the noise, variance times step, w: shape [segments]; 0 with too few distances.
+        scatter: variance of a checkpoint about the path, from motion that is forgotten before the next one: shape
+            [segments]; None where no average of the weights between checkpoints shows it.
     """
 
     edges: FloatArray
     walk: FloatArray
     noise: FloatArray
+    scatter: FloatArray | None = None
 
     @classmethod
     def even(cls, t: float, variance: float = ASSUMED_STRETCH**2, steps: Steps | None = None) -> Motion:
@@ -79,6 +83,28 @@ class Motion:
         middle = (edges[:-1] + edges[1:]) / 2
         segment = np.clip(np.searchsorted(self.edges, middle, side="right") - 1, 0, self.walk.size - 1)
         return self.walk[segment], self.noise[segment]
+
+    def scatter_of(self, profiles: Sequence[StoredProfile]) -> FloatArray:
+        """Return the scatter of each profile, 0 for all but checkpoints: shape [profiles]."""
+        if self.scatter is None:
+            return np.zeros(len(profiles))
+        of_time = self.scatter[_segments(self.edges, [profile.t for profile in profiles])]
+        return np.where([isinstance(profile, Point) for profile in profiles], of_time, 0.0)
+
+    def with_forgotten(self, spacing: FloatArray) -> Motion:
+        """Return the motion with noise in place of the part of the walk that checkpoints show to be forgotten.
+
+        Means of the weights over successive intervals of L steps, the `spacing`, [segments], are squared 2/3 v L apart
+        for a walk and 2 w / L for noise: averages alone cannot tell v from w = v L^2 / 3. Of the squared distance
+        v L + 2 scatter of checkpoints the second part, a share q, is forgotten. If that decays exponentially,
+        within L / 20, L / 6 or L / 2 steps, q is 0.86, 0.62 or 0.34, and its spectrum at the slowest wave that fits
+        between two averages is 0.91, 0.48 or 0.09 of noise's: about q^2.
+        """
+        if self.scatter is None:
+            return self
+        walked = self.walk * spacing
+        share = np.divide(2 * self.scatter, walked + 2 * self.scatter, out=0 * walked, where=self.scatter > 0) ** 2
+        return replace(self, walk=(1 - share) * self.walk, noise=self.noise + share * walked * spacing / 3)
 
 
 @dataclass(frozen=True)
@@ -109,9 +135,9 @@ _DISTANCES_FOR_NOISE = 1.5
 to the two previous ones has nearly 2."""
 
 _FIRST, _UPDATES = (1.0, 0.1), 1000
-"""First walk and noise, each relative to what would explain the distances alone, and the number of updates of a fit.
-Of 120 averages of checkpoints, all were within 2 of the predicted error, with a first noise of 1 or 0.01 99 %, and with
-100 updates in place of 300 to 3,000 93 %."""
+"""First walk, and first noise or scatter, each relative to what would explain the distances alone, and the number of
+updates of a fit. Of 120 averages of checkpoints, all were within 2 of the predicted error, with a first noise of 1 or
+0.01 99 %, and with 100 updates in place of 300 to 3,000 93 %."""
 
 
 _UNSHOWN = 1e-20
@@ -124,6 +150,7 @@ def fit_motion(
     distances: Sequence[PairDistance],
     steps: Steps | None = None,
     may_have_noise: bool = True,
+    ordinary: Sequence[float] = (),
 ) -> Motion:
     """Return the motion that explains measured distances best.
 
@@ -143,32 +170,53 @@ def fit_motion(
             successive intervals differ more than a walk does.
         steps: of the run; None if unknown.
         may_have_noise: False where all distances carry the same information about an interval.
+        ordinary: times of ordinary averages beside which checkpoints stand. With any, checkpoints may scatter, in one
+            proportion to the walk from one such time to the next.
     """
     edges = _joined(np.unique([start, *(t for t in times if t > start)]))
     if edges.size == 1:
         edges = np.array([start / 2, start])
     segments = edges.size - 1
-    walks, noises, rounding = influences(edges, distances, steps)
+    walks, noises, scatters, rounding = influences(edges, distances, steps)
     # Averages that should be equal, and differ, are not what their files say: no motion explains them.
     explained = walks.any(axis=1) | (rounding > 0)
     kinds = [walks, noises] if may_have_noise and len(distances) >= _DISTANCES_FOR_NOISE * segments else [walks]
     influence, rounding = np.hstack(kinds)[explained], rounding[explained]
-    unknowns = np.zeros(2 * segments)
+    walk, noise = unknowns = np.zeros((2, segments))
+    scatter = None
     if influence.any():
         total = influence.sum(axis=0)
         # The same walk everywhere, as large as the distances are in the mean, and far less noise.
         parts = zip(_FIRST, np.hsplit(influence, len(kinds)), strict=False)
         levels = [share / max(part.sum(axis=1).mean(), 1e-300) for share, part in parts]
-        x = np.repeat(levels, segments)
+        x, scattered, share = np.repeat(levels, segments), np.zeros_like(influence), 0.0
+        if len(ordinary):
+            scattered[:, :segments], share = (scatters * _spacing(edges, ordinary, steps))[explained], _FIRST[1]
         for _ in range(_UPDATES):
-            model = np.maximum(influence @ x + rounding, 1e-12)
-            x *= np.sqrt(np.divide(model**-2 @ influence, total, out=np.ones_like(total), where=total > 0))
+            each, both = scattered @ x, influence + share * scattered
+            weights = np.maximum(both @ x + rounding, 1e-12) ** -2
+            total = both.sum(axis=0)
+            x *= np.sqrt(np.divide(weights @ both, total, out=np.ones_like(total), where=total > 0))
+            if share:
+                share *= np.sqrt(weights @ each / each.sum())
         # A segment that no distance shows, as that before the first update, moves as its neighbours do.
-        fitted = zip(np.split(unknowns, 2), np.split(x, len(kinds)), np.split(total, len(kinds)), strict=False)
+        fitted = zip(unknowns, np.split(x, len(kinds)), np.split(total, len(kinds)), strict=False)
         for kind, values, size in fitted:
             shown = np.flatnonzero(size > _UNSHOWN * size.max())
             kind[:] = np.interp(np.arange(segments), shown, values[shown])
-    return Motion(edges, unknowns[:segments], unknowns[segments:])
+        scatter = share * walk * _spacing(edges, ordinary, steps) if len(ordinary) else None
+    return Motion(edges, walk, noise, scatter)
+
+
+def _segments(edges: FloatArray, times: npt.ArrayLike) -> npt.NDArray[np.intp]:
+    """Return the segment of each time; a time at an edge belongs to the segment that ends there."""
+    return np.clip(np.searchsorted(edges, times) - 1, 0, edges.size - 2)
+
+
+def _spacing(edges: FloatArray, times: Sequence[float], steps: Steps | None) -> FloatArray:
+    """Return the steps from one of the times to the next on each segment: shape [segments]."""
+    count = np.bincount(_segments(edges, np.unique(times)), minlength=edges.size - 1)
+    return np.asarray(np.diff(edges if steps is None else steps.clock.step_at(edges)) / np.maximum(count, 1))
 
 
 def _joined(edges: FloatArray) -> FloatArray:
@@ -179,11 +227,11 @@ def _joined(edges: FloatArray) -> FloatArray:
 
 def influences(
     edges: FloatArray, distances: Sequence[PairDistance], steps: Steps | None
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Return the contributions to each measured distance, relative to it.
 
-    These are a walk and a noise of intensity 1 on each segment between `edges` alone, [distances, segments] each, and
-    rounding, [distances].
+    These are a walk, a noise and a scatter of intensity 1 on each segment between `edges` alone, [distances, segments]
+    each, and rounding, [distances].
     """
     place: dict[StoredProfile, int] = {}
     pairs = [[place.setdefault(p, len(place)) for p in (each.later, each.earlier)] for each in distances]
@@ -191,18 +239,22 @@ def influences(
     first = np.searchsorted(nodes.edges, edges[:-1])
     segment = np.searchsorted(first, nodes.interval, side="right") - 1
     squared, rounding = np.array([(each.squared, each.rounding) for each in distances]).T
-    walk, noise = np.zeros((2, len(distances), edges.size - 1))
+    walk, noise, scatter = np.zeros((3, len(distances), edges.size - 1))
     for kind, values in ((walk, nodes.tails(list(place))), (noise, nodes.masses(list(place)))):
         for row, (later, earlier) in enumerate(pairs):
             squares = (values[:, later] - values[:, earlier]) ** 2
             kind[row] = np.bincount(segment, nodes.weight * squares, edges.size - 1) / squared[row]
-    return walk, noise, np.minimum(rounding / squared, 1.0)
+    for row, each in enumerate(distances):
+        points = [profile.t for profile in (each.later, each.earlier) if isinstance(profile, Point)]
+        np.add.at(scatter[row], _segments(edges, points), 1 / each.squared)
+    return walk, noise, scatter, np.minimum(rounding / squared, 1.0)
 
 
 def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:
     """Return the distances that are expected with this motion, relative to the measured ones: shape [distances]."""
-    walks, noises, rounding = influences(motion.edges, distances, steps)
-    return np.asarray(walks @ motion.walk + noises @ motion.noise + rounding)
+    walks, noises, scatters, rounding = influences(motion.edges, distances, steps)
+    expected = walks @ motion.walk + noises @ motion.noise + rounding
+    return np.asarray(expected if motion.scatter is None else expected + scatters @ motion.scatter)
 
 
 # --- the sketch ------------------------------------------------------------------------------------
@@ -546,17 +598,22 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
         times = [profile.t for profile in profiles]
         # Other libraries' averages of one time take the mean of the same weights in late intervals: with noise in place
         # of a walk, combinations were up to 28 times as far off.
-        may_have_noise = not any(isinstance(profile, Discrete) for profile in profiles)
+        discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
+        may_have_noise = not discrete
         start = min(average.start for average in averages)
-        motion = fit_motion(start, times, distances, steps, may_have_noise)
+        beside = [] if may_have_noise or not any(isinstance(p, Point) for p in profiles) else discrete
+        motion = fit_motion(start, times, distances, steps, may_have_noise, beside)
     else:
         motion = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
+    doubt = _doubt(motion, distances, steps) if distances else 0.0
+    if motion.scatter is not None:
+        motion = motion.with_forgotten(_spacing(motion.edges, discrete, steps))
     # Weights that are all 0 have distances, but all of these are 0.
     still = not norm.any() and any(measurements.distances for measurements in measured)
     return Prior(
         motion, np.array([measurements.rounding for measurements in measured]), arithmetic, norm,
         MEASURED if distances or still or sketch is not None else ASSUMED, steps,
-        _doubt(motion, distances, steps) if distances else 0.0, sketch, _shared(averages, inherited, sketch),
+        doubt, sketch, _shared(averages, inherited, sketch),
     )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def test_the_influence_of_each_segment_is_its_integral() -> None:
         (PowerFunction.from_sigma_rel(s, t), PowerFunction.from_sigma_rel(u, v))
         for s, t, u, v in ((0.05, 90, 0.28, 90), (0.1, 90, 0.1, 50), (0.28, 90, 0.05, 20), (0.07, 50, 0.2, 35))
     ]
-    walks, noises, _ = influences(edges, [PairDistance(p, q, 1.0, 0.0) for p, q in pairs], None)
+    walks, noises, _, _ = influences(edges, [PairDistance(p, q, 1.0, 0.0) for p, q in pairs], None)
     for segment, only in enumerate(np.eye(3)):
         for influence, motion in ((walks, motion_on(edges, only)), (noises, motion_on(edges, 0.0, only))):
             expected = [distance(p, q, motion).squared for p, q in pairs]
