@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -269,18 +269,17 @@ def _size(unit: _Unit) -> int:
 def _read(path: Path, unit: Path, progress: Callable[[int], object]) -> FileReport | None:
     """Read every byte of a file and return the report; None if the file was deleted meanwhile."""
     report, file, read = FileReport(path, unit), None, 0
-    damaged, nonfinite = dict[str, FileFormatError](), dict[str, None]()
+
+    def advance(nbytes: int) -> None:
+        nonlocal read
+        read += nbytes
+        progress(nbytes)
+
     try:
         file = read_file(path)
-        with file, closing(file.checked()) as results:
-            report, averages = _described(report, file)
-            read = file.nbytes - sum(report.names.values())
-            progress(read)
-            for checked in results:
-                damaged |= checked.damaged
-                nonfinite |= dict.fromkeys(checked.nonfinite)
-                read += checked.nbytes
-                progress(checked.nbytes)
+        report, averages = _described(report, file)
+        advance(file.nbytes - sum(report.names.values()))
+        damaged, nonfinite = file.examine(advance)
     except FileFormatError as error:
         if isinstance(error, VanishedError) and files.is_absent(path):
             return None  # a training has deleted it

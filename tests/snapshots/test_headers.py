@@ -231,7 +231,7 @@ MALFORMED: dict[str, dict[str, Sequence[str]]] = {  # a key of each annotated ty
         **dict.fromkeys(("gamma", "t"), NUMBERS), "step": WHOLE, "left_out": LISTS,
         **dict.fromkeys(("schedule", "tensors", "aliases"), OBJECTS),
         "t_unit": ['""', '"\\u001b[31m"', '"a\\nb"', "1"], "off_schedule": ['"yes"', "1"],
-        "sums": ["{}", "[]", '{"a":1,"b":1}', f'{{"a":"{"0" * 32}","b":"{"0" * 16}"}}'],
+        "sums": ["{}", "[]", "1", '""', f'"{"0" * 15}"', f'"{"0" * 48}"'],
     },
     "output": {
         "predicted_error": ['"x"', "[]", "true", "-1"],
@@ -240,7 +240,7 @@ MALFORMED: dict[str, dict[str, Sequence[str]]] = {  # a key of each annotated ty
 }  # fmt: skip
 
 
-ROLES = '{"a":{"role":"%s","dtype":"%s"},"b":{"role":"copy","dtype":"%s"}}'
+ROLES = '{"%s %s":["a"],"copy %s":["b"]}'
 SNAPSHOT = {
     "format": [("2", "its format is 2"), ('"3"', "its format is")],
     "run_id": [('"short"', ""), (f'"{"g" * 32}"', "")],
@@ -260,7 +260,7 @@ SNAPSHOT = {
     ],
     "sigma_rels": [("[]", "must be a list of numbers"), ("[true]", "must be a list of finite numbers")],
     "clock": [("[4,10]", "must be a list of 2"), (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000")],
-    "sums": [(f'{{"a":"{"0" * 16}","b":"{"0" * 16}"}}', "tensor 'a' is damaged")],
+    "sums": [(f'"{"0" * 32}"', "is damaged: its checksum")],
     "kind": [('"output"', "profile: is missing"), ('"elsewhere"', "its kind is")],
 }  # fmt: skip
 OUTPUT = {"t": [("1e300", "a time of training, not 1e+300")], "predicted_error": [("-1e-9", "not -1e-09")]}
