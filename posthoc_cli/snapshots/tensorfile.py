@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -653,48 +653,47 @@ def _decode_entries(file: OpenedFile, raw: dict[str, Any], start: int) -> dict[s
     found: list[tuple[int, int, str, Entry]] = []
     for name, value in raw.items():
         try:
-            dtype, shape, begin, end = _checked_entry(value)
+            begin, end, entry = _decode_entry(value, start)
         except ValueError as error:
             raise FileFormatError(file.path, f"tensor {shown(name)}: {error}") from None
-        found.append((begin, end, name, Entry(dtype, tuple(shape), start + begin)))
+        found.append((begin, end, name, entry))
+    found.sort()
     position = 0
-    for begin, end, name, _ in sorted(found):
+    for begin, end, name, _ in found:
         if begin != position:
             raise FileFormatError(file.path, f"tensor {shown(name)}: begins at {begin:,} where {position:,} was due")
         position = end
     if start + position != file.size:
         state = "truncated" if file.size < start + position else "too long"
         raise FileFormatError(file.path, f"{state}: has {file.size:,} bytes, its header says {start + position:,}")
-    return {name: entry for _, _, name, entry in sorted(found)}
+    return {name: entry for _, _, name, entry in found}
 
 
-def _checked_entry(value: Any) -> tuple[str, list[int], int, int]:
-    """Return the dtype, shape, begin and end of a header's entry; raise ValueError if it is invalid."""
+def _decode_entry(value: Any, start: int) -> tuple[int, int, Entry]:
+    """Return the begin and end of a tensor in the payload, and its entry; raise ValueError if it is invalid."""
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        is_entry = len(value) == 3 and isinstance(shape, list) and len(shape) <= 64 and is_sizes([*shape, begin, end])
+        sizes = (begin, end, *shape)
+        is_entry = len(value) == 3 and {*map(type, sizes)} == {int} and type(shape) is list and min(sizes) >= 0
+        # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
+        is_entry = is_entry and len(shape) <= 64 and math.prod(filter(None, shape)) < 2**60
     except (TypeError, KeyError, ValueError):
         is_entry = False
-    # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
-    if not is_entry or math.prod(size or 1 for size in shape) >= 2**60:
+    if not is_entry:
         raise ValueError("its header entry is malformed")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(f"dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}")
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"{end - begin:,} bytes do not make {dtype} of shape {shape}")
-    return dtype, shape, begin, end
+    return begin, end, Entry(dtype, tuple(shape), start + begin)
 
 
 def _decode_sums(path: Path, sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
     """Return the checksums of each tensor's blocks."""
-    total = 16 * sum(entry.blocks for entry in entries.values())
-    if not isinstance(sums, str) or len(sums) != total:
+    ends = [*accumulate((16 * entry.blocks for entry in entries.values()), initial=0)]
+    if not isinstance(sums, str) or len(sums) != ends[-1]:
         raise FileFormatError(path, "ema: sums must have a checksum for each block of each tensor")
-    found, at = {}, 0
-    for name, entry in entries.items():
-        found[name] = sums[at : at + 16 * entry.blocks]
-        at += 16 * entry.blocks
-    return found
+    return {name: sums[begin:end] for name, (begin, end) in zip(entries, pairwise(ends), strict=True)}
 
 
 def is_sizes(value: Any) -> bool:
