@@ -316,7 +316,7 @@ def all_open(sources: Sequence[Source]) -> Iterator[None]:
             from posthoc_cli.remote.ranges import reading_ahead
 
             ahead = stack.enter_context(reading_ahead(len(remote), THREADS))
-            for file in (file for source in remote for file in source.files):
+            for file in (file for source in remote if ahead for file in source.files):
                 file.read_ahead(ahead)
         yield
 

@@ -506,14 +506,16 @@ class TensorFile:
     def examine(self, progress: Callable[[int], object]) -> tuple[dict[str, FileFormatError], list[str]]:
         """Read every byte, on several threads; return the damaged tensors, and those that hold nan or infinity."""
         damaged, nonfinite = dict[str, FileFormatError](), dict[str, None]()
-        # Closed before the pool, after an error or an interrupt, too, which cancels the pieces that nobody reads yet.
-        with self, ThreadPoolExecutor(THREADS, "ema-verify") as pool:
-            with closing(pool.map(self._examine_piece, _pieces(self.entries))) as results:  # type: ignore[type-var]
-                for nbytes, errors, bad in results:
-                    damaged |= errors
-                    nonfinite |= dict.fromkeys(bad)
-                    progress(nbytes)
+        with self, ThreadPoolExecutor(THREADS, "ema-verify") as pool, closing(self._examined(pool)) as results:
+            for nbytes, errors, bad in results:
+                damaged |= errors
+                nonfinite |= dict.fromkeys(bad)
+                progress(nbytes)
         return damaged, [*nonfinite]
+
+    def _examined(self, pool: ThreadPoolExecutor) -> Any:
+        """Return the generator of the results of all pieces; closing it cancels those that were not begun."""
+        return pool.map(self._examine_piece, _pieces(self.entries))
 
     def _examine_piece(self, spans: Sequence[_Span]) -> tuple[int, dict[str, FileFormatError], list[str]]:
         """Read consecutive spans; return their size, and what `examine` returns."""
@@ -843,7 +845,7 @@ class TensorFileWriter:
         """Fill in the header, make the file durable and give it its name; return the file."""
         checksum = _checksum(bytes(self._header))
         self._header[_DIGITS] = checksum.encode()
-        self._file.write_at(self._header, 0)
+        self._file.write_at(memoryview(self._header), 0)
         status = os.fstat(self._file.descriptor)
         self._file.publish()
         sums = {
