@@ -377,11 +377,16 @@ def ungrouped(lists: Mapping[str, Sequence[str]]) -> dict[str, TrackedTensor]:
     """Return the tensors of these lists of names by role and dtype; raise ValueError if they are invalid."""
     tensors = dict[str, TrackedTensor]()
     for words, names in lists.items():
-        role, _, dtype = words.partition(" ")
-        tensors |= dict.fromkeys(names, converted({"role": role, "dtype": dtype}, TrackedTensor))
+        tensors |= dict.fromkeys(names, _tracked(words))
     if len(tensors) < sum(map(len, lists.values())):
         raise ValueError("a name is there twice")
     return tensors
+
+
+@lru_cache
+def _tracked(words: str) -> TrackedTensor:
+    role, _, dtype = words.partition(" ")
+    return cast(TrackedTensor, converted({"role": role, "dtype": dtype}, TrackedTensor))
 
 
 def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:

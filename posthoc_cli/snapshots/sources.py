@@ -315,9 +315,9 @@ def all_open(sources: Sequence[Source]) -> Iterator[None]:
         if remote:
             from posthoc_cli.remote.ranges import reading_ahead
 
-            ahead = stack.enter_context(reading_ahead(len(remote), THREADS))
-            for file in (file for source in remote if ahead for file in source.files):
-                file.read_ahead(ahead)
+            if ahead := stack.enter_context(reading_ahead(len(remote), THREADS)):
+                for file in (file for source in remote for file in source.files):
+                    file.read_ahead(ahead)
         yield
 
 

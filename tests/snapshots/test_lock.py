@@ -21,7 +21,7 @@ from snapshots.recorded import failing
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, LockedError, WriteError
-from posthoc_cli.snapshots.directory import HOLDER_NAME, LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
 
 HOLDER = """
 import os, sys
@@ -88,7 +88,7 @@ os.waitpid(child, 0)
 try:
     DirectoryLock(Path(sys.argv[1]))
 except LockedError as error:
-    print(str(os.getpid()) in (Path(sys.argv[1]) / ".ema.lock.holder").read_text() or error)
+    print(str(os.getpid()) in (Path(sys.argv[1]) / ".ema.lock").read_text() or error)
 """
     assert forked.check(HOLDER + child, tmp_path).out == "held\nTrue\n"
     DirectoryLock(tmp_path).release()
@@ -112,7 +112,7 @@ def note(**changes: object) -> str:
 )
 @pytest.mark.usefixtures("held")
 def test_the_holder_is_named_escaped_or_as_another_process(tmp_path: Path, text: bytes, holder: str) -> None:
-    (tmp_path / HOLDER_NAME).write_bytes(text)
+    (tmp_path / LOCK_NAME).write_bytes(text)
     refused(tmp_path, f"^{re.escape(str(tmp_path))}: {holder} is writing here")
 
 
@@ -121,7 +121,7 @@ def warned(directory: Path, caplog: pytest.LogCaptureFixture) -> str:
     with PostHocEMA.from_model(model, directory, update_every=1, checkpoint_every=1) as tracker:
         tracker.update_(model)
     (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
-    assert not (directory / HOLDER_NAME).exists()
+    assert (directory / LOCK_NAME).read_bytes() == b""
     return record.getMessage()
 
 
@@ -136,8 +136,7 @@ def test_a_note_without_a_lock_is_taken_over_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, object], message: str
 ) -> None:
     """The note is from before a reboot or, if locks are local to one host, from another host that may be running."""
-    (tmp_path / LOCK_NAME).touch()
-    (tmp_path / HOLDER_NAME).write_text(note(**changes))
+    (tmp_path / LOCK_NAME).write_text(note(**changes))
     assert re.search(f"{message}$", warned(tmp_path, caplog))
 
 
