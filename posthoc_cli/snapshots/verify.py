@@ -166,8 +166,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     reports: list[FileReport] = []
     snapshots: list[Snapshot] = []
     incomplete: dict[Path, str] = {}
-    sizes = [file.stat().st_size for unit in units for file in unit.files if os.path.isfile(file)]  # noqa: PTH113
-    with progress("verifying", sum(sizes)) as advance:
+    with progress("verifying", sum(_size(file) for unit in units for file in unit.files)) as advance:
         for unit in units:
             results = {file: _read(file, unit.path, advance) for file in unit.files}
             existing = [report for report in results.values() if report is not None]
@@ -273,6 +272,12 @@ def _readable(folder: Path) -> tuple[Directory, list[str]]:
         return list_folder(folder), []
     except DirectoryError:
         return Directory(folder), [f"{folder.name}/ cannot be read"]
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _has_index(folder: Path) -> bool:
