@@ -159,7 +159,7 @@ class RemotePath(PosixPath):
             try:
                 self._known = head(str(self))
             except OSError as error:
-                # Where listing is not permitted, a missing object is "denied". A web server has no folders.
+                # Where listing is not permitted, a missing object is "denied".
                 is_denied = isinstance(error, RemoteError)
                 if str(self).startswith("http") or (is_denied and error.errno != errno.EACCES):
                     raise
@@ -181,9 +181,9 @@ class RemotePath(PosixPath):
             return False
 
     def is_dir(self, **_: Any) -> bool:
-        """Return whether objects lie below the path."""
+        """Return whether objects lie below the path; a web server has no folders."""
         try:
-            return self._ask() is None
+            return not str(self).startswith("http") and self._ask() is None
         except FileNotFoundError:
             return False
 

@@ -326,9 +326,11 @@ def _described(report: FileReport, file: TensorFile) -> FileReport:
     names = {name: entry.nbytes for name, entry in file.entries.items()}
     if file.kind is None:
         return replace(report, what="foreign", kind=None, state=UNCHECKED, names=names)
-    if file.kind not in ("snapshot", "output") or file.content.get("format") != FORMAT:
-        known = f"this release reads snapshots and outputs of format {FORMAT}"
-        detail = f"its kind is {shown(file.kind)} and its format {shown(file.content.get('format'))}; {known}"
+    if file.kind not in ("snapshot", "output"):
+        detail = f"its kind is {shown(file.kind)}, which this release does not know"
+        return replace(report, state=UNSUPPORTED, detail=detail, names=names)
+    if (form := file.content.get("format")) != FORMAT:
+        detail = f"its format is {shown(form)}; this release reads {FORMAT}"
         return replace(report, state=UNSUPPORTED, detail=detail, names=names)
     if file.kind == "output":
         output = decode_output(file)

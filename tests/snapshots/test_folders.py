@@ -40,7 +40,6 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.tensorfile import BLOCK, Box
 from posthoc_cli.snapshots.verify import verify
-from posthoc_cli.synthesis.engine import Options, synthesize
 
 GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}
 
@@ -166,21 +165,6 @@ def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None
     assert room.tobytes() == values["w"].numpy().tobytes()
 
 
-def test_tiles_of_large_tensors_are_the_same_bits(tmp_path: Path) -> None:
-    folders = [tmp_path / "one", tmp_path / "other"]
-    for t in (10, 20):
-        for sigma_rel in (0.05, 0.28):
-            value = torch.randn(1203, 2000, generator=torch.Generator().manual_seed(int(100 * t * sigma_rel)))
-            for folder in folders:
-                path = write_snapshot(
-                    folder, t, sigma_rel, RUN_ID, {"w": value, "b": value[0]}, sigma_rels=(0.05, 0.28)
-                )
-            split_snapshot(path, 3, {"w": (1, 3)})
-    one, other = (dict(synthesize(Run(folder).plan(0.15), Options(workers=2))) for folder in folders)
-    for name, (tensor,) in one.items():
-        assert torch.equal(tensor, other[name][0]), name
-
-
 def test_measurements_are_added(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(4)})
     folder = split_snapshot(path, 2)
@@ -287,21 +271,6 @@ def test_parts_of_a_shorter_attempt_do_not_hide_a_complete_snapshot(run: Path, u
     shutil.copy(parts_of(old)[1], folder)
     with pytest.raises(MismatchError, match="are parts of two complete snapshots"):
         read_directory(run)
-
-
-def test_folders_and_parts_in_other_places_are_ignored(run: Path) -> None:
-    *_, folder = split_all(run)
-    count = len(read_directory(run))
-    shutil.copytree(folder, run / "my copy")
-    shutil.copytree(folder, run / "superseded" / folder.name)
-    shutil.copy(parts_of(folder)[0], run)
-    (run / "0000000000000070-0.1").write_text("a file")
-    found = inspect_directory(run)
-    assert (len(found.snapshots), found.problems, found.superseded) == (count, (), 1)
-    assert any("is a part of a snapshot, outside the folder" in note for note in found.notes)
-    checked = verify(run)
-    assert checked.is_fine
-    assert checked.superseded == 1
 
 
 # --- moved as one
