@@ -507,7 +507,7 @@ class DirectoryLock:
             what = "%s: %s has not released it, and holds no lock that can be seen here; taken over: make sure that it"
             log.warning(f"{what} is not running any more", directory, name)
         os.ftruncate(descriptor, 0)
-        files.write_at(descriptor, json.dumps({"host": own[1], "process": own[0]}).encode(), 0)
+        os.pwrite(descriptor, json.dumps({"host": own[1], "process": own[0]}).encode(), 0)
 
     def __enter__(self) -> DirectoryLock:
         return self
