@@ -284,11 +284,12 @@ def joined(folder: Path, parts: Sequence[Snapshot]) -> Snapshot | str:
             raise FileFormatError(part.path, reason, "move it to the directory")
         sets[part.part[1], part.session].append(part)
     for before, part in (pair for of_set in sets.values() for pair in pairwise(of_set)):
+        differing = [key for key, value in vars(before).items() if key not in _OWN and getattr(part, key) != value]
+        reason = f"are not of one snapshot: they differ in {differing[0]}" if differing else ""
         if before.part == part.part:
-            raise _apart(before, part, "are both part {} of {}".format(*(part.part or (0, 0))), "remove one")
-        for key, value in vars(before).items():
-            if key not in _OWN and getattr(part, key) != value:
-                raise _apart(before, part, f"are not of one snapshot: they differ in {key}")
+            reason = "are both part {} of {}; remove one".format(*(part.part or (0, 0)))
+        if reason:
+            raise _apart(before, part, reason)
     # A snapshot off the schedule may be in the course of being replaced, part by part, by the same one on it.
     complete = [
         of_set

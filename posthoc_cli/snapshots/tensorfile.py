@@ -403,14 +403,24 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         with self._shared.lock:
             if not self._shared.users:
-                self._shared.file = OpenedFile(self.path)
-                # The header identifies a file whose blocks are verified, also if it was copied over itself.
-                is_same = self.sums and self._shared.file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
-                if not is_same and self._shared.file.stamp != self.stamp:
-                    self._shared.file.close()
-                    raise FileFormatError(self.path, "was replaced while it was being used", "run again")
+                file = OpenedFile(self.path)
+                try:
+                    self._check_same(file)
+                except BaseException:
+                    file.close()
+                    raise
+                self._shared.file = file
             self._shared.users += 1
         return self
+
+    def _check_same(self, file: OpenedFile) -> None:
+        """Raise FileFormatError unless the opened file is the one whose header was read.
+
+        The header identifies a file whose blocks are verified, also if it was copied over itself.
+        """
+        is_same = self.sums and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
+        if not is_same and file.stamp != self.stamp:
+            raise FileFormatError(self.path, "was replaced while it was being used", "run again")
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Close the file; raise FileFormatError if it has no checksums and was changed meanwhile."""

@@ -18,7 +18,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[Path, float, int], Tally], float]] = {
     "readers during thinning and pruning": (partial(apart, "readers", 1_000), 0.015),
     "every flipped bit": (damage.flip_bits, 0.02),
     "every truncation": (damage.truncate, 0.1),
-    "checkpoints of other programs, damaged at random": (hostile.damage_checkpoints, 0.01),
+    "checkpoints of other programs, damaged at random": (hostile.damage_checkpoints, 0.005),
     "pipes, devices, links and pickles in place of files": (hostile.replace_files, 0.03),
 }
 """By name: a function of an empty folder, the share of all cases to try (0 to 1, at least one of each kind) and a seed;
