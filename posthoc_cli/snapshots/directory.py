@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -482,16 +483,14 @@ class DirectoryLock:
 
     def _take(self, directory: Path, descriptor: int) -> None:
         """Lock the file and write the holder's name into it."""
-        text = os.pread(descriptor, 1_000, 0)
-        holder = _holder(text)
-        process, host = holder or (0, "")
-        name = f"process {process} on {printable(host[:80])}" if holder else "another process"
-        own = os.getpid(), socket.gethostname()
-        is_locked = True
+        own, is_locked = (os.getpid(), socket.gethostname()), True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            name = f"another tracker of this process ({process})" if holder == own else name
+            if _holder(os.pread(descriptor, 1_000, 0)) is None:
+                time.sleep(0.05)  # it may just be writing its name
+            holder = _holder(os.pread(descriptor, 1_000, 0))
+            name = f"another tracker of this process ({own[0]})" if holder == own else _named(holder)
             reason = f"{name} is writing here"
             raise LockedError(directory, reason, "close that tracker, or take another directory") from None
         except OSError as error:
@@ -500,13 +499,15 @@ class DirectoryLock:
             is_locked = False
             why = (error.strerror or str(error)).lower()
             log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
+        text = os.pread(descriptor, 1_000, 0)
+        holder = _holder(text)
         if text and holder is None:
             raise WriteError(directory / LOCK_NAME, "is not a lock: it has content", "move it away")
-        if holder and is_locked and host == own[1]:
-            log.warning("%s: %s died without releasing it; taken over", directory, name)
+        if holder and is_locked and holder[1] == own[1]:
+            log.warning("%s: %s died without releasing it; taken over", directory, _named(holder))
         elif holder:
             what = "%s: %s has not released it, and holds no lock that can be seen here; taken over: make sure that it"
-            log.warning(f"{what} is not running any more", directory, name)
+            log.warning(f"{what} is not running any more", directory, _named(holder))
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"host": own[1], "process": own[0]}).encode(), 0)
 
@@ -524,6 +525,10 @@ def _holder(text: bytes) -> tuple[int, str] | None:
         return int(holder["process"]), str(holder["host"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _named(holder: tuple[int, str] | None) -> str:
+    return f"process {holder[0]} on {printable(holder[1][:80])}" if holder else "another process"
 
 
 def _release(descriptor: int, process: int) -> None:
