@@ -329,6 +329,11 @@ class Snapshot(FileSource, SourceInfo):
         return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
 
 
+def file_bytes(snapshots: Sequence[Snapshot]) -> int:
+    """Return the size of the files of all snapshots."""
+    return sum(snapshot.nbytes for snapshot in snapshots)
+
+
 def read_one(path: Path) -> Snapshot:
     """Read the header of a snapshot in one file, or of a part; raise FileFormatError if it is none."""
     return decode_snapshot(read_file(path))

@@ -25,7 +25,7 @@ from factories import (
 from safetensors.torch import load_file
 from snapshots.recorded import Walk
 
-from posthoc_cli import PostHocEMA, Run, export_file
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import directory as directories
@@ -37,7 +37,6 @@ from posthoc_cli.snapshots.directory import (
     set_aside,
     thin,
 )
-from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.tensorfile import BLOCK, Box
 from posthoc_cli.snapshots.verify import verify
 
@@ -86,22 +85,6 @@ def test_all_results_from_parts_equal_those_from_single_files(run: Path, unsplit
         listed["file"] = listed["file"].removesuffix(".safetensors")
     for key in ("run", "t", "step", "tensors", "parameters", "dtypes", "averaged", "snapshots", "notes", "problems"):
         assert infos[0][key] == infos[1][key]
-
-
-def test_a_snapshot_of_parts_is_exported_and_described_as_a_file_is(run: Path, tmp_path: Path) -> None:
-    path = snapshot_files(run)[-1]
-    export_file(path, tmp_path / "one.safetensors")
-    one = Run(run).info()
-    folder = split_snapshot(path, 3)
-    export_file(folder, tmp_path / "other.safetensors")
-    wanted, made = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "other"))
-    assert wanted.keys() == made.keys()
-    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
-    with pytest.raises(FileFormatError, match="is a part of a snapshot; export the folder"):
-        export_file(parts_of(folder)[0], tmp_path / "part.safetensors")
-    described = describe(folder)
-    assert (described["kind"], described["parts"], described["parameters"]) == ("snapshot", 3, one["parameters"])
-    assert describe(parts_of(folder)[1])["part"] == "2/3"
 
 
 @pytest.mark.parametrize(("dtype", "grid"), [(torch.float16, (2, 3)), (torch.float64, (5,))])
