@@ -38,7 +38,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -316,6 +316,13 @@ def read_small_file(path: Path, most: int) -> bytes:
         if file.size > most:
             raise FileFormatError(path, f"has {file.size:,} bytes; at most {most:,} are allowed")
         return file.read_at(file.size, 0)
+
+
+def file_size(path: Path) -> int:
+    """Return the size of a file or object for a progress bar; 0 if it is unknown."""
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 _SAMPLES, _SAMPLE = 16, 4096

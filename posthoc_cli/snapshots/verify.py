@@ -46,7 +46,7 @@ from posthoc_cli.snapshots.outputs import (
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
-from posthoc_cli.snapshots.tensorfile import FORMAT, TensorFile, read_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, TensorFile, file_size, read_file
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -164,7 +164,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     reports: list[FileReport] = []
     snapshots: list[Snapshot] = []
     incomplete: dict[Path, str] = {}
-    with progress("verifying", sum(_size(file) for unit in units for file in unit.files)) as advance:
+    with progress("verifying", sum(file_size(file) for unit in units for file in unit.files)) as advance:
         for unit in units:
             results = {file: _read(file, unit.path, advance) for file in unit.files}
             existing = [report for report in results.values() if report is not None]
@@ -270,12 +270,6 @@ def _readable(folder: Path) -> tuple[Directory, list[str]]:
         return list_folder(folder), []
     except DirectoryError:
         return Directory(folder), [f"{folder.name}/ cannot be read"]
-
-
-def _size(path: Path) -> int:
-    with suppress(OSError):
-        return path.stat().st_size
-    return 0
 
 
 def _has_index(folder: Path) -> bool:
