@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 from posthoc_cli.errors import RemoteError
@@ -47,15 +46,10 @@ def reading_ahead(objects: int, threads: int) -> Iterator[Ahead | None]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Piece:
-    """Consecutive bytes of an object, requested or here, and how many of them were not read yet."""
-
-    def __init__(self, data: Future[memoryview], unread: int) -> None:
-        self.data, self.unread = data, unread
-
-
 class RemoteBytes:
     """The bytes of an object, read at any offset by any number of threads; its replacement meanwhile is an error.
+
+    It holds a few pieces of the object: short ones that small reads share, or long ones that are requested ahead.
 
     Attributes:
         tag: the store's tag of the content; may be empty.
@@ -63,12 +57,13 @@ class RemoteBytes:
 
     def __init__(self, path: Path) -> None:
         self._url = str(path)
-        self._start: memoryview | None
-        self._start, self._info = store.get(self._url, 0, START)
+        start, self._info = store.get(self._url, 0, START)
         self.size, self.tag = self._info.size, self._info.tag
         self._ahead: Ahead | None = None
-        self._lock, self._pieces = threading.Lock(), dict[int, _Piece]()
-        _small_piece(self, 0)
+        self._lock = threading.Lock()
+        self._small: dict[int, memoryview] = {0: start}
+        self._long: dict[int, tuple[Future[memoryview], int]] = {}
+        """The pieces requested ahead, each with the number of its bytes that were not read yet."""
 
     @property
     def stamp(self) -> tuple[int, str]:
@@ -86,37 +81,47 @@ class RemoteBytes:
         """Fill the beginning of a view from an offset on; return how many bytes, 0 only at the end of the object."""
         data = self._taken_ahead(offset, len(view), self._ahead) if self._ahead else None
         if data is None and len(view) < START:
-            data = _small_piece(self, offset - offset % START)[offset % START :]
+            data = self._small_piece(offset - offset % START)[offset % START :]
         elif data is None:
             data = self.get(offset, offset + len(view))
         count = min(len(view), len(data))
         view[:count] = data[:count]
         return count
 
+    def _small_piece(self, begin: int) -> memoryview:
+        if (piece := self._small.get(begin)) is None:
+            piece = self.get(begin, begin + START)
+            with self._lock:
+                self._small[begin] = piece
+                while len(self._small) > _MOST_PIECES:
+                    del self._small[next(iter(self._small))]
+        return piece
+
     def _taken_ahead(self, offset: int, count: int, ahead: Ahead) -> memoryview | None:
         """Return bytes of the piece at an offset; None for a short read that no piece has, far from others."""
         begin = offset - offset % ahead.length
         with self._lock:
-            if begin not in self._pieces and count < START // 2:
+            if begin not in self._long and count < START // 2:
                 return None
-            piece = self._request(begin, ahead)
+            piece, unread = self._request(begin, ahead)
             count = min(count, begin + ahead.length - offset)
-            piece.unread -= count
-            if piece.unread <= 0:
-                self._pieces.pop(begin, None)
+            self._long[begin] = piece, unread - count
+            if unread <= count:
+                del self._long[begin]
             self._request(begin + ahead.length, ahead)
-        return piece.data.result()[offset - begin : offset - begin + count]
+        return piece.result()[offset - begin : offset - begin + count]
 
-    def _request(self, begin: int, ahead: Ahead) -> _Piece:
+    def _request(self, begin: int, ahead: Ahead) -> tuple[Future[memoryview], int]:
         """Return the piece that begins at an offset, requested if it is neither here nor under way."""
-        if (piece := self._pieces.get(begin)) is None:
-            end = min(begin + ahead.length, self.size)
-            piece = _Piece(ahead.pool.submit(self.get, begin, end), end - begin)
-            if piece.unread > 0:
-                self._pieces[begin] = piece
-                while len(self._pieces) > _MOST_PIECES:
-                    del self._pieces[next(iter(self._pieces))]
-        return piece
+        if begin not in self._long:
+            end = max(begin, min(begin + ahead.length, self.size))
+            piece = ahead.pool.submit(self.get, begin, end), end - begin
+            if begin == end:
+                return piece
+            self._long[begin] = piece
+            while len(self._long) > _MOST_PIECES:
+                del self._long[next(iter(self._long))]
+        return self._long[begin]
 
     def get(self, begin: int, end: int) -> memoryview:
         """Return the bytes of a range by one request, fewer at the end of the object."""
@@ -130,18 +135,8 @@ class RemoteBytes:
             raise RemoteError(self._url, f"cannot be read: the answer has {len(data):,} bytes of {end - begin:,}")
         return data
 
-    def take_start(self) -> memoryview | None:
-        """Return the first bytes, which came with the first request, and forget them."""
-        start, self._start = self._start, None
-        return start
-
     def close(self) -> None:
-        """Forget the bytes that were read ahead: a request ends with its answer."""
+        """Forget what was read: a request ends with its answer."""
         self._ahead = None
-        self._pieces.clear()
-
-
-@lru_cache(maxsize=64)
-def _small_piece(file: RemoteBytes, begin: int) -> memoryview:
-    """Return the `START` bytes of a file from an offset on, for reads that are smaller."""
-    return file.take_start() or file.get(begin, begin + START)
+        self._small.clear()
+        self._long.clear()

@@ -17,7 +17,6 @@ import mmap
 import os
 import re
 import stat
-import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta
@@ -128,13 +127,10 @@ class RemotePath(PosixPath):
     """The path of an object or a folder in a store; made from the text of `shown_url` only.
 
     Functions that do not know about URLs, such as `open`, fail: they would use a folder of the working directory.
-
-    Attributes:
-        info: the facts about the object, if the store has reported them.
     """
 
-    info: ObjectInfo | None = None
-    _is_known_folder = False
+    _known: ObjectInfo | str | None = None
+    """The facts about an object, or "folder", if the store has reported them."""
 
     def __str__(self) -> str:
         """Return the URL, of which a Path keeps one of two slashes; of a path relative to another, its names."""
@@ -157,49 +153,50 @@ class RemotePath(PosixPath):
         """Return False: a store has no links."""
         return False
 
+    def _ask(self) -> ObjectInfo | None:
+        """Return the facts about an object, None for a folder; raise a FileNotFoundError if the path is neither."""
+        if self._known is None:
+            try:
+                self._known = head(str(self))
+            except OSError as error:
+                # Where listing is not permitted, a missing object is "denied".
+                is_denied = isinstance(error, RemoteError)
+                if str(self).startswith("http") or (is_denied and error.errno != errno.EACCES):
+                    raise
+                with suppress(RemoteError) if is_denied else nullcontext():
+                    self._known = "folder" if listed(str(self)) else None
+                if self._known is None:
+                    raise
+        return self._known if isinstance(self._known, ObjectInfo) else None
+
     def is_file(self, **_: Any) -> bool:
         """Return whether the path is that of an object."""
-        if self.info is None and not self._is_known_folder:
-            try:
-                self.info = head(str(self))
-            except FileNotFoundError:
-                return False
-            except RemoteError as error:  # the answer for a missing object where listing is not permitted
-                if error.errno != errno.EACCES:
-                    raise
-        return self.info is not None
+        try:
+            return self._ask() is not None
+        except FileNotFoundError:
+            return False
+        except RemoteError as error:
+            if error.errno != errno.EACCES:
+                raise
+            return False
 
     def is_dir(self, **_: Any) -> bool:
-        """Return whether objects lie below the path."""
-        if not self._is_known_folder and not self._is_web and not self.is_file():
-            with suppress(FileNotFoundError):
-                self._is_known_folder = bool(listed(str(self)))
-        return self._is_known_folder
-
-    @property
-    def _is_web(self) -> bool:
-        """Whether the path is on a web server, which has no folders."""
-        return str(self).startswith("http")
+        """Return whether objects lie below the path; a web server has no folders."""
+        try:
+            return not str(self).startswith("http") and self._ask() is None
+        except FileNotFoundError:
+            return False
 
     def exists(self, **_: Any) -> bool:
         """Return whether the path is that of an object or of a folder."""
         return self.is_file() or self.is_dir()
 
     def stat(self, **_: Any) -> os.stat_result:
-        """Return the status of an object, or of a folder; the inode is a checksum of the tag, or of the entries."""
-        try:
-            info = head(str(self))
-        except OSError as error:
-            is_denied = isinstance(error, RemoteError)  # some policies answer 403 for a missing key
-            if self._is_web or (is_denied and error.errno != errno.EACCES):
-                raise
-            with suppress(RemoteError) if is_denied else nullcontext():
-                if entries := listed(str(self)):
-                    inode = zlib.crc32(repr(sorted(entries.items(), key=str)).encode())
-                    return os.stat_result((stat.S_IFDIR | 0o777, inode, 0, 1, 0, 0, 0, 0, 0, 0))
-            raise
-        inode, when = zlib.crc32(info.tag.encode()), int(info.modified)
-        return os.stat_result((stat.S_IFREG | 0o666, inode, 0, 1, 0, 0, info.size, when, when, when))
+        """Return the status of an object, with its size, or of a folder, as the store reports it now."""
+        self._known = None
+        info = self._ask()
+        size, when, mode = (info.size, int(info.modified), stat.S_IFREG) if info else (0, 0, stat.S_IFDIR)
+        return os.stat_result((mode | 0o666, 0, 0, 1, 0, 0, size, when, when, when))
 
     def lstat(self) -> os.stat_result:
         """Return what `stat` returns."""
@@ -214,24 +211,11 @@ class RemotePath(PosixPath):
 
     def iterdir(self) -> Generator[RemotePath, None, None]:
         """Yield the paths in the folder; raise a FileNotFoundError without one, a NotADirectoryError for an object."""
-        entries: dict[str, ObjectInfo | None] = {}
-        try:
-            if not self.info and not self._is_web:
-                entries = listed(str(self))
-        except RemoteError:  # listing may not be permitted, which an object does not need
-            if not self.is_file():
-                raise
-        if not entries:
-            try:
-                head(str(self))
-            except RemoteError as error:
-                if self._is_web or error.errno != errno.EACCES:
-                    raise
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
+        if self._ask() is not None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self))
-        for name, info in entries.items():
+        for name, info in listed(str(self)).items():
             child = self / name
-            child.info, child._is_known_folder = info, info is None
+            child._known = info or "folder"
             yield child
 
     def glob(self, pattern: str, **_: Any) -> Iterator[RemotePath]:  # type: ignore[override]

@@ -1,27 +1,25 @@
 """A directory of snapshots: its names and headers, what belongs together, its lock, removing, and thinning.
 
 Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); the headers alone are authoritative.
-
-The lock is `flock`, which the system releases when its holder dies. On a file system without locks, or one that keeps
-them to one host, a second writer cannot be excluded; a warning says so if that can be detected. A file next to the
-lock names its holder, for people.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
 import re
 import socket
+import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from itertools import chain, combinations, count, pairwise
+from itertools import combinations, count, pairwise
 from pathlib import Path
 
 from posthoc_cli import files
@@ -41,7 +39,7 @@ from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, 
 from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.path import decode_path, index_within, joined_paths, joined_sample, places
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, read_one
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Box, Entry, cover_problem, in_turn, read_file, read_small_file
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Box, Entry, cover_problem, in_turn, read_file
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +92,7 @@ class Directory:
     @property
     def parts_folders(self) -> list[Path]:
         """The folders of parts, whatever their names: setting one aside may have added a number to its name."""
-        return [path for path in self.entries if path.suffix != SUFFIX and _may_hold_parts(path)]
+        return [path for path in self.entries if path.suffix != SUFFIX and is_parts_folder(path)]
 
     @property
     def leftovers(self) -> list[Path]:
@@ -117,17 +115,20 @@ class Directory:
 
 def list_directory(directory: Path) -> Directory:
     """List a directory; raise DirectoryError if it does not exist, is not a directory, or cannot be read."""
+    subject, hint = str(directory), NAME_A_RUN
     try:
         return Directory(directory, tuple(sorted(files.system.list(directory))))
-    except FileNotFoundError as error:
-        raise DirectoryError(directory, "no such directory", NAME_A_RUN) from error
-    except NotADirectoryError as error:
-        raise DirectoryError(directory, "is not a directory", NAME_A_RUN) from error
     except RemoteError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DirectoryError(f"{str(directory)!r}", f"cannot be read: {reason.lower()}") from error
+        if isinstance(error, FileNotFoundError):
+            reason = "no such directory"
+        elif isinstance(error, NotADirectoryError):
+            reason = "is not a directory"
+        else:
+            why = getattr(error, "strerror", None) or str(error)
+            subject, reason, hint = repr(subject), f"cannot be read: {why.lower()}", ""
+        raise DirectoryError(subject, reason, hint) from error
 
 
 def list_folder(folder: Path) -> Directory:
@@ -191,30 +192,23 @@ def _snapshots_in(paths: Sequence[Path]) -> Iterator[Snapshot | FileFormatError]
 
 def read_snapshot(path: Path) -> Snapshot:
     """Read a snapshot, a file or a folder of parts; raise FileFormatError or MismatchError if it is not one."""
-    if not path.is_dir():
-        return read_one(path)
-    content = read_folder(path)
-    if isinstance(content, Snapshot):
-        return content
-    raise FileFormatError(path, f"is no complete snapshot: it has {content or 'no parts'}")
+    content = read_folder(path) if path.is_dir() else read_one(path)
+    if not isinstance(content, Snapshot):
+        raise FileFormatError(path, f"is no complete snapshot: it has {content or 'no parts'}")
+    return content
 
 
 def find_snapshots(directory: Path) -> list[Snapshot]:
     """Read the snapshots of a run like `read_directory`; return none for a missing or empty directory."""
     try:
-        return list(_sound(directory).snapshots)
+        content = inspect_directory(directory)
     except DirectoryError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return []
         raise
-
-
-def _sound(directory: Path) -> Directory:
-    """Read a directory like `inspect_directory`, but raise the first problem."""
-    content = inspect_directory(directory)
     if content.problems:
         raise content.problems[0]
-    return content
+    return list(content.snapshots)
 
 
 def read_directory(directory: Path) -> list[Snapshot]:
@@ -225,22 +219,24 @@ def read_directory(directory: Path) -> list[Snapshot]:
         FileFormatError: a file in it is damaged.
         MismatchError: two files do not belong together; both are named.
     """
-    content = _sound(directory)
-    if content.snapshots:
-        return list(content.snapshots)
+    if found := find_snapshots(directory):
+        return found
+    content = inspect_directory(directory)  # for the reason
+    foreign = [path.name for path in content.entries if path.suffix in (SUFFIX, *PICKLES)]
+    reason, hint = "no snapshots here", NAME_A_RUN
     if content.incomplete:
         folder, parts = next(iter(content.incomplete.items()))
-        raise DirectoryError(directory, f"no complete snapshots here; {folder.name}/ has {parts}", ON_ONE_FILE_SYSTEM)
-    if is_parts_folder(directory):
-        raise DirectoryError(directory, "holds the parts of one snapshot", NAME_A_RUN)
-    foreign = [path.name for path in content.entries if path.suffix in (SUFFIX, *PICKLES)]
-    example = f"; {foreign[0]} is not a snapshot of this package" if foreign else ""
-    raise DirectoryError(directory, f"no snapshots here{example}", NAME_A_RUN)
+        reason, hint = f"no complete snapshots here; {folder.name}/ has {parts}", ON_ONE_FILE_SYSTEM
+    elif is_parts_folder(directory):
+        reason = "holds the parts of one snapshot"
+    elif foreign:
+        reason += f"; {foreign[0]} is not a snapshot of this package"
+    raise DirectoryError(directory, reason, hint)
 
 
 # --- snapshots of several parts
 
-PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}\.safetensors")
+_PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}\.safetensors")
 _SNAPSHOT_NAME = re.compile(r"\d{16,}(\.\d+)?-(0\.\d+|[\d.]+e-\d+)")
 
 
@@ -250,18 +246,13 @@ def is_snapshot_name(path: Path) -> bool:
 
 
 def is_parts_folder(path: Path) -> bool:
-    """Return whether a path is a folder that, by the names in it, holds parts of one snapshot and nothing else."""
-    listing = list_folder(path)
-    are_parts = [PART_NAME.fullmatch(file.name) is not None for file in listing.files]
-    return bool(are_parts) and all(are_parts) and not listing.folders
-
-
-def _may_hold_parts(path: Path) -> bool:
-    """Return whether a path is a folder of parts, or a folder that cannot be read."""
+    """Return whether a path is a folder that, by the names in it, holds parts of one snapshot, or cannot be read."""
     try:
-        return is_parts_folder(path)
+        listing = list_folder(path)
     except DirectoryError:
-        return True
+        return is_snapshot_name(path)
+    are_parts = [_PART_NAME.fullmatch(file.name) is not None for file in listing.files]
+    return bool(are_parts) and all(are_parts) and not listing.folders
 
 
 def read_folder(folder: Path) -> Snapshot | str:
@@ -293,8 +284,13 @@ def joined(folder: Path, parts: Sequence[Snapshot]) -> Snapshot | str:
             reason = "is in a folder of parts but is not a part of a snapshot"
             raise FileFormatError(part.path, reason, "move it to the directory")
         sets[part.part[1], part.session].append(part)
-    for of_set in sets.values():
-        _check_parts(of_set)
+    for before, part in (pair for of_set in sets.values() for pair in pairwise(of_set)):
+        differing = [key for key, value in vars(before).items() if key not in _OWN and getattr(part, key) != value]
+        reason = f"are not of one snapshot: they differ in {differing[0]}" if differing else ""
+        if before.part == part.part:
+            reason = "are both part {} of {}; remove one".format(*(part.part or (0, 0)))
+        if reason:
+            raise _apart(before, part, reason)
     # A snapshot off the schedule may be in the course of being replaced, part by part, by the same one on it.
     complete = [
         of_set
@@ -322,62 +318,50 @@ def _apart(first: Snapshot, other: Snapshot, reason: str, hint: str = "") -> Mis
     return MismatchError(f"{first.path} and {other.path}", reason, hint)
 
 
-def _check_parts(parts: Sequence[Snapshot]) -> None:
-    """Raise MismatchError, naming two of them, if parts in order of their numbers are not of one snapshot."""
-    for before, part in pairwise(parts):
-        if before.part == part.part:
-            raise _apart(before, part, "are both part {} of {}".format(*(part.part or (0, 0))), "remove one")
-        for key, value in vars(before).items():
-            if key not in _OWN and getattr(part, key) != value:
-                raise _apart(before, part, f"are not of one snapshot: they differ in {key}")
-
-
 def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     """Return the snapshot of these parts; raise the errors of `joined` if their chunks are not complete tensors."""
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
-    held: dict[str, list[Snapshot]] = defaultdict(list)
-    for part in parts:
+    boxes = [{name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()} for part in parts]
+    holders: dict[str, list[int]] = defaultdict(list)
+    for index, part in enumerate(parts):
         for name in part.chunks:
-            held[name].append(part)
-    entries = {name: _joined_entry(folder, name, holders) for name, holders in held.items()}
-    held_files = [replace(part.files[0], boxes={name: _box(part, name) for name in part.chunks}) for part in parts]
+            holders[name].append(index)
+    entries = {}
+    for name, held in holders.items():
+        entries[name] = _joined_entry(folder, name, [(parts[index], boxes[index][name]) for index in held])
     shapes = {name: entries[name].shape for name, tensor in tensors.items() if tensor.role == "average"}
-    sampled = list(enumerate(places(shapes)))
     samples = []
-    for part in parts:
+    for part, held_boxes in zip(parts, boxes, strict=True):
         inside = (
             position
-            for position, (name, index) in sampled
-            if name in part.chunks and index_within(_box(part, name), shapes[name], index) is not None
+            for position, (name, index) in enumerate(places(shapes))
+            if name in held_boxes and index_within(held_boxes[name], shapes[name], index) is not None
         )
         samples.append((part.sample, [*inside]))
     return replace(
         parts[0], tensors=tensors, aliases={alias: name for part in parts for alias, name in part.aliases.items()},
         inherited=sum(part.inherited for part in parts),
         measurements=sum_of_parts([part.measurements for part in parts]), sample=joined_sample(samples),
-        sketch=joined_paths([part.sketch for part in parts]),
-        part=None, chunks={}, path=folder, files=tuple(held_files), entries=entries,
+        sketch=joined_paths([part.sketch for part in parts]), part=None, chunks={}, path=folder, entries=entries,
+        files=tuple(replace(part.files[0], boxes=held) for part, held in zip(parts, boxes, strict=True)),
     )  # fmt: skip
 
 
-def _box(part: Snapshot, name: str) -> Box:
-    return part.chunks[name].box(part.entries[name].shape)
-
-
-def _joined_entry(folder: Path, name: str, holders: Sequence[Snapshot]) -> Entry:
+def _joined_entry(folder: Path, name: str, holders: Sequence[tuple[Snapshot, Box]]) -> Entry:
     """Return a complete tensor; raise an error unless the chunks of it hold each of its elements exactly once."""
-    shape = holders[0].chunks[name].shape
-    for part in holders:
+    parts = [part for part, _ in holders]
+    shape = parts[0].chunks[name].shape
+    for part in parts:
         if (other := part.chunks[name].shape) != shape:
             reason = f"do not match: tensor {shown(name)} has the shapes {list(shape)} and {list(other)}"
-            raise _apart(holders[0], part, reason)
-    if problem := cover_problem(shape, [_box(part, name) for part in holders]):
-        for first, part in combinations(holders, 2):
-            if _box(first, name).intersection(_box(part, name)).size:
+            raise _apart(parts[0], part, reason)
+    if problem := cover_problem(shape, [box for _, box in holders]):
+        for (first, box), (part, other_box) in combinations(holders, 2):
+            if box.intersection(other_box).size:
                 raise _apart(first, part, f"tensor {shown(name)}: both hold some of its elements")
         raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
     # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
-    return Entry(max((part.entries[name].dtype for part in holders), key=ITEM_BYTES.__getitem__), shape)
+    return Entry(max((part.entries[name].dtype for part in parts), key=ITEM_BYTES.__getitem__), shape)
 
 
 def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
@@ -401,7 +385,7 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     errors = [
         _apart(snapshots[0], other, reason)
         for other in snapshots[1:]
-        if (reason := difference(snapshots[0], other)) is not None
+        if (reason := _difference(snapshots[0], other)) is not None
     ]
     seen: dict[tuple[float, float], Snapshot] = {}
     for snapshot in snapshots:
@@ -413,9 +397,8 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     return errors
 
 
-def difference(first: Snapshot, other: Snapshot) -> str | None:
+def _difference(a: Snapshot, b: Snapshot) -> str | None:
     """Return why a snapshot and a later one cannot be in one directory, to follow their names; None if they can."""
-    a, b = first, other
     if a.run_id != b.run_id:
         return f"are of different runs ({a.run_id[:8]} and {b.run_id[:8]}); keep one run a directory"
     if a.t_unit != b.t_unit:
@@ -423,17 +406,17 @@ def difference(first: Snapshot, other: Snapshot) -> str | None:
     # A run that lost all snapshots of a profile may have been resumed without that profile.
     if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
         return f"do not match: their runs track the profiles {_widths(a.sigma_rels)} and {_widths(b.sigma_rels)}"
-    is_same = a.tensors == b.tensors and all(entry.shape == b.entries[n].shape for n, entry in a.entries.items())
-    for name in () if is_same else sorted(a.tensors.keys() | b.tensors.keys()):
+    if a.tensors != b.tensors or any(entry.shape != b.entries[name].shape for name, entry in a.entries.items()):
+        both = [{name: (tensor, one.entries[name].shape) for name, tensor in one.tensors.items()} for one in (a, b)]
+        name = min(name for name in a.tensors.keys() | b.tensors.keys() if both[0].get(name) != both[1].get(name))
         if name not in a.tensors or name not in b.tensors:
-            missing = other if name in a.tensors else first
+            missing = b if name in a.tensors else a
             return f"do not match: tensor {shown(name)} is missing in {missing.path.name}"
-        shapes = [list(s.entries[name].shape) for s in (first, other)]
-        if shapes[0] != shapes[1]:
-            return f"do not match: tensor {shown(name)} has the shapes {shapes[0]} and {shapes[1]}"
-        if a.tensors[name] != b.tensors[name]:
-            kinds = [f"{tensor.role} of {tensor.dtype}" for tensor in (a.tensors[name], b.tensors[name])]
+        kinds = [f"{tensor.role} of {tensor.dtype}" for tensor, _ in (both[0][name], both[1][name])]
+        if kinds[0] != kinds[1]:
             return f"do not match: tensor {shown(name)} is {kinds[0]} and {kinds[1]}"
+        shapes = [list(shape) for _, shape in (both[0][name], both[1][name])]
+        return f"do not match: tensor {shown(name)} has the shapes {shapes[0]} and {shapes[1]}"
     return None if a.aliases == b.aliases else "do not match: they tie different names together"
 
 
@@ -471,9 +454,6 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float, part: tuple[int, 
 # --- the lock
 
 LOCK_NAME = ".ema.lock"
-HOLDER_NAME = ".ema.lock.holder"
-MOST_HOLDER_BYTES = 10_000
-
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """Error numbers of `flock` on a file system without locks."""
 
@@ -481,49 +461,55 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 class DirectoryLock:
     """The exclusive right to write to a directory, held from construction to `release`; a context manager.
 
+    It is a `flock` on a file that also names its holder; the system releases it when the holder dies. On a file system
+    without locks, or one that keeps them to one host, a second writer cannot be excluded; a warning says so if that can
+    be detected.
+
     Raises LockedError if another tracker or command holds it, WriteError if the system refused an operation.
     """
 
     def __init__(self, directory: Path) -> None:
-        import filelock  # imported here since it takes a tenth of a second, which reading a run need not wait for
-
-        self._holder = directory / HOLDER_NAME
-        self._clear_note: Callable[[], object] = lambda: None
         with files.reported_as_write_error(directory):
-            # Without filelock's fallback, a lock by the existence of a file, which would survive a crash.
-            path = directory / LOCK_NAME
-            if path.is_file() and path.stat().st_size:  # releases of filelock for Python 3.10 truncate the file
-                raise WriteError(path, "is not a lock: it has content", "move it away")
-            self._lock = filelock.FileLock(path, blocking=False, is_singleton=False, fallback_to_soft=False)
+            # A link would lead to a file of somebody else.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
             try:
-                self._lock.acquire()
-            except filelock.Timeout:
-                reason = f"{self._named_holder()} is writing here"
-                raise LockedError(directory, reason, "close that tracker, or take another directory") from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                why = (error.strerror or str(error)).lower()
-                log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
-            try:
-                if self._holder.exists() and self._holder.stat().st_size:
-                    log.warning("%s: %s", directory, self._takeover_warning())
-                self._note_holder()
-                # Clears the note also without `release`: when the process ends or the last reference is gone.
-                self._clear_note = weakref.finalize(self, _clear, self._holder, os.getpid())
+                self._take(directory, descriptor)
             except BaseException:
-                self.release()
+                os.close(descriptor)
                 raise
+        # Releases it also when the process ends or the last reference is gone.
+        self.release = weakref.finalize(self, _release, descriptor, os.getpid())
 
-    def release(self) -> None:
-        """Release the lock."""
+    def _take(self, directory: Path, descriptor: int) -> None:
+        """Lock the file and write the holder's name into it."""
+        own, is_locked = (os.getpid(), socket.gethostname()), True
         try:
-            if self._clear_note():
-                with suppress(OSError):
-                    files.unlink_if_exists(self._holder)
-        finally:
-            if self._lock.is_locked:
-                self._lock.release()
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if _holder(os.pread(descriptor, 1_000, 0)) is None:
+                time.sleep(0.05)  # it may just be writing its name
+            holder = _holder(os.pread(descriptor, 1_000, 0))
+            name = f"another tracker of this process ({own[0]})" if holder == own else _named(holder)
+            reason = f"{name} is writing here"
+            raise LockedError(directory, reason, "close that tracker, or take another directory") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            is_locked = False
+            why = (error.strerror or str(error)).lower()
+            log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
+        text = os.pread(descriptor, 1_000, 0)
+        holder = _holder(text)
+        if text and holder is None:
+            raise WriteError(directory / LOCK_NAME, "is not a lock: it has content", "move it away")
+        if holder and is_locked and holder[1] == own[1]:
+            log.warning("%s: %s died without releasing it; taken over", directory, _named(holder))
+        elif holder:
+            what = "%s: %s has not released it, and holds no lock that can be seen here; taken over: make sure that it"
+            log.warning(f"{what} is not running any more", directory, _named(holder))
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"host": own[1], "process": own[0]}).encode(), 0)
 
     def __enter__(self) -> DirectoryLock:
         return self
@@ -531,52 +517,27 @@ class DirectoryLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _note_holder(self) -> None:
-        """Write the note on the holder; nothing depends on it, so this need not be atomic."""
-        note = {"host": socket.gethostname(), "process": os.getpid()}
-        files.unlink_if_exists(self._holder)
-        descriptor = files.system.open_new(self._holder)
-        try:
-            files.write_at(descriptor, json.dumps(note).encode(), 0)
-        finally:
-            files.system.close(descriptor)
 
-    def _takeover_warning(self) -> str:
-        """Return the warning about a note whose holder no longer has the lock."""
-        holder = self._read_holder()
-        if self._lock.is_locked and (holder is None or holder[1] == socket.gethostname()):
-            return f"{self._named_holder()} died without releasing it; taken over"
-        warning = f"{self._named_holder()} has not released it, and holds no lock that can be seen here; taken over: "
-        return warning + "make sure that it is not running any more"
-
-    def _read_holder(self) -> tuple[int, str] | None:
-        """Return the process and host in the note; None if it cannot be read."""
-        try:
-            holder = json.loads(read_small_file(self._holder, MOST_HOLDER_BYTES))
-            return int(holder["process"]), str(holder["host"])
-        except (FileFormatError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            return None
-
-    def _named_holder(self) -> str:
-        holder = self._read_holder()
-        if holder is None:
-            return "another process"
-        process, host = holder
-        if holder == (os.getpid(), socket.gethostname()):
-            return f"another tracker of this process ({process})"
-        return f"process {process} on {printable(host[:80])}"
+def _holder(text: bytes) -> tuple[int, str] | None:
+    """Return the process and the host that a lock names; None if it names none."""
+    try:
+        holder = json.loads(text)
+        return int(holder["process"]), str(holder["host"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
 
 
-def _clear(holder: Path, process: int) -> bool:
-    """Empty the note of a lock that this process, not its parent, took; return whether that is the case.
+def _named(holder: tuple[int, str] | None) -> str:
+    return f"process {holder[0]} on {printable(holder[1][:80])}" if holder else "another process"
 
-    The garbage collector may clear a lock while the directory is being deleted, which would fail if a name in it
-    vanished meanwhile. The file is therefore emptied and not removed.
-    """
-    if is_own := os.getpid() == process:
-        with suppress(OSError):
-            os.truncate(holder, 0)
-    return is_own
+
+def _release(descriptor: int, process: int) -> None:
+    """Release a lock; in a forked child, which has not taken it, only close the file."""
+    with suppress(OSError):
+        if os.getpid() == process:
+            os.ftruncate(descriptor, 0)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 # --- removing from a directory
@@ -587,19 +548,18 @@ def remove_snapshot(path: Path) -> None:
 
     A folder of parts remains if it holds anything else, or if a network file system keeps a file that is being read.
     """
-    with files.reported_as_write_error(path, "removed"):
+    with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
         if path.is_symlink() or not path.is_dir():
-            files.unlink_if_exists(path)
+            files.system.unlink(path)
             return
-        with suppress(FileNotFoundError):
-            listing = Directory(path, tuple(sorted(files.system.list(path))))
-            for file in (*listing.files, *listing.leftovers):
-                files.unlink_if_exists(file)
-            try:
-                files.system.remove_directory(path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
+        listing = Directory(path, tuple(sorted(files.system.list(path))))
+        for file in (*listing.files, *listing.leftovers):
+            files.unlink_if_exists(file)
+        try:
+            files.system.remove_directory(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -618,41 +578,24 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
         return []
     directory = stored[0].path.parent
     folder = directory / SUPERSEDED
-    if not files.is_absent(folder) and (folder.is_symlink() or not folder.is_dir()):
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
     with files.reported_as_write_error(folder):
         files.make_directory(folder)
         moved = []
-        for snapshot in stored:
-            if not files.is_absent(snapshot.path):
-                target = _free_name(folder / snapshot.path.name)
-                files.system.rename(snapshot.path, target)
-                moved.append(target)
+        for path in (snapshot.path for snapshot in stored if not files.is_absent(snapshot.path)):
+            stem, suffix = path.name.removesuffix(SUFFIX), SUFFIX * path.name.endswith(SUFFIX)
+            numbered = (folder / f"{stem}{f'.{number}' * bool(number)}{suffix}" for number in count())
+            moved.append(next(free for free in numbered if files.is_absent(free)))
+            files.system.rename(path, moved[-1])
         # Sync the new names first, so that a crash in between loses no file.
         for changed in (folder, directory):
             files.system.fsync_directory(changed)
     return moved
 
 
-def _free_name(path: Path) -> Path:
-    """Return the path, or one with a number, that does not exist; raise an OSError if that is unknown."""
-    name, suffix = path.name.removesuffix(SUFFIX), SUFFIX * path.name.endswith(SUFFIX)
-    numbered = (path.with_name(f"{name}.{number}{suffix}") for number in count(1))
-    for candidate in chain([path], numbered):
-        try:
-            candidate.lstat()
-        except FileNotFoundError:
-            break
-    return candidate
-
-
 # --- thinning while a training writes
-
-
-def on_schedule(stored: Sequence[Snapshot]) -> list[Snapshot]:
-    """Return the snapshots on the schedule, which do not depend on where the training was stopped."""
-    return [snapshot for snapshot in stored if not snapshot.off_schedule]
 
 
 def thin(
@@ -677,15 +620,15 @@ def _surplus(stored: Sequence[Snapshot], max_checkpoints: int, sigma_range: tupl
     """Choose the snapshots that `thin` deletes."""
     if max(Counter(snapshot.sigma_rel for snapshot in stored).values(), default=0) <= max_checkpoints:
         return []
-    scheduled = on_schedule(stored)
+    scheduled = [snapshot for snapshot in stored if not snapshot.off_schedule]
     counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
     surplus: list[Snapshot] = []
     if max(counts.values(), default=0) > max_checkpoints:
         averages = [snapshot.average() for snapshot in scheduled]
         profiles = [snapshot.profile for snapshot in scheduled]
-        spared = spared_times(max_checkpoints)
         newest = scheduled[-1].sketch
         prior = measured_prior(averages, decode_path(newest).sketch if newest else None)
+        spared = spared_times(max_checkpoints)
         dropped = snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range, spared)
         surplus += [scheduled[index] for index in dropped]
     oldest_spared = sorted({snapshot.t for snapshot in stored})[-SPARED_TIMES:][0]

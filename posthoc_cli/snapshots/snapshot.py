@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import xxhash
@@ -58,6 +58,16 @@ Knots = Annotated[
 SampleText = Annotated[str, Rule("a sample", decode_sample)]
 SketchText = Annotated[str, Rule("a sketch", is_path)]
 Part = Annotated[tuple[int, int], Rule("the number of a part and their count", lambda part: 0 < part[0] <= part[1])]
+
+
+class Stored(NamedTuple):
+    """The type of a value in a header whose form differs from that in memory, and the function that converts it."""
+
+    form: Any
+    convert: Callable[[Any], object]
+
+
+Tensors = Annotated[dict[str, TrackedTensor], Stored(dict[str, tuple[str, ...]], lambda lists: ungrouped(lists))]
 
 
 @dataclass(frozen=True)
@@ -184,6 +194,7 @@ class Snapshot(FileSource, SourceInfo):
         tensors: the role of each tensor and its dtype in the model. "average": the weighted mean of a tensor;
             "statistic": the same of BatchNorm's running mean or variance, which is not a weight; "copy": the value at
             `t`. Averages may be stored in another dtype: `checkpoint_dtype`, or F32 if that cannot hold a value.
+            In the header: lists of names by role and dtype, such as {"average F32": ["w", "b"], "copy I64": ["n"]}.
         aliases: further names of tensors, each with the name under which it is stored (tied parameters).
         left_out: names in the model's state that the run does not track.
         selection: which tensors the run tracks.
@@ -230,7 +241,7 @@ class Snapshot(FileSource, SourceInfo):
     t_first: Time
     max_interval: float
     schedule: TrackingSchedule
-    tensors: dict[str, TrackedTensor]
+    tensors: Tensors
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     selection: Selection | None = None
@@ -304,6 +315,7 @@ class Snapshot(FileSource, SourceInfo):
             for f in fields(self)
             if f.name not in unstored and (f.default is f.default_factory is MISSING or getattr(self, f.name))
         }
+        values["tensors"] = grouped(self.tensors)
         if (own := self.measurements) is not None:
             values["measurements"] = {"norm": own.norm, "rounding": own.rounding}
         return {"kind": "snapshot", "format": FORMAT, **values}
@@ -317,6 +329,11 @@ class Snapshot(FileSource, SourceInfo):
         return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
 
 
+def file_bytes(snapshots: Sequence[Snapshot]) -> int:
+    """Return the size of the files of all snapshots."""
+    return sum(snapshot.nbytes for snapshot in snapshots)
+
+
 def read_one(path: Path) -> Snapshot:
     """Read the header of a snapshot in one file, or of a part; raise FileFormatError if it is none."""
     return decode_snapshot(read_file(path))
@@ -325,33 +342,54 @@ def read_one(path: Path) -> Snapshot:
 def decode_snapshot(file: TensorFile) -> Snapshot:
     """Return the snapshot, or the part of one, in a file; raise FileFormatError, naming the key, if it is invalid."""
     snapshot = decode(file, "snapshot", Snapshot)
-    try:
-        _check_tensors(snapshot, file.entries)
-    except ValueError as error:
-        raise FileFormatError(file.path, f"ema: {error}") from error
+    if problem := _wrong_tables(snapshot, file.entries):
+        raise FileFormatError(file.path, f"ema: {problem}")
     vars(snapshot).update(path=file.path, files=(file,), entries=file.entries)
     return snapshot
 
 
-def _check_tensors(snapshot: Snapshot, stored: Mapping[str, Entry]) -> None:
-    """Raise ValueError unless the tables of a header fit the stored tensors."""
-    tensors, chunks = snapshot.tensors, snapshot.chunks
+def _wrong_tables(snapshot: Snapshot, stored: Mapping[str, Entry]) -> str:
+    """Return how the tables of a header differ from the stored tensors; an empty text if they fit."""
+    tensors, chunks = snapshot.tensors, snapshot.chunks if snapshot.part else {}
     for key, table in (("tensors", tensors), *((("chunks", chunks),) if snapshot.part else ())):
         if differing := table.keys() ^ stored.keys():
-            raise ValueError(f"{key}: tensor {shown(min(differing))} is in the payload or in {key}, but not in both")
-    for name, entry in stored.items():
-        role, original, kept = tensors[name].role, tensors[name].dtype, entry.dtype
-        if not (original == kept if role == "copy" else original in EPS and kept in EPS):
-            raise ValueError(f"tensors: tensor {shown(name)}: {kept} cannot hold {role} of {original}")
+            return f"{key}: tensor {shown(min(differing))} is in the payload or in {key}, but not in both"
+    for (tensor, kept), name in {(tensors[name], entry.dtype): name for name, entry in stored.items()}.items():
+        if not (tensor.dtype == kept if tensor.role == "copy" else tensor.dtype in EPS and kept in EPS):
+            return f"tensors: tensor {shown(name)}: {kept} cannot hold {tensor.role} of {tensor.dtype}"
     for alias, name in snapshot.aliases.items():
         if name not in tensors or alias in tensors or alias == "__metadata__":
-            raise ValueError(f"aliases: {shown(alias)} must be a further name of a stored tensor")
-    for name, chunk in chunks.items() if snapshot.part else ():
+            return f"aliases: {shown(alias)} must be a further name of a stored tensor"
+    for name, chunk in chunks.items():
         shape = stored[name].shape
         fits = len(shape) == len(chunk.shape) == len(chunk.offset)
         if not fits or any(end > size for end, size in zip(chunk.box(shape).end, chunk.shape, strict=True)):
             reason = f"shape {list(shape)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
-            raise ValueError(f"chunks: tensor {shown(name)}: {reason}")
+            return f"chunks: tensor {shown(name)}: {reason}"
+    return ""
+
+
+def grouped(tensors: Mapping[str, TrackedTensor]) -> dict[str, list[str]]:
+    """Return the names of tensors by role and dtype, as in headers."""
+    lists: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        lists.setdefault(f"{tensor.role} {tensor.dtype}", []).append(name)
+    return lists
+
+
+def ungrouped(lists: Mapping[str, Sequence[str]]) -> dict[str, TrackedTensor]:
+    """Return the tensors of these lists of names by role and dtype; raise ValueError if they are invalid."""
+    tensors = dict[str, TrackedTensor]()
+    for words, names in lists.items():
+        tensors |= dict.fromkeys(names, _tracked(words))
+    _check(len(tensors) == sum(map(len, lists.values())), "without a name twice", lists)
+    return tensors
+
+
+@lru_cache
+def _tracked(words: str) -> TrackedTensor:
+    role, _, dtype = words.partition(" ")
+    return cast(TrackedTensor, converted({"role": role, "dtype": dtype}, TrackedTensor))
 
 
 def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
@@ -405,6 +443,8 @@ def converted(value: Any, kind: Any) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         kind, rule = args
+        if isinstance(rule, Stored):
+            return rule.convert(converted(value, rule.form))
         result = value if rule is ANY_SIGN else converted(value, kind)
         _check(bool(rule.accepts(result)), rule.words, value)
         return result
@@ -418,6 +458,7 @@ def converted(value: Any, kind: Any) -> Any:
         _check(isinstance(value, list | tuple) and (is_endless or len(value) == len(args)), f"a list of {words}", value)
         if is_endless and item in _PLAIN:
             _check(all(map(_PLAIN[item][0], value)), f"a list of {words}", value)
+            return tuple(map(float, value)) if item is float else tuple(value)
         return tuple(map(converted, value, [item] * len(value) if is_endless else args))
     _check(isinstance(value, dict), "a JSON object", value)
     if not is_dataclass(kind):

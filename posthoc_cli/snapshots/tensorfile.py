@@ -7,15 +7,16 @@ A file of this package is a safetensors file, which any safetensors reader opens
     the rest    the payload: at most 200,000 tensors in the order of their offsets, little-endian, without gaps
 
 The header maps each tensor's name to {"dtype", "shape", "data_offsets": [begin, end]} (offsets count from the start of
-the payload), and `__metadata__` to strings, of which these are ours:
+the payload), and `__metadata__` to strings, of which these are ours and come first:
 
-    ema.checksum    the checksum of the header; it comes first, so that it is always at the same place
-    ema             one JSON object: "kind" ("snapshot" or "output"), "format" (3), "sums", and the fields of the
-                    dataclass of that kind, `snapshot.Snapshot` or `outputs.OutputInfo`
+    ema.checksum    the checksum of the header
+    ema             one JSON object: "sums" (it comes first), "kind" ("snapshot" or "output"), "format" (3), and the
+                    fields of the dataclass of that kind, `snapshot.Snapshot` or `outputs.OutputInfo`
 
-Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. "sums" maps each
-tensor's name to those of its blocks, concatenated: blocks of 131,072 elements in row-major order, the last one shorter.
-The checksum of the header is computed over its 8 + N bytes with zeros in place of these 16 digits.
+Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. "sums" concatenates
+those of all blocks of the payload, in its order. A block has 131,072 elements of one tensor in row-major order; the
+last one of a tensor is shorter. The checksum of the header is computed over its 8 + N bytes with zeros in place of
+these 16 digits.
 
 A header is checked in this order: its checksum, its structure (strict JSON, known dtypes, tensors that fill the file
 without gap or overlap), its content. Files are read, never mapped into memory, so that a file that shrinks does not
@@ -28,17 +29,18 @@ and by any number of threads. The header, which holds the checksums, is laid out
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import os
+import re
 import stat
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -71,6 +73,8 @@ THREADS = 16
 _START = b'{"__metadata__":{"ema.checksum":"'
 _DIGITS = slice(8 + len(_START), 8 + len(_START) + 16)
 """The place of the header's checksum in a file."""
+_SUMS_AT = _DIGITS.stop + len(b'","ema":"{\\"sums\\":\\"')
+"""The place of the checksums of blocks in a file that was written here."""
 
 _PIECE = 8
 """Blocks that are read by one request, and verified while they are in the processor's cache."""
@@ -83,7 +87,6 @@ _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 S = TypeVar("S")
 T = TypeVar("T")
-_File = TypeVar("_File", bound="OpenedFile")
 
 
 class Entry(NamedTuple):
@@ -106,6 +109,11 @@ class Entry(NamedTuple):
     def nbytes(self) -> int:
         """The size of all elements."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks."""
+        return -(-math.prod(self.shape) // BLOCK)
 
 
 # --- boxes
@@ -150,6 +158,18 @@ class Box:
         return first, first + sum((length - 1) * step for length, step in zip(inner.shape, strides, strict=True)) + 1
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """The place of a chunk: the `shape` of the complete tensor and the `offset` of the chunk's first element."""
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    def box(self, shape: tuple[int, ...]) -> Box:
+        """Return the chunk's box, given its own shape."""
+        return Box(self.offset, shape)
+
+
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the row-major strides of a shape, in elements."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
@@ -164,18 +184,15 @@ def boxes_of_range(box: Box, begin: int, end: int) -> Iterator[Box]:
         return
     inner = Box(box.offset[1:], box.shape[1:])
     row = inner.size
-    index, position = begin // row, begin
-    while position < end:
-        if position % row == 0 and end - position >= row:
-            count = (end - position) // row
+    while begin < end:
+        index, within = divmod(begin, row)
+        count = (end - begin) // row if within == 0 else 0
+        if count:
             yield Box((box.offset[0] + index, *inner.offset), (count, *inner.shape))
         else:
-            count = 1
-            stop = min(end, (index + 1) * row)
-            for part in boxes_of_range(inner, position - index * row, stop - index * row):
+            for part in boxes_of_range(inner, within, min(within + end - begin, row)):
                 yield Box((box.offset[0] + index, *part.offset), (1, *part.shape))
-        index += count
-        position = min(end, index * row)
+        begin = (index + max(count, 1)) * row
 
 
 def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
@@ -203,18 +220,6 @@ def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
     return None if len(filled) == cells else "elements are missing"
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """The position of a chunk: the `shape` of the complete tensor and the `offset` of the chunk's first element."""
-
-    shape: tuple[int, ...]
-    offset: tuple[int, ...]
-
-    def box(self, shape: tuple[int, ...]) -> Box:
-        """Return the chunk's box, given its own shape."""
-        return Box(self.offset, shape)
-
-
 # --- opening files
 
 
@@ -239,14 +244,10 @@ class _LocalBytes:
 
     tag = ""
 
-    def read_ahead(self, ahead: Ahead, begin: int) -> None:
-        """Do nothing: the system reads ahead."""
-
     def __init__(self, path: Path) -> None:
         self._descriptor = files.system.open(path)
-        status = os.fstat(self._descriptor)
-        self.size = status.st_size
-        if not stat.S_ISREG(status.st_mode):
+        self.size = self.stamp[0]
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             self.close()
             raise FileFormatError(path, "is not a regular file")
 
@@ -258,16 +259,11 @@ class _LocalBytes:
     def read(self, view: memoryview, offset: int) -> int:
         return files.system.read(self._descriptor, view, offset)
 
+    def read_ahead(self, ahead: Ahead, begin: int) -> None:
+        """Do nothing: the system reads ahead."""
+
     def close(self) -> None:
         files.system.close(self._descriptor)
-
-
-def _opened(path: Path) -> _LocalBytes | RemoteBytes:
-    if not files.is_url(path):
-        return _LocalBytes(path)
-    from posthoc_cli.remote.ranges import RemoteBytes
-
-    return RemoteBytes(path)
 
 
 class OpenedFile:
@@ -278,9 +274,16 @@ class OpenedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._bytes: _LocalBytes | RemoteBytes
         with named_on_error(path, "opened"):
-            self._bytes = _opened(path)
+            if files.is_url(path):
+                from posthoc_cli.remote.ranges import RemoteBytes
+
+                self._bytes = RemoteBytes(path)
+            else:
+                self._bytes = _LocalBytes(path)
         self.size, self.tag = self._bytes.size, self._bytes.tag
+        self.read_ahead, self.close = self._bytes.read_ahead, self._bytes.close
 
     @property
     def stamp(self) -> tuple[int, int | str]:
@@ -300,16 +303,7 @@ class OpenedFile:
         buffer = bytearray(count)
         return bytes(buffer[: self.read_into(memoryview(buffer), offset)])
 
-    def read_ahead(self, ahead: Ahead | None, begin: int) -> None:
-        """Request an object's bytes from an offset on before they are read, see `remote.ranges`."""
-        if ahead is not None:
-            self._bytes.read_ahead(ahead, begin)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._bytes.close()
-
-    def __enter__(self: _File) -> _File:
+    def __enter__(self) -> OpenedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -324,6 +318,13 @@ def read_small_file(path: Path, most: int) -> bytes:
         return file.read_at(file.size, 0)
 
 
+def file_size(path: Path) -> int:
+    """Return the size of a file or object for a progress bar; 0 if it is unknown."""
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
 _SAMPLES, _SAMPLE = 16, 4096
 """The number and size of the pieces of a file from which its identity is computed."""
 
@@ -334,10 +335,8 @@ def sampled_identity(file: OpenedFile) -> str:
     For an object with a tag they are computed from its size and the tag.
     """
     digest = xxhash.xxh3_64(file.size.to_bytes(8, "little") + file.tag.encode())
-    if file.tag:
-        return digest.hexdigest()
     last = max(0, file.size - _SAMPLE)
-    for index in range(_SAMPLES):
+    for index in range(0 if file.tag else _SAMPLES):
         digest.update(file.read_at(_SAMPLE, last * index // (_SAMPLES - 1)))
     return digest.hexdigest()
 
@@ -358,16 +357,13 @@ class _Shared:
     """What the users of one file share: the file while any of them has it open, and its last reordered tensor."""
 
     def __init__(self) -> None:
-        self.lock, self.users, self.gathered = threading.RLock(), 0, dict[str, npt.NDArray[np.uint8]]()
+        self.lock, self.users = threading.RLock(), 0
         self.file: OpenedFile | None = None
+        self.reordered: tuple[str, npt.NDArray[np.uint8]] | None = None
 
 
-class Checked(NamedTuple):
-    """The result for a piece of a payload: damaged tensors with their errors, and tensors with nan or infinity."""
-
-    nbytes: int
-    damaged: dict[str, FileFormatError]
-    nonfinite: list[str]
+_Span = tuple[str, int, int]
+"""The name of a tensor and the begin and end of some of its bytes, blocks of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,7 +373,7 @@ class TensorFile:
     Attributes:
         entries: the tensors in the file, or the chunks of tensors.
         stamp: its size, and a value that changes when it is written to.
-        sums: the checksums of each tensor's blocks; empty for a file of another program.
+        sums: the checksums of each tensor's blocks, concatenated; empty for a file of another program.
         boxes: the box of its tensor that each chunk holds; empty if all tensors are complete.
         metadata: the strings in its header, without those of this package.
         content: the JSON object of this package in its header, without the checksums of blocks.
@@ -416,8 +412,7 @@ class TensorFile:
             if not self._shared.users:
                 file = OpenedFile(self.path)
                 try:
-                    if file.stamp != self.stamp and not self._is_in(file):
-                        raise FileFormatError(self.path, "was replaced while it was being used", "run again")
+                    self._check_same(file)
                 except BaseException:
                     file.close()
                     raise
@@ -425,10 +420,14 @@ class TensorFile:
             self._shared.users += 1
         return self
 
-    def _is_in(self, file: OpenedFile) -> bool:
-        """Return whether an opened file has this header, although it was written to; its blocks are verified."""
-        start = file.read_at(_DIGITS.stop, 0)
-        return bool(self.sums) and file.size == self.nbytes and start[_DIGITS] == self.checksum.encode()
+    def _check_same(self, file: OpenedFile) -> None:
+        """Raise FileFormatError unless the opened file is the one whose header was read.
+
+        The header identifies a file whose blocks are verified, also if it was copied over itself.
+        """
+        is_same = self.sums and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
+        if not is_same and file.stamp != self.stamp:
+            raise FileFormatError(self.path, "was replaced while it was being used", "run again")
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Close the file; raise FileFormatError if it has no checksums and was changed meanwhile."""
@@ -436,13 +435,12 @@ class TensorFile:
             self._shared.users -= 1
             if self._shared.users or self._shared.file is None:
                 return
-            file, self._shared.file = self._shared.file, None
-            self._shared.gathered.clear()
+            file, self._shared.file, self._shared.reordered = self._shared.file, None, None
         with file:
             if kind is None and not self.sums and file.stamp != self.stamp:
                 raise FileFormatError(self.path, "was changed while it was being read", "run again")
 
-    def read_ahead(self, ahead: Ahead | None) -> None:
+    def read_ahead(self, ahead: Ahead) -> None:
         """Have the payload of a file that is open, and in a store, requested before it is read."""
         assert self._shared.file is not None, "the caller has opened it"
         self._shared.file.read_ahead(ahead, min((entry.begin for entry in self.entries.values()), default=0))
@@ -470,16 +468,12 @@ class TensorFile:
     def read_many(self, names: Sequence[str], view: memoryview) -> None:
         """Fill `view` with complete tensors, end to end, verified; neighbours in the file are read together."""
         entries = [self.entries[name] for name in names]
-        at = run = 0
         with self:
-            for name, entry, following in zip(names, entries, [*entries[1:], None], strict=True):
-                at += entry.nbytes
-                if entry.strides:
-                    self.read(name, 0, view[at - entry.nbytes : at])
-                    run = at
-                elif following is None or following.strides or following.begin != entry.begin + entry.nbytes:
-                    self._fill(name, entry.begin + entry.nbytes - (at - run), view[run:at])
-                    run = at
+            for first, last, at, end in _runs(entries):
+                if entries[first].strides:
+                    self.read(names[first], 0, view[at:end])
+                else:
+                    self._fill(names[last - 1], entries[first].begin, view[at:end])
         at = 0
         for name, entry in zip(names, entries, strict=True):
             self.check(name, 0, view[at : at + entry.nbytes])
@@ -512,67 +506,53 @@ class TensorFile:
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the bytes, in row-major order, of a tensor stored in another order; the last such tensor is kept."""
         with self._shared.lock:
-            if name not in self._shared.gathered:
+            if self._shared.reordered is None or self._shared.reordered[0] != name:
                 entry, dtype = self.entries[name], items(self.entries[name].dtype)
                 reach = 1 + sum((size - 1) * step for size, step in zip(entry.shape, entry.strides, strict=True))
                 stored = np.empty(reach, dtype)
                 self._fill(name, entry.begin, stored.view(np.uint8).data)
                 strided = as_strided(stored, entry.shape, [dtype.itemsize * step for step in entry.strides])
-                self._shared.gathered.clear()
-                self._shared.gathered[name] = np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
-            return self._shared.gathered[name]
+                self._shared.reordered = name, np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
+            return self._shared.reordered[1]
 
     def verify(self, progress: Callable[[int], object] = lambda _: None) -> None:
         """Read and verify every byte; raise FileFormatError for the first damaged tensor."""
-        for checked in self.checked():
-            for error in checked.damaged.values():
-                raise error
-            progress(checked.nbytes)
+        for error in self.examine(progress)[0].values():
+            raise error
 
-    def checked(self) -> Generator[Checked, None, None]:
-        """Check every tensor's bytes and values in order, on several threads; continue after damage."""
-        with self:
-            pieces = _pieces(self.entries)
-            if self.nbytes < 4 * 2**20:  # starting threads takes longer than reading a small file
-                yield from map(self._check_piece, pieces)
-                return
-            pool, pending = ThreadPoolExecutor(THREADS, "ema-verify"), deque[Future[Checked]]()
-            try:
-                for piece in pieces:
-                    pending.append(pool.submit(self._check_piece, piece))
-                    if len(pending) > 2 * THREADS:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:  # on an error or an interrupt, too: wait for the pieces being read and cancel the others
-                pool.shutdown(wait=True, cancel_futures=True)
+    def examine(self, progress: Callable[[int], object]) -> tuple[dict[str, FileFormatError], list[str]]:
+        """Read every byte, on several threads; return the damaged tensors, and those that hold nan or infinity."""
+        damaged, nonfinite = dict[str, FileFormatError](), dict[str, None]()
+        with self, ThreadPoolExecutor(THREADS, "ema-verify") as pool, closing(self._examined(pool)) as results:
+            for nbytes, errors, bad in results:
+                damaged |= errors
+                nonfinite |= dict.fromkeys(bad)
+                progress(nbytes)
+        return damaged, [*nonfinite]
 
-    def _check_piece(self, spans: Sequence[_Span]) -> Checked:
-        """Read consecutive spans and check their checksums and values."""
-        result = Checked(sum(end - begin for _, begin, end in spans), {}, [])
-        view = np.empty(result.nbytes, np.uint8).data
+    def _examined(self, pool: ThreadPoolExecutor) -> Any:
+        """Return the generator of the results of all pieces; closing it cancels those that were not begun."""
+        return pool.map(self._examine_piece, _pieces(self.entries))
+
+    def _examine_piece(self, spans: Sequence[_Span]) -> tuple[int, dict[str, FileFormatError], list[str]]:
+        """Read consecutive spans; return their size, and what `examine` returns."""
+        nbytes, at = sum(end - begin for _, begin, end in spans), 0
+        view = np.empty(nbytes, np.uint8).data
+        damaged, nonfinite = dict[str, FileFormatError](), []
         try:
             self._fill(spans[0][0], self.entries[spans[0][0]].begin + spans[0][1], view)
         except FileFormatError as error:
-            result.damaged.update(dict.fromkeys((name for name, _, _ in spans), error))
-            return result
-        at = 0
-        for dtype, of_dtype in groupby(spans, lambda span: self.entries[span[0]].dtype):
-            parts, start = [], at
-            for name, begin, end in of_dtype:
-                parts.append((name, view[at : at + end - begin]))
-                at += end - begin
-                try:
-                    self.check(name, begin, parts[-1][1])
-                except FileFormatError as error:
-                    result.damaged[name] = error
-            if holds_nonfinite(view[start:at], dtype):  # one test for neighbours, and for each only if it fails
-                result.nonfinite.extend(name for name, part in parts if holds_nonfinite(part, dtype))
-        return result
-
-
-_Span = tuple[str, int, int]
-"""The name of a tensor and the begin and end of some of its bytes, blocks of it."""
+            return nbytes, dict.fromkeys((name for name, _, _ in spans), error), []
+        for name, begin, end in spans:
+            part = view[at : at + end - begin]
+            at += len(part)
+            try:
+                self.check(name, begin, part)
+            except FileFormatError as error:
+                damaged[name] = error
+            if holds_nonfinite(part, self.entries[name].dtype):
+                nonfinite.append(name)
+        return nbytes, damaged, nonfinite
 
 
 def _pieces(entries: Mapping[str, Entry]) -> Iterator[list[_Span]]:
@@ -592,7 +572,34 @@ def _pieces(entries: Mapping[str, Entry]) -> Iterator[list[_Span]]:
         yield batch
 
 
+def _runs(entries: Sequence[Entry]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the runs of neighbours in a file: the first and the end of each, and its bytes if all are end to end.
+
+    A tensor that is not stored in row-major order is a run of its own.
+    """
+    first = at = begin = 0
+    for index, entry in enumerate(entries):
+        at += entry.nbytes
+        following = entries[index + 1] if index + 1 < len(entries) else None
+        is_next = following and following.begin == entry.begin + entry.nbytes
+        if not is_next or entry.strides or (following and following.strides):
+            yield first, index + 1, begin, at
+            first, begin = index + 1, at
+
+
 # --- headers
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Pause Python's cyclic garbage collector: it would scan all objects again and again while a table grows."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def read_file(path: Path) -> TensorFile:
@@ -603,102 +610,116 @@ def read_file(path: Path) -> TensorFile:
 
 def decode_file(file: OpenedFile) -> TensorFile:
     """Return what the header of an opened safetensors file says, checked."""
-    path, start = file.path, _read_start(file)
-    checksum = ""
-    if start[8:].startswith(_START):
-        checksum = start[_DIGITS].decode(errors="replace")
-        if checksum != _checksum(start):
-            raise FileFormatError(path, _DAMAGED)
-    elif b"ema.checksum" in start[: _DIGITS.stop]:
-        raise FileFormatError(path, _DAMAGED)
-    _check_count(path, start.count(b'"dtype"'))  # before all of them are parsed
-    raw = parse_object(path, start[8:], "header")
-    metadata = raw.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FileFormatError(path, "__metadata__ must map names to strings")
-    if "ema.version" in metadata:
-        raise FileFormatError(path, f"is of an earlier release: its format is none that this one reads, {FORMAT}")
-    own = {key: metadata.pop(key, "") for key in ("ema.checksum", "ema")}
-    if not checksum and (own["ema.checksum"] or own["ema"].startswith('{"')):
-        raise FileFormatError(path, _DAMAGED)
-    entries = _decode_entries(path, raw, len(start))
-    nbytes = len(start) + sum(entry.nbytes for entry in entries.values())
-    if nbytes != file.size:
-        state = "truncated" if file.size < nbytes else "too long"
-        raise FileFormatError(path, f"{state}: has {file.size:,} bytes, its header says {nbytes:,}")
-    content = parse_object(path, own["ema"], "ema") if checksum else {}
-    sums = content.pop("sums", None)
-    if checksum and not _fit(sums, entries):
-        raise FileFormatError(path, "ema: sums must have a checksum for each block of each tensor")
-    return TensorFile(path, entries, file.stamp, sums or {}, {}, metadata, content, checksum)
+    start = _read_start(file)
+    checksum = start[_DIGITS].decode(errors="replace") if start.startswith(_START, 8) else ""
+    with _faults_of(file.path), _without_collection():
+        _require(not checksum or checksum == _checksum(start), _DAMAGED)
+        _check_count(start.count(b'"dtype"'))  # before all of them are parsed
+        raw = parse_object(file.path, start[8:], "header")
+        metadata = raw.pop("__metadata__", {})
+        are_strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        _require(are_strings, "__metadata__ must map names to strings")
+        old = f"is of an earlier release: its format is none that this one reads, {FORMAT}"
+        _require("ema.version" not in metadata, old)
+        own, mark = metadata.pop("ema", ""), metadata.pop("ema.checksum", "")
+        _require(bool(checksum) or not (mark or own.startswith('{"')), _DAMAGED)
+        entries = _decode_entries(raw, len(start), file.size)
+        content = parse_object(file.path, own, "ema") if checksum else {}
+        sums = _decode_sums(content.pop("sums", None), entries) if checksum else {}
+    return TensorFile(file.path, entries, file.stamp, sums, {}, metadata, content, checksum)
 
 
 _DAMAGED = "damaged header: its checksum does not match"
 
 
+@contextmanager
+def _faults_of(path: Path) -> Iterator[None]:
+    """Turn a ValueError in the block into a FileFormatError about the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise FileFormatError(path, str(error)) from None
+
+
+def _require(is_right: bool, problem: str) -> None:
+    """Raise ValueError, which says what is wrong, unless a condition holds."""
+    if not is_right:
+        raise ValueError(problem)
+
+
 def _read_start(file: OpenedFile) -> bytes:
     """Return the first 8 + N bytes of a file, which precede the payload."""
     prefix = file.read_at(8, 0)
-    if len(prefix) < 8:
-        raise FileFormatError(file.path, f"truncated: {file.size:,} bytes cannot hold a safetensors header")
     length = int.from_bytes(prefix, "little")
-    if length > MAX_HEADER_BYTES or 8 + length > file.size:
-        if prefix.startswith(_PICKLES):
-            raise FileFormatError(
-                file.path, "is a pickle (.pt, .bin), not safetensors", "rename it with the suffix of its format"
-            )
-        reason = f"its header would take {length:,} bytes of a file of {file.size:,}"
-        raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {reason}")
-    text = file.read_at(length, 8)
-    if len(text) < length:
-        raise FileFormatError(file.path, "the file became shorter while it was read")
-    return prefix + text
+    if len(prefix) < 8:
+        reason, hint = f"truncated: {file.size:,} bytes cannot hold a safetensors header", ""
+    elif length <= MAX_HEADER_BYTES and 8 + length <= file.size:
+        text = file.read_at(length, 8)
+        if len(text) == length:
+            return prefix + text
+        reason, hint = "the file became shorter while it was read", ""
+    elif prefix.startswith(_PICKLES):
+        reason, hint = "is a pickle (.pt, .bin), not safetensors", "rename it with the suffix of its format"
+    else:
+        hint, taken = "", f"its header would take {length:,} bytes of a file of {file.size:,}"
+        reason = f"damaged, truncated or not safetensors: {taken}"
+    raise FileFormatError(file.path, reason, hint)
 
 
 def _checksum(start: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(start[: _DIGITS.start] + b"0" * 16 + start[_DIGITS.stop :])
 
 
-def _check_count(path: Path, count: int) -> None:
-    if count > MAX_TENSORS:
-        raise FileFormatError(path, f"its header names {count:,} tensors; at most {MAX_TENSORS:,} are read")
+def _check_count(count: int) -> None:
+    _require(count <= MAX_TENSORS, f"its header names {count:,} tensors; at most {MAX_TENSORS:,} are read")
 
 
-def _decode_entries(path: Path, raw: dict[str, Any], start: int) -> dict[str, Entry]:
-    _check_count(path, len(raw))  # escaped keys were not counted before
-    entries = {name: _decode_entry(path, name, value, start) for name, value in raw.items()}
-    position = start
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
-        if entry.begin != position:
-            at, due = entry.begin - start, position - start
-            raise FileFormatError(path, f"tensor {shown(name)}: begins at {at:,} where {due:,} was due")
-        position += entry.nbytes
-    return entries
+def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, Entry]:
+    """Return the tensors in their order in the payload, which they must fill to the end of the file of `nbytes`."""
+    _check_count(len(raw))  # escaped keys were not counted before
+    found: list[tuple[int, int, str, Entry]] = []
+    for name, value in raw.items():
+        problem, begin, end, entry = _decode_entry(value, start)
+        if problem:
+            raise ValueError(f"tensor {shown(name)}: {problem}")
+        found.append((begin, end, name, entry))
+    found.sort()
+    position = 0
+    for begin, end, name, _ in found:
+        if begin != position:
+            raise ValueError(f"tensor {shown(name)}: begins at {begin:,} where {position:,} was due")
+        position = end
+    state = "truncated" if nbytes < start + position else "too long"
+    _require(start + position == nbytes, f"{state}: has {nbytes:,} bytes, its header says {start + position:,}")
+    return {name: entry for _, _, name, entry in found}
 
 
-def _decode_entry(path: Path, name: str, value: Any, start: int) -> Entry:
-    is_entry = isinstance(value, dict) and set(value) == {"dtype", "shape", "data_offsets"}
-    dtype, shape, offsets = (value["dtype"], value["shape"], value["data_offsets"]) if is_entry else (None, [], [])
-    is_entry = is_entry and is_sizes(shape) and is_sizes(offsets) and len(offsets) == 2 and len(shape) <= 64
+def _decode_entry(value: Any, start: int) -> tuple[str, int, int, Entry]:
+    """Return what is wrong with an entry of a header, if anything, its begin and end in the payload, and the tensor."""
+    problem, entry = "its header entry is malformed", Entry("", ())
+    try:
+        dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+        sizes = (begin, end, *shape)
+        is_entry = len(value) == 3 and {*map(type, sizes)} == {int} and type(shape) is list and min(sizes) >= 0
+    except (TypeError, KeyError, ValueError):
+        return problem, 0, 0, entry
     # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
-    if not is_entry or math.prod(size or 1 for size in shape) >= 2**60:
-        raise FileFormatError(path, f"tensor {shown(name)}: its header entry is malformed")
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        known = ", ".join(ITEM_BYTES)
-        raise FileFormatError(path, f"tensor {shown(name)}: dtype {shown(dtype)} is none of {known}")
-    entry, (begin, end) = Entry(dtype, tuple(shape), start + offsets[0]), offsets
-    if end - begin != entry.nbytes:
-        what = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
-        raise FileFormatError(path, f"tensor {shown(name)}: {what}")
-    return entry
+    if is_entry and len(shape) <= 64 and math.prod(filter(None, shape)) < 2**60:
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+            problem = f"dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}"
+        elif end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+            problem = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
+        else:
+            problem, entry = "", Entry(dtype, tuple(shape), start + begin)
+    return problem, begin, end, entry
 
 
-def _fit(sums: Any, entries: Mapping[str, Entry]) -> bool:
-    return (
-        isinstance(sums, dict)
-        and sums.keys() == entries.keys()
-        and all(isinstance(sums[n], str) and len(sums[n]) == 16 * -(-e.size // BLOCK) for n, e in entries.items())
-    )
+def _decode_sums(sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Return the checksums of each tensor's blocks."""
+    ends = [*accumulate((16 * entry.blocks for entry in entries.values()), initial=0)]
+    is_complete = isinstance(sums, str) and len(sums) == ends[-1]
+    _require(is_complete, "ema: sums must have a checksum for each block of each tensor")
+    return {name: sums[begin:end] for name, (begin, end) in zip(entries, pairwise(ends), strict=True)}
 
 
 def is_sizes(value: Any) -> bool:
@@ -713,8 +734,8 @@ def parse_json(path: Path, data: bytes | str, what: str) -> Any:
     """Parse strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        if text.count("{") + text.count("[") > len(text) // 8 + 1000:
-            raise ValueError("holds more objects than its length explains")  # each takes 64 bytes of memory
+        objects = text.count("{") + text.count("[")  # each takes 64 bytes of memory
+        _require(objects <= len(text) // 8 + 1000, "holds more objects than its length explains")
         value = _DECODER.decode(text)
         if "\\u" in text:  # only escapes can produce invalid text
             _check_text(value)
@@ -725,21 +746,20 @@ def parse_json(path: Path, data: bytes | str, what: str) -> Any:
 
 def parse_object(path: Path, data: bytes | str, what: str) -> dict[str, Any]:
     """Parse strict JSON like `parse_json`; the value must be an object."""
-    value = parse_json(path, data, what)
-    if not isinstance(value, dict):
-        raise FileFormatError(path, f"damaged {what}: must be a JSON object")
+    value: dict[str, Any] = parse_json(path, data, what)
+    with _faults_of(path):
+        _require(isinstance(value, dict), f"damaged {what}: must be a JSON object")
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("the same key twice")
+    _require(len(result) == len(pairs), "the same key twice")
     return result
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+    _require(False, f"{constant} is not JSON")
 
 
 def _short_int(digits: str) -> int:
@@ -782,7 +802,7 @@ class TensorFileWriter:
 
     Arguments:
         entries: dtype and shape of all tensors that will be written, by name.
-        content: the JSON object of this package, without the checksums; None for a file without checksums.
+        content: the JSON object of this package, without the checksums.
         metadata: further strings of the header.
     """
 
@@ -795,16 +815,20 @@ class TensorFileWriter:
         overwrite: bool = False,
     ) -> None:
         self.path, self._content, self._metadata = path, content, metadata
-        self._entries = lay_out(entries)
-        self._sums = {name: ["0" * 16] * -(-entry.size // BLOCK) for name, entry in self._entries.items()}
-        self._start = len(self._encoded())
+        laid_out = lay_out(entries)
+        self._header = bytearray(encode_header(laid_out, content, metadata))
+        self._entries, self._sums_at = dict[str, Entry](), dict[str, int]()
+        at = _SUMS_AT
+        for name, entry in laid_out.items():
+            self._entries[name], self._sums_at[name] = entry._replace(begin=len(self._header) + entry.begin), at
+            at += 16 * entry.blocks
         self._file = files.PendingFile(path, overwrite)
 
     def write(self, name: str, data: memoryview, begin: int = 0) -> None:
         """Write complete blocks of a tensor, from byte `begin` on."""
         view = data.cast("B")
         self._sum(name, view, begin)
-        self._file.write_at(view, self._start + self._entries[name].begin + begin)
+        self._file.write_at(view, self._entries[name].begin + begin)
 
     def write_parts(self, name: str, parts: Iterable[memoryview]) -> None:
         """Write a complete tensor that comes in consecutive parts of any size."""
@@ -812,45 +836,46 @@ class TensorFileWriter:
         block = BLOCK * ITEM_BYTES[entry.dtype]
         for part in parts:
             view = part.cast("B")
-            self._file.write_at(view, self._start + entry.begin + at)
+            self._file.write_at(view, entry.begin + at)
             while view:
                 taken = view[: block - at % block]
                 digest.update(taken)
                 view, at = view[len(taken) :], at + len(taken)
                 if at % block == 0 or at == entry.nbytes:
-                    self._sums[name][(at - 1) // block] = digest.hexdigest()
+                    self._set_sum(name, (at - 1) // block, digest.hexdigest())
                     digest.reset()
 
     def write_many(self, names: Sequence[str], data: memoryview) -> None:
         """Write complete tensors, concatenated in `data`; neighbours in the file are written together."""
-        view, at, run = data.cast("B"), 0, 0
+        view, at = data.cast("B"), 0
         entries = [self._entries[name] for name in names]
-        for name, entry, following in zip(names, entries, [*entries[1:], None], strict=True):
+        for name, entry in zip(names, entries, strict=True):
             self._sum(name, view[at : at + entry.nbytes], 0)
             at += entry.nbytes
-            if following is None or following.begin != entry.begin + entry.nbytes:
-                self._file.write_at(view[run:at], self._start + entry.begin + entry.nbytes - (at - run))
-                run = at
+        for first, _, begin, end in _runs(entries):
+            self._file.write_at(view[begin:end], entries[first].begin)
 
     def _sum(self, name: str, view: memoryview, begin: int) -> None:
         block = BLOCK * ITEM_BYTES[self._entries[name].dtype]
         for at in range(0, len(view), block):
-            self._sums[name][(begin + at) // block] = xxhash.xxh3_64_hexdigest(view[at : at + block])
+            self._set_sum(name, (begin + at) // block, xxhash.xxh3_64_hexdigest(view[at : at + block]))
+
+    def _set_sum(self, name: str, block: int, digits: str) -> None:
+        place = self._sums_at[name] + 16 * block
+        self._header[place : place + 16] = digits.encode()
 
     def commit(self) -> TensorFile:
         """Fill in the header, make the file durable and give it its name; return the file."""
-        header = self._encoded()
-        self._file.write_at(header, 0)
+        checksum = _checksum(bytes(self._header))
+        self._header[_DIGITS] = checksum.encode()
+        self._file.write_at(memoryview(self._header), 0)
         status = os.fstat(self._file.descriptor)
         self._file.publish()
-        entries = {
-            name: Entry(entry.dtype, entry.shape, self._start + entry.begin) for name, entry in self._entries.items()
+        sums = {
+            name: self._header[at : at + 16 * self._entries[name].blocks].decode() for name, at in self._sums_at.items()
         }
-        sums = {name: "".join(blocks) for name, blocks in self._sums.items()}
-        return TensorFile(
-            self.path, entries, (status.st_size, status.st_mtime_ns), sums, {}, self._metadata, self._content,
-            header[_DIGITS].decode(),
-        )  # fmt: skip
+        stamp = status.st_size, status.st_mtime_ns
+        return TensorFile(self.path, self._entries, stamp, sums, {}, self._metadata, self._content, checksum)
 
     def discard(self) -> None:
         """Remove what was written; do nothing after `commit`."""
@@ -862,37 +887,36 @@ class TensorFileWriter:
     def __exit__(self, *_: object) -> None:
         self.discard()
 
-    def _encoded(self) -> bytes:
-        return encode_header(self._entries, self._content, self._metadata, self._sums)
-
 
 def encode_header(
-    entries: Mapping[str, Entry],
-    content: Mapping[str, Any],
-    metadata: Mapping[str, str],
-    sums: Mapping[str, Sequence[str]] | None = None,
+    entries: Mapping[str, Entry], content: Mapping[str, Any], metadata: Mapping[str, str], sums: str = ""
 ) -> bytes:
-    """Return a file's bytes up to the payload; their number does not depend on the `sums`, the blocks' checksums."""
+    """Return a file's bytes up to the payload, for tensors in its order; without `sums` with zeros in their place.
+
+    Raises InvalidValueError for a header that readers would refuse.
+    """
     if len(entries) > MAX_TENSORS:
         raise InvalidValueError("header", f"would name {len(entries):,} tensors; at most {MAX_TENSORS:,} are allowed")
-    blocks = sums or {name: ["0" * 16] * -(-entry.size // BLOCK) for name, entry in entries.items()}
-    own = compact({**content, "sums": {name: "".join(digits) for name, digits in blocks.items()}})
+    zeros = "0" * (16 * sum(entry.blocks for entry in entries.values()))
+    own = compact({"sums": sums or zeros, **content})
     header: dict[str, Any] = {"__metadata__": {"ema.checksum": "0" * 16, "ema": own, "format": "pt", **metadata}}
     for name, entry in entries.items():
         offsets = [entry.begin, entry.begin + entry.nbytes]
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-    try:
-        text = compact(header).encode()
-    except UnicodeEncodeError as error:
-        near = str(error.object)[max(0, error.start - 40) : error.end + 40]
-        raise InvalidValueError("header", f"a name or value cannot be written in UTF-8: {near!r}") from error
-    if b"\\u0000" in text:  # readers refuse zero bytes
-        raise InvalidValueError("header", "a name or value has a zero byte, which cannot be written")
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+    written = compact(header)
+    if bad := _NO_TEXT.search(written):
+        near = ascii(written[max(0, bad.start() - 40) : bad.end() + 40])
+        raise InvalidValueError("header", f"a name or value has a zero byte or is no Unicode text: {near}")
+    text = written.encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise InvalidValueError("header", f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
     start = len(text).to_bytes(8, "little") + text
     return start[: _DIGITS.start] + _checksum(start).encode() + start[_DIGITS.stop :]
+
+
+_NO_TEXT = re.compile(r"[\ud800-\udfff]|\\u0000")
+"""Lone surrogates and escaped zero bytes, which readers refuse."""
 
 
 def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from posthoc_cli.snapshots.outputs import (
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
-from posthoc_cli.snapshots.tensorfile import FORMAT, TensorFile, read_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, TensorFile, file_size, read_file
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -74,7 +74,6 @@ class FileReport:
     Attributes:
         unit: the path of the whole: the file, or the folder of a model or snapshot in several files.
         what: the file in a few words.
-        kind: "snapshot", "output" or None.
         detail: explains the `state`, or notes something unusual.
         header: what a valid header says: a snapshot, or a part of one, or an output.
         names: the tensors in the file.
@@ -83,7 +82,6 @@ class FileReport:
     path: Path
     unit: Path
     what: str = "unknown"
-    kind: str | None = None
     state: str = INTACT
     detail: str = ""
     nbytes: int = 0
@@ -162,69 +160,98 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     DirectoryError if there is nothing to verify.
     """
     started = time.perf_counter()
-    listed, units = _listed(path)
+    found, units = _listed(path)
     reports: list[FileReport] = []
     snapshots: list[Snapshot] = []
     incomplete: dict[Path, str] = {}
-    with progress("verifying", sum(map(_size, units))) as advance:
+    with progress("verifying", sum(file_size(file) for unit in units for file in unit.files)) as advance:
         for unit in units:
-            found = unit.verify(advance)
-            if isinstance(found, str):
-                incomplete[unit.path] = found
-                continue
-            reports += found.reports
-            snapshots += found.snapshots
+            results = {file: _read(file, unit.path, advance) for file in unit.files}
+            existing = [report for report in results.values() if report is not None]
+            if unit.index is not None:
+                existing = _judged_shards(unit.index, results, existing)
+            elif unit.is_folder:
+                existing, whole = _judged_parts(unit, existing, len(results))
+                if isinstance(whole, str):
+                    incomplete[unit.path] = whole
+                elif whole and not unit.superseded:
+                    snapshots.append(whole)
+            elif not unit.superseded:
+                headers = [report.header for report in existing if report.is_fine]
+                snapshots += [one for one in headers if isinstance(one, Snapshot) and one.part is None]
+            reports += [replace(r, what=f"superseded {r.what}") for r in existing] if unit.superseded else existing
     snapshots.sort(key=time_order)
-    problems = contradictions(snapshots)
+    problems = [str(problem) for problem in contradictions(snapshots)]
     if snapshots and not problems:
         try:
             run_clock(snapshots)
         except MismatchError as error:
-            problems = [error]
-    notes = [f"{listed.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
-    if listed.is_directory:
-        notes += missing_at_newest(snapshots)
+            problems = [str(error)]
+    notes = [f"{found.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
+    notes += missing_at_newest(snapshots) if found.is_directory else []
     notes += [f"{folder.name}/: has {parts}" for folder, parts in incomplete.items()]
     return replace(
-        listed, files=tuple(reports), problems=tuple(map(str, problems)), notes=(*notes, *listed.notes),
-        leftovers=tuple(sorted((*listed.leftovers, *incomplete))),
-        seconds=time.perf_counter() - started,
+        found, files=tuple(reports), problems=tuple(problems), notes=(*notes, *found.notes),
+        leftovers=tuple(sorted((*found.leftovers, *incomplete))), seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
 # --- listing
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """A file, or several that belong together: the shards of a model, with its index, or the parts in a folder."""
+
+    path: Path
+    files: Sequence[Path]
+    index: Path | None = None
+    is_folder: bool = False
+    is_alone: bool = False
+    superseded: bool = False
+
+
+def _of_index(index: Path) -> _Unit:
+    with suppress(FileFormatError):  # reported with the index
+        return _Unit(index.parent, [index.parent / name for name in decode_index(index).shards], index)
+    return _Unit(index.parent, [], index)
+
+
+def _of_parts(folder: Path, superseded: bool = False) -> _Unit:
+    return _Unit(folder, list_folder(folder).files, is_folder=True, superseded=superseded)
+
+
 def _listed(path: Path) -> tuple[Verification, list[_Unit]]:
     """List what to verify, reading indexes; raise DirectoryError if there is nothing."""
     if is_parts_folder(path):
-        return Verification(path, True, leftovers=tuple(list_directory(path).leftovers)), [_Parts(path, is_alone=True)]
+        return Verification(path, True, leftovers=tuple(list_directory(path).leftovers)), [
+            replace(_of_parts(path), is_alone=True)
+        ]
     if path.is_dir():
         return _listed_directory(path)
     if files.is_absent(path):
         raise DirectoryError(path, "no such file or directory", ACCEPTED)
     if path.suffix in PICKLES:
         raise InvalidValueError(path, "has no checksums, and no pickle is opened here", ACCEPTED)
-    unit = _Shards(path) if path.name.endswith(INDEX_SUFFIX) else _Unit(path)
+    unit = _of_index(path) if path.name.endswith(INDEX_SUFFIX) else _Unit(path, [path])
     return Verification(path, False), [unit]
 
 
 def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     listing = list_directory(directory)
     models = [path for path in listing.entries if path.name != SUPERSEDED and _has_index(path)]
-    units: list[_Unit] = [_Shards(folder / INDEX_NAME) for folder in (directory, *models) if _has_index(folder)]
+    units = [_of_index(folder / INDEX_NAME) for folder in (directory, *models) if _has_index(folder)]
     shards = {path for unit in units for path in unit.files}
-    units += [_Unit(path) for path in listing.files if path not in shards]
-    parts = [_Parts(path) for path in listing.folders]
-    units = sorted([*units, *(unit for unit in parts if unit.files)], key=lambda unit: unit.place)
-    notes: list[str] = []
-    superseded = _readable(directory / SUPERSEDED, notes)
-    old: list[_Unit] = [_Unit(path, superseded=True) for path in superseded.files]
-    old += [_Parts(path, superseded=True) for path in superseded.parts_folders]
-    empty = [unit.path for unit in parts if not unit.files and not unit.path.is_symlink() and unit.path.is_dir()]
+    units += [_Unit(path, [path]) for path in listing.files if path not in shards]
+    parts = [_of_parts(path) for path in listing.folders if not path.is_symlink() and path.is_dir()]
+    units = sorted([*units, *(unit for unit in parts if unit.files)], key=lambda unit: unit.index or unit.path)
+    superseded, notes = _readable(directory / SUPERSEDED)
+    old = [_Unit(path, [path], superseded=True) for path in superseded.files]
+    old += [_of_parts(path, superseded=True) for path in superseded.parts_folders]
+    empty = [unit.path for unit in parts if not unit.files]
     notes += [f"{path.name}/: has no parts" for path in empty]
-    listings = (listing, *map(_readable, (*models, *listing.folders)), superseded)
-    leftovers = sorted([*empty, *(path for entries in listings for path in entries.leftovers)])
+    inner = [superseded, *(_readable(folder)[0] for folder in (*models, *listing.folders))]
+    leftovers = sorted([*empty, *(path for each in (listing, *inner) for path in each.leftovers)])
     pickles = len(listing.pickles)
     if not (units or old or leftovers):
         reason = "holds no snapshots or outputs" + "; no pickle is opened here" * bool(pickles)
@@ -235,17 +262,14 @@ def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     return result, [*units, *old]
 
 
-def _readable(folder: Path, notes: list[str] | None = None) -> Directory:
-    """List a folder like `list_folder`; if it cannot be read, return nothing and add a note."""
-    reason = "is a symbolic link; not read" if folder.is_symlink() else ""
-    listing = Directory(folder)
+def _readable(folder: Path) -> tuple[Directory, list[str]]:
+    """List a folder like `list_folder`; if it cannot be read, return nothing, and a note."""
+    if folder.is_symlink():
+        return Directory(folder), [f"{folder.name}/ is a symbolic link; not read"]
     try:
-        listing = list_folder(folder)
+        return list_folder(folder), []
     except DirectoryError:
-        reason = "cannot be read"
-    if reason and notes is not None:
-        notes.append(f"{folder.name}/ {reason}")
-    return listing
+        return Directory(folder), [f"{folder.name}/ cannot be read"]
 
 
 def _has_index(folder: Path) -> bool:
@@ -254,72 +278,58 @@ def _has_index(folder: Path) -> bool:
     return False
 
 
-def _size(unit: _Unit) -> int:
-    """Return about how many bytes there are to read."""
-    total = 0
-    for path in unit.files:
-        with suppress(OSError):
-            total += path.stat().st_size
-    return total
-
-
 # --- a file
 
 
 def _read(path: Path, unit: Path, progress: Callable[[int], object]) -> FileReport | None:
     """Read every byte of a file and return the report; None if the file was deleted meanwhile."""
-    report, file, read = FileReport(path, unit), None, 0
-    damaged, nonfinite = dict[str, FileFormatError](), dict[str, None]()
+    report, read = FileReport(path, unit, "snapshot, by its name" if is_snapshot_name(unit) else "unknown"), [0]
+
+    def advance(nbytes: int) -> None:
+        read.append(nbytes)
+        progress(nbytes)
+
     try:
         file = read_file(path)
-        with file, closing(file.checked()) as results:
-            report, averages = _described(report, file)
-            read = file.nbytes - sum(report.names.values())
-            progress(read)
-            for checked in results:
-                damaged |= checked.damaged
-                nonfinite |= dict.fromkeys(checked.nonfinite)
-                read += checked.nbytes
-                progress(checked.nbytes)
+        report = _described(report, file)
+        if report.state not in (INTACT, UNCHECKED):
+            return report
+        advance(file.nbytes - sum(report.names.values()))
+        damaged, nonfinite = file.examine(advance)
     except FileFormatError as error:
         if isinstance(error, VanishedError) and files.is_absent(path):
             return None  # a training has deleted it
-        return _unreadable(replace(report, nbytes=read), error, file)
-    report = replace(report, nbytes=read)
+        state, detail = _fault(error)
+        return replace(report, nbytes=sum(read), state=state, detail=detail)
+    report = replace(report, nbytes=sum(read))
     if damaged:
         reason = next(iter(damaged.values())).reason
         return replace(report, state=DAMAGED, detail=f"{reason}{_and_more(len(damaged) - 1, 'tensor')}")
-    if bad := [name for name in nonfinite if name in averages]:
+    copies = set(report.header.copies) if report.header else report.names.keys()
+    if bad := [name for name in nonfinite if name not in copies]:
         return replace(report, state=NONFINITE, detail=_nonfinite("average", bad, "average"))
-    kind = "tensor" if report.kind is None else "copy"
-    return replace(report, detail=_nonfinite(kind, [*nonfinite], "tensor") if nonfinite else "")
+    kind = "copy" if report.header else "tensor"
+    return replace(report, detail=_nonfinite(kind, nonfinite, "tensor") if nonfinite else "")
 
 
-def _described(report: FileReport, file: TensorFile) -> tuple[FileReport, Collection[str]]:
-    """Add a header's content to a report; return it, and the averages; raise FileFormatError if it is invalid."""
+def _described(report: FileReport, file: TensorFile) -> FileReport:
+    """Add a header's content to a report; raise FileFormatError if it is invalid."""
     names = {name: entry.nbytes for name, entry in file.entries.items()}
-    report = replace(report, kind=file.kind, names=names)
     if file.kind is None:
-        return replace(report, what="foreign", state=UNCHECKED), ()
+        return replace(report, what="foreign", state=UNCHECKED, names=names)
+    if file.kind not in ("snapshot", "output"):
+        detail = f"its kind is {shown(file.kind)}, which this release does not know"
+        return replace(report, state=UNSUPPORTED, detail=detail, names=names)
+    if (form := file.content.get("format")) != FORMAT:
+        detail = f"its format is {shown(form)}; this release reads {FORMAT}"
+        return replace(report, state=UNSUPPORTED, detail=detail, names=names)
     if file.kind == "output":
         output = decode_output(file)
-        return replace(report, what=_output_words(output), header=output), names.keys() - set(output.copies)
+        return replace(report, what=_output_words(output), header=output, names=names)
     snapshot = decode_snapshot(file)
     part = "part {}/{} of ".format(*snapshot.part) if snapshot.part else ""
     what = f"{part}snapshot sigma_rel {snapshot.sigma_rel:g} at t = {snapshot.t:,.12g}"
-    return replace(report, what=what, header=snapshot), names.keys() - set(snapshot.copies)
-
-
-def _unreadable(report: FileReport, error: FileFormatError, file: TensorFile | None) -> FileReport:
-    """Return the report of a file that cannot be read or decoded, with what its name and its header show."""
-    state, detail = _fault(error)
-    if is_snapshot_name(report.unit):
-        report = replace(report, what="snapshot, by its name", kind="snapshot")
-    if file is not None and file.kind not in (None, "snapshot", "output"):
-        state, detail = UNSUPPORTED, f"its kind is {shown(file.kind)}, which this release does not know"
-    elif file is not None and file.kind and (form := file.content.get("format")) != FORMAT:
-        state, detail = UNSUPPORTED, f"its format is {shown(form)}; this release reads {FORMAT}"
-    return replace(report, state=state, detail=detail)
+    return replace(report, what=what, header=snapshot, names=names)
 
 
 def _fault(error: FileFormatError) -> tuple[str, str]:
@@ -343,120 +353,76 @@ def _and_more(count: int, what: str) -> str:
 # --- what belongs together
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What was found in a unit: a report for each file, and the complete snapshots in which nothing is wrong."""
+def _judged_parts(
+    unit: _Unit, existing: list[FileReport], count: int
+) -> tuple[list[FileReport], Snapshot | str | None]:
+    """Judge the parts in a folder together; return the reports, and the snapshot or what there is of it.
 
-    reports: Sequence[FileReport]
-    snapshots: Sequence[Snapshot] = ()
-
-
-class _Unit:
-    """A file, or several that belong together."""
-
-    def __init__(self, path: Path, *, superseded: bool = False) -> None:
-        self.path, self.place, self.superseded = path, path, superseded
-        self.files: Mapping[Path, Collection[str]] = {path: ()}
-
-    def verify(self, progress: Callable[[int], object]) -> _Found | str:
-        """Read all files; return what was found, or, in words, what there is of an incomplete snapshot."""
-        results = {path: _read(path, self.path, progress) for path in self.files}
-        found = self.judged(results, [report for report in results.values() if report is not None])
-        if self.superseded and isinstance(found, _Found):
-            return _Found([replace(report, what=f"superseded {report.what}") for report in found.reports])
-        return found
-
-    def judged(self, _results: Mapping[Path, FileReport | None], existing: list[FileReport]) -> _Found | str:
-        """Judge the reports of the files together; None stands for a file that does not exist."""
-        headers = [report.header for report in existing if report.is_fine]
-        return _Found(existing, [one for one in headers if isinstance(one, Snapshot) and one.part is None])
-
-
-class _Parts(_Unit):
-    """The folder of a snapshot in parts; what is wrong between them is in the report of one of them."""
-
-    def __init__(self, path: Path, *, superseded: bool = False, is_alone: bool = False) -> None:
-        super().__init__(path, superseded=superseded)
-        self.files, self._is_alone = dict.fromkeys(list_folder(path).files, ()), is_alone
-
-    def judged(self, results: Mapping[Path, FileReport | None], existing: list[FileReport]) -> _Found | str:
-        """Judge the parts together: without one of them, a training is deleting the snapshot."""
-        if len(existing) < len(results):
-            return _Found([])
-        stray = next((report for report in existing if report.is_fine and report.kind != "snapshot"), None)
+    What is wrong between the parts is in the report of one of them.
+    """
+    if len(existing) < count:
+        return [], None  # a training is deleting the snapshot
+    parts = [report.header for report in existing if isinstance(report.header, Snapshot)]
+    is_fine = all(report.is_fine for report in existing)
+    stray = next((report for report in existing if report.is_fine and not isinstance(report.header, Snapshot)), None)
+    try:
         if stray is not None:
-            return _Found(_mismatched(existing, stray, "is in a folder of parts but is not a part of a snapshot"))
-        parts = [report.header for report in existing if isinstance(report.header, Snapshot)]
-        if len(parts) < len(existing):
-            return _Found(existing)
-        broken = next((report for report in existing if not report.is_fine), None)
-        try:
-            content = joined(self.path, parts)
-        except PostHocError as error:
-            detail = str(error).replace(f"{self.path}{os.sep}", "").removeprefix(f"{self.path}: ")
-            return _Found(existing if broken else _mismatched(existing, existing[0], detail))
-        if isinstance(content, Snapshot):
-            return _Found(existing, () if broken else [content])
-        if not content or self.superseded:
-            return _Found(existing)
-        if not self._is_alone:
-            return content
-        missing = FileReport(self.path, self.path, "snapshot", "snapshot", MISSING, f"has {content}")
-        return _Found([missing, *existing])
+            raise MismatchError(stray.path, "is in a folder of parts but is not a part of a snapshot")
+        content = joined(unit.path, parts) if len(parts) == count else None
+    except PostHocError as error:
+        wrong = stray or existing[0]
+        detail = (
+            error.reason if stray else str(error).replace(f"{unit.path}{os.sep}", "").removeprefix(f"{unit.path}: ")
+        )
+        judged = [replace(r, state=MISMATCHED, detail=detail) if r is wrong else r for r in existing]
+        return judged if is_fine or stray else existing, None
+    if not isinstance(content, str):
+        return existing, content if is_fine else None
+    if unit.superseded:
+        return existing, None
+    if unit.is_alone:
+        return [FileReport(unit.path, unit.path, "snapshot", MISSING, f"has {content}"), *existing], None
+    return [], content
 
 
-def _mismatched(reports: Sequence[FileReport], wrong: FileReport, detail: str) -> list[FileReport]:
-    return [replace(r, state=MISMATCHED, detail=detail) if r is wrong else r for r in reports]
+def _judged_shards(
+    index: Path, results: Mapping[Path, FileReport | None], existing: Sequence[FileReport]
+) -> list[FileReport]:
+    """Judge the shards of a model together with their index, which has a report of its own."""
+    output = next((report.header for report in existing if isinstance(report.header, OutputInfo)), None)
+    of_model = f" of {_output_words(output)}" if output else ""
+    try:
+        state, detail = _judged_index(decode_index(index), existing)
+    except FileFormatError as error:
+        state, detail = _fault(error)
+    except MismatchError as error:
+        state, detail = MISMATCHED, str(error).replace(f"{index.parent}{os.sep}", "")
+    reports = [FileReport(index, index.parent, f"index{of_model}", state, detail)]
+    for path, report in results.items():
+        if report is None:
+            reports.append(FileReport(path, index.parent, f"shard{of_model}", MISSING, f"{index.name} names it"))
+        else:
+            is_output = isinstance(report.header, OutputInfo)
+            reports.append(replace(report, what=f"shard{of_model}") if is_output else report)
+    return reports
 
 
-class _Shards(_Unit):
-    """A model in shards, with the index that names them."""
-
-    def __init__(self, index: Path) -> None:
-        super().__init__(index.parent)
-        self.place, self._fault = index, ("", "")
-        content = ShardIndex({}, None)
-        try:
-            content = decode_index(index)
-        except FileFormatError as error:  # each file is a unit of its own then
-            self._fault = _fault(error)
-        self.files, self._total = {index.parent / n: names for n, names in content.shards.items()}, content.total_size
-
-    def judged(self, results: Mapping[Path, FileReport | None], existing: list[FileReport]) -> _Found | str:
-        """Compare the index with its shards, and these with each other."""
-        output = next((r.header for r in existing if isinstance(r.header, OutputInfo)), None)
-        of_model = f" of {_output_words(output)}" if output else ""
-        state, detail = self._judged_index(existing) if not self._fault[0] else self._fault
-        kind = "output" if output else None
-        reports = [FileReport(self.place, self.path, f"index{of_model}", kind, state, detail)]
-        for path, report in results.items():
-            if report is None:
-                detail = f"{self.place.name} names it"
-                reports.append(FileReport(path, self.path, f"shard{of_model}", None, MISSING, detail))
-            else:
-                is_output = isinstance(report.header, OutputInfo)
-                reports.append(replace(report, what=f"shard{of_model}") if is_output else report)
-        return _Found(reports)
-
-    def _judged_index(self, existing: Sequence[FileReport]) -> tuple[str, str]:
-        """Return the state of the index, compared with the existing shards, and the detail."""
-        if not self.files:
-            return DAMAGED, "names no shard"
-        for shard in existing:
-            if shard.is_fine and (differing := shard.names.keys() ^ set(self.files[shard.path])):
-                where = f"is in {shard.path.name} or named by the index, but not both"
-                return MISMATCHED, f"tensor {shown(min(differing))} {where}"
-        if len(existing) < len(self.files) or not all(shard.is_fine for shard in existing):
-            return INTACT, ""  # the shard's report shows the cause
-        outputs = [shard.header if isinstance(shard.header, OutputInfo) else None for shard in existing]
-        try:
-            for shard, output in zip(existing[1:], outputs[1:], strict=True):
-                check_alike(existing[0].path, outputs[0], shard.path, output)
-        except MismatchError as error:
-            return MISMATCHED, str(error).replace(f"{self.path}{os.sep}", "")
-        if outputs[0] is None:
-            return UNCHECKED, ""
-        nbytes = sum(sum(shard.names.values()) for shard in existing)
-        if self._total != nbytes:  # an index has no checksum
-            return DAMAGED, f"its total_size is {shown(self._total)}; the shards hold {nbytes:,} bytes"
-        return INTACT, ""
+def _judged_index(index: ShardIndex, existing: Sequence[FileReport]) -> tuple[str, str]:
+    """Return the state of an index, compared with the existing shards, and the detail; raise MismatchError."""
+    if not index.shards:
+        return DAMAGED, "names no shard"
+    for shard in existing:
+        if shard.is_fine and (differing := shard.names.keys() ^ set(index.shards[shard.path.name])):
+            where = f"is in {shard.path.name} or named by the index, but not both"
+            return MISMATCHED, f"tensor {shown(min(differing))} {where}"
+    if len(existing) < len(index.shards) or not all(shard.is_fine for shard in existing):
+        return INTACT, ""  # the shard's report shows the cause
+    outputs = [shard.header if isinstance(shard.header, OutputInfo) else None for shard in existing]
+    for shard, output in zip(existing, outputs, strict=True):
+        check_alike(existing[0].path, outputs[0], shard.path, output)
+    if outputs[0] is None:
+        return UNCHECKED, ""
+    nbytes = sum(sum(shard.names.values()) for shard in existing)
+    if index.total_size != nbytes:  # an index has no checksum
+        return DAMAGED, f"its total_size is {shown(index.total_size)}; the shards hold {nbytes:,} bytes"
+    return INTACT, ""

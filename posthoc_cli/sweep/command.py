@@ -17,7 +17,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.directory import HOLDER_NAME, LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
 from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Records, SweepReport, has_raw
 from posthoc_cli.sweep.search import Axis, Search, Trial, check_counts, good_range
 from posthoc_cli.sweep.trials import Metric, MissingMetricError, TrialError, measure
@@ -142,7 +142,7 @@ class Sweep:
         """Make and lock the folder of the sweep, and remove averages that a killed sweep has left."""
         files.check_parent("out", self.out)
         names = {path.name for path in files.system.list(self.out)} if self.out.is_dir() else set()
-        if names - {LOCK_NAME, HOLDER_NAME, _LOGS, _SCRATCH} and not names & {TRIALS, RESULT}:
+        if names - {LOCK_NAME, _LOGS, _SCRATCH} and not names & {TRIALS, RESULT}:
             # A sweep might replace or remove files of other programs that have the same names as its own.
             raise OutputExistsError(self.out, "is not empty, and not the folder of a sweep", "name another folder")
         with files.reported_as_write_error(self.out):

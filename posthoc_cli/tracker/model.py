@@ -21,7 +21,7 @@ import torch
 from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.path import encode_sample, index_within, places
-from posthoc_cli.snapshots.snapshot import Selection, Snapshot, running_statistics
+from posthoc_cli.snapshots.snapshot import Selection, Snapshot, grouped, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, MAX_TENSORS, Box, Chunk, Entry, encode_header, lay_out
 from posthoc_cli.tracker.processes import Members, is_fsdp, is_sharded, local_part, local_tensors, reshard
@@ -172,12 +172,12 @@ class TrackedModel:
     def check_header(self) -> None:
         """Raise an InvalidValueError if a snapshot's header cannot hold so many tensors, before one is due."""
         names = [*self.tensors, *self.aliases, *self.left_out]
-        # A header repeats each tensor's name three times, with at most 300 bytes more.
+        # A header has each name at most three times, with at most 300 bytes more.
         size = 3 * sum(map(len, names)) + 300 * len(names)
         if size < MAX_HEADER_BYTES // 4 and len(names) <= MAX_TENSORS:
             return
         entries = {name: Entry(tensor.dtype, self.shapes[name]) for name, tensor in self.tensors.items()}
-        tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
+        tables = {"tensors": grouped(self.tensors), "aliases": self.aliases, "left_out": self.left_out}
         tables["sample"] = encode_sample(*[[0.0] * len(self.sampled)] * 2)
         try:
             encode_header(lay_out(entries), tables, {})

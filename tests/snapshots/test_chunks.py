@@ -59,7 +59,7 @@ def slices(box: Box) -> tuple[slice, ...]:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_any_box_is_assembled_from_any_chunks(shape: tuple[int, ...], seed: int) -> None:
     rng = np.random.default_rng(seed)
     tensor = rng.integers(0, 2**62, shape)
@@ -74,7 +74,7 @@ def test_any_box_is_assembled_from_any_chunks(shape: tuple[int, ...], seed: int)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_grid_covers_a_tensor_once(shape: tuple[int, ...], seed: int) -> None:
     rng = np.random.default_rng(seed)
     boxes = cut(rng, shape)

@@ -10,28 +10,18 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
-import torch
-from factories import RUN_ID, forge, read_snapshot, write_snapshot
+from factories import forge, read_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torture.damage import examine
 
-from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, InvalidValueError
-from posthoc_cli.export.convert import export_file
-from posthoc_cli.snapshots import tensorfile
-from posthoc_cli.snapshots.directory import inspect_directory
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
-from posthoc_cli.snapshots.snapshot import Selection
-from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, read_file
-from posthoc_cli.tracker import model as model_tensors
 
 Small = Callable[[str], Path]
 
@@ -111,15 +101,10 @@ def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
         read_file(path)
 
 
-def test_no_file_is_written_that_could_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_is_written_that_could_not_be_read(tmp_path: Path) -> None:
     specs = {str(number): Entry("F32", (0,)) for number in range(200_001)}
     with pytest.raises(InvalidValueError, match="header: would name 200,001 tensors; at most 200,000 are allowed"):
         TensorFileWriter(tmp_path / "a.safetensors", specs, {}, {})
-    monkeypatch.setattr(tensorfile, "MAX_TENSORS", 199)
-    monkeypatch.setattr(model_tensors, "MAX_TENSORS", 199)
-    model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1)) for _ in range(200)])
-    with pytest.raises(InvalidValueError, match="model: with 200 tensors a snapshot's header would name 200 tensors"):
-        PostHocEMA.from_model(model, tmp_path / "run")
     assert not any(tmp_path.iterdir())
 
 
@@ -144,7 +129,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(
     path=st.sampled_from([("a",), ("a", "dtype"), ("a", "shape"), ("a", "data_offsets"), ("new",)]), value=json_values
 )
@@ -169,14 +154,6 @@ def test_any_foreign_header_is_refused_or_tiles_the_payload(
 # --- foreign files
 
 
-def test_files_of_the_safetensors_library_are_read(tmp_path: Path) -> None:
-    tensors = {"w": torch.randn(3, 2), "n": torch.tensor(5), "e": torch.empty(0, 2), "h": torch.ones(3).bfloat16()}
-    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-    with read_file(tmp_path / "x.safetensors") as file:
-        for name, tensor in tensors.items():
-            assert torch.equal(file.tensor(name), tensor)
-
-
 @pytest.mark.parametrize("order", [b'{"__metadata__":M,A}', b'{A,"__metadata__":M}', b' { "__metadata__" : M , A }'])
 def test_metadata_may_be_anywhere_in_the_header(tmp_path: Path, order: bytes) -> None:
     text = order.replace(b"A", A).replace(b"M", b'{"k":"a},\\"b"}')
@@ -196,54 +173,14 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) 
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "x.safetensors"]
 
 
-# --- the headers of a run
-
-VALUES = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4), "n": torch.tensor(3)}
-
-
-def test_the_same_roles_of_other_tensors_are_refused(tmp_path: Path) -> None:
-    copies = {"a": TrackedTensor("copy", "F32")}
-    for t, value in ((10, torch.ones(3)), (20, torch.ones(3).half()), (30, torch.ones(3).half()), (40, torch.ones(3))):
-        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"a": value}, tensors=copies)
-    found = inspect_directory(tmp_path)
-    assert [s.info.t for s in found.snapshots] == [10, 40]
-    assert len(found.problems) == 2
-    assert all("ema: tensors: " in str(p) and "F16 cannot hold copy of F32" in str(p) for p in found.problems)
-
-
-@pytest.mark.parametrize("copy_only", [(), ("d.*",)])
-def test_a_selection_is_read_as_it_was_written(tmp_path: Path, copy_only: tuple[str, ...]) -> None:
-    given = Selection(True, ("a*",), ("b", "c"), "copy", copy_only)
-    found = read_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, VALUES, selection=given))
-    assert found.info.selection == given
-    statistics = dict.fromkeys(("n.running_mean", "n.running_var"), "statistic") | {"n.num_batches_tracked": "copy"}
-    assert given.resumed(statistics) == replace(given, buffers="statistics")
-
-
 # --- metadata
 
-NUMBERS = ['"x"', "[]", "null", "true", "NaN", "-Infinity", "1e999", "1" * 5000]
-WHOLE = ["1.5", "-1", "1e3", "9" * 20, '"1"', "true"]
-OBJECTS = ["[]", "null", "1", '{"a":1,"a":1}', "[" * 10**5, '"\\ud800"', "NaN"]
-LISTS = ["{}", "null", "1", "[1]", '[["a"]]', '[{"a":1}]', "[null]", '["\\ud800"]', "[NaN]"]
-MALFORMED: dict[str, dict[str, Sequence[str]]] = {  # a key of each annotated type
-    "snapshot": {
-        **dict.fromkeys(("gamma", "t"), NUMBERS), "step": WHOLE, "left_out": LISTS,
-        **dict.fromkeys(("schedule", "tensors", "aliases"), OBJECTS),
-        "t_unit": ['""', '"\\u001b[31m"', '"a\\nb"', "1"], "off_schedule": ['"yes"', "1"],
-        "sums": ["{}", "[]", '{"a":1,"b":1}', f'{{"a":"{"0" * 32}","b":"{"0" * 16}"}}'],
-    },
-    "output": {
-        "predicted_error": ['"x"', "[]", "true", "-1"],
-        "snapshots": [*LISTS, *(f'[{{"file":"x","coefficient":{c}}}]' for c in ("1e999", "true", '"1"', "null"))],
-    },
-}  # fmt: skip
 
-
-ROLES = '{"a":{"role":"%s","dtype":"%s"},"b":{"role":"copy","dtype":"%s"}}'
+ROLES = '{"%s %s":["a"],"copy %s":["b"]}'
 SNAPSHOT = {
     "format": [("2", "its format is 2"), ('"3"', "its format is")],
-    "run_id": [('"short"', ""), (f'"{"g" * 32}"', "")],
+    "run_id": [('"short"', "")],
+    "sums": [(f'"{"0" * 32}"', "is damaged: its checksum"), ("{}", "sums must have"), (f'"{"0" * 48}"', "sums must")],
     # Products of such a small time underflow.
     "t": [("-1.0", "at least 0, not -1.0"), ("1e300", "must be a time of training, not 1e+300")],
     "t_first": [("0", "must be a time of training, not 0"), ("5e-324", "must be a time of training")],
@@ -260,13 +197,11 @@ SNAPSHOT = {
     ],
     "sigma_rels": [("[]", "must be a list of numbers"), ("[true]", "must be a list of finite numbers")],
     "clock": [("[4,10]", "must be a list of 2"), (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000")],
-    "sums": [(f'{{"a":"{"0" * 16}","b":"{"0" * 16}"}}', "tensor 'a' is damaged")],
     "kind": [('"output"', "profile: is missing"), ('"elsewhere"', "its kind is")],
 }  # fmt: skip
 OUTPUT = {"t": [("1e300", "a time of training, not 1e+300")], "predicted_error": [("-1e-9", "not -1e-09")]}
 IMPOSSIBLE = {"snapshot": SNAPSHOT, "output": OUTPUT}
-CASES = [(kind, key, text, "") for kind, keys in MALFORMED.items() for key, texts in keys.items() for text in texts]
-CASES += [(kind, key, *case) for kind, keys in IMPOSSIBLE.items() for key, cases in keys.items() for case in cases]
+CASES = [(kind, key, *case) for kind, keys in IMPOSSIBLE.items() for key, cases in keys.items() for case in cases]
 
 
 @pytest.mark.parametrize(("kind", "key", "text", "message"), CASES, ids=map(str, range(len(CASES))))
@@ -337,13 +272,6 @@ def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(small:
 # --- unusual but valid metadata
 
 
-def test_an_output_of_an_unknown_kind_is_not_exported_as_a_foreign_file(small: Small, tmp_path: Path) -> None:
-    path = forge(small("output"), {"kind": '"something later"'})
-    with pytest.raises(FileFormatError, match=r"'something later': no weights, or of a later release"):
-        export_file(path, tmp_path / "out.pt")
-    assert not (tmp_path / "out.pt").exists()
-
-
 @pytest.mark.parametrize(
     ("key", "text", "is_text"),
     [
@@ -360,12 +288,6 @@ def test_escapes_that_are_not_text_are_refused_at_any_depth(small: Small, key: s
         return
     with pytest.raises(FileFormatError, match=r"damaged ema: .*is not Unicode text, or has a zero byte$"):
         read_snapshot(path)
-
-
-def test_a_foreign_file_is_no_snapshot(tmp_path: Path) -> None:
-    safetensors.torch.save_file({"w": torch.ones(3)}, tmp_path / "x.safetensors")
-    with pytest.raises(FileFormatError, match="not a snapshot of this package: has no header of it"):
-        read_snapshot(tmp_path / "x.safetensors")
 
 
 def test_a_file_of_an_earlier_format_is_named_as_such(tmp_path: Path) -> None:

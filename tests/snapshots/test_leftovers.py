@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import time
@@ -16,17 +15,11 @@ from factories import (
     flip_bit,
     snapshot_files,
 )
-from snapshots.recorded import Walk, failing
+from snapshots.recorded import Walk
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.verify import verify
-
-
-def is_fine(run: Path, snapshots: int) -> bool:
-    """Return whether a run has this number of snapshots and no fault."""
-    return verify(run).is_fine and len(find_snapshots(run)) == snapshots
 
 
 def synthesize_shards(ema: Ema, run: Path, out: Path) -> None:
@@ -87,14 +80,6 @@ def test_outputs_remove_leftovers_an_hour_old(run: Path, tmp_path: Path) -> None
         write()
         assert not old.exists()
         assert young.exists()
-
-
-def test_leftovers_that_cannot_be_removed_are_a_warning(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    leftover = leave(run / ".ema-1.tmp", 120)
-    with failing("unlink", errno.EACCES, lambda path: path == leftover):
-        resumed(run)
-    assert f"{leftover}: left by an interrupted write, and cannot be removed" in caplog.text
-    assert is_fine(run, 14)
 
 
 def test_nothing_in_another_directory_is_moved_or_deleted(ema: Ema, run: Path, tmp_path: Path) -> None:

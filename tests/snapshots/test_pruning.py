@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from snapshots.recorded import call_number, failing, record
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, InexactError, InvalidValueError, LockedError, MismatchError, WriteError
 from posthoc_cli.planning import ErrorCurve, forecast, removal_order, snapshots_to_drop
-from posthoc_cli.profiles import Clock, PowerFunction
-from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
+from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.snapshots.directory import DirectoryLock, read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
 from posthoc_cli.snapshots.snapshot import Snapshot
@@ -98,12 +96,6 @@ def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
     order = removal_order(profiles_of(snapshots), source_prior(snapshots), range(24), 1, {22, 23})
     one_less = [s for i, s in enumerate(snapshots) if i not in order[: len(pruning.to_delete) + 1]]
     assert errors_of(one_less).worst > 1e-3  # half of `max_error`, since a prediction may be too low by 2
-
-
-def test_the_range_of_targets_decides_which_snapshots_stay(run: Path) -> None:
-    snapshots = read_directory(run)
-    short, long = (plan_pruning(snapshots, keep=3, sigma_range=ends) for ends in ((0.03, 0.06), (0.2, 0.28)))
-    assert np.mean([s.info.t for s in short.kept]) > np.mean([s.info.t for s in long.kept])
 
 
 @pytest.mark.parametrize("folder", ["run", "unmeasured"])
@@ -191,22 +183,6 @@ def test_an_interruption_leaves_a_directory_that_works(run: Path, stop: BaseExce
 
 
 # --- an earlier run as the model for a plan
-
-
-def test_a_stretched_motion_keeps_every_expected_distance() -> None:
-    """The averages begin with the run; the new run moves from its start."""
-    motion = Motion(np.array([0.0, 30.0, 80.0]), np.array([2.0, 0.5]), np.array([40.0, 10.0]))  # per step
-    clock = Clock((80.0,), (80.0,))
-    snapshots = [PowerFunction.from_sigma_rel(s, t) for t in (20.0, 50.0, 80.0) for s in (0.05, 0.28)]
-    later = [replace(p, t=7.0 * p.t) for p in snapshots]
-    norm = 9.0
-    prior = replace(
-        assumed_prior(snapshots, 1e-4, motion), norm=norm * np.ones(6), rounding=norm * 1e-8 * np.ones(6),
-        steps=Steps(clock),
-    )  # fmt: skip
-    stretched = assumed_prior(later, 1e-4, prior.stretched(560.0, 80.0, norm))
-    expected = forecast(snapshots, prior).predicted_error
-    np.testing.assert_allclose(expected, forecast(later, stretched).predicted_error, rtol=1e-5)
 
 
 def test_a_scaled_run_has_the_motion_and_the_rounding_of_the_run(run: Path) -> None:

@@ -69,17 +69,6 @@ def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path: Path, dty
             assert distance.rounding == measured.rounding + partner.rounding
 
 
-def test_results_are_in_the_order_of_the_snapshots_with_distances_to_the_newest_of_each_profile(tmp_path: Path) -> None:
-    times = [(10, 0.05), (10, 0.28), (20, 0.05), (30, 0.05)]
-    snapshots = [write(tmp_path, t, s, {"w": draw(t, 5)}) for t, s in times]
-    found = sample_measurements(snapshots)
-    assert sample_measurements(snapshots[::-1]) == found[::-1]
-    assert partners_of(found[-1]) == [(10, 0.05), (20, 0.05), (10, 0.28)]
-    empty = write(tmp_path / "empty", 10, 0.05, {"w": torch.empty(0, 3)})
-    assert sample_measurements([empty]) == [Measurements(0.0, 0.0)]
-    assert sample_measurements([]) == []
-
-
 # --- rounding
 
 

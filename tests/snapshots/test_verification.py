@@ -23,7 +23,6 @@ from posthoc_cli.dtypes import ITEM_BYTES, stored_name
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import BLOCK, decode_values, holds_nonfinite, read_file
@@ -103,7 +102,6 @@ def test_outputs_in_any_layout_and_foreign_files(run: Path, output: Path, shards
     found = verified(shards)
     assert found.files[0].path == shards / INDEX_NAME
     assert found.files[0].what == "index of output sigma_rel 0.1 at t = 60"
-    assert len({report.kind for report in found.files}) == 1
     assert len(verified(shards / INDEX_NAME).files) == len(list(shards.iterdir())) > 2
     save_file({"w": torch.full((3,), torch.nan)}, tmp_path / "foreign.safetensors")
     found = verified(tmp_path / "foreign.safetensors")
@@ -135,8 +133,7 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
     harm(path, harmed)
     with pytest.raises(FileFormatError, match=r"is damaged: its checksum"):
         read_file(path).verify()
-    with read_file(path) as file:
-        assert {name for found in file.checked() for name in found.damaged} == set(harmed)
+    assert read_file(path).examine(advances.append)[0].keys() == set(harmed)
     assert "(and 3 tensors more)" in only_wrong(path)[1]
 
 
@@ -153,24 +150,11 @@ def test_a_flip_anywhere_is_found(run: Path, output: Path, shards: Path, place: 
         path.write_bytes(data)
 
 
-def test_a_damaged_file_is_described_by_its_name(run: Path) -> None:
-    first, second, *_ = snapshot_files(run)
-    os.truncate(first, first.stat().st_size - 1)
-    os.truncate(second, 100)
-    unknown = ("mine.safetensors", "1-2-3.safetensors", "x-0.05.safetensors")
-    for name in unknown:
-        (run / name).write_bytes(b"\0")
-    broken = [report for report in verified(run).files if not report.is_fine]
-    expected = dict.fromkeys((first.name, second.name), "snapshot, by its name") | dict.fromkeys(unknown, "unknown")
-    assert {report.path.name: report.what for report in broken} == expected
-    assert broken[0].detail.startswith("truncated: has ")
-
-
 # --- headers against content, and each other
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -np.nan])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_value_that_is_not_finite_is_named_with_its_average(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
     values = {"a": torch.ones(5, dtype=dtype), "b": torch.ones(3, 7, dtype=dtype), "n": torch.ones(2)}
     values["b"][1, 3] = value
@@ -194,7 +178,7 @@ def test_all_faults_in_a_file_are_counted(tmp_path: Path, size: int) -> None:
     assert (state, detail.endswith(" (and 1 tensor more)")) == ("damaged", True)
     assert detail.startswith("tensor 'a' is damaged: ")
     (report,) = verified(path).files
-    assert (report.what, report.kind) == ("snapshot sigma_rel 0.05 at t = 10", "snapshot")
+    assert report.what == "snapshot sigma_rel 0.05 at t = 10"
     assert report.nbytes == path.stat().st_size > 20 * size
 
 
@@ -216,22 +200,6 @@ def test_nonfinite_numbers_are_recognized_by_their_bits(dtype: str) -> None:
     assert not holds_nonfinite(memoryview(bits[finite].tobytes()), dtype)
     assert not holds_nonfinite(memoryview(b"\xff" * 8), "I64")
     assert not holds_nonfinite(memoryview(b""), dtype)
-
-
-def test_contradicting_clocks_are_a_problem_of_the_directory(tmp_path: Path) -> None:
-    for t, step in ((10.0, 3), (20.0, 2)):
-        write_snapshot(tmp_path, t, 0.05, RUN_ID, W, t_unit="images", step=step, clock=((step, t),))
-    found = verified(tmp_path)
-    assert (found.is_fine, found.broken) == (False, ())
-    assert "not of one training" in found.problems[0]
-
-
-@pytest.mark.parametrize(("key", "value"), [("format", "2"), ("kind", '"hologram"')])
-def test_kinds_and_versions_of_later_releases_are_unsupported_and_not_damaged(
-    small: Callable[[str], Path], key: str, value: str
-) -> None:
-    state, detail = only_wrong(forge(small("snapshot"), {key: value}))
-    assert (state, value.strip('"') in detail) == ("unsupported", True)
 
 
 # --- shards
@@ -282,18 +250,6 @@ def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
     assert (state, "only one of them is of a synthesis" in detail) == ("mismatched", True)
 
 
-def test_shards_of_other_libraries_are_reported_as_unchecked(tmp_path: Path) -> None:
-    names = {f"w{number}": f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)}
-    for tensor, name in names.items():
-        save_file({tensor: torch.ones(3)}, tmp_path / name)
-    (tmp_path / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": 24}, "weight_map": names}))
-    found = verified(tmp_path)
-    assert found.is_fine
-    assert [(report.path.name, report.what, report.state, report.detail) for report in found.files] == [
-        (INDEX_NAME, "index", "unchecked", ""), *((name, "foreign", "unchecked", "") for name in names.values()),
-    ]  # fmt: skip
-
-
 # --- errors of the system
 
 
@@ -302,16 +258,6 @@ def test_a_file_that_cannot_be_opened_is_reported_and_the_others_are_read(run: P
     refused = snapshot_files(run)[0]
     with failing("open", code, lambda path: path == refused):
         assert wrong(run) == {refused.name: (state, f"cannot be opened: {os.strerror(code).lower()}")}
-
-
-def test_folders_that_cannot_be_read_are_noted_or_skipped(run: Path) -> None:
-    for name in ("closed", "superseded"):
-        (run / name).mkdir()
-    with failing("list", PermissionError(errno.EACCES, "Permission denied"), lambda path: path.parent == run):
-        assert notes(run) == ("superseded/ cannot be read",)
-        assert len(verified(run).files) == 12
-        assert len(find_snapshots(run)) == 12
-        assert inspect_directory(run).superseded == 0
 
 
 def test_special_files_and_broken_links_are_damaged(run: Path) -> None:
@@ -323,16 +269,6 @@ def test_special_files_and_broken_links_are_damaged(run: Path) -> None:
     assert {state for state, _ in found.values()} == {"damaged"}
     assert found["fifo.safetensors"][1] == found["zero.safetensors"][1] == "is not a regular file"
     assert set(found) == {f"{name}.safetensors" for name in ("fifo", "folder", "zero", "nowhere", "loop")}
-
-
-def test_links_to_snapshots_are_followed_and_foreign_folders_skipped(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "linked").mkdir()
-    for path in snapshot_files(run):
-        (tmp_path / "linked" / path.name).symlink_to(path)
-    (run / "theirs").mkdir()
-    (run / "theirs" / "x.safetensors").write_text("not ours")
-    (run / "up").symlink_to(run)
-    assert notes(tmp_path / "linked") == notes(run) == ()
 
 
 def test_a_file_that_a_training_deletes_meanwhile_is_no_error(run: Path) -> None:
