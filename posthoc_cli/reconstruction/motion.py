@@ -75,21 +75,19 @@ class Motion:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def on(self, edges: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def on(self, edges: FloatArray, alone: Sequence[float] = ()) -> tuple[FloatArray, FloatArray]:
         """Return walk and noise on intervals, each within one segment: [K + 1] to [K] each.
 
-        The first and the last segment extend beyond their outer edges.
+        The first and the last segment extend beyond their outer edges. The intervals that end at the times `alone` are
+        single steps with much of an average's mass, as of a checkpoint: there noise is the scatter of one value.
         """
         middle = (edges[:-1] + edges[1:]) / 2
         segment = np.clip(np.searchsorted(self.edges, middle, side="right") - 1, 0, self.walk.size - 1)
-        return self.walk[segment], self.noise[segment]
-
-    def scatter_of(self, profiles: Sequence[StoredProfile]) -> FloatArray:
-        """Return the scatter of each profile, 0 for all but checkpoints: shape [profiles]."""
-        if self.scatter is None:
-            return np.zeros(len(profiles))
-        of_time = self.scatter[_segments(self.edges, [profile.t for profile in profiles])]
-        return np.where([isinstance(profile, Point) for profile in profiles], of_time, 0.0)
+        walk, noise = self.walk[segment], self.noise[segment]
+        if self.scatter is not None:
+            steps = np.searchsorted(edges, alone) - 1
+            noise[steps[steps >= 0]] = self.scatter[segment[steps[steps >= 0]]]
+        return walk, noise
 
     def with_forgotten(self, spacing: FloatArray) -> Motion:
         """Return the motion with noise in place of the part of the walk that checkpoints show to be forgotten.
@@ -185,7 +183,6 @@ def fit_motion(
     walk, noise = unknowns = np.zeros((2, segments))
     scatter = None
     if influence.any():
-        total = influence.sum(axis=0)
         # The same walk everywhere, as large as the distances are in the mean, and far less noise.
         parts = zip(_FIRST, np.hsplit(influence, len(kinds)), strict=False)
         levels = [share / max(part.sum(axis=1).mean(), 1e-300) for share, part in parts]
@@ -200,7 +197,7 @@ def fit_motion(
             if share:
                 share *= np.sqrt(weights @ each / each.sum())
         # A segment that no distance shows, as that before the first update, moves as its neighbours do.
-        fitted = zip(unknowns, np.split(x, len(kinds)), np.split(total, len(kinds)), strict=False)
+        fitted = zip(unknowns, np.split(x, len(kinds)), np.split(influence.sum(axis=0), len(kinds)), strict=False)
         for kind, values, size in fitted:
             shown = np.flatnonzero(size > _UNSHOWN * size.max())
             kind[:] = np.interp(np.arange(segments), shown, values[shown])
@@ -245,6 +242,8 @@ def influences(
             squares = (values[:, later] - values[:, earlier]) ** 2
             kind[row] = np.bincount(segment, nodes.weight * squares, edges.size - 1) / squared[row]
     for row, each in enumerate(distances):
+        if not walk[row].any():
+            continue  # an average that is a copy of the checkpoint
         points = [profile.t for profile in (each.later, each.earlier) if isinstance(profile, Point)]
         np.add.at(scatter[row], _segments(edges, points), 1 / each.squared)
     return walk, noise, scatter, np.minimum(rounding / squared, 1.0)

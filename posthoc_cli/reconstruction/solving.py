@@ -32,7 +32,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError, brief, check_word
-from posthoc_cli.profiles import FloatArray, OrdinaryEMA, PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles import Discrete, FloatArray, OrdinaryEMA, Point, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction.motion import ASSUMED, Prior, assumed_prior, rounding_factor
 from posthoc_cli.reconstruction.nodes import Nodes
 
@@ -176,9 +176,6 @@ def _inverse(r: FloatArray, limit: float, size: float) -> FloatArray | None:
 _LEAST_LEFT = 0.1
 """Lower limit of the share of a residual that remains after a solution, see `_left_out`."""
 
-_INSTANT = 1e-9
-"""Relative length of time before a step that contains its mass alone, and hardly any of a continuous profile."""
-
 _NO_ROUNDING = 1e-30
 """Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is far larger."""
 
@@ -243,7 +240,8 @@ class Problem:
         self._newest = np.flatnonzero(times >= distinct[-_TIMES_ALONE:][0])
         start = min(float(prior.motion.edges[0]), t)
         self._nodes = Nodes(np.clip(np.concatenate((prior.motion.edges, times, [t])), start, t), snapshots, prior.steps)
-        walk, noise = prior.motion.on(self._nodes.edges)
+        alone = [p.t if isinstance(p, Point) else p.t_first for p in snapshots if isinstance(p, Point | Discrete)]
+        walk, noise = prior.motion.on(self._nodes.edges, alone)
         self._walk, self._noise = walk, noise
         # The rows of the expected error; with a sketch the mean of expected and measured errors is minimised.
         self._half = np.sqrt(0.5) if prior.sketch is not None else 1.0
@@ -254,8 +252,6 @@ class Problem:
         if noise.any():
             rows = self._root_noise[:, None] * self._nodes.masses(snapshots)
             self._expected = np.vstack((self._expected, rows))
-        self._scatter = np.sqrt(prior.motion.scatter_of(snapshots))
-        self._expected = np.vstack((self._expected, np.diag(self._scatter)[self._scatter > 0]))
         # The measured error, whose rows are the expected ones if there is no sketch: seen and unseen.
         self._seen, self._unseen = (self._expected, np.zeros((0, len(snapshots))))
         if prior.sketch is not None:
@@ -272,9 +268,6 @@ class Problem:
                 mass, missed = self._nodes.goal_masses(target)
                 rows.append(self._root_noise * mass)
                 unreachable[k] += self._noise @ missed
-            steps = np.array([profile.t for profile, size in zip(self._stored, self._scatter, strict=True) if size > 0])
-            at_step = target.tail(steps * (1 - _INSTANT)) - target.tail(steps)
-            rows.append(self._scatter[self._scatter > 0] * at_step)
             if self._prior.sketch is not None:
                 rows += (each[:, 0] for each in self._halved_sketch(*self._prior.sketch.measured([target])))
             column = np.concatenate(rows)
