@@ -424,7 +424,7 @@ def test_a_trial_gets_a_copy_of_a_model_folder(run: Run, tmp_path: Path) -> None
         *[("values", "two lengths", {"values": values}) for values in ([0.1], [0.1, 0.1], [])],
         ("sigma_rel", "must be a number", {"values": ["0.1", 0.2]}),
         ("budget", "must be a whole number", {"low": 0.1, "high": 0.2, "budget": 6.5}),
-        ("budget", "at least 6", {"budget": 3}),
+        ("budget", "at least 6", {"low": 0.1, "high": 0.2, "budget": 3}),
         *[("metric", "must ", {"metric": lambda _, result=result: result}) for result in ("a", (1.0, "a"), (1, 0, 2))],
         ("metric", "must ", {"metric": None}),
     ],
