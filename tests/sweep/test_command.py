@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
-from ema_command import Ema, unmeasured_environment
+from ema_command import Ema
 from factories import random_walk, write_run
+from forked import EMA, Forked
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, Run
@@ -272,7 +272,7 @@ def test_only_the_children_of_a_trial_end_with_it(run: Run, tmp_path: Path) -> N
         os.kill(int((tmp_path / "escaped").read_text()), signal.SIGKILL)
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes] | None = None) -> None:
+def wait_for(path: Path, process: Forked | None = None) -> None:
     """Wait until a file has content; fail if the process that causes it has ended."""
     while not path.exists() or not path.read_text():
         assert process is None or process.poll() is None
@@ -315,10 +315,9 @@ def test_a_sweep_that_is_ended_by_sigterm_ends_its_trial(run: Run, tmp_path: Pat
     """`timeout` and batch systems send this signal."""
     command = shell(f"echo $$ > {tmp_path}/hangs; sleep 60")
     options = ["--sigma-rel", "0.05,0.1,0.2", "--minimize", "--out", tmp_path / "out"]
-    words = [sys.executable, "-m", "posthoc_cli", "sweep", run.directory, "--run", command, *options]
-    with subprocess.Popen([*map(str, words)], env=unmeasured_environment(), stderr=subprocess.DEVNULL) as process:
+    with Forked(EMA, "sweep", run.directory, "--run", command, *options) as process:
         wait_for(tmp_path / "hangs", process)
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
     assert gone(tmp_path / "hangs")
     assert names(tmp_path / "out") == {"logs", ".ema.lock"}
@@ -337,9 +336,8 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
         "Sweep(Run(sys.argv[1]), sys.argv[2], Metric('x', 'm.json'), Path(sys.argv[3]),"
         " Axis.of_values('sigma_rel', [0.05, 0.1, 0.2])).run_all()"
     )
-    with subprocess.Popen([sys.executable, "-c", script, str(run.directory), command, str(out)]) as process:
+    with Forked(script, run.directory, command, out) as process:
         wait_for(tmp_path / "pid", process)
-        process.kill()
     report = swept(run, out, command, Metric("x", "m.json"), axis=GRID)
     assert [trial.value for trial in report.trials] == list(LENGTHS)
     assert (out / f"{report.trials[0].log}.out").read_text() == "0.05\n"

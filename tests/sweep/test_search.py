@@ -43,7 +43,7 @@ def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
 
 
 def test_the_range_contains_the_best_as_often_as_stated() -> None:
-    """With a coverage of 95 %, fewer than 24 of 30 searches contain it once in 3,000 cases."""
+    """With a coverage of 95 %, fewer than 24 of 30 searches contain it once in 1,700 cases."""
     estimates = [estimate(trials(0.5, seed=seed), AXIS) for seed in range(30)]
     assert sum(found.low <= 0.09 <= found.high for found in estimates) >= 24
     assert np.mean([math.log(found.high / found.low) for found in estimates]) < 0.8 * math.log(HIGH / LOW)
