@@ -42,7 +42,7 @@ def profile(
     widths = parse_numbers(_DEFAULT if sigma_rel is None else sigma_rel, "--sigma-rel") if target is None else []
     betas = [] if target is None else _betas(target)
     try:
-        rows = [row.to_dict() for row in convert(count, widths, betas)]
+        rows = convert(count, widths, betas)
     except InvalidValueError as error:
         if target is None or error.subject != "betas":
             raise
