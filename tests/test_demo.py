@@ -40,7 +40,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     out = base / "my demo"
     prepare(out, overwrite=False)
     (out / "snapshots").mkdir()
-    for name in ("snapshots/0000000000000055-0.05.safetensors", "loss.png", "notes.txt", "mine.safetensors"):
+    for name in ("snapshots/0000000000000055-0.05.safetensors", "loss.png", "notes.txt", "other.safetensors"):
         (out / name).write_text("x")
     command = ("demo", "--out", "my demo", "--steps", 100)
     refused = forked.run(forked.EMA, *command, cwd=base)
@@ -55,7 +55,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_one_it_names(demo: Demo) -> None:
     out = demo.base / "my demo"
     assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 10  # and not the earlier one
-    assert (out / "notes.txt").read_text() == (out / "mine.safetensors").read_text() == "x"
+    assert (out / "notes.txt").read_text() == (out / "other.safetensors").read_text() == "x"
     for name in ("loss.png", "error.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     result = json.loads((out / "sweep" / "sweep.json").read_text())
