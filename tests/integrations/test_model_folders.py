@@ -165,22 +165,6 @@ def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
     PostHocEMA.from_path(tmp_path / "run").load_into(unet, 0.2)
     for name, value in unet.state_dict().items():
         assert torch.equal(loaded.unet.state_dict()[name], value)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=1, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=4, norm_num_groups=2,
-        num_embeds_ada_norm=3,
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKL(block_out_channels=(2,), norm_num_groups=1, latent_channels=4)
-    diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler()).save_pretrained(tmp_path / "dit")
-    track(transformer, tmp_path / "dit-run")
-    Run(tmp_path / "dit-run").write(0.2, tmp_path / "dit-new", like=tmp_path / "dit", component="transformer")
-    pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "dit-new")
-    PostHocEMA.from_path(tmp_path / "dit-run").load_into(transformer, 0.2)
-    for name, value in transformer.state_dict().items():
-        assert torch.equal(pipeline.transformer.state_dict()[name], value)
-    for name, value in vae.state_dict().items():
-        assert torch.equal(pipeline.vae.state_dict()[name], value)
-    with pytest.raises(InvalidValueError, match="component"):
-        Run(tmp_path / "run").write(0.2, tmp_path / "no", like=tmp_path / "dit")
 
 
 def test_broken_folders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
