@@ -83,6 +83,16 @@ class Forked:
         self.wait(timeout)
         return self._printed
 
+    def first_line(self, timeout: float = 60) -> str:
+        """Wait for the first line on stdout and return it; what there is, if the process ends or the time is over."""
+        until, printed = time.monotonic() + timeout, ""
+        while "\n" not in printed and time.monotonic() < until:
+            if self.poll(0.01) is not None:
+                printed = self._printed[0]
+                break
+            printed = os.pread(self._files[0].fileno(), 10_000, 0).decode(errors="replace")
+        return printed.partition("\n")[0]
+
     def __enter__(self) -> Forked:
         return self
 
@@ -125,8 +135,7 @@ def check(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[s
 def waiting(code: str, *arguments: object) -> Iterator[Forked]:
     """Yield a process that has run code and printed a line, and waits; kill it at the end of the block."""
     with Forked(f"{code}\nimport signal; signal.pause()", *arguments) as process:
-        while not os.fstat(process._files[0].fileno()).st_size:
-            assert process.poll(0.01) is None, process.communicate()
+        assert process.first_line(), process.communicate()
         yield process
 
 

@@ -53,7 +53,7 @@ from posthoc_cli.snapshots.outputs import (
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, running_statistics
 from posthoc_cli.snapshots.sources import FileSource
-from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, Entry, TensorFile, read_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, Entry, TensorFile, file_size
 
 
 @dataclass(frozen=True)
@@ -136,19 +136,18 @@ def export_file(
     options = OutputOptions(layout=layout, overwrite=overwrite, max_shard_size=max_shard_size)
     made = {}
     total = sum(
-        checkpoints[model].file_bytes
-        if model in checkpoints
-        else sum(read_file(path).nbytes for path in model_files(model))
+        checkpoints[model].file_bytes if model in checkpoints else sum(map(file_size, model_files(model)))
         for model in sources
     )
     with progress("exporting", total) as advance:
         for model, path in zip(sources, outs, strict=True):
             options.check_layout(path)
             with ExitStack() as stack:
+                files: Sequence[TensorFile] = ()
                 if model in checkpoints:
                     stored, info = _read_checkpoint(stack, checkpoints[model], wanted), None
                 else:
-                    stored, info = _read_source(stack, model, wanted)
+                    stored, info, files = _read_source(stack, model, wanted)
                 tensors = _rename(stored, prefix, strip_prefix)
                 if base is not None:
                     tensors |= _read_base(stack, base, wanted, tensors)
@@ -157,9 +156,9 @@ def export_file(
                 if info is not None:
                     copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
                     content = replace(info, copies=copies).encoded()
-                if model not in checkpoints and len(model_files(model)) == 1:
+                if len(files) == 1:
                     unchanged = wanted is None and not (prefix or strip_prefix or base)
-                    metadata |= training_metadata(read_file(next(iter(model_files(model)))), unchanged)
+                    metadata |= training_metadata(files[0], unchanged)
                 entries = {name: Entry(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
                 kind = layout_of(path, layout)
                 parts, others = files_of(kind, entries, options.shard_bytes)
@@ -211,22 +210,23 @@ class _PlannedTensor:
 
 def _read_source(
     stack: ExitStack, source: Path, dtype: str | None
-) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
-    """Return the tensors of the model to export, under all their names, and its metadata as an output."""
+) -> tuple[dict[str, _PlannedTensor], OutputInfo | None, Sequence[TensorFile]]:
+    """Return the tensors of the model to export, under all their names, its metadata as an output, and its files."""
     model = source.name if (index := index_of(source)) is None else index.parent.name
     if is_parts_folder(source):
         parts = read_snapshot(source)
-        return _read_file(stack.enter_context(parts), parts, model, dtype)
+        return *_read_file(stack.enter_context(parts), parts, model, dtype), parts.files
     tensors: dict[str, _PlannedTensor] = {}
     infos: list[tuple[Path, OutputInfo | None]] = []
-    for file in open_model(stack, source):
+    files = open_model(stack, source)
+    for file in files:
         in_file, info = _read_file(file, None, model, dtype)
         infos.append((file.path, info))
         check_alike(*infos[0], *infos[-1])
         if twice := in_file.keys() & tensors.keys():
             raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
         tensors |= in_file
-    return tensors, infos[0][1] if infos else None
+    return tensors, infos[0][1] if infos else None, files
 
 
 def _is_checkpoint(source: Path) -> bool:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -284,11 +285,12 @@ def joined(folder: Path, parts: Sequence[Snapshot]) -> Snapshot | str:
             raise FileFormatError(part.path, reason, "move it to the directory")
         sets[part.part[1], part.session].append(part)
     for before, part in (pair for of_set in sets.values() for pair in pairwise(of_set)):
+        differing = [key for key, value in vars(before).items() if key not in _OWN and getattr(part, key) != value]
+        reason = f"are not of one snapshot: they differ in {differing[0]}" if differing else ""
         if before.part == part.part:
-            raise _apart(before, part, "are both part {} of {}".format(*(part.part or (0, 0))), "remove one")
-        for key, value in vars(before).items():
-            if key not in _OWN and getattr(part, key) != value:
-                raise _apart(before, part, f"are not of one snapshot: they differ in {key}")
+            reason = "are both part {} of {}; remove one".format(*(part.part or (0, 0)))
+        if reason:
+            raise _apart(before, part, reason)
     # A snapshot off the schedule may be in the course of being replaced, part by part, by the same one on it.
     complete = [
         of_set
@@ -481,16 +483,14 @@ class DirectoryLock:
 
     def _take(self, directory: Path, descriptor: int) -> None:
         """Lock the file and write the holder's name into it."""
-        text = os.pread(descriptor, 1_000, 0)
-        holder = _holder(text)
-        process, host = holder or (0, "")
-        name = f"process {process} on {printable(host[:80])}" if holder else "another process"
-        own = os.getpid(), socket.gethostname()
-        is_locked = True
+        own, is_locked = (os.getpid(), socket.gethostname()), True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            name = f"another tracker of this process ({process})" if holder == own else name
+            if _holder(os.pread(descriptor, 1_000, 0)) is None:
+                time.sleep(0.05)  # it may just be writing its name
+            holder = _holder(os.pread(descriptor, 1_000, 0))
+            name = f"another tracker of this process ({own[0]})" if holder == own else _named(holder)
             reason = f"{name} is writing here"
             raise LockedError(directory, reason, "close that tracker, or take another directory") from None
         except OSError as error:
@@ -499,13 +499,15 @@ class DirectoryLock:
             is_locked = False
             why = (error.strerror or str(error)).lower()
             log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
+        text = os.pread(descriptor, 1_000, 0)
+        holder = _holder(text)
         if text and holder is None:
             raise WriteError(directory / LOCK_NAME, "is not a lock: it has content", "move it away")
-        if holder and is_locked and host == own[1]:
-            log.warning("%s: %s died without releasing it; taken over", directory, name)
+        if holder and is_locked and holder[1] == own[1]:
+            log.warning("%s: %s died without releasing it; taken over", directory, _named(holder))
         elif holder:
             what = "%s: %s has not released it, and holds no lock that can be seen here; taken over: make sure that it"
-            log.warning(f"{what} is not running any more", directory, name)
+            log.warning(f"{what} is not running any more", directory, _named(holder))
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"host": own[1], "process": own[0]}).encode(), 0)
 
@@ -523,6 +525,10 @@ def _holder(text: bytes) -> tuple[int, str] | None:
         return int(holder["process"]), str(holder["host"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _named(holder: tuple[int, str] | None) -> str:
+    return f"process {holder[0]} on {printable(holder[1][:80])}" if holder else "another process"
 
 
 def _release(descriptor: int, process: int) -> None:

@@ -33,6 +33,7 @@ from posthoc_cli.snapshots.snapshot import (
     Unit,
     decode,
     decode_snapshot,
+    file_bytes,
     statistics_notice,
 )
 from posthoc_cli.snapshots.sources import FileSource
@@ -307,7 +308,7 @@ def _of_run(snapshots: Sequence[Snapshot]) -> Description:
         profiles.append(
             {**_fields(tracked[0], "sigma_rel gamma"), "times": [snapshot.t for snapshot in tracked]}
             | _fields(tracked[-1], "t_first max_interval")
-            | {"relative_rounding_range": [min(known), max(known)] if known else None, "bytes": _bytes(tracked)}
+            | {"relative_rounding_range": [min(known), max(known)] if known else None, "bytes": file_bytes(tracked)}
         )
     return {
         "run": runs[0] if len(runs) == 1 else runs,
@@ -317,7 +318,7 @@ def _of_run(snapshots: Sequence[Snapshot]) -> Description:
         "snapshots": [{"file": s.path.name, **_fields(s, "t step sigma_rel")} for s in snapshots],
         **_of_parts(newest),
         "measured": sum(snapshot.measurements is not None for snapshot in snapshots),
-        "bytes": _bytes(snapshots),
+        "bytes": file_bytes(snapshots),
         "profiles": profiles,
     }
 
@@ -365,10 +366,6 @@ def describe_tensors(source: FileSource) -> Description:
 
 def _fields(info: object, names: str) -> Description:
     return {name: getattr(info, name) for name in names.split()}
-
-
-def _bytes(snapshots: Sequence[Snapshot]) -> int:
-    return sum(snapshot.nbytes for snapshot in snapshots)
 
 
 def _relative_rounding(snapshot: Snapshot) -> float | None:

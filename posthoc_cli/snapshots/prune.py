@@ -31,7 +31,7 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import DirectoryLock, read_directory, remove_leftovers, remove_snapshot
-from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
 from posthoc_cli.snapshots.sources import source_prior
 
 _MARGIN = 2.0
@@ -79,11 +79,6 @@ class Pruning:
             "prior": self.source,
             "deleted": self.deleted,
         }
-
-
-def file_bytes(snapshots: Sequence[Snapshot]) -> int:
-    """Return the size of the files of all snapshots."""
-    return sum(snapshot.nbytes for snapshot in snapshots)
 
 
 @one_blas_thread()

@@ -329,6 +329,11 @@ class Snapshot(FileSource, SourceInfo):
         return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
 
 
+def file_bytes(snapshots: Sequence[Snapshot]) -> int:
+    """Return the size of the files of all snapshots."""
+    return sum(snapshot.nbytes for snapshot in snapshots)
+
+
 def read_one(path: Path) -> Snapshot:
     """Read the header of a snapshot in one file, or of a part; raise FileFormatError if it is none."""
     return decode_snapshot(read_file(path))
@@ -337,32 +342,31 @@ def read_one(path: Path) -> Snapshot:
 def decode_snapshot(file: TensorFile) -> Snapshot:
     """Return the snapshot, or the part of one, in a file; raise FileFormatError, naming the key, if it is invalid."""
     snapshot = decode(file, "snapshot", Snapshot)
-    try:
-        _check_tensors(snapshot, file.entries)
-    except ValueError as error:
-        raise FileFormatError(file.path, f"ema: {error}") from error
+    if problem := _wrong_tables(snapshot, file.entries):
+        raise FileFormatError(file.path, f"ema: {problem}")
     vars(snapshot).update(path=file.path, files=(file,), entries=file.entries)
     return snapshot
 
 
-def _check_tensors(snapshot: Snapshot, stored: Mapping[str, Entry]) -> None:
-    """Raise ValueError unless the tables of a header fit the stored tensors."""
-    tensors, chunks = snapshot.tensors, snapshot.chunks
+def _wrong_tables(snapshot: Snapshot, stored: Mapping[str, Entry]) -> str:
+    """Return how the tables of a header differ from the stored tensors; an empty text if they fit."""
+    tensors, chunks = snapshot.tensors, snapshot.chunks if snapshot.part else {}
     for key, table in (("tensors", tensors), *((("chunks", chunks),) if snapshot.part else ())):
         if differing := table.keys() ^ stored.keys():
-            raise ValueError(f"{key}: tensor {shown(min(differing))} is in the payload or in {key}, but not in both")
+            return f"{key}: tensor {shown(min(differing))} is in the payload or in {key}, but not in both"
     for (tensor, kept), name in {(tensors[name], entry.dtype): name for name, entry in stored.items()}.items():
         if not (tensor.dtype == kept if tensor.role == "copy" else tensor.dtype in EPS and kept in EPS):
-            raise ValueError(f"tensors: tensor {shown(name)}: {kept} cannot hold {tensor.role} of {tensor.dtype}")
+            return f"tensors: tensor {shown(name)}: {kept} cannot hold {tensor.role} of {tensor.dtype}"
     for alias, name in snapshot.aliases.items():
         if name not in tensors or alias in tensors or alias == "__metadata__":
-            raise ValueError(f"aliases: {shown(alias)} must be a further name of a stored tensor")
-    for name, chunk in chunks.items() if snapshot.part else ():
+            return f"aliases: {shown(alias)} must be a further name of a stored tensor"
+    for name, chunk in chunks.items():
         shape = stored[name].shape
         fits = len(shape) == len(chunk.shape) == len(chunk.offset)
         if not fits or any(end > size for end, size in zip(chunk.box(shape).end, chunk.shape, strict=True)):
             reason = f"shape {list(shape)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
-            raise ValueError(f"chunks: tensor {shown(name)}: {reason}")
+            return f"chunks: tensor {shown(name)}: {reason}"
+    return ""
 
 
 def grouped(tensors: Mapping[str, TrackedTensor]) -> dict[str, list[str]]:
@@ -378,8 +382,7 @@ def ungrouped(lists: Mapping[str, Sequence[str]]) -> dict[str, TrackedTensor]:
     tensors = dict[str, TrackedTensor]()
     for words, names in lists.items():
         tensors |= dict.fromkeys(names, _tracked(words))
-    if len(tensors) < sum(map(len, lists.values())):
-        raise ValueError("a name is there twice")
+    _check(len(tensors) == sum(map(len, lists.values())), "without a name twice", lists)
     return tensors
 
 

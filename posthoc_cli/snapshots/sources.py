@@ -245,29 +245,20 @@ class FileSource(ABC):
             stored = file.entries[name].dtype
             data = np.empty((last - first) * ITEM_BYTES[stored], np.uint8)
             file.read(name, first * ITEM_BYTES[stored], data.data, verify)
+            if stored != dtype:  # parts use a wider dtype for values that are too large or small for the run's dtype
+                data = decode_values(data, stored).astype(np.dtype(DTYPES[dtype].torch_name)).view(np.uint8)
             for part, (at, _) in zip(common, spans, strict=True):
-                _place(_as_dtype(data, stored, dtype)[at - first :], held, part, wanted, box, begin)
+                _place(data.view(items(dtype))[at - first :], held, part, wanted, box, begin)
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
         """Fill `out` with complete tensors, end to end; see `Source`."""
         if len(self.files) == 1 and not self.files[0].boxes:
             self.files[0].read_many(names, out)
             return
-        edges = [0, *accumulate(self.entries[name].nbytes for name in names)]
-        views = {name: out[begin:end] for name, (begin, end) in zip(names, pairwise(edges), strict=True)}
-        for file in self.files:
-            held = [name for name in names if (box := file.box(name)) and box.size]
-            ends = [0, *accumulate(file.entries[name].nbytes for name in held)]
-            room = np.empty(ends[-1], np.uint8)
-            file.read_many(held, room.data)
-            for name, (first, last) in zip(held, pairwise(ends), strict=True):
-                entry, stored, box = self.entries[name], file.entries[name].dtype, file.box(name)
-                assert box is not None
-                data, wanted = (
-                    _as_dtype(room[first:last], stored, entry.dtype),
-                    np.frombuffer(views[name], items(entry.dtype)),
-                )
-                _place(data, box, box, wanted, Box.full(entry.shape), 0)
+        at = 0
+        for entry, name in ((self.entries[name], name) for name in names):
+            self.read_box(name, Box.full(entry.shape), out[at : at + entry.nbytes])
+            at += entry.nbytes
 
     def tensor(self, name: str, box: Box | None = None) -> torch.Tensor:
         """Return a tensor, or a box of it, verified, in its stored dtype."""
@@ -284,17 +275,8 @@ class FileSource(ABC):
         return decode_values(data, entry.dtype)
 
 
-def _as_dtype(data: npt.NDArray[np.uint8], stored: str, wanted: str) -> npt.NDArray[Any]:
-    """Convert elements to a dtype that holds their values exactly; return them for copying bit by bit."""
-    if stored != wanted:  # parts use a wider dtype for values that are too large or too small for the run's dtype
-        data = decode_values(data, stored).astype(np.dtype(DTYPES[wanted].torch_name)).view(np.uint8)
-    return data.view(items(wanted))
-
-
 def _place(data: npt.NDArray[Any], held: Box, part: Box, out: npt.NDArray[Any], box: Box, begin: int) -> None:
     """Copy the elements of `part` from those of `held`, which begin with them, to those of `box` from `begin` on."""
-    if not part.size:
-        return
     first, last = box.span(part)
     steps = [[data.itemsize * step for step in row_major(shape)] for shape in (held.shape, box.shape)]
     target = as_strided(out[first - begin : last - begin], part.shape, steps[1])

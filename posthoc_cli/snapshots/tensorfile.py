@@ -38,7 +38,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -318,6 +318,13 @@ def read_small_file(path: Path, most: int) -> bytes:
         return file.read_at(file.size, 0)
 
 
+def file_size(path: Path) -> int:
+    """Return the size of a file or object for a progress bar; 0 if it is unknown."""
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
 _SAMPLES, _SAMPLE = 16, 4096
 """The number and size of the pieces of a file from which its identity is computed."""
 
@@ -403,14 +410,24 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         with self._shared.lock:
             if not self._shared.users:
-                self._shared.file = OpenedFile(self.path)
-                # The header identifies a file whose blocks are verified, also if it was copied over itself.
-                is_same = self.sums and self._shared.file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
-                if not is_same and self._shared.file.stamp != self.stamp:
-                    self._shared.file.close()
-                    raise FileFormatError(self.path, "was replaced while it was being used", "run again")
+                file = OpenedFile(self.path)
+                try:
+                    self._check_same(file)
+                except BaseException:
+                    file.close()
+                    raise
+                self._shared.file = file
             self._shared.users += 1
         return self
+
+    def _check_same(self, file: OpenedFile) -> None:
+        """Raise FileFormatError unless the opened file is the one whose header was read.
+
+        The header identifies a file whose blocks are verified, also if it was copied over itself.
+        """
+        is_same = self.sums and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
+        if not is_same and file.stamp != self.stamp:
+            raise FileFormatError(self.path, "was replaced while it was being used", "run again")
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Close the file; raise FileFormatError if it has no checksums and was changed meanwhile."""
@@ -594,31 +611,40 @@ def read_file(path: Path) -> TensorFile:
 def decode_file(file: OpenedFile) -> TensorFile:
     """Return what the header of an opened safetensors file says, checked."""
     start = _read_start(file)
-    is_own, checksum = start.startswith(_START, 8), ""
-    if is_own:
-        checksum = start[_DIGITS].decode(errors="replace")
-        if checksum != _checksum(start):
-            raise FileFormatError(file.path, _DAMAGED)
-    _check_count(file.path, start.count(b'"dtype"'))  # before all of them are parsed
-    with _without_collection():
+    checksum = start[_DIGITS].decode(errors="replace") if start.startswith(_START, 8) else ""
+    with _faults_of(file.path), _without_collection():
+        _require(not checksum or checksum == _checksum(start), _DAMAGED)
+        _check_count(start.count(b'"dtype"'))  # before all of them are parsed
         raw = parse_object(file.path, start[8:], "header")
         metadata = raw.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise FileFormatError(file.path, "__metadata__ must map names to strings")
-        if "ema.version" in metadata:
-            reason = f"is of an earlier release: its format is none that this one reads, {FORMAT}"
-            raise FileFormatError(file.path, reason)
-        own = metadata.pop("ema", "")
-        if not is_own and ("ema.checksum" in metadata or own.startswith('{"')):
-            raise FileFormatError(file.path, _DAMAGED)
-        metadata.pop("ema.checksum", None)
-        entries = _decode_entries(file, raw, len(start))
-        content = parse_object(file.path, own, "ema") if is_own else {}
-        sums = _decode_sums(file.path, content.pop("sums", None), entries) if is_own else {}
+        are_strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        _require(are_strings, "__metadata__ must map names to strings")
+        old = f"is of an earlier release: its format is none that this one reads, {FORMAT}"
+        _require("ema.version" not in metadata, old)
+        own, mark = metadata.pop("ema", ""), metadata.pop("ema.checksum", "")
+        _require(bool(checksum) or not (mark or own.startswith('{"')), _DAMAGED)
+        entries = _decode_entries(raw, len(start), file.size)
+        content = parse_object(file.path, own, "ema") if checksum else {}
+        sums = _decode_sums(content.pop("sums", None), entries) if checksum else {}
     return TensorFile(file.path, entries, file.stamp, sums, {}, metadata, content, checksum)
 
 
 _DAMAGED = "damaged header: its checksum does not match"
+
+
+@contextmanager
+def _faults_of(path: Path) -> Iterator[None]:
+    """Turn a ValueError in the block into a FileFormatError about the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise FileFormatError(path, str(error)) from None
+
+
+def _require(is_right: bool, problem: str) -> None:
+    """Raise ValueError, which says what is wrong, unless a condition holds."""
+    if not is_right:
+        raise ValueError(problem)
 
 
 def _read_start(file: OpenedFile) -> bytes:
@@ -644,57 +670,55 @@ def _checksum(start: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(start[: _DIGITS.start] + b"0" * 16 + start[_DIGITS.stop :])
 
 
-def _check_count(path: Path, count: int) -> None:
-    if count > MAX_TENSORS:
-        raise FileFormatError(path, f"its header names {count:,} tensors; at most {MAX_TENSORS:,} are read")
+def _check_count(count: int) -> None:
+    _require(count <= MAX_TENSORS, f"its header names {count:,} tensors; at most {MAX_TENSORS:,} are read")
 
 
-def _decode_entries(file: OpenedFile, raw: dict[str, Any], start: int) -> dict[str, Entry]:
-    """Return the tensors, in their order in the payload, which they must fill."""
-    _check_count(file.path, len(raw))  # escaped keys were not counted before
+def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, Entry]:
+    """Return the tensors in their order in the payload, which they must fill to the end of the file of `nbytes`."""
+    _check_count(len(raw))  # escaped keys were not counted before
     found: list[tuple[int, int, str, Entry]] = []
     for name, value in raw.items():
-        try:
-            begin, end, entry = _decode_entry(value, start)
-        except ValueError as error:
-            raise FileFormatError(file.path, f"tensor {shown(name)}: {error}") from None
+        problem, begin, end, entry = _decode_entry(value, start)
+        if problem:
+            raise ValueError(f"tensor {shown(name)}: {problem}")
         found.append((begin, end, name, entry))
     found.sort()
     position = 0
     for begin, end, name, _ in found:
         if begin != position:
-            raise FileFormatError(file.path, f"tensor {shown(name)}: begins at {begin:,} where {position:,} was due")
+            raise ValueError(f"tensor {shown(name)}: begins at {begin:,} where {position:,} was due")
         position = end
-    if start + position != file.size:
-        state = "truncated" if file.size < start + position else "too long"
-        raise FileFormatError(file.path, f"{state}: has {file.size:,} bytes, its header says {start + position:,}")
+    state = "truncated" if nbytes < start + position else "too long"
+    _require(start + position == nbytes, f"{state}: has {nbytes:,} bytes, its header says {start + position:,}")
     return {name: entry for _, _, name, entry in found}
 
 
-def _decode_entry(value: Any, start: int) -> tuple[int, int, Entry]:
-    """Return the begin and end of a tensor in the payload, and its entry; raise ValueError if it is invalid."""
+def _decode_entry(value: Any, start: int) -> tuple[str, int, int, Entry]:
+    """Return what is wrong with an entry of a header, if anything, its begin and end in the payload, and the tensor."""
+    problem, entry = "its header entry is malformed", Entry("", ())
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         sizes = (begin, end, *shape)
         is_entry = len(value) == 3 and {*map(type, sizes)} == {int} and type(shape) is list and min(sizes) >= 0
-        # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
-        is_entry = is_entry and len(shape) <= 64 and math.prod(filter(None, shape)) < 2**60
     except (TypeError, KeyError, ValueError):
-        is_entry = False
-    if not is_entry:
-        raise ValueError("its header entry is malformed")
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ValueError(f"dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}")
-    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise ValueError(f"{end - begin:,} bytes do not make {dtype} of shape {shape}")
-    return begin, end, Entry(dtype, tuple(shape), start + begin)
+        return problem, 0, 0, entry
+    # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
+    if is_entry and len(shape) <= 64 and math.prod(filter(None, shape)) < 2**60:
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+            problem = f"dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}"
+        elif end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+            problem = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
+        else:
+            problem, entry = "", Entry(dtype, tuple(shape), start + begin)
+    return problem, begin, end, entry
 
 
-def _decode_sums(path: Path, sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
+def _decode_sums(sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
     """Return the checksums of each tensor's blocks."""
     ends = [*accumulate((16 * entry.blocks for entry in entries.values()), initial=0)]
-    if not isinstance(sums, str) or len(sums) != ends[-1]:
-        raise FileFormatError(path, "ema: sums must have a checksum for each block of each tensor")
+    is_complete = isinstance(sums, str) and len(sums) == ends[-1]
+    _require(is_complete, "ema: sums must have a checksum for each block of each tensor")
     return {name: sums[begin:end] for name, (begin, end) in zip(entries, pairwise(ends), strict=True)}
 
 
@@ -710,8 +734,8 @@ def parse_json(path: Path, data: bytes | str, what: str) -> Any:
     """Parse strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        if text.count("{") + text.count("[") > len(text) // 8 + 1000:
-            raise ValueError("holds more objects than its length explains")  # each takes 64 bytes of memory
+        objects = text.count("{") + text.count("[")  # each takes 64 bytes of memory
+        _require(objects <= len(text) // 8 + 1000, "holds more objects than its length explains")
         value = _DECODER.decode(text)
         if "\\u" in text:  # only escapes can produce invalid text
             _check_text(value)
@@ -722,21 +746,20 @@ def parse_json(path: Path, data: bytes | str, what: str) -> Any:
 
 def parse_object(path: Path, data: bytes | str, what: str) -> dict[str, Any]:
     """Parse strict JSON like `parse_json`; the value must be an object."""
-    value = parse_json(path, data, what)
-    if not isinstance(value, dict):
-        raise FileFormatError(path, f"damaged {what}: must be a JSON object")
+    value: dict[str, Any] = parse_json(path, data, what)
+    with _faults_of(path):
+        _require(isinstance(value, dict), f"damaged {what}: must be a JSON object")
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("the same key twice")
+    _require(len(result) == len(pairs), "the same key twice")
     return result
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+    _require(False, f"{constant} is not JSON")
 
 
 def _short_int(digits: str) -> int:

@@ -46,7 +46,7 @@ from posthoc_cli.snapshots.outputs import (
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
-from posthoc_cli.snapshots.tensorfile import FORMAT, TensorFile, read_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, TensorFile, file_size, read_file
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -74,7 +74,6 @@ class FileReport:
     Attributes:
         unit: the path of the whole: the file, or the folder of a model or snapshot in several files.
         what: the file in a few words.
-        kind: "snapshot", "output" or None.
         detail: explains the `state`, or notes something unusual.
         header: what a valid header says: a snapshot, or a part of one, or an output.
         names: the tensors in the file.
@@ -83,7 +82,6 @@ class FileReport:
     path: Path
     unit: Path
     what: str = "unknown"
-    kind: str | None = None
     state: str = INTACT
     detail: str = ""
     nbytes: int = 0
@@ -166,7 +164,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     reports: list[FileReport] = []
     snapshots: list[Snapshot] = []
     incomplete: dict[Path, str] = {}
-    with progress("verifying", sum(_size(file) for unit in units for file in unit.files)) as advance:
+    with progress("verifying", sum(file_size(file) for unit in units for file in unit.files)) as advance:
         for unit in units:
             results = {file: _read(file, unit.path, advance) for file in unit.files}
             existing = [report for report in results.values() if report is not None]
@@ -274,12 +272,6 @@ def _readable(folder: Path) -> tuple[Directory, list[str]]:
         return Directory(folder), [f"{folder.name}/ cannot be read"]
 
 
-def _size(path: Path) -> int:
-    with suppress(OSError):
-        return path.stat().st_size
-    return 0
-
-
 def _has_index(folder: Path) -> bool:
     with suppress(OSError):  # no permission, or a name too long
         return (folder / INDEX_NAME).is_file()
@@ -291,8 +283,7 @@ def _has_index(folder: Path) -> bool:
 
 def _read(path: Path, unit: Path, progress: Callable[[int], object]) -> FileReport | None:
     """Read every byte of a file and return the report; None if the file was deleted meanwhile."""
-    what, kind = ("snapshot, by its name", "snapshot") if is_snapshot_name(unit) else ("unknown", None)
-    report, read = FileReport(path, unit, what, kind), [0]
+    report, read = FileReport(path, unit, "snapshot, by its name" if is_snapshot_name(unit) else "unknown"), [0]
 
     def advance(nbytes: int) -> None:
         read.append(nbytes)
@@ -317,7 +308,7 @@ def _read(path: Path, unit: Path, progress: Callable[[int], object]) -> FileRepo
     copies = set(report.header.copies) if report.header else report.names.keys()
     if bad := [name for name in nonfinite if name not in copies]:
         return replace(report, state=NONFINITE, detail=_nonfinite("average", bad, "average"))
-    kind = "tensor" if report.kind is None else "copy"
+    kind = "copy" if report.header else "tensor"
     return replace(report, detail=_nonfinite(kind, nonfinite, "tensor") if nonfinite else "")
 
 
@@ -325,7 +316,7 @@ def _described(report: FileReport, file: TensorFile) -> FileReport:
     """Add a header's content to a report; raise FileFormatError if it is invalid."""
     names = {name: entry.nbytes for name, entry in file.entries.items()}
     if file.kind is None:
-        return replace(report, what="foreign", kind=None, state=UNCHECKED, names=names)
+        return replace(report, what="foreign", state=UNCHECKED, names=names)
     if file.kind not in ("snapshot", "output"):
         detail = f"its kind is {shown(file.kind)}, which this release does not know"
         return replace(report, state=UNSUPPORTED, detail=detail, names=names)
@@ -334,11 +325,11 @@ def _described(report: FileReport, file: TensorFile) -> FileReport:
         return replace(report, state=UNSUPPORTED, detail=detail, names=names)
     if file.kind == "output":
         output = decode_output(file)
-        return replace(report, what=_output_words(output), kind=file.kind, header=output, names=names)
+        return replace(report, what=_output_words(output), header=output, names=names)
     snapshot = decode_snapshot(file)
     part = "part {}/{} of ".format(*snapshot.part) if snapshot.part else ""
     what = f"{part}snapshot sigma_rel {snapshot.sigma_rel:g} at t = {snapshot.t:,.12g}"
-    return replace(report, what=what, kind=file.kind, header=snapshot, names=names)
+    return replace(report, what=what, header=snapshot, names=names)
 
 
 def _fault(error: FileFormatError) -> tuple[str, str]:
@@ -373,7 +364,7 @@ def _judged_parts(
         return [], None  # a training is deleting the snapshot
     parts = [report.header for report in existing if isinstance(report.header, Snapshot)]
     is_fine = all(report.is_fine for report in existing)
-    stray = next((report for report in existing if report.is_fine and report.kind != "snapshot"), None)
+    stray = next((report for report in existing if report.is_fine and not isinstance(report.header, Snapshot)), None)
     try:
         if stray is not None:
             raise MismatchError(stray.path, "is in a folder of parts but is not a part of a snapshot")
@@ -390,7 +381,7 @@ def _judged_parts(
     if unit.superseded:
         return existing, None
     if unit.is_alone:
-        return [FileReport(unit.path, unit.path, "snapshot", "snapshot", MISSING, f"has {content}"), *existing], None
+        return [FileReport(unit.path, unit.path, "snapshot", MISSING, f"has {content}"), *existing], None
     return [], content
 
 
@@ -399,18 +390,17 @@ def _judged_shards(
 ) -> list[FileReport]:
     """Judge the shards of a model together with their index, which has a report of its own."""
     output = next((report.header for report in existing if isinstance(report.header, OutputInfo)), None)
-    of_model, kind = (f" of {_output_words(output)}", "output") if output else ("", None)
+    of_model = f" of {_output_words(output)}" if output else ""
     try:
         state, detail = _judged_index(decode_index(index), existing)
     except FileFormatError as error:
         state, detail = _fault(error)
     except MismatchError as error:
         state, detail = MISMATCHED, str(error).replace(f"{index.parent}{os.sep}", "")
-    reports = [FileReport(index, index.parent, f"index{of_model}", kind, state, detail)]
+    reports = [FileReport(index, index.parent, f"index{of_model}", state, detail)]
     for path, report in results.items():
         if report is None:
-            missing = f"{index.name} names it"
-            reports.append(FileReport(path, index.parent, f"shard{of_model}", None, MISSING, missing))
+            reports.append(FileReport(path, index.parent, f"shard{of_model}", MISSING, f"{index.name} names it"))
         else:
             is_output = isinstance(report.header, OutputInfo)
             reports.append(replace(report, what=f"shard{of_model}") if is_output else report)

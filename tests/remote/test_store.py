@@ -14,8 +14,6 @@ from posthoc_cli.remote import store
 from posthoc_cli.remote.store import RemotePath, matching, remote_path
 from posthoc_cli.snapshots.tensorfile import OpenedFile
 
-UNREAD = "the credentials cannot be read; `ema guide remote` says where they are read from"
-
 
 def test_an_object_is_put_once_read_by_ranges_and_deleted(bucket: str) -> None:
     url = f"{bucket}/run/a b%20+ü"
@@ -83,25 +81,6 @@ def test_an_opened_object_is_read_by_ranges_and_seen_to_be_replaced(bucket: str)
         store.put(url, bytes(len(data)), create=False)
         with pytest.raises(RemoteError, match=f"^{url}: was replaced while it was being used; run again$"):
             file.read_at(len(data), 10)
-
-
-@pytest.mark.parametrize(
-    ("url", "settings", "wanted"),
-    [
-        ("az://none/x", {}, "no account is named; set AZURE_STORAGE_ACCOUNT_NAME"),
-        ("az://key/x", {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_STORAGE_ACCOUNT_KEY": "?"}, UNREAD),
-        ("gs://none/x", {"GOOGLE_APPLICATION_CREDENTIALS": "/none.json"}, UNREAD),
-        ("gs://bad/x", {"GOOGLE_APPLICATION_CREDENTIALS": __file__}, UNREAD),
-    ],
-)
-def test_settings_that_cannot_be_used_are_named(
-    url: str, settings: dict[str, str], wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(RemoteError) as caught:
-        store.head(url)
-    assert str(caught.value) == f"{url}: cannot be opened: {wanted}"
 
 
 def test_nothing_of_the_room_is_loaded_where_no_url_is_used(tmp_path: Path) -> None:

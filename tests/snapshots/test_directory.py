@@ -109,17 +109,6 @@ def test_profiles_and_stored_dtypes_may_change_within_a_run(tmp_path: Path, fiel
     assert times_in(tmp_path) == [20, 30, 40]
 
 
-def test_a_profile_missing_at_the_newest_time_is_noted_if_the_run_tracks_it(tmp_path: Path) -> None:
-    write_times(tmp_path, [10], (0.05, 0.28))
-    assert inspect_directory(tmp_path).notes == ()
-    late = write_snapshot(tmp_path, 20, 0.05, RUN_ID, W)
-    assert inspect_directory(tmp_path).notes == ("t = 20, the newest: no snapshot of sigma_rel 0.28",)
-    for run_id, tracked in ((RUN_ID, (0.05,)), (OTHER_RUN_ID, (0.05, 0.28))):
-        late.unlink()
-        write_snapshot(tmp_path, 20, 0.05, run_id, W, sigma_rels=tracked)
-        assert inspect_directory(tmp_path).notes == ()
-
-
 def fill(name: str) -> Callable[[Path], object]:
     return lambda path: (path.mkdir(), (path / name).touch())
 

@@ -25,7 +25,7 @@ from factories import (
 from safetensors.torch import load_file
 from snapshots.recorded import Walk
 
-from posthoc_cli import PostHocEMA, Run, export_file
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import directory as directories
@@ -37,7 +37,6 @@ from posthoc_cli.snapshots.directory import (
     set_aside,
     thin,
 )
-from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.tensorfile import BLOCK, Box
 from posthoc_cli.snapshots.verify import verify
 
@@ -63,7 +62,7 @@ def parts_of(folder: Path) -> list[Path]:
 # --- results equal those from single files
 
 
-@pytest.mark.parametrize("how", ["grid", "mixed", "unmeasured"])
+@pytest.mark.parametrize("how", ["mixed", "unmeasured"])
 def test_all_results_from_parts_equal_those_from_single_files(run: Path, unsplit: Path, how: str) -> None:
     """Without measurements in headers, the same sample is read from both."""
     if how == "unmeasured":
@@ -86,22 +85,6 @@ def test_all_results_from_parts_equal_those_from_single_files(run: Path, unsplit
         listed["file"] = listed["file"].removesuffix(".safetensors")
     for key in ("run", "t", "step", "tensors", "parameters", "dtypes", "averaged", "snapshots", "notes", "problems"):
         assert infos[0][key] == infos[1][key]
-
-
-def test_a_snapshot_of_parts_is_exported_and_described_as_a_file_is(run: Path, tmp_path: Path) -> None:
-    path = snapshot_files(run)[-1]
-    export_file(path, tmp_path / "one.safetensors")
-    one = Run(run).info()
-    folder = split_snapshot(path, 3)
-    export_file(folder, tmp_path / "other.safetensors")
-    wanted, made = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "other"))
-    assert wanted.keys() == made.keys()
-    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
-    with pytest.raises(FileFormatError, match="is a part of a snapshot; export the folder"):
-        export_file(parts_of(folder)[0], tmp_path / "part.safetensors")
-    described = describe(folder)
-    assert (described["kind"], described["parts"], described["parameters"]) == ("snapshot", 3, one["parameters"])
-    assert describe(parts_of(folder)[1])["part"] == "2/3"
 
 
 @pytest.mark.parametrize(("dtype", "grid"), [(torch.float16, (2, 3)), (torch.float64, (5,))])
@@ -181,7 +164,7 @@ def test_measurements_are_added(tmp_path: Path) -> None:
 
 
 def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
-    *_, folder = split_all(run)
+    folder = split_snapshot(snapshot_files(run)[-1], 4)
     count = len(read_directory(run))
     parts_of(folder)[1].unlink()
     found = inspect_directory(run)
@@ -244,27 +227,27 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("harm", "message"), FAULTS, ids=[message for _, message in FAULTS])
 def test_parts_that_do_not_belong_together_are_named(run: Path, harm: Callable[[Path], None], message: str) -> None:
-    folders = split_all(run)
-    bad = parts_of(folders[-1])[1]
+    count = len(snapshot_files(run))
+    folder = split_snapshot(snapshot_files(run)[-1], 4)
+    bad = parts_of(folder)[1]
     harm(bad)
     with pytest.raises((FileFormatError, MismatchError), match=message) as raised:
         find_snapshots(run)
     assert (bad.parent if harm is gap else bad).name in str(raised.value)
-    assert str(folders[-1]) in str(raised.value)
-    checked = verify(run)
-    assert [report.unit for report in checked.files if not report.is_fine] == [folders[-1]]
-    shutil.move(folders[-1], run.parent)
-    assert len(read_directory(run)) == len(folders) - 1
+    assert str(folder) in str(raised.value)
+    assert [report.unit for report in verify(run).files if not report.is_fine] == [folder]
+    shutil.move(folder, run.parent)
+    assert len(read_directory(run)) == count - 1
 
 
 def test_a_snapshot_off_the_schedule_that_is_being_replaced_is_incomplete(run: Path) -> None:
-    *_, folder = split_all(run)
+    folder = split_snapshot(snapshot_files(run)[-1], 4)
     rewrite_snapshot(parts_of(folder)[0], off_schedule=True)
     assert list(inspect_directory(run).incomplete) == [folder]
 
 
 def test_parts_of_a_shorter_attempt_do_not_hide_a_complete_snapshot(run: Path, unsplit: Path) -> None:
-    *_, folder = split_all(run)
+    folder = split_snapshot(snapshot_files(run)[-1], 4)
     old = split_snapshot(snapshot_files(unsplit)[-1], 2)
     shutil.copy(parts_of(old)[0], folder)
     assert len(read_directory(run)[-1].files) == 4
@@ -297,7 +280,7 @@ def test_pruning_and_thinning_delete_folders(run: Path) -> None:
 
 
 def test_a_folder_with_another_file_in_it_stays(run: Path) -> None:
-    *_, folder = split_all(run)
+    folder = split_snapshot(snapshot_files(run)[-1], 4)
     (folder / "notes.txt").write_text("mine")
     remove_snapshot(folder)
     remove_snapshot(run / "nothing")
@@ -306,7 +289,7 @@ def test_a_folder_with_another_file_in_it_stays(run: Path) -> None:
 
 
 def test_the_next_training_removes_incomplete_snapshots(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first, second, *others = split_all(run)
+    first, second, *others = [split_snapshot(path, 4) for path in snapshot_files(run)[:3]]
     for folder in (first, second):
         parts_of(folder)[0].unlink()
     (others[0] / ".ema-1.tmp").write_text("half")
@@ -316,7 +299,7 @@ def test_the_next_training_removes_incomplete_snapshots(run: Path, caplog: pytes
         walk.train(tracker, 10)
     found = verify(run)
     assert found.is_fine
-    assert (found.leftovers, len(read_directory(run))) == ((), len(others) + 2)
+    assert (found.leftovers, len(read_directory(run))) == ((), 12)
     assert f"{first}: has 3 of 4 parts, left by an interrupted training, and is removed" in caplog.text
     assert not first.exists()
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
-import torch
 from factories import forge, read_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,7 +129,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(
     path=st.sampled_from([("a",), ("a", "dtype"), ("a", "shape"), ("a", "data_offsets"), ("new",)]), value=json_values
 )
@@ -154,14 +152,6 @@ def test_any_foreign_header_is_refused_or_tiles_the_payload(
 
 
 # --- foreign files
-
-
-def test_files_of_the_safetensors_library_are_read(tmp_path: Path) -> None:
-    tensors = {"w": torch.randn(3, 2), "n": torch.tensor(5), "e": torch.empty(0, 2), "h": torch.ones(3).bfloat16()}
-    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-    with read_file(tmp_path / "x.safetensors") as file:
-        for name, tensor in tensors.items():
-            assert torch.equal(file.tensor(name), tensor)
 
 
 @pytest.mark.parametrize("order", [b'{"__metadata__":M,A}', b'{A,"__metadata__":M}', b' { "__metadata__" : M , A }'])
@@ -298,12 +288,6 @@ def test_escapes_that_are_not_text_are_refused_at_any_depth(small: Small, key: s
         return
     with pytest.raises(FileFormatError, match=r"damaged ema: .*is not Unicode text, or has a zero byte$"):
         read_snapshot(path)
-
-
-def test_a_foreign_file_is_no_snapshot(tmp_path: Path) -> None:
-    safetensors.torch.save_file({"w": torch.ones(3)}, tmp_path / "x.safetensors")
-    with pytest.raises(FileFormatError, match="not a snapshot of this package: has no header of it"):
-        read_snapshot(tmp_path / "x.safetensors")
 
 
 def test_a_file_of_an_earlier_format_is_named_as_such(tmp_path: Path) -> None:

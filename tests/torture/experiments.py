@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from torture import Tally, damage, faults, hostile, sharded
-from torture.processes import apart
+from torture import Tally, damage, faults, hostile, processes, sharded
 
 EXPERIMENTS: dict[str, tuple[Callable[[Path, float, int], Tally], float]] = {
-    "an error at every file operation": (faults.errors_at_every_operation, 0.004),
-    "a kill or a loss of power at every file operation": (faults.crashes_at_every_operation, 0.015),
-    "trainings killed and resumed by their own script": (partial(apart, "killed_trainings", 1_000), 0.02),
+    "an error at every file operation": (faults.errors_at_every_operation, 0.002),
+    "a kill or a loss of power at every file operation": (faults.crashes_at_every_operation, 0.008),
+    "trainings killed and resumed by their own script": (processes.killed_trainings, 0.01),
     "one process of a sharded training killed": (sharded.killed_ranks, 0.01),
-    "two writers on one directory": (partial(apart, "writers", 300), 0.03),
-    "readers during thinning and pruning": (partial(apart, "readers", 1_000), 0.03),
-    "every flipped bit": (damage.flip_bits, 0.05),
-    "every truncation": (damage.truncate, 0.3),
-    "checkpoints of other programs, damaged at random": (hostile.damage_checkpoints, 0.05),
-    "pipes, devices, links and pickles in place of files": (hostile.replace_files, 0.05),
+    "two writers on one directory": (processes.writers, 0.02),
+    "readers during thinning and pruning": (processes.readers, 0.015),
+    "every flipped bit": (damage.flip_bits, 0.02),
+    "every truncation": (damage.truncate, 0.1),
+    "checkpoints of other programs, damaged at random": (hostile.damage_checkpoints, 0.005),
+    "pipes, devices, links and pickles in place of files": (hostile.replace_files, 0.03),
 }
 """By name: a function of an empty folder, the share of all cases to try (0 to 1, at least one of each kind) and a seed;
 and the share that `make test` tries."""

@@ -93,7 +93,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "x": TO_ANY,
     "x.pt": ("export made.safetensors --base x.pt --out out/o.pt",),
     **dict.fromkeys(("run/0000000000000010-0.05.safetensors", "run/stray.safetensors", "run/.ema-0.tmp"), TO_A_RUN),
-    **dict.fromkeys(("run/.ema.lock", "run/.ema.lock.holder", "run/superseded"), (TO_A_RUN[2], TO_A_RUN[0])),
+    **dict.fromkeys(("run/.ema.lock", "run/superseded"), (TO_A_RUN[2], TO_A_RUN[0])),
     **dict.fromkeys(("sharded/model-00001-of-00002.safetensors", f"sharded/{INDEX_NAME}"), TO_SHARDS),
     "out/x.safetensors": ("synthesize run --sigma-rel 0.1 --out out/x.safetensors",),
     "out/x.pt": ("export made.safetensors --out out/x.pt",),
@@ -102,7 +102,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         ("out/f", "out/f/model.safetensors", f"out/f/{INDEX_NAME}"),
         ("synthesize run --sigma-rel 0.1 --layout sharded --out out/f",),
     ),
-    **dict.fromkeys(("fresh/.ema.lock", "fresh/.ema.lock.holder", "fresh/superseded"), ("",)),
+    **dict.fromkeys(("fresh/.ema.lock", "fresh/superseded"), ("",)),
 }  # fmt: skip
 """The commands that read or write a place; "": a training. Those that write below "out" also run with --overwrite."""
 

@@ -1,122 +1,67 @@
-"""Processes that are killed, and several of them in one directory; each runs forked from one that has loaded torch."""
+"""Processes that are killed, and several of them in one directory."""
 
 from __future__ import annotations
 
-import gc
-import json
-import logging
-import multiprocessing
-import os
 import random
 import shutil
-import signal
-import sys
 import time
-import warnings
-from functools import partial
-from itertools import count
-from multiprocessing.connection import Connection
 from pathlib import Path
 
-import forked
-import torch
+from forked import Forked
 
 from posthoc_cli import Run
-from posthoc_cli.errors import LockedError
 from posthoc_cli.snapshots.directory import find_snapshots
 from torture import Tally
-from torture.training import Network, begin, damaged_files, remove_half_begun, train, weights_up_to, wrong_output
+from torture.training import damaged_files, remove_half_begun, wrong_output
 from torture.training import wrong_snapshots as wrong
-
-PATIENCE = 60.0
-"""The seconds after which a process that should have ended or answered is considered to hang."""
-
-
-def apart(name: str, most: int, folder: Path, share: float, seed: int) -> Tally:
-    """Run an experiment of this module up to `most` times in a process that has loaded torch."""
-    times = max(1, round(most * share))
-    process = forked.Forked("from torture.processes import run_alone; run_alone()", name, folder, times, seed)
-    out, err = process.communicate(timeout=1e6)
-    assert process.returncode == 0, err
-    return Tally(**json.loads(out))
-
-
-def run_alone() -> None:
-    """Run the experiment named on the command line, in the process that `apart` has started."""
-    name, folder, times, seed = sys.argv[1:]
-    torch.set_num_threads(1)  # before a thread pool exists: forked children would lack its threads
-    gc.collect()
-    gc.freeze()  # else the garbage collector of a forked child would touch, and so copy, all loaded objects
-    print(json.dumps(vars(globals()[name](Path(folder), int(times), random.Random(int(seed))))))
-
 
 # --- trainings killed and resumed by their own script
 
-STEPS, ROWS = 40, 7500
-"""The rows of the network make each snapshot 120 kB."""
+STEPS = 40
+TRAIN = f"""
+import sys, torch
+from pathlib import Path
+from torture.training import train
+torch.set_num_threads(1)
+settings = {{"update_every": 2, "checkpoint_every": 4, "max_checkpoints": int(sys.argv[2]) or None}}
+train(Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **settings)
+"""
+"""A training with snapshots of 120 kB."""
 
 
-def killed_trainings(folder: Path, times: int, chance: random.Random) -> Tally:
-    """Kill trainings `times` times in total; each is killed at random moments until it completes."""
-    tally, directory, err = Tally(), folder / "killed", folder / "err"
-    weights_up_to(STEPS, 4 * ROWS)  # computed once, before the children are forked
-
-    def work(directory: Path, most: int | None) -> None:
-        train(
-            directory,
-            STEPS,
-            range(8, STEPS + 1, 8),
-            rows=ROWS,
-            max_checkpoints=most,
-            update_every=2,
-            checkpoint_every=4,
-        )
-
-    right, seconds = {}, 0.0
-    for most in (None, 3):
+def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
+    """Kill trainings 1,000 times in total; each is killed at random moments until it completes."""
+    tally, chance, times = Tally(), random.Random(seed), max(1, round(1_000 * share))
+    directory, right, seconds = folder / "killed", {}, 0.0
+    for most in (0, 3):
         seconds = -time.monotonic()
-        assert _forked(partial(work, folder / f"unkilled-{most}", most), None, err) == 0, err.read_text()
+        (unkilled := Forked(TRAIN, folder / f"unkilled-{most}", most)).wait()
         seconds += time.monotonic()
+        assert unkilled.wait() == 0, unkilled.communicate()
         right[most] = _headers(folder / f"unkilled-{most}")
     while tally.tried < times:
-        most, code = chance.choice((None, 3)), -signal.SIGKILL
-        while code == -signal.SIGKILL:
-            after = chance.uniform(0, 1.2 * seconds) if tally.tried < times else None
-            code = _forked(partial(work, directory, most), after, err)
-            tally.tried += after is not None
+        most, is_killed = chance.choice((0, 3)), True
+        while is_killed:
+            training = Forked(TRAIN, directory, most)
+            if is_killed := tally.tried < times:
+                tally.tried += 1
+                time.sleep(chance.uniform(0, 1.2 * seconds))
+                is_killed = training.poll() is None
+                training.kill()
+            code, (_, err) = training.wait(), training.communicate()
             where = f"kill {tally.tried}, max_checkpoints={most}"
             tally.lost += [f"{where}: {line}" for line in damaged_files(directory)]
-        if code:
-            tally.missed.append(f"{where}: the resumed process ended with {code}: {err.read_text()[-500:]}")
+            if code and not is_killed:
+                tally.missed.append(f"{where}: the resumed process ended with {code}: {err[-500:]}")
         now, names = _headers(directory), set(right[most])
-        if most is not None:  # thinning may have removed snapshots before a kill
+        if most:  # thinning may have removed snapshots before a kill
             names = {name for name in names if name.startswith(f"{STEPS:016d}")}
         lost = [f"{name} is missing" for name in names - now.keys()]
-        lost += [
-            f"{name} has another header" for name in now.keys() & right[most].keys() if now[name] != right[most][name]
-        ]
+        other = [name for name in now.keys() & right[most].keys() if now[name] != right[most][name]]
+        lost += [f"{name} has another header" for name in other]
         tally.lost += [f"{where}: {line}" for line in (*lost, *wrong(directory))]
         shutil.rmtree(directory)
     return tally
-
-
-def _forked(work: partial[None], after: float | None, err: Path) -> int:
-    """Do `work` in a child, which gets SIGKILL after `after` seconds if given; return its exit code."""
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        work()
-        sys.exit(0)  # through the top of the program, as every Python process ends
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    until = time.monotonic() + PATIENCE
-    while not (done := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > until:
-            os.kill(child, signal.SIGKILL)
-            until += PATIENCE
-        time.sleep(0.001)
-    return os.waitstatus_to_exitcode(done[1])
 
 
 def _headers(directory: Path) -> dict[str, dict[str, object]]:
@@ -128,94 +73,67 @@ def _headers(directory: Path) -> dict[str, dict[str, object]]:
 
 # --- trainings, readers and prunings in one directory
 
+TRAIN_ON = """
+import logging, sys, time, warnings
+from itertools import count
+from pathlib import Path
+from posthoc_cli.errors import LockedError
+from torture.training import Network, begin
+logging.getLogger("posthoc_cli").setLevel(logging.ERROR)  # the warnings about taking over are expected
+warnings.simplefilter("ignore")  # as are those that training waits for the disk
+run, stop, (first, pause, every, most) = Path(sys.argv[1]), Path(sys.argv[2]), map(float, sys.argv[3:])
+network = Network()
+try:
+    with begin(run, network, checkpoint_every=int(every), max_checkpoints=int(most)) as tracker:
+        for number in count():
+            if number == first:
+                tracker.flush()
+                print("trains", tracker.run_id, flush=True)
+            if number >= first:
+                time.sleep(pause)
+                if stop.exists():
+                    break
+            network.go_to(tracker.step + 1)
+            tracker.update_(network)
+except LockedError as error:
+    print("refused", error, flush=True)
+"""
+"""A training that says after its first steps that it holds the directory, and goes on until `stop` exists."""
 
-class Other:
-    """A forked process that trains or prunes in a directory on request, and answers.
-
-    Arguments:
-        first: the steps before a training answers that it holds the directory; each later step takes `pause` seconds,
-            during which the process may be asked to close.
-    """
-
-    def __init__(self, folder: Path, first: int = 1, pause: float = 0, **settings: int) -> None:
-        context = multiprocessing.get_context("fork")
-        self._mine, its = context.Pipe()
-        self.process = context.Process(target=_work, args=(its, folder, first, pause, settings), daemon=True)
-        self.process.start()
-        its.close()
-
-    def tell(self, *words: object) -> None:
-        self._mine.send(words)
-
-    def answer(self) -> tuple[object, ...]:
-        try:
-            return tuple(self._mine.recv()) if self._mine.poll(PATIENCE) else ("hangs",)
-        except EOFError:
-            return ("died",)
-
-    def ask(self, *words: object) -> tuple[object, ...]:
-        self.tell(*words)
-        return self.answer()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
-
-    def is_named_by(self, refusal: tuple[object, ...]) -> bool:
-        """Return whether another process was refused the directory because this one holds it."""
-        return refusal[0] == "refused" and f"process {self.process.pid} on " in str(refusal[1])
-
-
-def _work(mine: Connection, folder: Path, first: int, pause: float, settings: dict[str, int]) -> None:
-    """Answer "train" (twice: at the start, and when asked to close) and "prune" with the result."""
-    logging.getLogger("posthoc_cli").setLevel(logging.ERROR)  # the warnings about taking over are expected
-    warnings.simplefilter("ignore")  # as are those that training waits for the disk
-    network = Network()
-    while True:
-        what, *keep = mine.recv()
-        try:
-            if what == "prune":
-                answer = "pruned", len(Run(folder).prune(keep=keep[0]).to_delete)
-            else:
-                with begin(folder, network, **settings) as tracker:
-                    for number in count():
-                        if number == first:
-                            tracker.flush()
-                            mine.send(("trains", tracker.run_id))
-                        if number >= first and mine.poll(pause):
-                            break
-                        network.go_to(tracker.step + 1)
-                        tracker.update_(network)
-                    mine.recv()
-                answer = "closed", tracker.step
-        except LockedError as error:
-            answer = "refused", str(error)
-        except Exception as error:  # noqa: BLE001 - the caller judges any error
-            answer = "failed", f"{type(error).__name__}: {error}"
-        mine.send(answer)
+PRUNE = """
+import sys
+from posthoc_cli import Run
+from posthoc_cli.errors import LockedError
+try:
+    print("pruned", len(Run(sys.argv[1]).prune(keep=int(sys.argv[2])).to_delete))
+except LockedError as error:
+    print("refused", error)
+"""
 
 
-def readers(folder: Path, times: int, chance: random.Random) -> Tally:
-    """Synthesize `times` times: while a training writes and thins, and after it while another process prunes."""
-    run, tally = folder / "run", Tally()
-    # If thinning happens every few milliseconds, readers never find a stable plan.
-    training = Other(run, first=12, pause=0.01, checkpoint_every=3, max_checkpoints=6)
-    pruner = Other(run)
+def readers(folder: Path, share: float, seed: int) -> Tally:
+    """Synthesize 1,000 times: while a training writes and thins, and after it while another process prunes."""
+    tally, chance, times = Tally(), random.Random(seed), max(1, round(1_000 * share))
+    run, stop, out = folder / "run", folder / "stop", folder / "out.safetensors"
     while tally.tried < times:
-        answer = training.ask("train")
-        if answer[0] != "trains":
-            tally.missed.append(f"the training: {answer}")
-            break
-        _read(tally, run, folder / "out.safetensors", min(40, times - tally.tried), chance)
-        answer = pruner.ask("prune", 2)
-        if not training.is_named_by(answer):
-            tally.missed.append(f"pruning during the training {training.process.pid}: {answer}")
-        training.ask("close")
-        pruner.tell("prune", chance.randint(1, 5))
-        _read(tally, run, folder / "out.safetensors", min(5, times - tally.tried), chance)
-        answer = pruner.answer()
-        if answer[0] != "pruned":
-            tally.missed.append(f"pruning after the training: {answer}")
+        stop.unlink(missing_ok=True)
+        # If thinning happens every few milliseconds, readers never find a stable plan.
+        with Forked(TRAIN_ON, run, stop, 12, 0.01, 3, 6) as training:
+            if not training.first_line().startswith("trains"):
+                tally.missed.append(f"the training: {training.communicate()}")
+                break
+            _read(tally, run, out, min(40, times - tally.tried), chance)
+            printed, err = Forked(PRUNE, run, 2).communicate()
+            if f"process {training.pid} on " not in printed:
+                tally.missed.append(f"pruning during the training {training.pid}: {printed}{err}")
+            stop.touch()
+            if training.wait():
+                tally.missed.append(f"the training: {training.communicate()}")
+        pruning = Forked(PRUNE, run, chance.randint(1, 5))
+        _read(tally, run, out, min(5, times - tally.tried), chance)
+        printed, err = pruning.communicate()
+        if not printed.startswith("pruned"):
+            tally.missed.append(f"pruning after the training: {printed}{err}")
         tally.lost += wrong(run)
     return tally
 
@@ -232,32 +150,30 @@ def _read(tally: Tally, run: Path, out: Path, times: int, chance: random.Random)
             tally.lost += [f"reading {tally.tried}: {line}" for line in wrong_output(out)]
 
 
-def writers(folder: Path, times: int, chance: random.Random) -> Tally:
-    """Start two writers `times` times: one holds the directory, the other is refused, and takes over when that ends."""
-    tally, run = Tally(), folder / "run"
-    for number in range(times):
+def writers(folder: Path, share: float, seed: int) -> Tally:
+    """Start two writers 300 times: one holds the directory, the other is refused; a third takes over when it ends."""
+    tally, chance = Tally(), random.Random(seed)
+    run, stop = folder / "run", folder / "stop"
+    for number in range(max(1, round(300 * share))):
         tally.tried += 1
-        first, second = both = [Other(run, checkpoint_every=1, max_checkpoints=4) for _ in range(2)]
+        stop.unlink(missing_ok=True)
+        both = [Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) for _ in range(2)]
+        lines = {process.first_line(): process for process in both}
+        refused, holds = sorted(lines)[0], sorted(lines)[-1]
+        holder, wrongs = lines[holds], []
+        if not holds.startswith("trains") or f"process {holder.pid} on " not in refused:
+            wrongs.append(f"{holds}, {refused}")
         if is_killed := chance.random() < 0.7:
-            holds, refused = first.ask("train"), second.ask("train")
-        else:
-            for writer in both:
-                writer.tell("train")
-            holds, refused = (writer.answer() for writer in both)
-            if holds[0] == "refused":
-                first, second, holds, refused = second, first, refused, holds
-        lines = [] if holds[0] == "trains" and first.is_named_by(refused) else [f"{holds}, {refused}"]
-        if is_killed:
             time.sleep(chance.uniform(0, 0.02))
-            first.kill()
-        elif first.ask("close")[0] != "closed":
-            lines.append("the holder did not close")
+            holder.kill()
+        stop.touch()
+        wrongs += [f"{process.communicate()}" for process in both if process.wait() and process is not holder]
+        stop.unlink()
         remove_half_begun(run)
-        answer = second.ask("train")
-        time.sleep(chance.uniform(0, 0.01))
-        second.kill()
-        first.kill()
-        lines += [] if answer == ("trains", holds[-1]) else [f"run {holds[-1]} was to be resumed: {answer}"]
-        tally.lost += [f"meeting {number}, killed: {is_killed}: {line}" for line in (*lines, *wrong(run))]
+        with Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) as third:
+            if (answer := third.first_line()) != holds:
+                wrongs.append(f"{holds} was to be resumed: {answer}")
+            time.sleep(chance.uniform(0, 0.01))
+        tally.lost += [f"meeting {number}, killed: {is_killed}: {line}" for line in (*wrongs, *wrong(run))]
         shutil.rmtree(run)
     return tally
