@@ -57,9 +57,17 @@ class PostHocEMAModel:
 
     @property
     def cur_decay_value(self) -> float | None:
-        """The decay of the last step by the power function, for scripts that log it; None before the first step."""
-        step = self.optimization_step
-        return float((1 - 1 / step) ** (gamma_from_sigma_rel(self.sigma_rel) + 1)) if step else None
+        """The decay of the last step, for scripts that log it; None before the first step."""
+        return self.get_decay(self.optimization_step) if self.optimization_step else None
+
+    @property
+    def decay(self) -> float:
+        """The decay of the last step; 0 before the first."""
+        return self.cur_decay_value or 0.0
+
+    def get_decay(self, optimization_step: int) -> float:
+        """Return the decay of a step, counted from 1: that of the power function."""
+        return float((1 - 1 / max(1, optimization_step)) ** (gamma_from_sigma_rel(self.sigma_rel) + 1))
 
     @property
     def shadow_params(self) -> list[torch.Tensor]:

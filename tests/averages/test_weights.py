@@ -73,18 +73,6 @@ def test_the_average_is_the_formula(warmup: bool, interval: int, update_buffers:
     assert ema.steps == 40
 
 
-def test_infinities_of_a_mask_survive_averaging_and_transient_buffers_are_copied() -> None:
-    model = torch.nn.Linear(2, 2)
-    model.register_buffer("mask", torch.tensor([[0.0, -torch.inf], [3.0, 1e30]]))
-    model.register_buffer("table", torch.zeros(2), persistent=False)
-    ema = ExponentialMovingAverage(model, 0.25, update_buffers=True)
-    ema.update_parameters(model)
-    model.mask[0, 0], model.table = 4.0, torch.ones(2)
-    ema.update_parameters(model)
-    assert torch.equal(ema.module.mask, torch.tensor([[1.0, -torch.inf], [3.0, 1e30]]))
-    assert torch.equal(ema.module.table, torch.ones(2))
-
-
 def test_half_precision_averages_move() -> None:
     """Rounded after every update, 2e-4 of the distance 1 is lost in values near 1: the average would stay at 1."""
     model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
@@ -125,15 +113,6 @@ def test_a_state_of_mmengine_loads_and_goes_on(old: bool, steps: int | None) -> 
     ema.update_parameters(model)
     expected = 0.75 * numbers(saved["module.head.bias"]) + 0.25 * numbers(model.head.bias)
     np.testing.assert_allclose(numbers(ema.module.head.bias), expected, rtol=0, atol=1e-6)
-
-
-def test_wrapped_models_are_taken_for_what_they_wrap() -> None:
-    model = torch.nn.Linear(1, 1)
-    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
-        ema = ExponentialMovingAverage(wrapped, momentum=0.5)
-        assert set(ema.state_dict()) == {"module.weight", "module.bias", "steps"}
-        for source in (model, wrapped):
-            ema.update_parameters(source)
 
 
 def test_another_model_is_an_error_that_lists_names_and_changes_nothing() -> None:

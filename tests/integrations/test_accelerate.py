@@ -134,21 +134,6 @@ def test_each_of_several_models_resumes_from_its_own_state(tmp_path: Path) -> No
             ema.close()
 
 
-def test_the_second_of_several_models_keeps_its_place(tmp_path: Path) -> None:
-    accelerator, [(generator, its_optimizer, first), (critic, optimizer, second)] = generator_and_critic(tmp_path)
-    first.close()
-    new = prepare(accelerator, critic, tmp_path / "critic", optimizer, **EVERY)
-    assert second.closed
-    accelerator.save_state(str(tmp_path / "saved"))
-    names = sorted(path.name for path in (tmp_path / "saved").glob("posthoc*"))
-    assert names == ["posthoc_ema.pt", "posthoc_ema_1.pt"]
-    run_ids = [torch.load(tmp_path / "saved" / name, weights_only=True)["run_id"] for name in names]
-    assert run_ids == [first.run_id, new.run_id]
-    again = prepare(accelerator, generator, tmp_path / "generator", its_optimizer, **EVERY)
-    accelerator.load_state(str(tmp_path / "saved"))
-    assert (again.run_id, new.closed) == (first.run_id, False)
-
-
 GROUP = """
 import integrations.gloo, integrations.truth, torch, warnings
 from integrations.test_accelerate import Training

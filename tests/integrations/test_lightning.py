@@ -256,22 +256,6 @@ def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
         PostHocWeightAveraging(tmp_path / "ema", validate=0.4)
 
 
-def test_the_directory_names_the_step_to_resume_from_and_weights_only_checkpoints_are_raw(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    options = EVERY | {"resume": "auto", "checkpoint_dtype": None}
-    module, recorder = Regression(), Recorder()
-    for _ in range(2):
-        callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **options)
-        trainer = make_trainer(tmp_path, callback, recorder, max_epochs=1)
-        recorder._step = 0
-        trainer.checkpoint_callback.save_weights_only = True
-        trainer.fit(module, loader(), loader())
-    assert (callback.ema.step, callback.ema.t) == (12, 12)
-    assert distance(live(callback.ema, module, 0.2), exact(recorder.weights, 0.2)) < 1e-6
-    assert "saves raw weights" in caplog.text
-
-
 def test_a_training_from_the_beginning_does_not_resume_the_averages(tmp_path: Path) -> None:
     options = EVERY | {"resume": "auto"}
     fit(tmp_path, PostHocWeightAveraging(tmp_path / "ema", **options))

@@ -19,7 +19,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 
 import transformers
 from integrations.llama import DATA, EVERY, Recorder, make_trainer, network
-from integrations.programs import exit_codes_of_two, heavy, skip_steps, start
+from integrations.programs import exit_codes_of_two, heavy, start
 from integrations.truth import assert_exact, distance, exact
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
@@ -116,33 +116,6 @@ def test_a_training_from_the_beginning_does_not_resume_the_averages(tmp_path: Pa
     with pytest.raises(ModelMismatchError, match="restore the model's checkpoint first"):
         make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", **options)).train()
     assert [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")] == before
-
-
-def test_a_checkpoint_may_be_resumed_with_the_option_resume(tmp_path: Path, expected: list[Any]) -> None:
-    """Its exact state names the step to resume from; without a state, its weights do."""
-    options: dict[str, Any] = EVERY | {"resume": "auto", "checkpoint_dtype": None}
-    recorder = Recorder(fails_at=9)
-    with pytest.raises(KeyError, match="the training fails here"):
-        make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", **options), recorder, save_steps=3).train()
-    exactly = PostHocCallback(tmp_path / "ema", **options)
-    resumed = make_trainer(tmp_path, exactly)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-6"))
-    assert_exact(exactly.ema, resumed.model, expected)
-    by_weights, recorder = PostHocCallback(tmp_path / "ema", **options), Recorder()
-    other = make_trainer(tmp_path, by_weights, recorder, model=with_weights(expected[3]), max_steps=3)
-    other.train()
-    assert_exact(by_weights.ema, other.model, expected[:4] + recorder.weights)
-
-
-def test_accumulation_and_skipped_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that a GradScaler skips do not count, though the trainer counts them."""
-    calls = skip_steps(monkeypatch, (2, 3))
-    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Recorder()
-    trainer = make_trainer(tmp_path, callback, recorder, gradient_accumulation_steps=3, save_strategy="no", max_steps=6)
-    trainer.train()
-    assert trainer.state.global_step == len(calls) == 6
-    del recorder.weights[1:3]
-    assert_exact(callback.ema, trainer.model, recorder.weights)
 
 
 def test_a_training_that_begins_again_with_smaller_batches_continues_its_averages(
@@ -375,27 +348,3 @@ def test_a_callback_given_twice_counts_each_step_once(tmp_path: Path, expected: 
     trainer = make_trainer(tmp_path, callback, callback)
     trainer.train()
     assert_exact(callback.ema, trainer.model, expected)
-
-
-@heavy
-def test_a_trainer_of_trl(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="trl is not installed: make integrations installs it")
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed: make integrations installs it")
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(32)}, unk_token="w0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
-    rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in DATA])
-    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Recorder()
-    args = trl.SFTConfig(
-        str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False
-    )
-    trainer = trl.SFTTrainer(network(), args, train_dataset=rows, processing_class=tokenizer, callbacks=[recorder])
-    callback.install(trainer)
-    trainer.train()
-    assert_exact(callback.ema, trainer.model, recorder.weights)
-    kinds = {
-        "ema/t" in entry: "mean_token_accuracy" in entry for entry in trainer.state.log_history if "epoch" in entry
-    }
-    assert kinds == {True: False, False: True}  # our figures do not remove its own
