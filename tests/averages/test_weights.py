@@ -212,18 +212,6 @@ def test_train_mode_runs_the_model_and_eval_mode_the_shadow() -> None:
     assert not any(module.training for module in net.shadow.modules())
 
 
-def test_only_the_model_gets_gradients_and_steps_of_an_optimizer() -> None:
-    net = ShadowModel(torch.nn.Linear(2, 1), 0.9).requires_grad_(True)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
-    before = net.shadow.weight.clone()
-    net(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    assert torch.equal(net.shadow.weight, before)
-    assert not torch.equal(net.model.weight, before)
-    assert not any(p.requires_grad for p in net.shadow.parameters())
-    assert not net.eval()(torch.ones(1, 2)).requires_grad
-
-
 def test_everything_moves_and_casts_together_but_the_mass_stays_exact() -> None:
     net = ShadowModel(tiny_model(), 0.9, num_updates=0, zero_debias=True)
     train(net, 5)

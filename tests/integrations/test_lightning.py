@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, callbacks
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
 from posthoc_cli.snapshots.directory import read_directory
 
@@ -254,18 +254,6 @@ def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
         PostHocWeightAveraging(tmp_path / "ema", copy_at_end=True)
     with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
         PostHocWeightAveraging(tmp_path / "ema", validate=0.4)
-
-
-def test_a_training_from_the_beginning_does_not_resume_the_averages(tmp_path: Path) -> None:
-    options = EVERY | {"resume": "auto"}
-    fit(tmp_path, PostHocWeightAveraging(tmp_path / "ema", **options))
-    before = [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")]
-    with pytest.raises(ModelMismatchError, match="restore the model's checkpoint first"):
-        fit(tmp_path, PostHocWeightAveraging(tmp_path / "ema", **options))
-    assert [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")] == before
-    callback, recorder = PostHocWeightAveraging(tmp_path / "ema", **options), Recorder()
-    fit(tmp_path, callback, recorder, ckpt_path=tmp_path / "out/step=8.ckpt")
-    assert callback.ema.t == callback.ema.step == 8 + len(recorder.weights)
 
 
 def test_a_fast_dev_run_writes_nothing_and_a_short_training_writes_snapshots(tmp_path: Path) -> None:

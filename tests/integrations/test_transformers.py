@@ -299,17 +299,6 @@ def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
     assert set(Run(tmp_path / "ema").tensors) == set(saved)
 
 
-def test_bf16_parameters_and_a_compiled_model(tmp_path: Path) -> None:
-    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Recorder()
-    options = {"torch_compile": True, "torch_compile_backend": "eager", "save_strategy": "no"}
-    trainer = make_trainer(tmp_path, callback, recorder, model=network().bfloat16(), **options)
-    trainer.train()
-    ema = callback.ema
-    assert ema.step == 10
-    weights = ema.state_dict(0.2, dtype=torch.float32)
-    assert distance(weights, exact(recorder.weights, 0.2)) < 1e-6
-
-
 def test_bad_arguments_and_callbacks_are_errors_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(InvalidValueError, match=r"evaluate=0\.15"):
         PostHocCallback(tmp_path / "ema", folders=True)
