@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, Protocol
@@ -226,10 +226,13 @@ MOST_TIMES = 16_384
 """Limit of the times in a profile. Of more updates, neighbours are joined, which moves mass by < 1e-4 of training."""
 
 
-def updated_average(step: int, first: int, every: int, kept: Callable[[FloatArray], FloatArray]) -> Discrete:
-    """Return the average at a step whose update k, at step first + k every, keeps exp(kept(k)) of itself, k >= 1.
+def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> Discrete:
+    """Return the profile that `ema-pytorch` 0.8.3 and `pytorch-posthoc-ema` 1.0.10 store, on the step clock.
 
-    The first update, k = 0, keeps nothing.
+    They count calls from the first update, c = 1, 1 + every, ..., and keep (1 - 1 / (c + 1))**(gamma + 1), whatever
+    `every` is; at the first update, nothing. With every = 1 that is the power function of `gamma`, shifted by a step;
+    with more it is close to that of the exponent (gamma + 1) / every - 1, a longer average. `first` is the step of the
+    first update: 1, or `update_after_step` of the latter library.
 
     Raises:
         InvalidValueError: the step is before the first update, or makes more than `MOST_UPDATES`.
@@ -240,7 +243,7 @@ def updated_average(step: int, first: int, every: int, kept: Callable[[FloatArra
     if count > MOST_UPDATES:
         reason = f"makes more than {MOST_UPDATES:,} updates, one every {every:,} steps"
         raise InvalidValueError("step", reason, value=f"{step:,}")
-    logs = np.asarray(kept(np.arange(1.0, count)), dtype=np.float64)
+    logs = (gamma + 1) * np.log1p(-1 / (np.arange(1.0, count) * every + 2))
     # The mass after each update, from that before the first one.
     after = np.concatenate(([1.0], -np.expm1(np.cumsum(logs[::-1])[::-1]), [0.0]))
     masses, size = -np.diff(after), -(-count // MOST_TIMES)
@@ -250,17 +253,6 @@ def updated_average(step: int, first: int, every: int, kept: Callable[[FloatArra
     later = np.add.reduceat(masses * (np.arange(count) % size), groups)
     places = groups + np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
     return Discrete(np.asarray(first + every * places, dtype=np.float64), joined, step)
-
-
-def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> Discrete:
-    """Return the profile that `ema-pytorch` 0.8.3 and `pytorch-posthoc-ema` 1.0.10 store, on the step clock.
-
-    They count calls from the first update, c = 1, 1 + every, ..., and keep (1 - 1 / (c + 1))**(gamma + 1), whatever
-    `every` is. With every = 1 that is the power function of `gamma`, shifted by a step; with more it is close to that
-    of the exponent (gamma + 1) / every - 1, a longer average. `first` is the step of the first update: 1, or
-    `update_after_step` of the latter library.
-    """
-    return updated_average(step, first, every, lambda k: (gamma + 1) * np.log1p(-1 / (k * every + 2)))
 
 
 # --- ordinary EMAs: one decay, perhaps with a warm-up
@@ -382,7 +374,8 @@ class OrdinaryEMA(Discrete):
     """
 
     def __init__(self, decay: DecayRule, step: int, updates: int, every: int, first: int) -> None:
-        logs = self._logs = decay.kept_logs(updates)
+        self._rule, logs = decay, decay.kept_logs(updates)
+        self._logs = logs
         self._start = max(float(first - every), 0.5)
         self.settings: dict[str, Any] = vars(decay) | {"updates": updates, "every": every, "first": first}
         numbers = np.arange(1, updates + 1)
@@ -403,21 +396,15 @@ class OrdinaryEMA(Discrete):
         done = np.clip(done, 0, logs.size - 1).astype(np.intp)
         return np.where(at < self._start, 1.0, -np.expm1(logs[-1] - logs[done]))
 
-    @classmethod
-    def of(cls, step: int, updates: int, every: int, first: int, **decay: Any) -> OrdinaryEMA:
-        """Return the average with these `settings`, plain values for JSON."""
-        return cls(DecayRule(**decay), step, updates, every, first)
-
     @property
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
         """The averages with a longer time constant and a later start, by their uncertainties; itself for 0."""
-        settings = self.settings | {"uncertainty": 0.0, "late": 0}
-        counts = {name: settings.pop(name) for name in ("updates", "every", "first")}
-        rule, factor = DecayRule(**settings), 1 + float(self.settings["uncertainty"])
-        late = min(self.settings["late"] // counts["every"], counts["updates"] - 1)
+        rule = replace(self._rule, uncertainty=0.0, late=0)
+        step, counts = int(self.t), {name: self.settings[name] for name in ("updates", "every", "first")}
+        late = min(self._rule.late // counts["every"], counts["updates"] - 1)
         return (
-            rule.longer(factor).profile(int(self.t), **counts) if factor > 1 else self,
-            replace(rule, copies=rule.copies + late).profile(int(self.t), **counts) if late > 0 else self,
+            rule.longer(1 + self._rule.uncertainty).profile(step, **counts) if self._rule.uncertainty else self,
+            replace(rule, copies=rule.copies + late).profile(step, **counts) if late > 0 else self,
         )
 
 
@@ -556,29 +543,11 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     return sigma_rel_from_gamma(math.expm1(brentq(excess, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14)))
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """A power function, and the classical EMA with the same mean age after a number of steps.
-
-    Attributes:
-        sigma_rel, gamma: of the power function.
-        mean_age, std: mean age of the averaged values and standard deviation of their times, in steps.
-        beta: of the classical EMA.
-    """
-
-    sigma_rel: float
-    gamma: float
-    mean_age: float
-    std: float
-    beta: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the attributes for JSON."""
-        return asdict(self)
-
-
-def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float] = ()) -> list[Conversion]:
+def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float] = ()) -> list[dict[str, float]]:
     """Return the power functions with these widths, then those with the mean ages of these classical decays.
+
+    Each has `sigma_rel` and `gamma`, the mean age of the averaged values and the standard deviation `std` of their
+    times in steps, and `beta`, the decay of the classical EMA with the same mean age after `steps` steps.
 
     Raises:
         InvalidValueError: `steps` is not from 1 to 1e15, or a width or a decay is out of its range.
@@ -586,11 +555,12 @@ def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float]
     check_number("steps", steps, lambda count: 1 <= count <= 10**15, "be from 1 to 1e15")
     pairs = [(sigma_rel, classical_beta(sigma_rel, steps)) for sigma_rel in sigma_rels]
     pairs += [(sigma_rel_from_classical_beta(beta, steps), beta) for beta in betas]
-    gammas = [gamma_from_sigma_rel(sigma_rel) for sigma_rel, _ in pairs]
-    return [
-        Conversion(sigma_rel, gamma, mean_age(gamma, steps), sigma_rel * steps, beta)
-        for (sigma_rel, beta), gamma in zip(pairs, gammas, strict=True)
-    ]
+    rows = []
+    for sigma_rel, beta in pairs:
+        gamma = gamma_from_sigma_rel(sigma_rel)
+        age, std = mean_age(gamma, steps), sigma_rel * steps
+        rows.append({"sigma_rel": sigma_rel, "gamma": gamma, "mean_age": age, "std": std, "beta": beta})
+    return rows
 
 
 # --- steps over training time, for averages over steps on a clock in images or tokens

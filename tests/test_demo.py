@@ -2,49 +2,70 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
-import subprocess
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import forked
 import pytest
 import torch
 from checking import assert_same_tensors, refused
-from ema_command import Ema
 from safetensors.torch import load_file
 
 from posthoc_cli import Run
+from posthoc_cli.cli import demo as cli_demo
 from posthoc_cli.demo import SIGMA_RELS, VALIDATION_IMAGES, Validation, make_denoiser, make_waves, prepare, train
 from posthoc_cli.errors import OutputExistsError
 
 pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it
 
 
+class Demo(NamedTuple):
+    """The folder in which a demo has run, its report as JSON and as text, and the commands that it has run."""
+
+    base: Path
+    report: dict[str, Any]
+    text: str
+    commands: list[str]
+
+
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Run `ema demo`; return its folder and its output."""
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """Run `ema demo` in the place of an earlier one, beside files of a user."""
     base = tmp_path_factory.mktemp("demo")
-    done = forked.check(forked.EMA, "demo", "--steps", 300, cwd=base)
-    assert done.err == ""
-    return base, done.out
+    out = base / "my demo"
+    prepare(out, overwrite=False)
+    (out / "snapshots").mkdir()
+    for name in ("snapshots/0000000000000055-0.05.safetensors", "loss.png", "notes.txt", "other.safetensors"):
+        (out / name).write_text("x")
+    command = ("demo", "--out", "my demo", "--steps", 100)
+    refused = forked.run(forked.EMA, *command, cwd=base)
+    assert refused.code == 1
+    assert refused.error.endswith("my demo: holds an earlier demo; name another folder, or `overwrite` to replace it")
+    done = forked.check(forked.EMA, *command, "--overwrite", "--json", cwd=base)
+    with redirect_stdout(io.StringIO()) as text:
+        cli_demo._print(done.json)
+    return Demo(base, done.json, text.getvalue(), re.findall(r"^\$ (ema .*)$", done.err, re.MULTILINE))
 
 
-def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_one_it_names(
-    demo: tuple[Path, str],
-) -> None:
-    base, printed = demo
-    out = base / "ema-demo"
-    assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 30
+def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_one_it_names(demo: Demo) -> None:
+    out = demo.base / "my demo"
+    assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 10  # and not the earlier one
+    assert (out / "notes.txt").read_text() == (out / "other.safetensors").read_text() == "x"
     for name in ("loss.png", "error.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     result = json.loads((out / "sweep" / "sweep.json").read_text())
     assert f"Best: {result['best']['target']}" in (out / "report.html").read_text()
     best = result["best"]["sigma_rel"]
+    assert (demo.report["best"], demo.report["raw"]) == (best, result["raw"])
+    assert [one["loss"] for one in demo.report["averages"]] == [trial["value"] for trial in result["trials"][1:]]
     weights = load_file(out / "best.safetensors")
     assert_same_tensors(weights, dict(Run(out / "snapshots").average(round(best, 6))))
-    rows = re.findall(r"^(raw weights|0\.\d+) +(0\.\d{5})(?: +([+-].*?%))?.*?(<- best)?$", printed, re.MULTILINE)
+    rows = re.findall(r"^(raw weights|0\.\d+) +(0\.\d{5})(?: +([+-].*?%))?.*?(<- best)?$", demo.text, re.MULTILINE)
     losses = {width: float(loss) for width, loss, _, _ in rows}
     assert list(losses) == ["raw weights", *(f"{width:g}" for width in SIGMA_RELS)]
     assert losses == {
@@ -57,47 +78,18 @@ def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_
     assert found == pytest.approx(losses[f"{best:g}"], abs=1e-5)
 
 
-def test_every_command_that_a_demo_prints_can_be_repeated(demo: tuple[Path, str]) -> None:
+def test_every_command_that_a_demo_prints_can_be_repeated(demo: Demo) -> None:
     """The commands that it suggests to try next work, too."""
-    base, printed = demo
-    commands = re.findall(r"^\$ (ema .*)$", printed, re.MULTILINE)
-    assert [shlex.split(command)[1] for command in commands] == ["info", "synthesize", "error-plot", "report"]
-    suggested = re.findall(r"^  (ema .*)$", printed.partition("and try:")[2], re.MULTILINE)
+    assert demo.commands == demo.report["commands"]
+    assert [shlex.split(command)[1] for command in demo.commands] == ["info", "synthesize", "error-plot", "report"]
+    suggested = re.findall(r"^  (ema .*)$", demo.text.partition("and try:")[2], re.MULTILINE)
     assert len(suggested) == 3
-    average = base / "ema-demo" / "best.safetensors"
+    average = demo.base / "my demo" / "best.safetensors"
     before = load_file(average)
     average.unlink()
-    for command in commands + suggested:
-        forked.check(forked.EMA, *shlex.split(command)[1:], cwd=base)
+    for command in demo.commands + suggested:
+        forked.check(forked.EMA, *shlex.split(command)[1:], cwd=demo.base)
     assert_same_tensors(load_file(average), before)
-
-
-def test_overwrite_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_one_object(
-    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: forked.Forked(forked.EMA, *command[3:]))
-    out = tmp_path / "my demo"
-    prepare(out, overwrite=False)
-    (out / "snapshots").mkdir()
-    stale = out / "snapshots" / "0000000000000055-0.05.safetensors"
-    for file in (stale, out / "loss.png", out / "notes.txt", out / "mine.safetensors"):
-        file.write_text("x")
-
-    found = ema("demo", "--out", out, "--steps", 100)
-    assert found.code == 1
-    assert found.error.endswith("my demo: holds an earlier demo; name another folder, or `overwrite` to replace it")
-
-    done = ema("demo", "--out", "my demo", "--steps", 100, "--overwrite", "--json")
-    assert done.code == 0, done.err
-    report = json.loads(done.out)
-    result = json.loads((out / "sweep" / "sweep.json").read_text())
-    assert (report["best"], report["raw"]) == (result["best"]["sigma_rel"], result["raw"])
-    assert [one["loss"] for one in report["averages"]] == [trial["value"] for trial in result["trials"][1:]]
-    assert [f"$ {command}" for command in report["commands"]] == re.findall(r"^\$ .*$", done.err, re.MULTILINE)
-    assert "'my demo/snapshots'" in report["commands"][0]
-    assert not stale.exists()
-    assert (out / "notes.txt").read_text() == (out / "mine.safetensors").read_text() == "x"
 
 
 def test_a_folder_that_is_not_a_demos_is_never_touched(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from factories import (
 )
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import Run, disk_sources, files, resources
+from posthoc_cli import Run, files, resources
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -38,11 +38,9 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import layout_of, output_exists
-from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.outputs import OutputInfo, Used, decode_output
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import read_file
-from posthoc_cli.synthesis.plan import plan_synthesis
 
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, torch.Tensor]
@@ -88,11 +86,11 @@ SIZE = {"sharded": "100"}
 
 
 @pytest.mark.parametrize("layout", OUTPUTS)
-@pytest.mark.parametrize("dtype", [None, "float16", "bf16", torch.float64])
+@pytest.mark.parametrize("dtype", [None, "bf16", torch.float64])
 def test_every_layout_holds_the_same_tensors_with_averages_in_the_dtype_and_copies_in_their_own(
     tmp_path: Path, layout: str, dtype: str | torch.dtype | None
 ) -> None:
-    own = {None: torch.float32, "float16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float64)
+    own = {None: torch.float32, "bf16": torch.bfloat16}.get(dtype, torch.float64)
     expected = {**WEIGHTS, "a": WEIGHTS["a"].to(own), "b": WEIGHTS["b"].to(own)}
     out, bar = tmp_path / OUTPUTS[layout], nullcontext((written := list[int]()).append)
     source, size = write_output(tmp_path / "in.safetensors"), SIZE.get(layout)
@@ -132,10 +130,8 @@ def test_an_exported_file_keeps_the_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "layout", "expected"),
     [
-        ("x.safetensors", None, "safetensors"), ("x.pt", None, "pt"), ("x.pth", None, "pt"), ("x.bin", None, "pt"),
-        ("x", None, "sharded"), ("x", "safetensors", "safetensors"), ("x.y", "pt", "pt"),
-        ("x.y", "sharded", "sharded"), ("x.pt", "safetensors", None), ("x.safetensors", "pt", None),
-        ("x.bin", "sharded", None), ("x.pt", "dcp", None),
+        ("x.safetensors", None, "safetensors"), ("x.pth", None, "pt"), ("x", None, "sharded"), ("x.y", "pt", "pt"),
+        ("x.pt", "safetensors", None), ("x.bin", "sharded", None),
     ],
 )  # fmt: skip
 def test_the_name_decides_the_layout_unless_it_is_given_and_must_not_have_the_ending_of_another(
@@ -150,9 +146,8 @@ def test_the_name_decides_the_layout_unless_it_is_given_and_must_not_have_the_en
 
 
 SIZES = {
-    "5GB": 5_000_000_000, "1.5 tb": 1_500_000_000_000, " 2 KB ": 2000, "5GiB": 5 << 30, "500MiB": 500 << 20,
-    "1KiB": 1024, "123456": 123_456, "0.001KB": 1, "1e3": 1000,
-    **dict.fromkeys(("", "0", "-1GB", "0.5", "GB", "5 G", "nan", "inf", "0x10", "1e99", "1..2", ",", "1e30TB"), None),
+    "5GB": 5_000_000_000, "1.5 tb": 1_500_000_000_000, "500MiB": 500 << 20, "123456": 123_456,
+    **dict.fromkeys(("", "0", "-1GB", "5 G", "nan", "1e30TB"), None),
 }  # fmt: skip
 
 
@@ -160,11 +155,6 @@ SIZES = {
 def test_a_size_is_a_number_with_a_unit(size: str) -> None:
     with refused("max_shard_size") if SIZES[size] is None else nullcontext():
         assert resources.parse_bytes(size, "max_shard_size") == SIZES[size]
-
-
-def test_a_size_is_checked_in_a_dry_run_too(run: Run) -> None:
-    with refused("max_shard_size"):
-        run.write("last:1", None, dry_run=True, max_shard_size="5 G")
 
 
 # --- dtypes ----------------------------------------------------------------------------------------
@@ -203,15 +193,6 @@ def test_infinity_in_a_buffer_or_in_the_file_of_another_program_is_kept(tmp_path
     assert_same_tensors(load_output(tmp_path / "b.safetensors"), {"mask": mask["mask"].half(), "codes": codes.half()})
 
 
-@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_averages_of_eight_bits(tmp_path: Path, stored: torch.dtype) -> None:
-    values = torch.tensor([1.0, -0.5, 0.25]).to(stored)
-    assert_same_tensors(exported(tmp_path, {"w": values}, (), dtype="float32"), {"w": values.float()})
-    source = write_output(tmp_path / "bad.safetensors", {"w": torch.tensor([float("nan")]).to(stored)}, ())
-    with pytest.raises(NonFiniteError, match="tensor 'w': holds nan"):
-        export_file(source, tmp_path / "other.safetensors")
-
-
 # --- snapshots -------------------------------------------------------------------------------------
 
 
@@ -238,19 +219,12 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
 @pytest.mark.parametrize(
     ("prefix", "strip", "expected"),
     [
-        ("", "", {"model.w", "head"}), ("unet.", "", {"unet.model.w", "unet.head"}),
-        ("", "model.", {"w", "head"}), ("net.", "model.", {"net.w", "net.head"}),
+        ("unet.", "", {"unet.model.w", "unet.head"}), ("net.", "model.", {"net.w", "net.head"}),
     ],
 )  # fmt: skip
 def test_prefixes_are_added_and_removed(tmp_path: Path, prefix: str, strip: str, expected: set[str]) -> None:
     tensors = {"model.w": torch.ones(1), "head": torch.ones(2)}
     assert exported(tmp_path, tensors, (), prefix=prefix, strip_prefix=strip).keys() == expected
-
-
-def test_a_prefix_that_makes_two_names_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidValueError, match="the name 'w'"):
-        exported(tmp_path, {"model.w": torch.ones(1), "w": torch.ones(2)}, (), strip_prefix="model.")
-    assert tree(tmp_path).keys() == {"in.safetensors"}
 
 
 # --- a base ----------------------------------------------------------------------------------------
@@ -293,12 +267,6 @@ def test_a_base_adds_the_tensors_that_were_not_averaged(tmp_path: Path, layout: 
             export_file(base, tmp_path / "other.safetensors")
 
 
-def test_names_are_compared_with_the_base_after_renaming(tmp_path: Path) -> None:
-    tensors = {"model.a": torch.ones(10)}
-    found = exported(tmp_path, tensors, (), base=write_base(tmp_path, "file"), strip_prefix="model.")
-    assert_same_tensors(found, {**BASE, "a": torch.ones(10)})
-
-
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -318,9 +286,8 @@ def test_a_base_of_another_model_is_refused(tmp_path: Path, tensors: Tensors, me
 @pytest.mark.parametrize(
     "index",
     [
-        None, '{"weight_map":[]}', '{"weight_map":{"a":["x"]}}', '{"weight_map":{"a":"../base.safetensors"}}',
-        '{"weight_map":{"a":"missing.safetensors"}}', '{"weight_map":{"a":"a.safetensors","b":"a.safetensors"}}',
-        '{"weight_map":{"a":"a.safetensors","a":"b.safetensors"}}',
+        None, '{"weight_map":[]}', '{"weight_map":{"a":"../base.safetensors"}}',
+        '{"weight_map":{"a":"missing.safetensors"}}', '{"weight_map":{"a":"a.safetensors","a":"b.safetensors"}}',
     ],
 )  # fmt: skip
 def test_a_folder_whose_index_is_wrong_or_missing_is_refused(tmp_path: Path, index: str | None) -> None:
@@ -352,8 +319,7 @@ def test_an_existing_output_is_replaced_only_with_overwrite(tmp_path: Path, layo
     assert_same_tensors(load_output(out), WEIGHTS)
 
 
-@pytest.mark.parametrize("old_size", ["60", "100", "5GB"])
-@pytest.mark.parametrize("new_size", ["60", "100", "5GB"])
+@pytest.mark.parametrize(("old_size", "new_size"), [("60", "100"), ("100", "5GB"), ("5GB", "60")])
 def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(
     tmp_path: Path, old_size: str, new_size: str
 ) -> None:
@@ -385,23 +351,6 @@ def test_a_folder_that_holds_other_files_is_not_replaced(
     (tmp_path / "empty").mkdir()
     export_file(source, Path("empty"), layout)
     assert tree(tmp_path / "empty")
-
-
-def test_a_model_can_be_replaced_by_an_export_of_itself(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    export_file(write_output(tmp_path / "in.safetensors"), out)
-    export_file(out / "model.safetensors", out, dtype="bf16", max_shard_size="30", overwrite=True)
-    assert_same_tensors(load_output(out), {**WEIGHTS, "a": WEIGHTS["a"].bfloat16(), "b": WEIGHTS["b"].bfloat16()})
-    assert not (out / "model.safetensors").exists()
-
-
-def test_a_file_in_place_of_the_folder_or_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
-    source = write_output(tmp_path / "in.safetensors")
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.pt").mkdir()
-    for out, layout in (("file", "sharded"), ("folder.pt", "pt"), ("folder.pt", "safetensors")):
-        with pytest.raises(OutputExistsError, match=r"is a (file|directory)"):
-            export_file(source, tmp_path / out, layout, overwrite=True)
 
 
 # --- a failure leaves nothing new, and keeps the old output ----------------------------------------
@@ -457,9 +406,10 @@ def holds(folder: Path, expected: Tensors) -> bool:
 OPERATIONS = ("open_new", "write", "fsync", "link", "rename", "unlink", "fsync_directory", "make_directory")
 
 
-@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("existing", ["nothing", "one file", "shards"])
-@pytest.mark.parametrize("size", ["100", "5GB"])
+@pytest.mark.parametrize(
+    ("kind", "size", "existing"),
+    [(OSError, "100", "nothing"), (OSError, "5GB", "shards"), (KeyboardInterrupt, "100", "one file")],
+)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_shards_that_fail_at_any_operation_leave_the_folder_as_it_was(
     tmp_path: Path, operation: str, size: str, existing: str, kind: type[BaseException]
@@ -489,41 +439,17 @@ def test_shards_that_fail_at_any_operation_leave_the_folder_as_it_was(
 # --- a synthesis in a layout -----------------------------------------------------------------------
 
 
-def test_the_pt_file_of_one_of_many_targets_is_no_larger_than_of_one_alone(tmp_path: Path) -> None:
-    """Tied tensors share their bytes."""
-    for t in (10, 20):
-        write_snapshot(tmp_path / "run", t, 0.05, RUN_ID, {"w": torch.rand(10_000)}, aliases={"tied": "w"})
-    sources, many = disk_sources(tmp_path / "run"), [0.05, 0.06, 0.07, 0.08]
-    write_synthesis(plan_synthesis(sources, [0.05]), [tmp_path / "alone.pt"])
-    write_synthesis(plan_synthesis(sources, many), [tmp_path / f"{target}.pt" for target in many])
-    for target in many:
-        assert (tmp_path / f"{target}.pt").stat().st_size == (tmp_path / "alone.pt").stat().st_size
-        found = load_output(tmp_path / f"{target}.pt")
-        assert found["tied"].data_ptr() == found["w"].data_ptr()
-
-
-@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("at", [1, 3])
 def test_an_interruption_of_a_pt_file_stays_an_interruption_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: type[BaseException], at: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """torch's writer itself raises an error about unexpected positions."""
     source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(100_000)})
-    interrupted = arm(monkeypatch, "write", {at}, raised, 143)
-    with pytest.raises(raised):
+    interrupted = arm(monkeypatch, "write", {at}, KeyboardInterrupt, 143)
+    with pytest.raises(KeyboardInterrupt):
         export_file(source, tmp_path / "out.pt")
     assert interrupted()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_no_output_appears_if_one_of_them_already_exists(tmp_path: Path) -> None:
-    write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, WEIGHTS)
-    plan = plan_synthesis(disk_sources(tmp_path / "run"), [0.04, 0.05, 0.06])
-    (tmp_path / "b.pt").write_bytes(b"old")
-    before = tree(tmp_path)
-    with pytest.raises(OutputExistsError, match=r"b\.pt"):
-        write_synthesis(plan, [tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "c.pt"])
-    assert tree(tmp_path) == before
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

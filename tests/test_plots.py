@@ -74,8 +74,7 @@ def test_tracked_profiles_in_the_range_are_dots_and_the_others_are_named(
     assert [*entries(two)] == [f"run: {named}", f"other: {named}"]  # one line per run
 
 
-@pytest.mark.parametrize("least", [0.0, 1e-12, 1e-3])
-@pytest.mark.parametrize("most", [1e-3, 0.3, 50.0])
+@pytest.mark.parametrize(("least", "most"), [(0.0, 50.0), (1e-12, 0.3), (1e-3, 1e-3)])
 def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smaller(least: float, most: float) -> None:
     errors = np.geomspace(1e-3, most, 50)
     errors[25] = least
@@ -104,7 +103,7 @@ def swept(widths: tuple[float, float], raw: float | None) -> Figure:
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("widths", [(0.025, 0.275), (0.1, 0.11), (700, 61_000), (1e-4, 0.28)])
+@pytest.mark.parametrize("widths", [(0.025, 0.275), (0.1, 0.11), (700, 61_000)])
 def test_ticks_of_a_sweep_are_round(widths: tuple[float, float]) -> None:
     figure = swept(widths, None)
     figure.draw_without_rendering()
@@ -115,7 +114,7 @@ def test_ticks_of_a_sweep_are_round(widths: tuple[float, float]) -> None:
         assert len(digits) <= 4 if widths[1] < 1.2 * widths[0] else digits in ("1", "1.5", "2", "3", "5", "7"), ticks
 
 
-@pytest.mark.parametrize(("raw", "inside"), [(3.9, True), (3.3, True), (2.7, True), (9.0, False)])
+@pytest.mark.parametrize(("raw", "inside"), [(3.9, True), (2.7, True), (9.0, False)])
 def test_the_metric_of_raw_weights_is_within_the_axes_unless_far_away(raw: float, inside: bool) -> None:
     axes = swept((0.025, 0.275), raw).axes[0]
     low, high = axes.get_ylim()

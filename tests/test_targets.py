@@ -12,7 +12,6 @@ from checking import refused
 
 from posthoc_cli.profiles import (
     Clock,
-    Formula,
     Point,
     PowerFunction,
     Profile,
@@ -62,7 +61,7 @@ def test_each_target_has_its_names_and_its_profile(
     times = np.linspace(-1, 1.1e6, 1000)
     np.testing.assert_array_equal(target.profile(1e6, IMAGES, 1280.0).tail(times), profile.tail(times))
     assert as_target(target) is target
-    if not isinstance(target, GivenProfile):
+    if target.kind != "profile":
         assert as_target(target.title.removeprefix("sigma_rel ")) == target
 
 
@@ -75,22 +74,10 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
     assert SigmaRel(0.1500001).label == "0.1500001"
 
 
-def test_a_users_target_is_used_unchanged() -> None:
-    class Half:
-        label, title, sigma_rel = "half", "the last half", None
-
-        def profile(self, t: float, clock: Clock, t_first: float) -> Formula:  # noqa: ARG002
-            return uniform_average(t / 2, t)
-
-    target = Half()
-    assert as_target(target) is target
-
-
 @pytest.mark.parametrize(
     ("make", "subject", "words"),
     [
         (lambda: as_target(None), "target", "None"),
-        (lambda: as_target([0.1, 0.2]), "target", "[0.1, 0.2]"),
         (lambda: as_target(Beta), "target", "must be a sigma_rel in (0, 0.2887), a text such as 'beta:0.9999'"),
         (lambda: Groups({1: 0.1}), "group", "{1: 0.1}: must be globs on names"),  # type: ignore[dict-item]
         (lambda: as_target("abc"), "target", "abc: must be a sigma_rel in (0, 0.2887), or one of beta:0.9999, "),
@@ -101,17 +88,16 @@ def test_a_users_target_is_used_unchanged() -> None:
         (lambda: Between(0, math.inf), "between", "finite"),
         (lambda: Decay("sqrt"), "decay", "'sqrt': must be one of 1-sqrt, linear, cosine"),
         (lambda: Decay("linear", ()), "over", "two ascending times"),  # type: ignore[arg-type]
-        (lambda: Decay("linear", (1, 2, 3)), "over", "two ascending times"),  # type: ignore[arg-type]
         (lambda: Mean(2.5), "last", "must be a whole number of checkpoints"),  # type: ignore[arg-type]
         (lambda: Mean(3).profile(1e6, IMAGES, 1280.0), "target", "target last:3: names checkpoints"),
         (lambda: as_target("0.4"), "target", "target 0.4: must lie in (0, 0.2887)"),
         (lambda: as_target("0.9"), "target", "for a decay of 0.9 per step use beta:0.9"),
+        (lambda: as_target("half-life:70%"), "target", "target half-life:70%: must lie in (0, 69.31%)"),
+        (lambda: as_target("half-life:x%"), "target", "target half-life:x%: must be a number of steps or a share"),
         (lambda: as_target("beta:2"), "target", "target beta:2: must lie in [0.5, 1)"),
-        (lambda: as_target("half-life:0"), "target", "target half-life:0: must be from 1 to 1e15 steps"),
         (lambda: as_target("between:50:20"), "target", "target between:50:20: must start at 0 or later"),
         (lambda: as_target("decay:linear:200%"), "target", "target decay:linear:200%: must be a part of training"),
         (lambda: Between(5, 2e6).profile(1e6, IMAGES, 1280.0), "target", "target between:5:2000000: ends after t"),
-        (lambda: as_target("half-life:1e300"), "target", "target half-life:1e300: must be from 1 to 1e15 steps"),
         (lambda: Between(0, 1e-300).profile(1e6, IMAGES, 1280.0), "target", "between:0:1e-300: must span at least"),
         (lambda: Window(10**4 + 1).profile(1e6, IMAGES, 1280.0), "target", "target window:10001: the run has 10,000"),
         (lambda: GivenProfile(uniform_average(0, 1), "../a b"), "profile", "'../a b'"),
@@ -147,10 +133,7 @@ def test_valid_profiles_are_used_unchanged(profile: object) -> None:
     [
         (Written(lambda s: s * np.nan), "tail is nan at s = -100"),
         (Written(lambda _: 0.01), "shape (1150,) has shape ()"),
-        (Written(lambda s: math.exp(s)), "tail fails for an array of times: only "),
-        (Written(tail=lambda s: np.full(s.shape, np.inf)), "tail is inf at s = -100"),
         (Written(tail=lambda s: 1 - s / 100), "tail is 2 at s = -100"),
-        (Written(tail=lambda s: np.clip(0.5 - s / 200, 0, 0.5)), "is 0.5 at s = -100; must lie in [0, 1], be 1"),
         (Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)), "tail is 0.5 at s = 100; must lie in [0, 1]"),
         (Written(tail=lambda s: np.where(abs(s - 50) < 10, 1, np.clip(1 - s / 100, 0, 1))),
          "at s = 40.0390625; must never"),
@@ -205,12 +188,8 @@ def test_a_text_names_targets(text: str, targets: list[Target]) -> None:
 def test_a_half_life_in_percent_is_a_power_function(share: float, width: float) -> None:
     """An update at step n keeps 2^(-1 / (share n)), as (1 - 1 / n)^(gamma + 1) does for many steps."""
     (target,) = parse_targets(f"half-life:{100 * share:g}%")
+    assert target.title == f"half-life:{100 * share:g}%"
     assert target.sigma_rel == pytest.approx(width, abs=5e-5)
     profile = target.profile(1000.0, STEPS, 1.0)
     kept = 1 - profile.tail(999.0)
     assert kept == pytest.approx(2 ** (-1 / (share * 1000)), rel=2e-5)
-
-
-@pytest.mark.parametrize("text", ["half-life:0%", "half-life:70%", "half-life:-1%", "half-life:x%"])
-def test_a_half_life_that_no_power_function_has_is_refused(text: str) -> None:
-    refused(f"target {text}: must", parse_targets, text)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -15,8 +15,6 @@ from posthoc_cli.averages.weights import WideBuffers, is_narrow
 from posthoc_cli.errors import InvalidValueError, NotReadyError, check_count, check_number, check_word, warn
 
 MODES = ("truncated", "window", "carried", "full")
-_ACCUMULATORS = (torch.float32, torch.float64)
-"""At a decay of 0.9999 an average in half precision never moves."""
 _LONGEST_QUIET_GRAPH = 99
 """Values that mode "full" holds without a warning."""
 
@@ -40,46 +38,38 @@ class DifferentiableEMA(WideBuffers):
     leaves in place, so make the values under `with ema.recording():`, which keeps copies of the leaves.
 
     "carried" averages the derivative, too: J_t = decay J_{t-1} + (1 - decay) dx_t/dw(w_t) with J_1 = dx_1/dw, and
-    `backward` adds g^T J_t (first derivatives only). Pass the leaves with every value, `ema(x, leaves=[w])`; no other
-    tensor gets a gradient. An update takes a backward pass per element of the average, and memory of (elements of the
-    average) x (elements of the leaves).
+    `backward` adds g^T J_t. Pass the leaves with every value, `ema(x, leaves=[w])`; no other tensor gets a gradient. An
+    update takes a backward pass, and memory of the size of the leaves, for each element of the average.
 
     Detach a value that is built from an earlier result: it brings that graph along in every mode but "carried". Eval
     mode returns the average without a graph and takes no value in. A state dict and a copy hold the average and the
     number of updates; graphs and J start empty, with the average so far as a constant.
 
     Arguments:
-        shape: of the values.
+        shape, device, dtype: of the values; dtype is float32 or float64, also after `half()`.
         decay: in [0, 1).
-        mode: "truncated", "window", "carried" or "full".
         window: number of values kept in mode "window".
-        device, dtype: of the average; float32 or float64, as the values are. `half()` leaves it as it is.
 
     Attributes:
         average: without a graph; zeros before the first value.
         num_updates: values taken in, an int64 tensor.
-
-    Raises:
-        InvalidValueError: (a ValueError) names the argument; such a value is not taken in.
-        NotReadyError: (in eval mode) there is no average yet.
     """
 
     average: torch.Tensor
     num_updates: torch.Tensor
+    _before: torch.Tensor | None
+    _kept: deque[torch.Tensor]
+    _leaves: tuple[torch.Tensor, ...]
+    _jacobians: list[torch.Tensor]
     _has_average: bool
 
     def __init__(
-        self,
-        shape: int | Sequence[int],
-        decay: float,
-        mode: str = "truncated",
-        window: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, shape: int | Sequence[int], decay: float, mode: str = "truncated", window: int | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
-        check_word("dtype", dtype, _ACCUMULATORS)
+        check_word("dtype", dtype, (torch.float32, torch.float64))  # others never move at a decay of 0.9999
         check_word("mode", mode, MODES)
         if (window is not None) != (mode == "window"):
             reason = "the number of values to keep, must be given in mode 'window' and only there"
@@ -102,13 +92,14 @@ class DifferentiableEMA(WideBuffers):
             if not self._has_average:
                 raise NotReadyError("DifferentiableEMA", "no value was taken in yet, and eval mode takes none in")
             return self.average.clone()
-        if leaves is not None and self.mode != "carried":
+        if self.mode == "carried":
+            result = self._carried(value, leaves)
+        elif leaves is not None:
             raise InvalidValueError("leaves", "only mode 'carried' takes them; others follow the value's own graph")
-        average = self.average if self._has_average else None
-        if self._history is None:
-            result = _next(average, value, self.decay)
+        elif self.mode == "truncated":
+            result = self._next(self.average if self._has_average else None, value)
         else:
-            result = self._history.take_in(average, value, self.decay, leaves)
+            result = self._recomputed(value)
         self.average = result.detach().clone()  # the caller may change the result in place
         self.num_updates += 1
         self._has_average = True
@@ -119,8 +110,7 @@ class DifferentiableEMA(WideBuffers):
         """Make the graphs of values in this block so that they remain valid after the next optimizer step.
 
         They keep copies of the tensors that autograd saves. In modes "truncated" and "carried", which keep no graph, it
-        does nothing. Not covered: what a custom `torch.autograd.Function` keeps without `save_for_backward`. Of nested
-        hooks on saved tensors torch calls only the innermost.
+        does nothing. Of nested hooks on saved tensors torch calls only the innermost.
         """
         hooks = saved_tensors_hooks(lambda saved: saved.detach().clone(), lambda kept: kept)
         with hooks if self.mode in ("window", "full") else nullcontext():
@@ -132,126 +122,73 @@ class DifferentiableEMA(WideBuffers):
         self.num_updates.zero_()
         self._start_anew()
 
-    def extra_repr(self) -> str:
-        """Return the settings, for `print`."""
-        return f"{list(self.average.shape)}, decay={self.decay:g}, mode={self.mode!r}"
+    def _next(self, average: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+        return value.clone() if average is None else average * self.decay + value * (1 - self.decay)
+
+    def _recomputed(self, value: torch.Tensor) -> torch.Tensor:
+        """Average the kept values with their graphs after `_before`, the average of all earlier ones without one."""
+        if not self._kept:
+            self._before = self.average if self._has_average else None
+        elif len(self._kept) == self._window:
+            self._before = self._next(self._before, self._kept.popleft()).detach()
+        self._kept.append(value.clone())  # it may be a view of a parameter, which the optimizer changes
+        if self.mode == "full" and len(self._kept) > _LONGEST_QUIET_GRAPH:
+            text = f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each"
+            warn(f"{text}; use 'window' or 'carried' for training, or call reset()")
+        running = self._before
+        for kept in self._kept:
+            running = self._next(running, kept)
+        assert running is not None
+        return running
+
+    def _carried(self, value: torch.Tensor, leaves: Iterable[torch.Tensor] | None) -> torch.Tensor:
+        """Average the value, and J: for each leaf a tensor of the shape [elements of the average, *leaf]."""
+        found = () if leaves is None or isinstance(leaves, torch.Tensor) else tuple(leaves)
+        good = [leaf for leaf in found if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad]
+        if not found or len({*map(id, good)}) < len(found):
+            reason = "must be different leaves that require gradients, at every update in mode 'carried', such as [w]"
+            raise InvalidValueError("leaves", reason)
+        if self._leaves and [*map(id, found)] != [*map(id, self._leaves)]:
+            raise InvalidValueError("leaves", "must be the same tensors at every update", "call reset() to take others")
+        if not value.requires_grad:
+            raise InvalidValueError("value", "has no graph to take the derivative from", "make it outside of no_grad")
+
+        if not self._leaves:  # a module that is skipped at a later update is no mistake
+            reached = torch.autograd.grad(value.sum(), found, retain_graph=True, allow_unused=True)
+            for number in (number for number, gradient in enumerate(reached) if gradient is None):
+                text = f"the value does not depend on leaves[{number}] of the shape {list(found[number].shape)}"
+                warn(f"{text}: it gets no gradient; leave it out, or look for a detach()")
+        rows = torch.eye(value.numel(), dtype=value.dtype, device=value.device).view(-1, *value.shape)
+        ways = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}  # the caller may use the graph
+        each = [torch.autograd.grad(value, found, row, **ways) for row in rows]
+        average = self.average if self._has_average else None
+        share = 1.0 if average is None else 1 - self.decay
+        earlier = self._jacobians or [torch.zeros(())] * len(found)
+        self._jacobians = [
+            share * torch.stack(gradients).to(value.dtype) + self.decay * old
+            for gradients, old in zip(zip(*each, strict=True), earlier, strict=True)
+        ]
+        self._leaves, result = found, self._next(average, value.detach())
+        for leaf, jacobian in zip(found, self._jacobians, strict=True):
+            # 0, with the derivative J with respect to the leaf.
+            nothing = torch.tensordot(jacobian, (leaf - leaf.detach()).to(jacobian), dims=leaf.dim())
+            result = result + nothing.view_as(result)
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles cannot hold a graph.
-        return {**self.__dict__, "_history": self._new_history()}
+        return {**self.__dict__, **_no_graphs()}  # which copies and pickles cannot hold
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._history = self._new_history()
+        self.__dict__.update(_no_graphs())
         self._has_average = int(self.num_updates) > 0  # read here, since every read waits for an accelerator
 
-    def _new_history(self) -> _RecentValues | _Carried | None:
-        """Return what this mode keeps between updates in addition to the average."""
-        if self.mode == "carried":
-            return _Carried()
-        return None if self.mode == "truncated" else _RecentValues(self._window)
 
-
-class _RecentValues:
-    """The last `length` values (None: all) with their graphs, and the average of all earlier values without a graph."""
-
-    def __init__(self, length: int | None) -> None:
-        self._length = length
-        self._before: torch.Tensor | None = None
-        self._kept: deque[torch.Tensor] = deque()
-
-    def take_in(self, average: torch.Tensor | None, value: torch.Tensor, decay: float, _: object) -> torch.Tensor:
-        if not self._kept:
-            self._before = average
-        elif len(self._kept) == self._length:
-            with torch.no_grad():
-                self._before = _next(self._before, self._kept.popleft(), decay)
-        # A copy, since the value may be a view of a parameter, which the optimizer changes.
-        self._kept.append(value.clone())
-        if self._length is None and len(self._kept) > _LONGEST_QUIET_GRAPH:
-            text = f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each"
-            hint = "use 'window' or 'carried' for training, or call reset()"
-            warn(f"{text}; {hint}")
-        running = self._before
-        for kept in self._kept:
-            running = _next(running, kept.to(value), decay)
-        return cast(torch.Tensor, running)
-
-
-class _Carried:
-    """The derivatives J of the average with respect to the leaves, see `DifferentiableEMA`.
-
-    J of a leaf has the shape [elements of the average, *leaf].
-    """
-
-    def __init__(self) -> None:
-        self._leaves: tuple[torch.Tensor, ...] = ()
-        self._jacobians: list[torch.Tensor] = []
-
-    def take_in(
-        self, average: torch.Tensor | None, value: torch.Tensor, decay: float, leaves: Iterable[torch.Tensor] | None
-    ) -> torch.Tensor:
-        found = self._check_leaves(leaves)
-        if not value.requires_grad:
-            raise InvalidValueError("value", "has no graph to take the derivative from", "make it outside of no_grad")
-        jacobians, unreached = _jacobians(value, found)
-        if unreached and not self._jacobians:  # a module that is skipped at a later update is no mistake
-            first = f"leaves[{unreached[0]}] of the shape {list(found[unreached[0]].shape)}"
-            text = f"the value does not depend on {len(unreached)} of the leaves, such as {first}"
-            hint = "they get no gradient; leave them out, or look for a detach()"
-            warn(f"{text}: {hint}")
-        kept = 0.0 if average is None else decay
-        for index, jacobian in enumerate(jacobians):
-            jacobian.mul_(1 - kept)
-            if self._jacobians:
-                jacobian.add_(self._jacobians[index].to(jacobian), alpha=kept)
-        self._leaves, self._jacobians = found, jacobians
-        result = _next(average, value.detach(), decay)
-        for leaf, jacobian in zip(found, jacobians, strict=True):
-            # 0, with the derivative J with respect to the leaf.
-            nothing = torch.tensordot(jacobian, (leaf - leaf.detach()).to(jacobian), dims=leaf.dim())
-            result = result + nothing.view_as(result).to(result)
-        return result
-
-    def _check_leaves(self, leaves: Iterable[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
-        found = tuple(leaves or ()) if not isinstance(leaves, torch.Tensor) else ()
-        good = [leaf for leaf in found if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad]
-        if not found or len({id(leaf) for leaf in good}) < len(found):
-            reason = "must be different leaves that require gradients, at every update in mode 'carried', such as [w]"
-            raise InvalidValueError("leaves", reason)
-        if self._leaves and [*map(id, found)] != [*map(id, self._leaves)]:
-            raise InvalidValueError("leaves", "must be the same tensors at every update", "call reset() to take others")
-        return found
-
-
-def _next(average: torch.Tensor | None, value: torch.Tensor, decay: float) -> torch.Tensor:
-    """Return decay average + (1 - decay) value; for the first value, the value."""
-    if average is None:
-        return value.clone()
-    return average.to(value) * decay + value * (1 - decay)
-
-
-def _jacobians(value: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], list[int]]:
-    """Return d value / d leaf for each leaf, at least float32, and the indices of leaves that the value ignores."""
-    rows = value.numel()
-    jacobians = [
-        torch.zeros(rows, *leaf.shape, device=leaf.device, dtype=torch.promote_types(leaf.dtype, torch.float32))
-        for leaf in leaves
-    ]
-    unreached = set(range(len(leaves)))
-    for row in range(rows):
-        direction = torch.zeros_like(value, memory_format=torch.contiguous_format)
-        direction.view(-1)[row] = 1
-        # The caller may want gradients of the value itself, from the same graph.
-        gradients = torch.autograd.grad(value, leaves, direction, retain_graph=True, allow_unused=True)
-        for index, gradient in enumerate(gradients):
-            if gradient is not None:
-                jacobians[index][row] = gradient
-                unreached.discard(index)
-    return jacobians, sorted(unreached)
+def _no_graphs() -> dict[str, Any]:
+    return {"_before": None, "_kept": deque(), "_leaves": (), "_jacobians": []}
 
 
 def _described(tensor: torch.Tensor) -> str:
@@ -278,7 +215,7 @@ class EMAStats(WideBuffers):
     `center_with_running_mean=False` every batch is centred with its own mean, which is unbiased (one row adds 0).
 
     Statistics are float32, or float64 after `double()`, also for half-precision batches, under autocast and after
-    `half()` or `bfloat16()`. The output is the input; x has the shape [n, dim_x], y [n, dim_y].
+    `half()`. The output is the input; x has the shape [n, dim_x], y [n, dim_y].
 
     Arguments:
         dim_x, dim_y: columns of x and y; without `dim_y`, y has those of x and may be left out.
@@ -291,10 +228,6 @@ class EMAStats(WideBuffers):
         cov_xx, cov_yy, cov_xy: [dim_x, dim_x], [dim_y, dim_y], [dim_x, dim_y]; 1, 1 and 0 before the first batch.
         num_batches_tracked: batches so far, a tensor of int64.
         The last six are buffers, in the state dict; a state of symm-learning's class (`running_mean_x`, ...) loads too.
-
-    Raises:
-        InvalidValueError: (a ValueError) names the argument, or what is wrong with the batch.
-        NotReadyError: (in the methods that read the statistics) no batch yet.
     """
 
     mean_x: torch.Tensor
@@ -305,13 +238,9 @@ class EMAStats(WideBuffers):
     num_batches_tracked: torch.Tensor
 
     def __init__(
-        self,
-        dim_x: int,
-        dim_y: int | None = None,
-        momentum: float = 0.1,
-        eps: float = 1e-6,
+        self, dim_x: int, dim_y: int | None = None, momentum: float = 0.1, eps: float = 1e-6,
         center_with_running_mean: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_features_x = check_count("dim_x", dim_x)
         self.num_features_y = self.num_features_x if dim_y is None else check_count("dim_y", dim_y)
@@ -320,18 +249,26 @@ class EMAStats(WideBuffers):
         self.center_with_running_mean = center_with_running_mean
         self._y_may_be_x = dim_y is None
         default = torch.get_default_dtype()
-        for name, value in self._initial(torch.float32 if is_narrow(default) else default, None).items():
-            self.register_buffer(name, value)
+        for name in (*_STATISTICS, "num_batches_tracked"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32 if is_narrow(default) else default))
+        self.reset()
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Update the statistics in train mode; return the batch unchanged, `(x, x)` without y."""
         if y is None:
             y = x if self._y_may_be_x else x.new_empty(0)
-        self._check("x", x, self.num_features_x)
-        self._check("y", y, self.num_features_y, x.shape[0])
+        own = self.cov_xx.dtype
+        for name, batch, dim in (("x", x, self.num_features_x), ("y", y, self.num_features_y)):
+            if batch.dim() != 2 or batch.shape[1] != dim or not len(x) == len(batch) > 0:
+                wanted = f"[n, {dim}] with n at least 1, the same for x and y"
+                raise InvalidValueError(name, f"has the shape {list(batch.shape)}; must be {wanted}")
+            if not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
+                reason = f"is {batch.dtype}, the statistics are {own}; must be floating-point and no wider"
+                raise InvalidValueError(name, reason, "double() makes the statistics float64")
         if self.training:
-            with _without_autocast(x.device.type):
-                self._update(x.to(self.cov_xx.dtype), y.to(self.cov_xx.dtype))
+            kind = x.device.type  # autocast would multiply the centred batch in half precision
+            with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+                self._update(x.to(own), y.to(own))
         return x, y
 
     def correlation(self) -> torch.Tensor:
@@ -346,48 +283,26 @@ class EMAStats(WideBuffers):
 
     def reset(self) -> None:
         """Forget all batches."""
-        for name, value in self._initial(self.cov_xx.dtype, self.cov_xx.device).items():
-            setattr(self, name, value)
-
-    def extra_repr(self) -> str:
-        """Return the settings, for `print`."""
-        names = ("num_features_x", "num_features_y", "momentum", "eps", "center_with_running_mean")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        x, y, like = self.num_features_x, self.num_features_y, self.cov_xx
+        empty = torch.zeros(x), torch.zeros(y), torch.eye(x), torch.eye(y), torch.zeros(x, y)
+        for name, value in zip(_STATISTICS, empty, strict=True):
+            setattr(self, name, value.to(like.device, like.dtype))
+        self.num_batches_tracked = torch.tensor(0, device=like.device)
 
     def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        # Compared on the device: reading the number would wait for a GPU at every batch.
-        first = self.num_batches_tracked == 0
-        centers = means = x.mean(dim=0), y.mean(dim=0)
-        if self.center_with_running_mean:
-            running = self.mean_x.detach(), self.mean_y.detach()
-            centers = torch.where(first, means[0], running[0]), torch.where(first, means[1], running[1])
-        x, y = x - centers[0], y - centers[1]
-        degrees = max(1, x.shape[0] - 1)
-        batch = *means, *(scatter / degrees for scatter in (x.mT @ x, y.mT @ y, x.mT @ y))
-        for name, own in zip(_STATISTICS, batch, strict=True):
-            average = (1 - self.momentum) * getattr(self, name).detach() + self.momentum * own
-            setattr(self, name, torch.where(first, own, average))
+        first = self.num_batches_tracked == 0  # on the device: reading the number would wait for a GPU at every batch
+        means = x.mean(dim=0), y.mean(dim=0)
+        own = first if self.center_with_running_mean else torch.ones_like(first)
+        x = x - torch.where(own, means[0], self.mean_x.detach())
+        y = y - torch.where(own, means[1], self.mean_y.detach())
+        covariances = (product / max(1, len(x) - 1) for product in (x.mT @ x, y.mT @ y, x.mT @ y))
+        for name, batch in zip(_STATISTICS, (*means, *covariances), strict=True):
+            average = (1 - self.momentum) * getattr(self, name).detach() + self.momentum * batch
+            setattr(self, name, torch.where(first, batch, average))
         self.num_batches_tracked = self.num_batches_tracked + 1
 
-    def _initial(self, dtype: torch.dtype, device: torch.device | None) -> dict[str, torch.Tensor]:
-        x, y = self.num_features_x, self.num_features_y
-        means = {"mean_x": torch.zeros(x), "mean_y": torch.zeros(y)}
-        statistics = means | {"cov_xx": torch.eye(x), "cov_yy": torch.eye(y), "cov_xy": torch.zeros(x, y)}
-        count = {"num_batches_tracked": torch.tensor(0, device=device)}
-        return {name: value.to(device, dtype) for name, value in statistics.items()} | count
-
-    def _check(self, name: str, batch: torch.Tensor, dim: int, rows: int | None = None) -> None:
-        if batch.dim() != 2 or batch.shape[1] != dim or batch.shape[0] == 0 or rows not in (None, batch.shape[0]):
-            wanted = f"[n, {dim}] with n at least 1" if rows is None else [rows, dim]
-            raise InvalidValueError(name, f"has the shape {list(batch.shape)}; must be {wanted}")
-        own = self.cov_xx.dtype
-        if not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
-            reason = f"is {batch.dtype}, the statistics are {own}; must be floating-point and no wider"
-            raise InvalidValueError(name, reason, "double() makes the statistics float64")
-
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles cannot hold a graph.
-        buffers = {name: value.detach() for name, value in self.named_buffers()}
+        buffers = {name: value.detach() for name, value in self.named_buffers()}  # copies cannot hold a graph
         return {**self.__dict__, "_buffers": buffers}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -398,10 +313,3 @@ class EMAStats(WideBuffers):
         for name, value in dict(self.named_buffers()).items():
             setattr(self, name, value.detach().clone())
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Disable autocast in the block: it would multiply the centred batch in half precision."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from posthoc_cli import files, resources, targets
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.targets import FORMS, SigmaRel, Target, bad, parse_numbers
+from posthoc_cli.targets import KINDS, SigmaRel, Target, bad, parse_numbers
 
 if TYPE_CHECKING:
     from posthoc_cli.run import Run
@@ -39,7 +39,7 @@ SIGMA_REL = TARGETS(
 TARGET = TARGETS(
     [],
     metavar="KIND:VALUE",
-    autocompletion=one_of(*(f"{kind}:" for kind in FORMS)),
+    autocompletion=one_of(*(f"{kind}:" for kind in KINDS)),
     help="Averages of other kinds, such as beta:0.9999, window:1000, last:10 or decay:linear:20%; each value may be a "
     "list or a range (see `ema guide synthesis`). Repeatable.",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, check_alone
-from posthoc_cli.targets import Beta, HalfLife, bad, parse_numbers, parse_targets
+from posthoc_cli.targets import bad, parse_numbers, parse_targets
 
 EPILOG = (
     "Example:  ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000   or   "
@@ -42,7 +42,7 @@ def profile(
     widths = parse_numbers(_DEFAULT if sigma_rel is None else sigma_rel, "--sigma-rel") if target is None else []
     betas = [] if target is None else _betas(target)
     try:
-        rows = [row.to_dict() for row in convert(count, widths, betas)]
+        rows = convert(count, widths, betas)
     except InvalidValueError as error:
         if target is None or error.subject != "betas":
             raise
@@ -58,7 +58,7 @@ def profile(
 def _betas(text: str) -> list[float]:
     """Return the decays that `--target` names."""
     targets = parse_targets(text, "--target")
-    betas = [target.beta for target in targets if isinstance(target, Beta | HalfLife)]
+    betas = [target.beta for target in targets if target.beta is not None]
     if len(betas) < len(targets):
         raise bad("--target", text, "must be beta:0.9999 or half-life:5000, also a list or a range")
     return betas

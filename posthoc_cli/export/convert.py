@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import stored_in
 from posthoc_cli.checkpoints.read_model import DCP_METADATA, sets_in
-from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
 from posthoc_cli.errors import (
     FileFormatError,
@@ -32,6 +31,7 @@ from posthoc_cli.export.layouts import (
     converted,
     files_of,
     layout_of,
+    nbytes,
     open_model,
     open_outputs,
     output_exists,
@@ -129,48 +129,36 @@ def export_file(
     if weights and not is_checkpoint:
         raise InvalidValueError("weights", f"is for a training's checkpoint, and {source.name} is none")
     sources, wanted = [source] if is_checkpoint else models_at(source), parse_dtype(dtype)
-    checkpoints = {
-        model: stored_in(model, weights, average) for model in sources if is_checkpoint or _is_checkpoint(model)
-    }
+    stored = {one: stored_in(one, weights, average) for one in sources if is_checkpoint or _is_checkpoint(one)}
     outs = [out] if len(sources) == 1 else _outputs_in(out, sources, layout, overwrite)
     options = OutputOptions(layout=layout, overwrite=overwrite, max_shard_size=max_shard_size)
     made = {}
-    total = sum(
-        checkpoints[model].file_bytes if model in checkpoints else sum(map(file_size, model_files(model)))
-        for model in sources
-    )
+    total = sum(stored[one].file_bytes if one in stored else sum(map(file_size, model_files(one))) for one in sources)
     with progress("exporting", total) as advance:
-        for model, path in zip(sources, outs, strict=True):
+        for one, path in zip(sources, outs, strict=True):
             options.check_layout(path)
             with ExitStack() as stack:
-                files: Sequence[TensorFile] = ()
-                if model in checkpoints:
-                    stored, info = _read_checkpoint(stack, checkpoints[model], wanted), None
+                if one in stored:
+                    tensors, info, metadata = _of_source(stack.enter_context(stored[one])), None, dict[str, str]()
                 else:
-                    stored, info, files = _read_source(stack, model, wanted)
-                tensors = _rename(stored, prefix, strip_prefix)
+                    unchanged = wanted is None and not (prefix or strip_prefix or base)
+                    tensors, info, metadata = _read_model(stack, one, unchanged)
+                own, tensors = len(tensors), _rename(tensors, prefix, strip_prefix)
                 if base is not None:
-                    tensors |= _read_base(stack, base, wanted, tensors)
-                metadata: dict[str, str] = {}
+                    tensors |= _read_base(stack, base, tensors)
+                entries = {name: Entry(tensor.dtype(wanted), tensor.shape) for name, tensor in tensors.items()}
                 content: dict[str, Any] = {"format": FORMAT}
                 if info is not None:
                     copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
                     content = replace(info, copies=copies).encoded()
-                if len(files) == 1:
-                    unchanged = wanted is None and not (prefix or strip_prefix or base)
-                    metadata |= training_metadata(files[0], unchanged)
-                entries = {name: Entry(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
                 kind = layout_of(path, layout)
                 parts, others = files_of(kind, entries, options.shard_bytes)
                 with open_outputs([path], kind, parts, [(content, metadata)], others, overwrite) as opened:
                     for (sink,), in_file in opened:
-                        for name in in_file:
-                            tensor = tensors[name].read()
-                            sink.write(name, tensor)
-                            advance(tensor.nbytes)
-                made[path] = Exported(
-                    len(entries), len(entries) - len(stored), sum(entry.nbytes for entry in entries.values())
-                )
+                        for name, entry in in_file.items():
+                            sink.write(name, tensors[name].read(entry.dtype))
+                            advance(entry.nbytes)
+                made[path] = Exported(len(entries), len(entries) - own, nbytes(entries))
     return ExportReport(made, len(sources) > 1, time.perf_counter() - started)
 
 
@@ -187,46 +175,34 @@ def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overw
     return paths
 
 
-@dataclass(frozen=True)
-class _PlannedTensor:
-    """A tensor of an input, with its dtype in the output; its role is one of `ROLES` or, if unknown, "other"."""
+# --- what is read
+
+
+class _Tensor(NamedTuple):
+    """A tensor of an input under its name there, the dtype that its model has, and its role: "other" if unknown."""
 
     file: TensorFile | FileSource
     name: str
-    dtype: str
+    own: str
     role: str
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.file.entries[self.name].shape
 
-    def read(self) -> torch.Tensor:
-        stored = self.file.tensor(self.name)
-        where = f"{self.file.path}: tensor {self.name!r}"
-        if self.role in ("average", "statistic") and not bool(plain(stored).isfinite().all()):
+    def dtype(self, wanted: str | None) -> str:
+        """Return the dtype in the output: its own unless it is a floating-point parameter."""
+        return self.own if wanted is None or self.role in ("statistic", "copy") or self.own not in EPS else wanted
+
+    def read(self, dtype: str) -> torch.Tensor:
+        """Return it in a dtype; raise a NonFiniteError for an average that is not finite."""
+        tensor, where = self.file.tensor(self.name), f"{self.file.path}: tensor {self.name!r}"
+        if self.role in ("average", "statistic") and not bool(plain(tensor).isfinite().all()):
             raise NonFiniteError(where, "holds nan or infinity")
-        return converted(where, stored, torch_dtype(self.dtype))
+        return converted(where, tensor, torch_dtype(dtype))
 
 
-def _read_source(
-    stack: ExitStack, source: Path, dtype: str | None
-) -> tuple[dict[str, _PlannedTensor], OutputInfo | None, Sequence[TensorFile]]:
-    """Return the tensors of the model to export, under all their names, its metadata as an output, and its files."""
-    model = source.name if (index := index_of(source)) is None else index.parent.name
-    if is_parts_folder(source):
-        parts = read_snapshot(source)
-        return *_read_file(stack.enter_context(parts), parts, model, dtype), parts.files
-    tensors: dict[str, _PlannedTensor] = {}
-    infos: list[tuple[Path, OutputInfo | None]] = []
-    files = open_model(stack, source)
-    for file in files:
-        in_file, info = _read_file(file, None, model, dtype)
-        infos.append((file.path, info))
-        check_alike(*infos[0], *infos[-1])
-        if twice := in_file.keys() & tensors.keys():
-            raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
-        tensors |= in_file
-    return tensors, infos[0][1] if infos else None, files
+_Tensors = dict[str, _Tensor]
 
 
 def _is_checkpoint(source: Path) -> bool:
@@ -236,54 +212,57 @@ def _is_checkpoint(source: Path) -> bool:
     return source.name.endswith((*PICKLED, ".pth.tar")) and source.is_file()
 
 
-def _read_checkpoint(stack: ExitStack, one: Checkpoint, dtype: str | None) -> dict[str, _PlannedTensor]:
-    """Return the tensors of a checkpoint, under all their names."""
-    file, names = stack.enter_context(one), {name: name for name in one.info.tensors} | one.info.aliases
-    return {
-        name: _planned(file, own, one.info.tensors[own].dtype, one.info.tensors[own].role, dtype)
-        for name, own in names.items()
-    }
+def _of_source(source: FileSource) -> _Tensors:
+    """Return the tensors of a snapshot or checkpoint, under all their names."""
+    names = {name: name for name in source.info.tensors} | source.info.aliases
+    tensors = source.info.tensors
+    return {name: _Tensor(source, own, tensors[own].dtype, tensors[own].role) for name, own in names.items()}
 
 
-def _read_file(
-    file: TensorFile | Snapshot, snapshot: Snapshot | None, model: str, dtype: str | None
-) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
-    """Return the tensors of a file, under all their names, and its metadata; `model` is the name of the source."""
-    kind = file.kind if isinstance(file, TensorFile) else "snapshot"
-    entries, info = file.entries, None
-    stored = {name: (name, entry.dtype, "other") for name, entry in entries.items()}
-    if isinstance(file, TensorFile) and kind == "snapshot":
-        snapshot = decode_snapshot(file)
-        if snapshot.part is not None:
+def _read_model(stack: ExitStack, source: Path, unchanged: bool) -> tuple[_Tensors, OutputInfo | None, dict[str, str]]:
+    """Return the tensors of a model, its header as an output, and what kohya's scripts keep about the training."""
+    opened: Sequence[TensorFile | Snapshot]
+    opened = [stack.enter_context(read_snapshot(source))] if is_parts_folder(source) else open_model(stack, source)
+    index = index_of(source)
+    tensors, infos = _Tensors(), list[tuple[Path, OutputInfo | None]]()
+    for file in opened:
+        in_file, info = _read_file(file, source.name if index is None else index.parent.name)
+        infos.append((file.path, info))
+        check_alike(*infos[0], *infos[-1])
+        if twice := in_file.keys() & tensors.keys():
+            raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
+        tensors |= in_file
+    kept = training_metadata(opened[0], unchanged) if len(opened) == 1 and isinstance(opened[0], TensorFile) else {}
+    return tensors, infos[0][1] if infos else None, kept
+
+
+def _read_file(file: TensorFile | Snapshot, model: str) -> tuple[_Tensors, OutputInfo | None]:
+    """Return the tensors of a file, and its header as an output; `model` is the name of the source."""
+    if not isinstance(file, Snapshot) and file.kind == "snapshot":
+        file = decode_snapshot(file)
+        if file.part is not None:
             raise FileFormatError(file.path, "is a part of a snapshot", "export the folder of all its parts")
-    if snapshot is not None:
-        names = {name: name for name in snapshot.tensors} | snapshot.aliases
-        stored = {name: (own, snapshot.tensors[own].dtype, snapshot.tensors[own].role) for name, own in names.items()}
-        info = OutputInfo(
-            snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
-            snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=(Used(model, 1.0),),
+    if isinstance(file, Snapshot):
+        return _of_source(file), OutputInfo(
+            file.run_id, f"sigma_rel {file.sigma_rel!r}", file.sigma_rel, file.gamma, file.t, file.t_unit, "tracked",
+            profile_error=0.0, predicted_error=None, snapshots=(Used(model, 1.0),),
         )  # fmt: skip
-    elif isinstance(file, TensorFile) and kind == "output":
+    info, roles = None, dict.fromkeys(file.entries, "other")
+    if file.kind == "output":
         info = decode_output(file)
-        roles = dict.fromkeys(entries, "average") | dict.fromkeys(running_statistics(entries), "statistic")
+        roles = dict.fromkeys(file.entries, "average") | dict.fromkeys(running_statistics(file.entries), "statistic")
         roles |= dict.fromkeys(info.copies, "copy")
-        stored = {name: (name, entry.dtype, roles[name]) for name, entry in entries.items()}
-    elif kind is not None:
-        reason = f"its kind is {shown(kind)}: no weights, or of a later release"
+    elif file.kind is not None:
+        reason = f"its kind is {shown(file.kind)}: no weights, or of a later release"
         raise FileFormatError(file.path, reason, "export a snapshot, or a synthesis")
-    return {name: _planned(file, *tensor, dtype) for name, tensor in stored.items()}, info
+    return {name: _Tensor(file, name, entry.dtype, roles[name]) for name, entry in file.entries.items()}, info
 
 
-def _planned(file: TensorFile | FileSource, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:
-    """Return a tensor with its dtype in the output: `own` unless it is a floating-point parameter."""
-    return _PlannedTensor(file, name, own if role in ("statistic", "copy") or own not in EPS else dtype or own, role)
-
-
-def _rename(tensors: Mapping[str, _PlannedTensor], prefix: str, strip: str) -> dict[str, _PlannedTensor]:
+def _rename(tensors: _Tensors, prefix: str, strip: str) -> _Tensors:
     if strip and not any(name.startswith(strip) for name in tensors):
         reason = f"no tensor's name begins so; the first is {min(tensors, default='')!r}"
         raise InvalidValueError("strip_prefix", reason, value=f"{strip!r}")
-    renamed: dict[str, _PlannedTensor] = {}
+    renamed = _Tensors()
     for name, tensor in tensors.items():
         new = prefix + name.removeprefix(strip)
         if new in renamed:
@@ -292,22 +271,18 @@ def _rename(tensors: Mapping[str, _PlannedTensor], prefix: str, strip: str) -> d
     return renamed
 
 
-def _read_base(
-    stack: ExitStack, base: Path, dtype: str | None, own: Mapping[str, _PlannedTensor]
-) -> dict[str, _PlannedTensor]:
+def _read_base(stack: ExitStack, base: Path, own: _Tensors) -> _Tensors:
     """Return the tensors that only the base has; tensors in both must have the same shape."""
-    tensors, seen = {}, set[str]()
-    models: Sequence[TensorFile | FileSource]
-    models = [stack.enter_context(read_snapshot(base))] if is_parts_folder(base) else open_model(stack, base)
-    for file in models:
+    tensors = _Tensors()
+    opened: Sequence[TensorFile | Snapshot]
+    opened = [stack.enter_context(read_snapshot(base))] if is_parts_folder(base) else open_model(stack, base)
+    for file in opened:
         for name, entry in file.entries.items():
-            seen.add(name)
-            if name not in own:
-                tensors[name] = _planned(file, name, entry.dtype, "other", dtype)
-            else:
+            tensors[name] = _Tensor(file, name, entry.dtype, "other")
+            if name in own:
                 check_shape(file.path, name, entry.shape, own[name].shape)
-    if not seen & own.keys():
-        names = f"its names look like {min(seen, default='')!r}, theirs like {min(own, default='')!r}"
+    if not tensors.keys() & own.keys():
+        names = f"its names look like {min(tensors, default='')!r}, theirs like {min(own, default='')!r}"
         hint = "rename them by `prefix` and `strip_prefix`"
         raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if name not in own}

@@ -25,7 +25,6 @@ from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
-    MismatchError,
     OutputExistsError,
     PostHocError,
     RankError,
@@ -54,7 +53,6 @@ from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.outputs import (
     SINGLE_NAME,
-    OutputInfo,
     decode_output,
     model_files,
     output_difference,
@@ -62,7 +60,7 @@ from posthoc_cli.snapshots.outputs import (
     training_metadata,
 )
 from posthoc_cli.snapshots.sources import FileSource, counted
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, read_file
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
 from posthoc_cli.synthesis.engine import check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
@@ -242,39 +240,34 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
     hint, existing = "choose another name, or `overwrite` to replace it", set()
     expected = {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in plan.entries.items()}
     for index, path in enumerate(paths):
-        kind = layout_of(path, layout)
+        kind, wanted = layout_of(path, layout), plan.output_info(index)
         if not output_exists(path, kind):
             continue
         if kind in ("pt", "dcp"):
             reason = f"already exists, and this layout, {kind}, does not say which average it holds"
             raise OutputExistsError(path, reason, hint)
-        stored: dict[str, str] = {}
         try:
+            stored: dict[str, str] = {}
             for shard in model_files(path):
-                file = _checked_file(shard, plan.output_info(index))
+                file = read_file(shard)
+                info = decode_output(file)
+                difference = output_difference(info, wanted)
+                sources, planned = ([u.file for u in each.snapshots if u.coefficient] for each in (info, wanted))
+                if difference is None and (sources != planned or not same_coefficients(info, wanted)):
+                    difference = "its snapshots or their coefficients are others"
+                if difference is not None:
+                    raise OutputExistsError(shard, f"is another output: {difference}", hint)
                 file.verify()
                 stored |= {name: f"{item.dtype} of shape {list(item.shape)}" for name, item in file.entries.items()}
-            for name in sorted(stored.keys() | expected.keys()):
-                actual, wanted = stored.get(name, "absent"), expected.get(name, "absent")
-                if actual != wanted:
-                    raise MismatchError(path, f"is another output: its tensor {shown(name)} is {actual}, not {wanted}")
-        except (FileFormatError, MismatchError) as error:
+        except FileFormatError as error:
             raise OutputExistsError(error.subject, error.reason, hint) from error
+        for name in sorted(stored.keys() | expected.keys()):
+            actual, needed = stored.get(name, "absent"), expected.get(name, "absent")
+            if actual != needed:
+                reason = f"is another output: its tensor {shown(name)} is {actual}, not {needed}"
+                raise OutputExistsError(path, reason, hint)
         existing.add(index)
     return existing
-
-
-def _checked_file(path: Path, wanted: OutputInfo) -> TensorFile:
-    """Return the file of an existing output; raise a FileFormatError or MismatchError unless it is as `wanted`."""
-    file = read_file(path)
-    info = decode_output(file)
-    difference = output_difference(info, wanted)
-    stored, planned = ([used.file for used in each.snapshots if used.coefficient] for each in (info, wanted))
-    if difference is None and (stored != planned or not same_coefficients(info, wanted)):
-        difference = "its snapshots or their coefficients are others"
-    if difference is not None:
-        raise MismatchError(path, f"is another output: {difference}")
-    return file
 
 
 # --- shards of several processes

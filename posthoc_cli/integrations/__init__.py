@@ -6,7 +6,7 @@ Each module imports its framework, and uses only the public tracker.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from posthoc_cli.errors import MismatchError, NotReadyError
+from posthoc_cli.errors import MismatchError
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import PostHocEMA
 
@@ -35,14 +35,6 @@ def make_tracker(model: torch.nn.Module, checkpoint_dir: str | Path, options: di
     return PostHocEMA.from_model(model, checkpoint_dir, **{"resume": "auto"} | options)
 
 
-def check_found(where: str, release: str, found: Mapping[str, bool]) -> None:
-    """Raise a NotReadyError if a release of a framework lacks one of these names."""
-    missing = [name for name, exists in found.items() if not exists]
-    if missing:
-        reason = f"found no {' and no '.join(missing)} in {release}"
-        raise NotReadyError(where, reason, "use a release that the guide `trainers` names")
-
-
 def is_sharded(model: torch.nn.Module) -> bool:
     """Return whether processes hold chunks of the model, also when a forward pass has made its parameters complete."""
     has_dtensors = any(hasattr(parameter, "placements") for parameter in model.parameters())
@@ -50,12 +42,9 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def write_state(ema: PostHocEMA, folder: str | Path, model: torch.nn.Module, number: int = 0) -> None:
-    """Write a tracker's own state into a checkpoint, complete or not at all. Every process makes the call.
+    """Write a tracker's own state into a checkpoint's folder, complete or not at all. Every process makes the call.
 
-    Arguments:
-        folder: the checkpoint's folder.
-        model: the tracked model.
-        number: the tracker's index among those of its training, from 0.
+    `number` is the tracker's index among those of its training.
     """
     path = Path(folder) / _state_names(number)[is_sharded(model)]
     state, temporary = ema.state_dict(), path.with_name(f".{path.name}.tmp")
@@ -72,12 +61,7 @@ def write_state(ema: PostHocEMA, folder: str | Path, model: torch.nn.Module, num
 
 
 def read_state(ema: PostHocEMA, folder: str | Path, number: int = 0) -> bool:
-    """Continue from the state in a checkpoint, also of another arrangement of processes; return False if it has none.
-
-    Raises:
-        MismatchError: the checkpoint holds both a file and a folder, from two saves.
-        others: see `PostHocEMA.load_state_dict`.
-    """
+    """Continue from the state in a checkpoint, also of other processes; return False if it has none."""
     paths = [path for name in _state_names(number) if (path := Path(folder) / name).exists()]
     if len(paths) > 1:
         names = f"{paths[0]} and {paths[1]}"

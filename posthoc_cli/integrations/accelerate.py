@@ -32,9 +32,6 @@ def prepare(
         optimizer: the optimizer whose steps count, wrapped or bare: steps that `accumulate` or a GradScaler skips do
             not. None: call `ema.update_(model)` after each step that was taken.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
-
-    Raises:
-        InvalidValueError: an argument, as in `from_model` and `attach`.
     """
     ema = make_tracker(model, checkpoint_dir, options)
     if optimizer is not None:

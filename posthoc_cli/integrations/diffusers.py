@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ class PostHocEMAModel:
         model: the model in training, before or after `accelerator.prepare`; its adapter only, if it has one.
         checkpoint_dir: the directory for the snapshots.
         sigma_rel: length of the average that `copy_to` copies and `save_pretrained` saves.
-        model_cls, model_config: kept as attributes, as `EMAModel` does, and not used.
+        model_cls, model_config: not used.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
 
     Attributes:
@@ -48,26 +47,13 @@ class PostHocEMAModel:
         self._model: torch.nn.Module | None = model.module if isinstance(model, wrapper) else model
         keeps = not dist.is_initialized() or dist.get_rank() == 0 or is_sharded(model)
         self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, options) if keeps else None
-        self.model_cls, self.model_config = model_cls, model_config
         self.temp_stored_params: list[torch.Tensor] | None = None
         self._folder: Path | None = None
 
     @property
     def optimization_step(self) -> int:
-        """The number of steps so far; 0 in processes that keep no averages. It may be set to the same number only."""
+        """The number of steps so far; 0 in processes that keep no averages."""
         return self.ema.step if self.ema is not None else 0
-
-    @optimization_step.setter
-    def optimization_step(self, step: int) -> None:
-        if self.ema is not None and step != self.ema.step:
-            hint = "load the state of save_pretrained, which contains the step"
-            raise InvalidValueError("optimization_step", f"is {self.ema.step:,}, as the averages are", hint, value=step)
-
-    @property
-    def shadow_params(self) -> list[torch.Tensor]:
-        """Copies of the average's parameters, on the host, in the order of the model's."""
-        with self._averaged() as averaged:
-            return [parameter.detach().to("cpu", copy=True) for parameter in averaged.parameters()]
 
     @property
     def cur_decay_value(self) -> float | None:
@@ -82,6 +68,13 @@ class PostHocEMAModel:
     def get_decay(self, optimization_step: int) -> float:
         """Return the decay of a step, counted from 1: that of the power function."""
         return float((1 - 1 / max(1, optimization_step)) ** (gamma_from_sigma_rel(self.sigma_rel) + 1))
+
+    @property
+    def shadow_params(self) -> list[torch.Tensor]:
+        """Copies of the average's parameters, on the host, in the order of the model's."""
+        ema, model = self._tracking()
+        with ema.model(model, self.sigma_rel) as averaged:
+            return [parameter.detach().to("cpu", copy=True) for parameter in averaged.parameters()]
 
     def step(self, parameters: object = None) -> None:
         """Count an optimizer step. The tracker knows the model; `parameters` is not used."""
@@ -104,17 +97,13 @@ class PostHocEMAModel:
 
     @torch.no_grad()
     def copy_to(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Copy the average into the parameters of a model of this architecture: all of them, or the trainable ones.
+        """Copy the average, before the first update the raw weights, into parameters of a model of this architecture.
 
-        Before the first update, copy the raw weights.
-
-        Raises:
-            InvalidValueError: the parameters are those of another model.
-            NotReadyError: another process keeps the averages.
+        They are all parameters, or the trainable ones.
         """
-        _, model = self._tracking()
+        ema, model = self._tracking()
         targets = list(parameters)
-        with self._averaged() as averaged:
+        with ema.model(model, self.sigma_rel) as averaged:
             averages = list(averaged.parameters())
             if len(targets) != len(averages):
                 averages = [average for average in averages if average.requires_grad]
@@ -130,12 +119,11 @@ class PostHocEMAModel:
 
         A process that keeps no averages does nothing.
         """
-        if self._is_kept_elsewhere:
-            return
-        ema, model = self._tracking()
-        with self._averaged() as averaged:
-            averaged.save_pretrained(path)
-        write_state(ema, path, model)
+        if not self._is_kept_elsewhere:
+            ema, model = self._tracking()
+            with ema.model(model, self.sigma_rel) as averaged:
+                averaged.save_pretrained(path)  # type: ignore[operator]
+            write_state(ema, path, model)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, model_cls: Any = None, foreach: bool = False) -> PostHocEMAModel:
@@ -177,16 +165,9 @@ class PostHocEMAModel:
     def _is_kept_elsewhere(self) -> bool:
         return self.ema is None and self._model is not None
 
-    def _averaged(self) -> AbstractContextManager[Any]:
-        ema, model = self._tracking()
-        return ema.model(model, self.sigma_rel)
-
     def _tracking(self) -> tuple[PostHocEMA, torch.nn.Module]:
-        if self._is_kept_elsewhere:
-            raise NotReadyError(
-                "PostHocEMAModel", "the first process keeps the averages, not this one", "call it there"
-            )
         if self.ema is None or self._model is None:
-            hint = "pass its state_dict() to load_state_dict of the one that tracks"
-            raise NotReadyError("PostHocEMAModel", "this one was loaded, and tracks no model", hint)
+            reason = "tracks no model: it was loaded, or the first process keeps the averages, not this one"
+            hint = "pass a loaded one's state_dict() to load_state_dict of the one that tracks"
+            raise NotReadyError("PostHocEMAModel", reason, hint)
         return self.ema, self._model

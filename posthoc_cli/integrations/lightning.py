@@ -10,14 +10,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, __version__, callbacks
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.integrations import (
-    check_found,
     figures,
     is_sharded,
     lengths,
@@ -25,12 +23,10 @@ from posthoc_cli.integrations import (
     read_state,
     was_left_out,
     write_state,
-)
+)  # fmt: skip
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
-
-_SAVES_FOLDERS = "_save_distributed_checkpoint"  # an attribute of ModelParallelStrategy
 
 
 class PostHocWeightAveraging(Callback):
@@ -94,22 +90,11 @@ class PostHocWeightAveraging(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the trainer's callbacks and the release of Lightning, and note where checkpoints are saved.
-
-        Checkpoints have room for one average, so a second such callback is refused. Callbacks are not passed the path
-        of a checkpoint, so the trainer's `save_checkpoint` is wrapped.
-        """
+        """Refuse a second such callback, since checkpoints have room for one, and note where those are saved."""
         kinds = (PostHocWeightAveraging, getattr(callbacks, "WeightAveraging", PostHocWeightAveraging))
         if stage == "fit" and sum(isinstance(callback, kinds) for callback in trainer.callbacks) > 1:
             reason = "hold several that average weights, or one twice, which would overwrite each other in checkpoints"
             raise InvalidValueError("callbacks", reason, "leave one; averages of all lengths come from its snapshots")
-        if self._single is None and self._lengths:
-            loop = getattr(getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None), "val_loop", None)
-            names = {f"val_loop.{name}": hasattr(loop, name) for name in ("run", "skip", "setup_data")}
-            check_found("validate", f"lightning {__version__}", names)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            names = {_SAVES_FOLDERS: hasattr(trainer.strategy, _SAVES_FOLDERS)}
-            check_found("strategy", f"lightning {__version__}", names)
         if trainer not in _saving:
             _watch_saving(trainer)
 
@@ -117,7 +102,7 @@ class PostHocWeightAveraging(Callback):
         """Make the tracker, unless this is a `fast_dev_run`, and continue from the checkpoint that was loaded."""
         if trainer.fast_dev_run:  # such a run writes no checkpoints and no logs either
             return
-        if is_sharded(pl_module) and not getattr(trainer.strategy, _SAVES_FOLDERS, False):
+        if is_sharded(pl_module) and not getattr(trainer.strategy, "_save_distributed_checkpoint", False):
             reason = "saves a checkpoint to one file, and processes of a sharded model save theirs to a folder"
             raise InvalidValueError("strategy", reason, "use ModelParallelStrategy(save_distributed_checkpoint=True)")
         self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, self.options)
@@ -194,14 +179,11 @@ class PostHocWeightAveraging(Callback):
         self._steps = state_dict["steps"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the average as `state_dict`, the raw weights as `current_model_state`, and the tracker's state.
-
-        A checkpoint that is a folder keeps the raw weights: Lightning saves one set of tensors in it.
-        """
+        """Save the average as `state_dict`, the raw weights as `current_model_state`, and the tracker's state."""
         ema = self.ema
         if ema is None:
             return
-        if is_sharded(pl_module):
+        if is_sharded(pl_module):  # such a checkpoint is a folder with one set of tensors, the raw weights
             folder = trainer.strategy.broadcast(_saving[trainer])
             Path(folder).mkdir(parents=True, exist_ok=True)
             write_state(ema, folder, pl_module)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, save_fsdp_model
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import check_found, figures, lengths, make_tracker, read_state, was_left_out, write_state
+from posthoc_cli.integrations import figures, lengths, make_tracker, read_state, was_left_out, write_state
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -72,15 +70,8 @@ class PostHocCallback(TrainerCallback):
     def install(self, trainer: Trainer) -> PostHocCallback:
         """Add the callback to a trainer, so that it can evaluate and save averages. A second call does nothing.
 
-        Raises:
-            InvalidValueError: the trainer has another such callback.
-            NotReadyError: this release of transformers lacks a method or argument that the callback uses.
+        Raises an InvalidValueError if the trainer has another such callback.
         """
-        names = {
-            "Trainer._load_best_model": hasattr(trainer, "_load_best_model"),
-            "Trainer.save_model(_internal_call=)": "_internal_call" in signature(Trainer.save_model).parameters,
-        }
-        check_found("install", f"transformers {transformers.__version__}", names)
         present = trainer.callback_handler.callbacks
         if any(isinstance(callback, PostHocCallback) and callback is not self for callback in present):
             raise _held_twice()

@@ -23,7 +23,13 @@ from typing import Annotated, Any
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
-from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, list_folder, read_snapshot
+from posthoc_cli.snapshots.directory import (
+    inspect_directory,
+    is_parts_folder,
+    is_snapshot_name,
+    list_folder,
+    read_snapshot,
+)
 from posthoc_cli.snapshots.snapshot import (
     ANY_SIGN,
     RunId,
@@ -210,16 +216,18 @@ def models_at(path: Path) -> list[Path]:
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     shards = [match for entry in entries if (match := _SHARD.fullmatch(entry.name))]
-    if shards:
-        reason = f"{len(shards)} of {int(shards[0][1])} shards of a model are there, and no index"
-        raise DirectoryError(path, reason, "run again the job that makes them")
     models = [entry for entry in entries if entry.suffix == SUFFIX or is_model_folder(entry) or is_parts_folder(entry)]
-    if not models:
+    if shards:
+        problem = f"{len(shards)} of {int(shards[0][1])} shards of a model are there, and no index"
+        hint = "run again the job that makes them"
+    elif not models:
+        problem = "holds no snapshots, outputs or models"
         hint = "name a .safetensors file, an index of shards, or a folder of these"
-        raise DirectoryError(path, "holds no snapshots, outputs or models", hint)
-    if any(read_file(file).kind == "snapshot" for model in models for file in model_files(model)):
-        raise DirectoryError(path, "holds the snapshots of a run", "name one of them, or make an average of them")
-    return models
+    elif any(map(is_snapshot_name, models)):
+        problem, hint = "holds the snapshots of a run", "name one of them, or make an average of them"
+    else:
+        return models
+    raise DirectoryError(path, problem, hint)
 
 
 def check_indexed(file: TensorFile, names: list[str] | None) -> None:

@@ -412,14 +412,16 @@ def decode(file: TensorFile, kind: str, form: type[T]) -> T:
     not signatures.
     """
     if file.kind != kind:
-        reason = "has no header of it" if file.kind is None else f"its kind is {shown(file.kind)}"
-        raise FileFormatError(file.path, f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {reason}")
-    if (known := file.content.get("format")) != FORMAT:
-        raise FileFormatError(file.path, f"its format is {shown(known)}; this release reads {FORMAT}")
-    try:
-        return cast(T, converted(file.content, form))
-    except ValueError as error:
-        raise FileFormatError(file.path, f"ema: {error}") from error
+        why = "has no header of it" if file.kind is None else f"its kind is {shown(file.kind)}"
+        problem = f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {why}"
+    elif (known := file.content.get("format")) != FORMAT:
+        problem = f"its format is {shown(known)}; this release reads {FORMAT}"
+    else:
+        try:
+            return cast(T, converted(file.content, form))
+        except ValueError as error:
+            problem = f"ema: {error}"
+    raise FileFormatError(file.path, problem)
 
 
 @lru_cache

@@ -38,7 +38,7 @@ class Records:
         self._path, self._question = folder / TRIALS, json.loads(json.dumps(question))
 
     def read(self) -> list[Trial]:
-        """Return the successful trials of this question, the last of repeated ones; skip lines that a crash cut off."""
+        """Return the successful trials of this question, the last of repeated ones; skip all other lines."""
         trials = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
             try:
@@ -48,7 +48,7 @@ class Records:
                     trials[trial.x, trial.seed] = trial
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-        return [trial for trial in trials.values() if trial.value is not None]
+        return [trial for trial in trials.values() if _is_measured(trial)]
 
     def append(self, trial: Trial) -> None:
         """Append a trial durably to the file; raise a WriteError if that fails."""
@@ -63,6 +63,12 @@ class Records:
                 files.system.fsync(descriptor)
             finally:
                 files.system.close(descriptor)
+
+
+def _is_measured(trial: Trial) -> bool:
+    """Return whether a trial from a file, which may hold any values, has a usable metric."""
+    numbers = (trial.x, trial.value, trial.standard_error or 0.0)
+    return isinstance(trial.seed, int) and all(isinstance(n, int | float) and abs(n) < 1e300 for n in numbers)
 
 
 @dataclass(frozen=True, repr=False)

@@ -184,7 +184,7 @@ class Axis:
 
 def _predicted_error(target: Target, run: Run, t: float | None) -> float:
     """Return the predicted error of an average; 0 for a mean of checkpoints, which is exact if there are enough."""
-    if isinstance(target, Mean):
+    if target.kind == "last":
         run.plan([target], t=t)
         return 0.0
     (point,) = run.error_curve((0.1, 0.2), t=t, others=[target]).others

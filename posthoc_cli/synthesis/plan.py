@@ -23,7 +23,7 @@ from posthoc_cli.snapshots.outputs import OutputInfo, Used
 from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.sources import Source, TrackedTensor, by_time, chosen_up_to, counted, run_clock, source_prior
 from posthoc_cli.snapshots.tensorfile import Box, Entry
-from posthoc_cli.targets import Groups, Mean, Target, as_target, separate
+from posthoc_cli.targets import Target, as_target, separate
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,7 @@ class Plan:
         """For each target the index of its column by glob on tensor names; only targets of `Groups` have several."""
         numbers = count()
         return [
-            {glob: next(numbers) for glob in (target.widths if isinstance(target, Groups) else "*")}
+            {glob: next(numbers) for glob in (target.widths if target.kind == "groups" else "*")}
             for target in self.targets
         ]
 
@@ -152,7 +152,7 @@ class Plan:
     @property
     def has_groups(self) -> bool:
         """Whether coefficients may differ between tensors."""
-        return any(isinstance(target, Groups) for target in self.targets)
+        return any(target.kind == "groups" for target in self.targets)
 
     def passes(self) -> list[Plan]:
         """Return plans with one column per target, each for some of the tensors, which together make all tensors."""
@@ -324,7 +324,7 @@ def _solved_with(
     usable, later = chosen_up_to(sources, time)
     available = [source for source in sources if source.info.t <= time]
     profiles = [source.profile for source in available]
-    given = {i: target.coefficients_of(profiles) for i, target in enumerate(wanted) if isinstance(target, Mean)}
+    given = {i: target.coefficients_of(profiles) for i, target in enumerate(wanted) if target.kind == "last"}
     rows = {id(source): row for row, source in enumerate(available)}
     needed = {id(available[row]) for column in given.values() for row in np.flatnonzero(column)}
     usable += [source for source in available if id(source) in needed - set(map(id, usable))]

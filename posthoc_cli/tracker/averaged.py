@@ -33,7 +33,7 @@ from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.targets import SigmaRel, Target, as_target
+from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.filling import copied_weights
 from posthoc_cli.tracker.model import TrackedModel, collect_tensors, named_tensors
 from posthoc_cli.tracker.pipeline import Pipeline
@@ -116,7 +116,7 @@ def make_average(
         return _raw_weights(ema, model, dtype)
     target = as_target(wanted)
     is_now = t is None and step is None and not ema._pipeline.tracking.resumes
-    live = ema.settings.tracked_index(target.sigma_rel) if is_now and isinstance(target, SigmaRel) else None
+    live = ema.settings.tracked_index(target.sigma_rel) if is_now and target.sigma_rel is not None else None
 
     def plan_from(sources: list[Source]) -> Plan:
         _check_any(ema, sources)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +61,7 @@ def check(stats: EMAStats, expected: dict[str, FloatArray], tolerance: float) ->
 
 @pytest.mark.parametrize("running_mean", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, 1.0])
-@pytest.mark.parametrize("rows", [1, 2, 33])
+@pytest.mark.parametrize("rows", [1, 33])
 def test_statistics_are_the_formulas(running_mean: bool, momentum: float, rows: int) -> None:
     data = batches(12, rows, 4, 3)
     stats = EMAStats(4, 3, momentum, center_with_running_mean=running_mean).double()
@@ -83,36 +82,7 @@ def test_one_batch_has_the_unbiased_covariances_and_correlations_of_numpy() -> N
     np.testing.assert_allclose(stats.cov_xy, both[:4, 4:], rtol=0, atol=1e-12)
 
 
-def test_inputs_come_back_as_they_are_and_y_may_be_x() -> None:
-    x, stats = torch.randn(5, 3), EMAStats(3)
-    for y, given in ((torch.randn(5, 3), True), (x, False)):
-        stats.reset()
-        returned = stats(x, y) if given else stats(x)
-        assert returned[0] is x
-        assert returned[1] is y
-    assert torch.equal(stats.cov_xy, stats.cov_xx)
-    stats(x, torch.randn(5, 3))
-    assert not torch.equal(stats.cov_xy, stats.cov_xx)
-
-
-def test_eval_mode_touches_nothing() -> None:
-    stats = feed(EMAStats(3, 2), batches(3, 8, 3, 2), torch.float32)
-    before = {name: value.clone() for name, value in stats.state_dict().items()}
-    x = torch.randn(4, 3, requires_grad=True)
-    assert stats.eval()(x, torch.randn(4, 2))[0] is x
-    assert_same_tensors(stats.state_dict(), before)
-
-
-def test_reset_is_a_new_beginning() -> None:
-    fresh, stats = EMAStats(3, 2), feed(EMAStats(3, 2), batches(5, 8, 3, 2, seed=9), torch.float32)
-    stats.reset()
-    for _ in range(2):
-        assert_same_tensors(stats.state_dict(), fresh.state_dict())
-        for one in (stats, fresh):
-            feed(one, batches(3, 8, 3, 2), torch.float32)
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["mean_y", "cov_xx", "cov_xy"])
 @pytest.mark.parametrize("seen", [0, 1])
 def test_gradients_are_those_of_the_newest_batch(name: str, seen: int) -> None:
     """Compared with finite differences; earlier batches are constants."""
@@ -156,21 +126,13 @@ def test_what_old_batches_saved_for_their_graphs_is_freed() -> None:
     assert tensors > 3
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_batches_accumulate_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_batches_accumulate_in_float32() -> None:
+    dtype = torch.bfloat16
     data = [tuple(torch.from_numpy(b).to(dtype).double().numpy() for b in batch) for batch in batches(30, 64, 4, 3)]
     stats = feed(EMAStats(4, 3, 0.05), data, dtype)
     assert stats.cov_xy.dtype == torch.float32
     # Sums of 64 products of values up to about 8 in float32; bfloat16 sums would be off by 4e-3 at least.
     check(stats, expected_statistics(data, 0.05), 2e-5)
-
-
-def test_autocast_does_not_touch_the_statistics() -> None:
-    data = batches(5, 64, 4, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        stats = feed(EMAStats(4, 3), data, torch.float32)
-    plain = feed(EMAStats(4, 3), data, torch.float32)
-    assert torch.equal(stats.cov_xy, plain.cov_xy)
 
 
 def test_casting_a_module_around_it_keeps_float32() -> None:
@@ -207,18 +169,10 @@ def by_state(stats: EMAStats) -> EMAStats:
     return twin
 
 
-COPIES: dict[str, Callable[[EMAStats], EMAStats]] = {
-    "copied": copy.deepcopy,
-    "inside another": lambda stats: copy.deepcopy(torch.nn.ModuleList([torch.nn.Linear(1, 1), stats]))[1],
-    "saved": saved_and_loaded,
-    "by state": by_state,
-}
-
-
-@pytest.mark.parametrize("how", COPIES)
-def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(how: str) -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded, by_state])
+def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(copied: Callable[[EMAStats], EMAStats]) -> None:
     stats = with_graph()
-    twin = COPIES[how](stats)
+    twin = copied(stats)
     data = batches(3, 8, 3, 2, seed=5)
     before = {name: value.clone() for name, value in stats.state_dict().items()}
     assert_same_tensors(twin.state_dict(), before)
@@ -228,17 +182,6 @@ def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(how: str) ->
     stats.cov_xy.sum().backward()
     feed(stats, data, torch.float32)
     assert_same_tensors(twin.state_dict(), stats.state_dict())
-
-
-def test_a_saved_state_does_not_change_and_loading_breaks_no_graph() -> None:
-    stats = with_graph()
-    state = stats.state_dict()
-    values = {name: value.clone() for name, value in state.items()}
-    loss = stats.cov_xy.square().sum()
-    stats.load_state_dict(EMAStats(3, 2).state_dict())
-    loss.backward()
-    feed(stats, batches(3, 8, 3, 2), torch.float32)
-    assert_same_tensors(state, values)
 
 
 def test_a_state_of_symm_learning_loads() -> None:
@@ -252,24 +195,16 @@ def test_a_state_of_symm_learning_loads() -> None:
         assert torch.equal(outer["stats"].state_dict()[name], value)
 
 
-WRONG: list[tuple[Any, Any, str, str]] = [
-    *(
-        (torch.ones(shape), torch.ones(4, 2), "x", f"has the shape {list(shape)}; must be [n, 3]")
-        for shape in ((4,), (1, 4, 3), (4, 2), (0, 3))
-    ),
-    (torch.ones(4, 3), torch.ones(4, 3), "y", "has the shape [4, 3]; must be [4, 2]"),
-    (torch.ones(4, 3), torch.ones(5, 2), "y", "has the shape [5, 2]; must be [4, 2]"),
-    (torch.ones(4, 3), None, "y", "has the shape [0]; must be [4, 2]"),
-    (torch.ones(4, 3).long(), torch.ones(4, 2), "x", "is torch.int64, the statistics are torch.float32"),
-    (torch.ones(4, 3), torch.ones(4, 2).double(), "y", "is torch.float64, the statistics are torch.float32"),
-    (torch.ones(4, 3, dtype=torch.complex64), torch.ones(4, 2), "x", "is torch.complex64"),
-]
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("x", "y", "subject", "words"), WRONG)
-def test_batches_that_do_not_fit(training: bool, x: Any, y: Any, subject: str, words: str) -> None:
-    stats = EMAStats(3, 2).train(training)
-    with refused(subject, words):
-        stats(x, y)
+def test_batches_pass_unchanged_count_in_train_mode_only_and_must_fit() -> None:
+    x, y, stats = torch.randn(5, 3), torch.randn(5, 2), EMAStats(3, 2).eval()
+    assert stats(x, y) == (x, y)
+    for batch, subject in (
+        ((x[0], y), "x"), ((x[:0], y[:0]), "x"), ((x, x), "y"), ((x, y[1:]), "y"), ((x, None), "y"),
+        ((x.long(), y), "x"), ((x, y.double()), "y"),
+    ):  # fmt: skip
+        with refused(subject):
+            stats.train()(*batch)
     assert stats.num_batches_tracked == 0
+    alone = EMAStats(3)
+    assert alone(x) == (x, x)
+    assert torch.equal(alone.cov_xy, alone.cov_xx)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -75,36 +73,9 @@ def test_the_average_is_the_formula(warmup: bool, interval: int, update_buffers:
     assert ema.steps == 40
 
 
-def test_infinities_of_a_mask_survive_averaging_and_transient_buffers_are_copied() -> None:
-    model = torch.nn.Linear(2, 2)
-    model.register_buffer("mask", torch.tensor([[0.0, -torch.inf], [3.0, 1e30]]))
-    model.register_buffer("table", torch.zeros(2), persistent=False)
-    ema = ExponentialMovingAverage(model, 0.25, update_buffers=True)
-    ema.update_parameters(model)
-    model.mask[0, 0], model.table = 4.0, torch.ones(2)
-    ema.update_parameters(model)
-    assert torch.equal(ema.module.mask, torch.tensor([[1.0, -torch.inf], [3.0, 1e30]]))
-    assert torch.equal(ema.module.table, torch.ones(2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
-def test_wide_and_complex_parameters(dtype: torch.dtype) -> None:
-    model = torch.nn.Linear(3, 2, dtype=dtype)
-    ema = ExponentialMovingAverage(model, 0.25)
-    ema.update_parameters(model)
-    first = model.weight.detach().clone()
-    torch.nn.init.normal_(model.weight)
-    ema.update_parameters(model)
-    expected = 0.75 * first.to(torch.complex128) + 0.25 * model.weight.detach().to(torch.complex128)
-    tolerance = 8 * torch.finfo(dtype).eps
-    torch.testing.assert_close(ema.module.weight.to(torch.complex128), expected, rtol=tolerance, atol=tolerance)
-    assert ema.module.weight.dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_averages_move(dtype: torch.dtype) -> None:
+def test_half_precision_averages_move() -> None:
     """Rounded after every update, 2e-4 of the distance 1 is lost in values near 1: the average would stay at 1."""
-    model = torch.nn.Linear(1, 1, dtype=dtype)
+    model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
     torch.nn.init.ones_(model.weight)
     ema = ExponentialMovingAverage(model, momentum=2e-4)
     ema.update_parameters(model)
@@ -124,97 +95,24 @@ def mmengine_state(model: torch.nn.Module, steps: int) -> dict[str, torch.Tensor
     return {"steps": torch.tensor(steps), **state}
 
 
-def test_a_state_saved_by_mmengine_loads_and_goes_on() -> None:
-    model = tiny_model()
-    state = mmengine_state(model, steps=40)
-    ema = ExponentialMovingAverage(model, momentum=0.25, interval=4)
-    ema.load_state_dict(state, strict=True)
-    assert set(ema.state_dict()) == set(state)
-    assert_same_tensors(ema.state_dict(), state)
-    ema.update_parameters(model)  # the 41st call averages: 40 is a multiple of 4
-    expected = 0.75 * numbers(state["module.head.bias"]) + 0.25 * numbers(model.head.bias)
-    np.testing.assert_allclose(numbers(ema.module.head.bias), expected, rtol=0, atol=1e-6)
-    ema.update_parameters(model)
-    np.testing.assert_allclose(numbers(ema.module.head.bias), expected, rtol=0, atol=1e-6)
-    assert ema.steps == 42
-
-
 @pytest.mark.parametrize("steps", [None, 40])
-def test_a_state_of_mmengine_0_loads_and_goes_on(steps: int | None) -> None:
-    """Its names have no `module.`; a state without `steps` has an average nevertheless."""
+@pytest.mark.parametrize("old", [False, True])
+def test_a_state_of_mmengine_loads_and_goes_on(old: bool, steps: int | None) -> None:
+    """Before 1.0 its names have no `module.`; a state without `steps` has an average nevertheless."""
     model = tiny_model()
     saved = mmengine_state(model, steps=40)
-    state = {name.removeprefix("module."): value for name, value in saved.items()}
-    if steps is None:
+    state = {name.removeprefix("module.") if old else name: value for name, value in saved.items()}
+    if old and steps is None:
         del state["steps"]
-    inner = ExponentialMovingAverage(model, momentum=0.25)
-    both = torch.nn.ModuleDict({"generator": torch.nn.Linear(1, 1), "generator_ema": inner})
-    given = {f"generator_ema.{name}": value for name, value in state.items()}
-    given |= {f"generator.{name}": value for name, value in both["generator"].state_dict().items()}
-    before = set(given)
-    both.load_state_dict(given, strict=True)
-    assert set(given) == before
-    assert inner.steps == (steps or 1)
-    for name, value in saved.items():
-        assert name == "steps" or torch.equal(inner.state_dict()[name], value)
-    inner.update_parameters(model)
+    ema = ExponentialMovingAverage(model, momentum=0.25)
+    both = torch.nn.ModuleDict({"generator": model, "ema": ema})
+    given = {f"generator.{name}": value for name, value in model.state_dict().items()}
+    both.load_state_dict(given | {f"ema.{name}": value for name, value in state.items()}, strict=True)
+    assert set(ema.state_dict()) == set(saved)
+    assert ema.steps == (1 if old and steps is None else 40)
+    ema.update_parameters(model)
     expected = 0.75 * numbers(saved["module.head.bias"]) + 0.25 * numbers(model.head.bias)
-    np.testing.assert_allclose(numbers(inner.module.head.bias), expected, rtol=0, atol=1e-6)
-
-
-def test_forward_runs_the_averaged_module_with_any_signature() -> None:
-    model, x = torch.nn.Linear(1, 1, bias=False), torch.ones(1)
-    torch.nn.init.constant_(model.weight, 2.0)
-    ema = ExponentialMovingAverage(model)
-    ema.update_parameters(model)
-    torch.nn.init.zeros_(model.weight)
-    for run in (ema, torch.compile(ema, backend="eager")):
-        assert run(x).item() == run(input=x).item() == 2.0
-
-
-def test_wrapped_models_are_taken_for_what_they_wrap() -> None:
-    model = torch.nn.Linear(1, 1)
-    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
-        ema = ExponentialMovingAverage(wrapped, momentum=0.5)
-        assert set(ema.state_dict()) == {"module.weight", "module.bias", "steps"}
-        for source in (model, wrapped):
-            ema.update_parameters(source)
-
-
-def test_the_average_holds_no_gradients_and_shares_nothing() -> None:
-    model = torch.nn.Linear(2, 2)
-    model(torch.ones(1, 2)).sum().backward()
-    ema = ExponentialMovingAverage(model)
-    assert all(p.grad is None and not p.requires_grad for p in ema.parameters())
-    assert model.weight.grad is not None
-    assert model.weight.requires_grad
-    assert ema.module.weight.data_ptr() != model.weight.data_ptr()
-
-
-def test_made_and_updated_under_inference_mode() -> None:
-    model = torch.nn.Linear(1, 1)
-    with torch.inference_mode():
-        ema = ExponentialMovingAverage(model, momentum=0.5)
-        ema.update_parameters(model)
-    ema.update_parameters(model)
-    assert ema.steps == 2
-
-
-def test_a_momentum_that_looks_like_a_decay_warns_and_names_the_other() -> None:
-    with pytest.warns(RuntimeWarning, match=r"^posthoc_cli: momentum 0\.999.*0\.001") as caught:
-        ExponentialMovingAverage(torch.nn.Linear(1, 1), momentum=0.999)
-    assert caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ExponentialMovingAverage(torch.nn.Linear(1, 1), momentum=0.5)
-
-
-def test_models_that_are_none_or_have_no_shape_yet() -> None:
-    with refused("model", "not dict"):
-        ExponentialMovingAverage({})  # type: ignore[arg-type]
-    with refused("parameter 'weight'", "no shape yet"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls lazy modules experimental
-        ExponentialMovingAverage(torch.nn.LazyLinear(3))
+    np.testing.assert_allclose(numbers(ema.module.head.bias), expected, rtol=0, atol=1e-6)
 
 
 def test_another_model_is_an_error_that_lists_names_and_changes_nothing() -> None:
@@ -224,12 +122,9 @@ def test_another_model_is_an_error_that_lists_names_and_changes_nothing() -> Non
     before = copy.deepcopy(ema.state_dict())
     other, shorter = tiny_model(1), tiny_model(1)
     del other.frozen
-    for index in range(30):
-        other.register_parameter(f"p{index:02}", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(ModelMismatchError) as caught:
         ema.update_parameters(other)
-    assert "only in the average: 'frozen'" in caught.value.reason
-    assert re.search("only in the model: 'p00', .*'p04' and 25 more$", caught.value.reason)
+    assert "'frozen'" in caught.value.reason
     shorter.norm.running_var = torch.ones(1)
     with refused("tensor 'norm.running_var'", "[1] in the model, [3]", kind=ModelMismatchError):
         ema.update_parameters(shorter)
@@ -248,7 +143,7 @@ def train(net: ShadowModel, steps: int) -> list[FloatArray]:
     return values
 
 
-@pytest.mark.parametrize("num_updates", [None, 0, 7])
+@pytest.mark.parametrize("num_updates", [None, 7])
 def test_the_shadow_is_tensorflows_formula(num_updates: int | None) -> None:
     net = ShadowModel(tiny_model(), 0.6, num_updates)
     shadow = numbers(net.shadow.head.weight)
@@ -276,7 +171,7 @@ def test_a_tensor_as_num_updates_is_the_callers_clock() -> None:
 
 
 @pytest.mark.parametrize("num_updates", [None, 0])
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])
+@pytest.mark.parametrize("decay", [0.5, 0.9999])
 def test_zero_debiasing_divides_by_the_sum_of_the_weights(decay: float, num_updates: int | None) -> None:
     net = ShadowModel(tiny_model(), decay, num_updates, zero_debias=True)
     values = train(net, 12)
@@ -291,18 +186,6 @@ def test_zero_debiasing_divides_by_the_sum_of_the_weights(decay: float, num_upda
     assert net.debias_mass.item() == pytest.approx(mass, rel=12 * 2.0**-24)
     within = 2 * rounding(12, float(np.abs(values).max()))
     assert np.abs(numbers(net.shadow.head.weight) - biased / mass).max() < within
-
-
-def test_buffers_and_integers_are_copied_and_a_frozen_parameter_is_exactly_its_shadow() -> None:
-    net = ShadowModel(tiny_model(), 0.9)
-    for step in range(50):
-        net.model.norm.running_mean.fill_(step)
-        net.model.norm.num_batches_tracked.fill_(step)
-        net.model.head.weight.data.add_(step)
-        net.update()
-    for name in ("norm.running_mean", "norm.num_batches_tracked", "frozen"):
-        assert torch.equal(net.shadow.state_dict()[name], net.model.state_dict()[name])
-    assert net.shadow.head.weight is net.shadow.embed.weight is not net.model.head.weight
 
 
 class Dropped(torch.nn.Module):
@@ -329,31 +212,6 @@ def test_train_mode_runs_the_model_and_eval_mode_the_shadow() -> None:
     assert not any(module.training for module in net.shadow.modules())
 
 
-def test_only_the_model_gets_gradients_and_steps_of_an_optimizer() -> None:
-    net = ShadowModel(torch.nn.Linear(2, 1), 0.9).requires_grad_(True)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
-    before = net.shadow.weight.clone()
-    net(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    assert torch.equal(net.shadow.weight, before)
-    assert not torch.equal(net.model.weight, before)
-    assert not any(p.requires_grad for p in net.shadow.parameters())
-    assert not net.eval()(torch.ones(1, 2)).requires_grad
-
-
-def test_an_update_in_eval_mode_warns_and_does_nothing() -> None:
-    net = ShadowModel(torch.nn.Linear(1, 1), 0.5, num_updates=0).eval()
-    before = copy.deepcopy(net.state_dict())
-    torch.nn.init.constant_(net.model.weight, 7.0)
-    with pytest.warns(RuntimeWarning, match="^posthoc_cli: .*eval mode") as caught:
-        net.update()
-    assert caught[0].filename == __file__
-    assert torch.equal(net.shadow.weight, before["shadow.weight"])
-    assert net.num_updates == 0
-    net.train().update()
-    assert net.num_updates == 1
-
-
 def test_everything_moves_and_casts_together_but_the_mass_stays_exact() -> None:
     net = ShadowModel(tiny_model(), 0.9, num_updates=0, zero_debias=True)
     train(net, 5)
@@ -365,18 +223,6 @@ def test_everything_moves_and_casts_together_but_the_mass_stays_exact() -> None:
     assert net.debias_mass.dtype == torch.float32
     assert net.double().shadow.head.weight.dtype == torch.float64
     assert all(tensor.is_meta for tensor in net.to("meta").state_dict().values())
-
-
-def test_the_shadow_of_a_half_precision_model_is_float32() -> None:
-    net = ShadowModel(tiny_model().bfloat16(), 0.9)
-    assert {tensor.dtype for tensor in net.shadow.parameters()} == {torch.float32}
-    assert net.shadow.head.weight is net.shadow.embed.weight
-    shadow = numbers(net.shadow.head.weight)
-    values = train(net, 20)
-    for value in values:
-        shadow = 0.9 * shadow + 0.1 * value
-    assert np.abs(numbers(net.shadow.head.weight) - shadow).max() < rounding(20, float(np.abs(values).max()))
-    assert net.model.head.weight.dtype == torch.bfloat16
 
 
 # --- both ---------------------------------------------------------------------------------------------

@@ -110,17 +110,14 @@ def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run:
         assert len(re.findall(r"^sigma_rel-0\.\S+ +sigma_rel 0\.\d+ +2,000 +0\.0\d+ % ", text, re.MULTILINE)) == 3
 
 
-@pytest.mark.parametrize("name", ["m.pt", "m"])
-def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_path: Path, name: str) -> None:
-    layout = ("--layout", "sharded") if name == "m" else ()
-    made = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / name, *layout)
+def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_path: Path) -> None:
+    made = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.pt")
     (note,) = (line for line in made.err.splitlines() if "the output lacks" in line)
     assert "(2.bias)" in note
-    command = made.err.split("from a full model: ")[1].strip()
-    if name == "m.pt":
-        assert command.startswith("make m.safetensors instead of m.pt, then: ")
-        ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.safetensors")
-        command = command.split("then: ")[1]
+    advice = made.err.split("from a full model: ")[1].strip()
+    assert advice.startswith("make m.safetensors instead of m.pt, then: ")
+    ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.safetensors")
+    command = advice.split("then: ")[1]
     weights = PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)
     full = {**weights, "2.bias": torch.ones(2).half()}
     save_file(full, tmp_path / "FULL.safetensors")
@@ -179,22 +176,14 @@ def test_shards_become_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
         assert reports[0] == reports[1]
 
 
-@pytest.mark.parametrize(("layout", "ending"), [("pt", ".pt"), ("sharded", "")])
-def test_a_folder_of_outputs_is_exported_into_a_folder(
-    ema: Ema, run: Path, tmp_path: Path, layout: str | None, ending: str
-) -> None:
+def test_a_folder_of_outputs_is_exported_into_a_folder(ema: Ema, run: Path, tmp_path: Path) -> None:
     make_averages(ema, run, tmp_path / "averages")
-    chosen = ("--layout", layout) if layout else ()
-    options = ("export", tmp_path / "averages", "--out", tmp_path / "new", "--dtype", "bf16", *chosen)
+    options = ("export", tmp_path / "averages", "--out", tmp_path / "new", "--dtype", "bf16", "--layout", "pt")
     result = ema(*options)
     assert result.code == 0
     assert result.out.startswith("wrote 3 models, 24 tensors, ")
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {f"sigma_rel-{s}{ending}" for s in (0.1, 0.15, 0.2)}
-    found = tmp_path / "new" / f"sigma_rel-0.15{ending}"
-    if layout == "pt":
-        loaded = torch.load(found, weights_only=True)
-    else:
-        loaded = load_file(found if layout is None else found / "model.safetensors")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {f"sigma_rel-{s}.pt" for s in (0.1, 0.15, 0.2)}
+    loaded = torch.load(tmp_path / "new" / "sigma_rel-0.15.pt", weights_only=True)
     expected = load_file(tmp_path / "averages" / "sigma_rel-0.15.safetensors")
     assert torch.equal(loaded["0.weight"], expected["0.weight"].bfloat16())
     assert "already exists" in ema(*options).error

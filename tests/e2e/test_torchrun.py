@@ -116,33 +116,3 @@ def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_first_byte(
     found = ended(FULL, *arguments(run, tmp_path / "out"))
     assert all(code == 1 and message in errors for code, errors in found), found
     assert not (tmp_path / "out").exists()
-
-
-DIES = """
-import os, signal, threading, time
-from pathlib import Path
-def die():
-    while len(list(Path().glob(".ema-*.tmp/*"))) < 3:
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL)
-if os.environ["RANK"] == "1" and not Path("again").exists():
-    threading.Thread(target=die).start()
-"""
-"""Runs before the command: the second process is killed while all ranks write."""
-
-
-def test_a_launcher_ends_all_when_one_is_killed(run: Path, tmp_path: Path) -> None:
-    """Each prints one line about it, and a second call makes the model."""
-    (tmp_path / "job.py").write_text(SLOW + DIES + forked.EMA)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
-    job = [*launcher, "job.py", *arguments(run, Path("out"))]
-    done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("ema: error: ")]
-    assert len(errors) == WORLD - 1, done.stderr
-    assert all("another process" in line for line in errors)
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "again").touch()
-    done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / INDEX).exists()

@@ -93,7 +93,7 @@ if __name__ == "__main__":
     trainer = make_trainer(folder, callback, recorder, **group)
     module = Sharded() if strategy == "sharded" else Regression()
     trainer.fit(module, loader(), loader(), ckpt_path=checkpoint)
-    print(float(sum(value.sum() for value in module.validated.values())))
     with callback.ema.model(module, 0.2) as averaged:
         average = recorded(averaged)
-    torch.save([recorder.weights, average, callback.ema.step], folder / f"made-{trainer.global_rank}.pt")
+    made = [recorder.weights, average, callback.ema.step, module.validated]
+    torch.save(made, folder / f"made-{trainer.global_rank}.pt")

@@ -16,11 +16,11 @@ heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrati
 TESTS = Path(__file__).resolve().parent.parent
 
 
-def start(*command: object, stdout: int | None = None, **environment: str) -> subprocess.Popen[str]:
+def start(*command: object, **environment: str) -> subprocess.Popen[str]:
     """Run Python with these arguments, without the server of `forked`, which has no framework."""
     paths = {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     words = [sys.executable, "-W", "ignore", *map(str, command)]
-    return subprocess.Popen(words, env=os.environ | paths | environment, text=True, stdout=stdout)
+    return subprocess.Popen(words, env=os.environ | paths | environment, text=True)
 
 
 def exit_codes_of_two(*command: object, **environment: str) -> list[int]:

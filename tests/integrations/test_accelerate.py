@@ -15,13 +15,11 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 
 import accelerate
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.tracking import GeneralTracker
 from integrations.gloo import use_fsdp_on_the_cpu
 from integrations.programs import forget, heavy, skip_steps, start
-from integrations.truth import assert_exact, distance, exact, live, recorded
+from integrations.truth import assert_exact, distance, exact, recorded
 
-from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import InvalidValueError, MismatchError, ModelMismatchError
+from posthoc_cli.errors import MismatchError
 from posthoc_cli.integrations import STATE_NAME, read_state
 from posthoc_cli.integrations.accelerate import prepare
 
@@ -107,24 +105,6 @@ def test_a_killed_training_resumes_exactly(tmp_path: Path, killed_at: int) -> No
     assert_exact(resumed.ema, resumed.model, complete.weights)
 
 
-def test_a_state_is_loaded_whatever_the_weights_were_before(tmp_path: Path) -> None:
-    """The option `resume` allows it, too: the tracker is prepared before the model is restored.
-
-    Without a state, weights that are not on the run's path are refused.
-    """
-    training = Training(tmp_path)
-    training.run()
-    training.ema.close()
-    forget()
-    with pytest.raises(ModelMismatchError, match="restore the model's checkpoint first"):
-        Training(tmp_path, resume="auto").run()
-    forget()
-    again = Training(tmp_path, resume="auto")
-    again.accelerator.load_state(str(tmp_path / "saved"))
-    again.run(first=6)
-    assert_exact(again.ema, again.model, training.weights[:2] + again.weights)
-
-
 def generator_and_critic(folder: Path) -> tuple[Accelerator, list[Any]]:
     """Return an accelerator and, for each of two models, the model, its optimizer and its tracker."""
     forget()
@@ -152,118 +132,6 @@ def test_each_of_several_models_resumes_from_its_own_state(tmp_path: Path) -> No
         for (model, _, ema), history in zip(prepared, weights, strict=True):
             assert_exact(ema, model, history)
             ema.close()
-
-
-def test_a_tracker_that_replaces_another_takes_its_place_in_checkpoints(tmp_path: Path) -> None:
-    """A notebook's cell that runs again makes such a tracker."""
-    training = Training(tmp_path)
-    new = prepare(training.accelerator, training.model, tmp_path / "new", training.optimizer, **EVERY)
-    assert training.ema.closed
-    training.run()
-    assert [path.name for path in (tmp_path / "saved").glob("posthoc*")] == ["posthoc_ema.pt"]
-    training.accelerator.load_state(str(tmp_path / "saved"))
-    assert new.step == 2
-    with pytest.raises(InvalidValueError, match=r"must be a torch\.nn\.Module"):
-        prepare(training.accelerator, [training.model], tmp_path / "list")
-
-
-def test_the_second_of_several_models_keeps_its_place(tmp_path: Path) -> None:
-    accelerator, [(generator, its_optimizer, first), (critic, optimizer, second)] = generator_and_critic(tmp_path)
-    first.close()
-    new = prepare(accelerator, critic, tmp_path / "critic", optimizer, **EVERY)
-    assert second.closed
-    accelerator.save_state(str(tmp_path / "saved"))
-    names = sorted(path.name for path in (tmp_path / "saved").glob("posthoc*"))
-    assert names == ["posthoc_ema.pt", "posthoc_ema_1.pt"]
-    run_ids = [torch.load(tmp_path / "saved" / name, weights_only=True)["run_id"] for name in names]
-    assert run_ids == [first.run_id, new.run_id]
-    again = prepare(accelerator, generator, tmp_path / "generator", its_optimizer, **EVERY)
-    accelerator.load_state(str(tmp_path / "saved"))
-    assert (again.run_id, new.closed) == (first.run_id, False)
-
-
-@pytest.mark.parametrize("fails_in", ["update_", "load_state"])
-@pytest.mark.parametrize("attached", [False, True])
-def test_a_tracker_that_could_not_begin_is_replaced_and_blocks_no_checkpoint(
-    tmp_path: Path, fails_in: str, attached: bool
-) -> None:
-    """Its directory has another run; in a notebook the traceback keeps the tracker alive."""
-
-    def run(folder: str, saves: bool, steps: int = 3) -> tuple[Accelerator, PostHocEMA, list[Any]]:
-        forget()
-        torch.manual_seed(0)
-        accelerator, bare, weights = Accelerator(cpu=True), torch.nn.Linear(4, 4), []
-        model, optimizer = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.1))
-        options = EVERY | ({"optimizer": optimizer} if attached else {})
-
-        def step(ema: PostHocEMA) -> None:
-            accelerator.backward(model(X[:4]).square().mean())
-            optimizer.step()
-            optimizer.zero_grad()
-            if not attached:
-                ema.update_(model)
-            weights.append(recorded(bare))
-
-        ema = failed = prepare(accelerator, bare, tmp_path / folder, **options)
-        if folder == "taken":
-            with pytest.raises((MismatchError, ModelMismatchError), match="another directory"):
-                step(failed) if fails_in == "update_" else accelerator.load_state(str(tmp_path / "saved"))
-            ema = prepare(accelerator, model, tmp_path / "new", **options)
-            assert failed.closed
-            weights.clear()
-        if not saves:
-            accelerator.load_state(str(tmp_path / "saved"))
-            assert ema.step == 3
-        for _ in range(steps):
-            step(ema)
-        if saves:
-            accelerator.save_state(str(tmp_path / "saved"))
-        return accelerator, ema, weights
-
-    with PostHocEMA.from_model(other := torch.nn.Linear(4, 4), tmp_path / "taken", **EVERY) as another:
-        for _ in range(12):
-            other.weight.data.add_(torch.randn(4, 4))
-            another.update_(other)
-    if fails_in == "load_state":
-        run("first", saves=True)[1].close()
-        _, ema, weights = run("taken", saves=False)
-        assert (ema.step, len(weights)) == (6, 3)
-        return
-    accelerator, ema, weights = run("taken", saves=True)
-    assert [path.name for path in (tmp_path / "saved").glob("posthoc*")] == ["posthoc_ema.pt"]
-    assert_exact(ema, accelerator._models[0], weights)
-    accelerator.load_state(str(tmp_path / "saved"))
-    assert ema.step == 3
-    ema.close()
-    _, again, _ = run("again", saves=False, steps=0)  # a new process, with one tracker from the beginning
-    assert again.step == 3
-
-
-class Logger(GeneralTracker):
-    name, requires_logging_directory = "list", False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.logged: list[tuple[int, dict[str, float]]] = []
-
-    @property
-    def tracker(self) -> Any:
-        return self.logged
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None: ...
-
-    def log(self, values: dict[str, float], step: int | None, **_: Any) -> None:
-        self.logged.append((step or 0, values))
-
-
-def test_figures_go_to_the_accelerators_own_loggers(tmp_path: Path) -> None:
-    logger = Logger()
-    training = Training(tmp_path, log_with=logger)
-    training.accelerator.init_trackers("run")
-    training.run()
-    training.ema.close()
-    assert [step for step, _ in logger.logged][-1] == 5
-    assert {"ema/t", "ema/snapshot_bytes"} <= logger.logged[-1][1].keys()
 
 
 GROUP = """
@@ -305,15 +173,6 @@ def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) ->
         # accelerate 1.10 saves no state of the optimizer with FSDP2, and continues without it.
         assert accelerate.__version__.startswith("1.10.") or distance(resumed[-1], weights[-1]) == 0
         assert distance(average, exact(weights[:2] + resumed, 0.2)) < 1e-6
-
-
-def test_bf16_and_a_checkpoint_without_the_tracker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    training = Training(tmp_path, mixed_precision="bf16")
-    training.run()
-    (tmp_path / "saved/posthoc_ema.pt").unlink()
-    training.accelerator.load_state(str(tmp_path / "saved"))
-    assert "the averages begin with this training" in caplog.text
-    assert distance(live(training.ema, training.model, 0.2), exact(training.weights, 0.2)) < 1e-6
 
 
 def test_a_checkpoint_with_states_of_two_saves_is_refused(tmp_path: Path) -> None:

@@ -85,26 +85,3 @@ def test_the_state_of_accelerate(safe: bool, tmp_path: Path) -> None:
         states[step] = moved(model, step)
         accelerator.save_state(str(tmp_path / f"step_{step}"), safe_serialization=safe)
     check(Run(tmp_path), states)
-
-
-def test_the_trainer_of_transformers(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    from integrations.llama import Recorder, make_trainer, network
-
-    recorder = Recorder()
-    model = network()
-    make_trainer(tmp_path, recorder, model=model).train()
-    weights = {step: recorder.weights[step - 1] for step in (4, 8, 10)}
-    check(Run(tmp_path / "out"), weights)
-
-
-def test_an_adapter_of_peft(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    from integrations.llama import network
-
-    model, states = peft.get_peft_model(network(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])), {}
-    for step in (2, 4, 8):
-        moved(model, step)
-        states[step] = copy.deepcopy(peft.get_peft_model_state_dict(model))
-        model.save_pretrained(tmp_path / f"checkpoint-{step}")
-    check(Run(tmp_path), states)

@@ -47,12 +47,10 @@ def test_a_killed_script_resumes_exactly_through_its_save_hooks(tmp_path: Path) 
     decay = resumed.ema_model.cur_decay_value  # of the update from 9 to 10: (9 / 10) ** (gamma + 1)
     x = math.log(decay) / math.log(0.9)
     assert x / ((x + 1) ** 2 * (x + 2)) == pytest.approx(0.2**2, rel=1e-9)
-    assert resumed.ema_model.get_decay(resumed.ema_model.optimization_step) == resumed.ema_model.decay == decay
     shadow = dict(zip(dict(resumed.bare.named_parameters()), resumed.ema_model.shadow_params, strict=True))
     assert distance(shadow, exact(complete.weights, 0.2)) < 1e-6
-    resumed.ema_model.optimization_step = 10
-    with pytest.raises(InvalidValueError, match="optimization_step 11: is 10"):
-        resumed.ema_model.optimization_step = 11
+    assert resumed.ema_model.optimization_step == 10
+    assert resumed.ema_model.get_decay(10) == resumed.ema_model.decay == decay
     resumed.ema_model.load_state_dict(resumed.ema_model.state_dict())
     assert resumed.ema_model.ema.step == 10
     with pytest.raises(NotReadyError, match="tracks no model"):
@@ -96,38 +94,6 @@ def test_the_main_process_alone_saves_and_copies_averages(tmp_path: Path) -> Non
     assert distance(average, exact(complete, 0.2)) < 1e-6
     assert "the first process keeps the averages" in (tmp_path / "message").read_text()
     assert not (tmp_path / "none").exists()
-
-
-def test_an_adapter(tmp_path: Path) -> None:
-    from diffusers import UNet2DConditionModel
-    from peft import LoraConfig
-
-    torch.manual_seed(0)
-    kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    size = {"sample_size": 8, "block_out_channels": (4,), "layers_per_block": 1, "norm_num_groups": 2}
-    unet = UNet2DConditionModel(cross_attention_dim=8, attention_head_dim=2, **size, **kinds)
-    unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    ema_model, optimizer = PostHocEMAModel(unet, tmp_path, sigma_rel=0.2, **EVERY), torch.optim.SGD(trained, lr=0.1)
-    weights = []
-    for number in range(6):
-        generator = torch.manual_seed(number)
-        image, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 3, 8, generator=generator)
-        unet(image, 1, text).sample.square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema_model.step(trained)
-        weights.append(recorded(unet))
-    ema_model.store(trained)
-    ema_model.copy_to(trained)
-    assert distance(recorded(unet), exact(weights, 0.2)) < 1e-6
-    ema_model.restore(trained)
-    assert distance(recorded(unet), weights[-1]) == 0
-    ema_model.close()
-    names = set(Run(tmp_path).tensors)
-    assert names
-    assert all("lora_" in name and ".default" not in name for name in names)
 
 
 def test_bad_arguments_and_calls_are_errors(tmp_path: Path) -> None:

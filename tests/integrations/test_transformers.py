@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import shutil
 import signal
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 
 import transformers
 from integrations.llama import DATA, EVERY, Recorder, make_trainer, network
-from integrations.programs import exit_codes_of_two, heavy, skip_steps, start
+from integrations.programs import exit_codes_of_two, heavy, start
 from integrations.truth import assert_exact, distance, exact
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
@@ -109,63 +108,14 @@ def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
     assert_exact(callback.ema, resumed.model, expected)
 
 
-@pytest.mark.parametrize("way", ["killed", "a second trainer"])
-def test_a_training_from_the_beginning_does_not_resume_the_averages(tmp_path: Path, way: str) -> None:
-    """A script may run again without `resume_from_checkpoint`, or train a second time; no snapshot changes."""
+def test_a_training_from_the_beginning_does_not_resume_the_averages(tmp_path: Path) -> None:
+    """A script may run again without `resume_from_checkpoint`; no snapshot changes."""
     options: dict[str, Any] = EVERY | {"resume": "auto"}
-    if way == "killed":
-        assert start("-m", "integrations.llama", tmp_path, 7).wait(250) == -signal.SIGKILL
-    else:
-        make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", **options)).train()
+    make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", **options)).train()
     before = [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")]
-    callback = PostHocCallback(tmp_path / "ema", **options)
     with pytest.raises(ModelMismatchError, match="restore the model's checkpoint first"):
-        make_trainer(tmp_path, callback).train()
+        make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", **options)).train()
     assert [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")] == before
-
-
-def test_a_checkpoint_may_be_resumed_with_the_option_resume(tmp_path: Path, expected: list[Any]) -> None:
-    """Its exact state names the step to resume from; without a state, its weights do."""
-    options: dict[str, Any] = EVERY | {"resume": "auto", "checkpoint_dtype": None}
-    recorder = Recorder(fails_at=9)
-    with pytest.raises(KeyError, match="the training fails here"):
-        make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", **options), recorder, save_steps=3).train()
-    exactly = PostHocCallback(tmp_path / "ema", **options)
-    resumed = make_trainer(tmp_path, exactly)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-6"))
-    assert_exact(exactly.ema, resumed.model, expected)
-    by_weights, recorder = PostHocCallback(tmp_path / "ema", **options), Recorder()
-    other = make_trainer(tmp_path, by_weights, recorder, model=with_weights(expected[3]), max_steps=3)
-    other.train()
-    assert_exact(by_weights.ema, other.model, expected[:4] + recorder.weights)
-
-
-def test_a_checkpoint_that_a_kill_has_left_without_the_state_resumes_from_the_snapshots(
-    tmp_path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    """The trainer calls its callbacks after it has saved a checkpoint."""
-    options = EVERY | {"checkpoint_dtype": None}
-    with pytest.raises(KeyError, match="the training fails here"):
-        one = PostHocCallback(tmp_path / "ema", **options)
-        make_trainer(tmp_path, one, Recorder(fails_at=9), save_total_limit=1).train()
-    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["checkpoint-8"]
-    (tmp_path / "out/checkpoint-8/posthoc_ema.pt").unlink()
-    callback = PostHocCallback(tmp_path / "ema", **options)
-    resumed = make_trainer(tmp_path, callback)
-    resumed.train(resume_from_checkpoint=True)
-    assert "holds no state of this callback" in caplog.text
-    assert_exact(callback.ema, resumed.model, expected)
-
-
-def test_accumulation_and_skipped_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that a GradScaler skips do not count, though the trainer counts them."""
-    calls = skip_steps(monkeypatch, (2, 3))
-    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Recorder()
-    trainer = make_trainer(tmp_path, callback, recorder, gradient_accumulation_steps=3, save_strategy="no", max_steps=6)
-    trainer.train()
-    assert trainer.state.global_step == len(calls) == 6
-    del recorder.weights[1:3]
-    assert_exact(callback.ema, trainer.model, recorder.weights)
 
 
 def test_a_training_that_begins_again_with_smaller_batches_continues_its_averages(
@@ -267,23 +217,6 @@ def mean(weights: list[Any], count: int) -> dict[str, torch.Tensor]:
     return {name: sum(step[name] for step in weights[-count:]) / count for name in weights[0]}
 
 
-def test_a_folder_is_saved_for_each_of_several_averages(tmp_path: Path) -> None:
-    callback = PostHocCallback(tmp_path / "ema", evaluate=[0.2, 0.1], folders=True, **EVERY)
-    make_trainer(tmp_path, callback, max_steps=4, eval_strategy="steps").train()
-    assert {path.name for path in (tmp_path / "out/checkpoint-4").glob("ema*")} == {"ema_0.1", "ema_0.2"}
-
-
-def test_evaluations_before_the_first_update_use_the_raw_weights(tmp_path: Path) -> None:
-    callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY | {"update_every": 2}), Recorder()
-    trainer = make_trainer(tmp_path, recorder, max_steps=4, eval_steps=1, save_steps=1, learning_rate=10.0, **BEST)
-    callback.install(trainer).options["update_after_step"] = 2
-    trainer.train()
-    losses = logged(trainer)
-    assert min(losses, key=losses.get) == 1  # with this rate the steps increase the loss
-    assert losses[1] == pytest.approx(loss(recorder.weights[0], tmp_path), rel=1e-5)
-    assert distance(dict(trainer.model.named_parameters()), recorder.weights[0]) == 0
-
-
 @heavy
 def test_replicas_in_two_processes_evaluate_one_average(tmp_path: Path) -> None:
     assert exit_codes_of_two("-m", "integrations.llama", tmp_path, 0) == [0, 0]
@@ -366,17 +299,6 @@ def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
     assert set(Run(tmp_path / "ema").tensors) == set(saved)
 
 
-def test_bf16_parameters_and_a_compiled_model(tmp_path: Path) -> None:
-    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Recorder()
-    options = {"torch_compile": True, "torch_compile_backend": "eager", "save_strategy": "no"}
-    trainer = make_trainer(tmp_path, callback, recorder, model=network().bfloat16(), **options)
-    trainer.train()
-    ema = callback.ema
-    assert ema.step == 10
-    weights = ema.state_dict(0.2, dtype=torch.float32)
-    assert distance(weights, exact(recorder.weights, 0.2)) < 1e-6
-
-
 def test_bad_arguments_and_callbacks_are_errors_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(InvalidValueError, match=r"evaluate=0\.15"):
         PostHocCallback(tmp_path / "ema", folders=True)
@@ -398,36 +320,16 @@ def test_bad_arguments_and_callbacks_are_errors_at_once(tmp_path: Path, caplog: 
         make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_strategy="no").train()
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_early_stopping_on_the_averages_metric(
-    tmp_path: Path, first: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """That callback counts its calls, and is disabled by one without the metric; it may be before or after ours."""
-    seen: list[dict[str, float]] = []
-
-    class Watching(EarlyStoppingCallback):
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **others: Any) -> None:
-            seen.append(metrics)
-            super().on_evaluate(args, state, control, metrics, **others)
-
-    stopping = Watching(early_stopping_patience=2)
-    trainer = make_trainer(
-        tmp_path, *[stopping] * first, learning_rate=10.0, eval_steps=1, save_steps=1, disable_tqdm=False, **BEST
-    )
+def test_early_stopping_on_the_averages_metric(tmp_path: Path) -> None:
+    """That callback counts its calls, and is disabled by one without the metric; here it is before ours."""
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = make_trainer(tmp_path, stopping, learning_rate=10.0, eval_steps=1, save_steps=1, **BEST)
     PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY).install(trainer)
-    if not first:
-        trainer.add_callback(stopping)
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     trainer.train()
-    assert "disabled" not in caplog.text
     losses = [*logged(trainer).values()]
-    assert [metrics["eval_ema_loss"] for metrics in seen] == losses
-    assert all("eval_loss" in metrics for metrics in seen)
     worse = [loss >= best for loss, best in zip(losses[1:], itertools.accumulate(losses, min), strict=False)]
     assert worse == [False] * (len(worse) - 2) + [True] * 2  # such steps only make it worse, and the second one ends it
-    assert trainer.state.global_step == len(seen) < 10
-    assert trainer.evaluate().keys() == {*seen[-1], "epoch"}
-    assert len(seen) == trainer.state.global_step + 1
+    assert trainer.state.global_step == len(losses) < 10
 
 
 def test_a_callback_given_twice_counts_each_step_once(tmp_path: Path, expected: list[Any]) -> None:
@@ -435,67 +337,3 @@ def test_a_callback_given_twice_counts_each_step_once(tmp_path: Path, expected: 
     trainer = make_trainer(tmp_path, callback, callback)
     trainer.train()
     assert_exact(callback.ema, trainer.model, expected)
-
-
-def test_cells_run_again(tmp_path: Path) -> None:
-    callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY), Recorder()
-    trainer = make_trainer(tmp_path, recorder, learning_rate=10.0, **BEST)
-    for _ in range(2):
-        assert callback.install(trainer) is callback
-    with pytest.raises(InvalidValueError, match="hold two PostHocCallback"):
-        PostHocCallback(tmp_path / "other", evaluate=0.2).install(trainer)
-    stock = trainer.evaluate
-    trainer.evaluate = lambda *given, **others: stock(*given, **others)  # a wrapper after ours
-    trainer.train()
-    best = int(trainer.state.best_model_checkpoint.split("-")[-1])
-    assert distance(dict(trainer.model.named_parameters()), exact(recorder.weights[:best], 0.2)) < 1e-6
-    assert callback.ema.step == 10
-    again = PostHocCallback(tmp_path / "again", evaluate=0.1, **EVERY)
-    trainer.remove_callback(PostHocCallback)
-    again.install(trainer).ema = callback.ema
-    with callback.ema.model(trainer.model, 0.1):
-        wanted = trainer.evaluate()["eval_loss"]
-    assert trainer.evaluate()["eval_ema_loss"] == pytest.approx(wanted, rel=1e-6)
-
-
-def test_a_release_without_a_name_that_the_callback_uses_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(Trainer, "_load_best_model")
-    with pytest.raises(NotReadyError, match=r"found no Trainer\._load_best_model in transformers"):
-        PostHocCallback(tmp_path / "ema", evaluate=0.15).install(make_trainer(tmp_path))
-    monkeypatch.setattr(Trainer, "save_model", lambda self, output_dir=None: None)
-    with pytest.raises(NotReadyError, match=r"and no Trainer\.save_model\(_internal_call=\) in transformers"):
-        make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.15))
-
-
-def test_removing_the_callback_restores_the_trainer(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY), max_steps=4)
-    trainer.remove_callback(PostHocCallback)
-    trainer.train()
-    assert not any("ema" in name for name in trainer.evaluate())
-    assert not (tmp_path / "out/checkpoint-4/posthoc_ema.pt").exists()
-
-
-@heavy
-def test_a_trainer_of_trl(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="trl is not installed: make integrations installs it")
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed: make integrations installs it")
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(32)}, unk_token="w0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
-    rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in DATA])
-    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Recorder()
-    args = trl.SFTConfig(
-        str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False
-    )
-    trainer = trl.SFTTrainer(network(), args, train_dataset=rows, processing_class=tokenizer, callbacks=[recorder])
-    callback.install(trainer)
-    trainer.train()
-    assert_exact(callback.ema, trainer.model, recorder.weights)
-    kinds = {
-        "ema/t" in entry: "mean_token_accuracy" in entry for entry in trainer.state.log_history if "epoch" in entry
-    }
-    assert kinds == {True: False, False: True}  # our figures do not remove its own

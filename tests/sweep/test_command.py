@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
-from ema_command import Ema, unmeasured_environment
+from ema_command import Ema
 from factories import random_walk, write_run
+from forked import EMA, Forked
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, Run
@@ -70,13 +70,17 @@ def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(
     monkeypatch.chdir(tmp_path)
     kept = tmp_path / "kept"
     kept.mkdir()
-    command = shell(f'cd /; cp "$1" {kept}/$2-$3.safetensors; echo "$4" > {kept}/$2-$3; touch "$4/mine"; echo $2')
+    count = f"ls {tmp_path}/my*/.scratch | wc -l >> {kept}/counts"  # of one average and one folder
+    command = shell(
+        f'cd /; {count}; cp "$1" {kept}/$2-$3.safetensors; echo "$4" > {kept}/$2-$3; echo > "$4/a"; echo $2'
+    )
     report = swept(run, Path("my sweep"), command, axis=GRID, repeats=2)
     assert [(trial.x, trial.seed) for trial in report.trials] == [(x, seed) for x in LENGTHS for seed in (0, 1)]
     for x in LENGTHS:
         assert_same_tensors(load_file(kept / f"{x}-1.safetensors"), run.average(x))
         assert not Path((kept / f"{x}-0").read_text().strip()).exists()
     assert (kept / "0.1-0").read_text() != (kept / "0.1-1").read_text()
+    assert (kept / "counts").read_text().split() == ["2"] * 6
 
 
 def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_path: Path) -> None:
@@ -93,7 +97,7 @@ def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_pa
     assert len(calls.read_text().split()) == 7
 
 
-def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None:
+def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(tmp_path: Path) -> None:
     records = Records(tmp_path, {"run": "r", "t": 1})
     trials = [Trial("sigma_rel 0.1", 0.1, seed, 0.5, seconds=1.0, log="logs/x") for seed in range(3)]
     for trial in trials[:2]:
@@ -104,16 +108,18 @@ def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None
     records.append(trials[2])
     assert records.read() == [trials[0], trials[2]]
     assert Records(tmp_path, {"run": "other", "t": 1}).read() == []
+    for odd in ({"x": "0.1"}, {"x": [1]}, {"seed": "0"}, {"value": "a"}, {"value": 10**400}, {"standard_error": "1"}):
+        entry = {"question": {"run": "r", "t": 1}, "trial": vars(trials[1]) | odd}
+        path.write_text(f"{json.dumps(entry)}\n{'[' * 100_000}\n{'9' * 10_000}\n")
+        assert records.read() == []
 
 
 @pytest.mark.parametrize(
     ("script", "message"),
     [
         ("echo broken >&2; exit 3", "ended with exit code 3: broken"),
-        ("exit 3", "ended with exit code 3, and wrote nothing"),
         ("kill -9 $$", "ended by signal 9, and wrote nothing"),
         ("echo nan", "its metric is nan: nan"),
-        ("true", "no line of its output is a number, and wrote nothing"),
     ],
 )
 def test_a_trial_that_fails_is_reported_and_has_no_value(run: Run, tmp_path: Path, script: str, message: str) -> None:
@@ -142,10 +148,9 @@ def test_a_summary_counts_trials_and_json_is_the_result_alone(ema: Ema, run: Run
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("axis", [Axis("sigma_rel", 0.05, 0.25), GRID])
-def test_a_metric_that_is_always_the_same_is_an_error_and_writes_no_best(run: Run, tmp_path: Path, axis: Axis) -> None:
+def test_a_metric_that_is_always_the_same_is_an_error_and_writes_no_best(run: Run, tmp_path: Path) -> None:
     with refused("the sweep", "every trial has the same metric, 5; does the evaluation use", kind=PostHocError):
-        swept(run, tmp_path / "out", "sh -c 'echo 5' {weights}", axis=axis)
+        swept(run, tmp_path / "out", "sh -c 'echo 5' {weights}", axis=GRID)
     assert names(tmp_path / "out") == {"logs", "trials.jsonl", ".ema.lock"}
 
 
@@ -153,9 +158,7 @@ def test_a_metric_that_is_always_the_same_is_an_error_and_writes_no_best(run: Ru
     ("script", "metric", "message"),
     [
         ('echo "{\\"acc\\": 1, \\"f1\\": 2}"', Metric("loss"), "metric loss: no line .*; found 'acc', 'f1'"),
-        ("echo hello", PRINTED, "metric: no line of its output is a number: hello"),
         ('echo "{\\"acc\\": 1}" > $4/r.json', Metric("loss", "r.json"), "r.json has no member 'loss'; found 'acc'"),
-        ('echo "{}" > $4/r.json', Metric("loss", "*s.json"), "there is no \\*s.json in its folder; found 'r.json'"),
     ],
 )
 def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
@@ -169,7 +172,7 @@ def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
 
 @pytest.mark.parametrize(
     ("axis", "best"),
-    [(Axis("sigma_rel", 0.15, 0.28), 0.1), (Axis("sigma_rel", 0.05, 0.08), 0.1), (Axis("window", 12, 20), 7)],
+    [(Axis("sigma_rel", 0.05, 0.08), 0.1), (Axis("window", 12, 20), 7)],
 )
 def test_a_search_continues_beyond_an_end_that_is_best(run: Run, tmp_path: Path, axis: Axis, best: float) -> None:
     command = f"awk 'BEGIN {{ print log({{sigma_rel}} / {best}) ^ 2 }}' {{weights}}"
@@ -269,14 +272,14 @@ def test_only_the_children_of_a_trial_end_with_it(run: Run, tmp_path: Path) -> N
         os.kill(int((tmp_path / "escaped").read_text()), signal.SIGKILL)
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes] | None = None) -> None:
+def wait_for(path: Path, process: Forked | None = None) -> None:
     """Wait until a file has content; fail if the process that causes it has ended."""
     while not path.exists() or not path.read_text():
         assert process is None or process.poll() is None
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("trap", "times"), [("", 1), ('trap "" TERM; ', 1), ('trap "" TERM; ', 2)])
+@pytest.mark.parametrize(("trap", "times"), [("", 1), ('trap "" TERM; ', 2)])
 def test_ctrl_c_stops_at_once_and_keeps_what_was_measured(run: Run, tmp_path: Path, trap: str, times: int) -> None:
     """This holds for a trial that ignores SIGTERM, and for Ctrl-C pressed twice; here the second trial hangs."""
     out = tmp_path / "out"
@@ -312,10 +315,9 @@ def test_a_sweep_that_is_ended_by_sigterm_ends_its_trial(run: Run, tmp_path: Pat
     """`timeout` and batch systems send this signal."""
     command = shell(f"echo $$ > {tmp_path}/hangs; sleep 60")
     options = ["--sigma-rel", "0.05,0.1,0.2", "--minimize", "--out", tmp_path / "out"]
-    words = [sys.executable, "-m", "posthoc_cli", "sweep", run.directory, "--run", command, *options]
-    with subprocess.Popen([*map(str, words)], env=unmeasured_environment(), stderr=subprocess.DEVNULL) as process:
+    with Forked(EMA, "sweep", run.directory, "--run", command, *options) as process:
         wait_for(tmp_path / "hangs", process)
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
     assert gone(tmp_path / "hangs")
     assert names(tmp_path / "out") == {"logs", ".ema.lock"}
@@ -334,9 +336,8 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
         "Sweep(Run(sys.argv[1]), sys.argv[2], Metric('x', 'm.json'), Path(sys.argv[3]),"
         " Axis.of_values('sigma_rel', [0.05, 0.1, 0.2])).run_all()"
     )
-    with subprocess.Popen([sys.executable, "-c", script, str(run.directory), command, str(out)]) as process:
+    with Forked(script, run.directory, command, out) as process:
         wait_for(tmp_path / "pid", process)
-        process.kill()
     report = swept(run, out, command, Metric("x", "m.json"), axis=GRID)
     assert [trial.value for trial in report.trials] == list(LENGTHS)
     assert (out / f"{report.trials[0].log}.out").read_text() == "0.05\n"
@@ -359,9 +360,8 @@ def test_a_folder_of_other_files_is_refused_before_any_is_replaced(run: Run, tmp
 
 @pytest.mark.parametrize(
     ("axis", "count"),
-    [(Axis("sigma_rel", 0.1, 0.1001), 6), (Axis("window", 18, 20), 3), (Axis("beta", 0.9, 0.9001), 6),
-     (Axis("sigma_rel", 0.1, math.nextafter(0.1, 1)), 2)],
-)  # fmt: skip
+    [(Axis("window", 18, 20), 3), (Axis("beta", 0.9, 0.9001), 6), (Axis("sigma_rel", 0.1, math.nextafter(0.1, 1)), 2)],
+)
 def test_each_length_of_a_narrow_range_is_measured_once(run: Run, tmp_path: Path, axis: Axis, count: int) -> None:
     command = "sh -c 'touch $1/file && echo $2' sh {dir} {sigma_rel} {weights}"
     report = swept(run, tmp_path / "out", command, axis=axis, budget=6)
@@ -370,10 +370,10 @@ def test_each_length_of_a_narrow_range_is_measured_once(run: Run, tmp_path: Path
     assert sum(axis.low <= trial.x <= axis.high for trial in report.trials) == count
 
 
-@pytest.mark.parametrize(("kind", "named"), [("sigma_rel", (0.05123, 0.09, 0.25)), ("beta", (0.61234, 0.8, 0.9))])
-def test_the_best_of_a_list_is_one_of_it(run: Run, tmp_path: Path, kind: str, named: tuple[float, ...]) -> None:
-    report = swept(run, tmp_path / "out", shell("echo $2"), axis=Axis.of_values(kind, named))
-    assert report.found.best == report.to_dict()["best"][kind] == named[0]
+def test_the_best_of_a_list_is_one_of_it(run: Run, tmp_path: Path) -> None:
+    named = (0.61234, 0.8, 0.9)
+    report = swept(run, tmp_path / "out", shell("echo $2"), axis=Axis.of_values("beta", named))
+    assert report.found.best == report.to_dict()["best"]["beta"] == named[0]
     assert report.to_dict()["equal_within_noise"][0] <= named[0]
     assert sweep(run, lambda w: abs(w.predicted_error), values=[0.05, 0.1, 0.28]).best.sigma_rel in (0.05, 0.1, 0.28)
 
@@ -382,18 +382,14 @@ def test_the_best_of_a_list_is_one_of_it(run: Run, tmp_path: Path, kind: str, na
     ("axis", "formula", "best"),
     [
         (Axis("beta", 0.5, 0.95), "log((1 - {sigma_rel}) / 0.2)", 0.8),
-        (Axis("window", 2, 20), "log({sigma_rel} / 7)", 7),
         (Axis("decay:linear", 0.05, 0.5), "log({sigma_rel} / 0.2)", 0.2),
         (Axis("half-life", 2, 20), "log({sigma_rel} / 5)", 5),
     ],
 )
 def test_decays_and_windows_are_searched_too(run: Run, tmp_path: Path, axis: Axis, formula: str, best: float) -> None:
-    report, again = (
-        swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis) for _ in "12"
-    )
+    report = swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis)
     assert report.found.best == pytest.approx(best, rel=0.05)
     assert report.best.title.startswith(axis.kind)
-    assert again.trials == report.trials
 
 
 FIRST = """
@@ -405,20 +401,13 @@ def first(path, name="a"):
 """
 
 
-def test_one_average_exists_at_a_time(run: Run, tmp_path: Path) -> None:
-    command = shell(f"ls {tmp_path}/out/.scratch | grep -c safetensors; ls {tmp_path}/out/.scratch | wc -l; echo $2")
-    report = swept(run, tmp_path / "out", command, axis=GRID, repeats=2)
-    for trial in report.trials:
-        assert (tmp_path / "out" / f"{trial.log}.out").read_text().split()[:2] == ["1", "2"]
-
-
 def test_a_trial_gets_a_copy_of_a_model_folder(run: Run, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     save_file({name: torch.zeros_like(value) for name, value in run.average(0.1).items()}, model / "model.safetensors")
     (model / "config.json").write_text("{}")
     command = shell('ls $1 | wc -l | tr "\\n" .; echo $2 | cut -c3-')
-    for _ in range(2):
+    for _ in range(2):  # the second one replaces the best average
         report = swept(run, tmp_path / "out", command, axis=GRID, like=model)
         assert [math.floor(trial.value) for trial in report.trials] == [2] * 3
         assert_same_tensors(load_file(tmp_path / "out/best/model.safetensors"), run.average(report.best))
@@ -433,7 +422,7 @@ def test_a_trial_gets_a_copy_of_a_model_folder(run: Run, tmp_path: Path) -> None
         *[("values", "two lengths", {"values": values}) for values in ([0.1], [0.1, 0.1], [])],
         ("sigma_rel", "must be a number", {"values": ["0.1", 0.2]}),
         ("budget", "must be a whole number", {"low": 0.1, "high": 0.2, "budget": 6.5}),
-        ("budget", "at least 6", {"budget": 3}),
+        ("budget", "at least 6", {"low": 0.1, "high": 0.2, "budget": 3}),
         *[("metric", "must ", {"metric": lambda _, result=result: result}) for result in ("a", (1.0, "a"), (1, 0, 2))],
         ("metric", "must ", {"metric": None}),
     ],
@@ -443,12 +432,9 @@ def test_in_python_arguments_are_checked(run: Run, subject: str, reason: str, ar
         sweep(run, **{"metric": lambda _: 1.0, **({"values": LENGTHS} if subject == "metric" else {}), **arguments})
 
 
-@pytest.mark.parametrize(
-    "lengths", [{"values": np.array([0.0625, 0.125, 0.25], np.float32)}, {"low": np.float32(0.0625), "high": 0.25}]
-)
-def test_in_python_lengths_may_be_numpys(run: Run, tmp_path: Path, lengths: dict[str, Any]) -> None:
+def test_in_python_lengths_may_be_numpys(run: Run, tmp_path: Path) -> None:
     """They become usual numbers in the file of the result."""
-    sweep(run, lambda weights: weights["a"].norm(), **lengths).write(tmp_path)
+    sweep(run, lambda weights: weights["a"].norm(), low=np.float32(0.0625), high=0.25).write(tmp_path)
     assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["x"] == 0.0625
 
 
@@ -481,8 +467,8 @@ def test_the_number_of_last_checkpoints_is_searched(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for step in range(1, 31):
         save_file({"a": torch.full((4,), float(step))}, tmp_path / f"checkpoints/step-{step}.safetensors")
-    program = "import sys; from safetensors import numpy; print(abs(numpy.load_file(sys.argv[1])['a'][0] - 22.5))"
-    run, command = Run(tmp_path / "checkpoints"), shlex.join([sys.executable, "-c", program, "{weights}"])
+    program = f"{FIRST}print(abs(first(sys.argv[1]) - 22.5))"
+    run, command = Run(tmp_path / "checkpoints"), shlex.join([sys.executable, "-S", "-c", program, "{weights}"])
     report = swept(run, tmp_path / "out", command, axis=Axis.parse("last:2:12", "target"), budget=12)
     made = {int(trial.target.removeprefix("last:")): trial.value for trial in report.trials if trial.target != "raw"}
     assert made == pytest.approx({n: abs(8 - n / 2) for n in made})  # the mean of the last n is 30.5 - n / 2
