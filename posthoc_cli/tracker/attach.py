@@ -7,14 +7,14 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.tracker.model import unwrapped
-from posthoc_cli.tracker.state import Settings
+
+Update = Callable[[torch.nn.Module, float | None], None]
 
 _BY_HAND = "leave attach out, and call ema.update_(model) after each step that was taken"
 
@@ -31,15 +31,6 @@ class WeakModel:
         return self._bare() if model is None else model
 
 
-class AttachedTracker(Protocol):
-    """The members of a tracker that an attachment uses."""
-
-    settings: Settings
-    checkpoint_dir: Path
-
-    def update_(self, model: torch.nn.Module, t: float | None = None) -> None: ...  # noqa: D102
-
-
 class Attachment:
     """A tracker's attachment to one optimizer, until `remove`.
 
@@ -54,14 +45,10 @@ class Attachment:
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        tracker: AttachedTracker,
-        model: WeakModel,
-        t: Callable[[], float] | None,
-    ) -> None:
+        self, optimizer: torch.optim.Optimizer, update: Update, model: WeakModel, t: Callable[[], float] | None
+    ) -> None:  # fmt: skip
         self.steps = 0
-        self._optimizer, self._tracker, self._model, self._t = weakref.ref(optimizer), tracker, model, t
+        self._optimizer, self._update, self._model, self._t = weakref.ref(optimizer), update, model, t
         self._is_updating = False
         # A compiled step must not trace file operations and counters.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
@@ -92,7 +79,7 @@ class Attachment:
                     raise NotReadyError("attach", "the model that this tracker was made with no longer exists")
                 self._is_updating = True
                 self.steps += 1
-                self._tracker.update_(model, None if self._t is None else self._t())
+                self._update(model, None if self._t is None else self._t())
         except BaseException:
             # If a step raises, a GradScaler leaves these attributes set, and would multiply the next scale by them.
             for name in ("grad_scale", "found_inf"):
@@ -103,14 +90,10 @@ class Attachment:
 
 
 def attach(
-    tracker: AttachedTracker,
-    optimizer: object,
-    model: WeakModel | None,
-    t: Callable[[], float] | None,
-    before: Attachment | None,
-) -> Attachment:
-    """Attach a tracker to an optimizer, in place of `before` and of another tracker of its directory."""
-    unit = tracker.settings.t_unit
+    update: Update, directory: Path, unit: str, optimizer: object, model: WeakModel | None,
+    t: Callable[[], float] | None, before: Attachment | None,
+) -> Attachment:  # fmt: skip
+    """Attach a directory's tracker to an optimizer, in place of `before` and of another tracker of the directory."""
     if not callable(t) and (t is not None or unit != "steps"):
         reason = f"t {t!r}: must be a function that returns the training time in {unit}"
         raise InvalidValueError("attach", reason, "such as attach(optimizer, t=lambda: seen)")
@@ -125,10 +108,10 @@ def attach(
         raise InvalidValueError("attach", reason, hint)
     attachments = _attachments.setdefault(stepping, {})
     # An earlier tracker of the directory is of a notebook's cell that has run again.
-    for earlier in (before, attachments.get(tracker.checkpoint_dir)):
+    for earlier in (before, attachments.get(directory)):
         if earlier is not None:
             earlier.remove()
-    attachments[tracker.checkpoint_dir] = made = Attachment(stepping, tracker, model, t)
+    attachments[directory] = made = Attachment(stepping, update, model, t)
     return made
 
 
@@ -146,34 +129,21 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     while isinstance(optimizer, accelerated):
         optimizer = optimizer.optimizer
     kind = type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.Optimizer) and _has_hooks(optimizer):
-        # torch wraps the `step` of a class in its hooks; `unwrap` returns the method as it was written.
-        steps = {inspect.unwrap(vars(base)["step"]) for base in type(optimizer).__mro__ if "step" in vars(base)}
-        if len(steps) > 2:  # with that of torch.optim.Optimizer
-            reason = f"{kind} overrides a step, and torch calls the hooks of both where one calls the other"
-            raise InvalidValueError("attach", reason, _BY_HAND)
-        if "grad_scaler" in inspect.signature(optimizer.step).parameters:
-            raise InvalidValueError("attach", f"{kind} takes the GradScaler, and may skip a step unnoticed", _BY_HAND)
-        return optimizer
-    is_scheduler = isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler)
-    if isinstance(optimizer, torch.optim.Optimizer) or (hasattr(optimizer, "optimizer") and not is_scheduler):
-        reason = f"{kind} is a wrapper around an optimizer, whose steps need not be those of the training"
-        raise InvalidValueError("attach", reason, _BY_HAND)
-    raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
-
-
-def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer calls step hooks itself; a wrapper around an optimizer may only look like one."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        if hasattr(optimizer, "optimizer") and not isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):
+            raise InvalidValueError("attach", f"{kind} wraps an optimizer, whose steps it may skip", _BY_HAND)
+        raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
     # Not `hasattr`: a wrapper may forward attributes, and the registration of hooks, to the optimizer that it wraps.
-    if not {"defaults", "state", "param_groups"} <= vars(optimizer).keys():
-        return False
-    try:
-        hook = optimizer.register_step_post_hook(lambda *_: None)
-    except AttributeError:
-        return False
-    hook.remove()
-    hooks = hook.hooks_dict_ref()
-    return any(value is hooks for value in vars(optimizer).values())
+    if "_optimizer_step_post_hooks" not in vars(optimizer):
+        raise InvalidValueError("attach", f"{kind} wraps an optimizer, whose steps it may skip", _BY_HAND)
+    # torch wraps the `step` of a class in its hooks; `unwrap` returns the method as it was written.
+    steps = {inspect.unwrap(vars(base)["step"]) for base in type(optimizer).__mro__ if "step" in vars(base)}
+    if len(steps) > 2:  # with that of torch.optim.Optimizer
+        reason = f"{kind} overrides a step, and torch calls the hooks of both where one calls the other"
+        raise InvalidValueError("attach", reason, _BY_HAND)
+    if "grad_scaler" in inspect.signature(optimizer.step).parameters:
+        raise InvalidValueError("attach", f"{kind} takes the GradScaler, and may skip a step unnoticed", _BY_HAND)
+    return optimizer
 
 
 def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:

@@ -308,18 +308,14 @@ def _openmp() -> ThreadpoolController:
 class BackpressureMonitor:
     """Times background jobs (`what`) and the training's waits for them; warns once if the training waits for long.
 
-    `option` of the tracker sets how often jobs come.
-
     Attributes:
         job_seconds: how long the last job took.
         wait_seconds: how long the training waited before it could queue the last job.
     """
 
-    def __init__(self, what: str, option: str) -> None:
+    def __init__(self, what: str) -> None:
         self.job_seconds = self.wait_seconds = 0.0
-        self._what, self._option = what, option
-        self._jobs, self._waits, self._job_total, self._wait_total = 0, 0, 0.0, 0.0
-        self._begin, self._warned = time.monotonic(), False
+        self._what, self._waited, self._begin, self._warned = what, 0.0, time.monotonic(), False
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Run and time a job."""
@@ -328,28 +324,23 @@ class BackpressureMonitor:
             return work()
         finally:
             self.job_seconds = time.monotonic() - began
-            self._job_total += self.job_seconds
-            self._jobs += 1
 
     def wait(self, wait: Callable[[], None]) -> None:
         """Call `wait`, which returns when a new job can be queued, and time it."""
         began = time.monotonic()
         wait()
         self.wait_seconds = time.monotonic() - began
-        self._waits += 1
-        self._wait_total += self.wait_seconds
+        self._waited += self.wait_seconds
 
     def warn(self) -> None:
         """Warn if the training has waited for long; call it last, since a filter may turn the warning into an error."""
-        training = time.monotonic() - self._begin - self._wait_total
-        if self._warned or self._wait_total < max(PATIENCE, 0.1 * training) or not self._jobs:
-            return
-        self._warned = True
-        duration, interval = self._job_total / self._jobs, training / self._waits
-        warn(
-            f"{self._what} takes {duration:.3g} s and is due every {interval:.3g} s: training has waited "
-            f"{self._wait_total:.3g} s so far; a larger {self._option} makes it rarer"
-        )
+        training = time.monotonic() - self._begin - self._waited
+        if not self._warned and self._waited >= max(PATIENCE, 0.1 * training):
+            self._warned = True
+            times = (
+                f"{self._waited:.3g} s of {training + self._waited:.3g} s; the last one took {self.job_seconds:.3g} s"
+            )
+            warn(f"training has waited for {self._what} for {times}: a larger interval makes them rarer")
 
 
 # --- accelerators

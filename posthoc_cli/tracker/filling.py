@@ -1,32 +1,21 @@
-"""Synthesized weights in Python: as a state dict, and swapped into a live model."""
+"""Averaged weights in a model: filled in for good, or swapped in for a block; and BatchNorm's statistics for them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import chain, islice
+from itertools import chain
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, warn
-from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.snapshot import running_statistics, statistics_notice
-from posthoc_cli.synthesis.engine import check_device, synthesize
-from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.tracker.model import (
-    ON_META,
-    ModelTensors,
-    NamedTensor,
-    check_model,
-    named_tensors,
-    swapped,
-)
-from posthoc_cli.tracker.processes import as_dtensor, held_part, is_fsdp, is_fully_sharded, is_sharded, reshard
+from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors, swapped
+from posthoc_cli.tracker.processes import held_part, is_fsdp, is_fully_sharded, is_sharded, reshard
 
 Entered = TypeVar("Entered")
 
@@ -50,75 +39,50 @@ class WithStatement(Generic[Entered]):
         return self._open.pop().__exit__(kind, error, trace)
 
 
-def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
-    """Copy `weights` into the tensors of a model that have their names; its other tensors do not change.
+# --- what fits
 
-    The shapes are those of the model, of a DTensor that of this process's part. With `own_dtypes` the model keeps its
-    dtypes and is changed in place; else it takes the dtypes of `weights`. An error leaves the model unchanged.
+
+def targets_of(
+    model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: object = None, meta: bool = False
+) -> dict[str, NamedTensor]:
+    """Return the model's tensors of these names and, in this process, shapes.
+
+    Arguments:
+        dtype: dtypes other than the model's that its tensors are to take, for messages; None to keep its own.
+        meta: accept tensors without values.
+
+    Raises:
+        ModelMismatchError, InvalidValueError: a tensor cannot be loaded; the message names it.
     """
-    targets = check_weights(model, weights, own_dtypes)
-    with torch.inference_mode(False), torch.no_grad():
-        for name, target in targets.items():
-            load_weight(target.tensor, weights[name], own_dtypes)
+    tensors = {tensor.name: tensor for tensor in named_tensors(check_model(model))}
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ModelMismatchError(f"tensor {name!r}", "is in the averaged weights, but the model has no such tensor")
+        tensor = tensors[name].tensor
+        if tensor.is_meta and not meta:
+            raise InvalidValueError("tensor", *ON_META, value=f"{name!r}")
+        held = list(held_part(tensor).shape)
+        if held != list(shape):
+            reason = f"has the shape {held} in the model, {list(shape)} in the averaged weights"
+            if is_sharded(tensor):
+                reason = "is sharded over processes, and this tracker was made before that, or without the model"
+            raise ModelMismatchError(f"tensor {name!r}", reason)
+    keeps = any(is_fsdp(module) or is_fully_sharded(module) for module in model.modules())
+    if dtype is not None and (keeps or any(is_sharded(entry.tensor) for entry in tensors.values())):
+        raise InvalidValueError("dtype", "a sharded model keeps the dtypes it has", "leave dtype out", value=dtype)
+    return {name: tensors[name] for name in shapes}
 
 
 @torch.no_grad()
 def check_weights(
     model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True, meta: bool = False
 ) -> dict[str, NamedTensor]:
-    """Return the model's tensors that `weights` are for; with `meta` also tensors without values.
-
-    Raises:
-        ModelMismatchError, InvalidValueError, NonFiniteError: a tensor cannot be loaded; the message names it.
-    """
-    targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
-    for name, target in targets.items():
-        if target.tensor.is_meta and not meta:
-            raise InvalidValueError("tensor", *ON_META, value=f"{name!r}")
-        if own_dtypes:
-            check_fits(name, weights[name], target.tensor.dtype)
-    if not own_dtypes:
-        check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
+    """Return the model's tensors that `weights` are for, see `targets_of`; a NonFiniteError names one out of range."""
+    dtypes = None if own_dtypes else ", ".join(sorted({str(value.dtype) for value in weights.values()})) or None
+    targets = targets_of(model, {name: tuple(value.shape) for name, value in weights.items()}, dtypes, meta)
+    for name, target in targets.items() if own_dtypes else ():
+        check_fits(name, weights[name], target.tensor.dtype)
     return targets
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def copied_weights(tensors: ModelTensors, dtype: torch.dtype | str | None) -> Weights:
-    """Return copies of a model's tensors on the host under all of their names, the averaged ones in `dtype`."""
-    stored = parse_dtype(dtype)
-    wanted = None if stored is None else torch_dtype(stored)
-    weights = Weights()
-    for name, value in tensors.averaged.items():
-        weights[name] = value.to("cpu", wanted, copy=True)
-    for name, value in tensors.copied.items():
-        weights[name] = value.to("cpu", copy=True)
-    for alias, name in tensors.aliases.items():
-        weights[alias] = weights[name]
-    return weights
-
-
-def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
-    """Copy one value into a model's tensor, for a DTensor into this process's part; see `load_weights`."""
-    if is_sharded(target) and not own_dtype and value.dtype != target.dtype:
-        _replace_chunk(target, value)
-        return
-    target = held_part(target)
-    if not _is_writable(target):
-        target.data = value.to(target.device, target.dtype, copy=True)
-    elif own_dtype or value.dtype == target.dtype:
-        target.data.copy_(value)
-    else:
-        target.data = value.to(target.device, copy=True)
-
-
-def _replace_chunk(tensor: torch.Tensor, local: torch.Tensor) -> None:
-    """Replace the elements of a DTensor in this process by others of another dtype; it stays the same object."""
-    new = as_dtensor(local.clone(), tensor).to(tensor.device)
-    if isinstance(tensor, torch.nn.Parameter):
-        new = torch.nn.Parameter(new, tensor.requires_grad)
-    vars(new).update(vars(tensor))
-    torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
 
 
 def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
@@ -128,11 +92,84 @@ def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         return
     lost = values.isfinite() & ~values.to(dtype).float().isfinite()
     if bool(lost.any()):
-        largest = float(values[lost].abs().max())
-        reason = (
-            f"the model's {dtype} cannot hold its largest value, {largest:.6g}; dtype=torch.float32 changes the model's"
-        )
+        largest = f"cannot hold its largest value, {float(values[lost].abs().max()):.6g}"
+        reason = f"the model's {dtype} {largest}; dtype=torch.float32 changes the model's"
         raise NonFiniteError(f"tensor {name!r}", reason)
+
+
+# --- for good
+
+
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
+    """Copy `weights` into the tensors of a model that have their names; its other tensors do not change.
+
+    The shapes are those of the model, of a DTensor that of this process's part. With `own_dtypes` the model keeps its
+    dtypes and is changed in place; else it takes the dtypes of `weights`. An error leaves the model unchanged.
+    """
+    targets = check_weights(model, weights, own_dtypes)
+    with torch.inference_mode(False), torch.no_grad():
+        for name, target in targets.items():
+            _load(target.tensor, weights[name], own_dtypes)
+
+
+def _load(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
+    """Copy one value into a model's tensor, for a DTensor into this process's part."""
+    target = held_part(target)
+    if not _is_writable(target):
+        target.data = value.to(target.device, target.dtype, copy=True)
+    elif own_dtype or value.dtype == target.dtype:
+        target.data.copy_(value)
+    else:
+        target.data = value.to(target.device, copy=True)
+
+
+def _is_writable(tensor: torch.Tensor) -> bool:
+    """Return whether values can be copied into a tensor: not if elements share memory (expanded), nor if sparse."""
+    return tensor.layout == torch.strided and all(
+        stride > 0 or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+def fill(
+    model: torch.nn.Module, names: Collection[str], weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Load weights of these names, known to fit, one by one; the model's tensors on `meta` are created on `device`.
+
+    An error of `weights`, or a value that the model's dtype cannot hold, leaves the tensors before it filled.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        _materialise(model, {*names}, device)
+        targets = {tensor.name: tensor for tensor in named_tensors(model)}
+        for name, value in weights:
+            if own_dtypes:
+                check_fits(name, value, targets[name].tensor.dtype)
+            _load(targets[name].tensor, value, own_dtypes)
+    left = [*{id(tensor.tensor): tensor.name for tensor in named_tensors(model) if tensor.tensor.is_meta}.values()]
+    if left:
+        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+        warn(
+            f"on meta still, since no average fills them: {', '.join(left[:10])}{more}; give them values before the "
+            "model is used"
+        )
+
+
+def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device) -> None:
+    """Create on `device` the tensors on `meta` that will be filled; tied tensors stay tied under all names."""
+    on_meta = (named.tensor for named in named_tensors(model) if named.tensor.is_meta and named.name in filled)
+    old = {id(tensor): tensor for tensor in on_meta}
+    new = {key: torch.empty_like(tensor, device=device) for key, tensor in old.items()}
+    for key, tensor in old.items():
+        if isinstance(tensor, torch.nn.Parameter):
+            new[key] = torch.nn.Parameter(new[key], tensor.requires_grad)
+    for module in model.modules():
+        for named in (module.named_parameters, module.named_buffers):
+            for name, value in [*named(recurse=False, remove_duplicate=False)]:
+                if id(value) in new:
+                    setattr(module, name, new[id(value)])
+
+
+# --- for a block
 
 
 @contextmanager
@@ -164,41 +201,38 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
                 stack.callback(setattr, module, "training", module.training)
                 for contents in (module._parameters, module._buffers):
                     for key, tensor in contents.items():
-                        if tensor is None:
-                            stack.callback(contents.__setitem__, key, None)
-                        else:
-                            _save(stack, contents, key, tensor, new_dtypes, own_dtypes)
+                        dtype = None if tensor is None else new_dtypes.get(id(tensor))
+                        stack.callback(_restorer(contents, key, dtype, own_dtypes))
         stack.callback(reshard, model)  # is called first: a forward pass may have replaced chunks by complete tensors
         # The gradients belong to the raw weights, not to the averaged ones, and may have another dtype.
         for parameter in model.parameters():
             parameter.grad = None
         with torch.inference_mode(False), torch.no_grad():
             for name, target in targets.items():
-                load_weight(target.tensor, weights[name], own_dtypes)
+                _load(target.tensor, weights[name], own_dtypes)
         model.eval()
         yield
 
 
-def _save(
-    stack: ExitStack,
-    contents: dict[str, Any],
-    key: str,
-    tensor: torch.Tensor,
-    new_dtypes: Mapping[int, torch.dtype],
-    own_dtypes: bool,
-) -> None:
-    """Push a callback that restores a module's tensor: its storage and, if its values may change, the values."""
-    if is_parameter := isinstance(tensor, torch.nn.Parameter):
-        saves = id(tensor) in new_dtypes
-        # The storage itself is kept, unless one of another dtype is to replace it.
-        in_place = not saves or own_dtypes or new_dtypes[id(tensor)] == tensor.dtype
-        gradients = tensor.requires_grad, tensor.grad
-    else:  # a buffer on meta has no values to save, and none can be written to it
-        saves, in_place = not tensor.is_meta and _is_writable(tensor), True
-    device, held = tensor.device, held_part(tensor)
+def _restorer(
+    contents: dict[str, Any], key: str, new_dtype: torch.dtype | None, own_dtypes: bool
+) -> Callable[[], None]:
+    """Return a function that restores a module's tensor: its storage and, if its values may change, the values.
+
+    `new_dtype` is that of the weights which replace a tensor's values, None if none do.
+    """
+    tensor: torch.Tensor | None = contents[key]
+    if tensor is None:
+        return lambda: contents.__setitem__(key, None)
+    held, device = held_part(tensor), tensor.device
+    is_parameter, saves, in_place = isinstance(tensor, torch.nn.Parameter), new_dtype is not None, True
+    if is_parameter:  # the storage itself is kept, unless one of another dtype is to replace it
+        in_place = not saves or own_dtypes or new_dtype == tensor.dtype
+    else:  # a forward pass may change a buffer; on meta it has no values to save, and none can be written to it
+        saves = not tensor.is_meta and _is_writable(tensor)
     storage = held.data if in_place else None
     values = held.data.to("cpu", copy=True) if saves else None
-    is_chunk = held is not tensor
+    gradients = tensor.requires_grad, tensor.grad if is_parameter else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -207,101 +241,18 @@ def _save(
         if storage is not None:
             if values is not None:
                 storage.copy_(values)
-            if not is_chunk:
+            if held is tensor:
                 tensor.data = storage
-        elif values is not None and is_chunk:
-            _replace_chunk(tensor, values)
         elif values is not None:
             tensor.data = values.to(device)
         if is_parameter:
             tensor.requires_grad_(gradients[0])
             tensor.grad = gradients[1]
 
-    stack.callback(restore)
+    return restore
 
 
-def _is_writable(tensor: torch.Tensor) -> bool:
-    """Return whether values can be copied into a tensor: not if elements share memory (expanded), nor if sparse."""
-    return tensor.layout == torch.strided and all(
-        stride > 0 or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
-
-
-def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedTensor]:
-    """Return the model's tensors of these names and, in this process, shapes; a ModelMismatchError names a misfit."""
-    tensors = {tensor.name: tensor for tensor in named_tensors(check_model(model))}
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise ModelMismatchError(f"tensor {name!r}", "is in the averaged weights, but the model has no such tensor")
-        held = list(held_part(tensors[name].tensor).shape)
-        if held != list(shape):
-            reason = f"has the shape {held} in the model, {list(shape)} in the averaged weights"
-            if is_sharded(tensors[name].tensor):
-                reason = "is sharded over processes, and this tracker was made before that, or without the model"
-            raise ModelMismatchError(f"tensor {name!r}", reason)
-    return {name: tensors[name] for name in shapes}
-
-
-def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
-    """Raise an InvalidValueError if the model's tensors cannot take another dtype: FSDP's buffers have theirs."""
-    if any(is_fsdp(module) or is_fully_sharded(module) for module in model.modules()):
-        raise InvalidValueError("dtype", "a model under FSDP keeps the dtypes it has", "leave dtype out", value=dtype)
-
-
-def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = "cpu") -> None:
-    """Fill a model's tensors with the first target of a plan; those on `meta` are created on `device`.
-
-    Names, shapes and dtypes are checked before the first tensor changes. A snapshot that is found to be damaged later,
-    or a value that the model's dtype cannot hold, leaves the tensors before it filled.
-    """
-    shapes = {name: entry.shape for name, entry in plan.entries.items()}
-    targets = weight_targets(model, shapes)
-    if plan.dtype is not None:
-        check_dtypes_free(model, DTYPES[plan.dtype].torch_name)
-    created_on, values = check_device(device), synthesize(plan)
-    with torch.inference_mode(False):
-        first = list(islice(values, 1))  # now all files are open, so that none can vanish
-
-    def checked() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, (value,) in chain(first, values):
-            if plan.dtype is None:
-                check_fits(name, value, targets[name].tensor.dtype)
-            yield name, value
-
-    fill(model, shapes, checked(), plan.dtype is None, created_on)
-
-
-def fill(
-    model: torch.nn.Module, names: Collection[str], weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool,
-    device: torch.device,
-) -> None:  # fmt: skip
-    """Load weights of these names, known to fit, into a model, after creating its tensors on `meta` on `device`."""
-    with torch.inference_mode(False), torch.no_grad():
-        _materialise(model, {*names}, device)
-        targets = {tensor.name: tensor for tensor in named_tensors(model)}
-        for name, value in weights:
-            load_weight(targets[name].tensor, value, own_dtypes)
-    left = [*{id(tensor.tensor): tensor.name for tensor in named_tensors(model) if tensor.tensor.is_meta}.values()]
-    if left:
-        warn(
-            f"on meta still, since no average fills them: {', '.join(left[:10])}"
-            f"{f' and {len(left) - 10} more' if len(left) > 10 else ''}; give them values before the model is used"
-        )
-
-
-def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device) -> None:
-    """Create on `device` the tensors on `meta` that will be filled; tied tensors stay tied under all names."""
-    on_meta = (named.tensor for named in named_tensors(model) if named.tensor.is_meta and named.name in filled)
-    old = {id(tensor): tensor for tensor in on_meta}
-    new = {key: torch.empty_like(tensor, device=device) for key, tensor in old.items()}
-    for key, tensor in old.items():
-        if isinstance(tensor, torch.nn.Parameter):
-            new[key] = torch.nn.Parameter(new[key], tensor.requires_grad)
-    for module in model.modules():
-        for named in (module.named_parameters, module.named_buffers):
-            for name, value in [*named(recurse=False, remove_duplicate=False)]:
-                if id(value) in new:
-                    setattr(module, name, new[id(value)])
+# --- BatchNorm
 
 
 def warn_of_statistics(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], copies: Collection[str]) -> bool:

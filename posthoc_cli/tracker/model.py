@@ -20,10 +20,10 @@ import torch
 
 from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
-from posthoc_cli.snapshots.path import encode_sample, index_within, places
-from posthoc_cli.snapshots.snapshot import Selection, Snapshot, grouped, running_statistics
+from posthoc_cli.snapshots.path import index_within, places
+from posthoc_cli.snapshots.snapshot import Selection, Snapshot, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
-from posthoc_cli.snapshots.tensorfile import MAX_HEADER_BYTES, MAX_TENSORS, Box, Chunk, Entry, encode_header, lay_out
+from posthoc_cli.snapshots.tensorfile import Box, Chunk
 from posthoc_cli.tracker.processes import Members, is_fsdp, is_sharded, local_part, local_tensors, reshard
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes for which torch has no arithmetic
@@ -168,22 +168,6 @@ class TrackedModel:
         """Return the model's dtypes, by name, of the copied tensors or else of the averaged ones."""
         tensors = self.tensors.items()
         return {name: torch_dtype(tensor.dtype) for name, tensor in tensors if (tensor.role == "copy") == copied}
-
-    def check_header(self) -> None:
-        """Raise an InvalidValueError if a snapshot's header cannot hold so many tensors, before one is due."""
-        names = [*self.tensors, *self.aliases, *self.left_out]
-        # A header has each name at most three times, with at most 300 bytes more.
-        size = 3 * sum(map(len, names)) + 300 * len(names)
-        if size < MAX_HEADER_BYTES // 4 and len(names) <= MAX_TENSORS:
-            return
-        entries = {name: Entry(tensor.dtype, self.shapes[name]) for name, tensor in self.tensors.items()}
-        tables = {"tensors": grouped(self.tensors), "aliases": self.aliases, "left_out": self.left_out}
-        tables["sample"] = encode_sample(*[[0.0] * len(self.sampled)] * 2)
-        try:
-            encode_header(lay_out(entries), tables, {})
-        except InvalidValueError as error:
-            reason = f"with {len(names):,} tensors a snapshot's {error.subject} {error.reason}"
-            raise InvalidValueError("model", reason, "leave some out with include or exclude, or join them") from error
 
     def check(self, found: TrackedModel) -> None:
         """Raise a ModelMismatchError that names the tensor unless names, shapes, dtypes and roles are the same."""
@@ -538,18 +522,15 @@ def _is_a(module: torch.nn.Module, wrapper: tuple[str, str]) -> bool:
 def _check_unsharded(modules: Iterable[NamedModule]) -> None:
     """Raise an InvalidValueError if FSDP (version 1) has sharded or flattened parameters."""
     for entry in modules:
-        if not is_fsdp(entry.module):
-            continue
-        from torch.distributed.fsdp import FlatParameter, ShardingStrategy
+        if is_fsdp(entry.module):
+            from torch.distributed.fsdp import FlatParameter, ShardingStrategy
 
-        subject = f"module {entry.path!r}" if entry.path else "the model"
-        if entry.module.sharding_strategy != ShardingStrategy.NO_SHARD:
-            reason = f"FSDP has laid its parameters end to end and cut them ({entry.module.sharding_strategy})"
-            hint = "use torch.distributed.fsdp.fully_shard, DistributedDataParallel, or FSDP with NO_SHARD"
-            raise InvalidValueError(subject, reason, hint)
-        if any(isinstance(parameter, FlatParameter) for parameter in entry.module.parameters()):
-            reason, hint = "FSDP has laid its parameters end to end", "pass use_orig_params=True to FSDP"
-            raise InvalidValueError(subject, reason, hint)
+            is_flat = any(isinstance(parameter, FlatParameter) for parameter in entry.module.parameters())
+            if is_flat or entry.module.sharding_strategy != ShardingStrategy.NO_SHARD:
+                subject = f"module {entry.path!r}" if entry.path else "the model"
+                reason = f"FSDP has laid its parameters end to end ({entry.module.sharding_strategy})"
+                hint = "use fully_shard, DistributedDataParallel, or FSDP with NO_SHARD and use_orig_params=True"
+                raise InvalidValueError(subject, reason, hint)
 
 
 def _join(path: str, key: str) -> str:

@@ -129,8 +129,8 @@ class Pipeline:
         self._storage: StorageLayout | None = None
         self._host_memory: list[HostTensors] | None = None
         self._readers: WeakSet[LiveAverages] = WeakSet()
-        self._update_monitor = BackpressureMonitor("an update of the averages", "update_every")
-        self._write_monitor = BackpressureMonitor("writing snapshots", "checkpoint_every")
+        self._update_monitor = BackpressureMonitor("updates of the averages (update_every)")
+        self._write_monitor = BackpressureMonitor("snapshots (checkpoint_every)")
         _pipelines.add(self)
 
     @property

@@ -15,6 +15,7 @@ signal handler, sees those of one update; the snapshots' thread alone writes. No
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import types
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 from weakref import WeakKeyDictionary, WeakSet
@@ -31,7 +33,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import numpy as np
 import torch
 
-from posthoc_cli.dtypes import EPS
+from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
 from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
@@ -39,39 +41,31 @@ from posthoc_cli.errors import (
     NotReadyError,
     PostHocError,
     shown,
+    warn,
 )
 from posthoc_cli.planning import Candidate, Schedule, error_curve
-from posthoc_cli.reconstruction import ROUNDING
-from posthoc_cli.run import Run, Wanted, Weights, as_targets
+from posthoc_cli.reconstruction import ROUNDING, check_method
+from posthoc_cli.run import Run, Wanted, Weights, as_targets, with_consistent_plan
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.path import encode_path, joined_paths, places
 from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.synthesis.engine import check_device
-from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import resuming
 from posthoc_cli.tracker.attach import Attachment, WeakModel, attach
-from posthoc_cli.tracker.averaged import (
-    as_dtensors,
-    from_sources,
-    make_average,
-    plan_possible,
-    refused,
-    run_snapshots,
-)
+from posthoc_cli.tracker.averaged import Recipe, as_dtensors, exchanged, joined, plan_possible, run_snapshots
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import CallGuard
 from posthoc_cli.tracker.filling import (
     WithStatement,
     check_weights,
     fill,
-    fill_model,
     swapped_in,
+    targets_of,
     update_bn,
     warn_of_statistics,
 )
-from posthoc_cli.tracker.measuring import Subset
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
     ModelTensors,
@@ -88,7 +82,7 @@ from posthoc_cli.tracker.model import (
 from posthoc_cli.tracker.pipeline import Pipeline, state_of_tracker, wait_for_writers
 from posthoc_cli.tracker.processes import Group, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.resuming import Start
-from posthoc_cli.tracker.snapshotter import measured_now
+from posthoc_cli.tracker.snapshotter import LiveSource
 from posthoc_cli.tracker.state import (
     Settings,
     StateInfo,
@@ -103,6 +97,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+Result = TypeVar("Result")
 Dtype = torch.dtype | str | None
 
 log = logging.getLogger(__name__)
@@ -224,7 +219,6 @@ class PostHocEMA:
         if tensors.chunks or is_first_of_group(model) is not False:
             resuming.check_directory(directory, is_new=resume is None)
         tracked = TrackedModel.of_model(tensors)
-        tracked.check_header()
         found = None if resume is None else resuming.find_run(directory, stored, settings, tracked, resume)
         tracking, step = found or (Tracking.new(secrets.token_hex(16), tracked, settings.sigma_rels), None)
         tracking = _with_members(tracking, model, tensors, settings, directory)
@@ -370,7 +364,8 @@ class PostHocEMA:
             NotReadyError: this tracker is closed.
         """
         self._calls.check_open()
-        self._attachment = attach(self, optimizer, self._model, t, self._attachment)
+        unit, before = self.settings.t_unit, self._attachment
+        self._attachment = attach(self.update_, self.checkpoint_dir, unit, optimizer, self._model, t, before)
         return self._attachment
 
     def detach(self) -> None:
@@ -477,7 +472,7 @@ class PostHocEMA:
 
         def make() -> Weights:
             group = self._callers(check_model(model), f"model({_described(sigma_rel, asked)})")
-            weights = make_average(self, group, model, sigma_rel, **asked)
+            weights = self._average(group, model, sigma_rel, **asked)
             if not group.is_alone:  # else `swapped_in` checks
                 group.together(lambda: check_weights(model, weights, own_dtypes))
             return weights
@@ -500,7 +495,9 @@ class PostHocEMA:
             InvalidValueError, NotReadyError, RankError: an argument, and see `model`.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        refusals = refused(self, self._callers(check_model(model), f"models({', '.join(wanted)})"), wanted)
+        group, refusals = self._callers(check_model(model), f"models({', '.join(wanted)})"), dict[str, str]()
+        if group.from_first(lambda: self.has_average):
+            refusals, _ = self._in_first(group, lambda sources: plan_possible(self._some(sources), wanted)[1])
         for label, reason in refusals.items() if self.keeps_averages else ():
             if self._is_first_warning(label):
                 log.warning("%s; there is no average of it at step %d", reason, self.step)
@@ -545,7 +542,7 @@ class PostHocEMA:
             return self._own_state()
         model, asked = self._chunked_model(), _asked(t, step, dtype, method)
         group = self._callers(model, f"state_dict({_described(sigma_rel, asked)}{', full' * full})")
-        weights = make_average(self, group, model, sigma_rel, **asked)
+        weights = self._average(group, model, sigma_rel, **asked)
         return weights if model is None else as_dtensors(weights, model, full)
 
     def load_into(
@@ -572,11 +569,16 @@ class PostHocEMA:
         group = self._callers(check_model(model), f"load_into({_described(sigma_rel, asked)})")
         created_on, in_place = check_device(device), Weights()
 
-        def fill_at_once(plan: Plan) -> Weights:
-            fill_model(model, plan, created_on)
+        def fill_at_once(recipe: Recipe) -> Weights:
+            shapes = {alias: recipe.entries[name].shape for name in recipe.names for alias in recipe.names[name]}
+            targets_of(model, shapes, dtype, meta=True)
+            values = recipe.made()
+            with torch.inference_mode(False):
+                first = list(islice(values, 1))  # now all files are open, so that none can vanish
+            fill(model, shapes, chain(first, values), own_dtypes, created_on)
             return in_place
 
-        weights = make_average(self, group, model, sigma_rel, **asked, use=fill_at_once)
+        weights = self._average(group, model, sigma_rel, fill_at_once, **asked)
         if weights is not in_place:
             accepts_meta = not self._members.is_chunked
             group.together(lambda: check_weights(model, weights, own_dtypes, accepts_meta))
@@ -594,7 +596,7 @@ class PostHocEMA:
         from posthoc_cli import plots
 
         keepers = self._members.keepers("reconstruction_error()")
-        candidate = from_sources(self, keepers, self._candidate)
+        candidate, _ = self._in_first(keepers, self._candidate)
         curve = error_curve(candidate, sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
@@ -623,8 +625,7 @@ class PostHocEMA:
         with self._calls.lock("load_state_dict"):
             self._calls.caller = threading.get_ident()
             loaded = group.together(lambda: self._unpack(state))
-            norms = _squared_norms(group, loaded)
-            group.together(lambda: self._write_from(loaded, norms))
+            group.together(lambda: self._write_from(loaded))
             self._pipeline.set(loaded)
             self._weights, model = loaded.weights if self._has_state else (), self._tracked_model()
             if self._weights and model is not None:
@@ -831,9 +832,8 @@ class PostHocEMA:
             if not now.resumes:
                 return
             loaded = self._start.read(now)
-            progress = loaded.progress
-            snapshotter.set_aside_others(progress.t, known=loaded.snapshots)
-            self._start.read_at = progress.step
+            snapshotter.continue_from(loaded)
+            self._start.read_at = loaded.progress.step
             self._pipeline.set(loaded)
 
     # --- the tracker's own state
@@ -892,13 +892,11 @@ class PostHocEMA:
             return loaded
         return replace(loaded, averages=Averages.none_yet(self.settings.sigma_rels))
 
-    def _write_from(self, loaded: Tracking, norms: Mapping[float, float]) -> None:
+    def _write_from(self, loaded: Tracking) -> None:
         """Become the directory's writer, and set aside snapshots that are not of the state's training."""
         if self.keeps_averages:
             with self._pipeline.as_writer(self.checkpoint_dir, loaded.run_id) as snapshotter:
-                snapshotter.list_complete()
-                known = loaded.snapshots | snapshotter.holding(loaded.averages, norms)
-                snapshotter.set_aside_others(loaded.progress.t, known)
+                snapshotter.continue_from(loaded)
 
     # --- averages
 
@@ -911,6 +909,103 @@ class PostHocEMA:
             if "statistics" not in self._warned_of:
                 copies = self._pipeline.tracking.tracked.dtypes(copied=True)
                 self._warned_of |= {"statistics"} if warn_of_statistics(model, weights, copies) else set()
+
+    def _average(
+        self, group: Group, model: torch.nn.Module | None, wanted: Wanted,
+        use: Callable[[Recipe], Weights] = Recipe.weights, *, dtype: Dtype = None, **asked: Any,
+    ) -> Weights:  # fmt: skip
+        """Return an average, of a sharded `model` the chunks of it that this process holds; before any, raw weights.
+
+        A tracked length at the present time is the live average alone. A process that is alone makes it by `use`.
+        """
+        if not group.from_first(lambda: self.has_average):
+            return self._raw_weights(model, dtype)
+        tracking, target, live = self._pipeline.tracking, as_target(wanted), None
+        if target.sigma_rel is not None and not (tracking.resumes or {"t", "step"} & asked.keys()):
+            live = self.settings.tracked_index(target.sigma_rel)
+        is_live = live is not None
+
+        def recipe(sources: list[Source]) -> Recipe:
+            if live is not None:
+                return Recipe.of_live(self._some(sources)[live], dtype)
+            return Recipe.planned(self._some(sources), wanted, dtype=dtype, **asked)
+
+        if group.is_alone and not self._members.is_chunked:
+            return with_consistent_plan(lambda: recipe(self._sources(is_live)), use)
+        return with_consistent_plan(
+            lambda: self._in_first(group, lambda sources: recipe(sources).sent(), is_live),
+            lambda found: exchanged(group, found[0], wanted, found[1], tracking.tracked, model, self.checkpoint_dir),
+        )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _raw_weights(self, model: torch.nn.Module | None, dtype: Dtype) -> Weights:
+        """Return copies of the weights of the tracked model, or else of `model`, on the host, with a warning."""
+        tracked, schedule = self._tracked_model(model), self.settings.schedule
+        if tracked is None:
+            raise NotReadyError("no average yet", "the tracked model no longer exists")
+        if self._is_first_warning("raw weights"):
+            options = f"update_every={schedule.update_every}, update_after_step={schedule.update_after_step}"
+            warn(f"no average yet, so the raw weights are used: {self.settings.first_update(0)} ({options})")
+        stored, tensors = parse_dtype(dtype), collect_tensors(tracked, self.settings.selection)
+        wanted = None if stored is None else torch_dtype(stored)
+        weights = Weights((name, value.to("cpu", wanted, copy=True)) for name, value in tensors.averaged.items())
+        weights |= {name: value.to("cpu", copy=True) for name, value in tensors.copied.items()}
+        weights |= {alias: weights[name] for alias, name in tensors.aliases.items()}
+        return weights
+
+    def _sources(self, live_only: bool = False, live: Sequence[LiveSource] | None = None) -> list[Source]:
+        """Return the live averages, and unless `live_only` the snapshots of others up to their time."""
+        resumes, start = self._pipeline.tracking.resumes, self._start.step
+        if live is None:
+            if not (resumes or self.keeps_averages):
+                reason = "this process keeps no averages, the first one of its group does"
+                hint = "read the snapshots on disk with a new PostHocEMA.from_path(directory), before any update_ of it"
+                raise NotReadyError(reason, hint)
+            live = self._live()
+        if live_only:
+            return [*live]
+        last = start if resumes and start is not None else math.inf
+        now, profiles = live[0].info.t if live else math.inf, {source.info.sigma_rel for source in live}
+        stored = [s for s in run_snapshots(self.checkpoint_dir, self.run_id) if s.step <= last]
+        return [*live, *(s for s in stored if s.t < now or (s.t == now and s.sigma_rel not in profiles))]
+
+    def _live(self) -> list[LiveSource]:
+        self.flush()
+        return self._pipeline.live()
+
+    def _some(self, sources: list[Source]) -> list[Source]:
+        """Return the sources, of which there must be one."""
+        if not sources:
+            reason = f"{self.settings.first_update(self.step)}, so far {self.step:,}"
+            raise NotReadyError("no average yet", reason)
+        return sources
+
+    def _in_first(
+        self, group: Group, work: Callable[[list[Source]], Result], live_only: bool = False
+    ) -> tuple[Result, dict[str, Source]]:
+        """Return in each process what `work` returns in the first one, for the sources of complete tensors.
+
+        Return also the sources in this process, by name: the live averages of its chunks of a sharded model; in the
+        first process of others all.
+        """
+        live: Sequence[LiveSource] | None = None
+        local: dict[str, Source] = {}
+        if self._members.is_chunked:
+            own, progress = group.together(self._live), self._pipeline.progress
+            local = {source.name: source for source in own}
+            parts = group.from_all_at(
+                progress.step, progress.t, [(source.info, dict(source.entries)) for source in own]
+            )
+            live = [joined(profile) for profile in zip(*filter(None, parts), strict=True)]
+
+        def in_first() -> Result:
+            sources = self._sources(live_only, live)
+            if live is None:
+                local.update((source.name, source) for source in sources)
+            return work(sources)
+
+        return group.from_first(in_first), local
 
     def _candidate(self, sources: list[Source]) -> Candidate:
         if sources:
@@ -968,6 +1063,8 @@ def _with_members(
 
 def _asked(t: float | None, step: int | None, dtype: Dtype, method: str | None) -> dict[str, Any]:
     """Return these arguments of a call for an average as keywords, without those that are not given."""
+    check_method(method)
+    parse_dtype(dtype)
     given = {"t": t, "step": step, "dtype": dtype, "method": method}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -998,14 +1095,3 @@ def _note_restored(model: torch.nn.Module, _: object) -> None:
             tracker._note_weights(model)
             if resumes and not tracker._members.is_chunked:  # else other processes would have to take part
                 tracker._choose_start(model, is_first_call=False)
-
-
-def _squared_norms(group: Group, state: Tracking) -> dict[float, float]:
-    """Return the squared norm of each average by sigma_rel, summed over the processes."""
-    averages = state.averages
-    own: dict[float, float] = {}
-    if averages.tensors is not None:
-        found = measured_now(Subset(averages.tensors.layout, state.tracked.weights), averages)
-        own = {one: measured.norm for one, measured in zip(averages.sigma_rels, found, strict=True) if measured}
-    parts = group.from_all(own)
-    return {sigma_rel: sum(norms.get(sigma_rel, 0.0) for norms in parts) for sigma_rel in averages.sigma_rels}

@@ -149,21 +149,13 @@ def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
 def _check_one_box(name: str, tensor: Any, axis: int) -> None:
     """Raise an InvalidValueError unless this process's rows are adjacent."""
     strided, mesh = tensor.placements[axis], tensor.device_mesh
-    rows, sizes = tensor.shape[strided.dim], []
-    inner = 1
-    for other, placement in enumerate(tensor.placements):
-        if getattr(placement, "dim", None) == strided.dim:
-            sizes.append(mesh.size(other))
-            inner *= mesh.size(other) if other > axis else 1
-    sharing = f"has {rows} rows in dimension {strided.dim}, which {' x '.join(map(str, sizes))} processes share"
-    if strided.split_factor != inner:
-        reason, hint = f"{sharing} by {strided}, each in several pieces", "shard it by Shard"
-    elif rows % math.prod(sizes):
-        reason = f"{sharing} unevenly by {strided}"
-        hint = "make the dimension a multiple of the processes, or shard it over one mesh dimension"
-    else:
-        return
-    raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
+    sharing = [other for other, one in enumerate(tensor.placements) if getattr(one, "dim", None) == strided.dim]
+    inner = math.prod(mesh.size(other) for other in sharing if other > axis)
+    rows, processes = tensor.shape[strided.dim], math.prod(map(mesh.size, sharing))
+    if strided.split_factor != inner or rows % processes:
+        reason = f"has {rows} rows in dimension {strided.dim}, of which {strided} gives a process several pieces"
+        hint = f"shard it by Shard, in one mesh dimension, or make the dimension a multiple of {processes}"
+        raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
 
 
 # --- calls of several processes

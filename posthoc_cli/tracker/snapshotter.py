@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +26,6 @@ from posthoc_cli.errors import (
     MismatchError,
     NonFiniteError,
     PostHocError,
-    RemoteError,
     WriteError,
 )
 from posthoc_cli.profiles import PowerFunction
@@ -45,7 +44,7 @@ from posthoc_cli.snapshots.directory import (
     thin,
 )
 from posthoc_cli.snapshots.path import decode_sample, encode_path, encode_sample, squared_distance
-from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, read_one
+from posthoc_cli.snapshots.snapshot import Snapshot, read_one
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFileWriter, tensor_bytes
 from posthoc_cli.tracker.averages import Averages
@@ -69,8 +68,6 @@ from posthoc_cli.tracker.resuming import ways_to_resume
 from posthoc_cli.tracker.state import Settings, Tracking
 
 log = logging.getLogger(__name__)
-
-_SAME_NORM = 1e-12  # largest relative difference of one norm, summed twice in float64 in different orders
 
 
 # --- sources of a synthesis ---
@@ -201,8 +198,8 @@ class Snapshotter:
 
     @property
     def checksums(self) -> frozenset[str]:
-        """Header checksums of the stored snapshots."""
-        return frozenset(snapshot.checksum for snapshot in self._stored)
+        """Header checksums of the stored snapshots that are complete."""
+        return frozenset(snapshot.checksum for snapshot in self._complete())
 
     def distances(self) -> dict[float, float]:
         """Return each average's distance from the model when it was last stored, relative to its norm, by sigma_rel.
@@ -224,32 +221,29 @@ class Snapshotter:
             hint = f"{ways_to_resume(self._stored[-1].info.step)}; for a new run name another directory"
             raise MismatchError(self.directory, reason, hint)
 
-    def list_complete(self) -> None:
-        """Replace the parts of this process by complete snapshots, as states list them; a sole writer has no parts."""
+    def continue_from(self, state: Tracking) -> None:
+        """Set aside the snapshots that are later than a state, or of another attempt, which the state does not list.
 
-    def set_aside_others(self, t: float, known: Container[str]) -> None:
-        """Set aside snapshots later than `t`, or not `known`: of another attempt that resumed from an earlier state."""
+        Those off the schedule that were written after it was saved, as by `close`, belong to it if they hold its
+        averages.
+        """
+        stored, t = self._complete(), state.progress.t
+        known = state.snapshots | {s.checksum for s in stored if s.off_schedule and _holds_average(s, state)}
         own: list[Snapshot] = []
         others: list[Snapshot] = []
-        for snapshot in self._stored:
+        for snapshot in stored:
             (own if snapshot.t <= t and snapshot.checksum in known else others).append(snapshot)
         if moved := set_aside(others) if self._leads else []:
             names = ", ".join(path.name for path in moved[:2]) + f" and {len(moved) - 2:,} more" * (len(moved) > 2)
             what = f"{len(moved):,} snapshot{'s' * (len(moved) > 1)}, later or of another attempt"
             log.warning(
-                "training continues from t = %s: %s, moved to %s: %s", f"{t:,.12g}", what, moved[0].parent, names
+                "training continues from t = %s: %s, moved to %s: %s",
+                f"{t:,.12g}",
+                what,
+                moved[0].parent,
+                names,
             )
         self._stored = own
-
-    def holding(self, averages: Averages, norms: Mapping[float, float]) -> frozenset[str]:
-        """Return the header checksums of the snapshots off the schedule that hold these averages, of these norms.
-
-        A state that was saved before such a snapshot was written does not list it. Averages of another attempt at the
-        same time would have other squared norms.
-        """
-        same_time = [s for s in self._stored if s.t == averages.standing.t and s.info.off_schedule]
-        stored = [(s, s.info.measurements.norm) for s in same_time if s.info.measurements and s.sigma_rel in norms]
-        return frozenset(s.checksum for s, norm in stored if math.isclose(norm, norms[s.sigma_rel], rel_tol=_SAME_NORM))
 
     def is_behind(self, tracking: Tracking, at_end: bool = False) -> bool:
         """Return whether the averages are not stored; with `at_end`, log why a directory stays empty."""
@@ -301,6 +295,9 @@ class Snapshotter:
             if is_due:
                 nbytes += self._write_one(info, staged, index, copies)
         self.written = (self.written[0] + 1, nbytes)
+
+    def _complete(self) -> list[Snapshot]:
+        return self._stored
 
     def _thin(self) -> None:
         schedule = self._settings.schedule
@@ -355,49 +352,37 @@ class PartSnapshotter(Snapshotter):
     The process with rank 0 has the directory's lock, and thins.
     """
 
-    @property
-    def checksums(self) -> frozenset[str]:
-        """Header checksums of the stored snapshots that are complete."""
-        own, complete = {(part.t, part.sigma_rel) for part in self._stored}, self._complete()
-        return frozenset(snapshot.checksum for key, snapshot in complete.items() if key in own)
-
     def distances(self) -> dict[float, float]:
         """Return no distances: each process has measured only its own part."""
         return {}
 
-    def list_complete(self) -> None:
-        """Replace the list of this process's parts by that of the complete snapshots."""
-        self._stored = [*self._complete().values()]
+    def _complete(self) -> list[Snapshot]:
+        """Return the snapshots whose parts are complete, of those that this process has written a part of."""
+        own = {(part.t, part.sigma_rel) for part in self._stored}
+        return [s for s in find_snapshots(self.directory) if (s.t, s.sigma_rel) in own]
 
     def _thin(self) -> None:
-        with suppress(RemoteError):  # if the store does not answer, the next snapshots thin
-            self._stored = [*filter(_exists, self._stored)]
-            if self._leads:
-                self._warn_of_incomplete()
-                self._thin_complete(self._settings.schedule)
-
-    def _thin_complete(self, schedule: TrackingSchedule) -> None:
         """Thin the times whose snapshots are complete: another process may die before it has written its part."""
-        if schedule.max_checkpoints is None:
+        self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
+        schedule = self._settings.schedule
+        if self._leads:
+            self._warn_of_incomplete()
+        if not self._leads or schedule.max_checkpoints is None:
             return
         complete = self._complete()
-        unfinished = {snapshot.t for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) not in complete}
-        finished = [complete[s.t, s.sigma_rel] for s in self._stored if s.t not in unfinished]
-        left = thin(finished, schedule.max_checkpoints, schedule.sigma_range)
-        kept = {(snapshot.t, snapshot.sigma_rel) for snapshot in left}
+        found = {(snapshot.t, snapshot.sigma_rel) for snapshot in complete}
+        unfinished = {snapshot.t for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) not in found}
+        finished = [snapshot for snapshot in complete if snapshot.t not in unfinished]
+        kept = {(s.t, s.sigma_rel) for s in thin(finished, schedule.max_checkpoints, schedule.sigma_range)}
         self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
 
     def _warn_of_incomplete(self) -> None:
         """Warn if the third newest snapshots still lack parts, although each process writes in order of time."""
         times = sorted({snapshot.t for snapshot in self._stored})
-        for path, part in [(s.path, s.info.part) for s in self._stored if s.t in times[-3:-2]]:
+        for path, part in [(s.path, s.part) for s in self._stored if s.t in times[-3:-2]]:
             if part is not None and (count := len(list_folder(path.parent).files)) < part[1]:
                 what = "%s: has %d of %d parts only, though later ones were written: %s; and pass the same t to update_"
                 log.warning(what, path.parent, count, part[1], ON_ONE_FILE_SYSTEM)
-
-    def _complete(self) -> dict[tuple[float, float], Snapshot]:
-        """Return the snapshots whose parts are complete, by time and sigma_rel."""
-        return {(s.t, s.sigma_rel): s for s in find_snapshots(self.directory)}
 
 
 def _check_shared(directory: Path) -> None:
@@ -410,17 +395,21 @@ def _check_shared(directory: Path) -> None:
         time.sleep(0.1)
 
 
-def _exists(snapshot: Snapshot) -> bool:
-    """Return whether a snapshot exists; True if its store does not answer."""
-    try:
-        return snapshot.path.exists()
-    except RemoteError:
-        return True
+def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
+    """Return whether a snapshot's sample of its average equals a state's values, as far as this process has them."""
+    averages, sampled = state.averages, state.tracked.sampled
+    if snapshot.t != averages.standing.t or snapshot.sigma_rel not in averages.sigma_rels:
+        return False
+    recorded = decode_sample(snapshot.sample)[1]
+    ranges = [ElementRange(name, at, at + 1) for name, at in sampled.values()]
+    own = averages.read(averages.sigma_rels.index(snapshot.sigma_rel), ranges)
+    values = np.array([float(value) for value in own], np.float32)
+    return len(recorded) > max(sampled, default=-1) and np.array_equal(recorded[list(sampled)], values)
 
 
 def _is_of_earlier_session(path: Path, own: Snapshot) -> bool:
     """Return whether the path holds a part of an earlier session of the training."""
-    with suppress(FileFormatError, RemoteError):  # there is no readable part
+    with suppress(FileFormatError):  # there is no readable part
         return read_one(path).session < own.session
     return False
 

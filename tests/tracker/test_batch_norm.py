@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ema_command import Ema
-from factories import exact_average, read_snapshot, rewrite_snapshot
+from factories import exact_average, rewrite_snapshot
 from safetensors.torch import load_file
 
 import posthoc_cli
-from posthoc_cli import PostHocEMA, Run, disk_sources, export_file, plan_synthesis, synthesize
+from posthoc_cli import PostHocEMA, Run, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
-from posthoc_cli.report.page import render
-from posthoc_cli.sweep import sweep
 
 COPIES = "*.running_*"
 STATISTICS = ("norm.running_mean", "norm.running_var")
@@ -58,14 +55,6 @@ def trained(folder: Path, steps: int = 60, **settings: object) -> tuple[Network,
         states.append({name: value.double().numpy().copy() for name, value in model.state_dict().items()})
     tracker.flush()
     return model, tracker, states
-
-
-def as_early_releases_wrote(folder: Path) -> None:
-    """Rewrite headers as early releases wrote them: buffers are copied, and no selection is stored."""
-    for path in folder.glob("*.safetensors"):
-        selection = read_snapshot(path).info.selection
-        assert selection is not None
-        rewrite_snapshot(path, selection=type(selection)())
 
 
 def test_statistics_are_averaged_by_the_profile_and_counts_copied(tmp_path: Path) -> None:
@@ -130,17 +119,6 @@ def test_a_variance_stays_positive_where_coefficients_extrapolate(tmp_path: Path
     np.testing.assert_allclose(made["norm.running_var"], expected, rtol=1e-6)
 
 
-def test_statistics_keep_their_dtype_in_outputs(tmp_path: Path) -> None:
-    _, tracker, _ = trained(tmp_path / "run", 10)
-    tracker.run.write(0.1, tmp_path / "a.safetensors", dtype="bfloat16")
-    export_file(tmp_path / "run" / tracker.run.snapshots[-1].name, tmp_path / "b.safetensors", dtype="bfloat16")
-    export_file(tmp_path / "a.safetensors", tmp_path / "c.safetensors", dtype="float16")
-    for name, other in (("a", torch.bfloat16), ("b", torch.bfloat16), ("c", torch.float16)):
-        found = {key: value.dtype for key, value in load_file(tmp_path / f"{name}.safetensors").items()}
-        assert {found[key] for key in STATISTICS} == {torch.float32}
-        assert found["norm.weight"] == other
-
-
 def test_a_statistic_that_is_not_finite_is_named_at_once(tmp_path: Path) -> None:
     model, tracker, _ = trained(tmp_path, 5)
     model.norm.running_var[2] = float("inf")
@@ -183,57 +161,6 @@ def test_a_block_that_used_copies_warns_once_per_tracker(tmp_path: Path) -> None
         tracker.update_(plain)
         with tracker.model(plain, sigma_rel=0.2):
             pass
-
-
-def test_commands_and_the_report_say_what_to_do_about_copies(tmp_path: Path, ema: Ema) -> None:
-    for kind, settings in (("copied", {"buffers": "copy"}), ("averaged", {})):
-        trained(tmp_path / kind, 40, **settings)[1].close()
-        run, out = tmp_path / kind, tmp_path / f"{kind}.safetensors"
-        count = int(kind == "copied")
-        made = ema("synthesize", run, "--sigma-rel", "0.1,0.2", "--out", tmp_path / f"{kind}s")
-        assert (made.code, made.err.count(NOTICE), made.err.count(WAY_OUT)) == (0, count, count)
-        made = ema("synthesize", run, "--sigma-rel", "0.2", "--out", out, "--json")
-        assert (made.code, made.err.count(NOTICE)) == (0, count)
-        for path in (run, out, next(run.glob("*.safetensors"))):
-            assert ema("info", path).out.count(NOTICE) == count
-            assert sum(NOTICE in note for note in ema("info", path, "--json").json["notes"]) == count
-        how = "--run", "sh -c 'echo {sigma_rel}; : {weights}'", "--minimize", "--sigma-rel", "0.1,0.2"
-        swept = ema("sweep", run, *how, "--out", tmp_path / f"s{kind}")
-        assert (swept.code, swept.err.count(NOTICE)) == (0, count)
-        assert render(Run(run)).count(NOTICE) == count
-
-
-def test_checkpoints_of_other_programs_have_copies(tmp_path: Path, ema: Ema) -> None:
-    for step in range(1, 7):
-        torch.manual_seed(step)
-        model = Network()
-        torch.save(model.state_dict(), tmp_path / f"model-{step}00.pt")
-    assert NOTICE in ema("info", tmp_path).out
-    made = ema("synthesize", tmp_path, "--target", "last:3", "--out", tmp_path.parent / "mean.safetensors")
-    assert (made.code, made.err.count(NOTICE)) == (0, 1)
-
-
-def test_a_sweep_in_memory_warns_if_copies_are_used(tmp_path: Path) -> None:
-    model, tracker, _ = trained(tmp_path, 40, buffers="copy")
-    run, loader = tracker.run, [inputs(seed) for seed in range(2)]
-
-    def metric(averaged: torch.nn.Module) -> float:
-        with torch.no_grad():
-            return float(averaged(inputs(1)).square().mean())
-
-    def first(weights: dict[str, torch.Tensor]) -> float:
-        return float(next(iter(weights.values())).sum())
-
-    def with_its_own(averaged: torch.nn.Module) -> float:
-        posthoc_cli.update_bn(averaged, loader)
-        return metric(averaged)
-
-    sweep(run, with_its_own, model=model, values=[0.1, 0.2])
-    sweep(tracker, with_its_own, model=model, values=[0.1, 0.2])
-    for arguments in ((run, metric, model), (tracker, metric, model), (run, first, None)):
-        with pytest.warns(RuntimeWarning, match=f"^posthoc_cli: {NOTICE}") as seen:
-            sweep(arguments[0], arguments[1], model=arguments[2], values=[0.1, 0.2])
-        assert len({str(warning.message) for warning in seen}) == 1  # which Python shows once
 
 
 # --- update_bn

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from factories import make_info
 from tracker.runs import as_if_killed
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
-from posthoc_cli.errors import InvalidValueError, MismatchError
-from posthoc_cli.profiles import Clock
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.sources import run_clock
 from posthoc_cli.synthesis.engine import synthesize
@@ -122,29 +118,6 @@ def test_the_step_clock_needs_no_knots(tmp_path: Path, own: bool) -> None:
     assert all(snapshot.clock == () for snapshot in snapshots)
 
 
-def test_an_average_that_stands_still_has_the_clock_of_its_own_time(tmp_path: Path) -> None:
-    """Updates are skipped from step 8 on, and the batch changes at step 9: the snapshot due at 10 is of step 7."""
-    model = torch.nn.Linear(1, 1)
-    settings = dict(SETTINGS, checkpoint_every=10, on_nonfinite="skip")
-    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
-        for step in range(1, 11):
-            if step == 8:
-                torch.nn.init.constant_(model.weight, torch.nan)
-            with pytest.warns(RuntimeWarning, match="update skipped") if step > 7 else nullcontext():
-                tracker.update_(model, t=64 * step if step < 9 else 512 + 1000 * (step - 8))
-    assert clocks(tmp_path) == {448: ((7, 448.0),)}
-
-
-def test_snapshots_that_contradict_each_other_are_named() -> None:
-    values = {"w": torch.zeros(1)}
-    early = make_info(values, 640.0, step=10, clock=((10, 640.0),))
-    for late in (((9, 700.0), (20, 1280.0)), ((10, 500.0), (20, 1280.0)), ((12, 600.0), (20, 1280.0))):
-        with pytest.raises(MismatchError, match=r"not of one training: by their clocks step \d+ was at t = "):
-            run_clock([early, make_info(values, 1280.0, step=20, clock=late)])
-    without = make_info(values, 1280.0, step=20)
-    assert run_clock([without, early]) == Clock((10, 20), (640.0, 1280.0))
-
-
 @pytest.mark.parametrize("steps", [600, 650, 700, 900, 1200, None])
 def test_averages_over_changing_batches_are_near_the_truth(changed: Path, steps: int | None) -> None:
     """Means of the last steps, and an ordinary EMA (None); without the clock they are wrong."""
@@ -154,14 +127,6 @@ def test_averages_over_changing_batches_are_near_the_truth(changed: Path, steps:
         exact = 0.995 * exact + 0.005 * value
     assert error(changed, target, exact) < 5e-4
     assert error(changed, target, exact, known=False) > (2e-3 if steps else 1e-3)
-
-
-def test_live_averages_know_the_clock_too(tmp_path: Path) -> None:
-    times = changing_twice()[:1450]
-    tracker = track(tmp_path, times.tolist())
-    found = tracker.state_dict(Window(300))["w"].numpy()
-    exact = path(times)[-300:].mean(axis=0)
-    assert np.linalg.norm(found - exact) < 3e-4 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("interrupted_at", [0, 1, 249, 250, 699])
@@ -202,17 +167,3 @@ IMPOSSIBLE: list[tuple[int | slice | None, object]] = [
     *((4, t) for t in ("64", 1e9)),
     (slice(3, 3), [1, 1.0] * 256),
 ]
-
-
-@pytest.mark.parametrize(("place", "value"), IMPOSSIBLE)
-def test_a_state_with_an_impossible_clock_is_refused(tmp_path: Path, place: int | slice | None, value: object) -> None:
-    state = track(tmp_path / "a", uneven(30).tolist()).state_dict()
-    if place is None:
-        state["clock"] = value
-    else:
-        state["clock"][place] = value
-    with fresh(tmp_path / "b") as tracker:
-        with pytest.raises(InvalidValueError, match=r"state: .*clock") as caught:
-            tracker.load_state_dict(state)
-        assert tracker.step == 0
-    assert "\n" not in str(caught.value)

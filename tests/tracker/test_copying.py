@@ -15,7 +15,7 @@ import torch
 
 from posthoc_cli.tracker import copying, memory
 from posthoc_cli.tracker.copying import ModelCopier, ModelCopy
-from posthoc_cli.tracker.memory import HostTensors, LayoutReader, lay_out
+from posthoc_cli.tracker.memory import LayoutReader, lay_out
 
 
 class Event:
@@ -195,31 +195,6 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
     stager.copy(on_devices(values))
     device.run(only=device.training)
     assert bool(device.training.work) == (not device.free)
-
-
-def test_copies_reuse_memory_and_a_new_layout_gets_its_own(device: SimulatedDevice) -> None:
-    values, stager = tensors(), ModelCopier()
-    first = stager.copy(on_devices(values))
-    first.arrived()
-    stager.give_back(first)
-    assert stager.copy(on_devices(values)).host is first.host
-    other = stager.copy(on_devices({"a": values["a"].fill_(7)}))
-    assert [bucket.names for bucket in other.host.layout] == [("a",)]
-    assert expected(other, 7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("count", [0, 1, 1000, 2**22 + 1, 2**24 - 3, 2**27 + 12345])
-def test_slabs_of_pinned_memory_are_not_rounded_up(count: int, dtype: torch.dtype) -> None:
-    """torch rounds each up to a power of two: all slabs but the last have such a size. A tile lies in one slab."""
-    host = HostTensors(lay_out({"a": torch.empty(1, dtype=dtype).expand(count)}))
-    sizes = [slab.nbytes for slab in host.slabs[0]]
-    assert sum(sizes) == count * dtype.itemsize
-    taken = sum(2 ** (size - 1).bit_length() for size in sizes)
-    assert taken <= (count + memory.TILE / 2) * dtype.itemsize
-    assert all(size <= memory.SLAB * dtype.itemsize for size in sizes)
-    for device in ("cpu", "cuda"):
-        assert set(host.edges[0]) <= {0, *replace(host.layout[0], device=torch.device(device)).edges()}
 
 
 def test_tiles_are_row_major_whatever_the_strides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ by itself, from an earlier call, and exactly, from a state next to the snapshots
 from __future__ import annotations
 
 import gc
-import logging
 import re
 import threading
 from pathlib import Path
@@ -84,16 +83,6 @@ def test_a_run_that_was_killed_in_its_first_snapshots_begins_again(tmp_path: Pat
     assert len(list((tmp_path / "superseded").iterdir())) == 1
 
 
-def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) -> None:
-    model = begun(tmp_path, 30)
-    for snapshot in read_directory(tmp_path)[:-1]:
-        snapshot.path.unlink()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
-        assert tracker.step == 30
-        with pytest.raises(DirectoryError, match=r"sigma_rel 0\.05 has no snapshot at step 30, .*at most 1 %"):
-            tracker.update_(model)
-
-
 @pytest.mark.parametrize("way", ["from_path", "from_model"])
 def test_resuming_from_an_earlier_call_sets_later_snapshots_aside(
     tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
@@ -118,28 +107,6 @@ def test_resuming_from_an_earlier_call_sets_later_snapshots_aside(
     assert len(list((tmp_path / "superseded").iterdir())) == 4
     (text,) = (text for text in caplog.messages if "from t = 20: 4 snapshots" in text)
     assert re.search("later or of another attempt, moved to .* and 2 more$", text)
-
-
-def test_a_call_without_snapshots_is_refused(tmp_path: Path) -> None:
-    model = begun(tmp_path, 33)
-    for snapshot in read_directory(tmp_path)[:2]:
-        snapshot.path.unlink()
-    for step in (10, 25, 99):
-        with pytest.raises(InvalidValueError, match=rf"step {step}: .*calls that have one: 20, 30, 32$"):
-            PostHocEMA.from_path(tmp_path, model, step=step)
-
-
-def test_a_time_that_is_not_after_the_snapshots_is_refused(tmp_path: Path) -> None:
-    model = begun(tmp_path, 30, t=64.0, t_unit="images")
-    message = r"t 1344: .* at the last call, 1,920 images; .* from_path\(\.\.\., step=N"
-    with PostHocEMA.from_path(tmp_path, model) as tracker:
-        with pytest.raises(InvalidValueError, match=message):
-            tracker.update_(model, t=64.0 * 21)
-        walk(model, tracker, 31, 32, t=64.0)
-    with PostHocEMA.from_path(tmp_path, model, step=20) as tracker:
-        walk(model, tracker, 21, 30, t=64.0)
-        assert tracker.t == 1920
-    assert times(tmp_path) == {640, 1280, 1920}
 
 
 def written(folder: Path) -> list[tuple[float, bool]]:
@@ -220,13 +187,6 @@ def test_snapshot_writes_one_unless_there_is_no_new_update(tmp_path: Path) -> No
     assert written(tmp_path) == [(4, True), (10, False)]
     with pytest.raises(NotReadyError, match="was closed"):
         tracker.snapshot()
-
-
-def test_an_empty_run_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    begun(tmp_path, 7, update_after_step=20)
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert re.search(r"no snapshot: 0 updates .* update_after_step=20$", record.message)
 
 
 @pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])

@@ -16,10 +16,10 @@ from factories import refuse_for_space, tiny_model
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import DirectoryError, NonFiniteError, WriteError
+from posthoc_cli.errors import WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.tracker import measuring, memory
+from posthoc_cli.tracker import memory
 
 Tensors = dict[str, torch.Tensor]
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 5}
@@ -88,20 +88,6 @@ def test_measurements_are_those_of_a_direct_computation(
     assert read_directory(tmp_path)[-1].info.sigma_rels == sigma_rels
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
-def test_a_tensor_of_many_slabs_is_measured_and_stored_as_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    """Tensors do not end where tiles and slabs end, nor tiles where slabs end."""
-    for name, elements in {"TILE": 2**8, "DEVICE_TILE": 2**8, "SLAB": 2**11}.items():
-        monkeypatch.setattr(memory, name, elements)
-    model = torch.nn.Linear(123, 457)
-    model.empty = torch.nn.Parameter(torch.empty(0, 3))
-    model.scalar = torch.nn.Parameter(torch.tensor(2.0))
-    model.turned = torch.nn.Parameter(torch.randn(70, 90).T)
-    watched_run(model, tmp_path, 10, device=device).check_all(tmp_path)
-
-
 @pytest.mark.parametrize("scale", [1e6, 1e-6, 2e-8])
 def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(tmp_path: Path, scale: float) -> None:
     """Its values would be too large, too small (subnormal) or zero in float16."""
@@ -126,37 +112,6 @@ def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(tmp
         assert snapshot.entries["bias"].dtype == "F64"
         assert snapshot.info.measurements is None
         assert torch.equal(load_file(snapshot.path)["bias"], model.bias)
-
-
-def test_a_run_resumes_without_a_profile_whose_snapshots_were_deleted_only_on_request(tmp_path: Path) -> None:
-    model = tiny_model()
-    watched_run(model, tmp_path, 10)
-    for path in tmp_path.glob("*-0.28.safetensors"):
-        path.unlink()
-    message = (
-        r"sigma_rel 0\.28 has no snapshot at step 10, .*; at most 1 % is accepted; .*or track fewer: .*sigma_rels="
-    )
-    with PostHocEMA.from_path(tmp_path, model) as tracker, pytest.raises(DirectoryError, match=message):
-        tracker.update_(model)
-    with PostHocEMA.from_model(model, tmp_path, (0.05,), **SETTINGS, resume="auto") as tracker:
-        Watched(tracker).train(model, 11, 15)
-        assert set(tracker.state_dict(sigma_rel=0.05)) == set(model.state_dict()) - {"frozen"}
-    last = read_directory(tmp_path)[-1].info
-    assert last.sigma_rels == (0.05,)
-
-
-def test_a_run_whose_newest_time_is_incomplete_names_the_step_that_resumes_it(tmp_path: Path) -> None:
-    """As after a kill between the two files of a time, early in a training."""
-    model = tiny_model()
-    watched_run(model, tmp_path, 10)
-    max(tmp_path.glob("*-0.28.safetensors")).unlink()
-    with (
-        PostHocEMA.from_path(tmp_path, model) as tracker,
-        pytest.raises(DirectoryError, match=r"no snapshot at step 10, .*; or from_model\(\.\.\., resume=5\), whatever"),
-    ):
-        tracker.update_(model)
-    with PostHocEMA.from_model(model, tmp_path, (0.05, 0.28), **SETTINGS, resume=5) as tracker:
-        Watched(tracker).train(model, 6, 10)
 
 
 def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,39 +146,6 @@ def test_live_averages_are_measured_as_snapshots_are_but_without_rounding(tmp_pa
         assert [info.sigma_rel for info in live] == [0.05, 0.1, 0.28]
         for info in live:
             watched.check(info)
-
-
-@pytest.mark.parametrize("measured", [60, 10**6])
-@pytest.mark.parametrize("device", ["cpu", "model"])
-def test_values_that_are_not_measured_are_stored_or_refused_as_others_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, measured: int
-) -> None:
-    """One element that float16 cannot hold, or whose average is infinite, is found in 20 or all that are measured."""
-    monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", measured)
-    monkeypatch.setattr(memory, "TILE", 256)
-    model = torch.nn.Sequential(*(torch.nn.Linear(40, 25, bias=False) for _ in range(3)))
-    model.norm = torch.nn.BatchNorm1d(7, affine=False)
-    settings: dict = {"update_every": 1, "checkpoint_every": 4, "device": device}
-    for place in (0, 321, 517, 998, 999):
-        with torch.no_grad():
-            model[1].weight.fill_(0.1).view(-1)[place] = 7e4
-        with PostHocEMA.from_model(model, tmp_path / f"large-{place}", **settings) as tracker:
-            for _ in range(4):
-                tracker.update_(model)
-        for snapshot in read_directory(tmp_path / f"large-{place}"):
-            found = {name: entry.dtype for name, entry in snapshot.entries.items()}
-            assert [found.pop(f"{number}.weight") for number in range(3)] == ["F16", "F32", "F16"]
-            assert {*found.values()} == {"F32", "I64"}  # statistics, and their count
-            assert torch.equal(load_file(snapshot.path)["1.weight"], model[1].weight)
-        tracker = PostHocEMA.from_model(model, tmp_path / f"infinite-{place}", **settings)
-        with pytest.raises(NonFiniteError, match=r"average of '2.weight': holds nan or infinity"):
-            for step in range(4):
-                with torch.no_grad():
-                    model[2].weight.view(-1)[place] = 3e38 * (-1) ** step  # whose differences are infinite in float32
-                tracker.update_(model)
-            tracker.flush()
-        assert not list((tmp_path / f"infinite-{place}").glob("*.safetensors"))
-        torch.nn.init.zeros_(model[2].weight)
 
 
 @pytest.mark.cuda

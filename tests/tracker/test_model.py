@@ -14,9 +14,6 @@ from checking import assert_same_tensors
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
-from posthoc_cli.snapshots import tensorfile
-from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import model as model_tensors
 
 
 class Network(torch.nn.Module):
@@ -280,16 +277,6 @@ def test_a_model_on_meta_is_refused_except_by_load_into_which_fills_it(tmp_path:
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_tensors_that_are_not_averaged_may_be_on_meta(tmp_path: Path) -> None:
-    """Offloading libraries leave them there between two calls."""
-    model, tracker, _ = trained(tmp_path, steps=5)
-    model.frozen.to("meta")
-    model.cache = model.cache.to("meta")
-    with tracker.model(model, sigma_rel=0.2):
-        pass
-    assert model.frozen.weight.is_meta is model.cache.is_meta is True
-
-
 OTHERS = [
     (torch.nn.Linear(4, 7), "the model has no such tensor"),
     (torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 3)}), r"'embed\.weight': has the shape"),
@@ -351,22 +338,3 @@ def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None
         with tracker.model(model, sigma_rel=0.15):
             assert next(model.parameters()).is_cuda
         assert torch.cuda.max_memory_allocated() - before < 0.1 * 4096 * 4096 * 4
-
-
-def test_more_tensors_than_a_header_can_name_are_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The error comes before the first snapshot is due, after hours of training."""
-    model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1)) for _ in range(200)])
-    options = {"update_every": 1, "checkpoint_every": 1}
-    with PostHocEMA.from_model(model, tmp_path / "ema", **options) as tracker:
-        tracker.update_(model)
-    (path, *_) = read_directory(tmp_path / "ema")
-    needed = path.nbytes - sum(entry.nbytes for entry in path.entries.values())
-    for module in (tensorfile, model_tensors):
-        monkeypatch.setattr(module, "MAX_HEADER_BYTES", needed - 2000)
-    with pytest.raises(InvalidValueError, match="model: with 200 tensors a snapshot's header would take"):
-        PostHocEMA.from_model(model, tmp_path / "more")
-    monkeypatch.setattr(tensorfile, "MAX_HEADER_BYTES", needed)
-    PostHocEMA.from_model(model, tmp_path / "more")
-    assert not (tmp_path / "more").exists()

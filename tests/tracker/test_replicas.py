@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-from checking import refused
 from groups import averages, check_group, run_group
-
-from posthoc_cli.tracker.processes import check_torch
 
 TRAINED = """
 from posthoc_cli.errors import RankError
@@ -108,9 +104,3 @@ if rank == 0:
     assert lines[0][1].startswith(missing)
     assert lines[1][1].startswith(missing)
     assert "waiting for rank 2: make it in every process, with a tracker of " in results[0].err
-
-
-def test_a_torch_without_public_dtensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("torch.distributed.tensor.DTensor")
-    with refused("torch", "too old for sharded models"):
-        check_torch()

@@ -11,17 +11,15 @@ import forked
 import pytest
 import torch
 from factories import averages_in, exact_gamma
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tracker.runs import contents, scheduled, times, train
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import (
     DirectoryError,
-    InvalidValueError,
     LockedError,
     MismatchError,
     ModelMismatchError,
-    NonFiniteError,
     NotReadyError,
     WriteError,
 )
@@ -65,30 +63,6 @@ def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path, device: str) -> No
         assert scheduled(tmp_path / str(step)) == expected
 
 
-def test_setting_later_snapshots_aside_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = network(), []
-
-    def rename(source: Path, target: Path) -> None:
-        calls.append(source)
-        if len(calls) == 2:
-            raise OSError(5, "Input/output error")
-        source.replace(target)
-
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 15)
-        state = tracker.state_dict()
-        train(model, tracker, 16, 40)
-        tracker.flush()
-        read_directory(tmp_path)[3].path.unlink()  # as the user may do
-        later = {name: data for name, data in contents(tmp_path).items() if int(name.partition("-")[0]) > 15}
-        monkeypatch.setattr("posthoc_cli.files.system.rename", rename)
-        with pytest.raises(WriteError, match="input/output error"):
-            tracker.load_state_dict(state)
-        tracker.load_state_dict(state)
-        assert times(tmp_path) == {10}
-    assert contents(tmp_path / "superseded") == later
-
-
 def test_an_abandoned_attempt_is_not_mixed_into_the_one_that_continues(tmp_path: Path) -> None:
     """Back to an early state, on for a while, then to a late state of the first attempt."""
     model, run = network(), tmp_path / "run"
@@ -110,25 +84,6 @@ def test_an_abandoned_attempt_is_not_mixed_into_the_one_that_continues(tmp_path:
     assert all(left[name] == first_attempt[name] for name in left.keys() & first_attempt.keys())
     assert times(run) == {10, 40, 50}
     assert len(list((run / "superseded").iterdir())) == 10
-
-
-@pytest.mark.parametrize("resume", ["state", "directory"])
-def test_averages_resumed_inside_inference_mode_can_be_updated_outside(tmp_path: Path, resume: str) -> None:
-    model, state, _ = begun(tmp_path, 10)
-    with PostHocEMA.from_path(tmp_path, model) as tracker:
-        with torch.inference_mode():
-            if resume == "state":
-                tracker.load_state_dict(state)
-            tracker.update_(model)
-        train(model, tracker, 12, 20)
-
-
-def test_a_state_from_a_directory_can_be_loaded_and_profiles_may_have_any_order(tmp_path: Path) -> None:
-    model, state, _ = begun(tmp_path, 20, sigma_rels=(0.28, 0.05))
-    for taken in (state, PostHocEMA.from_path(tmp_path).state_dict()):
-        with PostHocEMA.from_path(tmp_path, model) as tracker:
-            tracker.load_state_dict(taken)
-            assert (tracker.step, tracker.t) == (20, 20)
 
 
 def test_a_reader_does_not_continue_a_run_that_has_advanced_since(tmp_path: Path) -> None:
@@ -181,24 +136,6 @@ def test_from_path_uses_the_runs_settings_and_from_model_its_arguments(tmp_path:
         assert (kept, made.step) == (expected, 10)
 
 
-@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
-def test_from_path_raises_or_skips_at_a_nan_as_the_run_does(tmp_path: Path, on_nonfinite: str) -> None:
-    """Twice: a snapshot of the resumed run has the same header key, which the default leaves out."""
-    skips = on_nonfinite == "skip"
-    model, _, _ = begun(tmp_path, 10, on_nonfinite=on_nonfinite)
-    for end in (20, 30):
-        with PostHocEMA.from_path(tmp_path, model) as tracker:
-            train(model, tracker, end - 9, end - 5)
-            model[0].bias.data[0] = torch.nan
-            with pytest.warns(RuntimeWarning, match="skipped") if skips else pytest.raises(NonFiniteError):
-                tracker.update_(model)
-                tracker.flush()
-            model[0].bias.data.zero_()
-            train(model, tracker, end - 3, end)
-        newest = read_directory(tmp_path)[-1]
-        assert (newest.info.t, newest.info.skip_nonfinite) == (end, skips)
-
-
 def test_a_time_without_all_profiles_is_refused_where_the_missing_one_cannot_be_reconstructed(tmp_path: Path) -> None:
     """Two snapshots of other times predict 11 %."""
     model, _, _ = begun(tmp_path, 20)
@@ -221,40 +158,6 @@ def test_a_directory_without_snapshots_is_refused(tmp_path: Path, name: str) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DirectoryError, match=name):
         PostHocEMA.from_path(tmp_path / name)
-
-
-def test_a_run_passes_t_at_every_call_also_after_resuming(tmp_path: Path) -> None:
-    model = network()
-    settings = dict(SETTINGS, update_every=1, checkpoint_every=5, t_unit="epochs")
-    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
-        with pytest.raises(InvalidValueError, match="counts epochs; pass t="):
-            tracker.update_(model)
-        for k in range(1, 11):
-            tracker.update_(model, t=0.1 * k)
-        state = tracker.state_dict()
-    for loads in (False, True):
-        with PostHocEMA.from_path(tmp_path, model) as resumed:
-            if loads:
-                resumed.load_state_dict(state)
-            with pytest.raises(InvalidValueError, match="passed t;"):
-                resumed.update_(model)
-
-
-def test_a_parameter_that_is_frozen_or_unfrozen_later_is_named(tmp_path: Path) -> None:
-    model = torch.nn.ModuleDict({"back": torch.nn.Linear(2, 2).requires_grad_(False), "head": torch.nn.Linear(2, 2)})
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 2)
-        model["head"].bias.requires_grad_(False)
-        tracker.update_(model)
-        with pytest.raises(ModelMismatchError, match=r"'head\.bias': is tracked, but does not require"):
-            tracker.update_(model)
-        model["head"].bias.requires_grad_(True)
-        model["back"].bias.requires_grad_(True)
-        tracker.update_(model)
-        with pytest.raises(ModelMismatchError, match=r"'back\.bias': requires gradients now, but was left out"):
-            tracker.update_(model)
-        model["back"].bias.requires_grad_(False)
-        train(model, tracker, 7, 8)
 
 
 def test_a_directory_of_another_run_is_refused_at_once(tmp_path: Path) -> None:
@@ -328,20 +231,6 @@ def test_a_cell_that_makes_a_new_model_is_refused_and_leaves_the_first_tracker_u
         PostHocEMA.from_model(model, tmp_path, **SETTINGS)
 
 
-def test_an_unreadable_directory_is_not_taken_for_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may hold another run."""
-    model, denied = network(), PermissionError(13, "Permission denied")
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        with monkeypatch.context() as unreadable:
-            unreadable.setattr(Path, "iterdir", Mock(side_effect=denied))
-            with pytest.raises(DirectoryError, match="cannot be read: permission denied"):
-                tracker.update_(model)
-            with pytest.raises(DirectoryError, match="cannot be read: permission denied"):
-                PostHocEMA.from_model(model, tmp_path, **SETTINGS)
-        assert tracker.step == 0
-        tracker.update_(model)  # the lock was released
-
-
 def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
     model = network()
     writer = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
@@ -411,20 +300,6 @@ def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Pa
         holder.wait()
     with tracker:
         tracker.update_(model)
-
-
-def test_other_files_next_to_the_snapshots_do_not_stop_a_training(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, max_checkpoints=2) as tracker:
-        train(model, tracker, 1, 10)
-        (tmp_path / "note.safetensors").write_bytes(b"")
-        save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
-        train(model, tracker, 11, 40)
-    (tmp_path / "note.safetensors").unlink()
-    assert max(times(tmp_path)) == 40
-    assert len(read_directory(tmp_path)) == 4
-    with PostHocEMA.from_path(tmp_path, model) as again:
-        train(model, again, 41, 42)
 
 
 def test_the_error_figure_is_of_the_averages_or_before_any_of_the_plan(tmp_path: Path) -> None:

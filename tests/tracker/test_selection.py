@@ -13,7 +13,6 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.synthesis.engine import Tile, check_finite
 
 SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_every": 3, "checkpoint_dtype": None}
 
@@ -170,22 +169,6 @@ def test_models_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path, make
         PostHocEMA.from_model(make(), tmp_path)
 
 
-def test_complex_buffers_are_copied_and_complex_parameters_can_be_left_out(tmp_path: Path) -> None:
-    model = Holder(phase=torch.ones(2, dtype=torch.complex64), w=torch.ones(2))
-    model.register_buffer("rotation", torch.polar(torch.ones(3), torch.arange(3.0)))
-    with pytest.raises(
-        InvalidValueError, match=r"'phase': dtype torch\.complex64 cannot be averaged.*view_as_real.*exclude='phase'"
-    ):
-        PostHocEMA.from_model(model, tmp_path)
-    tracked(model, tmp_path / "left out", exclude="phase", buffers="average")
-    assert roles(tmp_path / "left out") == {"w": "average", "rotation": "copy"}
-    weights = PostHocEMA.from_path(tmp_path / "left out").state_dict(sigma_rel=0.1)
-    assert torch.equal(weights["rotation"], model.state_dict()["rotation"])
-    model.register_buffer("table", torch.zeros(3, device="meta"))
-    with pytest.raises(InvalidValueError, match=r"tensor 'table': is on the meta device .*load_state_dict"):
-        PostHocEMA.from_model(model, tmp_path, exclude="phase")
-
-
 class Holder(torch.nn.Module):
     def __init__(self, **tensors: torch.Tensor) -> None:
         super().__init__()
@@ -239,14 +222,6 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
             run.update_(model)
 
 
-def test_a_result_too_large_for_8_bits_is_named() -> None:
-    """torch itself would round the result down to the largest value."""
-    tile = Tile(("w",), (0, 2), "average", "F8_E4M3", "F32", {}, 0)
-    check_finite(tile, torch.tensor([[463.0, -463.0]]))
-    with pytest.raises(NonFiniteError, match=r"'w': torch\.float8_e4m3fn cannot hold its largest value, 465"):
-        check_finite(tile, torch.tensor([[465.0, 0.0]]))
-
-
 @pytest.mark.parametrize(("kind", "tied"), [("parameter", False), ("buffer", False), ("parameter", True)])
 def test_the_name_that_safetensors_reserves_is_refused(tmp_path: Path, kind: str, tied: bool) -> None:
     """The error comes before training, not with the first snapshot; a tied parameter may have the name, too."""
@@ -289,17 +264,3 @@ def test_the_originals_of_a_parametrized_module_are_averaged(tmp_path: Path, nor
         inside = model(x)
     model.load_state_dict(tracker.state_dict(sigma_rel=0.28))
     assert torch.equal(model(x), inside)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_parameters_on_several_devices(tmp_path: Path) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).cuda())
-    states = []
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as run:
-        for _ in range(6):
-            for parameter in model.parameters():
-                parameter.data.add_(torch.randn_like(parameter))
-            run.update_(model)
-            states.append({name: p.detach().cpu().double().clone() for name, p in model.named_parameters()})
-    check_average(tmp_path, states)

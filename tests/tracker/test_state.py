@@ -251,17 +251,6 @@ def test_an_altered_state_is_refused(tmp_path: Path, state: dict, change: dict |
     assert same(tracker.state_dict(), before)
 
 
-def test_a_missing_entry_is_named(tmp_path: Path, state: dict) -> None:
-    tracker = Run(tmp_path).tracker
-    for key in state.keys() - {"version", "schedule", "mean", "high", "copies"}:
-        without = {name: value for name, value in state.items() if name != key}
-        with pytest.raises(InvalidValueError, match=f"state: {key}: is missing; not a tracker's state"):
-            tracker.load_state_dict(without)
-    for wrong in (torch.nn.Linear(2, 2).state_dict(), {}, [], None, "state", torch.zeros(3)):
-        with pytest.raises(InvalidValueError, match=r"state: must come from state_dict\(\) .*, not None"):
-            tracker.load_state_dict(wrong)  # type: ignore[arg-type]
-
-
 def test_a_state_shares_no_memory_with_the_tracker(tmp_path: Path) -> None:
     run = trained(tmp_path, 4)
     state = run.tracker.state_dict()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -263,22 +262,6 @@ def test_the_path_is_of_means_over_a_thousandth_of_training(
     np.testing.assert_allclose(*found, rtol=1e-6)
 
 
-def test_the_header_says_which_profile_a_file_holds(tmp_path: Path) -> None:
-    model = Scalar()
-    with PostHocEMA.from_model(
-        model, tmp_path, (0.10,), update_every=2, checkpoint_every=10, update_after_step=13, t_unit="images"
-    ) as tracker:
-        for k in range(1, 31):
-            model.set(np.ones(3))
-            tracker.update_(model, t=64.0 * k + (500 if k > 20 else 0))
-    snapshots = read_directory(tmp_path)
-    assert [s.info.t for s in snapshots] == [64 * 20, 64 * 30 + 500]
-    info = snapshots[-1].info
-    assert (info.t_first, info.max_interval) == (64 * 14, 64 * 2 + 500)
-    assert info.t_unit == "images"
-    assert info.step == 30
-
-
 def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
     settings = PostHocEMA.from_model(Scalar(), tmp_path / "run").settings
     schedule = settings.schedule
@@ -319,25 +302,6 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
         assert snapshots[0].info.schedule.sigma_range == sigma_rels
         assert PostHocEMA.from_path(tmp_path / name).settings.schedule.sigma_range == sigma_rels
     assert kept["short"] > 1.3 * kept["long"]
-
-
-def test_before_the_first_update_the_weights_stand_in_for_an_average(tmp_path: Path) -> None:
-    model = Scalar()
-    with PostHocEMA.from_model(model, tmp_path, update_after_step=25) as tracker:
-        for _ in range(29):
-            tracker.update_(model)
-        reason = r"first update is at call 30 of update_ \(update_every=10, update_after_step=25\)"
-        with pytest.warns(RuntimeWarning, match=f"^posthoc_cli: no average yet, .* raw weights are used: .*{reason}"):
-            assert_same_tensors(tracker.state_dict(sigma_rel=0.15), model.state_dict())
-        with tracker.model(model, 0.15) as same, tracker.model(same, 0.05):  # it warns once
-            assert not same.training
-        other = Scalar()
-        tracker.load_into(other, 0.15)
-        assert torch.equal(other.weight, model.weight)
-        with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
-            tracker.state_dict(sigma_rel=0.4)
-        tracker.update_(model)
-        assert set(tracker.state_dict(sigma_rel=0.28)) == {"weight"}
 
 
 @pytest.mark.parametrize(
@@ -381,41 +345,6 @@ def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
             tracker.update_(model)
         tracker.update_(model, t=128)
         assert (tracker.step, tracker.t) == (2, 128)
-
-
-def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
-    schedule = {"update_every": np.int64(2), "checkpoint_every": np.int32(4)}
-    with PostHocEMA.from_model(Scalar(), tmp_path, np.array([0.05, 0.1]), **schedule) as tracker:
-        for k in range(1, 5):
-            tracker.update_(Scalar(), t=np.float32(k))
-        assert tracker.state_dict(sigma_rel=np.float32(0.07))["weight"].shape == (3,)
-
-
-@pytest.mark.parametrize("bad", [None, "x", 5, {"weight": torch.zeros(3)}])
-def test_an_argument_that_is_no_module_or_no_path_is_refused(tmp_path: Path, bad: object) -> None:
-    model, message = Scalar(), f"model: must be a torch.nn.Module, not {type(bad).__name__}"
-    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1)
-    tracker.update_(model)
-    for call in (
-        lambda: PostHocEMA.from_model(bad, tmp_path),  # type: ignore[type-var]
-        lambda: tracker.update_(bad),  # type: ignore[arg-type]
-        lambda: tracker.load_into(bad, 0.1),  # type: ignore[type-var]
-        lambda: tracker.model(bad, 0.1).__enter__(),  # type: ignore[type-var]
-        lambda: tracker.models(bad, [0.1]),  # type: ignore[type-var]
-        lambda: tracker.model(bad, 0.05).__enter__(),  # type: ignore[type-var]
-        lambda: PostHocEMA.from_path(tmp_path).load_into(bad, 0.1),  # type: ignore[type-var]
-    ):
-        with pytest.raises(InvalidValueError, match=message):
-            call()
-    with pytest.raises(InvalidValueError, match="must be given a torch"):
-        tracker.attach(bad)  # type: ignore[arg-type]
-    assert tracker.step == 1
-    for path in ("", bad if bad != "x" else "a\0b"):
-        for make in (PostHocEMA.from_path, partial(PostHocEMA.from_model, model)):
-            with pytest.raises(InvalidValueError, match="checkpoint_dir"):
-                make(path)  # type: ignore[operator]
-    with pytest.raises(InvalidValueError, match="checkpoint_dir a Scalar: must be a path"):
-        PostHocEMA.from_path(model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -506,52 +435,6 @@ def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, cha
         tracker.flush()
         assert tracker.step == 2
         assert not list(tmp_path.glob("*.safetensors"))
-
-
-def test_parameters_may_be_frozen_and_unfrozen_if_frozen_ones_are_tracked_too(tmp_path: Path) -> None:
-    model, values = Scalar(), walk(6)
-    options = {"update_every": 1, "checkpoint_every": 2, "include": "*"}
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), **options) as tracker:
-        for step, value in enumerate(values):
-            model.weight.requires_grad_(step not in (2, 3))
-            model.set(value)
-            tracker.update_(model)
-        np.testing.assert_allclose(tracked(tracker, 0.28), exact_average(values, 0.28, range(1, 7)), atol=1e-13)
-
-
-class AtFirstBatch(torch.nn.Module):
-    """A model like one with fake quantization, whose scales get one element a channel at the first batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(6, 3))
-        self.register_buffer("scale", torch.ones(1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.scale = self.weight.abs().amax(1)
-        return x @ self.weight.T
-
-
-def test_the_error_for_buffers_without_their_final_shape_names_ways_out_that_work(tmp_path: Path) -> None:
-    def train(model: torch.nn.Module, folder: str, **options: object) -> None:
-        with PostHocEMA.from_model(model, tmp_path / folder, update_every=1, checkpoint_every=2, **options) as tracker:
-            for _ in range(3):
-                model(torch.ones(5, 3))
-                tracker.update_(model)
-            with tracker.model(model, 0.15):
-                model(torch.ones(5, 3))
-
-    with pytest.raises(ModelMismatchError, match=r"'scale': has the shape \[6\].*run one batch through the model"):
-        train(AtFirstBatch(), "0")
-    train(AtFirstBatch(), "1", exclude="scale")
-    with_shape = AtFirstBatch()
-    with_shape(torch.ones(5, 3))
-    train(with_shape, "2")
-    with pytest.raises(ModelMismatchError, match="run one batch"):  # a training that resumes begins with the same
-        PostHocEMA.from_path(tmp_path / "2", AtFirstBatch())
-    with PostHocEMA.from_path(tmp_path / "2", with_shape, step=2) as tracker:
-        tracker.update_(with_shape)
-        assert tracker.step == 3
 
 
 def test_the_default_interval_of_updates_follows_that_of_snapshots(tmp_path: Path) -> None:

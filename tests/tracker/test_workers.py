@@ -69,22 +69,6 @@ def test_threads_of_training_are_left_alone(device: str | None, tmp_path: Path) 
     assert {*seen, torch.get_num_threads()} == {2}
 
 
-def test_a_signal_amid_an_update_leaves_gradients_enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The signal arrives just before torch.no_grad() restores them."""
-    real = torch.no_grad.__exit__
-
-    def interrupted(*_: object) -> None:
-        monkeypatch.setattr(torch.no_grad, "__exit__", real)
-        raise KeyboardInterrupt
-
-    model = Equal(10)
-    with PostHocEMA.from_model(model, tmp_path, update_every=1) as tracker:
-        monkeypatch.setattr(torch.no_grad, "__exit__", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            tracker.update_(model)
-        assert torch.is_grad_enabled()
-
-
 @pytest.mark.parametrize(
     ("device", "way"), [("cpu", "state"), ("model", "state"), ("model", "load"), ("cpu", "update"), ("model", "close")]
 )

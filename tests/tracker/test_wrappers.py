@@ -22,7 +22,6 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    inject_adapter_in_model,
     set_peft_model_state_dict,
 )
 from safetensors.torch import save_file
@@ -160,14 +159,6 @@ def test_a_wrapper_around_a_model_with_averaged_weights_is_no_update(tmp_path: P
             tracker.update_(torch.nn.DataParallel(model))
 
 
-def test_making_a_tracker_fails_if_torch_has_renamed_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise names would have the wrapper's prefix."""
-    model = compiled(network())
-    monkeypatch.delattr(type(model).__module__ + ".OptimizedModule")
-    with pytest.raises(AttributeError, match="OptimizedModule"):
-        PostHocEMA.from_model(model, tmp_path)
-
-
 def test_a_model_under_fsdp_keeps_its_dtypes(tmp_path: Path, one_process: None) -> None:
     with pytest.raises(InvalidValueError, match=r"the model: FSDP has laid its parameters .*use_orig_params=True"):
         PostHocEMA.from_model(fsdp(network(), use_orig_params=False), tmp_path)
@@ -228,7 +219,7 @@ else:
 def test_the_first_of_two_processes_writes(tmp_path: Path, what: str) -> None:
     outs = check_group(JOB, 2, tmp_path, what)
     if what == "sharded":
-        assert all("use torch.distributed.fsdp.fully_shard" in out for out in outs)
+        assert all("use fully_shard" in out for out in outs)
         assert not (tmp_path / "run").exists()
         return
     snapshots = read_directory(tmp_path / "run")
@@ -299,17 +290,6 @@ def test_a_tracker_that_is_made_before_wrapping_trains_and_resumes_in_two_proces
         assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_a_process_that_keeps_no_averages_counts_and_writes_nothing(tmp_path: Path, second_of_two: None) -> None:
-    model = torch.nn.Linear(3, 2)
-    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as other:
-        for number in range(1, 5):
-            other.update_(model)
-            assert (other.step, other.t) == (number, number)
-        assert (other.state_dict(), other.keeps_averages) == ({}, False)
-        other.load_state_dict({})
-    assert list(tmp_path.iterdir()) == []
-
-
 PEFTS = pytest.mark.filterwarnings("ignore")  # whose own warnings are many
 LORA = LoraConfig(r=2, target_modules=["middle", "embed"], modules_to_save=["head"])
 CONFIGS = {
@@ -376,18 +356,6 @@ def test_pefts_own_functions_load_averages(tmp_path: Path) -> None:
     save_file(dict(weights), tmp_path / "adapter" / "adapter_model.safetensors")
     read = PeftModel.from_pretrained(Adapted(), str(tmp_path / "adapter"))
     assert torch.equal(read.eval()(x), expected)
-
-
-@PEFTS
-def test_an_adapter_injected_into_a_model_has_pefts_names_too(tmp_path: Path) -> None:
-    model = inject_adapter_in_model(CONFIGS["lora"], Adapted())
-    weights = track(model, tmp_path)
-    assert set(weights) == set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    fresh = inject_adapter_in_model(CONFIGS["lora"], Adapted())
-    set_peft_model_state_dict(fresh, weights)
-    PostHocEMA.from_path(tmp_path).load_into(model, sigma_rel=0.15)
-    x = torch.randint(0, 7, (8, 3))
-    assert torch.equal(fresh(x), model(x))
 
 
 def names(model: torch.nn.Module, **filters: bool) -> set[str]:
