@@ -29,6 +29,7 @@ from posthoc_cli.profiles import (
     WINDOW,
     Discrete,
     FloatArray,
+    OrdinaryEMA,
     Point,
     PowerFunction,
     Profile,
@@ -600,7 +601,9 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
         discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
         may_have_noise = not discrete
         start = min(average.start for average in averages)
-        beside = [] if may_have_noise or not any(isinstance(p, Point) for p in profiles) else discrete
+        # An average that takes in one value of many has mass on single steps, whose noise is not that of a mean.
+        every = all(isinstance(p, Point) or (isinstance(p, OrdinaryEMA) and p.settings["every"] == 1) for p in profiles)
+        beside = discrete if every and any(isinstance(p, Point) for p in profiles) else []
         motion = fit_motion(start, times, distances, steps, may_have_noise, beside)
     else:
         motion = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)

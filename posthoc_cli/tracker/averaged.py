@@ -94,7 +94,8 @@ class Recipe:
         assert isinstance(live, LiveSource)
         for name, (_, shape, *_) in live.entries.items():
             (exact,) = live.read([ElementRange(name, 0, math.prod(shape))])
-            value = exact.to(torch_dtype(self.entries[name].dtype), copy=True).view(shape)
+            is_held = live.info.tensors[name].role == "copy"
+            value = exact.to(torch_dtype(self.entries[name].dtype), copy=is_held).view(shape)
             if exact.is_floating_point() and not holds(value.dtype, exact):
                 reason = f"{value.dtype} cannot hold its largest value, {float(exact.abs().max()):.6g}"
                 raise NonFiniteError(f"tensor {name!r}", reason, "take float32 or bfloat16")
