@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +94,7 @@ class Nodes:
             listed = np.repeat(np.searchsorted(self.edges, base[:-1][few]), np.diff(count)[few])
             density = np.diff(steps.clock.step_at(self.edges)) / widths
         few = few[np.searchsorted(base, self.edges[1:]) - 1]
-        x, w = np.polynomial.legendre.leggauss(_ORDER if powers else 1)
+        x, w = _gauss(_ORDER if powers else 1)
         self._order, self._cells = x.size, np.flatnonzero(~few)
         half = widths[self._cells, None] / 2
         self._s = (self.edges[self._cells, None] + half * (1 + x)).ravel()
@@ -207,7 +207,7 @@ def _lagrange(x: FloatArray, order: int) -> FloatArray:
 
     l_j(x) = w_j sum_k (2 k + 1) / 2 P_k(x_j) P_k(x).
     """
-    nodes, weights = np.polynomial.legendre.leggauss(order)
+    nodes, weights = _gauss(order)
     at, of = (np.polynomial.legendre.legvander(points, order - 1) for points in (x, nodes))
     return np.asarray(at @ ((np.arange(order) + 0.5)[:, None] * of.T * weights))
 
@@ -232,17 +232,30 @@ def resolving_nodes(profile: Profile, edges: FloatArray) -> tuple[FloatArray, Fl
     """
     geometric = np.exp2(-np.arange(1.0, 50.0))
     levels = np.unique(np.concatenate((np.linspace(0, 1, 65)[1:-1], geometric, 1 - geometric)))
-    low, high = np.full(levels.size, float(edges[0])), np.full(levels.size, float(edges[-1]))
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        above = profile.tail(middle) > levels
-        low, high = np.where(above, middle, low), np.where(above, high, middle)
-    cuts = np.unique(np.concatenate((edges, high)))
-    abscissae, weights = np.polynomial.legendre.leggauss(_FINE)
+    cuts = np.unique(np.concatenate((edges, _quantiles(profile, levels, float(edges[0]), float(edges[-1])))))
+    abscissae, weights = _gauss(_FINE)
     half = np.diff(cuts)[:, None] / 2
     points = (cuts[:-1, None] + half) + half * abscissae
     interval = np.searchsorted(edges, cuts[:-1], side="right") - 1
     return points.reshape(-1), (half * weights).reshape(-1), np.repeat(interval, _FINE)
+
+
+def _quantiles(profile: Profile, levels: FloatArray, begin: float, end: float) -> FloatArray:
+    """Return the times in [begin, end] from which on the tail is at most each of the levels: shape of `levels`."""
+    if isinstance(profile, PowerFunction):
+        return np.clip(profile.t * (1 - levels) ** (1 / (profile.gamma + 1)), begin, end)
+    low, high = np.full(levels.size, begin), np.full(levels.size, end)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        above = profile.tail(middle) > levels
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return high
+
+
+@lru_cache
+def _gauss(order: int) -> tuple[FloatArray, FloatArray]:
+    """Return the nodes and weights of Gauss-Legendre quadrature on [-1, 1]: shape [order] each."""
+    return np.polynomial.legendre.leggauss(order)
 
 
 def relative_width(profile: Profile, t: float) -> float:

@@ -139,7 +139,7 @@ def test_a_pickle_that_is_none_is_one_line_at_once(what: str, tmp_path: Path) ->
     assert time.process_time() - started < 10
 
 
-@pytest.mark.parametrize("what", ["empty dicts", "marks", "memo", "long names again and again"])
+@pytest.mark.parametrize("what", ["empty dicts", "long names again and again"])
 def test_what_a_pickle_makes_is_limited_by_its_length(what: str, tmp_path: Path) -> None:
     (tmp_path / "step1.pt").write_bytes(OPCODES[what])
     tracemalloc.start()
