@@ -9,6 +9,8 @@ The expected squared distance of two averages, one of them stored with a roundin
     E |theta_i - theta_j|^2 = integral v (tail_i - tail_j)^2 ds + integral w (p_i - p_j)^2 ds + r_j,
 
 linear in v and w. With both constant on segments of training, every measured distance is a linear equation for them.
+Checkpoints that stand beside averages of the weights between them also show how much of a walk is forgotten before the
+next checkpoint, see `Motion.with_forgotten`.
 Measurements are sums over the elements of all averaged tensors (not of copied ones), in float64.
 """
 
@@ -160,7 +162,7 @@ def fit_motion(
 
         x_j <- x_j sqrt(sum_i A_ij / model_i^2 / sum_i A_ij),
 
-    which never increases the sum.
+    which never increases the sum. The proportion of scatter, in which the model is linear too, is updated alike.
 
     Arguments:
         start: time of the first update.
@@ -190,13 +192,16 @@ def fit_motion(
         x, scattered, share = np.repeat(levels, segments), np.zeros_like(influence), 0.0
         if len(ordinary):
             scattered[:, :segments], share = (scatters * _spacing(edges, ordinary, steps))[explained], _FIRST[1]
+        rows = influence + share * scattered
+        total = rows.sum(axis=0)
         for _ in range(_UPDATES):
-            each, both = scattered @ x, influence + share * scattered
-            weights = np.maximum(both @ x + rounding, 1e-12) ** -2
-            total = both.sum(axis=0)
-            x *= np.sqrt(np.divide(weights @ both, total, out=np.ones_like(total), where=total > 0))
-            if share:
+            weights = np.maximum(rows @ x + rounding, 1e-12) ** -2
+            change = np.sqrt(np.divide(weights @ rows, total, out=np.ones_like(total), where=total > 0))
+            if share and (each := scattered @ x).any():
                 share *= np.sqrt(weights @ each / each.sum())
+                rows = influence + share * scattered
+                total = rows.sum(axis=0)
+            x *= change
         # A segment that no distance shows, as that before the first update, moves as its neighbours do.
         fitted = zip(unknowns, np.split(x, len(kinds)), np.split(influence.sum(axis=0), len(kinds)), strict=False)
         for kind, values, size in fitted:
@@ -591,7 +596,7 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
     in_order = sorted(range(len(averages)), key=lambda i: _order_of(profiles[i]))
     steps = averages[in_order[-1]].steps
     found = [] if sketch else _distances([(profiles[i], measured[i], arithmetic[i]) for i in in_order])
-    distances = [distance for distance in found if not distance.same_profile]
+    distances, doubt = [distance for distance in found if not distance.same_profile], 0.0
     if sketch is not None:
         motion = sketch.motion(steps)
     elif distances:
@@ -599,17 +604,15 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
         # Other libraries' averages of one time take the mean of the same weights in late intervals: with noise in place
         # of a walk, combinations were up to 28 times as far off.
         discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
-        may_have_noise = not discrete
         start = min(average.start for average in averages)
         # An average that takes in one value of many has mass on single steps, whose noise is not that of a mean.
         every = all(isinstance(p, Point) or (isinstance(p, OrdinaryEMA) and p.settings["every"] == 1) for p in profiles)
         beside = discrete if every and any(isinstance(p, Point) for p in profiles) else []
-        motion = fit_motion(start, times, distances, steps, may_have_noise, beside)
+        fitted = fit_motion(start, times, distances, steps, not discrete, beside)
+        doubt = _doubt(fitted, distances, steps)
+        motion = fitted.with_forgotten(_spacing(fitted.edges, discrete, steps))
     else:
         motion = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
-    doubt = _doubt(motion, distances, steps) if distances else 0.0
-    if motion.scatter is not None:
-        motion = motion.with_forgotten(_spacing(motion.edges, discrete, steps))
     # Weights that are all 0 have distances, but all of these are 0.
     still = not norm.any() and any(measurements.distances for measurements in measured)
     return Prior(

@@ -523,16 +523,14 @@ class TensorFile:
     def examine(self, progress: Callable[[int], object]) -> tuple[dict[str, FileFormatError], list[str]]:
         """Read every byte, on several threads; return the damaged tensors, and those that hold nan or infinity."""
         damaged, nonfinite = dict[str, FileFormatError](), dict[str, None]()
-        with self, ThreadPoolExecutor(THREADS, "ema-verify") as pool, closing(self._examined(pool)) as results:
-            for nbytes, errors, bad in results:
-                damaged |= errors
-                nonfinite |= dict.fromkeys(bad)
-                progress(nbytes)
+        with self, ThreadPoolExecutor(THREADS, "ema-verify") as pool:
+            results: Any = pool.map(self._examine_piece, _pieces(self.entries))
+            with closing(results):  # which cancels the pieces that were not begun
+                for nbytes, errors, bad in results:
+                    damaged |= errors
+                    nonfinite |= dict.fromkeys(bad)
+                    progress(nbytes)
         return damaged, [*nonfinite]
-
-    def _examined(self, pool: ThreadPoolExecutor) -> Any:
-        """Return the generator of the results of all pieces; closing it cancels those that were not begun."""
-        return pool.map(self._examine_piece, _pieces(self.entries))
 
     def _examine_piece(self, spans: Sequence[_Span]) -> tuple[int, dict[str, FileFormatError], list[str]]:
         """Read consecutive spans; return their size, and what `examine` returns."""

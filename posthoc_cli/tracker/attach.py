@@ -129,13 +129,15 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     while isinstance(optimizer, accelerated):
         optimizer = optimizer.optimizer
     kind = type(optimizer).__name__
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        if hasattr(optimizer, "optimizer") and not isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):
-            raise InvalidValueError("attach", f"{kind} wraps an optimizer, whose steps it may skip", _BY_HAND)
-        raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
-    # Not `hasattr`: a wrapper may forward attributes, and the registration of hooks, to the optimizer that it wraps.
-    if "_optimizer_step_post_hooks" not in vars(optimizer):
+    if isinstance(optimizer, torch.optim.Optimizer):
+        # Not `hasattr`: a wrapper may forward attributes, and the registration of hooks, to the optimizer it wraps.
+        wraps = "_optimizer_step_post_hooks" not in vars(optimizer)
+    else:
+        wraps = hasattr(optimizer, "optimizer") and not isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler)
+    if wraps:
         raise InvalidValueError("attach", f"{kind} wraps an optimizer, whose steps it may skip", _BY_HAND)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
     # torch wraps the `step` of a class in its hooks; `unwrap` returns the method as it was written.
     steps = {inspect.unwrap(vars(base)["step"]) for base in type(optimizer).__mro__ if "step" in vars(base)}
     if len(steps) > 2:  # with that of torch.optim.Optimizer

@@ -923,7 +923,6 @@ class PostHocEMA:
         tracking, target, live = self._pipeline.tracking, as_target(wanted), None
         if target.sigma_rel is not None and not (tracking.resumes or {"t", "step"} & asked.keys()):
             live = self.settings.tracked_index(target.sigma_rel)
-        is_live = live is not None
 
         def recipe(sources: list[Source]) -> Recipe:
             if live is not None:
@@ -931,9 +930,9 @@ class PostHocEMA:
             return Recipe.planned(self._some(sources), wanted, dtype=dtype, **asked)
 
         if group.is_alone and not self._members.is_chunked:
-            return with_consistent_plan(lambda: recipe(self._sources(is_live)), use)
+            return with_consistent_plan(lambda: recipe(self._sources(live is not None)), use)
         return with_consistent_plan(
-            lambda: self._in_first(group, lambda sources: recipe(sources).sent(), is_live),
+            lambda: self._in_first(group, lambda sources: recipe(sources).sent(), live is not None),
             lambda found: exchanged(group, found[0], wanted, found[1], tracking.tracked, model, self.checkpoint_dir),
         )
 
