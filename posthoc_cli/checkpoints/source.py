@@ -209,6 +209,7 @@ class CheckpointInfo(SourceInfo):
     left_out: tuple[str, ...] = ()
     measurements: None = None
     sketch: str = ""
+    sample: str = ""
 
     @property
     def t(self) -> float:  # type: ignore[override]  # in a frozen class no field can be assigned either

@@ -534,6 +534,10 @@ class Prior:
         doubt: how badly the motion explains the measured distances, see `_doubt`.
         sketch: of the path of the weights; None if the hook made none.
         shared: errors that averages have in common, as independent components: shape [n, components]; None for none.
+        passed_on: the share of the rounding error of copy i that average j inherited, since the run was resumed from
+            the copy: shape [n, n]; None for none.
+        uneven: squared displacements in squared spacings of the storage dtype, relative to their mean, of classes of
+            elements with equal shares of the rounding: shape [classes]; None for equal ones.
     """
 
     motion: Motion
@@ -545,11 +549,21 @@ class Prior:
     doubt: float = 0.0
     sketch: Sketch | None = None
     shared: FloatArray | None = None
+    passed_on: FloatArray | None = None
+    uneven: FloatArray | None = None
 
     def of(self, snapshots: Sequence[int]) -> Prior:
         """Return the prior of a subset of the snapshots, given by their indices."""
         index = np.asarray(snapshots, dtype=np.intp)
-        arrays: dict[str, Any] = {name: v[index] for name, v in vars(self).items() if isinstance(v, np.ndarray)}
+        arrays: dict[str, Any] = {
+            name: v[index] for name, v in vars(self).items() if isinstance(v, np.ndarray) and name != "uneven"
+        }
+        if self.passed_on is not None:
+            arrays["passed_on"] = arrays["passed_on"][:, index]
+            # What came from copies outside the subset is an error that those inside have in common.
+            outside = np.setdiff1d(np.arange(len(self.norm)), index)
+            lost = (np.sqrt(self.rounding[outside, None]) * self.passed_on[np.ix_(outside, index)]).T
+            arrays["shared"] = lost if self.shared is None else np.hstack((arrays["shared"], lost))
         return replace(self, **arrays)
 
     def sampled(self) -> Prior:
@@ -580,10 +594,13 @@ def assumed_prior(snapshots: Sequence[StoredProfile], rounding: float = 0.0, mot
     return Prior(motion, rounding**2 * ones, 0 * ones, ones, ASSUMED)
 
 
-def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = None) -> Prior:
+def measured_prior(
+    averages: Sequence[StoredAverage], sketch: Sketch | None = None, uneven: FloatArray | None = None
+) -> Prior:
     """Return the prior from the measurements of a run's averages, or `assumed_prior` if any average has none.
 
-    The order of the averages affects only the order of the arrays. `sketch` covers the path up to the last average.
+    The order of the averages affects only the order of the arrays. `sketch` covers the path up to the last average;
+    `uneven` is that of `Prior`.
     """
     measured = [average.measurements for average in averages if average.measurements is not None]
     if not measured or len(measured) < len(averages):
@@ -615,10 +632,11 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
         motion = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
     # Weights that are all 0 have distances, but all of these are 0.
     still = not norm.any() and any(measurements.distances for measurements in measured)
+    rounding = np.array([measurements.rounding for measurements in measured])
     return Prior(
-        motion, np.array([measurements.rounding for measurements in measured]), arithmetic, norm,
+        motion, rounding, arithmetic, norm,
         MEASURED if distances or still or sketch is not None else ASSUMED, steps,
-        doubt, sketch, _shared(averages, inherited, sketch),
+        doubt, sketch, *_shared(averages, inherited, rounding, sketch), uneven,
     )  # fmt: skip
 
 
@@ -657,16 +675,20 @@ def _doubt(motion: Motion, distances: Sequence[PairDistance], steps: Steps | Non
     return float(np.sqrt(np.mean(np.log((expected + least) / (measured + least)) ** 2))) / 2
 
 
-def _shared(averages: Sequence[StoredAverage], inherited: FloatArray, sketch: Sketch | None) -> FloatArray | None:
-    """Return `Prior.shared`: inherited errors, and those from means that profiles share."""
+def _shared(
+    averages: Sequence[StoredAverage], inherited: FloatArray, rounding: FloatArray, sketch: Sketch | None
+) -> tuple[FloatArray | None, FloatArray | None]:
+    """Return `Prior.shared`, from inherited errors and from means that profiles share, and `Prior.passed_on`."""
     powers = {i: average.profile for i, average in enumerate(averages) if isinstance(average.profile, PowerFunction)}
     tracked, profiles = list(powers), list(powers.values())
     gammas, times = np.array([p.gamma for p in profiles]), np.array([p.t for p in profiles])
-    rows = [np.zeros((0, len(tracked)))]
+    rows, passed_on = [np.zeros((0, len(tracked)))], np.zeros((len(averages), len(averages)))
     if inherited.any():
         order = np.argsort(times, kind="stable")
-        rows.append(np.zeros((len(tracked), len(tracked))))
-        rows[-1][:, order] = inherited_factor(inherited[tracked][order], gammas[order], times[order])
+        ordered = np.array(tracked)[order]
+        factor, passed = inherited_factor(inherited[ordered], rounding[ordered], gammas[order], times[order])
+        passed_on[np.ix_(ordered, ordered)] = passed
+        rows.append(factor[:, np.argsort(order)])
     largest = max((gamma for average in averages for gamma in average.gammas), default=0.0)
     steps = averages[-1].steps
     if sketch is not None and steps is not None and np.any(gammas < largest):
@@ -674,7 +696,7 @@ def _shared(averages: Sequence[StoredAverage], inherited: FloatArray, sketch: Sk
         rows += (errors for errors in sketch.of_shared_means(profiles, largest, updates) if errors.any())
     shared = np.zeros((len(averages), sum(map(len, rows))))
     shared[tracked] = np.vstack(rows).T
-    return shared if shared.any() else None
+    return shared if shared.any() else None, passed_on if passed_on.any() else None
 
 
 def _order_of(profile: StoredProfile) -> tuple[float, float, float]:
@@ -711,8 +733,9 @@ def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) ->
 #
 #     rho = 6 / pi^2 sum_k k^-2 exp(-2 pi^2 k^2 d / h^2) = 6 / pi^2 sum_k k^-2 exp(-pi^2 / 6 k^2 d / r).
 #
-# With sums over all elements for d and r, it holds for a network whose elements move by equally many spacings. As a
-# function of expected squared distances it is a mixture of Gaussian kernels, hence positive semidefinite.
+# With sums over all elements for d and r, it holds for a network whose elements move by equally many spacings; where
+# they do not, it is the mean over classes of elements that do. As a function of expected squared distances it is a
+# mixture of Gaussian kernels, hence positive semidefinite.
 
 _FAR = 12.0
 """Squared distance d / r beyond which the correlation is negligible: exp(-pi^2 / 6 * 12) = 3e-9."""
@@ -722,40 +745,69 @@ _LARGEST = 0.99
 cancel errors whose sizes differ a little, and grow without bound."""
 
 
-def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatArray) -> FloatArray:
+_SLOWEST, _TABULATED = 1e-4, 512
+"""The slowest class of elements, and the number of distances at which the correlation is evaluated."""
+
+
+def rounding_factor(
+    rounding: FloatArray, arithmetic: FloatArray, apart: FloatArray, uneven: FloatArray | None = None
+) -> FloatArray:
     """Return a matrix B such that B^T B is the covariance of the stored copies' errors: shape [n, n].
 
     `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` holds the expected squared
-    distances of the averages, [n, n].
+    distances of the averages, [n, n]; `uneven` is that of `Prior`.
     """
     root = np.sqrt(rounding)
     scale = root[:, None] * root
+    speeds = np.ones(1) if uneven is None else np.maximum(uneven, _SLOWEST)
     with np.errstate(over="ignore"):  # infinity is a valid limit
-        near = (apart < _FAR * scale) & ~np.eye(root.size, dtype=bool)
+        near = (apart * speeds.min() < _FAR * scale) & ~np.eye(root.size, dtype=bool)
     if not near.any():
         return np.diag(np.sqrt(rounding + arithmetic))
     correlation = np.eye(root.size)
-    correlation[near] = _LARGEST * _correlation(apart[near] / scale[near])
+    distances = np.append(0.0, np.geomspace(1e-6, _FAR / speeds.min(), _TABULATED))
+    tabulated = np.mean([_correlation(speed * distances) for speed in speeds], axis=0)
+    correlation[near] = _LARGEST * np.interp(apart[near] / scale[near], distances, tabulated)
     # NumPy's eigh uses divide and conquer; the QR driver fails on about 1 % of these clustered spectra.
     values, vectors = np.linalg.eigh(correlation * scale + np.diag(arithmetic))
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
 
 
-def inherited_factor(inherited: FloatArray, gamma: FloatArray, times: FloatArray) -> FloatArray:
-    """Return a matrix B such that B^T B is the covariance of errors inherited from rounded snapshots: shape [n, n].
+_SAME = 0.98
+"""Ratio of two variances that are one, up to the estimate of the share of each process."""
 
-    An average at t keeps the share (t_i / t)^(gamma + 1) of the error of an earlier average of its profile; the rest of
-    its error arose between the two. `inherited` holds the variances, [n]; `times` are in ascending order.
+
+def inherited_factor(
+    inherited: FloatArray, rounding: FloatArray, gamma: FloatArray, times: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return the errors that averages inherited from rounded snapshots, in two parts: shape [n, n] each.
+
+    An average at t keeps the share (t_i / t)^(gamma + 1) of the error of an earlier average of its profile. If as much
+    as the earlier one's rounding was added between the two, the run was resumed from that copy, and the rounding errors
+    are the same: the second result R has the shares, R_ij of copy i in average j. The rest arose from copies that are
+    gone, and is independent; B^T B is its covariance, with B the first result.
+
+    Arguments:
+        inherited: variances of what was inherited: shape [n].
+        rounding: variances of the roundings of the stored copies: shape [n].
+        gamma: exponents: shape [n].
+        times: in ascending order: shape [n].
     """
-    factor = np.zeros((times.size, times.size))
+    factor, passed_on = np.zeros((2, times.size, times.size))
     for profile in (np.flatnonzero(gamma == exponent) for exponent in np.unique(gamma)):
         factor[profile[0], profile[0]] = np.sqrt(inherited[profile[0]])
         for before, after in pairwise(profile.tolist()):
-            kept = factor[:, before] * (times[before] / times[after]) ** (gamma[after] + 1)
-            variance = float(kept @ kept)
-            factor[:, after] = kept * np.sqrt(min(1.0, inherited[after] / variance)) if variance > 0 else 0.0
-            factor[after, after] = np.sqrt(max(inherited[after] - variance, 0.0))
-    return factor
+            share = (times[before] / times[after]) ** (gamma[after] + 1)
+            kept, copied = share**2 * inherited[before], share**2 * rounding[before]
+            part = share * np.sqrt(min(1.0, inherited[after] / kept)) if kept > 0 else 0.0
+            factor[:, after], passed_on[:, after] = part * factor[:, before], part * passed_on[:, before]
+            added = max(inherited[after] - kept, 0.0)
+            # The errors of two resumes may add up, see `error_after_rounding`.
+            if 0 < _SAME * copied <= added <= (copied + 2 * np.sqrt(kept * copied)) / _SAME:
+                passed_on[before, after] += share
+                added = max(added - copied, 0.0)
+            factor[after, after] = np.sqrt(added)
+    return factor, passed_on
 
 
 def error_after_rounding(error: float, rounding: float, spread: float, moved: float, share: float) -> float:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Sketch
-from posthoc_cli.snapshots.tensorfile import Box
+from posthoc_cli.snapshots.tensorfile import Box, Entry
 
 # --- the sample
 
@@ -91,14 +93,56 @@ def are_equal(model: Floats, recorded: Floats) -> bool:
     return any(torch.equal(values, exact.to(dtype).float()) for dtype in (torch.float16, torch.bfloat16))
 
 
-def squared_distance(model: Floats, recorded: Floats, shapes: Mapping[str, Sequence[int]]) -> float:
-    """Estimate the squared distance of a model from the recorded weights, over all elements of these tensors."""
+def element_shares(shapes: Mapping[str, Sequence[int]]) -> FloatArray:
+    """Return the number of elements that each element of a sample of these tensors stands for."""
     names = [name for name, _ in places(shapes)]
     sizes = {name: math.prod(shapes[name]) for name in shapes}
-    share = np.array([sizes[name] / names.count(name) for name in names])
     sampled = sum(sizes[name] for name in dict.fromkeys(names))
-    squares: npt.NDArray[np.float64] = (model.astype(np.float64) - recorded) ** 2
-    return float(squares @ share) * (sum(sizes.values()) / sampled if sampled else 1.0)
+    scale = sum(sizes.values()) / sampled if sampled else 1.0
+    count = Counter(names)
+    return np.array([scale * sizes[name] / count[name] for name in names], np.float64)
+
+
+def squared_distance(model: Floats, recorded: Floats, shapes: Mapping[str, Sequence[int]]) -> float:
+    """Estimate the squared distance of a model from the recorded weights, over all elements of these tensors."""
+    squares: FloatArray = (model.astype(np.float64) - recorded) ** 2
+    return float(squares @ element_shares(shapes))
+
+
+def spacing(values: FloatArray, mantissa_bits: npt.ArrayLike, lowest_exponent: npt.ArrayLike) -> FloatArray:
+    """Return the distance from each value to the next one of its dtype, see `dtypes.Dtype`."""
+    exponent = np.maximum(np.frexp(values)[1] - 1, lowest_exponent)
+    return np.asarray(np.ldexp(1.0, exponent - np.asarray(mantissa_bits)))
+
+
+_CLASSES = 16
+"""The number of classes of elements that move alike."""
+
+
+def uneven_motion(samples: Iterable[Sequence[str]], stored: Mapping[str, Entry]) -> FloatArray | None:
+    """Return `Prior.uneven` from the samples of a run's averages; None if these show no motion or are unknown.
+
+    Arguments:
+        samples: those of each profile, in the order of time; empty where unknown.
+        stored: dtype and complete shape of each average in the files.
+    """
+    values = [np.stack([decode_sample(text)[1] for text in profile]) for profile in samples if all(profile)]
+    shapes = {name: entry.shape for name, entry in stored.items()}
+    dtypes = [DTYPES[stored[name].dtype] for name, _ in places(shapes)]
+    if not values or any(one.shape[1] != len(dtypes) for one in values):
+        return None
+    newest = values[0][-1].astype(np.float64)
+    bits, lowest = [dtype.mantissa_bits for dtype in dtypes], [dtype.lowest_exponent for dtype in dtypes]
+    squares, share = spacing(newest, bits, lowest) ** 2, element_shares(shapes)
+    moved = np.sum([np.sum(np.diff(one.astype(np.float64), axis=0) ** 2, axis=0) for one in values], axis=0)
+    if not moved.any():
+        return None
+    # Each element counts as its rounding does. Classes have equal weights; each moves as its elements do in the mean.
+    weight, speed = share * squares / (share @ squares), moved / squares * (share @ squares) / (share @ moved)
+    order = np.argsort(speed)
+    until = np.cumsum(np.stack((weight, weight * speed))[:, order], axis=1)
+    ends = np.linspace(0.0, 1.0, _CLASSES + 1)
+    return np.asarray(np.diff(np.interp(ends, np.append(0.0, until[0]), np.append(0.0, until[1]))) * _CLASSES)
 
 
 # --- the sketch of the path

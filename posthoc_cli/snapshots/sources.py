@@ -44,7 +44,7 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     thinned_subset,
 )
-from posthoc_cli.snapshots.path import decode_path
+from posthoc_cli.snapshots.path import decode_path, spacing, uneven_motion
 from posthoc_cli.snapshots.tensorfile import (
     THREADS,
     Box,
@@ -107,6 +107,7 @@ class SourceInfo:
         left_out: names in the model's state that were not tracked.
         measurements: the measurements of the average; None if they must be estimated.
         sketch: the path of the weights up to `t`, see `path.encode_path`; empty if unknown.
+        sample: elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown.
     """
 
     run_id: str
@@ -120,6 +121,7 @@ class SourceInfo:
     left_out: tuple[str, ...]
     measurements: Measurements | None
     sketch: str
+    sample: str
 
     @property
     @abstractmethod
@@ -374,7 +376,14 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     text = next((source.info.sketch for source in ordered if source.info.t == last and source.info.sketch), "")
     if sampled := not text or any(source.info.measurements is None for source in on_disk):
         averages[: len(on_disk)] = with_sampled_measurements(on_disk)
-    prior = measured_prior(averages, decode_path(text).sketch if text else None)
+    samples = defaultdict[float, list[str]](list)
+    for source in sorted(on_disk, key=_order):
+        samples[source.info.sigma_rel].append(source.info.sample)
+    uneven = None
+    if text:
+        stored = {name: ordered[0].entries[name] for name in ordered[0].info.averages}
+        uneven = uneven_motion(samples.values(), stored)
+    prior = measured_prior(averages, decode_path(text).sketch if text else None, uneven)
     place = {id(source): index for index, source in enumerate(ordered)}
     return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
 
@@ -461,10 +470,8 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     dtype = DTYPES[stored]
     if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
         return 0.0
-    moved = values[values != 0]
-    exponent = np.maximum(np.frexp(moved)[1] - 1, dtype.lowest_exponent)
-    spacing = np.ldexp(1.0, exponent - dtype.mantissa_bits)
-    return float(np.dot(spacing, spacing)) / 12
+    spacings = spacing(values[values != 0], dtype.mantissa_bits, dtype.lowest_exponent)
+    return float(np.dot(spacings, spacings)) / 12
 
 
 def _kind(source: Source) -> tuple[float, bool]:

@@ -64,7 +64,7 @@ class Recipe:
 
     @classmethod
     def of_live(cls, source: Source, dtype: torch.dtype | str | None = None) -> Recipe:
-        """Return the recipe of a copy. Its error is what a resumed run has inherited, and rounding to the dtype."""
+        """Return the recipe of a copy. Its error: what a resumed run has inherited, its arithmetic, and the dtype."""
         info, stored = source.info, parse_dtype(dtype)
         assert isinstance(info, Snapshot)
         names = {name: [name] for name in info.tensors}
@@ -78,7 +78,9 @@ class Recipe:
             squares += entry.size * is_weight * (ROUNDING * EPS.get(entry.dtype, 0.0)) ** 2
         norm = info.measurements.norm if info.measurements else 0.0
         inherited = math.sqrt(info.inherited / norm) if norm else 0.0
-        error = math.hypot(inherited, math.sqrt(squares / max(elements, 1)))
+        average = info.average()
+        arithmetic = ROUNDING * average.eps * math.sqrt(average.roundings)
+        error = math.hypot(inherited, arithmetic, math.sqrt(squares / max(elements, 1)))
         said = f"predicted error {error:.2g}" if inherited else "exact"
         log.info(
             "%saverage of sigma_rel %g at t = %.12g: %s", "" if inherited else "live ", info.sigma_rel, info.t, said

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from posthoc_cli.reconstruction.motion import error_after_rounding, inherited_factor, rounding_factor
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction.motion import assumed_prior, error_after_rounding, inherited_factor, rounding_factor
+from posthoc_cli.snapshots.path import encode_sample, places, uneven_motion
+from posthoc_cli.snapshots.tensorfile import Entry
 
 
 @pytest.mark.parametrize("spacings", [0.0, 0.05, 0.15, 0.3, 0.6, 3.0])
@@ -21,6 +26,28 @@ def test_the_correlation_is_that_of_values_that_move(spacings: float) -> None:
     factor = rounding_factor(np.diag(measured), np.zeros(2), apart)
     # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000); the correlation is limited to 0.99.
     np.testing.assert_allclose(factor.T @ factor, measured, atol=0.025 * measured[0, 0])
+
+
+@pytest.mark.parametrize("spacings", [0.05, 0.1, 0.3])
+def test_where_elements_move_unevenly_the_slow_ones_keep_their_errors(spacings: float) -> None:
+    """Elements move by log-normal numbers of spacings; a sample of 512 shows how unevenly."""
+    generator, spacing = np.random.default_rng(0), 2.0**-10
+    values = generator.uniform(1.1, 1.9, 200_000)
+    speed = np.exp(generator.normal(0, 1.5, values.size))
+    steps = spacings * spacing * speed * generator.normal(size=(20, values.size)) / np.sqrt(20)
+    path = values + np.vstack((np.zeros(values.size), np.cumsum(steps, axis=0)))
+    errors = [x.astype(np.float16).astype(np.float64) - x for x in path[[0, -1]]]
+    measured = np.array([[a @ b for b in errors] for a in errors])
+    apart = np.sum((path[-1] - path[0]) ** 2) * (1 - np.eye(2))
+    tensors = {"weight": Entry("F16", values.shape, 0, 2 * values.size)}
+    sampled = [row[[index for _, index in places({"weight": values.shape})]] for row in path]
+    uneven = uneven_motion([[encode_sample(row, row) for row in sampled]], tensors)
+    factor = rounding_factor(np.diag(measured), np.zeros(2), apart, uneven)
+    even = rounding_factor(np.diag(measured), np.zeros(2), apart)
+    true = measured[0, 1] / measured[0, 0]
+    # A sample of 512 shows a correlation up to about 1 / sqrt(512).
+    assert abs((factor.T @ factor)[0, 1] / measured[0, 0] - true) < 0.1
+    assert abs((even.T @ even)[0, 1] / measured[0, 0] - true) > 0.2
 
 
 def test_errors_of_distant_averages_are_independent_and_those_of_equal_averages_are_equal() -> None:
@@ -48,7 +75,8 @@ def test_inherited_errors_are_correlated_as_far_as_averages_contain_the_same_val
             errors.insert(place * (index + 1) + index, error)  # in the order of time
     measured = np.array([[np.mean(a * b) for b in errors] for a in errors])
     gamma, t = np.tile(gammas, 4), np.repeat(times, 3)
-    factor = inherited_factor(np.diag(measured), gamma, t)
+    factor, passed_on = inherited_factor(np.diag(measured), np.zeros(12), gamma, t)
+    assert not passed_on.any()
     np.testing.assert_allclose(np.diag(factor.T @ factor), np.diag(measured), rtol=1e-12)
     # Means of 100,000 products scatter by 1 / sqrt(100,000).
     scale = np.sqrt(np.outer(np.diag(measured), np.diag(measured)))
@@ -57,9 +85,28 @@ def test_inherited_errors_are_correlated_as_far_as_averages_contain_the_same_val
 
 def test_inherited_errors_may_be_smaller_than_the_remainder_of_earlier_ones() -> None:
     """For averages that have continued from an exact state since then, and for averages without inherited errors."""
-    factor = inherited_factor(np.array([4.0, 0.1, 0.0, 0.0]), np.full(4, 0.5), np.array([9.0, 10.0, 11.0, 12.0]))
+    times = np.array([9.0, 10.0, 11.0, 12.0])
+    factor, _ = inherited_factor(np.array([4.0, 0.1, 0.0, 0.0]), np.zeros(4), np.full(4, 0.5), times)
     np.testing.assert_allclose(np.diag(factor.T @ factor), [4.0, 0.1, 0.0, 0.0], rtol=1e-12)
-    np.testing.assert_array_equal(inherited_factor(np.zeros(2), np.ones(2), np.ones(2)), np.zeros((2, 2)))
+    for part in inherited_factor(np.zeros(2), np.zeros(2), np.ones(2), np.ones(2)):
+        np.testing.assert_array_equal(part, np.zeros((2, 2)))
+
+
+def test_errors_inherited_from_a_snapshot_are_its_rounding_errors() -> None:
+    """100,000 averages are rounded at four times, and continue from the rounded value of the second."""
+    generator, times, rounding = np.random.default_rng(0), np.array([100.0, 110.0, 150.0, 400.0]), np.ones(4)
+    own = generator.normal(size=(4, 100_000))
+    shares = np.array([0.0, 0.0, (110 / 150) ** 1.5, (110 / 400) ** 1.5])
+    inherited = shares[:, None] * own[1]
+    factor, passed_on = inherited_factor(shares**2, rounding, np.full(4, 0.5), times)
+    stored = np.eye(4) + passed_on
+    expected = stored.T @ stored + factor.T @ factor
+    np.testing.assert_allclose(expected, (own + inherited) @ (own + inherited).T / 100_000, atol=0.015)
+    # Without the second and its rounding, what came from it is still an error that the later two have in common.
+    prior = replace(assumed_prior([PowerFunction(0.5, t) for t in times], 1.0), passed_on=passed_on).of([0, 2, 3])
+    assert prior.shared is not None and prior.passed_on is not None
+    np.testing.assert_allclose(prior.shared @ prior.shared.T, np.outer(shares, shares)[[0, 2, 3]][:, [0, 2, 3]])
+    assert not prior.passed_on.any()
 
 
 @pytest.mark.parametrize(("share", "resumes"), [(0.5, 30), (0.05, 30), (0.01, 100), (1e-3, 30), (1e-4, 100)])
