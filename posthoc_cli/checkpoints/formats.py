@@ -42,15 +42,14 @@ from posthoc_cli.checkpoints.read_model import (
     AVERAGE_WORD,
     MODEL_GROUPS,
     NOT_WEIGHTS,
-    PARAMETERS,
     Find,
     IndexedCheckpoint,
-    Keys,
     Tensors,
     index_checkpoint,
     names_in,
     tensor_shape,
 )
+from posthoc_cli.checkpoints.read_pickle import PARAMETERS, Keys
 from posthoc_cli.checkpoints.read_step import checked_step, step_of
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, Updates, make_checkpoint
 from posthoc_cli.dtypes import EPS

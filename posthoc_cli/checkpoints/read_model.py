@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from posthoc_cli.checkpoints.read_pickle import Node, read_pickled
+from posthoc_cli.checkpoints.read_pickle import Keys, Node, read_pickled, read_tensors
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots.directory import PICKLES
@@ -43,19 +43,7 @@ from posthoc_cli.snapshots.tensorfile import (
     sampled_identity,
 )
 
-Keys = tuple[str, ...]
-"""Keys that lead to a tensor within a file's content."""
-
 ENDINGS = (SUFFIX, *PICKLES, ".pth.tar")
-PARAMETERS = "shadow_params"
-"""Key of averages in a list, in the order of the model's parameters."""
-_MOST_VALUES = 1_000_000
-_USUAL_LENGTH = 100
-"""The length of a name that counts as one value more: a pickle can repeat long names, which few bytes refer to."""
-_DEEPEST = 100
-_MOST_SHARED, _MOST_SMALL = 8, 64 * 1024 * 1024
-"""The most bytes of tensors, as a multiple of their file's, and of those of a small file: views of one storage may
-overlap, and be expanded."""
 DCP_METADATA = ".metadata"
 INDEX_ENDING = ".index.json"
 EMA_ENDING = "_ema"
@@ -288,11 +276,7 @@ def _of_file(path: Path) -> IndexedCheckpoint:
             values = dict(header.metadata) | ({} if header.kind is None else {"ema.format": header.kind})
             content: dict[Keys, Any] = {(name,): entry for name, entry in header.entries.items()}
         else:
-            content = _leaves(path, read_pickled(file, 0, file.size))
-            total = sum(entry.nbytes for entry in {value for value in content.values() if isinstance(value, Entry)})
-            if total > _MOST_SHARED * file.size + _MOST_SMALL:
-                reason = f"its tensors share bytes, and would take {total:,} in place of {file.size:,}"
-                raise FileFormatError(path, f"cannot be read as tensors: {reason}")
+            content = read_tensors(file)
         identity = sampled_identity(file), file.stamp
     tensors: dict[Keys, Find] = {}
     for keys, value in content.items():
@@ -309,52 +293,6 @@ def _refuse(path: Path, keys: Keys, node: Node) -> list[FoundChunk]:
     """Raise FileFormatError for a kind of tensor that is not read."""
     kind = node.name.removeprefix("torch._utils._rebuild_")
     raise FileFormatError(path, f"tensor {shown('.'.join(keys))} is of a kind that is not read ({shown(kind)})")
-
-
-def _leaves(path: Path, value: Any) -> dict[Keys, Any]:
-    """Return the tensors, numbers and texts in dicts, and the averages in lists, by the keys that lead to each.
-
-    A tensor of a kind that is not read (sparse, quantized, spread over processes) remains a node. The names of modules
-    within a pickled module are one key, joined by dots, as in a state dict.
-    """
-    leaves: dict[Keys, Any] = {}
-    pending: list[tuple[Keys, Any, int, bool]] = [((), value, 0, False)]
-    count = 0
-    while pending:
-        keys, item, depth, is_in_module = pending.pop()
-        if isinstance(item, list) and keys[-1:] == (PARAMETERS,):
-            item = dict(enumerate(item))
-        if not isinstance(item, dict) or (isinstance(item, Node) and item.name.startswith("torch._utils._rebuild")):
-            if keys and isinstance(item, Node | Entry | int | float | str):
-                leaves[keys] = item
-        elif depth < _DEEPEST:
-            module = _module_tensors(item) if isinstance(item, Node) else None
-            is_module, content = module is not None, module or item
-            for key in reversed(content):
-                if isinstance(key, str | int):
-                    name = (*keys[:-1], f"{keys[-1]}.{key}") if is_module and is_in_module else (*keys, str(key))
-                    pending.append((name, content[key], depth + 1, is_module))
-                    count += 1 + sum(map(len, name)) // _USUAL_LENGTH
-                if count > _MOST_VALUES:
-                    reason = f"holds more than {_MOST_VALUES:,} values, or very long names"
-                    raise FileFormatError(path, f"cannot be read as tensors: {reason}")
-    return leaves
-
-
-def _module_tensors(node: Node) -> dict[Any, Any] | None:
-    """Return the parameters, buffers and inner modules of a pickled torch module; None for another object.
-
-    The attributes of a module are its state, one of its arguments, or under `state` in one of these.
-    """
-    for value in (node.state, *node.arguments):
-        for state in (value, value.get("state")) if isinstance(value, dict) else ():
-            if isinstance(state, dict) and {"_parameters", "_buffers", "_modules"} <= state.keys():
-                parts = [state[key] for key in ("_parameters", "_buffers", "_modules")]
-                content = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
-                unsaved = state.get("_non_persistent_buffers_set")
-                names = {key for key in unsaved if isinstance(key, str)} if isinstance(unsaved, list) else set()
-                return {key: content[key] for key in content if key not in names}
-    return None
 
 
 def _of_shards(index: Path) -> IndexedCheckpoint:

@@ -26,11 +26,6 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.tensorfile import Entry, OpenedFile, is_sizes, row_major
 
 _ZIP = b"PK\x03\x04"
-_MOST_REPEATED = 64 * 1024 * 1024
-"""Largest number of bytes of a tensor that repeats stored elements, as `expand` makes it."""
-_MOST_ARGUMENTS = 16
-"""Largest number of arguments of a call that are used, and of a key's items: a pickle may pass a million to each of a
-million calls."""
 _STREAM_MAGIC, _STREAM_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LONGEST_LINE = 4096
 """Largest number of bytes of a name or number that is written as text."""
@@ -43,6 +38,30 @@ _DTYPES = {
     **{dtype.torch_name: name for name, dtype in DTYPES.items()},
 }  # fmt: skip
 """Dtypes by the names of torch's storages and dtypes; None for a storage of bytes."""
+
+
+Keys = tuple[str, ...]
+"""Keys that lead to a tensor within a file's content."""
+PARAMETERS = "shadow_params"
+"""Key of averages in a list, in the order of the model's parameters."""
+
+# The budget: what a file may cost, in proportion to its length, so that a hostile one is refused while it is read.
+
+_FREE, _OBJECT, _CONTAINER = 2**20, 4, 32
+"""The objects of a pickle cost at most twice its length and these bytes more: what each object costs, and each dict,
+list or set. The densest of real pickles, metadata of torch.distributed.checkpoint with short names, cost 1.8 times
+their length."""
+_FREE_NAMES, _NAMED = 2**26, 64
+"""The values of a file cost at most its length and these bytes more: what each value costs, in addition to the length
+of its name: a few bytes can refer to a dict again and again, under long names."""
+_SHARED, _FREE_BYTES = 8, 2**26
+"""The tensors of a file have at most this multiple of its bytes and these bytes more: views of one storage may overlap,
+and be expanded. One tensor that repeats elements has at most the latter."""
+_MOST_ARGUMENTS = 16
+"""Largest number of arguments of a call that are used, and of a key's items: a pickle may pass a million to each of a
+million calls."""
+_DEEPEST = 100
+"""The number of dicts within each other in which tensors are sought."""
 
 
 @dataclass(eq=False, repr=False)
@@ -97,6 +116,56 @@ def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
         return value
     except _PickleError as error:
         raise FileFormatError(file.path, f"cannot be read as tensors: {error}") from error
+
+
+def read_tensors(file: OpenedFile) -> dict[Keys, Any]:
+    """Return the tensors, numbers and texts in dicts, and the averages in lists, by the keys that lead to each.
+
+    A tensor of a kind that is not read (sparse, quantized, spread over processes) remains a node. The names of modules
+    within a pickled module are one key, joined by dots, as in a state dict. Errors are those of `read_pickled`.
+    """
+    leaves: dict[Keys, Any] = {}
+    pending: list[tuple[Keys, Any, int, bool]] = [((), read_pickled(file, 0, file.size), 0, False)]
+    left = _FREE_NAMES + file.size
+    while pending:
+        keys, item, depth, is_in_module = pending.pop()
+        if isinstance(item, list) and keys[-1:] == (PARAMETERS,):
+            item = dict(enumerate(item))
+        if not isinstance(item, dict) or (isinstance(item, Node) and item.name.startswith("torch._utils._rebuild")):
+            if keys and isinstance(item, Node | Entry | int | float | str):
+                leaves[keys] = item
+        elif depth < _DEEPEST:
+            module = _module_tensors(item) if isinstance(item, Node) else None
+            is_module, content = module is not None, module or item
+            for key in reversed(content):
+                if isinstance(key, str | int):
+                    name = (*keys[:-1], f"{keys[-1]}.{key}") if is_module and is_in_module else (*keys, str(key))
+                    pending.append((name, content[key], depth + 1, is_module))
+                    left -= _NAMED + sum(map(len, name))
+                if left < 0:
+                    reason = "holds more values, or longer names, than its length explains"
+                    raise FileFormatError(file.path, f"cannot be read as tensors: {reason}")
+    total = sum(entry.nbytes for entry in {value for value in leaves.values() if isinstance(value, Entry)})
+    if total > _SHARED * file.size + _FREE_BYTES:
+        reason = f"its tensors share bytes, and would take {total:,} in place of {file.size:,}"
+        raise FileFormatError(file.path, f"cannot be read as tensors: {reason}")
+    return leaves
+
+
+def _module_tensors(node: Node) -> dict[Any, Any] | None:
+    """Return the parameters, buffers and inner modules of a pickled torch module; None for another object.
+
+    The attributes of a module are its state, one of its arguments, or under `state` in one of these.
+    """
+    for value in (node.state, *node.arguments):
+        for state in (value, value.get("state")) if isinstance(value, dict) else ():
+            if isinstance(state, dict) and {"_parameters", "_buffers", "_modules"} <= state.keys():
+                parts = [state[key] for key in ("_parameters", "_buffers", "_modules")]
+                content = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
+                unsaved = state.get("_non_persistent_buffers_set")
+                names = {key for key in unsaved if isinstance(key, str)} if isinstance(unsaved, list) else set()
+                return {key: content[key] for key in content if key not in names}
+    return None
 
 
 class _PickleError(Exception):
@@ -318,10 +387,6 @@ class _Interpreter:
         self.fill(items)
 
 
-_FREE, _OBJECT, _CONTAINER = 2**20, 4, 32
-"""The budget of a pickle is twice its length and these bytes more: what each object costs, and each dict, list or set.
-The densest of real pickles, metadata of torch.distributed.checkpoint with short names, cost 1.8 times their length."""
-
 _DO: dict[str, Callable[[_Interpreter, Any], object] | None] = {
     **dict.fromkeys(
         ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "STRING", "BINSTRING", "SHORT_BINSTRING",
@@ -407,7 +472,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, kind: Any = Non
     item, count = ITEM_BYTES[dtype], math.prod(shape)
     reach = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if count else 0
     _check((offset + reach) * item <= storage.nbytes, "a tensor reaches beyond its storage")
-    is_small = count * item <= max(storage.nbytes, _MOST_REPEATED)
+    is_small = count * item <= max(storage.nbytes, _FREE_BYTES)
     _check(is_small, f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes")
     is_row_major = all(size == 1 or a == b for size, a, b in zip(shape, strides, row_major(shape), strict=True))
     kept = () if is_row_major or not count else tuple(strides)

@@ -144,7 +144,7 @@ def test_what_a_pickle_makes_is_limited_by_its_length(what: str, tmp_path: Path)
     (tmp_path / "step1.pt").write_bytes(OPCODES[what])
     tracemalloc.start()
     try:
-        assert re.search("more objects than its length explains|very long names", read(tmp_path))
+        assert re.search("more objects than its length explains|longer names, than its length explains", read(tmp_path))
         assert tracemalloc.get_traced_memory()[1] < 50_000_000 + 64 * len(OPCODES[what])
     finally:
         tracemalloc.stop()
@@ -370,7 +370,7 @@ def test_a_header_of_empty_objects_is_refused_before_it_is_parsed(tmp_path: Path
     (tmp_path / "step1.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     tracemalloc.start()
     try:
-        assert "holds more objects than its length explains" in read(tmp_path)
+        assert "than its length explains" in read(tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 4 * len(header)
     finally:
         tracemalloc.stop()
