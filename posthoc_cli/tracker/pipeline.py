@@ -300,17 +300,17 @@ class Pipeline:
         """Be the directory's writer in the block and afterwards; if the block fails, only if it was before."""
         before = snapshotter = self.snapshotter
         members = self.tracking.tracked.members
-        with members.taking_directory():
-            try:
-                snapshotter = before or _open_snapshotter(directory, self._settings, members)
-                snapshotter.check_run(run_id)
-                self.snapshotter = snapshotter
-                yield snapshotter
-            except BaseException:
-                if before is None and snapshotter is not None:
-                    self.snapshotter = None
-                    snapshotter.close()
-                raise
+        try:
+            snapshotter = before or _open_snapshotter(directory, self._settings, members)
+            snapshotter.check_run(run_id)
+            self.snapshotter = snapshotter
+            yield snapshotter
+        except BaseException:
+            if before is None and snapshotter is not None:
+                self.snapshotter = None
+                snapshotter.close()
+            raise
+        members.is_keeper = True
 
     def refuse(self, error: NotReadyError) -> None:
         """Make later calls raise `error`; work that is already queued is done."""

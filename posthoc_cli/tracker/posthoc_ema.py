@@ -141,6 +141,7 @@ class PostHocEMA:
         self._reported = 0
         self._warned_of: set[str] = set()
         self._calls = CallGuard(directory)
+        self._has_begun = False  # whether this process is a writer, or knows the writers
         members.keeps(model, directory)
         self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
         self._weights: tuple[float, ...] = ()  # of the network in a loaded state, until the first call
@@ -625,8 +626,9 @@ class PostHocEMA:
         with self._calls.lock("load_state_dict"):
             self._calls.caller = threading.get_ident()
             loaded = group.together(lambda: self._unpack(state))
-            group.together(lambda: self._write_from(loaded))
+            group.first_then_others(lambda: self._write_from(loaded))
             self._pipeline.set(loaded)
+            self._has_begun = True
             self._weights, model = loaded.weights if self._has_state else (), self._tracked_model()
             if self._weights and model is not None:
                 self._note_weights(model)
@@ -686,29 +688,21 @@ class PostHocEMA:
             self._choose_start(model, is_first_call=True)
         elif self._weights:
             self._note_missing(model)
-        if self._members.keeps(model, self.checkpoint_dir):
-            self._keep(model, t)
+        keeps = self._members.keeps(model, self.checkpoint_dir)
+        if not self._has_begun:
+            group = self._members.keepers("update_")
+            group.first_then_others(lambda: self._become_writer() if keeps else None)
+            self._has_begun = True
+        if keeps:
+            progress = self._progress_when_ready(t)
+            if self.settings.update_is_due(progress.step):
+                self._take_in(model, progress)
+                return
         else:
-            self._only_count(model, t)
-
-    def _keep(self, model: torch.nn.Module, t: float | None) -> None:
-        """Handle one call in a process that keeps averages."""
-        if self._pipeline.snapshotter is None or self._pipeline.tracking.resumes:
-            self._become_writer()
-        progress = self._progress_when_ready(t)
-        if self.settings.update_is_due(progress.step):
-            self._take_in(model, progress)
-        else:
-            self._pipeline.count(progress)
-
-    def _only_count(self, model: torch.nn.Module, t: float | None) -> None:
-        """Handle one call in a process that keeps no averages."""
-        progress = self._next_progress(t)
-        if self.settings.update_is_due(progress.step):
-            self._members.check_kind(model)
-        if self._pipeline.tracking.resumes or not self.step:  # the first call
-            self._members.wait_for_writer()
-        self._nonfinite_anywhere(None, progress)
+            progress = self._next_progress(t)
+            if self.settings.update_is_due(progress.step):
+                self._members.check_kind(model)
+            self._nonfinite_anywhere(None, progress)
         self._pipeline.count(progress)
 
     def _progress_when_ready(self, t: float | None) -> TrainingProgress:
