@@ -69,7 +69,7 @@ from posthoc_cli.tracker.snapshotter import (
     measured_now,
     stage,
 )
-from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info
+from posthoc_cli.tracker.state import Settings, StateInfo, Tracking, TrainingProgress, pack_state
 
 log = logging.getLogger(__name__)
 
@@ -477,7 +477,7 @@ def state_of_tracker(directory: Path, tensors: ModelTensors) -> dict[str, Any] |
             pipeline.flush()
             exact = pipeline.read_exactly()
             exact = replace(exact, snapshots=pipeline.snapshotter.checksums if pipeline.snapshotter else frozenset())
-            return pack_state(exact, state_info(exact, pipeline._settings))
+            return pack_state(exact, StateInfo.of(exact, pipeline._settings.t_unit))
     return None
 
 

@@ -89,7 +89,6 @@ from posthoc_cli.tracker.state import (
     Tracking,
     TrainingProgress,
     pack_state,
-    state_info,
     unpack_state,
 )
 
@@ -855,9 +854,10 @@ class PostHocEMA:
         def read_info() -> StateInfo:
             snapshotter = self._pipeline.snapshotter
             complete = tracking if snapshotter is None else replace(tracking, snapshots=snapshotter.checksums)
-            return state_info(replace(complete, weights=weights), self.settings)
+            return StateInfo.of(replace(complete, weights=weights), self.settings.t_unit)
 
-        return tracking, replace(group.from_first(read_info), inherited=total, sketch=sketch)
+        info = group.from_first(read_info)
+        return tracking, replace(info, standing=replace(info.standing, inherited=total), sketch=sketch)
 
     def _present_weights(self, group: Group, tracked: TrackedModel) -> tuple[float, ...]:
         """Return the network's sampled weights at the last call; empty if they are unknown."""
