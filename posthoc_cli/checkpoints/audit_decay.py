@@ -418,14 +418,10 @@ def residuals(gram: FloatArray, kept: npt.ArrayLike, followed: npt.ArrayLike) ->
 
 
 def argmin(cost: Callable[[float], float], grid: FloatArray) -> float:
-    """Return where a function is smallest: on a grid, then by golden sections between the neighbours."""
+    """Return where a function is smallest: on a grid, then between the neighbours."""
     best = int(np.argmin([cost(float(value)) for value in grid]))
     low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)])
-    ratio = (math.sqrt(5) - 1) / 2
-    for _ in range(24):
-        a, b = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, b) if cost(a) < cost(b) else (a, high)
-    return (low + high) / 2
+    return float(minimize_scalar(cost, bounds=(low, high), method="bounded", options={"xatol": 1e-5 * (high - low)}).x)
 
 
 # --- the likelihood of all checkpoints together
@@ -482,15 +478,25 @@ def _misfit(matrices: FloatArray, covariance: FloatArray, rounding: FloatArray, 
 
     Rounds that begin with variances for another value are biased towards it: a variance near 0 hardly grows.
     """
-    flat, traces = matrices.reshape(len(matrices), -1), np.trace(matrices, axis1=1, axis2=2)
-    size = np.trace(covariance) / len(covariance)
-    known = rounding + 1e-9 * size * np.eye(len(covariance))
+    # All matrices are symmetric: one half of each suffices.
+    count = len(covariance)
+    upper = np.triu_indices(count)
+    traces, half = np.trace(matrices, axis1=1, axis2=2), matrices[:, upper[0], upper[1]]
+    double = half * np.where(upper[0] == upper[1], 1.0, 2.0)
+    size = np.trace(covariance) / count
+    known = rounding + 1e-9 * size * np.eye(count)
     variances = np.where(traces > 0, size / 3 / np.maximum(traces, 1e-300), 0.0)
+    total = np.empty_like(known)
+
+    def add_up() -> FloatArray:
+        total[upper] = total.T[upper] = variances @ half
+        return np.asarray(known + total)
+
     for _ in range(rounds):
-        inverse = np.linalg.inv(known + (variances @ flat).reshape(known.shape))
-        measured, expected = flat @ (inverse @ covariance @ inverse).ravel(), flat @ inverse.ravel()
+        inverse = np.linalg.inv(add_up())
+        measured, expected = double @ (inverse @ covariance @ inverse)[upper], double @ inverse[upper]
         variances = variances * np.sqrt(np.maximum(measured, 0) / np.maximum(expected, 1e-300))
-    total = known + (variances @ flat).reshape(known.shape)
+    total = add_up()
     return float(np.linalg.slogdet(total)[1] + np.trace(np.linalg.solve(total, covariance)))
 
 

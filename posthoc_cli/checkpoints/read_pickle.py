@@ -271,9 +271,13 @@ class _Buffered(io.BufferedReader):
         self.size = end - begin
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or size > self.size - self.tell():
+        # Asking for the place takes longer than reading; for a large size, memory would be reserved.
+        if size is None or (size > _LONGEST_LINE and size > self.size - self.tell()):
             raise EOFError
-        return super().read(size)
+        data = super().read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
 
     def readline(self, size: int | None = _LONGEST_LINE) -> bytes:
         line = super().readline(size)
