@@ -1,4 +1,4 @@
-"""Measure what the hook costs training: an update, a call that takes snapshots, and the share of a step.
+"""Measure what the hook costs training: an update, a call that takes snapshots, the share of a step, and memory.
 
     python scripts/bench_update.py [--device cpu] [--busy 0] [--repeats 5] [--quick]
 
@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"| {label} | {' | '.join(column.get(label, '') for column in columns.values())} |")
         snapshots(large, device, folder / "snapshots", repeats)
         training(device, folder / "training", repeats, 64 if asked.quick else 256, 20)
+        memory(large, folder / "memory")
 
 
 @contextmanager
@@ -232,6 +233,18 @@ def training(device: str, folder: Path, repeats: int, width: int, steps: int) ->
         for with_hook, plain in zip(found["with"], found["without"], strict=True)
     ]
     print(f"\na step without the hook: {cell(*found['without'])} ms; with it {shares[0]:+.2f} % ({shares[1]:+.2f} %)")
+
+
+def memory(shapes: Shapes, folder: Path) -> None:
+    """Print the bytes a parameter that a tracker of float32 parameters holds after two float16 snapshots."""
+    model = Layers(shapes)
+    for device in ("model", "cpu"):
+        with PostHocEMA.from_model(model, folder / device, update_every=1, checkpoint_every=2, device=device) as ema:
+            for _ in range(4):
+                ema.update_(model)
+            ema.flush()
+            held = ema.metrics()["bytes"] / sum(parameter.numel() for parameter in model.parameters())
+        print(f'\nmemory with device="{device}": {held:.1f} bytes a parameter')
 
 
 if __name__ == "__main__":
