@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from posthoc_cli.synthesis.plan import plan_synthesis
     from posthoc_cli.targets import Beta, Between, Decay, Groups, HalfLife, Mean, Window
     from posthoc_cli.tracker import PostHocEMA
-    from posthoc_cli.tracker.filling import update_bn
 
 __all__ = [
     "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
     "Run", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
     "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep",
-    "synthesize", "update_bn",
+    "synthesize",
 ]  # fmt: skip
 
 _HOMES = {
@@ -44,7 +43,7 @@ _HOMES = {
     "PowerFunction": "profiles", "Run": "run", "disk_sources": "checkpoints.open_run",
     "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
     "import_checkpoints": "checkpoints.import_run", "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction",
-    "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine", "update_bn": "tracker.filling",
+    "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine",
 }  # fmt: skip
 """The module of each name that is no module itself."""
 

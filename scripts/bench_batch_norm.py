@@ -2,7 +2,7 @@
 
 A network with BatchNorm is trained with the hook, at torch's default momentum of 0.1. Averages are evaluated on unseen
 images with three kinds of statistics: those of the raw weights, as copied into the newest snapshot; those that the
-tracker averaged by the same profile; and those that `ema.update_bn` measures on training images.
+tracker averaged by the same profile; and those that `torch.optim.swa_utils.update_bn` measures on training images.
 
     python scripts/bench_batch_norm.py [--seeds 3] [--steps 1500]
 """
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from trained_networks import CLASSES, SIDE, digits
 
 from posthoc_cli import PostHocEMA
@@ -81,9 +82,9 @@ def measure(steps: int, seed: int) -> list[tuple[float, ...]]:
                 own = loss(averaged, validation)
                 averaged.load_state_dict(copies, strict=False)
                 copied = loss(averaged, validation)
-                ema.update_bn(averaged, batches)
+                update_bn(batches, averaged)
                 found.append((copied, own, loss(averaged, validation)))
-        ema.update_bn(model, batches)
+        update_bn(batches, model)
         return [(raw, raw, loss(model, validation)), *found]
 
 

@@ -282,8 +282,9 @@ def tiny_model(seed: int = 0) -> TinyModel:
 def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     """Return the averages in a tracker's state by sigma_rel and name, in float64."""
     found: dict[str, dict[str, torch.Tensor]] = {}
+    standing = state["standing"]
     for key, high in state["high"].items():
-        mass = 1 - (state["folded_t"] / (state["averages_t"] or 1.0)) ** (exact_gamma(float(key)) + 1)
+        mass = 1 - (standing["folded_t"] / (standing["t"] or 1.0)) ** (exact_gamma(float(key)) + 1)
         found[key] = {}
         for name, one in high.items():
             found[key][name] = one.double() + mass * (state["mean"][key][name].double() - one.double())

@@ -42,7 +42,7 @@ def test_public_names() -> None:
         "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
         "Run", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
         "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep",
-        "synthesize", "update_bn",
+        "synthesize",
     ]  # fmt: skip
     for name in posthoc_cli.__all__:
         assert getattr(posthoc_cli, name).__name__.removeprefix("posthoc_cli.") == name

@@ -165,7 +165,7 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
     counted = f"{layers:,} BatchNorm layer{'s' * (layers > 1)}"
     return (
         f"the running statistics of {counted} are copies, which belong to the raw weights: recompute them with "
-        "posthoc_cli.update_bn(model, loader) before you measure or use an average"
+        "torch.optim.swa_utils.update_bn(loader, model) before you measure or use an average"
     )
 
 

@@ -1,8 +1,7 @@
-"""Averaged weights in a model: filled in for good, or swapped in for a block; and BatchNorm's statistics for them."""
+"""Averaged weights in a model: filled in for good, or swapped in for a block."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
@@ -10,7 +9,6 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, warn
 from posthoc_cli.snapshots.snapshot import running_statistics, statistics_notice
@@ -267,56 +265,3 @@ def warn_of_statistics(model: torch.nn.Module, weights: Mapping[str, torch.Tenso
             return False  # the statistics were recomputed
     warn(notice)
     return True
-
-
-@torch.no_grad()
-def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
-    """Recompute a model's BatchNorm statistics for its present weights, with equal weight for every batch.
-
-    It works like `torch.optim.swa_utils.update_bn`. Within `with ema.model(...)` the new statistics last
-    until the end of the block, else permanently. Modes and momenta do not change.
-
-    Arguments:
-        model: a model in any mode, on any device; without BatchNorm layers nothing happens.
-        loader: yields the model's inputs, or lists or tuples whose first item is the input, in host memory or not; a
-            dict is passed as keyword arguments if `forward` accepts them. A loader without batches is an
-            InvalidValueError. After any error the statistics are as before.
-    """
-    layers = [module for module in check_model(model).modules() if isinstance(module, _BatchNorm)]
-    if not layers:
-        return
-    first = next(model.parameters(), next(model.buffers(), None))
-    device, count = None if first is None else first.device, 0
-    with ExitStack() as always, ExitStack() as on_error:
-        for module in model.modules():
-            always.callback(setattr, module, "training", module.training)
-        for layer in layers:
-            always.callback(setattr, layer, "momentum", layer.momentum)
-            for buffer in layer.buffers(recurse=False):
-                on_error.callback(buffer.copy_, buffer.clone())
-            layer.reset_running_stats()
-            layer.momentum = None  # the mean of all batches
-        model.train()
-        for count, batch in enumerate(loader, 1):  # noqa: B007  # `count` is read below
-            value = _moved(batch[0] if isinstance(batch, list | tuple) else batch, device)
-            model(**value) if _takes_keywords(model, value) else model(value)
-        if not count:
-            raise InvalidValueError("update_bn", "the loader gave no batch to measure BatchNorm statistics on")
-        on_error.pop_all()
-
-
-def _takes_keywords(model: torch.nn.Module, batch: Any) -> bool:
-    """Return whether a batch is a dict of keyword arguments of the model."""
-    try:
-        inspect.signature(model.forward).bind(**batch)
-    except TypeError:
-        return False
-    return True
-
-
-def _moved(value: Any, device: torch.device | None) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return value

@@ -69,7 +69,7 @@ from posthoc_cli.tracker.snapshotter import (
     measured_now,
     stage,
 )
-from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, pack_state, state_info
+from posthoc_cli.tracker.state import Settings, StateInfo, Tracking, TrainingProgress, pack_state
 
 log = logging.getLogger(__name__)
 
@@ -300,17 +300,17 @@ class Pipeline:
         """Be the directory's writer in the block and afterwards; if the block fails, only if it was before."""
         before = snapshotter = self.snapshotter
         members = self.tracking.tracked.members
-        with members.taking_directory():
-            try:
-                snapshotter = before or _open_snapshotter(directory, self._settings, members)
-                snapshotter.check_run(run_id)
-                self.snapshotter = snapshotter
-                yield snapshotter
-            except BaseException:
-                if before is None and snapshotter is not None:
-                    self.snapshotter = None
-                    snapshotter.close()
-                raise
+        try:
+            snapshotter = before or _open_snapshotter(directory, self._settings, members)
+            snapshotter.check_run(run_id)
+            self.snapshotter = snapshotter
+            yield snapshotter
+        except BaseException:
+            if before is None and snapshotter is not None:
+                self.snapshotter = None
+                snapshotter.close()
+            raise
+        members.is_keeper = True
 
     def refuse(self, error: NotReadyError) -> None:
         """Make later calls raise `error`; work that is already queued is done."""
@@ -477,7 +477,7 @@ def state_of_tracker(directory: Path, tensors: ModelTensors) -> dict[str, Any] |
             pipeline.flush()
             exact = pipeline.read_exactly()
             exact = replace(exact, snapshots=pipeline.snapshotter.checksums if pipeline.snapshotter else frozenset())
-            return pack_state(exact, state_info(exact, pipeline._settings))
+            return pack_state(exact, StateInfo.of(exact, pipeline._settings.t_unit))
     return None
 
 

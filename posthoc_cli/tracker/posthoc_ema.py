@@ -47,7 +47,7 @@ from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING, check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, with_consistent_plan
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.path import encode_path, joined_paths, places
+from posthoc_cli.snapshots.path import are_equal, encode_path, joined_paths, places, squared_distance
 from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.synthesis.engine import check_device
@@ -63,7 +63,6 @@ from posthoc_cli.tracker.filling import (
     fill,
     swapped_in,
     targets_of,
-    update_bn,
     warn_of_statistics,
 )
 from posthoc_cli.tracker.memory import HOST
@@ -89,7 +88,6 @@ from posthoc_cli.tracker.state import (
     Tracking,
     TrainingProgress,
     pack_state,
-    state_info,
     unpack_state,
 )
 
@@ -141,9 +139,10 @@ class PostHocEMA:
         self._reported = 0
         self._warned_of: set[str] = set()
         self._calls = CallGuard(directory)
+        self._has_begun = False  # whether this process is a writer, or knows the writers
         members.keeps(model, directory)
         self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
-        self._weights: tuple[float, ...] = ()  # of the network in a loaded state, until the first call
+        self._weights = start.weights if self._has_state else ()  # at a given step or in a loaded state
         if model is not None and tracking.resumes:
             self._note_weights(model)
             self._choose_start(model, is_first_call=False)
@@ -584,8 +583,6 @@ class PostHocEMA:
             group.together(lambda: check_weights(model, weights, own_dtypes, accepts_meta))
             fill(model, weights, weights.items(), own_dtypes, created_on)
 
-    update_bn = staticmethod(update_bn)
-
     def reconstruction_error(
         self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
     ) -> Figure:
@@ -625,8 +622,9 @@ class PostHocEMA:
         with self._calls.lock("load_state_dict"):
             self._calls.caller = threading.get_ident()
             loaded = group.together(lambda: self._unpack(state))
-            group.together(lambda: self._write_from(loaded))
+            group.first_then_others(lambda: self._write_from(loaded))
             self._pipeline.set(loaded)
+            self._has_begun = True
             self._weights, model = loaded.weights if self._has_state else (), self._tracked_model()
             if self._weights and model is not None:
                 self._note_weights(model)
@@ -684,31 +682,23 @@ class PostHocEMA:
         self._pipeline.is_restored = False
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
-        elif self._weights:
+        keeps = self._members.keeps(model, self.checkpoint_dir)
+        if not self._has_begun:
+            group = self._members.keepers("update_")
+            group.first_then_others(lambda: self._become_writer() if keeps else None)
+            self._has_begun = True
+        if self._weights:
             self._note_missing(model)
-        if self._members.keeps(model, self.checkpoint_dir):
-            self._keep(model, t)
+        if keeps:
+            progress = self._progress_when_ready(t)
+            if self.settings.update_is_due(progress.step):
+                self._take_in(model, progress)
+                return
         else:
-            self._only_count(model, t)
-
-    def _keep(self, model: torch.nn.Module, t: float | None) -> None:
-        """Handle one call in a process that keeps averages."""
-        if self._pipeline.snapshotter is None or self._pipeline.tracking.resumes:
-            self._become_writer()
-        progress = self._progress_when_ready(t)
-        if self.settings.update_is_due(progress.step):
-            self._take_in(model, progress)
-        else:
-            self._pipeline.count(progress)
-
-    def _only_count(self, model: torch.nn.Module, t: float | None) -> None:
-        """Handle one call in a process that keeps no averages."""
-        progress = self._next_progress(t)
-        if self.settings.update_is_due(progress.step):
-            self._members.check_kind(model)
-        if self._pipeline.tracking.resumes or not self.step:  # the first call
-            self._members.wait_for_writer()
-        self._nonfinite_anywhere(None, progress)
+            progress = self._next_progress(t)
+            if self.settings.update_is_due(progress.step):
+                self._members.check_kind(model)
+            self._nonfinite_anywhere(None, progress)
         self._pipeline.count(progress)
 
     def _progress_when_ready(self, t: float | None) -> TrainingProgress:
@@ -794,7 +784,7 @@ class PostHocEMA:
 
     def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
         """Resume from the newest time at which the network had the model's weights, see `Start.choose`."""
-        if self._start.step == 0:
+        if self._start.is_given:
             return
         group, now = self._members.keepers("update_" if is_first_call else "this tracker"), self._pipeline.tracking
         if self._sample is None:
@@ -806,23 +796,27 @@ class PostHocEMA:
             self._pipeline.set(chosen)
 
     def _note_missing(self, model: torch.nn.Module) -> None:
-        """Note how far the model is from the network of the loaded state, which later predicted errors contain.
+        """Note how far the model is from the network of a loaded state or a given step; later predicted errors have it.
 
-        The model may have been restored in place after its state was loaded, which nobody notices: then the present
-        model, one step later, is the nearer one.
+        The model may have been restored in place meanwhile, which nobody notices: then the present model, one step
+        later, is the nearer one.
         """
         group, now = self._members.keepers("update_"), self._pipeline.tracking
         recorded, tracked = np.array(self._weights, np.float32), now.tracked
         present = group.together(lambda: self._watch.sample(model, tracked))
         known = [resuming.in_order(ChainMap(*group.from_all(one))) for one in (self._sample or {}, present)]
-        gaps = [resuming.squared_gap(tracked, one, recorded) for one in known if len(one) == len(recorded)]
+        shapes = tracked.complete_shapes
+        gaps = [
+            0.0 if are_equal(one, recorded) else squared_distance(one, recorded, shapes)
+            for one in known
+            if len(one) == len(recorded)
+        ]
         if missing := min(gaps, default=0.0):
             averages = replace(now.averages, standing=replace(now.averages.standing, missing=missing * tracked.leads))
             self._pipeline.set(replace(now, averages=averages))
             if group.leads:
                 text = "the model has other weights than the network had then, and later predicted errors contain that"
-                step = now.progress.step
-                log.warning(f"%s: the averages continue from the state of step %d; {text}", self.checkpoint_dir, step)
+                log.warning("%s: the averages continue from step %d; %s", self.checkpoint_dir, now.progress.step, text)
         self._weights = ()
 
     def _become_writer(self) -> None:
@@ -861,9 +855,10 @@ class PostHocEMA:
         def read_info() -> StateInfo:
             snapshotter = self._pipeline.snapshotter
             complete = tracking if snapshotter is None else replace(tracking, snapshots=snapshotter.checksums)
-            return state_info(replace(complete, weights=weights), self.settings)
+            return StateInfo.of(replace(complete, weights=weights), self.settings.t_unit)
 
-        return tracking, replace(group.from_first(read_info), inherited=total, sketch=sketch)
+        info = group.from_first(read_info)
+        return tracking, replace(info, standing=replace(info.standing, inherited=total), sketch=sketch)
 
     def _present_weights(self, group: Group, tracked: TrackedModel) -> tuple[float, ...]:
         """Return the network's sampled weights at the last call; empty if they are unknown."""

@@ -1,8 +1,8 @@
 """Models that several processes train: which chunk of a tensor each process averages, and how the processes meet.
 
-The processes of a sharded model meet once, when their trackers are made, through the key-value store of their process
-group. No tensor is exchanged, and afterwards only the first update waits for another process, for the directory's lock.
-Trackers of replicas register in that store, and gather when averaged weights are asked for.
+Processes meet in the key-value store of their process group, see `Rendezvous`. Those of a sharded model meet when their
+trackers are made, to agree on the owners of its chunks, and at the first update, where the first process takes the
+directory; no later update waits for another process. Replicas meet when averaged weights are asked for.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import math
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,9 +39,6 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 60.0
-"""Seconds that a process waits for the others to make their trackers."""
-
 GRACE, WARNING, LIMIT = 2.0, 10.0, 300.0
 """Seconds that the first call of several processes waits for trackers that are not made yet; that any call waits for
 the processes that have made one before it warns; and before it gives up."""
@@ -50,8 +46,6 @@ the processes that have made one before it warns; and before it gives up."""
 _FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
 
 _LEFT = "left this call by "
-_ABSENT = "made no tracker of this model"
-_NO_WRITER = "has not taken the directory yet"
 
 _made: Counter[str] = Counter()
 """Number of stores made for each purpose and directory; every process makes them in the same order."""
@@ -248,6 +242,12 @@ class Group:
         result: Result = outcome[0]
         return result
 
+    def first_then_others(self, work: Callable[[], Result]) -> Result:
+        """Do work in the first process, then in the others, and return its result; an error in one is raised in all."""
+        done: list[Result] = []
+        self.from_first(lambda: done.append(work()))
+        return self.together(lambda: done[0] if done else work())
+
     def exchange(self, value: torch.Tensor, ranks: Sequence[int]) -> None:
         """Copy `value` of the first of these ranks to the others, in place; all of these ranks call this."""
         if len(ranks) < 2 or not value.numel():
@@ -276,13 +276,13 @@ class Rendezvous:
     """A meeting point for trackers of several processes, which gather when a call needs all of them.
 
     They meet in the store, so that an error can name a process that does not make the call; a collective operation
-    would wait for it in silence. Making a tracker waits for no other process. The tracker that `keeps` averages leads.
+    would wait for it in silence. The tracker that `keeps` averages leads.
     """
 
     def __init__(self, store: Store, keeps: bool, hint: str = "make this call in every process") -> None:
         self._store, self._hint = store, hint
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._calls, self._is_alone = 0, False
+        self._calls = 0
         store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
 
     @classmethod
@@ -292,19 +292,8 @@ class Rendezvous:
         return cls(_new_store(name), keeps, f"make it in every process, with a tracker of {directory}")
 
     def gather(self, device: torch.device, call: str) -> Group:
-        """Return all processes, which make this `call`; this one alone if no other one has made a tracker.
-
-        Raise a RankError that names a process that does not make the call, or makes another one.
-        """
-        if not self._calls:
-            began = time.monotonic()
-            while not self._is_set("made") and time.monotonic() - began < GRACE:
-                time.sleep(0.02)
-            made = [rank for rank in range(self._world) if self._store.check([f"made/{rank}"])]
-            self._is_alone = made == [self._rank]
+        """Return all processes, which make this `call`; a RankError names one that does not, or makes another one."""
         self._calls += 1
-        if self._is_alone:
-            return Group(self._rank, (self._rank,), device)
         prefix = f"call/{self._calls}"
         self._store.set(f"{prefix}/{self._rank}", call)
         try:
@@ -323,6 +312,13 @@ class Rendezvous:
                 reason = f"asks for {other}, and rank {first} for {calls[first]}"
                 raise RankError(f"rank {rank}", reason, "make the same call in every process")
         return Group(self._rank, (first, *(rank for rank in range(self._world) if rank != first)), device)
+
+    def is_alone(self) -> bool:
+        """Return whether no other process makes a tracker within `GRACE`."""
+        began = time.monotonic()
+        while not self._is_set("made") and time.monotonic() - began < GRACE:
+            time.sleep(0.02)
+        return not any(self._store.check([f"made/{rank}"]) for rank in range(self._world) if rank != self._rank)
 
     def _wait_for_all(self, prefix: str) -> None:
         began, pause, warned = time.monotonic(), 0.001, False
@@ -354,6 +350,7 @@ class Members:
         session: number of this training, set when the processes meet; later trainings have larger numbers.
         names: names of all tracked tensors of a sharded model, including those of other processes.
         mesh: the processes' arrangement, as a snapshot's header has it.
+        is_keeper: whether this process keeps averages; None while that is not decided.
     """
 
     is_chunked = False
@@ -363,14 +360,15 @@ class Members:
         self.part: tuple[int, int] | None = None
         self.names: frozenset[str] = frozenset()
         self.mesh: dict[str, Any] = {}
-        self._keeps: bool | None = None
+        self.is_keeper: bool | None = None
         self._replicas: Rendezvous | None = None
+        self._is_alone: bool | None = None  # whether no other process has a tracker; known at the first call for all
 
     def keeps(self, model: torch.nn.Module | None, directory: Path) -> bool:
         """Return whether this process keeps averages and writes them to a directory."""
-        if self._keeps is None:
-            self._keeps = is_first_of_group(model)
-        keeps = self._keeps is not False
+        if self.is_keeper is None:
+            self.is_keeper = is_first_of_group(model)
+        keeps = self.is_keeper is not False
         if self._replicas is None and model is not None and _is_initialized() and dist.get_world_size() > 1:
             self._replicas = Rendezvous.of_replicas(directory, keeps)
         return keeps
@@ -389,15 +387,6 @@ class Members:
             )
             raise ModelMismatchError("model", reason, hint)
 
-    @contextmanager
-    def taking_directory(self) -> Iterator[None]:
-        """Run a block in which this process becomes the directory's writer, or one of its writers."""
-        yield
-        self._keeps = True
-
-    def wait_for_writer(self) -> None:
-        """Wait until the directory has its writer, if that is another process."""
-
     def announce_failure(self, error: BaseException) -> None:
         """Announce to the other processes that this one's part is missing."""
 
@@ -412,7 +401,9 @@ class Members:
         """Return the processes that make a call for averages; this one before it tracks."""
         if self._replicas is None or not is_tracking or not dist.is_initialized():
             return THIS_PROCESS
-        return self._replicas.gather(device, call)
+        if self._is_alone is None:
+            self._is_alone = self._replicas.is_alone()
+        return THIS_PROCESS if self._is_alone else self._replicas.gather(device, call)
 
 
 class ShardOwners(Members):
@@ -437,19 +428,26 @@ class ShardOwners(Members):
         self.rank, self.names, self.mesh = dist.get_rank(), frozenset(tensors), mesh
         self._device = next((tensor.device for tensor in tensors.values()), HOST)
         self._store = _new_store("members")
-        self._rendezvous = Rendezvous(self._store, keeps=self.rank == 0)
+        hint = "call from_model, from_path or update_ in every process, with the same arguments"
+        self._rendezvous = Rendezvous(self._store, self.rank == 0, hint)
         held = {
             name: _digest(name, tuple(tensor.shape), chunks.get(name))
             for name, tensor in tensors.items()
             if tensor.numel() or name not in chunks or not math.prod(chunks[name].shape)
         }
-        self._store.set(f"here/{self.rank}", json.dumps([dict(options), [*held.values()]]))
-        with _after_rank_0(self._store, "met", _ABSENT, 2.0):
-            if self.rank == 0:
-                _assign_owners(self._store, options, run_id)
-        self.run_id, self.session, part, holders = json.loads(self._store.get(f"answer/{self.rank}"))
-        self.part, names = part and tuple(part), [*held]
-        self.holders = {names[number]: tuple(ranks) for ranks, numbers in holders for number in numbers}
+        own = dict(options), [*held.values()], run_id, time.time_ns()
+        everyone = self.keepers("a tracker of this model").from_all(own)
+        first, _, self.run_id, self.session = everyone[0]
+        holders: dict[str, list[int]] = defaultdict(list)
+        for rank, (others, digests, *_) in enumerate(everyone):
+            for option, value in first.items():
+                if others[option] != value:
+                    raise RankError(f"rank {rank}", f"has {option} {others[option]}, and rank 0 has {value}")
+            for digest in digests:
+                holders[digest].append(rank)
+        owners = sorted({ranks[0] for ranks in holders.values()})
+        self.part = (owners.index(self.rank) + 1, len(owners)) if self.rank in owners else None
+        self.holders = {name: tuple(holders[digest]) for name, digest in held.items()}
         self._owned = frozenset(name for name, ranks in self.holders.items() if ranks[0] == self.rank)
 
     def keeps(self, *_: object) -> bool:
@@ -463,29 +461,15 @@ class ShardOwners(Members):
     def check_kind(self, model: torch.nn.Module) -> None:
         """Accept any model: its chunks are compared with the tracked ones elsewhere."""
 
-    @contextmanager
-    def taking_directory(self) -> Iterator[None]:
-        """Run a block in which this process becomes one of the directory's writers, after rank 0."""
-        with _after_rank_0(self._store, "writer", _NO_WRITER):
-            try:
-                yield
-            except BaseException as error:
-                if self.rank:
-                    self.announce_failure(error)
-                raise
-
-    def wait_for_writer(self) -> None:
-        """Wait until rank 0 holds the directory's lock, or raise its error, or a RankError when the time is up."""
-        _wait_for_rank_0(self._store, "writer", _NO_WRITER)
-
     def announce_failure(self, error: BaseException) -> None:
         """Announce to the other processes that this one's part is missing."""
-        _announce(self._store, "failed", f"rank {self.rank}: {_describe(error)}")
+        with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
+            self._store.set("failed", f"rank {self.rank}: {_describe(error)}")
 
     def check(self) -> None:
         """Raise a RankError if another process has announced a failure."""
         failed = ""
-        with suppress(RuntimeError):  # as in `_announce`
+        with suppress(RuntimeError):  # as in `announce_failure`
             failed = self._store.get("failed").decode() if self._store.check(["failed"]) else ""
         rank, _, reason = failed.partition(": ")
         if failed and rank != f"rank {self.rank}":
@@ -533,35 +517,6 @@ def is_fsdp(module: torch.nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
-@contextmanager
-def _after_rank_0(store: Store, key: str, what: str, patience: float = 1.0) -> Iterator[None]:
-    """Run a block in rank 0, then in the other processes; an error of rank 0 is raised in all of them."""
-    rank = dist.get_rank()
-    if rank:
-        _wait_for_rank_0(store, key, what, patience)
-    try:
-        yield
-    except BaseException as error:
-        if rank == 0:
-            known = (error.subject, error.reason) if isinstance(error, RankError) else ("rank 0", _describe(error))
-            _announce(store, key, json.dumps(known))
-        raise
-    if rank == 0:
-        _announce(store, key, "")
-
-
-def _wait_for_rank_0(store: Store, key: str, what: str, patience: float = 1.0) -> None:
-    """Wait until rank 0 has done a block of `_after_rank_0`; raise its error, or a RankError when the time is up."""
-    if failed := _wait(store, key, 0, what, patience):
-        raise RankError(*json.loads(failed))
-
-
-def _announce(store: Store, key: str, message: str) -> None:
-    """Set a key in the store for the other processes, if the store still exists."""
-    with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
-        store.set(key, message)
-
-
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
     """Return the largest arrangement of processes that a model's parameters are sharded over, as a header has it."""
     meshes: list[Any] = [parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")]
@@ -578,39 +533,7 @@ def _new_store(name: str) -> Store:
     return PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
 
 
-def _assign_owners(store: Store, options: Mapping[str, str], run_id: str) -> None:
-    """Wait for all processes, and send each its part and the ranks that hold each of its chunks; called by rank 0."""
-    holders: dict[str, list[int]] = defaultdict(list)
-    held: list[list[str]] = []
-    absent = f"{_ABSENT}; call from_model or from_path in every process, with the same arguments"
-    for rank in range(dist.get_world_size()):
-        own, digests = json.loads(_wait(store, f"here/{rank}", rank, absent))
-        for option, value in options.items():
-            if own[option] != value:
-                raise RankError(f"rank {rank}", f"has {option} {own[option]}, and rank 0 has {value}")
-        held.append(digests)
-        for digest in digests:
-            holders[digest].append(rank)
-    owners, session = sorted({ranks[0] for ranks in holders.values()}), time.time_ns()
-    for rank, digests in enumerate(held):
-        numbers: dict[tuple[int, ...], list[int]] = defaultdict(list)  # of chunks, by the ranks that hold them
-        for number, digest in enumerate(digests):
-            numbers[tuple(holders[digest])].append(number)
-        part = (owners.index(rank) + 1, len(owners)) if rank in owners else None
-        store.set(f"answer/{rank}", json.dumps([run_id, session, part, [*numbers.items()]]))
-
-
 def _digest(name: str, shape: tuple[int, ...], chunk: Chunk | None) -> str:
     """Return a hash that identifies a chunk of a tensor in all processes."""
     position = [] if chunk is None else [chunk.shape, chunk.offset, shape]
     return hashlib.sha256(json.dumps([name, position]).encode()).hexdigest()[:16]
-
-
-def _wait(store: Store, key: str, rank: int, what: str, patience: float = 1.0) -> str:
-    """Wait for a key that a rank sets; return its value, or raise a RankError with `what` when the time is up."""
-    seconds = patience * PATIENCE
-    try:
-        store.wait([key], timedelta(seconds=seconds))
-        return str(store.get(key).decode())
-    except RuntimeError as error:
-        raise RankError(f"rank {rank}", f"{what} (waited {seconds:.0f} s)") from error

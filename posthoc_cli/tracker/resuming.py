@@ -61,20 +61,23 @@ _MOST_MISSING = 0.01
 class Start:
     """The call of `update_` from which a tracker resumes the run in its directory.
 
-    It is the newest one at which the network had the weights that the model has when its tracker is made, or when its
-    `load_state_dict` was called since; or a given one.
+    It is a given one, or the newest one at which the network had the weights that the model has when its tracker is
+    made, or when its `load_state_dict` was called since.
 
     Attributes:
-        step: the number of that call; 0 for a new beginning, None for the newest snapshots.
+        step, is_given: the number of that call; 0 for a new beginning, None for the newest snapshots.
+        weights: the network's sampled weights at a given call; empty if unknown.
         read_at: the number of that call once the averages have been read; -1 before.
     """
 
     def __init__(self, directory: Path, settings: Settings, step: int | None, stored: Sequence[Snapshot]) -> None:
         self.step, self.read_at = step, -1
-        self._directory, self._settings, self._stored, self._is_given = directory, settings, stored, step is not None
+        recorded = None if step is None else recorded_weights(stored).get(step)
+        self.weights: tuple[float, ...] = () if recorded is None else tuple(recorded.tolist())
+        self.is_given = step is not None
+        self._directory, self._settings, self._stored = directory, settings, stored
         self._newest = stored[-1].info.step if stored else 0
         self._said: int | None = None  # the call that was logged
-        self._missing = 0.0  # the squared distance of the model from the weights of a given call
 
     def choose(
         self, now: Tracking, sample: Mapping[int, float], group: Group, writes: bool, is_first_call: bool
@@ -82,25 +85,26 @@ class Start:
         """Return the tracking that resumes from the newest call with the model's weights, for all processes alike.
 
         When the tracker is made, or the model restored, any other model is left as it is; at the first call of
-        `update_` it is an error, unless a step was given.
+        `update_` it is an error.
         """
         # A process that only counts must not see which snapshots the writer sets aside meanwhile.
         stored = find_snapshots(self._directory) if writes else self._stored
         values = in_order(sample)
-        if self._is_given:
-            recorded = recorded_weights(stored).get(self.step or 0)
-            self._missing = group.from_first(lambda: squared_gap(now.tracked, values, recorded))
-            if self._missing and is_first_call and group.leads and writes:
-                text = (
-                    "the averages continue from step %d, as requested; the model has other weights than the network had"
-                )
-                log.warning(f"%s: {text} then, and later predicted errors contain that", self._directory, self.step)
-            return now
-        found, newest = group.from_first(lambda: (find_step(stored, values), stored[-1].info.step))
+
+        def find() -> tuple[int | None, int]:
+            same = (step for step, weights in recorded_weights(stored).items() if are_equal(values, weights))
+            return max(same, default=None), stored[-1].info.step
+
+        found, newest = group.from_first(find)
         if is_first_call and group.leads and writes and (found is None or newest > self._newest):
             DirectoryLock(self._directory).release()  # a training that is still running here is the better reason
         if is_first_call and found is None:
-            raise not_in_run_error(self._directory, stored, len(values))
+            steps = [*recorded_weights(stored)] or [newest]
+            times = f"{len(steps):,} times, step {steps[0]:,} to {steps[-1]:,}"
+            compared = f"{len(values)} elements compared, also rounded to half precision"
+            reason = f"its weights are those of no snapshot of the run in {self._directory} ({times}; {compared})"
+            hint = f"{ways_to_resume(steps[-1])}; for a new run name another directory"
+            raise ModelMismatchError("model", reason, hint)
         if is_first_call and newest > self._newest:
             reason = f"has advanced from step {self._newest:,} to {newest:,} since this tracker was made"
             raise MismatchError(self._directory, reason, "restore the model and make the tracker again")
@@ -120,22 +124,12 @@ class Start:
         """Read the state to resume from out of the directory."""
         if self.step == 0:
             return replace(now, progress=TrainingProgress(), resumes=False)
-        loaded = load_from_directory(self._directory, self._settings, now.tracked, self.step)
-        standing = loaded.averages.standing
-        loaded.averages.standing = replace(standing, missing=self._missing * now.tracked.leads)
-        return loaded
+        return _load(self._directory, self._settings.sigma_rels, now.tracked, self.step)
 
 
 def in_order(sample: Mapping[int, float]) -> Floats:
     """Return the values of a sample in the order of their numbers."""
     return np.array([sample[number] for number in sorted(sample)], np.float32)
-
-
-def squared_gap(tracked: TrackedModel, values: Floats, recorded: Floats | None) -> float:
-    """Return the squared distance of a model from the recorded weights; 0 if these are unknown."""
-    if recorded is None or are_equal(values, recorded):
-        return 0.0
-    return squared_distance(values, recorded, tracked.complete_shapes)
 
 
 def stored_to_resume(directory: Path, resume: str | int) -> Sequence[Snapshot]:
@@ -188,23 +182,6 @@ def find_run(
     return resumed_tracking(snapshots_until(stored, step, "resume"), sigma_rels), step
 
 
-def find_step(snapshots: Sequence[Snapshot], values: Floats) -> int | None:
-    """Return the newest call of `update_` at which the network had these sampled values, or None."""
-    recorded = recorded_weights(snapshots)
-    return max((step for step, weights in recorded.items() if are_equal(values, weights)), default=None)
-
-
-def not_in_run_error(directory: Path, snapshots: Sequence[Snapshot], count: int) -> ModelMismatchError:
-    """Return the error for a model whose weights are those of no time of the run in a directory."""
-    steps = [*recorded_weights(snapshots)] or [snapshots[-1].info.step]
-    times = f"{len(steps):,} times, step {steps[0]:,} to {steps[-1]:,}"
-    reason = (
-        f"its weights are those of no snapshot of the run in {directory} ({times}; {count} elements compared, also "
-        "rounded to half precision)"
-    )
-    return ModelMismatchError("model", reason, f"{ways_to_resume(steps[-1])}; for a new run name another directory")
-
-
 def ways_to_resume(step: int) -> str:
     """Return the ways to resume a run, for the hints of errors."""
     restored = "restore the model's checkpoint first, of a step with a snapshot, then from_model(..., resume='auto')"
@@ -218,17 +195,6 @@ def resumed_tracking(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float])
     clock = ClockRecorder.of_knots(last.info.clock_pairs)
     tracking = Tracking.new(last.info.run_id, TrackedModel.of_snapshot(last), sigma_rels, resumes=True)
     return replace(tracking, progress=TrainingProgress.resumed(clock))
-
-
-def load_from_directory(directory: Path, settings: Settings, tracked: TrackedModel, step: int | None) -> Tracking:
-    """Load the averages of a call `step`, of None the newest one, from snapshots.
-
-    An average without a snapshot at that time is reconstructed from the snapshots at or before it.
-    """
-    snapshots = snapshots_until(read_directory(directory), step)
-    check_profiles(snapshots[-1].info.sigma_rels, settings.sigma_rels)
-    loaded = _rounded_state(directory, snapshots, settings.sigma_rels, tracked)
-    return replace(loaded, snapshots=frozenset(snapshot.checksum for snapshot in snapshots))
 
 
 def snapshots_until(snapshots: Sequence[Snapshot], step: int | None, argument: str = "step") -> Sequence[Snapshot]:
@@ -247,10 +213,12 @@ def snapshots_until(snapshots: Sequence[Snapshot], step: int | None, argument: s
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _rounded_state(
-    directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], tracked: TrackedModel
-) -> Tracking:
-    """Load the averages from the snapshots of one time, with their rounding; reconstruct those that have none there."""
+def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, step: int | None) -> Tracking:
+    """Load the averages of a call `step`, of None the newest one, from snapshots, with their rounding.
+
+    An average without a snapshot at that time is reconstructed from the snapshots at or before it.
+    """
+    snapshots = snapshots_until(read_directory(directory), step)
     newest = snapshots[-1]
     last = newest.info
     chosen = {s.info.sigma_rel: s for s in snapshots if s.info.t == last.t}
@@ -273,7 +241,8 @@ def _rounded_state(
     )
     averages = Averages(tuple(sigma_rels), standing, kept, copies, known_path=path_of_part(last.sketch, tracked.part))
     progress = TrainingProgress.resumed(ClockRecorder.of_knots(last.clock_pairs))
-    return Tracking(last.run_id, progress, tracked, averages)
+    known = frozenset(snapshot.checksum for snapshot in snapshots)
+    return Tracking(last.run_id, progress, tracked, averages, snapshots=known)
 
 
 def _reconstruct(

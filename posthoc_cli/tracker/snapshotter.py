@@ -36,7 +36,6 @@ from posthoc_cli.snapshots.directory import (
     DirectoryLock,
     find_snapshots,
     inspect_directory,
-    list_folder,
     remove_leftovers,
     remove_snapshot,
     set_aside,
@@ -63,11 +62,13 @@ from posthoc_cli.tracker.memory import (
     tiles_of,
 )
 from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
-from posthoc_cli.tracker.processes import PATIENCE, Members
+from posthoc_cli.tracker.processes import Members
 from posthoc_cli.tracker.resuming import ways_to_resume
 from posthoc_cli.tracker.state import Settings, Tracking
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 60.0  # seconds that a network file system may take to show a file
 
 
 # --- sources of a synthesis ---
@@ -365,8 +366,6 @@ class PartSnapshotter(Snapshotter):
         """Thin the times whose snapshots are complete: another process may die before it has written its part."""
         self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
         schedule = self._settings.schedule
-        if self._leads:
-            self._warn_of_incomplete()
         if not self._leads or schedule.max_checkpoints is None:
             return
         complete = self._complete()
@@ -375,14 +374,6 @@ class PartSnapshotter(Snapshotter):
         finished = [snapshot for snapshot in complete if snapshot.t not in unfinished]
         kept = {(s.t, s.sigma_rel) for s in thin(finished, schedule.max_checkpoints, schedule.sigma_range)}
         self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
-
-    def _warn_of_incomplete(self) -> None:
-        """Warn if the third newest snapshots still lack parts, although each process writes in order of time."""
-        times = sorted({snapshot.t for snapshot in self._stored})
-        for path, part in [(s.path, s.part) for s in self._stored if s.t in times[-3:-2]]:
-            if part is not None and (count := len(list_folder(path.parent).files)) < part[1]:
-                what = "%s: has %d of %d parts only, though later ones were written: %s; and pass the same t to update_"
-                log.warning(what, path.parent, count, part[1], ON_ONE_FILE_SYSTEM)
 
 
 def _check_shared(directory: Path) -> None:

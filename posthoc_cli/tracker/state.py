@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -20,6 +21,7 @@ from posthoc_cli.errors import (
     warn,
 )
 from posthoc_cli.planning import range_of
+from posthoc_cli.planning.schedule import listed
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots.path import encode_path, path_of_part
 from posthoc_cli.snapshots.snapshot import (
@@ -31,14 +33,13 @@ from posthoc_cli.snapshots.snapshot import (
     SketchText,
     TrackingSchedule,
     converted,
-    kinds_of,
 )
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.memory import HOST, Layout, buckets_of
 from posthoc_cli.tracker.model import TrackedModel, named_tensors, nonfinite_name
 from posthoc_cli.tracker.processes import as_dtensor, held_box, reshard
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 
 DEFAULT_UPDATE_EVERY = 10
 
@@ -193,8 +194,8 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
     """Return the state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it.
 
     Averages have their sigma_rel as key, so that a tracker of fewer profiles finds its own. Before the first update
-    the tensors are zeros (`averages_t` = 0 says so), for loaders that fill the tensors of a fresh object's state, such
-    as torch.distributed.checkpoint. With a sharded `model` the chunks that this process owns are DTensors.
+    (`standing` has t = 0) the tensors are zeros, for loaders that fill the tensors of a fresh object's state, such as
+    torch.distributed.checkpoint. With a sharded `model` the chunks that this process owns are DTensors.
     """
     averages, tracked = state.averages, state.tracked
     kept, copies = averages.tensors, averages.copies
@@ -211,11 +212,17 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
     def packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: as_dtensor(value, dtensors[name]) if dtensors else value for name, value in tensors.items()}
 
-    return _plain(info) | {
-        "mean": {key: packed(mean) for key, mean in zip(keys, kept.means_of_profiles(info.shared), strict=True)},
-        "high": {key: packed(high.views) for key, high in zip(keys, kept.high, strict=True)},
-        "copies": packed({name: value.clone() for name, value in copies.items()}),
-    }
+    means = kept.means_of_profiles(averages.standing.shared)
+    entries: dict[str, Any] = json.loads(json.dumps(asdict(info)))  # tuples become lists; numbers stay exact
+    return (
+        {"version": STATE_VERSION}
+        | entries
+        | {
+            "mean": {key: packed(mean) for key, mean in zip(keys, means, strict=True)},
+            "high": {key: packed(high.views) for key, high in zip(keys, kept.high, strict=True)},
+            "copies": packed({name: value.clone() for name, value in copies.items()}),
+        }
+    )
 
 
 @torch.inference_mode(False)
@@ -230,18 +237,21 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     if version != STATE_VERSION:
         reason = f"must come from state_dict() of a process that keeps averages, of version {STATE_VERSION}"
         raise InvalidValueError("state", f"{reason}, not {shown(version)}")
-    info = state_from(state, settings.schedule)
+    try:
+        info = converted(dict(state), StateInfo)
+        clock = ClockRecorder.of_state(info.clock)
+    except ValueError as error:
+        raise InvalidValueError("state", str(error)) from error
     if info.t_unit != settings.t_unit:
         raise InvalidValueError("state", f"counts time in {shown(info.t_unit)}, this tracker in {settings.t_unit!r}")
-    wanted = settings.sigma_rels
+    standing, held, wanted = info.standing, info.sigma_rels, settings.sigma_rels
+    if len(standing.inherited) != len(held):
+        raise InvalidValueError("state", f"inherited: must be one for each profile, not {len(standing.inherited)}")
     averages = Averages.none_yet(wanted)
-    if info.averages_t > 0 and tracked.tensors:
-        check_profiles(info.sigma_rels, wanted)
-        inherited = dict(zip(info.sigma_rels, info.inherited, strict=True))
-        standing = Standing(
-            info.averages_t, info.averages_step, info.t_first, info.max_interval, info.updates, info.window,
-            info.folds, info.folded_t, info.shared, tuple(inherited[one] * tracked.leads for one in wanted),
-        )  # fmt: skip
+    if standing.t > 0 and tracked.tensors:
+        check_profiles(held, wanted)
+        inherited = dict(zip(held, standing.inherited, strict=True))
+        standing = replace(standing, inherited=tuple(inherited[one] * tracked.leads for one in wanted))
         kept = AverageTensors(host_layout(tracked), len(wanted))
         sets = [(state["high"][repr(one)], high) for one, high in zip(wanted, kept.high, strict=True)]
         sets += [(state["mean"][repr(one)], mean) for one, mean in zip(wanted, kept.mean, strict=True)]
@@ -254,30 +264,38 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
         path = path_of_part(info.sketch, tracked.part)
         averages = Averages(wanted, standing, kept, copies, known_path=path)
-    progress = TrainingProgress.resumed(clock_at(list(info.clock), info.step, info.t), info.averages_step)
+    progress = TrainingProgress.resumed(clock, standing.step)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots), weights=info.weights)
 
 
-def state_info(state: Tracking, settings: Settings) -> StateInfo:
-    """Return everything in a state but its tensors."""
-    progress, averages, standing = state.progress, state.averages, state.averages.standing
-    return StateInfo(
-        run_id=state.run_id, step=progress.step, t=progress.t, t_unit=settings.t_unit,
-        sigma_rels=averages.sigma_rels, averages_t=standing.t, averages_step=standing.step,
-        t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
-        window=standing.window, folds=standing.folds, folded_t=standing.folded_t, shared=standing.shared,
-        inherited=standing.errors,
-        schedule=settings.schedule, clock=tuple(progress.clock.state()),
-        sketch=encode_path(averages.known_path, exact=True),
-        snapshots=tuple(sorted(state.snapshots)), weights=state.weights,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class StateInfo:
+    """A tracker's state without its tensors.
 
+    `clock` is from `ClockRecorder.state`, and ends at the last call; `snapshots` are the header checksums of the
+    snapshots on disk; `weights` are the network's at the last call, at the elements of a snapshot's sample, empty if
+    unknown.
+    """
 
-def _plain(info: StateInfo) -> dict[str, Any]:
-    """Return `info` as a dict of numbers, strings, lists and dicts."""
-    schedule = vars(info.schedule) | {"sigma_range": list(info.schedule.sigma_range)}
-    lists = {key: list(value) for key, value in vars(info).items() if isinstance(value, tuple)}
-    return {"version": STATE_VERSION, **vars(info), **lists, "schedule": schedule}
+    run_id: RunId
+    t_unit: str
+    sigma_rels: tuple[float, ...]
+    standing: Standing
+    clock: Any  # `ClockRecorder.of_state` checks it
+    sketch: SketchText
+    snapshots: tuple[str, ...]
+    weights: tuple[Annotated[float, ANY_SIGN], ...]
+
+    @classmethod
+    def of(cls, state: Tracking, t_unit: str) -> StateInfo:
+        """Return everything in a state but its tensors."""
+        averages = state.averages
+        standing = replace(averages.standing, inherited=averages.standing.errors, missing=0.0)
+        sketch = encode_path(averages.known_path, exact=True)
+        return cls(
+            state.run_id, t_unit, averages.sigma_rels, standing, state.progress.clock.state(), sketch,
+            tuple(sorted(state.snapshots)), state.weights,
+        )  # fmt: skip
 
 
 def host_layout(tracked: TrackedModel) -> Layout:
@@ -319,76 +337,3 @@ def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
         if sigma_rel not in held:
             reason = f"{sigma_rel:g} is none of the tracked ones, {listed(held)}: an average cannot begin in mid-run"
             raise InvalidValueError("sigma_rels", reason, "leave it out, and synthesize it from the tracked ones")
-
-
-def listed(sigma_rels: Sequence[float]) -> str:
-    """Return the profiles as a text with commas."""
-    return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
-
-
-# --- the entries of a state
-
-
-@dataclass(frozen=True)
-class StateInfo:
-    """A tracker's state without its tensors, as of the last call; fields `averages_...` are as of the last update.
-
-    Values are 0 before the first update; `updates` is None if unknown. `window`, `folds`, `folded_t`, `shared` and
-    `inherited` are those of `tracker.averages.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are the
-    header checksums of the snapshots on disk. `weights` are the network's at the last call, at the elements of a
-    snapshot's sample; empty if unknown.
-    """
-
-    run_id: RunId
-    step: int
-    t: float
-    t_unit: str
-    sigma_rels: tuple[float, ...]
-    averages_t: float
-    averages_step: int
-    t_first: float
-    max_interval: float
-    updates: int | None
-    window: int
-    folds: int
-    folded_t: float
-    shared: bool
-    inherited: tuple[float, ...]
-    schedule: TrackingSchedule
-    clock: tuple[float, ...]
-    sketch: SketchText
-    snapshots: tuple[str, ...]
-    weights: tuple[Annotated[float, ANY_SIGN], ...]
-
-
-_STATE = kinds_of(StateInfo) | {"clock": Any, "schedule": Any}
-"""The type of each entry of a state; `ClockRecorder.of_state` checks the clock."""
-
-
-def state_from(values: Mapping[str, Any], schedule: TrackingSchedule) -> StateInfo:
-    """Check the entries of a state, ignoring further ones; raise InvalidValueError, naming the entry, if invalid."""
-    checked: dict[str, Any] = {}
-    for key, kind in _STATE.items():
-        if key not in values:
-            raise InvalidValueError("state", f"{key}: is missing; not a tracker's state, as state_dict() gives it")
-        try:
-            checked[key] = converted(values[key], kind)
-        except ValueError as error:
-            raise InvalidValueError("state", f"{key}: {error}") from error
-    info = StateInfo(**checked | {"schedule": schedule})
-    try:
-        if len(info.inherited) != len(info.sigma_rels):
-            raise InvalidValueError("inherited", f"must be one for each profile, not {len(info.inherited)}")
-        clock_at(list(info.clock or ()), info.step, info.t)
-    except InvalidValueError as error:
-        raise InvalidValueError("state", str(error)) from error
-    return replace(info, clock=tuple(info.clock))
-
-
-def clock_at(state: Any, step: int, t: float) -> ClockRecorder:
-    """Return a training's clock from its state; raise InvalidValueError unless it ends at `step` and `t`."""
-    clock = ClockRecorder.of_state(state)
-    if (clock.step, clock.t) != (step, t):
-        end = f"ends at step {shown(clock.step)}, t {clock.t!r}"
-        raise InvalidValueError("clock", f"{end}; the training is at step {step}, t {t!r}")
-    return clock

@@ -173,7 +173,7 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
             tracker.update_(model)
         tracker.update_(model)  # raised once
         state = tracker.state_dict()
-    assert (state["step"], state["averages_step"], state["updates"]) == (7, 6, 2)
+    assert (state["clock"][-2], state["standing"]["step"], state["standing"]["updates"]) == (7, 6, 2)
 
 
 @pytest.mark.parametrize(("device", "next_fails"), [("cpu", False), ("model", False), ("cpu", True)])

@@ -11,14 +11,13 @@ import torch
 from factories import exact_average, rewrite_snapshot
 from safetensors.torch import load_file
 
-import posthoc_cli
 from posthoc_cli import PostHocEMA, Run, disk_sources, plan_synthesis, synthesize
-from posthoc_cli.errors import InvalidValueError, NonFiniteError
+from posthoc_cli.errors import NonFiniteError
 
 COPIES = "*.running_*"
 STATISTICS = ("norm.running_mean", "norm.running_var")
 NOTICE = "the running statistics of 1 BatchNorm layer are copies"
-WAY_OUT = "posthoc_cli.update_bn(model, loader)"
+WAY_OUT = "torch.optim.swa_utils.update_bn(loader, model)"
 
 
 class Network(torch.nn.Module):
@@ -126,17 +125,12 @@ def test_a_statistic_that_is_not_finite_is_named_at_once(tmp_path: Path) -> None
         tracker.update_(model)
 
 
-# --- resumed runs
-
-
 # --- the notice
 
 
 def test_a_block_that_used_copies_warns_once_per_tracker(tmp_path: Path) -> None:
     model, tracker, _ = trained(tmp_path / "copied", 20, buffers="copy")
     loader = [inputs(seed) for seed in range(3)]
-    with tracker.model(model, sigma_rel=0.2) as averaged:
-        tracker.update_bn(averaged, loader)
     with tracker.model(model, sigma_rel=0.2) as averaged:
         torch.optim.swa_utils.update_bn(loader, averaged)
     with pytest.raises(KeyError), tracker.model(model, sigma_rel=0.2):
@@ -161,45 +155,3 @@ def test_a_block_that_used_copies_warns_once_per_tracker(tmp_path: Path) -> None
         tracker.update_(plain)
         with tracker.model(plain, sigma_rel=0.2):
             pass
-
-
-# --- update_bn
-
-
-class Keywords(Network):
-    def forward(self, pixels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return super().forward(pixels if mask is None else pixels * mask)
-
-
-class Positional(Network):
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return super().forward(batch["pixels"])
-
-
-@pytest.mark.parametrize("kind", ["tensors", "pairs", "lists", "iterator", "keywords", "dicts"])
-def test_update_bn_needs_no_tracker_and_accepts_every_form_of_batch(kind: str) -> None:
-    parts = [inputs(seed) for seed in range(5)]
-    loader = {
-        "tensors": parts, "pairs": [(part, 0) for part in parts], "lists": [[part] for part in parts],
-        "iterator": iter(parts),
-        "keywords": [{"pixels": part / 2, "mask": torch.full((4,), 2.0)} for part in parts],
-        "dicts": [{"pixels": part, "labels": torch.zeros(16)} for part in parts],
-    }[kind]  # fmt: skip
-    model = {"keywords": Keywords, "dicts": Positional}.get(kind, Network)()
-    model.outer.eval()
-    model.norm.running_mean.fill_(1e6)
-    modes, momentum = [module.training for module in model.modules()], model.norm.momentum
-    posthoc_cli.update_bn(model, loader)
-    hidden = [model.inner.weight.double() @ part.double().T for part in parts]
-    hidden = [one + model.inner.bias.double()[:, None] for one in hidden]
-    means, variances = (torch.stack([getattr(one, how)(dim=1) for one in hidden]).mean(0) for how in ("mean", "var"))
-    # Float32 sums of numbers around 300, squared for the variance.
-    assert torch.allclose(model.norm.running_mean.double(), means, rtol=1e-5, atol=1e-3)
-    assert torch.allclose(model.norm.running_var.double(), variances, rtol=1e-3)
-    assert model.norm.num_batches_tracked == 5
-    assert [module.training for module in model.modules()] == modes
-    assert model.norm.momentum == momentum
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(InvalidValueError, match="no batch"):
-        posthoc_cli.update_bn(model, [])
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -76,7 +76,7 @@ def test_a_run_that_was_killed_in_its_first_snapshots_begins_again(tmp_path: Pat
     model = begun(tmp_path, 10)
     read_directory(tmp_path)[-1].path.unlink()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
-        assert (tracker.step, tracker.state_dict()["averages_t"]) == (0, 0)
+        assert (tracker.step, tracker.state_dict()["standing"]["t"]) == (0, 0)
         walk(model, tracker, 1, 12)
         assert error(tracker, 12) < 1e-6
     assert times(tmp_path) == {10, 12}
@@ -99,7 +99,7 @@ def test_resuming_from_an_earlier_call_sets_later_snapshots_aside(
         tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume=20)
     assert times(tmp_path) == {10, 20, 30, 34}
     assert float(tracker.state_dict(sigma_rel=0.28)["weight"].max()) < 50
-    assert tracker.state_dict()["step"] == tracker.step == 20
+    assert tracker.state_dict()["clock"][-2] == tracker.step == 20
     with tracker:
         walk(model, tracker, 21, 30)
         assert error(tracker, 30) < 1e-6

@@ -241,7 +241,7 @@ def test_statistics_measured_in_a_block_are_those_of_the_averaged_weights_and_en
     run.model[1].eval()
     before, modes = run.everything(), [module.training for module in run.model.modules()]
     with run.tracker.model(run.model, sigma_rel=0.2) as averaged:
-        run.tracker.update_bn(averaged, batches())
+        torch.optim.swa_utils.update_bn(batches(), averaged)
         assert not any(module.training for module in averaged.modules())
         assert averaged[1].momentum == 0.1
         weight, bias = (p.detach().double() for p in averaged[0].parameters())

@@ -92,7 +92,7 @@ def test_a_reader_does_not_continue_a_run_that_has_advanced_since(tmp_path: Path
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as writer:
         train(model, writer, 1, 20)
         reader = PostHocEMA.from_path(tmp_path, model)
-        assert (reader.state_dict()["step"], reader.run_id) == (20, writer.run_id)
+        assert (reader.state_dict()["clock"][-2], reader.run_id) == (20, writer.run_id)
         train(model, writer, 21, 40)
     before = contents(tmp_path)
     with pytest.raises(MismatchError, match="has advanced from step 20 to 40 since this tracker was made"):
@@ -114,8 +114,8 @@ def test_headers_count_the_error_of_resuming_from_rounded_snapshots(tmp_path: Pa
         (snapshot,) = (s for s in read_directory(tmp_path) if (s.info.t, s.info.sigma_rel) == (end, 0.28))
         lost *= ((last / end) ** (gamma + 1)) ** 2
         assert snapshot.info.inherited == pytest.approx(lost, rel=1e-3)
-        assert state["inherited"][1] == snapshot.info.inherited
-        assert (snapshot.info.updates, state["updates"]) == (end, end)
+        assert state["standing"]["inherited"][1] == snapshot.info.inherited
+        assert (snapshot.info.updates, state["standing"]["updates"]) == (end, end)
         exact = averages_in(state)["0.28"]["weight"]
         lost += float((load_file(snapshot.path)["weight"].double() - exact).square().sum())
         last = end
@@ -201,7 +201,7 @@ def test_a_cell_that_is_run_again_continues_the_run(
         trackers.append(PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume=resume))
         train(model, trackers[-1], trackers[-1].step + 1, last)
     assert sum("an earlier tracker of this process" in text for text in caplog.messages) == 1
-    assert trackers[1].state_dict()["updates"] == 17  # at 2, 4, ..., 34: none was lost
+    assert trackers[1].state_dict()["standing"]["updates"] == 17  # at 2, 4, ..., 34: none was lost
     with pytest.raises(NotReadyError, match="a later tracker has taken the place of this one"):
         train(model, trackers[0], 18, 19)
     trackers[0].close()

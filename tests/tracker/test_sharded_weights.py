@@ -135,7 +135,7 @@ ema.close()
     assert out.startswith("rank 0: left this call by KeyboardInterrupt")
 
 
-def test_processes_that_pass_another_t_and_their_incomplete_snapshots_are_named(tmp_path: Path) -> None:
+def test_processes_that_pass_another_t_are_named(tmp_path: Path) -> None:
     code = """
 ema.close()
 options = {"update_every": 1, "checkpoint_every": 1, "t_unit": "images"}
@@ -145,10 +145,8 @@ with PostHocEMA.from_model(model, folder / "images", **options) as ema:
         ema.update_(model, t=10 * step + rank)
     ema.state_dict(0.15)
 """
-    first, second = run_group(TRAINED + code, 2, tmp_path, "fsdp")
-    for result in (first, second):
+    for result in run_group(TRAINED + code, 2, tmp_path, "fsdp"):
         assert "RankError: rank 1: is at t = 41 at step 4, and rank 0 at t = 40; pass the same t" in result.err
-    assert f"{tmp_path}/images/0000000000000020-0.05: has 1 of 2 parts only, though later ones" in first.err
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])

@@ -83,10 +83,11 @@ def away(tensors: Mapping[str, torch.Tensor], sigma_rel: str, step: int, toleran
 
 def wrong_state(state: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a tracker's state."""
-    step, updated = state["step"], state["averages_step"]
-    if not updated <= step < updated + EVERY or state["t"] != step or state["averages_t"] != updated:
-        return [f"step {step} at t = {state['t']} with averages of {updated} at {state['averages_t']}"]
-    if list(state["clock"])[-2:] != [step, step] or state["updates"] != updated // EVERY:
+    (step, t), standing = state["clock"][-2:], state["standing"]
+    updated = standing["step"]
+    if not updated <= step < updated + EVERY or t != step or standing["t"] != updated:
+        return [f"step {step} at t = {t} with averages of {updated} at {standing['t']}"]
+    if standing["updates"] != updated // EVERY:
         return [f"step {step} with a clock that ends at {list(state['clock'])[-2:]}, and {state['updates']} updates"]
     averages = averages_in(state) if updated else {}
     return [line for sigma_rel, tensors in averages.items() for line in away(tensors, sigma_rel, updated)]

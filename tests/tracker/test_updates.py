@@ -178,21 +178,21 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(tmp_path: Path,
         train(tracker, 255_800)
         before = tracker.metrics()["bytes"]
         state = tracker.state_dict()
-    assert state["window"] > 0
+    assert state["standing"]["window"] > 0
     for folder in ("fewer", "again"):  # from a state with own means, and from one with a shared one
         with PostHocEMA.from_model(model, tmp_path / folder, kept, **options) as tracker:
             tracker.load_state_dict(state)
             shared = []
             for until in (int(times[-1]), int(times[-1]) + 150, int(times[-1]) + 400):
                 train(tracker, until)
-                shared.append(tracker.state_dict()["shared"])
+                shared.append(tracker.state_dict()["standing"]["shared"])
                 for sigma_rel in kept:
                     exact = exact_average(path, sigma_rel, times)
                     found = tracked(tracker, sigma_rel)
                     assert np.linalg.norm(found - exact) < 1.5e-7 * np.linalg.norm(exact)
             assert tracker.metrics()["bytes"] <= before
             state = tracker.state_dict()
-            assert state["window"] > 0
+            assert state["standing"]["window"] > 0
         assert shared == ([False, False, True] if folder == "fewer" else [True] * 3)
 
 
