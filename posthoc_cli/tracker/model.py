@@ -155,14 +155,9 @@ class TrackedModel:
         return {name: self.box(name) for name in self.tensors} if self.members.is_chunked else None
 
     @property
-    def part(self) -> tuple[int, int] | None:
-        """The number, from 1, of the part of a snapshot that this process writes, and the number of parts; or None."""
-        return self.members.part
-
-    @property
     def leads(self) -> bool:
         """Whether this process contributes the values that concern the complete averages, not a part of them."""
-        return self.part is None or self.part[0] == 1
+        return self.members.part is None or self.members.part[0] == 1
 
     def dtypes(self, copied: bool) -> dict[str, torch.dtype]:
         """Return the model's dtypes, by name, of the copied tensors or else of the averaged ones."""
@@ -501,8 +496,11 @@ def named_modules(model: torch.nn.Module) -> Iterator[NamedModule]:
 
 def wrapped_child(module: torch.nn.Module) -> str | None:
     """Return the name of the child that a wrapper wraps; None if the module is no wrapper."""
-    if any(_is_a(module, wrapper) for wrapper in _WRAPPERS):
-        return next(name for name, _ in module.named_children())
+    for defined_in, name in _WRAPPERS:
+        # A class that nobody has imported wraps nothing. A release of torch without the class is an error.
+        kind: type = getattr(sys.modules[defined_in], name) if defined_in in sys.modules else type(None)
+        if isinstance(module, kind):
+            return next(child for child, _ in module.named_children())
     return None
 
 
@@ -511,12 +509,6 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     while (child := wrapped_child(model)) is not None:
         model = model.get_submodule(child)
     return model
-
-
-def _is_a(module: torch.nn.Module, wrapper: tuple[str, str]) -> bool:
-    defined_in, name = wrapper
-    # A class that nobody has imported wraps nothing. A release of torch without the class is an error.
-    return defined_in in sys.modules and isinstance(module, getattr(sys.modules[defined_in], name))
 
 
 def _check_unsharded(modules: Iterable[NamedModule]) -> None:
@@ -547,38 +539,43 @@ def _adapter_roots(modules: Sequence[NamedModule]) -> Iterator[tuple[NamedModule
     """
     if "peft" not in sys.modules:
         return
+    from peft import PeftConfig, PeftModel
+
     roots: list[str] = []
     for entry in modules:
         if any(entry.raw == raw or entry.raw.startswith(f"{raw}." if raw else "") for raw in roots):
             continue
-        configs = _adapter_configs(entry.module)
-        if configs:
+        module: Any = entry.module
+        # Not `getattr`: wrappers forward the attributes of the module that they wrap.
+        found = module.peft_config if isinstance(module, PeftModel) else vars(module).get("peft_config")
+        configs = found if isinstance(found, Mapping) else {}
+        adapters = {name: config for name, config in configs.items() if isinstance(config, PeftConfig)}
+        if adapters:
             roots.append(entry.raw)
-            adapter, config = next(iter(configs.items()))
-            if len(configs) == 1 and not config.is_prompt_learning:
+            adapter, config = next(iter(adapters.items()))
+            if len(adapters) == 1 and not config.is_prompt_learning:
                 yield entry, adapter
-
-
-def _adapter_configs(module: torch.nn.Module) -> Mapping[str, Any]:
-    from peft import PeftConfig, PeftModel
-
-    # Not `getattr`: wrappers forward the attributes of the module that they wrap.
-    configs = module.peft_config if isinstance(module, PeftModel) else vars(module).get("peft_config")
-    if not isinstance(configs, Mapping):
-        return {}
-    return {name: config for name, config in configs.items() if isinstance(config, PeftConfig)}
 
 
 def _adapter_names(
     root: NamedModule, adapter: str, modules: list[NamedModule], tensors: list[NamedTensor]
 ) -> dict[str, str]:
     """Return the names under which PEFT saves and loads an adapter's tensors, by torch's names."""
+    from peft import get_peft_model_state_dict
+
     start = f"{root.raw}." if root.raw else ""
-    inside = {t.raw.removeprefix(start): t.tensor for t in tensors if t.raw.startswith(start)}
+    # One tensor object for each name: the identity of a tensor in PEFT's result shows which name it had.
+    state = {t.raw.removeprefix(start): t.tensor.detach() for t in tensors if t.raw.startswith(start)}
+    raw_names = {id(tensor): raw for raw, tensor in state.items()}
+    saved_as = get_peft_model_state_dict(
+        root.module, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False
+    )
     wrappers = [entry for entry in modules if entry.raw.startswith(start) and wrapped_child(entry.module)]
     names = {}
-    for raw, saved in _saved_names(root.module, adapter, inside).items():
-        name = start + saved
+    for saved, tensor in saved_as.items():
+        if id(tensor) not in raw_names:
+            continue
+        raw, name = raw_names[id(tensor)], start + saved
         names[start + raw] = _join(root.path, saved)
         # The innermost wrapper last: its path is without its parents' prefixes.
         for entry in wrappers:
@@ -586,14 +583,3 @@ def _adapter_names(
             if (start + raw).startswith(prefix) and name.startswith(prefix):
                 names[start + raw] = _join(entry.path, name.removeprefix(prefix))
     return names
-
-
-def _saved_names(module: torch.nn.Module, adapter: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return PEFT's names of an adapter's tensors, by torch's names."""
-    from peft import get_peft_model_state_dict
-
-    # One tensor object for each name: the identity of a tensor in PEFT's result shows which name it had.
-    state = {name: tensor.detach() for name, tensor in tensors.items()}
-    names = {id(tensor): name for name, tensor in state.items()}
-    saved = get_peft_model_state_dict(module, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False)
-    return {names[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in names}

@@ -48,14 +48,12 @@ from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import (
     SINGLE_THREAD,
     BackpressureMonitor,
-    DeviceEvents,
     DeviceStreams,
-    Streams,
     ThreadPool,
     Worker,
     end_threads,
 )
-from posthoc_cli.tracker.copying import ModelCopier, ModelCopy
+from posthoc_cli.tracker.copying import ModelCopier
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import HostTensors, Layout, LayoutReader, lay_out, on_host
 from posthoc_cli.tracker.model import ModelTensors, TrackedModel, nonfinite_error
@@ -185,28 +183,43 @@ class Pipeline:
             all_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
-        refused = None
-        values = self._values_of(tensors)
+        values, refused = self._values_of(tensors), None
+        pool, is_due = self._pool_for(values.layout), self._settings.snapshot_is_due(progress.step)
+
+        def update() -> NonFiniteError | None:  # while the training waits
+            with self._streams.in_streams_of_caller(streams):
+                refused = self._take_in(values, copies, progress)
+            if is_due:
+                self._submit_snapshots(self.tracking)
+            return refused
+
+        def update_by_copy() -> None:
+            try:
+                refused = self._update_monitor.run(lambda: self._take_in(copy.arrived(), copies, progress))
+            finally:
+                self._copier.give_back(copy)
+            self._streams.last_events = events
+            if is_due:
+                self._submit_snapshots(self.tracking)
+            if refused is not None:
+                self._settings.skip_update(refused)
+
         if self._is_async:
-            pool, streams = self._pool_for(values.layout), self._streams.current(c.device for c in copies.values())
-            events = self._streams.record_events(streams)
+            events = self._streams.record_events(self._streams.current(c.device for c in copies.values()))
             # On an accelerator the training's own stream copies. On the CPU torch's threads would wait for each other.
             if pool is SINGLE_THREAD:
                 copy = self._copier.copy(values)
             else:
                 copy = self._updates.call(lambda: self._copier.copy(values, pool))
-            self._updates.submit(lambda: self._update_async(copy, copies, progress, events))
+            self._updates.submit(update_by_copy)
         else:
             devices = [bucket.device for bucket in values.layout] + [copy.device for copy in copies.values()]
             streams = self._streams.current(devices)
-            refused = self._updates.call(lambda: self._update_sync(values, copies, progress, streams))
+            refused = self._updates.call(update)
         self._counted = progress
-        return refused
-
-    def warn_of_waiting(self) -> None:
-        """Warn if the training has waited for long."""
         self._update_monitor.warn()
         self._write_monitor.warn()
+        return refused
 
     def skip(self, progress: TrainingProgress, writes: bool = True) -> None:
         """Count a call whose update is left out; with `writes`, have snapshots written if they are due."""
@@ -374,30 +387,6 @@ class Pipeline:
         """Return the pool for work on a layout: one thread for accelerators, so that one stream keeps the order."""
         return self._pool if all(bucket.device.type == "cpu" for bucket in layout) else SINGLE_THREAD
 
-    def _update_sync(
-        self, values: LayoutReader, copies: Mapping[str, torch.Tensor], progress: TrainingProgress, streams: Streams
-    ) -> NonFiniteError | None:
-        """Take in values while the training waits; return the error if the update is left out."""
-        with self._streams.in_streams_of_caller(streams):
-            refused = self._take_in(values, copies, progress)
-        if self._settings.snapshot_is_due(progress.step):
-            self._submit_snapshots(self.tracking)
-        return refused
-
-    def _update_async(
-        self, copy: ModelCopy, copies: Mapping[str, torch.Tensor], progress: TrainingProgress, events: DeviceEvents
-    ) -> None:
-        """Take in a copy of the values, and give the copy back."""
-        try:
-            refused = self._update_monitor.run(lambda: self._take_in(copy.arrived(), copies, progress))
-        finally:
-            self._copier.give_back(copy)
-        self._streams.last_events = events
-        if self._settings.snapshot_is_due(progress.step):
-            self._submit_snapshots(self.tracking)
-        if refused is not None:
-            self._settings.skip_update(refused)
-
     @torch.no_grad()
     def _take_in(
         self, values: LayoutReader, copies: Mapping[str, torch.Tensor], progress: TrainingProgress
@@ -413,9 +402,7 @@ class Pipeline:
         sketcher = self._sketcher(averages, storage, now.tracked)
         name = averages.update_(values, copies, progress.t, progress.step, pool, storage.sample, sketcher)
         self.tracking = replace(now, progress=progress)
-        if name is not None:
-            return nonfinite_error(name, now.tracked.tensors, progress.step)
-        return None
+        return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step)
 
     def _sketcher(self, averages: Averages, storage: StorageLayout, tracked: TrackedModel) -> Sketcher | None:
         """Return the sketcher of the path from the first update on, or from a known path; None if neither is known."""

@@ -147,7 +147,10 @@ class PostHocEMA:
             self._note_weights(model)
             self._choose_start(model, is_first_call=False)
         if model is not None:
-            _watch_restoring(unwrapped(model), self)
+            bare: Any = unwrapped(model)
+            if bare not in _trackers:
+                bare.register_load_state_dict_post_hook(_note_restored)
+            _trackers.setdefault(bare, WeakSet()).add(self)
 
     @classmethod
     def from_model(
@@ -619,10 +622,23 @@ class PostHocEMA:
             self._pipeline.set(replace(self._pipeline.tracking, progress=progress, resumes=False))
             return
         group = self._members.keepers("load_state_dict(...)")
+
+        def unpack() -> Tracking:
+            self.flush()
+            loaded = unpack_state(state, self.settings, self._pipeline.tracking.tracked)
+            return (
+                loaded if self.keeps_averages else replace(loaded, averages=Averages.none_yet(self.settings.sigma_rels))
+            )
+
+        def become_writer() -> None:
+            if self.keeps_averages:
+                with self._pipeline.as_writer(self.checkpoint_dir, loaded.run_id) as snapshotter:
+                    snapshotter.continue_from(loaded)  # sets aside snapshots that are not of the state's training
+
         with self._calls.lock("load_state_dict"):
             self._calls.caller = threading.get_ident()
-            loaded = group.together(lambda: self._unpack(state))
-            group.first_then_others(lambda: self._write_from(loaded))
+            loaded = group.together(unpack)
+            group.first_then_others(become_writer)
             self._pipeline.set(loaded)
             self._has_begun = True
             self._weights, model = loaded.weights if self._has_state else (), self._tracked_model()
@@ -726,7 +742,6 @@ class PostHocEMA:
         nonfinite = self._nonfinite_anywhere(tensors, progress)
         if nonfinite is None:
             nonfinite = self._pipeline.update(tensors, progress)
-            self._pipeline.warn_of_waiting()
         else:
             self._pipeline.skip(progress)
         if nonfinite is not None:
@@ -839,12 +854,19 @@ class PostHocEMA:
 
     def _own_state(self) -> dict[str, Any]:
         """Return the tracker's own state, as `state_dict()` does."""
-        return pack_state(*self._state(), self._chunked_model()) if self._has_state else {}
-
-    def _state(self) -> tuple[Tracking, StateInfo]:
-        """Return a state to continue from: copies of this process's tensors, and everything else."""
+        if not self._has_state:
+            return {}
         group = self._members.keepers("state_dict()")
-        tracking = group.together(self._read_exactly)
+
+        def read() -> Tracking:
+            self.flush()
+            if self._pipeline.tracking.resumes:
+                return self._start.read(self._pipeline.tracking)
+            tracking = self._pipeline.read_exactly()
+            self._pipeline.flush()  # now the snapshots of that time are on disk
+            return tracking
+
+        tracking = group.together(read)
         averages = tracking.averages
         part = averages.standing.inherited, encode_path(averages.known_path, exact=True)
         inherited, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
@@ -858,7 +880,8 @@ class PostHocEMA:
             return StateInfo.of(replace(complete, weights=weights), self.settings.t_unit)
 
         info = group.from_first(read_info)
-        return tracking, replace(info, standing=replace(info.standing, inherited=total), sketch=sketch)
+        info = replace(info, standing=replace(info.standing, inherited=total), sketch=sketch)
+        return pack_state(tracking, info, self._chunked_model())
 
     def _present_weights(self, group: Group, tracked: TrackedModel) -> tuple[float, ...]:
         """Return the network's sampled weights at the last call; empty if they are unknown."""
@@ -871,27 +894,6 @@ class PostHocEMA:
         values = resuming.in_order(ChainMap(*group.from_all(own)))
         is_known = len(values) == len(places(tracked.complete_shapes)) and bool(np.isfinite(values).all())
         return tuple(values.tolist()) if is_known else ()
-
-    def _read_exactly(self) -> Tracking:
-        self.flush()
-        if self._pipeline.tracking.resumes:
-            return self._start.read(self._pipeline.tracking)
-        tracking = self._pipeline.read_exactly()
-        self._pipeline.flush()  # now the snapshots of that time are on disk
-        return tracking
-
-    def _unpack(self, state: Mapping[str, Any]) -> Tracking:
-        self.flush()
-        loaded = unpack_state(state, self.settings, self._pipeline.tracking.tracked)
-        if self.keeps_averages:
-            return loaded
-        return replace(loaded, averages=Averages.none_yet(self.settings.sigma_rels))
-
-    def _write_from(self, loaded: Tracking) -> None:
-        """Become the directory's writer, and set aside snapshots that are not of the state's training."""
-        if self.keeps_averages:
-            with self._pipeline.as_writer(self.checkpoint_dir, loaded.run_id) as snapshotter:
-                snapshotter.continue_from(loaded)
 
     # --- averages
 
@@ -1070,14 +1072,6 @@ def _described(wanted: Wanted, asked: Mapping[str, object]) -> str:
 
 _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
 """The trackers that were made with a model, by the bare model."""
-
-
-def _watch_restoring(model: torch.nn.Module, tracker: PostHocEMA) -> None:
-    """Tell a tracker whenever the model's checkpoint is loaded."""
-    if model not in _trackers:
-        register: Any = model.register_load_state_dict_post_hook
-        register(_note_restored)
-    _trackers.setdefault(model, WeakSet()).add(tracker)
 
 
 def _note_restored(model: torch.nn.Module, _: object) -> None:

@@ -239,7 +239,9 @@ def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, s
     standing = Standing(
         last.t, last.step, last.t_first, last.max_interval, last.updates, folded_t=last.t, inherited=inherited
     )
-    averages = Averages(tuple(sigma_rels), standing, kept, copies, known_path=path_of_part(last.sketch, tracked.part))
+    averages = Averages(
+        tuple(sigma_rels), standing, kept, copies, known_path=path_of_part(last.sketch, tracked.members.part)
+    )
     progress = TrainingProgress.resumed(ClockRecorder.of_knots(last.clock_pairs))
     known = frozenset(snapshot.checksum for snapshot in snapshots)
     return Tracking(last.run_id, progress, tracked, averages, snapshots=known)

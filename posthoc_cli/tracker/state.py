@@ -262,7 +262,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         dtypes = tracked.dtypes(copied=True)
         _check_names(state["copies"], dtypes, tracked)
         copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
-        path = path_of_part(info.sketch, tracked.part)
+        path = path_of_part(info.sketch, tracked.members.part)
         averages = Averages(wanted, standing, kept, copies, known_path=path)
     progress = TrainingProgress.resumed(clock, standing.step)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots), weights=info.weights)

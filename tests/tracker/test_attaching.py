@@ -115,16 +115,6 @@ def test_an_optimizer_in_accelerates_wrapper_is_attached(tmp_path: Path) -> None
         assert tracker.step == 3
 
 
-class ScaledSGD(torch.optim.Optimizer):
-    """Takes the scaler itself, as fused optimizers of other libraries do."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(optimizer.param_groups, {"lr": 0.1})
-
-    def step(self, grad_scaler):  # type: ignore[no-untyped-def, override]
-        raise AssertionError(grad_scaler)
-
-
 class Wrapper(torch.optim.Optimizer):
     """Steps the inner optimizer several times, as DeepSpeed's of ZeRO-1 and 2 does for each group of parameters."""
 
@@ -134,21 +124,6 @@ class Wrapper(torch.optim.Optimizer):
     def step(self, closure=None):  # type: ignore[no-untyped-def]
         for _ in range(2):
             self.optimizer.step(closure)
-
-
-class Sharing(torch.optim.Optimizer):
-    """Has the attributes of an optimizer, as Lookahead does, but no hooks of torch around its step."""
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.inner, self.defaults = inner, inner.defaults
-        self.state, self.param_groups = inner.state, inner.param_groups
-
-
-class Forwarding(Sharing):
-    """Has also the methods that register hooks, forwarded to the inner optimizer."""
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.inner, name)
 
 
 class Clipped(torch.optim.Adam):
@@ -170,11 +145,8 @@ IS_A_WRAPPER = r"Wrapper wraps an optimizer.*call ema\.update_\(model\) after ea
 REFUSED: list[tuple[Any, str]] = [
     (Wrapper, IS_A_WRAPPER),
     (PlainWrapper, IS_A_WRAPPER),
-    (Sharing, "Sharing wraps an optimizer"),
-    (Forwarding, "Forwarding wraps an optimizer"),
     (lambda optimizer: AcceleratedOptimizer(Wrapper(optimizer), device_placement=False), IS_A_WRAPPER),
     (lambda inner: Clipped(inner.param_groups), r"Clipped overrides a step.*call ema\.update_\(model\) after each"),
-    (ScaledSGD, r"ScaledSGD takes the GradScaler.*update_\(model\)"),
     (lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1), r"a torch\.optim\.Optimizer, not StepLR"),
     (lambda _: network(), r"a torch\.optim\.Optimizer, not Linear"),
 ]

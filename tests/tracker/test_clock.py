@@ -107,17 +107,6 @@ def test_the_clock_of_batches_of_changing_size_is_known_within_a_step(tmp_path: 
     assert np.abs(old.step_at(between) - expected).max() > 1.5
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_the_step_clock_needs_no_knots(tmp_path: Path, own: bool) -> None:
-    model = torch.nn.Linear(1, 1)
-    with PostHocEMA.from_model(model, tmp_path, update_every=5, checkpoint_every=10) as tracker:
-        for step in range(1, 31):
-            tracker.update_(model, t=float(step) if own else None)
-    snapshots = read_directory(tmp_path)
-    assert len(snapshots) == 6
-    assert all(snapshot.clock == () for snapshot in snapshots)
-
-
 @pytest.mark.parametrize("steps", [600, 650, 700, 900, 1200, None])
 def test_averages_over_changing_batches_are_near_the_truth(changed: Path, steps: int | None) -> None:
     """Means of the last steps, and an ordinary EMA (None); without the clock they are wrong."""
@@ -153,17 +142,3 @@ def test_resuming_from_snapshots_keeps_their_knots(tmp_path: Path) -> None:
     track(tmp_path, times.tolist(), 1501, PostHocEMA.from_path(tmp_path, step=1500))
     # Neither resume is a knot: steps are as long after it as before.
     assert clocks(tmp_path)[times[-1]] == ((1290, 82560.0), (1440, 120960.0), (2000, 156800.0))
-
-
-IMPOSSIBLE: list[tuple[int | slice | None, object]] = [
-    (None, None),
-    (None, []),
-    (None, [0.5, 0.0, float("inf"), 0, 0.0]),  # the clock of a training that has not begun
-    (slice(-1, None), []),
-    (slice(99, 99), [40, 1e9]),  # ends elsewhere
-    *((0, longest) for longest in (float("nan"), 0.1)),
-    *((1, -1.0), (2, 0.0)),
-    *((3, step) for step in (0, 1.0, 10**400)),
-    *((4, t) for t in ("64", 1e9)),
-    (slice(3, 3), [1, 1.0] * 256),
-]

@@ -11,7 +11,6 @@ import torch
 from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.snapshots.path import decode_path
 from posthoc_cli.tracker import measuring
-from posthoc_cli.tracker import memory as layouts
 from posthoc_cli.tracker.measuring import Subset
 from posthoc_cli.tracker.memory import lay_out, tiles_of
 
@@ -93,26 +92,6 @@ def test_resumed_runs_have_the_same_sketch(tmp_path: Path) -> None:
     one, other = decode_path(straight).sketch, decode_path(rounded).sketch
     assert other.edges[-1] == one.edges[-1] and other.folds.sum() == 150
     np.testing.assert_allclose(one.folds @ one.means / 150, other.folds @ other.means / 150, atol=3e-3)
-
-
-def test_a_projection_is_linear_and_independent_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = lay_out({"a": torch.empty(150_001), "b": torch.empty(333, 7)})
-    size = layout[0].bounds[-1]
-    values, other = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
-
-    def numbers(flat: torch.Tensor, length: int) -> np.ndarray:
-        monkeypatch.setattr(layouts, "TILE", length)
-        sketcher = measuring.Sketcher(Subset(layout, {"a", "b"}))
-        for tile in tiles_of(layout):
-            sketcher.take(tile, flat[tile.where])
-        sketcher.end_window(1.0)
-        path = sketcher.path(1.0)
-        return np.asarray(path.sketch.means[0], np.float64)
-
-    expected = numbers(values, 10**6)
-    for length in (65_536, 10_000, 777):
-        np.testing.assert_allclose(numbers(values, length), expected, atol=1e-4 * np.abs(expected).max())
-    np.testing.assert_allclose(numbers(values - other, 10**6), expected - numbers(other, 10**6), atol=1e-3)
 
 
 @pytest.mark.parametrize("elements", [2**15, 2**20])

@@ -142,22 +142,3 @@ def test_other_averages_of_these_snapshots_are_near_the_truth(
             average += (1 - 0.999) * (weights - average)
         found = flat(PostHocEMA.from_path(folder).state_dict(Beta(0.999)))
         assert relative_error(found, average) < 2 * (plan.predicted_error(0) or 0)
-
-
-def test_the_average_at_an_earlier_time_is_near_the_truth(
-    cache_folder: Path, tracked: Callable[[str, int], Path]
-) -> None:
-    run = recorded("denoiser-adam", cache_folder)
-    earlier = Trajectory(run.name, run.weights[:5000], run.shapes)
-    found = flat(PostHocEMA.from_path(tracked("denoiser-adam", 10)).state_dict(sigma_rel=0.10, t=5000))
-    assert relative_error(found, truth(earlier, 0.10, 10)) <= BOUNDS[0.10]
-
-
-def test_a_warm_up_is_part_of_the_profile(cache_folder: Path, tmp_path: Path) -> None:
-    """Weights before its end have no mass: the first weights that are taken in have it."""
-    run = recorded("denoiser-adam", cache_folder)
-    track(run, tmp_path, 10, update_after_step=3000)
-    tracker = PostHocEMA.from_path(tmp_path)
-    for sigma_rel in (0.05, 0.10):
-        found = flat(tracker.state_dict(sigma_rel=sigma_rel))
-        assert relative_error(found, truth(run, sigma_rel, 10, after=3000)) <= BOUNDS[sigma_rel]
