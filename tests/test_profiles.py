@@ -19,6 +19,7 @@ from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     Clock,
     ClockRecorder,
+    DecayRule,
     Discrete,
     Point,
     PowerFunction,
@@ -351,3 +352,11 @@ def test_the_tail_of_a_discrete_average_reproduces_its_sum() -> None:
     assert (profile.t, profile.t_first) == (60.0, times[0])
     assert profile.tail(-1) == profile.tail(0) == 1
     assert profile.tail(times[-1]) == 0
+
+
+def test_the_others_of_an_estimated_decay_are_a_longer_average_and_one_that_began_later() -> None:
+    """The decay is 0.99, within a tenth of its time constant; the first 40 updates may have been copies."""
+    longer, later = DecayRule(0.99, uncertainty=0.1, late=40).profile(300, 300).others
+    steps = np.arange(1, 301)
+    np.testing.assert_allclose(longer.tail(steps), 1 - (1 - 0.01 / 1.1) ** (300 - steps), atol=1e-12)
+    np.testing.assert_allclose(later.tail(steps), np.where(steps < 40, 1, 1 - 0.99 ** (300 - steps)), atol=1e-12)
