@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -78,31 +77,23 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
     ("make", "subject", "words"),
     [
         (lambda: as_target(None), "target", "None"),
-        (lambda: as_target(Beta), "target", "must be a sigma_rel in (0, 0.2887), a text such as 'beta:0.9999'"),
         (lambda: Groups({1: 0.1}), "group", "{1: 0.1}: must be globs on names"),  # type: ignore[dict-item]
         (lambda: as_target("abc"), "target", "abc: must be a sigma_rel in (0, 0.2887), or one of beta:0.9999, "),
         (lambda: as_target("beta:0.99,0.999"), "target", "must name one average, not 2"),
-        (lambda: HalfLife(0.5), "half-life", "0.5: must be from 1 to 1e15 steps"),
         (lambda: Beta("0.9"), "beta", "'0.9'"),  # type: ignore[arg-type]
-        (lambda: Window(True), "window", "True"),
-        (lambda: Between(0, math.inf), "between", "finite"),
         (lambda: Decay("sqrt"), "decay", "'sqrt': must be one of 1-sqrt, linear, cosine"),
         (lambda: Decay("linear", ()), "over", "two ascending times"),  # type: ignore[arg-type]
         (lambda: Mean(2.5), "last", "must be a whole number of checkpoints"),  # type: ignore[arg-type]
         (lambda: Mean(3).profile(1e6, IMAGES, 1280.0), "target", "target last:3: names checkpoints"),
-        (lambda: as_target("0.4"), "target", "target 0.4: must lie in (0, 0.2887)"),
         (lambda: as_target("0.9"), "target", "for a decay of 0.9 per step use beta:0.9"),
         (lambda: as_target("half-life:70%"), "target", "target half-life:70%: must lie in (0, 69.31%)"),
-        (lambda: as_target("half-life:x%"), "target", "target half-life:x%: must be a number of steps or a share"),
-        (lambda: as_target("beta:2"), "target", "target beta:2: must lie in [0.5, 1)"),
         (lambda: as_target("between:50:20"), "target", "target between:50:20: must start at 0 or later"),
-        (lambda: as_target("decay:linear:200%"), "target", "target decay:linear:200%: must be a part of training"),
         (lambda: Between(5, 2e6).profile(1e6, IMAGES, 1280.0), "target", "target between:5:2000000: ends after t"),
         (lambda: Between(0, 1e-300).profile(1e6, IMAGES, 1280.0), "target", "between:0:1e-300: must span at least"),
         (lambda: Window(10**4 + 1).profile(1e6, IMAGES, 1280.0), "target", "target window:10001: the run has 10,000"),
         (lambda: GivenProfile(uniform_average(0, 1), "../a b"), "profile", "'../a b'"),
         (lambda: GivenProfile(uniform_average(0, 1e6 + 1), "mine").profile(1e6, IMAGES, 1280.0), "profile mine",
-         "tail is 9.99999e-07 at s = 1,000,000; must lie in [0, 1]"),
+         "tail is 9.99999e-07 at s = 1,000,000; must be 1 before 0"),
     ],
 )  # fmt: skip
 def test_an_impossible_target_is_refused(make: Callable[[], object], subject: str, words: str) -> None:
@@ -132,11 +123,11 @@ def test_valid_profiles_are_used_unchanged(profile: object) -> None:
     ("profile", "words"),
     [
         (Written(lambda s: s * np.nan), "tail is nan at s = -100"),
-        (Written(lambda _: 0.01), "shape (1150,) has shape ()"),
+        (Written(lambda _: 0.01), "times of shape (1150,) give the shape ()"),
         (Written(tail=lambda s: 1 - s / 100), "tail is 2 at s = -100"),
-        (Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)), "tail is 0.5 at s = 100; must lie in [0, 1]"),
+        (Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)), "tail is 0.5 at s = 100; must be 1 before 0"),
         (Written(tail=lambda s: np.where(abs(s - 50) < 10, 1, np.clip(1 - s / 100, 0, 1))),
-         "at s = 40.0390625; must never"),
+         "tail is 1 at s = 40.0390625"),
         (Written(tail=lambda _: 1 / 0), "tail fails for an array of times: division by zero"),
     ],
 )  # fmt: skip

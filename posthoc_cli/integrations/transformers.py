@@ -21,8 +21,8 @@ from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
 
-_tracking: WeakKeyDictionary[torch.nn.Module, PostHocCallback] = WeakKeyDictionary()
-"""The callback that tracks each model."""
+_tracking: WeakKeyDictionary[torch.nn.Module, tuple[PostHocCallback, TrainerState]] = WeakKeyDictionary()
+"""The callback that tracks each model, and the state of the training in which it does."""
 
 
 class PostHocCallback(TrainerCallback):
@@ -63,8 +63,6 @@ class PostHocCallback(TrainerCallback):
         self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
         self.ema: PostHocEMA | None = None
         self._installed: Callable[[], Trainer | None] = lambda: None  # the trainer of `install`
-        self._state: TrainerState | None = None  # of the present training
-        self._counted = -1  # the trainer's step that was counted last
         self._is_left_out = False
 
     def install(self, trainer: Trainer) -> PostHocCallback:
@@ -85,20 +83,18 @@ class PostHocCallback(TrainerCallback):
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Make the tracker, and continue from a checkpoint."""
-        if self._state is state:  # the trainer has this callback twice
-            return
-        other, trainer = _tracking.get(model), self._installed()
-        if other is not None and other is not self and other._state is state:
+        (owner, training), trainer = _tracking.get(model, (None, None)), self._installed()
+        if training is state:
             raise _held_twice()
         if self._lengths and (trainer is None or trainer.state is not state):
             hint = "call PostHocCallback(..., evaluate=...).install(trainer), in place of callbacks=[...]"
             raise NotReadyError("evaluate", "needs the trainer, which its callbacks are not passed", hint)
         ema = self.ema
-        if ema is None or ema.closed or not args.auto_find_batch_size or other is not self:
+        if ema is None or ema.closed or not args.auto_find_batch_size or owner is not self:
             self.ema = ema = make_tracker(model, self.checkpoint_dir, self.options)
         else:  # memory ran out: the trainer begins the loop again, with the present weights
             log.warning("training begins again with smaller batches; its averages continue from step %d", ema.step)
-        _tracking[model], self._state, self._counted = self, state, state.global_step
+        _tracking[model] = self, state
         if trainer is not None and trainer.state is state:
             callbacks = trainer.callback_handler.callbacks
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))  # other callbacks' `on_evaluate` sees its metrics
@@ -124,10 +120,8 @@ class PostHocCallback(TrainerCallback):
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Count the step, unless a GradScaler has skipped it."""
-        is_repeated, self._counted = state.global_step == self._counted, state.global_step
-        if self.ema is None or is_repeated or self._is_left_out or getattr(optimizer, "step_was_skipped", False):
-            return
-        self.ema.update_(model)
+        if self.ema is not None and not self._is_left_out and not getattr(optimizer, "step_was_skipped", False):
+            self.ema.update_(model)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None,
@@ -146,8 +140,6 @@ class PostHocCallback(TrainerCallback):
                     callback.on_evaluate(args, state, control)
             name = self._names[label]
             own = prefix.replace("eval", f"eval_{name}", 1) if prefix.startswith("eval") else f"{prefix}_{name}"
-            if any(metric.startswith(f"{own}_") for metric in metrics):  # the trainer has this callback twice
-                continue
             with block:
                 result = trainer.evaluation_loop(eval_dataloader, "Evaluation", losses_only, metric_key_prefix=own)
             trainer.log(result.metrics)

@@ -1,4 +1,4 @@
-"""Trainings in separate processes, which can be killed."""
+"""Trainings in separate processes, which can be killed, and what accelerate expects of a group."""
 
 from __future__ import annotations
 
@@ -53,3 +53,24 @@ def forget() -> None:
     module = sys.modules.get("accelerate.state")
     for kind in ("AcceleratorState", "GradientState", "PartialState") if module else ():
         getattr(module, kind)._reset_state()
+
+
+def announce(rank: int, world: int) -> None:
+    """Set the environment as a launcher does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+
+
+def use_fsdp_on_the_cpu() -> None:
+    """Let accelerate shard models on the CPU: it can, but accepts its FSDP plugin for accelerators only."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    real = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        real(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init

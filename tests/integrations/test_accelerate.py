@@ -15,8 +15,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 
 import accelerate
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from integrations.gloo import use_fsdp_on_the_cpu
-from integrations.programs import forget, heavy, skip_steps, start
+from integrations.programs import forget, heavy, skip_steps, start, use_fsdp_on_the_cpu
 from integrations.truth import assert_exact, distance, exact, recorded
 
 from posthoc_cli.errors import MismatchError
@@ -135,10 +134,10 @@ def test_each_of_several_models_resumes_from_its_own_state(tmp_path: Path) -> No
 
 
 GROUP = """
-import integrations.gloo, integrations.truth, torch, warnings
+import integrations.programs, integrations.truth, torch, warnings
 from integrations.test_accelerate import Training
 warnings.simplefilter("ignore")
-integrations.gloo.announce(rank, world)
+integrations.programs.announce(rank, world)
 training = Training(folder, sharded="sharded" in arguments, resume="auto")
 if "resumed" in arguments:
     training.accelerator.load_state(str(folder / "saved"))

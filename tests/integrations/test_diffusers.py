@@ -60,9 +60,9 @@ def test_a_killed_script_resumes_exactly_through_its_save_hooks(tmp_path: Path) 
 
 
 GROUP = """
-import integrations.gloo, torch, warnings
+import integrations.programs, torch, warnings
 warnings.simplefilter("ignore")
-integrations.gloo.announce(rank, world)
+integrations.programs.announce(rank, world)
 from integrations.unet import Training, network, recorded
 training = Training(folder)
 assert "resumed" in arguments or training.ema_model.cur_decay_value is None
