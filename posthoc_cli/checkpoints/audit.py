@@ -109,7 +109,7 @@ class Audit:
         warm_up: rule by which the decay rose, as `ImportSettings.ema_warmup` names it; empty without a warm-up.
         starts: times after the begin of the training at which the average started from the weights.
         is_late: whether the first of these is its begin, and not a restart.
-        choices: options of an import that explain the averages about equally; empty if one is the best.
+        choices: settings of an import, in words, that explain the averages about equally; empty if one is the best.
         tensors: names of the tensors that the verdict is about; empty for all tensors.
         intervals: findings for each interval, in order of time.
         elements: number of elements in the sample.
@@ -393,7 +393,7 @@ def _judge(case: _Case) -> Audit:
         intervals=tuple(_interval(case.rows[i], fit, str(case.notes.get(i, ""))) for i in range(len(case.rows))),
     )
     if rivals:
-        choices = tuple(_options(each.model, each.value) for each in (fit, *rivals))
+        choices = tuple(_in_words(each.model, each.value) for each in (fit, *rivals))
         text = f"the files show it about equally as {', and as '.join(choices)}"
         return replace(audit, verdict="undetermined", text=text, found=None, choices=choices)
     fault = next(_faults(case, fit, value, uncertainty, audit.intervals), None)
@@ -462,12 +462,11 @@ def _compare_lengths(audit: Audit, case: _Case, fit: Fit, value: float) -> Audit
     return replace(audit, verdict="too short", text=f"{text}; as if updated {factors} times a step: {usual}")
 
 
-def _options(model: Model, value: float) -> str:
-    """Return the options of an import that make averages of a model."""
+def _in_words(model: Model, value: float) -> str:
+    """Return the settings of an import that make averages of a model, in words."""
     if model.what == "sigma_rel":
-        return f"--sigma-rels {model.parameter(value):.3g}"
-    warm_up = f" --ema-warmup {model.warm_up}" * bool(model.warm_up)
-    return f"--ema-decay {min(model.parameter(value), 0.999999):.6g}{warm_up}"
+        return f"sigma_rel {model.parameter(value):.3g}"
+    return f"decay {min(model.parameter(value), 0.999999):.6g} with warm-up {model.warm_up or 'none'}"
 
 
 def _final_parameter(model: Model, value: float, end: float) -> tuple[float, bool]:

@@ -136,9 +136,7 @@ def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[I
         reason = "must be given: the files do not hold it, and it cannot be found without weights next to the averages"
         raise InvalidValueError("ema_decay", reason) from None
     if audit.choices:
-        raise InvalidValueError(
-            "ema_decay", f"must be given: {audit.text}", "give one of them (from Python, the arguments)"
-        )
+        raise InvalidValueError("ema_decay", f"must be given: {audit.text}", "say one of them, also its warm-up")
     sigma, is_power = audit.uncertainty or 0.0, audit.what == "sigma_rel"
     spacing = float(np.median([interval.end - interval.begin for interval in audit.intervals] or [1.0]))
     limit = _VAGUE * (1 if audit.found is None or is_power else (1 + spacing * (1 - audit.found)) ** 2)
