@@ -4,9 +4,9 @@
 
 20 float16 snapshots of made-up models, half of them for each of two profiles; targets are float32. Times are medians of
 repeated runs in turns, in milliseconds, with the processor time of all threads in parentheses, which other programs on
-the machine change less. "Cold" runs follow a request to drop the files from the page cache. All runs of this package
-verify every checksum. "Dropped" is a caller who takes each tensor and drops it; "to a file" includes fsync. The peers
-read their own checkpoints, of as many parameters and the same dtype, through their public interfaces.
+the machine change less. All runs of this package verify every checksum. "Dropped" is a caller who takes each tensor and
+drops it; "to a file" includes fsync. The peers read their own checkpoints, of as many parameters and the same dtype,
+through their public interfaces.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from bench_update import cell, times
 from compare_peers import ema_pytorch, posthoc_ema, without_noise
 from synthesis_cases import (
     Layers,
-    drop_from_cache,
     large_tensors,
     peak_memory,
     read_plainly,
@@ -74,8 +73,6 @@ def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> N
         "all cores, to a file": lambda: write_synthesis(one, [out], OutputOptions(device, overwrite=True)),
     }
     show(runs, repeats, one.read_bytes)
-    cold = {"all cores, dropped, cold": runs["all cores, dropped"]}
-    show(cold, repeats, one.read_bytes, lambda: drop_from_cache(run))
     for start, others in ((posthoc_ema, {"update_after_step": 0}), (ema_pytorch, {})):
         with tempfile.TemporaryDirectory(dir=folder) as checkpoints, without_noise():
             update, average = start(Layers(large_tensors(parameters)), Path(checkpoints), 1, 1, torch.float16, **others)
@@ -103,19 +100,11 @@ def measure_memory(folder: Path, models: Sequence[int]) -> None:
         out.unlink()
 
 
-def show(
-    runs: dict[str, Callable[[], object]], repeats: int, nbytes: int = 0, before: Callable[[], object] = os.sync
-) -> None:
+def show(runs: dict[str, Callable[[], object]], repeats: int, nbytes: int = 0) -> None:
     """Time runs in turns, and print them with their rates over `nbytes`."""
-    for label, found in times(runs, repeats, before=before).items():
+    for label, found in times(runs, repeats).items():
         rate = f"{nbytes / statistics.median(found[0]) / 1e9:6.2f} GB/s" if nbytes else ""
         print(f"  {label:<44}{cell(*found):<20}{rate}", flush=True)
-
-
-def compare(repeats: int, plans: dict[str, Plan], device: str) -> None:
-    """Time some plans in turns."""
-    runs = {label: lambda plan=plan: exhaust(synthesize(plan, Options(device))) for label, plan in plans.items()}
-    show(runs, repeats, max(plan.read_bytes for plan in plans.values()))
 
 
 def planned(run: Path, targets: Sequence[float]) -> Plan:

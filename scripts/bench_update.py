@@ -1,20 +1,15 @@
 """Measure what the hook costs training: an update, a call that takes snapshots, the share of a step, and memory.
 
-    python scripts/bench_update.py [--device cpu] [--busy 0] [--repeats 5] [--quick]
+    python scripts/bench_update.py [--device cpu] [--repeats 5] [--quick]
 
-All libraries keep two averages of the same model, update after every step through public interfaces, and take turns.
-This package and both PyPI peers track sigma_rel 0.05 and 0.28; torch's `swa_utils` has one classical average and runs
-twice. All checks of this package are on: names, shapes, dtypes and finiteness. A run is 224 updates, a multiple of a
-fold, and ends when all work is done. A cell is the median over runs of an update's mean time, and in parentheses of the
+This package and both PyPI peers track sigma_rel 0.05 and 0.28 of the same model, update after every step through public
+interfaces, and take turns. All checks of this package are on: names, shapes, dtypes, finiteness. A run is seven folds
+long, and ends when all work is done. A cell is the median over runs of an update's mean time, and in parentheses of the
 processor time of all threads, which other programs on the machine change less.
 
 **Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 256,000, at one update a step, it
-changes two. **The bytes once** reads the parameters, and reads and writes both averages: float32 averages cannot be
-updated with less. **The share of a step** is the additional time of a training with the hook, at update_every=10, in
-the middle of a run.
-
-`--busy 4` runs so many other processes at the same time, as data loaders do. `--device cuda` puts the models on the
-accelerator; `posthoc_ema` keeps its averages on the CPU there.
+changes two. **The share of a step** is the additional time of a training with the hook, at update_every=10, in the
+middle of a run. `--device cuda` puts the models on the accelerator; `posthoc_ema` keeps its averages on the CPU there.
 """
 
 from __future__ import annotations
@@ -23,12 +18,9 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -37,7 +29,6 @@ from typing import Any
 import torch
 from compare_peers import ema_pytorch, posthoc_ema, without_noise
 from synthesis_cases import TRACKED, Layers, Shapes, large_tensors, small_tensors
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.profiles import WINDOW
@@ -49,9 +40,6 @@ NEVER = 10**9
 EVERY = 10
 """Steps between two updates of the training."""
 
-DECAY = 0.9999
-"""Decay of the classical averages; the time of an update does not depend on it."""
-
 Begun = tuple[Callable[[], object], Callable[[], object]]
 """An update, and a function that waits until all updates are complete."""
 
@@ -60,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure everything and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="where the models are: cpu or cuda")
-    parser.add_argument("--busy", type=int, default=0, metavar="N", help="other processes that compute all the while")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args(arguments)
@@ -68,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     repeats, scale = (1, 100) if asked.quick else (asked.repeats, 1)
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
     many, large = small_tensors(2000 // scale), large_tensors(50_000_000 // scale, 24)
-    with tempfile.TemporaryDirectory() as name, busy_processes(asked.busy):
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         columns = {
             f"{len(many):,} tensors of 64 x 64": updates(many, torch.float32, device, folder / "many", repeats),
@@ -83,27 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         memory(large, folder / "memory")
 
 
-@contextmanager
-def busy_processes(count: int) -> Iterator[None]:
-    """Run so many other processes of one thread each until the end of the block, or of this process."""
-    code = "import os; began_by = os.getppid()\nwhile os.getppid() == began_by: pass"
-    found = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in found:
-            process.kill()
-            process.wait()
-
-
 def times(
-    runs: dict[str, Callable[[], object]], repeats: int, each: int = 1, before: Callable[[], object] = os.sync
+    runs: dict[str, Callable[[], object]], repeats: int, each: int = 1
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Return seconds and processor seconds of runs in turns, divided by `each`; call `before` before each run."""
+    """Return seconds and processor seconds of runs in turns, divided by `each`."""
     found: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in runs}
     for _ in range(repeats):
         for label, run in runs.items():
-            before()
+            os.sync()
             seconds, processor = time.perf_counter(), time.process_time()
             run()
             found[label][0].append((time.perf_counter() - seconds) / each)
@@ -134,12 +108,7 @@ def updates(shapes: Shapes, dtype: torch.dtype, device: str, folder: Path, repea
         "ours, at its beginning": ours,
         "`ema_pytorch`": partial(peer, ema_pytorch),
         "`posthoc_ema`": partial(peer, posthoc_ema, update_after_step=0),
-        "`swa_utils` x 2": swa_utils,
-        "`swa_utils` x 2, averages in float32": partial(swa_utils, dtype=torch.float32),
-        "the bytes once": the_bytes,
     }
-    if dtype == torch.float32:
-        del field["`swa_utils` x 2, averages in float32"]
     calls, runs = 7 * WINDOW, dict[str, Callable[[], object]]()
     for index, (label, begin) in enumerate(field.items()):
         with without_noise():
@@ -171,20 +140,6 @@ def peer(start: Callable[..., Any], model: torch.nn.Module, folder: Path, **opti
     """Return an update of a PyPI peer, whose averages have the parameters' dtype."""
     update, _ = start(model, folder, 1, NEVER, **options)
     return update, lambda: None
-
-
-def swa_utils(model: torch.nn.Module, _: Path, dtype: torch.dtype | None = None) -> Begun:
-    """Return an update of torch by its foreach function, or for averages of another dtype by its slower one."""
-    way: dict[str, Any] = {"avg_fn": get_ema_avg_fn(DECAY)} if dtype else {"multi_avg_fn": get_ema_multi_avg_fn(DECAY)}
-    averages = [AveragedModel(model, **way).to(dtype) for _ in TRACKED]
-    return lambda: [average.update_parameters(model) for average in averages], lambda: None
-
-
-def the_bytes(model: torch.nn.Module, _: Path) -> Begun:
-    """Read the parameters; read and write two float32 averages."""
-    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    averages = [flat.to(torch.float32, copy=True) for _ in TRACKED]
-    return lambda: (torch.linalg.vector_norm(flat), *(average.mul_(DECAY) for average in averages)), lambda: None
 
 
 # --- snapshots and training ------------------------------------------------------------------------

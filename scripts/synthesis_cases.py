@@ -84,17 +84,6 @@ def read_plainly(folder: Path, buffer: bytearray) -> None:
                 pass
 
 
-def drop_from_cache(folder: Path) -> None:
-    """Ask the system to drop the files from the page cache."""
-    for path in folder.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
 # --- memory ----------------------------------------------------------------------------------------
 
 _PEAK = """

@@ -66,8 +66,7 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("model-*.safetensors"))
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("size", [10, 10_000, 60_000, 10**9])
+@pytest.mark.parametrize(("size", "dtype"), [(10, None), (60_000, "bfloat16"), (10**9, None)])
 def test_any_number_of_shards_gives_the_bytes_of_one_file(
     run: Path, tmp_path: Path, size: int, dtype: str | None
 ) -> None:
@@ -112,8 +111,7 @@ def test_an_existing_model_is_replaced_only_with_overwrite_and_other_files_never
         write(run, out, skip_existing=True)
 
 
-@pytest.mark.parametrize("operation", ["fsync", "link", "rename"])
-@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize(("operation", "exists"), [("fsync", False), ("link", False), ("rename", True)])
 def test_a_failure_leaves_what_was_there(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, exists: bool
 ) -> None:

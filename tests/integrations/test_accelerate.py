@@ -81,16 +81,15 @@ def test_a_skipped_step_does_not_count(tmp_path: Path, monkeypatch: pytest.Monke
     assert_exact(training.ema, training.model, training.weights)
 
 
-@pytest.mark.parametrize("killed_at", [10, 13])
-def test_a_killed_training_resumes_exactly(tmp_path: Path, killed_at: int) -> None:
-    """Killed before the first snapshot, and after it, when its step is later than that of the state."""
+def test_a_killed_training_resumes_exactly(tmp_path: Path) -> None:
+    """Killed after the first snapshot, whose step is later than that of the state."""
     program = (
         "import sys, warnings; warnings.simplefilter('ignore'); from pathlib import Path\n"
-        f"from integrations.test_accelerate import Training\nTraining(Path(sys.argv[1])).run(killed_at={killed_at})"
+        "from integrations.test_accelerate import Training\nTraining(Path(sys.argv[1])).run(killed_at=13)"
     )
     assert start("-c", program, tmp_path).wait(250) == -signal.SIGKILL
     assert (tmp_path / "saved/posthoc_ema.pt").exists()
-    assert bool(list((tmp_path / "ema").glob("*.safetensors"))) == (killed_at == 13)
+    assert list((tmp_path / "ema").glob("*.safetensors"))
     assert not list((tmp_path / "saved").glob("custom_checkpoint*"))
     complete = Training(tmp_path / "complete")
     complete.run()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +49,9 @@ class Training:
         self.ema_model.to(self.accelerator.device)
         models.pop().load_state_dict(UNet2DModel.from_pretrained(input_dir, subfolder="unet").state_dict())
 
-    def run(self, first: int = 0, killed_at: int = 0) -> None:
+    def run(self, first: int = 0, last: int = len(IMAGES) - 1) -> None:
         scheduler = DDPMScheduler(num_train_timesteps=10)
-        for number in range(first, len(IMAGES)):
+        for number in range(first, last + 1):
             generator = torch.manual_seed(number)
             noise, times = torch.randn(2, 1, 8, 8, generator=generator), torch.randint(0, 10, (2,), generator=generator)
             with self.accelerator.accumulate(self.model):
@@ -68,10 +64,3 @@ class Training:
                 self.weights.append(recorded(self.bare))
             if number == 3 and self.accelerator.is_main_process:
                 self.accelerator.save_state(str(self.folder / "saved"))
-            if number == killed_at > 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    Training(Path(sys.argv[1])).run(killed_at=7)
