@@ -210,8 +210,12 @@ def exchanged(
         makes_any = bool(boxes)
 
     def make() -> Weights:
-        for name in boxes:
-            _check_chunk(name, tracked, tensors.get(name))
+        for name, box in boxes.items():
+            tensor, expected = tensors.get(name), (tracked.complete_shape(name), box)
+            if tensor is None or (tuple(tensor.shape), held_box(name, tensor)[1]) != expected:
+                where = "spread over the processes in another way than when tracked"
+                reason = f"is missing in the model, of another shape, or {where}"
+                raise ModelMismatchError(f"tensor {name!r}", reason)
         known: Any = recipe.sources
         sources = [live.get(name) or _read_again(directory / name, checksum) for name, checksum in known]
         plan = recipe.plan and replace(recipe.plan, sources=tuple(sources), targets=(as_target(wanted),), boxes=boxes)
@@ -227,15 +231,6 @@ def exchanged(
         weights.update(dict.fromkeys(recipe.names[name], value))
     weights.predicted_error, weights.profile_error = recipe.errors
     return weights
-
-
-def _check_chunk(name: str, tracked: TrackedModel, tensor: torch.Tensor | None) -> None:
-    """Raise a ModelMismatchError unless the model holds the chunk of a tensor that this process owns."""
-    expected = tracked.complete_shape(name), tracked.box(name)
-    if tensor is not None and (tuple(tensor.shape), held_box(name, tensor)[1]) == expected:
-        return
-    reason = "is missing in the model, of another shape, or spread over the processes in another way than when tracked"
-    raise ModelMismatchError(f"tensor {name!r}", reason)
 
 
 def as_dtensors(chunks: Weights, model: torch.nn.Module, full: bool = False) -> Weights:

@@ -595,8 +595,19 @@ class PostHocEMA:
         """
         from posthoc_cli import plots
 
-        keepers = self._members.keepers("reconstruction_error()")
-        candidate, _ = self._in_first(keepers, self._candidate)
+        def candidate_of(sources: list[Source]) -> Candidate:
+            if sources:
+                last = max(source.info.t for source in sources)
+                chosen, _ = chosen_up_to(sources, last)
+                of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
+                label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
+                return Candidate(label, [source.profile for source in chosen], source_prior(chosen))
+            schedule = self.settings.schedule
+            every, count = schedule.checkpoint_every, schedule.max_checkpoints or 20
+            rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
+            return Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
+
+        candidate, _ = self._in_first(self._members.keepers("reconstruction_error()"), candidate_of)
         curve = error_curve(candidate, sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
@@ -705,30 +716,22 @@ class PostHocEMA:
             self._has_begun = True
         if self._weights:
             self._note_missing(model)
-        if keeps:
-            progress = self._progress_when_ready(t)
-            if self.settings.update_is_due(progress.step):
-                self._take_in(model, progress)
-                return
-        else:
-            progress = self._next_progress(t)
-            if self.settings.update_is_due(progress.step):
+        settings, progress = self.settings, self._pipeline.progress.after(t, self.settings)
+        update_is_due, snapshot_is_due = settings.update_is_due(progress.step), settings.snapshot_is_due(progress.step)
+        if not keeps:
+            if update_is_due:
                 self._members.check_kind(model)
             self._nonfinite_anywhere(None, progress)
-        self._pipeline.count(progress)
-
-    def _progress_when_ready(self, t: float | None) -> TrainingProgress:
-        """Wait until the pipeline can take what is due at the next call, and return the progress after that call.
-
-        Nothing is counted meanwhile: an interrupted wait for a slow disk has no effect.
-        """
-        progress, settings = self._next_progress(t), self.settings
-        snapshot_is_due = settings.snapshot_is_due(progress.step)
-        if snapshot_is_due or settings.update_is_due(progress.step):
+        elif update_is_due or snapshot_is_due:
+            # Nothing is counted during the wait: if it is interrupted, as for a slow disk, the call has no effect.
             self._pipeline.wait_for_turn(snapshot_is_due)
             self._pending = self._take_error()
-            progress = self._next_progress(t)  # the last update may have been interrupted after it was queued
-        return progress
+            # The last update may have been interrupted after it was queued.
+            progress = self._pipeline.progress.after(t, settings)
+            if settings.update_is_due(progress.step):
+                self._take_in(model, progress)
+                return
+        self._pipeline.count(progress)
 
     def _take_in(self, model: torch.nn.Module, progress: TrainingProgress) -> None:
         """Queue the model's values for the averages, or skip the update as `on_nonfinite` says."""
@@ -756,17 +759,6 @@ class PostHocEMA:
         if not self._members.any(name is not None):
             return None
         return nonfinite_error(name, self._pipeline.tracking.tracked.tensors, progress.step)
-
-    def _next_progress(self, t: float | None) -> TrainingProgress:
-        """Return the progress after one more call."""
-        last = self._pipeline.progress
-        try:
-            return last.after(t, self.settings)
-        except InvalidValueError as error:
-            if last.step != self._start.read_at or not isinstance(t, int | float) or t > last.t:
-                raise
-            hint = "the averages continue from that call; for an earlier checkpoint there is from_path(..., step=N)"
-            raise error.with_hint(hint) from error
 
     def _is_first_warning(self, cause: str) -> bool:
         """Return whether no warning of this cause was given before, and note that one is given now."""
@@ -842,7 +834,6 @@ class PostHocEMA:
                 return
             loaded = self._start.read(now)
             snapshotter.continue_from(loaded)
-            self._start.read_at = loaded.progress.step
             self._pipeline.set(loaded)
 
     # --- the tracker's own state
@@ -1002,19 +993,6 @@ class PostHocEMA:
             return work(sources)
 
         return group.from_first(in_first), local
-
-    def _candidate(self, sources: list[Source]) -> Candidate:
-        if sources:
-            last = max(source.info.t for source in sources)
-            chosen, _ = chosen_up_to(sources, last)
-            of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
-            label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
-            profiles = [source.profile for source in chosen]
-            return Candidate(label, profiles, source_prior(chosen))
-        schedule = self.settings.schedule
-        every, count = schedule.checkpoint_every, schedule.max_checkpoints or 20
-        rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
-        return Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
 
     def _callers(self, model: torch.nn.Module | None, call: str) -> Group:
         """Return the processes that make a call for averages together: all that keep parts of them, or replicas."""

@@ -67,14 +67,12 @@ class Start:
     Attributes:
         step, is_given: the number of that call; 0 for a new beginning, None for the newest snapshots.
         weights: the network's sampled weights at a given call; empty if unknown.
-        read_at: the number of that call once the averages have been read; -1 before.
     """
 
     def __init__(self, directory: Path, settings: Settings, step: int | None, stored: Sequence[Snapshot]) -> None:
-        self.step, self.read_at = step, -1
+        self.step, self.is_given = step, step is not None
         recorded = None if step is None else recorded_weights(stored).get(step)
         self.weights: tuple[float, ...] = () if recorded is None else tuple(recorded.tolist())
-        self.is_given = step is not None
         self._directory, self._settings, self._stored = directory, settings, stored
         self._newest = stored[-1].info.step if stored else 0
         self._said: int | None = None  # the call that was logged

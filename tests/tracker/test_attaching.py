@@ -115,6 +115,16 @@ def test_an_optimizer_in_accelerates_wrapper_is_attached(tmp_path: Path) -> None
         assert tracker.step == 3
 
 
+class ScaledSGD(torch.optim.Optimizer):
+    """Takes the scaler itself, as fused optimizers of other libraries do."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer.param_groups, {"lr": 0.1})
+
+    def step(self, grad_scaler):  # type: ignore[no-untyped-def, override]
+        raise AssertionError(grad_scaler)
+
+
 class Wrapper(torch.optim.Optimizer):
     """Steps the inner optimizer several times, as DeepSpeed's of ZeRO-1 and 2 does for each group of parameters."""
 
@@ -147,6 +157,7 @@ REFUSED: list[tuple[Any, str]] = [
     (PlainWrapper, IS_A_WRAPPER),
     (lambda optimizer: AcceleratedOptimizer(Wrapper(optimizer), device_placement=False), IS_A_WRAPPER),
     (lambda inner: Clipped(inner.param_groups), r"Clipped overrides a step.*call ema\.update_\(model\) after each"),
+    (ScaledSGD, r"ScaledSGD takes the GradScaler.*update_\(model\)"),
     (lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1), r"a torch\.optim\.Optimizer, not StepLR"),
     (lambda _: network(), r"a torch\.optim\.Optimizer, not Linear"),
 ]

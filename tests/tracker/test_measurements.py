@@ -136,18 +136,6 @@ def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path, mo
         watched.check_all(tmp_path)
 
 
-def test_live_averages_are_measured_as_snapshots_are_but_without_rounding(tmp_path: Path) -> None:
-    model = tiny_model()
-    with PostHocEMA.from_model(model, tmp_path, (0.05, 0.1, 0.28), **SETTINGS) as tracker:
-        watched = Watched(tracker)
-        watched.train(model, 1, 7)
-        tracker.flush()
-        live = [source.info for source in tracker._pipeline.live()]
-        assert [info.sigma_rel for info in live] == [0.05, 0.1, 0.28]
-        for info in live:
-            watched.check(info)
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_a_device_are_measured_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

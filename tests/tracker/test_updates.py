@@ -216,18 +216,6 @@ def test_the_predicted_error_counts_the_error_of_a_shared_mean(tmp_path: Path) -
     assert 0.4 < error / predicted < 2.5
 
 
-@pytest.mark.parametrize("profiles", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_averages_take_eight_bytes_a_parameter_and_profile(tmp_path: Path, profiles: int, dtype: torch.dtype) -> None:
-    model = Scalar(dtype)
-    with PostHocEMA.from_model(model, tmp_path, (0.05, 0.1, 0.28)[:profiles], update_every=1) as tracker:
-        for _ in range(3):
-            tracker.update_(model)
-        state = tracker.state_dict()
-    sets = [*state["mean"].values(), *state["high"].values()]
-    assert sum(tensor.nbytes for tensors in sets for tensor in tensors.values()) == 3 * 8 * profiles
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 256, 256, 5])])
 def test_the_path_is_of_means_over_a_thousandth_of_training(
