@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from snapshots.recorded import record
 
-from posthoc_cli import Window, disk_sources, plan_synthesis, synthesize
-from posthoc_cli.planning import schedule, snapshots_to_drop
+from posthoc_cli import Window, disk_sources, plan_synthesis, planning, synthesize
+from posthoc_cli.planning import snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MOST_SOLVED, Motion, assumed_prior, reconstruct, thinned_subset
 from posthoc_cli.snapshots import prune, sources
@@ -81,7 +81,7 @@ def test_the_choice_loses_little(rounding: float, cooling: float) -> None:
 
 def test_thinning_of_very_many_begins_with_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots = regular(60)
-    monkeypatch.setattr(schedule, "MOST_SOLVED", 60)
+    monkeypatch.setattr(planning, "MOST_SOLVED", 60)
     found = snapshots_to_drop(snapshots, assumed_prior(snapshots, 2e-4), 3)
     first = sorted(set(range(120)) - set(thinned_subset(snapshots, 48, 3)))
     assert found[: len(first)] == first

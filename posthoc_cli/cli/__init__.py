@@ -1,4 +1,4 @@
-"""The command `ema`: one file per command, which parses the arguments, calls the library once and prints the result.
+"""The command `ema`: each command parses its arguments, calls the library once and prints the result.
 
 No module of this room loads torch or matplotlib before a command needs it, so that help appears at once.
 """
@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,23 +24,7 @@ import typer
 from typer import Option
 
 import posthoc_cli
-from posthoc_cli.cli import (
-    audit,
-    demo,
-    error_plot,
-    export,
-    guide,
-    import_,
-    info,
-    output,
-    plan,
-    profile,
-    prune,
-    report,
-    sweep,
-    synthesize,
-    verify,
-)
+from posthoc_cli.cli import making, output, showing
 from posthoc_cli.errors import PostHocError, one_line
 
 # typer bundles click or uses the installed one, depending on its release; this is the base class of all usage errors
@@ -85,17 +70,47 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (
-    synthesize, sweep, report, error_plot, info, verify, export, plan, prune, profile, import_, audit, demo, guide,
-):  # fmt: skip
-    # A command's function is named as its file is.
-    _function = getattr(_module, _module.__name__.rpartition(".")[2])
+EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
+    making.synthesize: (
+        "ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors",
+        "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --target beta:0.9999 --out averages/",
+    ),
+    making.sweep: ("ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep",),
+    showing.report: (
+        "ema report run/ema --sweep sweep --out report.html",
+        "ema report run/a run/b --sweep sweep-a --sweep sweep-b",
+    ),
+    showing.error_plot: ("ema error-plot run/ema --out error.png",),
+    showing.info: ("ema info run/ema", "ema info model.safetensors --json"),
+    showing.verify: ("ema verify run/ema", "ema verify out/ m.safetensors --json"),
+    making.export: (
+        "ema export model.safetensors --out model.pt",
+        "ema export last.pt --out average.safetensors",
+        "ema export avg.safetensors --base full.safetensors --out folder/",
+    ),
+    showing.plan: (
+        "ema plan --steps 400000 --params 1.2e9 --disk 60GB",
+        "ema plan --steps 400000 --params 1.2B --disk 60GB --like run/ema --out plan.png",
+    ),
+    making.prune: ("ema prune run/ema --keep 20 --dry-run", "ema prune run/ema --max-error 1e-3 --yes"),
+    showing.profile: (
+        "ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000",
+        "ema profile --target beta:0.9999 --steps 100000",
+    ),
+    making.import_: ("ema import old --sigma-rels 0.05,0.28 --update-every 10 --out run",),
+    showing.audit: ("ema audit checkpoints --claimed 0.9999 --out audit.png",),
+    making.demo: ("ema demo --out ema-demo",),
+    showing.guide: ("ema guide training",),
+}
+"""The commands in the order of the help, with the examples at its end."""
+
+for _function, _examples in EXAMPLES.items():
     # Each paragraph of the help becomes one line, which is wrapped to the terminal; each example starts a new line.
     app.command(
         _function.__name__.strip("_").replace("_", "-"),
         cls=_Command,
         help=re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_function.__doc__ or "")),
-        epilog=_module.EPILOG.replace("   or   ", "\n\nor:       "),
+        epilog="Example:  " + "\n\nor:       ".join(_examples),
     )(_function)
 
 

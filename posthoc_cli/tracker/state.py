@@ -20,8 +20,7 @@ from posthoc_cli.errors import (
     shown,
     warn,
 )
-from posthoc_cli.planning import range_of
-from posthoc_cli.planning.schedule import listed
+from posthoc_cli.planning import listed, range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots.path import encode_path, path_of_part
 from posthoc_cli.snapshots.snapshot import (

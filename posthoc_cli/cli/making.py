@@ -1,0 +1,533 @@
+"""The commands that make, choose or delete weights."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer import Argument
+
+from posthoc_cli import files, resources
+from posthoc_cli.checkpoints import KINDS
+from posthoc_cli.cli import options, output
+from posthoc_cli.errors import InvalidValueError, check_alone, percent
+from posthoc_cli.report.facts import title_of
+from posthoc_cli.targets import Groups, parse_numbers
+
+if TYPE_CHECKING:
+    from posthoc_cli.snapshots.prune import Pruning
+    from posthoc_cli.sweep.search import Trial
+
+
+def synthesize(
+    directory: str | None = options.DIRECTORY_OR_CHECKPOINTS,
+    sigma_rel: str | None = options.SIGMA_REL,
+    target: list[str] = options.TARGET,
+    group: list[str] = options.TARGETS(
+        [],
+        metavar="GLOB=SIGMA_REL",
+        help="The length for tensors whose names match a glob: 'unet.up.*=0.12'. Repeat for others, such as '*=0.08'; "
+        "the first match counts.",
+    ),
+    out: str | None = options.OUTPUT(
+        None,
+        "--out",
+        "-o",
+        help="A file; a folder, for one file per target; or a name with {sigma_rel}, which becomes 0.15, or with "
+        "{target}, which becomes sigma_rel-0.15, beta-0.9999, ...",
+    ),
+    dtype: options.Dtype = options.DTYPE,
+    layout: options.Layout | None = options.LAYOUT,
+    max_shard_size: str | None = options.MAX_SHARD_SIZE,
+    like: Path | None = options.LIKE_MODEL,
+    component: str | None = options.COMPONENT,
+    overwrite: bool = options.OVERWRITE,
+    skip_existing: bool = options.OUTPUT(
+        False, "--skip-existing", help="Keep existing outputs of the same plan, verified."
+    ),
+    as_json: bool = options.JSON,
+    checkpoints: str | None = options.CHECKPOINTS,
+    t: float | None = options.TIME,
+    step: str | None = options.STEP,
+    dry_run: bool = options.HOW(
+        False,
+        "--dry-run",
+        help="Show coefficients, errors and sizes; write nothing. Reads only headers, and a sample of tensors "
+        "if headers lack measurements.",
+    ),
+    max_error: str | None = options.HOW(
+        None, metavar="ERROR", show_default="warn at 1%", help="Fail if a predicted error exceeds this: 0.01, or 1%."
+    ),
+    method: options.Method | None = options.METHOD,
+    device: str = options.HOW("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
+) -> None:
+    """Make the average of any length from snapshots.
+
+    Name one or more targets by --sigma-rel and --target. The snapshots are read once for all targets, each block is
+    verified, and an output appears complete or not at all.
+
+    The predicted error is the expected relative L2 distance of the weights from the true average. --method paper also
+    shows the profile error: the distance between the target profile and the reconstructed one; --json shows both.
+
+    DIR may also contain checkpoints, or averages of other libraries: see ema guide checkpoints.
+
+    For one large model on many machines: torchrun -m posthoc_cli synthesize ... makes a folder of shards, of which each
+    process writes some. If a job was killed, run it again.
+    """
+    from posthoc_cli.export.writing import is_rank
+
+    targets = options.parse_targets(sigma_rel, target)
+    targets += [Groups(options.parse_groups(group))] if group else []
+    run = options.open_run(directory, checkpoints)
+    if not targets:
+        kinds = "--sigma-rel 0.15, --target beta:0.9999 (`ema guide synthesis` lists the kinds) or --group '*=0.1'"
+        raise InvalidValueError("no target", f"name at least one by {kinds}")
+    report = run.write(
+        targets, out, t=t, step=options.optional(options.parse_count, step, "--step"), method=method,
+        max_error=options.optional(options.parse_max_error, max_error), dtype=dtype, layout=layout,
+        max_shard_size=max_shard_size, device=device, overwrite=overwrite,
+        skip_existing=skip_existing, dry_run=dry_run, distributed=is_rank(), like=like, component=component,
+        progress=output.progress_bar(),
+    )  # fmt: skip
+    if report is not None:
+        output.warn_of_statistics(report.plan.newest.info.copies)
+        output.show(report.to_dict(), as_json, _print_synthesize)
+
+
+def _print_synthesize(found: dict[str, Any]) -> None:
+    targets = found["targets"]
+    made = [target for target in targets if not target["skipped"]]
+    if found["choice"] is not None:
+        output.print_line(f"from {found['choice']}")
+    if taken := found.get("from_model_folder"):
+        output.print_note(f"{_listed(taken)} copied from the model folder, since the run does not have them")
+    elif found["left_out"] and made and made[0]["output"]:
+        _note_left_out(found["left_out"], Path(made[0]["output"]))
+    shown = ["predicted_error", *["profile_error"] * (targets[0]["method"] == "paper")]
+    if len(targets) > 1:
+        output.print_rows(_target_rows(targets), ["target", *shown, "output:file"])
+        output.print_line()
+    elif not targets[0]["output"]:
+        output.print_coefficients(targets[0]["snapshots"])
+        output.print_line()
+    if not made:
+        output.print_line("every output already exists; nothing was written")
+        return
+    one = made[0]
+    what = one["target"] if len(targets) == 1 else output.counted(len(made), "average")
+    worst = ", ".join(f"{title_of(key)} {_largest([target[key] for target in made])}" for key in shown)
+    size = resources.size_text(one["bytes"]) + " each" * (len(targets) > 1)
+    text = f"{what} at t = {one['t']:,.12g} from {found['sources']}, {worst}, {size}"
+    if one["output"] is None:
+        read = resources.size_text(found["read_bytes"])
+        output.print_line(f"would make {text}; would read {read}; nothing was written")
+    else:
+        place = one["output"] if len(targets) == 1 else str(Path(one["output"]).parent)
+        output.print_line(f"made {text}, in {one['seconds']:.1f} s: {'in this folder' if place == '.' else place}")
+
+
+def _target_rows(targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the targets with their outputs' names; the last line says the folder if it is the same for all."""
+    paths = [Path(target["output"] or "-") for target in targets]
+    one_folder = len({path.parent for path in paths}) == 1
+    names = [path.name if one_folder else str(path) for path in paths]
+    return [
+        target | {"file": name + " (existed)" * target["skipped"]} for target, name in zip(targets, names, strict=True)
+    ]
+
+
+def _largest(errors: list[float | None]) -> str:
+    """Return the largest of some errors as text."""
+    if None in errors:
+        return percent(None)
+    return "up to " * (len(errors) > 1) + percent(max(filter(None, errors), default=0.0))
+
+
+def _listed(names: list[str]) -> str:
+    return f"{output.counted(len(names), 'tensor')} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+
+
+def _note_left_out(names: list[str], path: Path) -> None:
+    """Print the names of the tensors that an output lacks, and the command that adds them."""
+    file = path.with_suffix(".safetensors") if path.suffix in (".pt", ".pth", ".bin") else path
+    before = "" if file == path else f"make {file.name} instead of {path.name}, then: "
+    command = f"{before}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
+    reason = "of the model, which the run does not track"
+    output.print_note(f"the output lacks {_listed(names)} {reason}; to add it from a full model: {command}")
+
+
+def sweep(
+    directory: str | None = options.DIRECTORY_OR_CHECKPOINTS,
+    sigma_rel: str | None = options.TARGETS(
+        None,
+        show_default="all that are exact within 1 %",
+        help="A range to search, 0.02:0.28, or a list to measure.",
+    ),
+    target: str | None = options.TARGETS(
+        None,
+        metavar="KIND:VALUE",
+        help="A range of another kind of average: beta:0.99:0.9999, half-life:500:9000, window:1000:50000, last:2:20, "
+        "decay:linear:5%:50% or a list.",
+    ),
+    command: str = options.HOW(
+        ...,
+        "--run",
+        metavar="COMMAND",
+        help="The evaluation, run without a shell. {weights} becomes the file of an average; also {sigma_rel}, {seed}, "
+        "{dir} (a folder that is removed afterwards).",
+    ),
+    metric: str | None = options.HOW(
+        None,
+        metavar="KEY",
+        show_default="the last line that is a number",
+        help="Where the metric is: loss means this key of the last JSON object on standard output, r.json:acc the key "
+        "acc of the newest r.json in {dir}.",
+    ),
+    minimize: bool | None = options.HOW(None, "--minimize/--maximize", help="Whether lower or higher is better."),
+    repeats: int = options.HOW(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
+    budget: int = options.HOW(20, metavar="COUNT", help="The most lengths to measure."),
+    out: Path = options.OUTPUT(
+        "sweep", "--out", "-o", help="Folder for trials, logs and the best average: new, or of an earlier sweep."
+    ),
+    like: Path | None = options.LIKE_MODEL,
+    component: str | None = options.COMPONENT,
+    as_json: bool = options.JSON,
+    checkpoints: str | None = options.CHECKPOINTS,
+    t: float | None = options.TIME,
+) -> None:
+    """Find the best length by your own metric.
+
+    Runs the command for averages of several lengths, one after another, and measures more lengths where the best may
+    be, until it is known within the noise of the metric. It also prints the range that is equal within the noise.
+
+    A standard error next to the metric (acc_stderr) is used as its noise. A failed trial is reported and does not
+    count. The same call continues an earlier one. OUT receives trials.jsonl, sweep.json, logs and the best average.
+    """
+    from posthoc_cli.sweep import Axis, Sweep
+    from posthoc_cli.sweep.trials import Metric
+
+    if minimize is None:
+        raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
+    check_alone(sigma_rel=sigma_rel, target=target)
+    widths = options.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
+    axis = options.optional(Axis.parse, target, "--target") or widths
+    out = files.expanded(files.local_path("--out", out))
+    run = options.open_run(directory, checkpoints)
+    output.warn_of_statistics(run.sources[-1].info.copies)
+    say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line)
+    report = Sweep(
+        run, command, Metric() if metric is None else Metric.parse(metric), out,
+        axis=axis, minimize=minimize, repeats=repeats, budget=budget, t=t,
+        like=None if like is None else files.expanded(like), component=component,
+        again=shlex.join(["ema", *sys.argv[1:]]), say=say, progress=output.progress_bar("trials"),
+    ).run_all()  # fmt: skip
+    output.show(report.to_dict(), as_json, _print_sweep)
+
+
+def _print_trial(out: Path, show: Callable[[str], None], trial: Trial) -> None:
+    """Print the metric of a trial, or on stderr why it failed."""
+    title = f"{trial.target}, seed {trial.seed}"
+    if trial.value is None:
+        output.print_note(f"ema: warning: {title}: {trial.error}; see {out / trial.log}.err")
+    else:
+        error = "" if trial.standard_error is None else f" ± {trial.standard_error:.2g}"
+        show(f"{title}: {trial.value:.6g}{error} ({trial.seconds:.1f} s)")
+
+
+def _print_sweep(found: dict[str, Any]) -> None:
+    from posthoc_cli.sweep.results import answer
+
+    texts = answer(found)
+    output.print_line()
+    output.print_pairs([
+        ("best", texts["best"]),
+        (f"estimate of {texts['metric']}", texts["estimate"]),
+        ("equal within the noise", texts["equal"]),
+        ("raw weights", texts["raw"] + ": the run lacks them" * (found["raw"] is None)),
+        ("measured", texts["measured"]),
+        ("wrote", ", ".join(found["outputs"])),
+    ])  # fmt: skip
+
+
+def export(
+    file: str = Argument(
+        ...,
+        metavar="FILE|DIR",
+        help="An output of ema synthesize, a snapshot, or any safetensors file; a training's checkpoint, such as "
+        "last.pt or a DCP folder; a folder of shards or its index; or a folder of several outputs.",
+    ),
+    out: str = options.OUTPUT(
+        ..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards or for several outputs."
+    ),
+    dtype: options.Dtype = options.DTYPE,
+    layout: options.Layout | None = options.LAYOUT,
+    max_shard_size: str | None = options.MAX_SHARD_SIZE,
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
+    base: str | None = options.HOW(
+        None, help="A full model (a file, or a folder with an index), from which tensors that FILE lacks are taken."
+    ),
+    weights: bool = options.HOW(
+        False, "--weights", help="Take the raw weights of a training's checkpoint, not its average."
+    ),
+    average: str | None = options.HOW(
+        None,
+        metavar="KEY",
+        show_default="by its name",
+        help="Take the average with this key or prefix, or a glob of it, of a training's checkpoint: model_ema2, "
+        "net_ema.",
+    ),
+    prefix: str = options.HOW("", help="Put this in front of every name in FILE."),
+    strip_prefix: str = options.HOW("", help="Remove this from the front of the names in FILE."),
+) -> None:
+    """Write averaged weights in another layout or dtype.
+
+    Of a training's checkpoint, the average that it contains is written. Tensors can be renamed, and a full model can
+    supply the tensors that were not tracked.
+
+    Layouts: one safetensors file; shards with an index, under the names that Hugging Face libraries expect (one
+    file if all tensors fit into it); a .pt state dict for torch.load(weights_only=True).
+    """
+    from posthoc_cli.export.convert import export_file
+
+    source = options.existing(file, name="FILE")
+    report = export_file(
+        source, files.expanded(files.given_path("--out", out)), layout, dtype,
+        options.optional(options.existing, base), prefix, strip_prefix, overwrite,
+        max_shard_size, weights, average, output.progress_bar(),
+    )  # fmt: skip
+    if as_json:
+        output.print_json(report.to_dict())
+        return
+    made = report.made.values()
+    count = f"{len(made)} models, " * report.several + f"{sum(model.tensors for model in made)} tensors"
+    added = f", {sum(model.from_base for model in made)} of them from {base}" if base is not None else ""
+    size = resources.size_text(sum(model.nbytes for model in made))
+    output.print_line(f"wrote {count}{added}, {size}, in {report.seconds:.1f} s: {Path(out)}")
+
+
+def import_(
+    directory: str = Argument(..., metavar="DIR", help="The checkpoints or averages: a folder, a file or a glob."),
+    out: Path | None = options.OUTPUT(None, "--out", "-o", metavar="RUN", help="The folder or URL of the new run."),
+    kind: str | None = options.RUN(
+        None,
+        "--from",
+        metavar="KIND",
+        autocompletion=options.one_of(*KINDS),
+        show_default="found by names and contents",
+        help=f"What DIR contains: {', '.join(KINDS)}.",
+    ),
+    step_from: str | None = options.RUN(
+        None, metavar="PATTERN", show_default="content or name", help=r"A pattern of the steps in names: 'step(\d+)'."
+    ),
+    prefix: str = options.RUN(
+        "", help="Take only tensors whose names begin with this prefix, such as model., and remove it from the names."
+    ),
+    include: list[str] = options.RUN([], metavar="GLOB", help="Take only tensors with these names."),
+    exclude: list[str] = options.RUN([], metavar="GLOB", help="Leave out tensors with these names."),
+    sigma_rels: str | None = options.RUN(None, help="Widths of the averages, by their numbers: 0.05,0.28."),
+    update_every: int | None = options.RUN(None, help="Steps between two updates of the averages."),
+    update_after_step: int | None = options.RUN(
+        None, show_default="the library's", help="Steps before the first update of the averages."
+    ),
+    ema_decay: str | None = options.RUN(
+        None,
+        metavar="DECAY",
+        show_default="from the files, else by comparison",
+        help="The decay of ordinary EMAs: 0.9999, half-life:500000, or half-life:5% of the training so far.",
+    ),
+    ema_warmup: str | None = options.RUN(
+        None,
+        metavar="RULE",
+        autocompletion=options.one_of("none", "ratio", "power", "ramp-up"),
+        show_default="from the files, else by comparison",
+        help="How the decay rises: ratio, (1 + n) / (10 + n); power, 1 - (1 + n)^-2/3 (power:0.75: ^-0.75); EDM's "
+        "ramp-up; or none.",
+    ),
+    ema_restarts: list[int] = options.RUN(
+        [],
+        metavar="STEP",
+        show_default="by comparison",
+        help="A step at which the EMAs were restarted from the weights. Repeatable.",
+    ),
+    steps_per_epoch: int | None = options.RUN(None, help="Steps per epoch, for files that contain only their epoch."),
+    average: str | None = options.RUN(
+        None, metavar="KEY", show_default="by its name", help="The key or prefix of the average's tensors in the files."
+    ),
+    weights: str | None = options.RUN(
+        None, metavar="KEY", show_default="by its names", help="The key or prefix of the weights' tensors in the files."
+    ),
+    overwrite: bool = options.OUTPUT(
+        False, "--overwrite", "--force", "-f", help="Replace an import of other files, or with other settings."
+    ),
+    dry_run: bool = options.OUTPUT(False, "--dry-run", help="Show what was found; write nothing."),
+    as_json: bool = options.JSON,
+) -> None:
+    """Make a run of other programs' checkpoints.
+
+    Needed if the files lack a setting, such as update_every: give it here once, and every command takes RUN, except
+    prune and export.
+
+    RUN is a manifest of a few kB that refers to the files by path: move both together. Repeat the call to take in
+    what has changed in DIR.
+    """
+    from posthoc_cli.checkpoints.import_run import import_checkpoints
+
+    done = import_checkpoints(
+        options.open_run(directory, directory=False).directory, out, overwrite=overwrite, dry_run=dry_run,
+        kind=kind, step_from=step_from, prefix=prefix, include=include,
+        exclude=exclude, sigma_rels=options.optional(parse_numbers, sigma_rels, "--sigma-rels") or (),
+        update_every=update_every, update_after_step=update_after_step,
+        ema_decay=options.optional(_decay, ema_decay), ema_warmup=ema_warmup, ema_restarts=ema_restarts,
+        steps_per_epoch=steps_per_epoch, average=average, weights=weights,
+    )  # fmt: skip
+    if as_json:
+        output.print_json(done.to_dict())
+        return
+    for what, count in done.counts.items():
+        output.print_line(f"{count:,} x {what}")
+    for check in done.checks:
+        output.print_line(check)
+    if done.written:
+        output.print_line(f"wrote a run that refers to these files: {done.out}")
+    else:
+        output.print_line("nothing was written" + ("" if done.dry_run else f": {done.out} is this import already"))
+
+
+def _decay(text: str) -> float | str:
+    """Return a number, or the text for the library to interpret."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def prune(
+    directory: str = options.DIRECTORY,
+    keep: str | None = options.HOW(None, metavar="COUNT", help="Keep this number of snapshots of each profile."),
+    max_size: str | None = options.HOW(None, metavar="SIZE", help="Or keep as many as fit: 10GB, 500MiB."),
+    max_error: str | None = options.HOW(
+        None, metavar="ERROR", help="Or keep as few as hold the worst predicted error in the range to this: 1e-3."
+    ),
+    yes: bool = options.HOW(False, "--yes", "-y", help="Do not ask."),
+    dry_run: bool = options.HOW(False, "--dry-run", help="Show what would be deleted; delete nothing."),
+    sigma_range: str = options.SIGMA_RANGE,
+    as_json: bool = options.JSON,
+) -> None:
+    """Delete the snapshots that matter least.
+
+    Shows which snapshots would be deleted and the predicted error over the range without them, then asks. The newest
+    snapshot of each profile is kept. Deletes only after every remaining snapshot was read and verified, and never while
+    a tracker writes to the directory; an interruption leaves a valid directory.
+    """
+    from posthoc_cli.run import Run
+
+    check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
+    count = options.optional(options.parse_count, keep, "--keep", "20")
+    error = options.optional(options.parse_max_error, max_error)
+    ends = options.parse_sigma_range(sigma_range)
+    run = Run(options.existing(directory, directory=True))
+    alternative = "; --dry-run shows what would be deleted"
+    if as_json and not (yes or dry_run):
+        raise InvalidValueError("--json", "cannot ask before files are changed", f"add --yes{alternative}")
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise InvalidValueError("--yes", f"is needed without a terminal{alternative}")
+
+    def agree(planned: Pruning) -> bool:
+        if not as_json:
+            _print_prune(planned.to_dict(), ends)
+        return yes or typer.confirm(f"delete {output.counted(len(planned.to_delete), 'snapshot')} for good?", err=True)
+
+    pruning = run.prune(
+        keep=count, max_size=max_size, max_error=error, sigma_range=ends, dry_run=dry_run, agree=agree,
+        progress=output.progress_bar(),
+    )  # fmt: skip
+    done = pruning.to_dict()
+    if as_json:
+        output.print_json(done)
+    else:
+        if dry_run or not done["gone"]:
+            _print_prune(done, ends)
+        _print_end(done, dry_run)
+    if done["gone"] and not (done["deleted"] or dry_run):
+        raise typer.Exit(1)
+
+
+def _print_prune(found: dict[str, Any], sigma_range: tuple[float, float]) -> None:
+    gone, kept = found["gone"], found["kept"]
+    if gone:
+        rows = sorted(gone, key=lambda one: (one["t"], one["sigma_rel"]))
+        output.print_rows(rows, ["to delete:file", "t", "sigma_rel", "size:bytes"])
+        output.print_line()
+    both = {"when": "now", "count": len(kept) + len(gone), "bytes": found["bytes"] + found["gone_bytes"]}
+    left = {"when": "afterwards", "count": len(kept), "bytes": found["bytes"]}
+    columns = [":when", "snapshots:count", "size:bytes", "worst_error", "median_error"]
+    output.print_rows([both | found["before"], left | found["after"]], columns)
+    low, high = sigma_range
+    how = {"assumed": ", if the network moves evenly", "sampled": ", from a sample of the weights"}
+    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g}{how.get(found['prior'], '')}")
+
+
+def _print_end(found: dict[str, Any], dry_run: bool) -> None:
+    what = f"{output.counted(len(found['gone']), 'snapshot')}, {resources.size_text(found['gone_bytes'])}"
+    if not found["gone"]:
+        output.print_line("nothing has to be deleted")
+    elif found["deleted"]:
+        output.print_line(f"deleted {what}; {len(found['kept'])} are left, verified")
+    else:
+        output.print_line(f"would delete {what}; " * dry_run + "nothing was deleted")
+
+
+def demo(
+    out: Path = options.OUTPUT("ema-demo", "--out", "-o", help="The folder for all files of the demo; new, or empty."),
+    overwrite: bool = options.OUTPUT(
+        False,
+        "--overwrite",
+        "--force",
+        "-f",
+        help="Replace an earlier demo in that folder; other files are kept.",
+    ),
+    as_json: bool = options.JSON,
+    steps: str = options.HOW("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),
+) -> None:
+    """Train a small diffusion model and choose its average.
+
+    Takes less than a minute and downloads nothing. Trains with the hook on generated images, measures the validation
+    loss of averages of many lengths, makes the best one, and draws pictures and a page. Prints every command that it
+    runs.
+    """
+    from posthoc_cli.demo import run
+
+    count = options.parse_count(steps, "--steps", "8000, 8e3 or 8K")
+    say = output.print_note if as_json else output.print_line
+    out = files.expanded(files.local_path("--out", out))
+    output.show(run(out, count, overwrite, say, output.progress_bar(unit="steps")).to_dict(), as_json, _print_demo)
+
+
+def _print_demo(found: dict[str, Any]) -> None:
+    output.print_line()
+    output.print_line("Which length is best? The loss on images that the training has not seen:")
+    rows = [{"what": "raw weights", "loss": f"{found['raw']:.5f}", "versus": "", "mark": ""}]
+    for one in found["averages"]:
+        mark = "<- best" if one["sigma_rel"] == found["best"] else ""
+        versus = f"{100 * (one['loss'] / found['raw'] - 1):+.2f} %"
+        rows.append({"what": f"{one['sigma_rel']:g}", "loss": f"{one['loss']:.5f}", "versus": versus, "mark": mark})
+    output.print_rows(rows, ["sigma_rel:what", "validation loss:loss", "vs raw:versus", ":mark"])
+    low, high = found["equal_within_noise"]
+    output.print_line(
+        f"sigma_rel {low:g} to {high:g} are equal within the noise; ema sweep searches with a command of yours"
+    )
+    out = Path(found["out"])
+    output.print_line()
+    output.print_line(f"done in {found['seconds']:.0f} s. Open {out / 'report.html'}, look at the pictures, and try:")
+    for words in (
+        ["synthesize", out / "snapshots", "--sigma-rel", "0.13", "--out", out / "mine.safetensors"],
+        ["info", out / "best.safetensors"],
+        ["plan", "--steps", "100000", "--params", "100K", "--disk", "10MB", "--out", out / "plan.png"],
+    ):
+        output.print_line(f"  {shlex.join(['ema', *map(str, words)])}")

@@ -1,0 +1,442 @@
+"""The commands that describe, compare and check, and write nothing but pictures and pages."""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer import Argument
+
+from posthoc_cli import files, resources
+from posthoc_cli.cli import options, output
+from posthoc_cli.errors import InvalidValueError, check_alone, check_word
+from posthoc_cli.planning import ErrorCurve, ErrorReport
+from posthoc_cli.report.facts import facts
+from posthoc_cli.targets import bad, parse_numbers, parse_targets
+
+
+def info(
+    path: str = Argument(
+        ..., metavar="DIR|FILE", help="Snapshots, outputs, checkpoints, a model in shards or its index, or one file."
+    ),
+    as_json: bool = options.JSON,
+) -> None:
+    """Show what a directory or a file contains.
+
+    Reads headers only. Exit code 1 if a directory has a problem, such as mixed runs or damaged headers. ema verify
+    checks every byte.
+    """
+    report = options.open_run(path, directory=False).info()
+    output.show(report, as_json, _print_info)
+    if report.get("problems"):
+        raise typer.Exit(1)
+
+
+def _print_info(report: dict[str, Any]) -> None:
+    output.print_pairs(facts(report))
+    if profiles := report.get("profiles"):
+        rows = [
+            one | {"count": len(one["times"]), "first": one["times"][0], "last": one["times"][-1]} for one in profiles
+        ]
+        times = ["snapshots:count", "first t:first", "last t:last", "rounding:relative_rounding_range"]
+        output.print_line()
+        output.print_rows(rows, ["sigma_rel", *times, "size:bytes"])
+    if checkpoints := report.get("checkpoints"):
+        output.print_some(checkpoints, ["checkpoint:file", "t", "holds", "size:bytes"])
+    if outputs := report.get("outputs"):
+        rows = [{"profile": one["kind"]} | one | {"name": Path(one["path"]).name} for one in outputs]
+        output.print_some(rows, ["output:name", "profile", "t", "predicted_error", "size:bytes"])
+    if report["kind"] == "output":
+        output.print_line()
+        output.print_coefficients(report["snapshots"])
+    for kind in ("note", "problem"):
+        for text in report.get(f"{kind}s", ()):
+            output.print_line(f"{kind}: {text}")
+
+
+def verify(
+    paths: list[str] = Argument(
+        ..., metavar="DIR|FILE", help="Directories or files: snapshots, outputs, states, parts or shards."
+    ),
+    as_json: bool = options.JSON,
+) -> None:
+    """Check every byte of snapshots, outputs and states.
+
+    Reads all files and checks checksums, headers against contents, nan and infinity, and that all files belong to one
+    run. Exit code 1 if anything is wrong. Files of other programs have no checksums: only their structure is checked.
+
+    Move a broken snapshot out of its directory: the others work without it.
+    """
+    from posthoc_cli.run import Run
+
+    reports: list[dict[str, Any]] = []
+    fine = True
+    # All paths are checked first, since reading takes long.
+    for path in [options.existing(path, name="DIR|FILE") for path in paths]:
+        check = Run(path).check(output.progress_bar())
+        report = check.to_dict()
+        if not as_json:
+            if len(paths) > 1:  # files are named relative to their path
+                if reports:
+                    output.print_line()
+                output.print_line(f"{check.path}:")
+            _print_verify(report)
+        reports.append(report)
+        fine = fine and check.is_fine
+    if as_json:
+        output.print_json(reports[0] if len(reports) == 1 else {"kind": "several", "paths": reports})
+    if not fine:
+        raise typer.Exit(1)
+
+
+def _print_verify(found: dict[str, Any]) -> None:
+    fine = [file for file in found["files"] if file["state"] in ("intact", "unchecked")]
+    wrong = [file for file in found["files"] if file not in fine]
+    if len(fine) > output.MOST_ROWS:
+        output.print_line(f"{output.counted(len(fine), 'file')} with nothing wrong; --json lists them")
+    elif fine:
+        output.print_rows(fine, ["file:path", "what", "state"])
+    for file in wrong:
+        state = f"{file['state']}: " * (not file["detail"].startswith(file["state"])) + file["detail"]
+        output.print_line(f"{file['path']}: {file['what']}: {state.removesuffix(': ')}")
+    for name in found["leftovers"]:
+        output.print_line(f"{name}: left by an interrupted write, or by one in progress")
+    if found["files"] or found["leftovers"]:
+        output.print_line()
+    for kind in ("note", "problem"):
+        for text in found[f"{kind}s"]:
+            output.print_line(f"{kind}: {text}")
+    output.print_line(_verdict(found, wrong))
+
+
+def _verdict(found: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
+    """Return the last line: how many files are intact, or which are not."""
+    total = output.counted(len(found["files"]), "file")
+    if not wrong:
+        unchecked = sum(file["state"] == "unchecked" for file in found["files"])
+        intact = f"{len(found['files']) - unchecked:,} intact, {unchecked:,} without checksums"
+        size = resources.size_text(found["bytes"])
+        return f"{total}, {size} verified in {found['seconds']:.1f} s: {intact if unchecked else 'all intact'}"
+    names = ", ".join(file["path"] for file in wrong[:3])
+    more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
+    states = {file["state"] for file in wrong}
+    verdict = states.pop() if len(states) == 1 else "not in order"
+    return f"{len(wrong):,} of {total} {'is' if len(wrong) == 1 else 'are'} {verdict}: {names}{more}"
+
+
+def audit(
+    directory: str = Argument(..., metavar="DIR", help="Checkpoints with an average and the weights, or snapshots."),
+    claimed: float | None = options.RUN(
+        None, metavar="DECAY", show_default="from the files or the import", help="The decay that it should have."
+    ),
+    out: Path | None = options.PICTURE,
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
+) -> None:
+    """Find which decay an average really has.
+
+    Compares averages with the weights in the same checkpoints, from one to the next, on a sample of a million elements.
+    Shows the decay of each interval, and what is wrong: a wrong sign, an update per microbatch, an average that does
+    not move or that was restarted at a resume. For a tracker's snapshots it shows the sigma_rel.
+
+    Exit code 1 if an average is not what it claims to be.
+    """
+    picture = options.new_picture(out, overwrite)
+    audits = options.open_run(directory, directory=False).audit(claimed)
+    if not audits[0].intervals:
+        picture = None  # there is nothing to draw
+    if picture is not None:
+        from posthoc_cli import plots
+
+        output.write_picture(lambda: plots.audit_figure(audits[0].to_dict()), picture, overwrite)
+    if as_json:
+        output.print_json({"audits": [audit.to_dict() for audit in audits]})
+    else:
+        for audit in audits:
+            _print_audit(audit.to_dict())
+        if picture is not None:
+            output.print_line(f"wrote {picture}")
+    if any(audit.is_bad for audit in audits):
+        raise typer.Exit(1)
+
+
+def _print_audit(found: dict[str, Any]) -> None:
+    name, intervals = found["name"], found["intervals"]
+    of = f" of {name}" * bool(name)
+    is_decay = found["what"] == "decay"
+    rows = [
+        {
+            "found": "-" if math.isnan(one["found"]) else f"{one['found']:,.4g}",
+            "claimed": "" if one["claimed"] is None else f"{one['claimed']:,.4g}",
+            "ratio": "" if one["claimed"] is None else f"{one['found'] / one['claimed']:.3g}",
+        }
+        | {key: one[key] for key in ("begin", "end", "unexplained", "note")}
+        for one in intervals
+    ]
+    claim = [] if found["claimed"] is None else ["claimed", "ratio"]
+    if rows:
+        output.print_line(f"time constant{of}, in steps, by interval" if is_decay else f"sigma_rel found{of}")
+        output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained", "note"])
+        output.print_line()
+    verdict = "" if found["text"].endswith(found["verdict"]) else f"{found['verdict']}: "
+    output.print_line(f"{name}: " * bool(name) + f"{verdict}{found['text']}")
+
+
+def report(
+    directories: list[str] = Argument(
+        [], metavar="DIR", help="A directory of snapshots or of checkpoints; several are compared."
+    ),
+    sweep: list[Path] = options.RUN(
+        [], metavar="DIR", help="The folder that ema sweep has written for such a run. Repeatable."
+    ),
+    checkpoints: str | None = options.CHECKPOINTS,
+    out: Path = options.OUTPUT("report.html", "--out", "-o", help="The page."),
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
+) -> None:
+    """Make a page about a run and its best length.
+
+    Writes one HTML file that needs no network: what the run is, the metric against the length with its noise, how exact
+    each length is, all trials, and the commands to repeat them. Several runs or sweeps are compared.
+    """
+    from posthoc_cli.report.page import render
+
+    page = files.new_file(out, (".html",), overwrite)
+    runs = options.open_runs(directories, checkpoints)
+    folders = [files.expanded(folder) for folder in sweep]
+    text = render(runs, folders, page).encode()
+    files.write_atomically(page, text, overwrite)
+    if as_json:
+        output.print_json({"output": str(page), "bytes": len(text)})
+    else:
+        output.print_line(f"wrote {page}")
+
+
+def error_plot(
+    directories: list[str] = Argument(
+        [], metavar="DIR", help="Directories of snapshots or of checkpoints, or globs of checkpoints."
+    ),
+    out: Path | None = options.OUTPUT(
+        None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf; or the curves as a table: .csv."
+    ),
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
+    target: list[str] = options.TARGETS(
+        [],
+        metavar="TARGET",
+        help="Also these averages, as points: window:1000, or another kind (see `ema guide synthesis`). Repeatable.",
+    ),
+    sigma_range: str = options.TARGETS("0.01:0.2886", metavar="LOW:HIGH", help="The curve's range of sigma_rel."),
+    checkpoints: str | None = options.CHECKPOINTS,
+    t: float | None = options.TIME,
+    method: options.Method | None = options.METHOD,
+) -> None:
+    """Draw how exact averages of any length will be.
+
+    The curve is the predicted error: the expected relative L2 distance of the weights from the true average. Tracked
+    profiles are marked; the range below 1 % is shaded and named in the title. --method paper adds the profile error,
+    the published measure: the relative L2 distance between the target profile and the reconstructed one.
+
+    ema plan draws the same curve before a training.
+    """
+    from posthoc_cli import plots
+
+    if out is None and not as_json:
+        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf) or a table (.csv), or add --json")
+    path = None if out is None else files.new_file(out, (*plots.PICTURES, ".csv"), overwrite)
+    targets, ends = options.parse_targets(None, target), options.parse_sigma_range(sigma_range)
+    runs = options.open_runs(directories, checkpoints)
+    report = ErrorReport(tuple(run.error_curve(ends, t=t, method=method, others=targets) for run in runs))
+    if path is not None and path.suffix == ".csv":
+        files.write_atomically(path, report.to_csv().encode(), overwrite)
+    elif path is not None:
+        output.write_picture(lambda: plots.error_figure(report.curves, method == "paper"), path, overwrite)
+    if as_json:
+        output.print_json(report.to_dict())
+        return
+    for curve in report.curves:
+        _print_error_plot(curve, method == "paper")
+    if path is not None:
+        output.print_line(f"wrote {path}")
+
+
+def _print_error_plot(curve: ErrorCurve, is_paper: bool) -> None:
+    """Print a summary of a curve."""
+    tracked = ", ".join(f"{s:g}" for s in curve.tracked) or "none"
+    below = curve.ranges_text(0.01) or "none"
+    output.print_line(curve.label)
+    output.print_pairs([("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")])
+    rows = [
+        other | {"target": f"  {other['target']}", "width": f"{other['sigma_rel']:.3g}"}
+        for other in curve.to_dict()["others"]
+    ]
+    if rows:
+        columns = ["  target:target", "width", "predicted_error", *["profile_error"] * is_paper]
+        output.print_rows(rows, columns)
+
+
+_COLUMNS = [":marked", "tracked", "dtype", "kept:snapshots_each", "every:checkpoint_every", "disk:bytes"]
+
+
+def plan(
+    steps: str = options.RUN(..., metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K."),
+    params: str = options.RUN(
+        ..., metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."
+    ),
+    disk: str | None = options.RUN(
+        None, metavar="SIZE", help="The most disk space for all snapshots: marks the most exact schedule within it."
+    ),
+    like: str | None = options.LIKE,
+    sigma_range: str = options.SIGMA_RANGE,
+    out: Path | None = options.PICTURE,
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.JSON,
+) -> None:
+    """Show what to track and store, before training.
+
+    Lists five schedules with their size on disk and their predicted error over --sigma-range, and the line of code for
+    each. They track the ends of the range, and keep 8 to 20 snapshots of each profile.
+
+    Errors assume that the network moves evenly, as a random walk that covers a quarter of the norm of its weights
+    during training. --like uses the motion of an earlier run instead, stretched over --steps, and the rounding of
+    its stored averages. The disk space is that of all averages while the last ones are written: one more of each
+    profile than is kept. Headers and buffers are not counted.
+    """
+    from posthoc_cli.run import plan_training
+
+    picture = options.new_picture(out, overwrite)
+    report = plan_training(
+        options.parse_count(steps, "--steps"),
+        options.parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
+        options.optional(resources.parse_bytes, disk, "--disk"),
+        sigma_range=options.parse_sigma_range(sigma_range),
+        like=options.optional(options.open_run, like),
+    )
+    if picture is not None:
+        from posthoc_cli import plots
+
+        output.write_picture(lambda: plots.error_figure([each.errors for each in report.proposals]), picture, overwrite)
+    output.show(report.to_dict(), as_json, _print_plan)
+    if picture is not None and not as_json:
+        output.print_line()
+        output.print_line(f"wrote {picture}")
+
+
+def _print_plan(found: dict[str, Any]) -> None:
+    schedules, chosen = found["schedules"], found["within_disk"]
+    rows = [
+        one
+        | {"marked": one["name"] + " *" * (one["name"] == chosen), "tracked": ", ".join(map(str, one["sigma_rels"]))}
+        for one in schedules
+    ]
+    output.print_rows(rows, [*_COLUMNS, "worst_error", "median_error"])
+    low, high = schedules[0]["sigma_rel"][0], schedules[0]["sigma_rel"][-1]
+    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {found['assumption']}")
+    if found["disk"] is not None:
+        output.print_line("* the most exact within --disk" if chosen else "none is within --disk")
+    for one in schedules:
+        output.print_line()
+        output.print_line(f"{one['name']}:")
+        output.print_line(f"ema = {one['call']}")
+
+
+_WIDTHS = "0.001,0.01,0.03,0.05,0.10,0.15,0.20,0.27"
+
+
+def profile(
+    sigma_rel: str | None = options.TARGETS(None, show_default="common widths", help="A number, a list or a range."),
+    target: str | None = options.TARGETS(
+        None,
+        metavar="KIND:VALUE",
+        help="Classical EMAs to convert: beta:0.9999 or half-life:5000, a list or range; needs --steps.",
+    ),
+    steps: str | None = options.HOW(
+        None, metavar="COUNT", show_default="1000", help="Length of training, in steps: 100000, 1e5."
+    ),
+    as_json: bool = options.JSON,
+) -> None:
+    """Convert between sigma_rel and a classical beta.
+
+    A classical EMA, average <- beta average + (1 - beta) weights, corresponds to the power function that has the same
+    mean age after --steps: beta / (1 - beta) steps. The largest sigma_rel is 0.2887, the uniform average; a table
+    with a beta for sigma_rel 0.40 is wrong.
+    """
+    from posthoc_cli.profiles import convert
+
+    check_alone(sigma_rel=sigma_rel, target=target)
+    if target is not None and steps is None:
+        reason = "is missing: the sigma_rel of a decay depends on the length of training"
+        raise InvalidValueError("--steps", reason, "such as --steps 100000")
+    count = options.parse_count(steps or "1000", "--steps")
+    widths = parse_numbers(_WIDTHS if sigma_rel is None else sigma_rel, "--sigma-rel") if target is None else []
+    betas = [] if target is None else _betas(target)
+    try:
+        rows = convert(count, widths, betas)
+    except InvalidValueError as error:
+        if target is None or error.subject != "betas":
+            raise
+        raise bad("--target", target, error.reason) from error
+    if as_json:
+        output.print_json({"steps": count, "profiles": rows})
+        return
+    rounded = [{key: float(f"{value:.8g}") for key, value in row.items()} for row in rows]
+    output.print_rows(rounded, ["sigma_rel", "gamma", "mean_age:mean_age", "std", "beta"])
+    output.print_line(f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age")
+
+
+def _betas(text: str) -> list[float]:
+    """Return the decays that `--target` names."""
+    targets = parse_targets(text, "--target")
+    betas = [target.beta for target in targets if target.beta is not None]
+    if len(betas) < len(targets):
+        raise bad("--target", text, "must be beta:0.9999 or half-life:5000, also a list or a range")
+    return betas
+
+
+_WIDEST = 120
+
+
+def _read_guides() -> dict[str, str]:
+    """Return the Markdown source of each guide by name."""
+    pages = (importlib.resources.files("posthoc_cli") / "guides").iterdir()
+    return {page.name[:-3]: page.read_text("utf-8") for page in sorted(pages, key=lambda page: page.name)}
+
+
+def _guide_names(incomplete: str) -> list[str]:
+    return [name for name in _read_guides() if name.startswith(incomplete)]
+
+
+def guide(
+    name: str | None = Argument(None, metavar="NAME", autocompletion=_guide_names, help="The guide (default: a list)."),
+    as_json: bool = options.JSON,
+) -> None:
+    """Show a guide, or list the guides.
+
+    On a terminal the guide is rendered and shown in the pager; in a pipe the Markdown source is printed.
+    """
+    guides = _read_guides()
+    if name is not None:
+        check_word("guide", name, guides)
+    # Each guide begins with a line such as "# Training: record averages while a model trains".
+    about = {page: source.splitlines()[0].partition(": ")[2] for page, source in guides.items()}
+    if as_json:
+        chosen = guides if name is None else [name]
+        text = {} if name is None else {"text": guides[name]}
+        output.print_json({"guides": [{"guide": page, "about": about[page]} | text for page in chosen]})
+    elif name is None:
+        output.print_rows([{"guide": page, "about": said} for page, said in about.items()], ["guide", "about"])
+    elif not sys.stdout.isatty():
+        output.write(guides[name])
+    else:
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        os.environ.setdefault("LESS", "-RFX")  # show colours, and quit at once if the text fits the screen
+        console = Console(width=min(Console().width, _WIDEST))
+        with console.pager(styles=True):
+            console.print(Markdown(guides[name], hyperlinks=False))

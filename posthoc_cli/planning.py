@@ -1,0 +1,702 @@
+"""Schedules before training, thinning of snapshots during it, and the errors to expect after it.
+
+Pure NumPy; nothing here reads a file, so that schedules can be compared before training.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from posthoc_cli.dtypes import DTYPES, EPS, WORDS
+from posthoc_cli.errors import InvalidValueError, brief, check_count, check_number, percent, printable
+from posthoc_cli.profiles import (
+    UNIFORM_SIGMA_REL,
+    Clock,
+    FloatArray,
+    PowerFunction,
+    StoredProfile,
+    check_sigma_rel,
+    gamma_from_sigma_rel,
+)
+from posthoc_cli.reconstruction import (
+    ASSUMED,
+    METHODS,
+    MOST_SOLVED,
+    ROUNDING,
+    Losses,
+    Motion,
+    Prior,
+    Problem,
+    assumed_prior,
+    check_method,
+    one_blas_thread,
+    reconstruct,
+    relative_width,
+    thinned_subset,
+)
+from posthoc_cli.targets import Target
+
+USEFUL_RANGE = (0.05, 0.28)
+"""The default range of sigma_rel for which thinning keeps snapshots."""
+
+
+def relative_rounding(dtype: str) -> float:
+    """Return the root mean square error of rounding to a dtype, relative to the values; for float16 1.9e-4."""
+    return ROUNDING * EPS[WORDS[dtype]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A plan of snapshots.
+
+    Attributes:
+        sigma_rels: tracked profiles.
+        steps: length of training.
+        checkpoint_every: steps between snapshots.
+        max_checkpoints: snapshots kept per profile, thinned as they arrive; None keeps all.
+        rounding: root mean square error of a stored average, relative to its norm.
+    """
+
+    sigma_rels: tuple[float, ...]
+    steps: int
+    checkpoint_every: int
+    max_checkpoints: int | None = None
+    rounding: float = 0.0
+
+    @property
+    def taken(self) -> int:
+        """The number of times at which snapshots are taken."""
+        return self.steps // self.checkpoint_every
+
+    @property
+    def kept(self) -> int:
+        """The number of snapshots of each profile at the end."""
+        return min(self.taken, self.max_checkpoints or self.taken)
+
+    def snapshots(self, motion: Motion | None = None) -> list[PowerFunction]:
+        """Return the snapshots at the end, by time; `motion` is relative to the norm, by default even."""
+        motion = motion or Motion.even(self.steps)
+        gammas = [gamma_from_sigma_rel(s) for s in self.sigma_rels]
+        if self.kept == self.taken:
+            counts = range(1, self.taken + 1)
+            return [PowerFunction(gamma, float(count * self.checkpoint_every)) for count in counts for gamma in gammas]
+        left: list[PowerFunction] = []
+        for count in range(1, self.taken + 1):
+            left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
+            if len(left) > self.kept * len(gammas):
+                prior = assumed_prior(left, self.rounding, motion)
+                spared = spared_times(self.kept)
+                dropped = set(snapshots_to_drop(left, prior, self.kept, range_of(self.sigma_rels), spared))
+                left = [p for index, p in enumerate(left) if index not in dropped]
+        return left
+
+
+def powers(sigma_rels: FloatArray, t: float) -> list[PowerFunction]:
+    """Return the power functions of these widths at time `t`."""
+    return [PowerFunction.from_sigma_rel(float(sigma_rel), t) for sigma_rel in sigma_rels]
+
+
+def listed(sigma_rels: Sequence[float]) -> str:
+    """Return the numbers as text for a label."""
+    return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
+
+
+# --- thinning
+
+
+SPARED_TIMES = 5
+"""The newest times whose snapshots thinning spares while a training writes: it may be continued from them."""
+
+
+def spared_times(keep: int) -> int:
+    """Return how many of the newest snapshots of a profile thinning spares: at most a quarter of those it keeps."""
+    return max(1, min(SPARED_TIMES, keep // 4))
+
+
+def range_of(sigma_rels: Sequence[float]) -> tuple[float, float]:
+    """Return the range for which thinning keeps snapshots: the tracked one, or the default for a single profile."""
+    return (min(sigma_rels), max(sigma_rels)) if len(sigma_rels) > 1 else USEFUL_RANGE
+
+
+_SIMULATED = 8
+"""Limit of the snapshots from which thinning chooses, as a multiple of those kept; more make little difference."""
+
+_TARGETS = 12
+_NORM = 8
+"""Number of targets over the range, and the norm that combines their errors: near the worst one, but all count."""
+
+
+@one_blas_thread()
+def snapshots_to_drop(
+    snapshots: Sequence[PowerFunction],
+    prior: Prior,
+    keep: int,
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+    spared: int = 1,
+) -> list[int]:
+    """Return the indices of the snapshots to drop so that `keep` of each profile remain, in the order to drop.
+
+    First, always the snapshot goes whose loss raises the predicted error over `sigma_range`, at the time of the last
+    snapshot, least; among equals (where nothing moved) the one whose neighbours are closest together. Then exchanges
+    improve the rest, see `exchanged`. The last `spared` snapshots of each profile stay. Of very many snapshots, those
+    outside a subset (`thinned_subset`) go before all others.
+    """
+    left, beyond = list(range(len(snapshots))), list[int]()
+    newest: set[int] = set()
+    for gamma in {p.gamma for p in snapshots}:
+        newest |= {*sorted((i for i in left if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)[-spared:]}
+    if len(left) > MOST_SOLVED:
+        profiles = len({p.gamma for p in snapshots})
+        left = sorted({*thinned_subset(snapshots, min(MOST_SOLVED, _SIMULATED * keep * profiles), keep), *newest})
+        beyond = sorted(set(range(len(snapshots))) - set(left))
+    dropped = removal_order(snapshots, prior, left, keep, newest, sigma_range)
+    kept = sorted({*left} - {*dropped})
+    return [*beyond, *exchanged(snapshots, prior, kept, dropped, newest, sigma_range)]
+
+
+def removal_order(
+    snapshots: Sequence[PowerFunction],
+    prior: Prior,
+    among: Sequence[int],
+    keep: int,
+    needed: Collection[int],
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+) -> list[int]:
+    """Return which of the snapshots `among` to drop, the least needed first, until `keep` of each profile remain.
+
+    `among` and `needed`, the snapshots that must stay, are indices.
+    """
+    left = list(among)
+    losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
+    column = {index: number for number, index in enumerate(left)}
+    counts = Counter(snapshots[i].gamma for i in left)
+    dropped: list[int] = []
+    while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in needed]:
+        errors = _combined(losses.squares_without_each())[[column[i] for i in may_go]]
+        equals = [may_go[k] for k in np.flatnonzero(errors == errors.min())]
+        index = _closest_together(snapshots, left, equals)
+        losses.lose(column[index])
+        left.remove(index)
+        dropped.append(index)
+        counts[snapshots[index].gamma] -= 1
+    return dropped
+
+
+_MOST_EXCHANGED = 16
+_MOST_TRIED = 240
+_LEAST_GAIN = 0.99
+"""Limits of the snapshots kept and of the solves for exchanges, one each, and the ratio of errors from which on none is
+made. They pay if few snapshots are left: with 3 of 20 they halve the error at best, with 20 of 40 they gain nothing."""
+
+
+def exchanged(
+    snapshots: Sequence[PowerFunction],
+    prior: Prior,
+    kept: Sequence[int],
+    dropped: Sequence[int],
+    needed: Collection[int],
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+) -> list[int]:
+    """Return the snapshots to drop, in order, after exchanging dropped ones for kept ones of the same profile.
+
+    Greedy drops do not always find the best set: a snapshot that was kept early may be of little use in the end.
+    `kept`, `dropped` (in the order to drop) and `needed`, the snapshots that must stay, are indices.
+    """
+    kept, order = list(kept), list(dropped)
+    if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
+        return order
+    everyone = sorted([*kept, *order])
+    losses = losses_of([snapshots[i] for i in everyone], prior.of(everyone), sigma_range)
+    place = {index: number for number, index in enumerate(everyone)}
+    least = float(_combined(losses.of([place[i] for i in kept]).squares[:, None])[0])
+    for _ in range(_MOST_TRIED // max(len(order), 1)):
+        trials = []
+        for coming in order:
+            errors = _combined(losses.of([place[i] for i in (*kept, coming)]).squares_without_each())
+            trials += [
+                (float(error), coming, leaving)
+                for error, leaving in zip(errors, kept, strict=False)
+                if leaving not in needed and snapshots[leaving].gamma == snapshots[coming].gamma
+            ]
+        error, coming, leaving = min(trials, default=(least, -1, -1))
+        if error >= _LEAST_GAIN * least:
+            break
+        least = error
+        kept[kept.index(leaving)] = coming
+        order[order.index(coming)] = leaving
+    return order
+
+
+def _closest_together(snapshots: Sequence[PowerFunction], left: Sequence[int], equals: Sequence[int]) -> int:
+    """Return the snapshot whose neighbours of the same profile are closest together, the latest of equals."""
+    gaps = dict.fromkeys(equals, float("inf"))  # infinity without two neighbours
+    for gamma in {snapshots[i].gamma for i in equals} if len(equals) > 1 else ():
+        of_profile = sorted((i for i in left if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)
+        for before, index, after in zip(of_profile, of_profile[1:], of_profile[2:], strict=False):
+            if index in gaps:
+                gaps[index] = snapshots[after].t - snapshots[before].t
+    return min(equals, key=lambda i: (gaps[i], -snapshots[i].t))
+
+
+def losses_of(
+    snapshots: Sequence[PowerFunction], prior: Prior, sigma_range: tuple[float, float] = USEFUL_RANGE
+) -> Losses:
+    """Return the errors of targets over the range, at the time of the last snapshot, as snapshots are lost."""
+    t = max(p.t for p in snapshots)
+    return Problem(snapshots, prior, t).losses(powers(np.geomspace(*sigma_range, _TARGETS), t))
+
+
+def _combined(squares: FloatArray) -> FloatArray:
+    """Return the 8-norm over targets of the roots of squared errors: shape [targets, n] to [n]."""
+    scale = float(squares.max()) or 1.0
+    return np.asarray(np.mean((squares / scale) ** (_NORM / 2), axis=0) ** (1 / _NORM) * np.sqrt(scale))
+
+
+# --- error curves
+
+_POINTS = 200
+"""Number of points of a curve, evenly spaced in the logarithm; tracked sigma_rels are added."""
+EVENLY = "the network moves evenly"
+"""The default assumption of the predicted errors of a schedule."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Snapshots of a run or of a schedule.
+
+    Attributes:
+        label: name in a legend.
+        snapshots: profiles of the snapshots.
+        prior: prior of these snapshots.
+        clock: steps over training time.
+        t_first: time of the first update.
+    """
+
+    label: str
+    snapshots: Sequence[StoredProfile]
+    prior: Prior
+    clock: Clock = field(default_factory=Clock.of_steps)
+    t_first: float = 1.0
+
+    @classmethod
+    def of_schedule(cls, schedule: Schedule) -> Candidate:
+        """Return the snapshots that a schedule will leave, if the network moves evenly; of very many some."""
+        label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
+        snapshots = schedule.snapshots()
+        snapshots = [snapshots[index] for index in thinned_subset(snapshots)]
+        return cls(label, snapshots, assumed_prior(snapshots, schedule.rounding, Motion.even(schedule.steps)))
+
+    @property
+    def assumption(self) -> str:
+        """The assumption of the predicted errors, in words that follow "if"; empty if the motion was measured."""
+        return EVENLY if self.prior.source == ASSUMED else ""
+
+    def __repr__(self) -> str:
+        return f"Candidate({self.label})"
+
+    def up_to(self, t: float) -> tuple[list[StoredProfile], Prior]:
+        """Return the snapshots at or before `t`, and their prior."""
+        usable = [index for index, profile in enumerate(self.snapshots) if profile.t <= t]
+        return [self.snapshots[i] for i in usable], self.prior.of(usable)
+
+
+@dataclass(frozen=True)
+class ErrorPoint:
+    """Errors, as in `ErrorCurve`, of one target; `sigma_rel` is its standard deviation / t."""
+
+    label: str
+    sigma_rel: float
+    profile_error: float
+    predicted_error: float
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """Reconstruction error against sigma_rel, at one time.
+
+    Attributes:
+        label: snapshots and assumption, for a legend.
+        t: time of the targets.
+        sigma_rels: shape [points].
+        profile_error: relative L2 error of the profile: shape [points].
+        predicted_error: expected relative L2 error of the weights: shape [points].
+        tracked: sigma_rels of the snapshots.
+        others: errors of further targets.
+        assumption: of the predicted errors; empty if the motion was measured.
+    """
+
+    label: str
+    t: float
+    sigma_rels: FloatArray
+    profile_error: FloatArray
+    predicted_error: FloatArray
+    tracked: tuple[float, ...]
+    others: tuple[ErrorPoint, ...] = ()
+    assumption: str = ""
+
+    def __repr__(self) -> str:
+        return f"ErrorCurve({self.label}: below 1 % for sigma_rel {self.ranges_text(0.01) or 'none'})"
+
+    @property
+    def worst(self) -> float:
+        """The largest predicted error."""
+        return float(self.predicted_error.max())
+
+    @property
+    def median(self) -> float:
+        """The median of the predicted errors."""
+        return float(np.median(self.predicted_error))
+
+    def ranges_below(self, threshold: float) -> list[tuple[float, float]]:
+        """Return the ranges of sigma_rel, of at least two points, where the predicted error is below `threshold`."""
+        below = np.flatnonzero(self.predicted_error < threshold)
+        if below.size == 0:
+            return []
+        runs = np.split(below, np.flatnonzero(np.diff(below) > 1) + 1)
+        return [(float(self.sigma_rels[run[0]]), float(self.sigma_rels[run[-1]])) for run in runs if run.size > 1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the curve as data for JSON, with None in place of infinite errors."""
+        return {
+            "label": self.label,
+            "t": self.t,
+            "tracked": list(self.tracked),
+            "assumption": self.assumption or None,
+            "below_1_percent": [list(ends) for ends in self.ranges_below(0.01)],
+            "sigma_rel": self.sigma_rels.tolist(),
+            "predicted_error": [finite(error) for error in self.predicted_error.tolist()],
+            "profile_error": self.profile_error.tolist(),
+            "others": [
+                {
+                    "target": other.label,
+                    "sigma_rel": other.sigma_rel,
+                    "predicted_error": finite(other.predicted_error),
+                    "profile_error": other.profile_error,
+                }
+                for other in self.others
+            ],
+        }
+
+    def ranges_text(self, threshold: float) -> str:
+        """Return `ranges_below` as text, "0.051 to 0.278", with each end rounded into its range."""
+        return ", ".join(_range_text(*ends) for ends in self.ranges_below(threshold))
+
+
+def several(items: Sequence[object]) -> str:
+    """Return the representations of the first ten items, one per line."""
+    more = [f"and {len(items) - 10} more"] if len(items) > 10 else []
+    return "\n  ".join([*map(repr, items[:10]), *more])
+
+
+def finite(value: float) -> float | None:
+    """Return a value for JSON: the number, or None in place of nan and infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _range_text(low: float, high: float) -> str:
+    """Return a range as text, with the fewest digits, at least three, that leave some of it."""
+    for digits in range(3, 9):
+        first, last = math.ceil(round(low * 10**digits, 9)), math.floor(round(high * 10**digits, 9))
+        if first < last:
+            break
+    return f"{first / 10**digits:.{digits}f} to {last / 10**digits:.{digits}f}"
+
+
+def error_curve(
+    candidate: Candidate,
+    sigma_range: tuple[float, float] = (0.01, 0.2886),
+    t: float | None = None,
+    method: str | None = None,
+    others: Sequence[Target] = (),
+) -> ErrorCurve:
+    """Return the reconstruction error over a range of sigma_rel.
+
+    Arguments:
+        candidate: the snapshots, of which those after `t` are not used.
+        sigma_range: lowest and highest sigma_rel, both included.
+        t: time of the targets; by default that of the last snapshot.
+        method: "minvar" or "paper"; by default the first.
+        others: further targets.
+    """
+    low, high = check_sigma_range(sigma_range)
+    t = time_between(candidate.snapshots, t)
+    usable, prior = candidate.up_to(t)
+    tracked = _tracked(usable)
+    inside = [s for s in tracked if low <= s <= high]
+    grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, _POINTS), inside))), low, high)
+    if check_method(method) == METHODS[0]:
+        _, profile_error, predicted = Problem(usable, prior, t).solve(powers(grid, t), METHODS[0])
+    else:
+        result = reconstruct(usable, powers(grid, t), method, prior, t)
+        predicted, profile_error = result.predicted_error, result.profile_error
+    profiles = [target.profile(t, candidate.clock, candidate.t_first) for target in others]
+    result = reconstruct(usable, profiles, method, prior, t)
+    titles, widths = (target.title for target in others), (relative_width(profile, t) for profile in profiles)
+    errors = result.profile_error.tolist(), _zero_if_nan(result.predicted_error).tolist()
+    points = tuple(map(ErrorPoint, titles, widths, *errors))
+    label = f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label
+    return ErrorCurve(label, t, grid, profile_error, _zero_if_nan(predicted), tracked, points, candidate.assumption)
+
+
+def forecast(
+    snapshots: Sequence[PowerFunction],
+    prior: Prior,
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+    points: int = 41,
+    label: str = "forecast",
+) -> ErrorCurve:
+    """Return the error curve of at least one snapshot by minimum variance, at the time of the last snapshot."""
+    grid = np.clip(np.geomspace(*sigma_range, points), *sigma_range)
+    t = max(p.t for p in snapshots)
+    _, profile_error, predicted = Problem(snapshots, prior, t).solve(powers(grid, t), METHODS[0])
+    return ErrorCurve(label, t, grid, profile_error, _zero_if_nan(predicted), _tracked(snapshots))
+
+
+def _tracked(snapshots: Sequence[StoredProfile]) -> tuple[float, ...]:
+    return tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in snapshots if isinstance(p, PowerFunction)}))
+
+
+def _zero_if_nan(predicted_error: FloatArray) -> FloatArray:
+    """Return the errors with 0 in place of nan: weights of norm 0 are exact."""
+    return np.nan_to_num(predicted_error, nan=0.0)
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """Error curves of runs, to compare."""
+
+    curves: tuple[ErrorCurve, ...]
+
+    def __repr__(self) -> str:
+        return f"ErrorReport({several(self.curves)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the curves as data for JSON."""
+        return {"curves": [curve.to_dict() for curve in self.curves]}
+
+    def to_csv(self) -> str:
+        """Return the curves and the other targets as comma-separated values."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["curve", "t", "target", "sigma_rel", "predicted_error", "profile_error"])
+        for curve in self.curves:
+            report = curve.to_dict()
+            columns = (report["sigma_rel"], report["predicted_error"], report["profile_error"])
+            rows = [("sigma_rel", *numbers) for numbers in zip(*columns, strict=True)]
+            for target, *numbers in (*rows, *(tuple(other.values()) for other in report["others"])):
+                cells = ["" if number is None else repr(number) for number in numbers]
+                writer.writerow([no_formula(curve.label), repr(curve.t), no_formula(target), *cells])
+        return text.getvalue()
+
+
+_FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spreadsheets
+
+
+def no_formula(text: str) -> str:
+    """Return the text as a cell that no spreadsheet reads as a formula, with control characters escaped."""
+    return f"'{printable(text)}" if text.lstrip()[:1] in _FORMULAS else printable(text)
+
+
+def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:
+    """Return `t`, or the last snapshot's time for None; raise an InvalidValueError if no snapshots surround it."""
+    times = [profile.t for profile in snapshots]
+    return max(times) if t is None else check_within("t", t, times)
+
+
+def check_within(name: str, value: float, known: Collection[float]) -> float:
+    """Return a time or step; raise an InvalidValueError unless it lies between the least and the largest known one."""
+    low, high = min(known), max(known)
+    accepted = f"lie between the first snapshot, {low:,.12g}, and the last, {high:,.12g}"
+    return check_number(name, value, lambda time: low <= time <= high, accepted)
+
+
+def check_max_error(max_error: float | None) -> None:
+    """Raise an InvalidValueError unless `max_error` is None or lies in (0, 1)."""
+    if max_error is not None:
+        check_number("max_error", max_error, lambda error: 0 < error < 1, "be a relative error in (0, 1), such as 0.01")
+
+
+def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
+    """Return the ends of a range of sigma_rel; raise an InvalidValueError unless they are two ascending numbers."""
+    with suppress(TypeError, ValueError):
+        low, high = map(check_sigma_rel, sigma_range)
+        if low < high:
+            return low, high
+    reason = f"must be two numbers in (0, {UNIFORM_SIGMA_REL:.4f}), the first below the second"
+    raise InvalidValueError("sigma_range", reason, value=brief(sigma_range))
+
+
+# --- named schedules
+
+NAMES = {
+    "single": (1, "float16", 10),
+    "small": (2, "float16", 8),
+    "default": (2, "float16", 20),
+    "fine": (2, "float32", 20),
+    "exact": (3, "float32", 20),
+}
+"""The named schedules, by rising size: tracked profiles, dtype, and snapshots kept of each profile."""
+
+_TAKEN = 2
+"""Snapshots taken, as a multiple of those kept. The worst error of these schedules of 400,000 steps is then at most 0.8
+of that of snapshots that are all kept."""
+
+_UPDATE_EVERY = 10
+_UPDATES_IN_WIDTH = 10
+"""Upper limit of the steps between updates, and lower limit of the updates within the shortest average's width."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A named schedule, the dtype of its snapshots, their largest size on disk in bytes, and expected errors."""
+
+    name: str
+    schedule: Schedule
+    dtype: str
+    nbytes: int
+    errors: ErrorCurve
+
+    def __repr__(self) -> str:
+        return f"Proposal({self.errors.label}, {self.nbytes:,} bytes, worst error {percent(self.errors.worst)})"
+
+    @property
+    def update_every(self) -> int:
+        """Steps between updates: 10, or fewer where averages are short, and a divisor of `checkpoint_every`."""
+        width = float(self.errors.sigma_rels[0]) * self.schedule.steps
+        most = max(1, min(_UPDATE_EVERY, int(width / _UPDATES_IN_WIDTH)))
+        return next(every for every in range(most, 0, -1) if self.schedule.checkpoint_every % every == 0)
+
+    def call(self) -> str:
+        """Return the line of Python that makes a tracker with this schedule."""
+        schedule = self.schedule
+        return (
+            f'PostHocEMA.from_model(model, "run/ema", sigma_rels={schedule.sigma_rels}, '
+            f"update_every={self.update_every}, checkpoint_every={schedule.checkpoint_every}, "
+            f'max_checkpoints={schedule.max_checkpoints}, checkpoint_dtype="{self.dtype}")'
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the proposal as data for JSON."""
+        return {
+            "name": self.name,
+            "sigma_rels": list(self.schedule.sigma_rels),
+            "dtype": self.dtype,
+            "snapshots_each": self.schedule.kept,
+            "update_every": self.update_every,
+            "checkpoint_every": self.schedule.checkpoint_every,
+            "max_checkpoints": self.schedule.max_checkpoints,
+            "bytes": self.nbytes,
+            "worst_error": self.errors.worst,
+            "median_error": self.errors.median,
+            "sigma_rel": self.errors.sigma_rels.tolist(),
+            "predicted_error": self.errors.predicted_error.tolist(),
+            "call": self.call(),
+        }
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """The named schedules of a training, by rising size.
+
+    Attributes:
+        disk: the most bytes of snapshots at any moment; None if any size will do.
+        assumption: about the motion of the network, worded to follow "if".
+    """
+
+    proposals: tuple[Proposal, ...]
+    disk: int | None = None
+    assumption: str = EVENLY
+
+    def __repr__(self) -> str:
+        return f"PlanReport({several(self.proposals)})"
+
+    @property
+    def within_disk(self) -> Proposal | None:
+        """The most exact schedule whose snapshots fit the disk; None if none fits, or without a disk."""
+        fitting = [each for each in self.proposals if self.disk is not None and each.nbytes <= self.disk]
+        return min(fitting, key=lambda each: each.errors.worst, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as data for JSON."""
+        chosen = self.within_disk
+        return {
+            "disk": self.disk,
+            "assumption": self.assumption,
+            "within_disk": None if chosen is None else chosen.name,
+            "schedules": [proposal.to_dict() for proposal in self.proposals],
+        }
+
+
+@one_blas_thread()
+def propose(
+    steps: int,
+    params: int,
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+    motion: Motion | None = None,
+    rounding: Mapping[str, float] | None = None,
+) -> list[Proposal]:
+    """Return the schedules of `NAMES` for a training.
+
+    Arguments:
+        steps: length of training.
+        params: averaged elements of the network.
+        sigma_range: range of the wanted averages; its ends are tracked, of a single profile its geometric mean.
+        motion: of the network over (0, steps], relative to its norm; None for even motion.
+        rounding: measured root mean square error of a stored average by dtype, relative to its norm, which replaces
+            `relative_rounding`.
+
+    Raises:
+        InvalidValueError: names the argument.
+    """
+    for name, count in (("steps", steps), ("params", params)):
+        check_number(name, check_count(name, count), lambda count: count <= 10**15, "be at most 1e15")
+    low, high = check_sigma_range(sigma_range)
+    middle = float(f"{math.sqrt(low * high):.2g}")
+    tracked = {1: (middle,), 2: (low, high), 3: (low, middle, high)}
+    proposals = []
+    for name, (profiles, dtype, kept) in NAMES.items():
+        error = (rounding or {}).get(dtype, relative_rounding(dtype))
+        schedule = Schedule(tracked[profiles], steps, _round_interval(steps, _TAKEN * kept), kept, error)
+        proposals.append(evaluate(name, schedule, dtype, params, sigma_range, motion))
+    return proposals
+
+
+def evaluate(
+    name: str,
+    schedule: Schedule,
+    dtype: str,
+    params: int,
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+    motion: Motion | None = None,
+) -> Proposal:
+    """Return a schedule with its size and its expected errors."""
+    motion = motion or Motion.even(schedule.steps)
+    snapshots = schedule.snapshots(motion)
+    label = f"{name}: {listed(schedule.sigma_rels)} in {dtype}, {schedule.kept} each"
+    errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, motion), sigma_range, 81, label)
+    fullest = len(schedule.sigma_rels) * min(schedule.taken, schedule.kept + 1)  # just before thinning
+    return Proposal(name, schedule, dtype, fullest * params * DTYPES[WORDS[dtype]].nbytes, errors)
+
+
+def _round_interval(steps: int, times: int) -> int:
+    """Return a checkpoint_every for at most `times` snapshots, preferably a round number that divides `steps`."""
+    least = -(-steps // times)
+    most = min(2 * least, steps)
+    unit = int(10 ** max(len(str(least)) - 2, 0))
+    candidates: set[int] = {least, *range(-(-least // unit) * unit, most + 1, unit)}
+    candidates |= {steps // n for n in range(max(1, steps // most), times + 1) if steps % n == 0}
+
+    def cost(every: int) -> tuple[bool, int, float]:
+        digits = len(str(every).rstrip("0"))
+        return steps % every > 0, round(100 * (steps % every) / steps), math.log(every / least) + 0.1 * digits
+
+    return min((every for every in candidates if least <= every <= most), key=cost)
