@@ -28,8 +28,7 @@ from posthoc_cli import files, plots
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
 from posthoc_cli.progress import ProgressBar
 from posthoc_cli.sweep import SweepReport, sweep
-from posthoc_cli.sweep.results import RAW
-from posthoc_cli.sweep.search import Trial
+from posthoc_cli.sweep.search import RAW, Trial
 from posthoc_cli.tracker import PostHocEMA
 
 Say = Callable[[str], None]

@@ -17,7 +17,7 @@ from checking import assert_same_tensors, refused
 from safetensors.torch import load_file
 
 from posthoc_cli import Run
-from posthoc_cli.cli import demo as cli_demo
+from posthoc_cli.cli import making
 from posthoc_cli.demo import SIGMA_RELS, VALIDATION_IMAGES, Validation, make_denoiser, make_waves, prepare, train
 from posthoc_cli.errors import OutputExistsError
 
@@ -48,7 +48,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     assert refused.error.endswith("my demo: holds an earlier demo; name another folder, or `overwrite` to replace it")
     done = forked.check(forked.EMA, *command, "--overwrite", "--json", cwd=base)
     with redirect_stdout(io.StringIO()) as text:
-        cli_demo._print(done.json)
+        making._print_demo(done.json)
     return Demo(base, done.json, text.getvalue(), re.findall(r"^\$ (ema .*)$", done.err, re.MULTILINE))
 
 

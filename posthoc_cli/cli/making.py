@@ -240,7 +240,7 @@ def _print_trial(out: Path, show: Callable[[str], None], trial: Trial) -> None:
 
 
 def _print_sweep(found: dict[str, Any]) -> None:
-    from posthoc_cli.sweep.results import answer
+    from posthoc_cli.sweep.search import answer
 
     texts = answer(found)
     output.print_line()

@@ -22,7 +22,7 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.report.facts import summary
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.tensorfile import read_small_file
-from posthoc_cli.sweep.results import RESULT, answer
+from posthoc_cli.sweep.search import RESULT, answer
 
 _MOST_BYTES = 50_000_000
 

@@ -2,7 +2,6 @@
 
 from posthoc_cli.sweep.command import Sweep
 from posthoc_cli.sweep.in_memory import sweep
-from posthoc_cli.sweep.results import SweepReport
-from posthoc_cli.sweep.search import Axis
+from posthoc_cli.sweep.search import Axis, SweepReport
 
 __all__ = ["Axis", "Sweep", "SweepReport", "sweep"]

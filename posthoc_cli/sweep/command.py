@@ -3,28 +3,74 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import re
 import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
-from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Records, SweepReport, has_raw
-from posthoc_cli.sweep.search import Axis, Search, Trial, check_counts, good_range
+from posthoc_cli.sweep.search import RAW, RESULT, Axis, Search, SweepReport, Trial, check_counts, good_range, has_raw
 from posthoc_cli.sweep.trials import Metric, MissingMetricError, TrialError, measure
 from posthoc_cli.targets import Mean, SigmaRel, Target
 
+TRIALS = "trials.jsonl"
 _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|seed|dir)\}")
 _SCRATCH, _LOGS = ".scratch", "logs"
+
+
+class Records:
+    """The recorded trials of one question, in a file of `folder` that may contain trials of other questions.
+
+    The question is the settings that comparable trials share: the run, its time, the command, the metric, ...
+    """
+
+    def __init__(self, folder: Path, question: Mapping[str, Any]) -> None:
+        self._path, self._question = folder / TRIALS, json.loads(json.dumps(question))
+
+    def read(self) -> list[Trial]:
+        """Return the successful trials of this question, the last of repeated ones; skip all other lines."""
+        trials = {}
+        for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
+            try:
+                entry = json.loads(line)
+                if entry["question"] == self._question:
+                    trial = Trial(**entry["trial"])
+                    trials[trial.x, trial.seed] = trial
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue
+        return [trial for trial in trials.values() if _is_measured(trial)]
+
+    def append(self, trial: Trial) -> None:
+        """Append a trial durably to the file; raise a WriteError if that fails."""
+        line = json.dumps({"question": self._question, "trial": asdict(trial)}, allow_nan=False)
+        with files.reported_as_write_error(self._path):
+            descriptor = files.system.open_append(self._path)
+            try:
+                # A line that a crash cut off has no end: begin a new one.
+                size = os.fstat(descriptor).st_size
+                is_cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+                files.write_at(descriptor, f"{chr(10) * is_cut}{line}\n".encode(), size)
+                files.system.fsync(descriptor)
+            finally:
+                files.system.close(descriptor)
+
+
+def _is_measured(trial: Trial) -> bool:
+    """Return whether a trial from a file, which may hold any values, has a usable metric."""
+    numbers = (trial.x, trial.value, trial.standard_error or 0.0)
+    return isinstance(trial.seed, int) and all(isinstance(n, int | float) and abs(n) < 1e300 for n in numbers)
 
 
 @dataclass(eq=False)
@@ -95,7 +141,7 @@ class Sweep:
                     raw.append(trial)
             records = Records(self.out, settings | {"searched": axis.kind})
             search = Search(
-                axis, self.run, self.t, records.read(), minimize=self.minimize, budget=self.budget,
+                axis, records.read(), minimize=self.minimize, budget=self.budget,
                 repeats=self.repeats, again=self.repeats > 1 or "{seed}" in self.command,
             )  # fmt: skip
             advance(len(search.trials))

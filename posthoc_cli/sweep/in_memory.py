@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from posthoc_cli.errors import InvalidValueError, shown, warn
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.snapshot import statistics_notice
-from posthoc_cli.sweep.results import RAW, SweepReport, has_raw
-from posthoc_cli.sweep.search import Axis, Search, Trial, check_counts, good_range
+from posthoc_cli.sweep.search import RAW, Axis, Search, SweepReport, Trial, check_counts, good_range, has_raw
 from posthoc_cli.targets import Mean, SigmaRel
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def sweep(
             yield trial if finite else replace(trial, value=None, error=f"its metric is {value}")
 
     raw = [*measure([(0.0, seed) for seed in range(repeats)])] if is_tracked or has_raw(stored) else []
-    search = Search(axis, stored, None, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1)
+    search = Search(axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1)
     for _ in search.rounds(measure):
         pass
     settings = {"run": newest.run_id, "t": newest.t if tracker is None else tracker.t, "command": None}

@@ -13,20 +13,29 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 
+from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, PostHocError, check_count
-from posthoc_cli.profiles import SHAPES, FloatArray
+from posthoc_cli.profiles import SHAPES, FloatArray, Point
 from posthoc_cli.run import Run
 from posthoc_cli.targets import Beta, Decay, HalfLife, Mean, SigmaRel, Target, Window, parse_numbers
+
+RAW = "raw"
+"""The target of trials of raw weights, which are not an average."""
+
+RESULT = "sweep.json"
+"""The file of a report in the folder of a sweep."""
 
 POINTS = 101
 """The number of points of the grid over the range, on which curves are drawn."""
@@ -39,7 +48,7 @@ CONFIDENCE = 0.95
 """The probability that the best length lies in the stated range."""
 
 GOOD_ERROR = 0.01
-"""The largest predicted error in the default range, and of lengths beyond a given range."""
+"""The largest predicted error in the default range."""
 
 _LENGTHS = (0.1, 0.2, 0.4, 0.8)
 """Length scales of the kernel, as a fraction of the range."""
@@ -59,9 +68,6 @@ _STATED = 1e-3, 1e6
 """Bounds of stated standard errors, relative to the spread of the values."""
 _SAME = 0.02
 """The distance from a measured length, as a fraction of the range, below which a proposal repeats that length."""
-_STRIDES = (2.0, 1.5, 1.2)
-"""Factors to widen a range whose end is best; the first that leads to an exact average is used."""
-
 _KINDS: dict[str, tuple[Callable[[Any], Target], str]] = {
     "sigma_rel": (SigmaRel, "0.02:0.28"),
     "beta": (Beta, "0.99:0.9999"),
@@ -150,23 +156,12 @@ class Axis:
         for given in self.values or ():
             if math.isclose(self._scaled(given), self._scaled(exact)):
                 return given
-        width = math.log(self._scaled(self.high) / self._scaled(self.low))
-        return min(max(self._rounded(exact, max(3, 2 - math.floor(math.log10(width)))), self.low), self.high)
-
-    def widened(self, upwards: bool, run: Run, t: float | None) -> Axis | None:
-        """Return the axis with its upper or lower end further out; None if averages beyond that end are not exact."""
-        end = self._scaled(self.high if upwards else self.low)
-        for stride in _STRIDES:
-            value = self._rounded(self._unscaled(end * stride if upwards else end / stride), 3)
-            if self.low <= value <= self.high or (self.kind.startswith("decay") and value * run.step < 1):
-                continue  # no whole number lies that near beyond the end, or a decay is shorter than a step
-            try:
-                error = _predicted_error(self.target(value), run, t)
-            except InvalidValueError:  # the average does not exist, or the run is too short for it
-                continue
-            if error < GOOD_ERROR:
-                return replace(self, high=value) if upwards else replace(self, low=value)
-        return None
+        digits = max(3, 2 - math.floor(math.log10(math.log(self._scaled(self.high) / self._scaled(self.low)))))
+        if self.kind == "beta":
+            rounded = round(1 - float(f"{1 - exact:.{digits}g}"), 12)
+        else:
+            rounded = round(exact) if self.kind in ("window", "last") else float(f"{exact:.{digits}g}")
+        return min(max(rounded, self.low), self.high)
 
     def _scaled(self, value: Any) -> Any:
         """Return the quantity whose logarithm is scaled: for a beta its time constant in steps, else the value."""
@@ -174,21 +169,6 @@ class Axis:
 
     def _unscaled(self, value: Any) -> Any:
         return 1 - 1 / value if self.kind == "beta" else value
-
-    def _rounded(self, value: float, digits: int) -> float:
-        """Return a value rounded to a number of significant digits, for a beta of 1 - beta."""
-        if self.kind == "beta":
-            return round(1 - float(f"{1 - value:.{digits}g}"), 12)
-        return round(value) if self.kind in ("window", "last") else float(f"{value:.{digits}g}")
-
-
-def _predicted_error(target: Target, run: Run, t: float | None) -> float:
-    """Return the predicted error of an average; 0 for a mean of checkpoints, which is exact if there are enough."""
-    if target.kind == "last":
-        run.plan([target], t=t)
-        return 0.0
-    (point,) = run.error_curve((0.1, 0.2), t=t, others=[target]).others
-    return point.predicted_error
 
 
 def good_range(run: Run, t: float | None = None) -> Axis:
@@ -203,6 +183,13 @@ def good_range(run: Run, t: float | None = None) -> Axis:
         raise InvalidValueError("sigma_rel", reason, "name a range, such as 0.05:0.25")
     low, high = max(ranges, key=lambda ends: ends[1] / ends[0])
     return Axis("sigma_rel", math.ceil(low * 1e4) / 1e4, math.floor(high * 1e4) / 1e4)
+
+
+def has_raw(run: Run, t: float | None = None) -> bool:
+    """Return whether a checkpoint holds the weights themselves at a time, by default at the newest snapshot's."""
+    sources = run.sources
+    time = sources[-1].info.t if t is None else t
+    return any(isinstance(source.profile, Point) and source.info.t == time for source in sources)
 
 
 @dataclass(frozen=True)
@@ -421,15 +408,12 @@ class Search:
 
     Arguments:
         axis: the lengths to search.
-        run, t: the run and the time of its averages; a range whose end is best is widened only while their predicted
-            error is small.
         known: successful trials of an earlier call.
         minimize: whether lower is better.
         budget: the most lengths to measure, each `repeats` times; a length that is measured again counts again.
         again: whether a length can be measured again with another seed.
 
     Attributes:
-        axis: the lengths that are searched, widened if an end was best.
         found: the estimate after the latest round.
         stopped: why the search ended.
     """
@@ -438,10 +422,9 @@ class Search:
     stopped = "it is still measuring"
 
     def __init__(
-        self, axis: Axis, run: Run, t: float | None, known: Iterable[Trial] = (), *, minimize: bool, budget: int,
-        repeats: int, again: bool,
-    ) -> None:  # fmt: skip
-        self.axis, self._run, self._t, self._minimize = axis, run, t, minimize
+        self, axis: Axis, known: Iterable[Trial] = (), *, minimize: bool, budget: int, repeats: int, again: bool
+    ) -> None:
+        self.axis, self._minimize = axis, minimize
         self._budget, self._repeats, self._again = budget, repeats, again
         self._all = list(known)
 
@@ -462,13 +445,11 @@ class Search:
             self._all += measure(wanted)
             self.found = self._estimate(min(3, len(first)))
             yield self.found
-            if wider := self._widen():
-                wanted = self._missing(wider)
-            elif values := self._next():
-                after = {value: max(self._seeds(value), default=-1) + 1 for value in values}
-                wanted = [(value, after[value] + index) for value in values for index in range(self._repeats)]
-            else:
+            values = self._next()
+            if not values:
                 return
+            after = {value: max(self._seeds(value), default=-1) + 1 for value in values}
+            wanted = [(value, after[value] + index) for value in values for index in range(self._repeats)]
 
     def _seeds(self, value: float) -> set[int]:
         """Return the seeds of the trials of a value."""
@@ -483,18 +464,6 @@ class Search:
         """The number of lengths that may still be measured."""
         spent = (-(-len(self._seeds(value)) // self._repeats) for value in {trial.x for trial in self.trials})
         return self._budget - sum(spent)
-
-    def _widen(self) -> list[float]:
-        """Widen the axis if its end is best, and return the new values to measure, if any."""
-        edge, left = self.found.edge, self._left
-        if edge is None or self.axis.values is not None or left <= 0:
-            return []
-        upwards = edge == self.axis.high
-        wider = self.axis.widened(upwards, self._run, self._t)
-        if wider is None:
-            return []
-        self.axis, end = wider, wider.high if upwards else wider.low
-        return list(dict.fromkeys((wider.value_at(float(wider.place([edge, end]).mean())), end)))[:left]
 
     def _next(self) -> list[float]:
         """Return the values of the next round; none if the search has ended, for the reason in `stopped`."""
@@ -513,9 +482,7 @@ class Search:
                 return values
         if edge is not None:
             kind, title = "list" if self.axis.values else "range", self.axis.target(edge).title
-            reason += f"; the best lies at the end of the {kind}, {title}"
-            limit = f", beyond which no average is exact within {100 * GOOD_ERROR:g} %"
-            reason += ", and may lie beyond" if self.axis.values or left <= 0 else limit
+            reason += f"; the best lies at the end of the {kind}, {title}, and may lie beyond"
         self.stopped = reason
         return []
 
@@ -539,3 +506,102 @@ def check_counts(repeats: int, budget: int, axis: Axis) -> None:
         reason = f"must be at least {least}, the number of lengths that a search begins with"
         raise InvalidValueError("budget", reason, value=budget)
     check_count("repeats", repeats)
+
+
+# --- the report
+
+
+@dataclass(frozen=True, repr=False)
+class SweepReport:
+    """The result of a sweep.
+
+    Attributes:
+        metric: the name of the metric.
+        minimize: whether lower is better.
+        trials: all trials; failed ones have an error.
+        found: the estimate.
+        stopped: why the search ended.
+        outputs: the files of the best average.
+        settings: the settings that the trials share.
+        again: the command line that repeats the sweep.
+    """
+
+    metric: str
+    minimize: bool
+    trials: tuple[Trial, ...]
+    found: Estimate
+    stopped: str
+    outputs: tuple[Path, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    again: str = ""
+
+    @property
+    def best(self) -> Target:
+        """The average whose metric is estimated to be best, which was written."""
+        return self.found.axis.target(self.found.best)
+
+    def __repr__(self) -> str:
+        estimate = f"{self.metric} {self.found.mean:.6g} ± {self.found.standard_error:.2g} (estimate)"
+        unmeasured = "not measured, since neither a checkpoint nor a tracker with its model has them"
+        raw = f"raw weights {unmeasured if self.raw is None else f'{self.raw:.6g}'}"
+        return f"SweepReport({self.best.title}: {estimate}, {len(self.trials)} trials; {self.stopped}; {raw})"
+
+    def _repr_html_(self) -> str:
+        """Return the picture of the sweep, for a notebook."""
+        from posthoc_cli import plots
+
+        return plots.as_file(functools.partial(plots.sweep_figure, self.to_dict()), ".svg").decode().partition("?>")[2]
+
+    @property
+    def raw(self) -> float | None:
+        """The mean metric of the raw weights; None if they were not measured."""
+        values = [trial.value for trial in self.trials if trial.target == RAW and trial.value is not None]
+        return sum(values) / len(values) if values else None
+
+    def write(self, folder: str | Path) -> None:
+        """Write the report to a folder, for `ema report`; raise a WriteError if that fails."""
+        folder = files.expanded(folder)
+        with files.reported_as_write_error(folder):
+            files.make_directory(folder)
+        files.write_atomically(folder / RESULT, f"{json.dumps(self.to_dict(), indent=1)}\n".encode(), overwrite=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values for JSON."""
+        found = self.found
+        curve = zip(found.xs.tolist(), found.curve.tolist(), found.errors.tolist(), strict=True)
+        return {
+            "metric": self.metric,
+            "minimize": self.minimize,
+            "axis": found.axis.kind,
+            "best": {"target": self.best.title, found.axis.kind: found.best},
+            "estimate": found.mean,
+            "standard_error": found.standard_error,
+            "equal_within_noise": [found.low, found.high],
+            "expected_regret": found.regret,
+            "noise": found.noise,
+            "raw": self.raw,
+            "stopped": self.stopped,
+            "trials": [vars(trial) for trial in self.trials],
+            "curve": [{"x": x, "estimate": y, "standard_error": error} for x, y, error in curve],
+            "again": self.again,
+            "outputs": list(map(str, self.outputs)),
+            "settings": self.settings,
+        }
+
+
+def answer(found: dict[str, Any]) -> dict[str, str]:
+    """Return the results of a report's `to_dict` as texts for people."""
+    low, high = found["equal_within_noise"]
+    trials = found["trials"]
+    failed = sum(trial["value"] is None for trial in trials)
+    measured = {trial["target"] for trial in trials if trial["value"] is not None} - {RAW}
+    return {
+        "best": str(found["best"]["target"]),
+        "metric": str(found["metric"]),
+        "estimate": f"{found['estimate']:.6g} ± {found['standard_error']:.2g}",
+        "equal": f"{low:.12g} to {high:.12g}",
+        "raw": "not measured" if found["raw"] is None else f"{found['raw']:.6g}",
+        "measured": f"{len(measured)} averages in {len(trials)} trials"
+        + f", {failed} of which failed" * bool(failed)
+        + f"; {found['stopped']}",
+    }

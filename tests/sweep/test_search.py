@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import pytest
 
-from posthoc_cli import Run
 from posthoc_cli.sweep import Axis
 from posthoc_cli.sweep.search import NEXT, POINTS, Search, Trial, estimate, first_batch, next_batch
 
@@ -121,8 +119,8 @@ def test_the_estimate_does_not_depend_on_the_unit_of_the_metric(scale: float) ->
 
 
 def searched(noise: float, budget: int, repeats: int = 1, seed: int = 0) -> Search:
-    """Search a bowl within the range, whose best is never at an end, so that no run is asked to widen it."""
-    search = Search(AXIS, cast(Run, None), None, minimize=True, budget=budget, repeats=repeats, again=True)
+    """Search a bowl within the range."""
+    search = Search(AXIS, minimize=True, budget=budget, repeats=repeats, again=True)
     random = np.random.default_rng(seed)
 
     def measure(wanted: Sequence[tuple[float, int]]) -> list[Trial]:
