@@ -51,7 +51,6 @@ from posthoc_cli.snapshots.prune import prune as prune_directory
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import (
     EarlierRun,
-    FileSource,
     Source,
     chosen_up_to,
     counted,
@@ -162,7 +161,7 @@ class Run:
             sources = self.sources
         except PostHocError as error:
             return f"Run({str(self.directory)!r}: {error.reason})"
-        widths, last = self.profiles, sources[-1].info
+        widths, last = self.profiles, sources[-1]
         what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}" if widths else "checkpoints"
         return f"Run({str(self.directory)!r}: {len(sources)} {what} up to {last.t:g} {last.t_unit})"
 
@@ -181,26 +180,24 @@ class Run:
     @property
     def profiles(self) -> list[float]:
         """The sigma_rel of each tracked profile."""
-        return sorted({source.info.sigma_rel for source in self.sources if isinstance(source.profile, PowerFunction)})
+        return sorted({source.sigma_rel for source in self.sources if isinstance(source.profile, PowerFunction)})
 
     @property
     def t(self) -> float:
         """Training time of the newest snapshot."""
-        return self.sources[-1].info.t
+        return self.sources[-1].t
 
     @property
     def step(self) -> int:
         """Calls of `update_` up to the newest snapshot."""
-        return self.sources[-1].info.step
+        return self.sources[-1].step
 
     @property
     def tensors(self) -> dict[str, Entry]:
         """Dtype (its safetensors name) and shape of every tensor of an average, under all its names."""
         newest = self.sources[-1]
-        names = {name: name for name in newest.info.tensors} | newest.info.aliases
-        return {
-            alias: Entry(newest.info.tensors[name].dtype, newest.entries[name].shape) for alias, name in names.items()
-        }
+        names = {name: name for name in newest.tensors} | newest.aliases
+        return {alias: Entry(newest.tensors[name].dtype, newest.entries[name].shape) for alias, name in names.items()}
 
     def info(self) -> dict[str, Any]:
         """Return a description of the directory and its problems, from headers: see `describe`.
@@ -336,13 +333,12 @@ class Run:
         the tensors is read if headers have no measurements.
         """
         sources = self.sources
-        infos = [source.info for source in sources]
         usable, later = chosen_up_to(sources, time_between([source.profile for source in sources], t))
-        last, known = usable[-1].info.t, [*usable, *later]
-        found = counted(sources, len(usable), sum(info.t <= last for info in infos))
-        label = f"{self.directory}: {found} up to {last:,.12g} {infos[0].t_unit}"
-        profiles, first = [source.profile for source in known], min(info.t_first for info in infos)
-        candidate = Candidate(label, profiles, source_prior(known), run_clock(infos), first)
+        last, known = usable[-1].t, [*usable, *later]
+        found = counted(sources, len(usable), sum(source.t <= last for source in sources))
+        label = f"{self.directory}: {found} up to {last:,.12g} {sources[0].t_unit}"
+        profiles, first = [source.profile for source in known], min(source.t_first for source in sources)
+        candidate = Candidate(label, profiles, source_prior(known), run_clock(sources), first)
         return error_curve(candidate, sigma_range, t=t, method=method, others=as_targets(others))
 
     # --- maintenance
@@ -439,7 +435,7 @@ def plan_training(
         check_count("disk", disk)
     earlier, assumption = EarlierRun(None, {}), EVENLY
     if like is not None:
-        earlier = scaled_run([source for source in like.sources if isinstance(source, FileSource)], steps)
+        earlier = scaled_run(like.sources, steps)
         assumption = f"the network moves as in {like.directory}"
         if earlier.motion is None:
             assumption = f"{EVENLY}: the motion of {like.directory} is not known"

@@ -45,7 +45,7 @@ def filled(folder: Path, *steps: int, size: int = 3) -> Path:
 
 
 def check_average(
-    run: Run, states: Mapping[Any, Weights], target: float = 0.2, strip: str = "", at: str = "info.step",
+    run: Run, states: Mapping[Any, Weights], target: float = 0.2, strip: str = "", at: str = "step",
     exact: float = 1e-12,
 ) -> None:  # fmt: skip
     """Check that an average is the planned combination of weights, with the newest values of all other tensors."""

@@ -128,7 +128,7 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
     A tensor is cut along its first dimension as `torch.chunk` does, or into a grid of `grids`; its chunks belong to the
     first parts, in order, without those that have no elements. The first part has all of the measurements.
     """
-    info, values = read_snapshot(path).info, load_file(path)
+    info, values = read_snapshot(path), load_file(path)
     folder = path.with_name(path.name.removesuffix(".safetensors"))
     held: list[dict[str, tuple[torch.Tensor, Chunk]]] = [{} for _ in range(parts)]
     for name, value in values.items():
@@ -200,7 +200,7 @@ def rewrite_snapshot(
     path: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None, **fields: object
 ) -> None:
     """Write a snapshot again, with correct checksums and other values or other `fields` of its Snapshot."""
-    info, values = read_snapshot(path).info, load_file(path)
+    info, values = read_snapshot(path), load_file(path)
     change(values)
     write_tensors(path, values, replace(info, **fields), overwrite=True)  # type: ignore[arg-type]
 

@@ -173,7 +173,7 @@ def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> Non
 
 def restore(model: nn.Module, directory: Path) -> None:
     """Move a model to the newest time that has all snapshots, as a training restores its own checkpoint."""
-    stored = Counter(snapshot.info.step for snapshot in find_snapshots(directory)) if directory.exists() else {}
+    stored = Counter(snapshot.step for snapshot in find_snapshots(directory)) if directory.exists() else {}
     move(model, max((step for step, count in stored.items() if count == len(SETTINGS["sigma_rels"])), default=0))
 
 

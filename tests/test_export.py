@@ -201,7 +201,7 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
     tensors = {"w": TrackedTensor("average", "F32"), "var": TrackedTensor("copy", "F32")}
     aliases = {"tied": "w", "var too": "var"}
     source = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": w, "var": var}, tensors=tensors, aliases=aliases)
-    folder = write_sharded(tmp_path / "10", read_snapshot(source).info, [{"w": w}, {"var": var}])
+    folder = write_sharded(tmp_path / "10", read_snapshot(source), [{"w": w}, {"var": var}])
     out = tmp_path / "out.safetensors"
     for path, name in ((source, source.name), (folder, "10"), (folder / INDEX, "10")):
         export_file(path, out, overwrite=True)

@@ -179,8 +179,8 @@ def test_the_hook_in_the_readme_saves_the_final_averages_and_continues_when_it_i
         Path("task.py").write_text(programs["task.py"].replace("torch.randn(2000,", f"torch.randn({count},"))
         os.utime("task.py", (count, count))  # a cached module of equal size and time would be used instead
         forked.check(programs["train.py"])
-        assert {s.info.t for s in read_directory(Path("run/ema"))} >= set(times)
-    assert read_directory(Path("run/ema"))[-1].info.t == steps // 10 * 10 + 20
+        assert {s.t for s in read_directory(Path("run/ema"))} >= set(times)
+    assert read_directory(Path("run/ema"))[-1].t == steps // 10 * 10 + 20
 
 
 def test_the_readme_is_short_and_links_to_every_guide() -> None:

@@ -167,16 +167,16 @@ def test_three_successive_averages_show_recent_motion(tmp_path: Path, library: s
     early[:400] += torch.randn(400, path.shape[1], generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     for source, info in zip(sources, with_sampled_measurements(sources), strict=True):
         assert info.measurements is not None
-        if source.info.t < 150:  # without two earlier averages
-            assert len(info.measurements.distances) == source.info.t // 50 * 2 - 1
+        if source.t < 150:  # without two earlier averages
+            assert len(info.measurements.distances) == source.t // 50 * 2 - 1
             continue
         (distance,) = info.measurements.distances
         assert isinstance(distance.other, Discrete)
         assert isinstance(source.profile, Discrete)
-        for values in (path, early) if source.info.t > 500 else (path,):
+        for values in (path, early) if source.t > 500 else (path,):
             difference = averaged(source.profile, values) - averaged(distance.other, values)
             assert float(difference.square().sum()) == pytest.approx(distance.squared, rel=1e-6)
-        assert distance.other.t == source.info.t - 50
+        assert distance.other.t == source.t - 50
 
 
 @pytest.mark.parametrize("library", ["ema-pytorch", "posthoc-ema"])

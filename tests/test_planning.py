@@ -113,7 +113,7 @@ def test_a_schedule_predicts_the_snapshots_that_a_tracker_leaves(tmp_path: Path,
     with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
         for _ in range(1050):
             tracker.update_(model)
-    left = [s.profile for s in read_directory(tmp_path) if not s.info.off_schedule]
+    left = [s.profile for s in read_directory(tmp_path) if not s.off_schedule]
     assert len(planned) == len(left) == 2 * (keep or 10)
     assert {p.t for p in planned} >= {1000.0}
     if keep is None:  # the choice of thinning depends on how the network moved

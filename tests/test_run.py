@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Run:
 
 def test_a_run_describes_its_snapshots(run: Run) -> None:
     assert (run.t, run.step, run.profiles) == (100.0, 100, [0.05, 0.28])
-    assert [snapshot.info.t for snapshot in run.snapshots[:3]] == [10.0, 10.0, 20.0]
+    assert [snapshot.t for snapshot in run.snapshots[:3]] == [10.0, 10.0, 20.0]
     assert {name: (spec.dtype, spec.shape) for name, spec in run.tensors.items()} == {
         "w": ("F32", (5, 3)), "b": ("F32", (3,)),
     }  # fmt: skip

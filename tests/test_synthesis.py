@@ -93,7 +93,7 @@ def test_only_snapshots_at_or_before_the_time_are_used_and_copies_come_from_the_
     write_random(tmp_path)
     plan = plan_of(tmp_path, t=t)
     assert plan.t == (40 if t is None else t)
-    assert {source.info.t for source in plan.sources} == {time for time in TIMES if time <= newest}
+    assert {source.t for source in plan.sources} == {time for time in TIMES if time <= newest}
     assert [value.item() for value in dict(synthesize(plan))["count"]] == [newest] * 3
 
 

@@ -103,7 +103,7 @@ def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen_times(run: Path, t: float) -> list[float]:
-    profiles = [s.profile for s in read_directory(run) if s.info.t <= t]
+    profiles = [s.profile for s in read_directory(run) if s.t <= t]
     return [profiles[i].t for i in thinned_subset(profiles, 20)]
 
 
@@ -112,7 +112,7 @@ def chosen_times(run: Path, t: float) -> list[float]:
 def test_a_synthesis_uses_the_choice_up_to_its_time(run: Path, t: float, method: str) -> None:
     plan = plan_synthesis(disk_sources(run), [0.15], t, method=method)
     assert (plan.solved, plan.available) == (20, 2 * int(t // 5))
-    assert [source.info.t for source in plan.sources] == chosen_times(run, t)
+    assert [source.t for source in plan.sources] == chosen_times(run, t)
     choice = f"20 of {plan.available} snapshots up to t = {t:g}, evenly in time"
     assert plan.choice == choice
     few = plan_synthesis(disk_sources(run), [0.15], 50.0)
@@ -133,12 +133,12 @@ def test_the_choice_does_not_depend_on_the_targets(run: Path) -> None:
 @pytest.mark.usefixtures("_twenty")
 def test_pruning_first_deletes_snapshots_that_no_reconstruction_uses(run: Path) -> None:
     snapshots = read_directory(run)
-    outside = [s.path for s in snapshots if s.info.t not in chosen_times(run, 200.0)]
+    outside = [s.path for s in snapshots if s.t not in chosen_times(run, 200.0)]
     pruned = plan_pruning(snapshots, keep=3)
     assert {s.path for s in pruned.to_delete[:60]} == set(outside)
     assert len(pruned.kept) == 6
     # Any prefix of the deletions leaves an evenly thinned directory.
-    assert np.histogram([s.info.t for s in pruned.to_delete[:21]], bins=4, range=(0, 200))[0].min() >= 2
+    assert np.histogram([s.t for s in pruned.to_delete[:21]], bins=4, range=(0, 200))[0].min() >= 2
     few = plan_pruning(snapshots, keep=35)
     assert len(few.to_delete) == 10
     assert few.after.worst < 1.6 * few.before.worst  # other snapshots are chosen among the remaining ones
@@ -146,6 +146,6 @@ def test_pruning_first_deletes_snapshots_that_no_reconstruction_uses(run: Path) 
 
 @pytest.mark.usefixtures("_twenty")
 def test_snapshots_that_training_resumes_from_stay_even_if_not_chosen(run: Path) -> None:
-    snapshots = [s for s in read_directory(run) if (s.info.t, s.info.sigma_rel) != (200.0, 0.28)]
+    snapshots = [s for s in read_directory(run) if (s.t, s.sigma_rel) != (200.0, 0.28)]
     kept = plan_pruning(snapshots, keep=1).kept
-    assert {(s.info.t, s.info.sigma_rel) for s in kept} == {(200.0, 0.05), (195.0, 0.05), (195.0, 0.28)}
+    assert {(s.t, s.sigma_rel) for s in kept} == {(200.0, 0.05), (195.0, 0.05), (195.0, 0.28)}

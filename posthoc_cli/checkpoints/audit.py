@@ -40,7 +40,7 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import RAMP_UP, DecayRule, FloatArray, OrdinaryEMA, Point, gamma_from_sigma_rel
 from posthoc_cli.snapshots.path import decode_sample, places
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.snapshots.sources import FileSource, Source
+from posthoc_cli.snapshots.sources import Source
 
 _SLACK = 1.1
 """Largest factor between the found and the claimed length of an average that is as claimed."""
@@ -520,30 +520,28 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None, every
 
 def _audit_checkpoints(sources: Sequence[Source], claimed: float | None, every: int) -> Iterator[Audit]:
     """Yield the audit of each average, by sigma_rel."""
-    files = [source for source in sources if isinstance(source, FileSource)]
-    weights = {source.info.t: source for source in files if isinstance(source.profile, Point)}
-    by_width: dict[float, list[FileSource]] = {}
+    files = [source for source in sources if source.files]
+    weights = {source.t: source for source in files if isinstance(source.profile, Point)}
+    by_width: dict[float, list[Source]] = {}
     for source in files:
-        if not isinstance(source.profile, Point) and source.info.t in weights:
-            by_width.setdefault(source.info.sigma_rel, []).append(source)
+        if not isinstance(source.profile, Point) and source.t in weights:
+            by_width.setdefault(source.sigma_rel, []).append(source)
     for width, averages in sorted(by_width.items()):
         if len(averages) > 1:
             first, name = averages[0], f"sigma_rel {width:g}" if width else ""
-            pieces = choose_pieces({name: math.prod(first.entries[name].shape) for name in first.info.averages})
-            before = max((t for t in weights if t < first.info.t), default=None)
+            pieces = choose_pieces({name: math.prod(first.entries[name].shape) for name in first.averages})
+            before = max((t for t in weights if t < first.t), default=None)
             is_absent = before is not None and len(averages) == sum(t > before for t in weights)
             pairs = [(weights[before],) * 2] if before is not None and is_absent and _may_begin(first, before) else []
-            pairs += [(weights[average.info.t], average) for average in averages]
+            pairs += [(weights[average.t], average) for average in averages]
             samples = (read_sample(*pair, pieces) for pair in pairs)
             model, starts = _claim(averages, width, claimed, every)
             updates = getattr(averages[-1], "updates", None)
             calls = updates is not None and updates.counts_calls and getattr(model, "decay", DecayRule(0.5)).stride == 1
-            yield from _audit_samples(
-                samples, name, [name for name, *_ in pieces], model, starts, first.info.t_unit, calls
-            )
+            yield from _audit_samples(samples, name, [name for name, *_ in pieces], model, starts, first.t_unit, calls)
 
 
-def _may_begin(first: FileSource, before: float) -> bool:
+def _may_begin(first: Source, before: float) -> bool:
     """Return whether nothing says that an average began before the last file without it, so that it began later."""
     updates, settings = getattr(first, "updates", None), getattr(first.profile, "settings", {})
     return (
@@ -552,7 +550,7 @@ def _may_begin(first: FileSource, before: float) -> bool:
 
 
 def _claim(
-    averages: Sequence[FileSource], width: float, claimed: float | None, every: float
+    averages: Sequence[Source], width: float, claimed: float | None, every: float
 ) -> tuple[Model, tuple[float, ...]]:
     """Return the model that averages are claimed to follow, and the restarts that their settings say."""
     profiles = [source.profile for source in averages if isinstance(source.profile, OrdinaryEMA)]
@@ -560,7 +558,7 @@ def _claim(
     if width:
         every, first = settings.get("every", 0.0), settings.get("first", 0.0)
         return PowerModel(gamma_from_sigma_rel(width) + 1, every, (float(first - every),)), ()
-    decay: float | None = getattr(averages[-1].info, "decay", 0.0) or None
+    decay: float | None = getattr(averages[-1], "decay", 0.0) or None
     if claimed is not None:
         settings["decay"] = decay = claimed
     every = settings.pop("every", every)
@@ -578,17 +576,17 @@ def _claim(
 def _audit_snapshots(snapshots: Sequence[Snapshot]) -> Iterator[Audit]:
     """Yield the audit of each tracked average, from the samples of weights and average in the headers."""
     last = snapshots[-1]
-    shapes = {name: last.entries[name].shape for name in last.info.averages}
+    shapes = {name: last.entries[name].shape for name in last.averages}
     names = [name for name, _ in places(shapes)]
     cuts = np.array_split(np.arange(len(names)), min(PIECES, len(names)))
-    for width in sorted({one.info.sigma_rel for one in snapshots}):
+    for width in sorted({one.sigma_rel for one in snapshots}):
         samples = []
         for snapshot in snapshots:
-            if snapshot.info.sigma_rel == width and snapshot.info.sample:
-                weights, average = (values.astype(np.float64) for values in decode_sample(snapshot.info.sample))
+            if snapshot.sigma_rel == width and snapshot.sample:
+                weights, average = (values.astype(np.float64) for values in decode_sample(snapshot.sample))
                 if len(weights) == len(names):
                     parts = [[values[cut] for cut in cuts] for values in (weights, average)]
-                    samples.append(Sample(snapshot.info.t, parts[0], parts[1], np.zeros(len(cuts))))
+                    samples.append(Sample(snapshot.t, parts[0], parts[1], np.zeros(len(cuts))))
         model = PowerModel(gamma_from_sigma_rel(width) + 1)
         yield from _audit_samples(samples, f"sigma_rel {width:g}", [names[cut[0]] for cut in cuts], model)
 

@@ -42,7 +42,7 @@ from scipy.optimize import minimize_scalar
 
 from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.profiles import POWER, DecayRule, FloatArray, sigma_rel_from_gamma
-from posthoc_cli.snapshots.sources import FileSource, expected_rounding
+from posthoc_cli.snapshots.sources import Source, expected_rounding
 
 _MOST_ELEMENTS, _MOST_ELEMENTS_IN_SERIES = 1_000_000, 30_000
 """Largest number of elements in the sample of one checkpoint, and in that of a `Series`."""
@@ -119,7 +119,7 @@ def choose_pieces(sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
     return pieces
 
 
-def read_sample(weights: FileSource, average: FileSource, pieces: Sequence[tuple[str, int, int]]) -> Sample:
+def read_sample(weights: Source, average: Source, pieces: Sequence[tuple[str, int, int]]) -> Sample:
     """Return the sample of these pieces; raise NonFiniteError for nan or infinity."""
     read = []
     for source in (weights, average):
@@ -130,7 +130,7 @@ def read_sample(weights: FileSource, average: FileSource, pieces: Sequence[tuple
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
     dtypes = [average.entries[name].dtype for name, *_ in pieces]
     rounding = [expected_rounding(values, dtype, "F32") for values, dtype in zip(read[1], dtypes, strict=True)]
-    return Sample(average.info.t, read[0], read[1], np.array(rounding))
+    return Sample(average.t, read[0], read[1], np.array(rounding))
 
 
 @dataclass

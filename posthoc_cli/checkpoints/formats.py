@@ -267,21 +267,19 @@ def _misfits_by_interval(
     """Return the misfit of each update_every, by distances in a sample of the tensors; empty if they show nothing."""
     # After the first update all averages are equal: any distance is a rounding error.
     sources = [one for one in checkpoints if isinstance(one.profile, Discrete) and one.profile.times.size > 1]
-    times = sorted({source.info.t for source in sources})[-_TIMES:]
-    sources = [source for source in sources if source.info.t in times]
+    times = sorted({source.t for source in sources})[-_TIMES:]
+    sources = [source for source in sources if source.t in times]
     if len(times) < 2 or len(sources) < 2 * len(times):
         return {}
     measured = sample_measurements(sources)
-    least_step = min(source.info.step for source in sources)
+    least_step = min(source.step for source in sources)
     misfits = {}
     for every in sorted({given, *(value for value in _EVERY if value <= least_step)}):
-        profiles = {
-            one.profile: _numbered_profile(library, one.info.gamma, one.info.step, settings, every) for one in sources
-        }
+        profiles = {one.profile: _numbered_profile(library, one.gamma, one.step, settings, every) for one in sources}
         averages = []
         for source, measurements in zip(sources, measured, strict=True):
             distances = tuple(replace(d, other=profiles[d.other]) for d in measurements.distances)
-            average = source.info.average(profiles[source.profile])
+            average = source.average(profiles[source.profile])
             averages.append(replace(average, measurements=replace(measurements, distances=distances)))
         if not math.isnan(found := misfit(averages)):  # nan if nothing moved
             misfits[every] = found

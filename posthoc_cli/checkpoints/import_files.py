@@ -99,7 +99,7 @@ def is_import(path: str | Path) -> bool:
 
 def make_manifest(folder: Path, origin: Path, settings: ImportSettings, checkpoints: Sequence[Checkpoint]) -> Manifest:
     """Return the manifest, to be written into `folder`, of checkpoints that were found at `origin`."""
-    listed = {one.path: (one.path, one.kind, one.info.step) for one in checkpoints}
+    listed = {one.path: (one.path, one.kind, one.step) for one in checkpoints}
     paths = {part.path for checkpoint in checkpoints for part in checkpoint.files}
     for path in listed:  # the index or configuration of a folder, too
         for place in [*sets_in(path).values()] or [path] if path.is_dir() else []:

@@ -46,18 +46,16 @@ class Import:
     @property
     def counts(self) -> Counter[str]:
         """The number of checkpoints by what they hold."""
-        return Counter(one.info.holds for one in self.checkpoints)
+        return Counter(one.holds for one in self.checkpoints)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {
-            "run": self.checkpoints[0].info.run_id,
+            "run": self.checkpoints[0].run_id,
             "out": None if self.out is None else str(self.out),
             "written": self.written,
             "checks": list(self.checks),
-            "checkpoints": [
-                {"path": str(one.path), "t": one.info.t, "holds": one.info.holds} for one in self.checkpoints
-            ],
+            "checkpoints": [{"path": str(one.path), "t": one.t, "holds": one.holds} for one in self.checkpoints],
         }
 
 
@@ -98,7 +96,7 @@ def import_checkpoints(
             raise InvalidValueError("out", reason, "upload the files, and import them by URL", value=target)
     found = _open_foreign(origin, given)
     if given.update_after_step and all(isinstance(one.profile, Point) or is_copy(one) for one in found):
-        reason = f"is not before the last checkpoint, of step {found[-1].info.step:,}: no average has begun"
+        reason = f"is not before the last checkpoint, of step {found[-1].step:,}: no average has begun"
         raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
     profiles = [one.profile for one in found if isinstance(one.profile, OrdinaryEMA)]
     if profiles and given.update_every is None:  # known from all files together: one alone may not show it
@@ -129,7 +127,7 @@ def _open_foreign(origin: Path, settings: ImportSettings) -> list[Checkpoint]:
 def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:
     """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about it."""
     # Some files may say their decay, of which all have the same.
-    unclaimed = [replace(one, info=replace(one.info, decay=0.0, sigma_rel=0.0)) for one in sources]
+    unclaimed = [replace(one, decay=0.0, sigma_rel=0.0) for one in sources]
     try:
         (audit, *_) = audit_sources(unclaimed, every=given.update_every or 1)
     except InvalidValueError:

@@ -124,7 +124,7 @@ def _common_interval(checkpoints: Sequence[Checkpoint]) -> int | None:
     Raises:
         MismatchError: their counts and steps fit no such number.
     """
-    averages = [(one.path, one.info.step, one.profile.settings) for one in by_time(checkpoints)
+    averages = [(one.path, one.step, one.profile.settings) for one in by_time(checkpoints)
                 if isinstance(one.profile, OrdinaryEMA)]  # fmt: skip
     if len({counted["every"] for *_, counted in averages}) < 2:
         return None
@@ -249,19 +249,19 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """
     kept: dict[tuple[float, str], Checkpoint] = {}
     for other in by_time(checkpoints):
-        one = kept.setdefault((other.info.t, other.info.holds), other)
+        one = kept.setdefault((other.t, other.holds), other)
         if one is not other and not _is_duplicate(one, other):
-            reason = f"are both of step {one.info.t:,.12g}"
+            reason = f"are both of step {one.t:,.12g}"
             raise MismatchError(f"{one.path} and {other.path}", reason, "name the files of one run by a glob")
-    weights = {one.info.t for one in kept.values() if isinstance(one.profile, Point)}
-    ordered = _with_labels([one for one in kept.values() if one.info.t not in weights or not is_copy(one)])
+    weights = {one.t for one in kept.values() if isinstance(one.profile, Point)}
+    ordered = _with_labels([one for one in kept.values() if one.t not in weights or not is_copy(one)])
     first = ordered[0]
     for one in ordered[1:]:
         if (difference := _difference(first, one)) is not None:
             raise MismatchError(f"{first.path} and {one.path}", difference, _CHOOSE)
     names = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
-    return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
+    return [replace(one, run_id=run_id) for one in ordered]
 
 
 def is_copy(one: Checkpoint) -> bool:
@@ -271,7 +271,7 @@ def is_copy(one: Checkpoint) -> bool:
 
 def _is_duplicate(one: Checkpoint, other: Checkpoint) -> bool:
     """Return whether two checkpoints have the same values among the first elements of each tensor."""
-    sizes = [{name: math.prod(source.entries[name].shape) for name in source.info.averages} for source in (one, other)]
+    sizes = [{name: math.prod(source.entries[name].shape) for name in source.averages} for source in (one, other)]
     if sizes[0] != sizes[1]:
         return False
     with one, other:
@@ -301,14 +301,14 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
     Raises:
         MismatchError: a tensor is missing, has another shape, or cannot be averaged; or a checkpoint is an average.
     """
-    newest = max(snapshots, key=lambda snapshot: snapshot.info.t)
-    clock = run_clock([snapshot.info for snapshot in snapshots])
+    newest = max(snapshots, key=lambda snapshot: snapshot.t)
+    clock = run_clock(snapshots)
     converted = []
     for one in checkpoints:
         pair = f"{newest.path} and {one.path}"
         if not isinstance(one.profile, Point):
             raise MismatchError(pair, "are averages of two libraries", "open one of them")
-        for name, tensor in newest.info.tensors.items():
+        for name, tensor in newest.tensors.items():
             expected, found = newest.entries[name], one.entries.get(name)
             if found is None:
                 reason = f"are of different models: {one.name} has no {shown(name)}"
@@ -319,27 +319,26 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
             else:
                 continue
             raise MismatchError(pair, reason, _CHOOSE)
-        shared = {name: getattr(newest.info, name) for name in ("run_id", "t_unit", "tensors", "aliases", "left_out")}
-        info = replace(one.info, profile=Point(float(clock.time_at(one.info.step))), **shared)
-        converted.append(replace(one, info=info))
+        shared = {name: getattr(newest, name) for name in ("run_id", "t_unit", "tensors", "aliases", "left_out")}
+        converted.append(replace(one, profile=Point(float(clock.time_at(one.step))), **shared))
     return converted
 
 
 def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
     """Return why two checkpoints cannot be of one run, as a phrase to follow their names; None if they can."""
-    names = [{*one.entries, *one.info.aliases} for one in (first, other)]
+    names = [{*one.entries, *one.aliases} for one in (first, other)]
     if differing := sorted(names[0] ^ names[1]):
         only = first if differing[0] in names[0] else other
         more = f", and {len(differing) - 1} more differ" * (len(differing) > 1)
         return f"are of different models: only {only.name} has {names_in(differing[:1])}{more}"
-    if first.info.aliases != other.info.aliases:
-        tied = sorted(first.info.aliases.keys() ^ other.info.aliases.keys()) or sorted(first.info.aliases)
+    if first.aliases != other.aliases:
+        tied = sorted(first.aliases.keys() ^ other.aliases.keys()) or sorted(first.aliases)
         return f"differ in what {shown(tied[0])} is tied to"
     for name, entry in first.entries.items():
         found = other.entries[name]
         if entry.shape != found.shape:
             return f"have shapes {list(entry.shape)} and {list(found.shape)} of tensor {shown(name)}"
-        if first.info.tensors[name].role != other.info.tensors[name].role:
+        if first.tensors[name].role != other.tensors[name].role:
             words = [DTYPES[dtype].torch_name for dtype in (entry.dtype, found.dtype)]
             return f"do not match: tensor {shown(name)} is of {words[0]} and of {words[1]}"
     return None
@@ -360,8 +359,8 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
     return {
         "kind": "checkpoints",
         "path": str(place),
-        "run": newest.info.run_id,
-        **{key: getattr(newest.info, key) for key in ("t_unit", "t", "step")},
+        "run": newest.run_id,
+        **{key: getattr(newest, key) for key in ("t_unit", "t", "step")},
         **describe_tensors(newest),
         "bytes": sum(one.file_bytes for one in checkpoints),
         "checkpoints": list_checkpoints(checkpoints),
@@ -371,6 +370,6 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
 def list_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     """Return the file, time, content and identity of each checkpoint, for JSON."""
     return [
-        {"file": one.name, "t": one.info.t, "holds": one.info.holds, "bytes": one.file_bytes,
+        {"file": one.name, "t": one.t, "holds": one.holds, "bytes": one.file_bytes,
          "identity": one.identity} for one in checkpoints
     ]  # fmt: skip

@@ -36,7 +36,7 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots.snapshot import check_globs, make_selection
-from posthoc_cli.snapshots.sources import FileSource, SourceInfo, TrackedTensor
+from posthoc_cli.snapshots.sources import Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -183,74 +183,6 @@ UNSPECIFIED = ImportSettings()
 
 
 @dataclass(frozen=True)
-class CheckpointInfo(SourceInfo):
-    """The description of a checkpoint without its tensors' values: see `format.SourceInfo`.
-
-    Attributes:
-        profile: profile of its tensors: `Point` for weights, or that of an average.
-        step: step of the training; `t` is that of the profile.
-        t_unit: unit of `t`.
-        tensors: role and dtype of each tensor.
-        aliases: further names of tensors.
-        sigma_rel: width that the user of another library asked for; 0 for weights and other averages.
-        decay: decay of an ordinary EMA after its warm-up; 0 if it is unknown, and for other tensors.
-        run_id: hash of names, shapes and content; empty until checkpoints were compared with each other.
-        left_out: names in the model's state that are not used.
-    """
-
-    profile: StoredProfile
-    step: int
-    t_unit: str
-    tensors: dict[str, TrackedTensor]
-    aliases: dict[str, str]
-    sigma_rel: float = 0.0
-    decay: float = 0.0
-    run_id: str = ""
-    left_out: tuple[str, ...] = ()
-    measurements: None = None
-    sketch: str = ""
-    sample: str = ""
-
-    @property
-    def t(self) -> float:  # type: ignore[override]  # in a frozen class no field can be assigned either
-        """The time of the profile."""
-        return self.profile.t
-
-    @property
-    def t_first(self) -> float:  # type: ignore[override]
-        """The earliest time that has mass in averages of a run with this profile, on a clock of steps or images."""
-        return float(getattr(self.profile, "t_first", min(1.0, self.t)))
-
-    @property
-    def gamma(self) -> float:
-        """The exponent of `sigma_rel`; 0 if that is 0."""
-        return gamma_from_sigma_rel(self.sigma_rel) if self.sigma_rel else 0.0
-
-    @property
-    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
-        """The pair of its step and time."""
-        return ((self.step, self.t),)
-
-    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """Return the input of a reconstruction, with its own or another profile, as if updated at every step."""
-        used: Any = profile or self.profile
-        eps = EPS["F64" if {self.tensors[name].dtype for name in self.averages} == {"F64"} else "F32"]
-        steps = Steps(Clock([self.step], [self.t]), 1)
-        return StoredAverage(used, self.step, eps, None, steps, t_first=self.t_first)
-
-    @property
-    def holds(self) -> str:
-        """A phrase that says what its tensors are."""
-        if isinstance(self.profile, Point):
-            return "weights"
-        if self.decay:
-            return f"EMA of decay {self.decay:.12g}"
-        tracked = f" tracked as sigma_rel {self.sigma_rel:g}," * bool(self.sigma_rel)
-        is_power = isinstance(self.profile, PowerFunction)
-        return f"average of sigma_rel {self.sigma_rel:g}" if is_power else f"average{tracked} of its own profile"
-
-
-@dataclass(frozen=True)
 class Updates:
     """How an ordinary EMA was updated, as far as its file says.
 
@@ -306,21 +238,37 @@ class Updates:
         return DecayRule(**rule).profile(step, count, every, first)
 
 
-@dataclass(frozen=True)
-class Checkpoint(FileSource):
-    """The tensors of a checkpoint, or of an average that another program stored, and their description.
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Source):
+    """A checkpoint, or an average that another program stored; see `Source` for what is not said here.
 
     Attributes:
+        profile: profile of its tensors: `Point` for weights, or that of an average.
+        step: step of the training; `t` is that of the profile.
+        sigma_rel: width that the user of another library asked for; 0 for weights and other averages.
+        decay: decay of an ordinary EMA after its warm-up; 0 if it is unknown, and for other tensors.
+        run_id: hash of names, shapes and content; empty until checkpoints were compared with each other.
         kind: one of `formats.TABLE`.
         label: name to show in place of that of the file or folder.
         updates: updates of an ordinary EMA; None for other tensors.
     """
 
-    path: Path
-    entries: Mapping[str, Entry]
-    info: CheckpointInfo
-    files: tuple[TensorFile, ...]
     word = "checkpoint"
+    path: Path
+    files: tuple[TensorFile, ...] = field(compare=False)
+    entries: Mapping[str, Entry]
+    profile: StoredProfile
+    step: int
+    t_unit: str
+    tensors: dict[str, TrackedTensor]
+    aliases: dict[str, str]
+    sigma_rel: float = 0.0
+    decay: float = 0.0
+    run_id: str = ""
+    left_out: tuple[str, ...] = ()
+    measurements: None = None
+    sketch: str = ""
+    sample: str = ""
     kind: str = ""
     label: str = ""
     updates: Updates | None = None
@@ -331,14 +279,47 @@ class Checkpoint(FileSource):
         return self.label or self.path.name
 
     @property
-    def profile(self) -> StoredProfile:
-        """The profile of its tensors."""
-        return self.info.profile
+    def t(self) -> float:  # type: ignore[override]  # in a frozen class no field can be assigned either
+        """The time of the profile."""
+        return self.profile.t
+
+    @property
+    def t_first(self) -> float:  # type: ignore[override]
+        """The earliest time that has mass in averages of a run with this profile, on a clock of steps or images."""
+        return float(getattr(self.profile, "t_first", min(1.0, self.t)))
+
+    @property
+    def gamma(self) -> float:
+        """The exponent of `sigma_rel`; 0 if that is 0."""
+        return gamma_from_sigma_rel(self.sigma_rel) if self.sigma_rel else 0.0
+
+    @property
+    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
+        """The pair of its step and time."""
+        return ((self.step, self.t),)
+
+    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
+        """Return the input of a reconstruction, with its own or another profile, as if updated at every step."""
+        used: Any = profile or self.profile
+        eps = EPS["F64" if {self.tensors[name].dtype for name in self.averages} == {"F64"} else "F32"]
+        steps = Steps(Clock([self.step], [self.t]), 1)
+        return StoredAverage(used, self.step, eps, None, steps, t_first=self.t_first)
+
+    @property
+    def holds(self) -> str:
+        """A phrase that says what its tensors are."""
+        if isinstance(self.profile, Point):
+            return "weights"
+        if self.decay:
+            return f"EMA of decay {self.decay:.12g}"
+        tracked = f" tracked as sigma_rel {self.sigma_rel:g}," * bool(self.sigma_rel)
+        is_power = isinstance(self.profile, PowerFunction)
+        return f"average of sigma_rel {self.sigma_rel:g}" if is_power else f"average{tracked} of its own profile"
 
     @property
     def is_known(self) -> bool:
         """Whether its profile is known, and no placeholder for that of an ordinary EMA."""
-        return self.updates is None or bool(self.info.decay or self.info.sigma_rel)
+        return self.updates is None or bool(self.decay or self.sigma_rel)
 
     @property
     def file_bytes(self) -> int:
@@ -348,18 +329,18 @@ class Checkpoint(FileSource):
     def with_settings(self, settings: ImportSettings, default_decay: float = 0.0) -> Checkpoint:
         """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine.
 
-        If neither says the decay, `info.decay` is 0, and the profile that of the default decay, or unchanged for 0.
+        If neither says the decay, `decay` is 0, and the profile that of the default decay, or unchanged for 0.
         """
-        profile = self.updates and self.updates.profile(self.path, self.info.step, settings, default_decay)
+        profile = self.updates and self.updates.profile(self.path, self.step, settings, default_decay)
         if not (self.updates and profile):
             return self
         if settings.ema_decay is None and not settings.sigma_rels and "decay" not in self.updates.rule:
-            return replace(self, info=replace(self.info, profile=profile, decay=0.0, sigma_rel=0.0))
+            return replace(self, profile=profile, decay=0.0, sigma_rel=0.0)
         rule = profile.settings
         power = rule["power"] if rule["warm_up"] == POWER_FUNCTION else math.log(2) / rule["power"]
         is_power = rule["decay"] == UNLIMITED and power > 1
         found = {"sigma_rel": sigma_rel_from_gamma(power - 1)} if is_power else {"decay": rule["decay"]}
-        return replace(self, info=replace(self.info, profile=profile, **{"decay": 0.0, "sigma_rel": 0.0} | found))
+        return replace(self, profile=profile, **{"decay": 0.0, "sigma_rel": 0.0} | found)
 
     @property
     def identity(self) -> str:
@@ -416,8 +397,9 @@ def make_checkpoint(
         name: TrackedTensor("average" if spec.dtype in EPS and name not in copied else "copy", spec.dtype)
         for name, spec in specs.items()
     }
-    info = CheckpointInfo(profile, step, t_unit, roles, aliases, sigma_rel)
-    return Checkpoint(path, specs, info, tuple(held), kind, "", updates)
+    return Checkpoint(
+        path, tuple(held), specs, profile, step, t_unit, roles, aliases, sigma_rel, kind=kind, updates=updates
+    )
 
 
 def _is_of_spectral_norm(name: str, names: Collection[str]) -> bool:

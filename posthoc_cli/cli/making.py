@@ -95,7 +95,7 @@ def synthesize(
         progress=output.progress_bar(),
     )  # fmt: skip
     if report is not None:
-        output.warn_of_statistics(report.plan.newest.info.copies)
+        output.warn_of_statistics(report.plan.newest.copies)
         output.show(report.to_dict(), as_json, _print_synthesize)
 
 
@@ -218,7 +218,7 @@ def sweep(
     axis = options.optional(Axis.parse, target, "--target") or widths
     out = files.expanded(files.local_path("--out", out))
     run = options.open_run(directory, checkpoints)
-    output.warn_of_statistics(run.sources[-1].info.copies)
+    output.warn_of_statistics(run.sources[-1].copies)
     say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line)
     report = Sweep(
         run, command, Metric() if metric is None else Metric.parse(metric), out,

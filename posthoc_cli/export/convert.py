@@ -52,7 +52,7 @@ from posthoc_cli.snapshots.outputs import (
     training_metadata,
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, running_statistics
-from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, Entry, TensorFile, file_size
 
 
@@ -181,7 +181,7 @@ def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overw
 class _Tensor(NamedTuple):
     """A tensor of an input under its name there, the dtype that its model has, and its role: "other" if unknown."""
 
-    file: TensorFile | FileSource
+    file: TensorFile | Source
     name: str
     own: str
     role: str
@@ -212,10 +212,10 @@ def _is_checkpoint(source: Path) -> bool:
     return source.name.endswith((*PICKLED, ".pth.tar")) and source.is_file()
 
 
-def _of_source(source: FileSource) -> _Tensors:
+def _of_source(source: Source) -> _Tensors:
     """Return the tensors of a snapshot or checkpoint, under all their names."""
-    names = {name: name for name in source.info.tensors} | source.info.aliases
-    tensors = source.info.tensors
+    names = {name: name for name in source.tensors} | source.aliases
+    tensors = source.tensors
     return {name: _Tensor(source, own, tensors[own].dtype, tensors[own].role) for name, own in names.items()}
 
 

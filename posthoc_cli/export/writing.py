@@ -59,7 +59,7 @@ from posthoc_cli.snapshots.outputs import (
     same_coefficients,
     training_metadata,
 )
-from posthoc_cli.snapshots.sources import FileSource, counted
+from posthoc_cli.snapshots.sources import counted
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
 from posthoc_cli.synthesis.engine import check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
@@ -97,7 +97,7 @@ class SynthesisReport:
             target["skipped"] = index in self.existing
             target["seconds"] = self.seconds
             target["bytes"] = self.plan.nbytes
-        left_out = [name for name in self.plan.newest.info.left_out if not name.endswith("_extra_state")]
+        left_out = [name for name in self.plan.newest.left_out if not name.endswith("_extra_state")]
         later = f" (the newest is of {self.plan.last:,.12g})" if self.plan.last != self.plan.t else ""
         return report | {
             "device": self.device,
@@ -223,7 +223,7 @@ def synthesize_files(
 def _headers(plan: Plan) -> list[Header]:
     """Return the header of the output of each target, with what kohya's scripts keep about the training."""
     newest, kept = plan.newest, dict[str, str]()
-    if isinstance(newest, FileSource) and newest.path.suffix == SUFFIX and newest.path.is_file():
+    if newest.files and newest.path.suffix == SUFFIX and newest.path.is_file():
         kept = training_metadata(read_file(newest.path))
     return [(plan.output_info(index).encoded(), kept) for index in range(len(plan.targets))]
 

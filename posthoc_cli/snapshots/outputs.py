@@ -42,7 +42,7 @@ from posthoc_cli.snapshots.snapshot import (
     file_bytes,
     statistics_notice,
 )
-from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import (
     FORMAT,
     MAX_HEADER_BYTES,
@@ -357,17 +357,16 @@ def _of_parts(snapshot: Snapshot) -> Description:
     return count | ({"mesh": snapshot.mesh} if snapshot.mesh else {})
 
 
-def describe_tensors(source: FileSource) -> Description:
+def describe_tensors(source: Source) -> Description:
     """Describe the tensors of a snapshot or checkpoint: numbers, roles and dtypes."""
-    info, notice = source.info, statistics_notice(source.info.copies)
-    copied = len(info.copies)
+    copied, notice = len(source.copies), statistics_notice(source.copies)
     return {
         **_counts([source.entries]),
-        "averaged": len(info.tensors) - copied,
+        "averaged": len(source.tensors) - copied,
         "copied": copied,
-        "aliases": len(info.aliases),
-        "left_out": list(info.left_out),
-        "model_dtypes": sorted({info.tensors[name].dtype for name in info.averages}),
+        "aliases": len(source.aliases),
+        "left_out": list(source.left_out),
+        "model_dtypes": sorted({source.tensors[name].dtype for name in source.averages}),
         "notes": [notice] if notice else [],
     }
 

@@ -192,8 +192,8 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
     """
     with DirectoryLock(directory):
         remove_leftovers(directory)
-        planned = {snapshot.path: snapshot.checksum for snapshot in (*pruning.kept, *pruning.to_delete)}
-        if {snapshot.path: snapshot.checksum for snapshot in read_directory(directory)} != planned:
+        planned = {snapshot.path: snapshot.identity for snapshot in (*pruning.kept, *pruning.to_delete)}
+        if {snapshot.path: snapshot.identity for snapshot in read_directory(directory)} != planned:
             raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")
         for snapshot in pruning.kept:
             for file in snapshot.files:

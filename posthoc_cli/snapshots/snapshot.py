@@ -30,7 +30,7 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.reconstruction import Measurements, Steps, StoredAverage
 from posthoc_cli.snapshots.path import Floats, decode_sample, is_path, places
-from posthoc_cli.snapshots.sources import Dtype, FileSource, Rule, SourceInfo, TrackedTensor
+from posthoc_cli.snapshots.sources import Dtype, Rule, Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, Chunk, Entry, TensorFile, compact, read_file
 
 MAX_KNOTS = 1_000
@@ -173,7 +173,7 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
 
 
 @dataclass(frozen=True, repr=False)
-class Snapshot(FileSource, SourceInfo):
+class Snapshot(Source):
     """A snapshot: the content of its header, and the files that hold its tensors.
 
     The header's "ema" is a JSON object of the attributes up to `session`, see `tensorfile`; those equal to their
@@ -262,20 +262,10 @@ class Snapshot(FileSource, SourceInfo):
     entries: Mapping[str, Entry] = field(default_factory=dict, compare=False)
 
     @property
-    def info(self) -> Snapshot:
-        """The header: the snapshot itself."""
-        return self
-
-    @property
-    def checksum(self) -> str:
+    def identity(self) -> str:
         """16 hexadecimal digits that identify the content: the checksum of its header, or of those of its parts."""
         checksums = [file.checksum for file in self.files]
         return checksums[0] if len(checksums) == 1 else xxhash.xxh3_64_hexdigest("".join(checksums).encode())
-
-    @property
-    def identity(self) -> str:
-        """The checksum."""
-        return self.checksum
 
     @property
     def nbytes(self) -> int:
@@ -288,7 +278,7 @@ class Snapshot(FileSource, SourceInfo):
         return self.clock or ((self.step, self.t),)
 
     @property
-    def profile(self) -> PowerFunction:
+    def profile(self) -> PowerFunction:  # type: ignore[override]  # in a frozen class no field can be assigned either
         """The power function of the average."""
         return PowerFunction(self.gamma, self.t)
 

@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -92,10 +92,16 @@ class ElementRange(NamedTuple):
     end: int
 
 
-class SourceInfo:
-    """What a stored average says about itself.
+class Source(ABC):
+    """A stored average: a snapshot, a checkpoint of another program, or a live average. Any thread may read it.
+
+    As a context manager it keeps its files open; they must be those whose headers were read.
 
     Attributes:
+        path: the file or folder.
+        files: the files that together hold its tensors; none of a live average.
+        entries: the dtype and the shape of each stored tensor.
+        profile: a power function, one checkpoint (`Point`), or known times (`Discrete`).
         run_id: 32 hexadecimal digits, the same for all sources of a run.
         t: training time of the average.
         t_unit: what `t` counts.
@@ -110,6 +116,11 @@ class SourceInfo:
         sample: elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown.
     """
 
+    word = "snapshot"
+    path: Path
+    files: tuple[TensorFile, ...]
+    entries: Mapping[str, Entry]
+    profile: StoredProfile
     run_id: str
     t: float
     t_unit: str
@@ -122,6 +133,19 @@ class SourceInfo:
     measurements: Measurements | None
     sketch: str
     sample: str
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.t:,.12g})"
+
+    @property
+    def name(self) -> str:
+        """The file's or folder's name."""
+        return self.path.name
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """16 hexadecimal digits that identify its content."""
 
     @property
     @abstractmethod
@@ -147,63 +171,6 @@ class SourceInfo:
         """The role of each tensor by name."""
         return {name: tensor.role for name, tensor in self.tensors.items()}
 
-
-class Source(Protocol):
-    """A stored average: a snapshot, a checkpoint of another program, or a live average. Any thread may read it."""
-
-    @property
-    def name(self) -> str:
-        """The file's name, or a description of an average in memory."""
-
-    @property
-    def info(self) -> SourceInfo:
-        """What the average says about itself."""
-
-    @property
-    def profile(self) -> StoredProfile:
-        """The profile of the average: a power function, one checkpoint (`Point`), or known times (`Discrete`)."""
-
-    @property
-    def entries(self) -> Mapping[str, Entry]:
-        """The dtype and the shape of each stored tensor."""
-
-    def read_box(self, name: str, box: Box, out: memoryview, begin: int = 0) -> None:
-        """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on, verified."""
-
-    def read_many(self, names: Sequence[str], out: memoryview) -> None:
-        """Fill `out` with complete tensors, end to end, verified."""
-
-
-class FileSource(ABC):
-    """A snapshot on disk or another program's checkpoint: one or several `files` that together hold its tensors.
-
-    As a context manager it keeps the files open; they must be those whose headers were read.
-    """
-
-    word = "snapshot"
-    path: Path
-    entries: Mapping[str, Entry]
-    info: Any
-    files: tuple[TensorFile, ...]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.info.t:,.12g})"
-
-    @property
-    def name(self) -> str:
-        """The file's or folder's name."""
-        return self.path.name
-
-    @property
-    @abstractmethod
-    def profile(self) -> StoredProfile:
-        """The profile of the average."""
-
-    @property
-    @abstractmethod
-    def identity(self) -> str:
-        """16 hexadecimal digits that identify its content."""
-
     def cells(self, name: str) -> int:
         """Return the number of chunks that each row of a tensor is spread over; 0 for a tensor in one file."""
         if len(self.files) == 1:
@@ -228,7 +195,7 @@ class FileSource(ABC):
                 stack.callback(file.__exit__, kind)
 
     def read_box(self, name: str, box: Box, out: memoryview, begin: int = 0, verify: bool = True) -> None:
-        """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on; see `Source`."""
+        """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on, verified by default."""
         dtype = self.entries[name].dtype
         item, wanted = ITEM_BYTES[dtype], np.frombuffer(out, items(dtype))
         pieces: list[Box] = []
@@ -253,7 +220,7 @@ class FileSource(ABC):
                 _place(data.view(items(dtype))[at - first :], held, part, wanted, box, begin)
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
-        """Fill `out` with complete tensors, end to end; see `Source`."""
+        """Fill `out` with complete tensors, end to end, verified."""
         if len(self.files) == 1 and not self.files[0].boxes:
             self.files[0].read_many(names, out)
             return
@@ -291,10 +258,9 @@ def _place(data: npt.NDArray[Any], held: Box, part: Box, out: npt.NDArray[Any], 
 @contextmanager
 def all_open(sources: Sequence[Source]) -> Iterator[None]:
     """Keep the files of all sources open for the block, and read those in stores ahead."""
-    on_disk = [source for source in sources if isinstance(source, FileSource)]
-    remote = [source for source in on_disk if is_url(source.path)]
+    remote = [source for source in sources if source.files and is_url(source.path)]
     with ExitStack() as stack:
-        for source in in_turn(lambda source: source.__enter__(), on_disk, bool(remote)):
+        for source in in_turn(lambda source: source.__enter__(), sources, bool(remote)):
             stack.push(source.__exit__)
         if remote:
             from posthoc_cli.remote.ranges import reading_ahead
@@ -319,7 +285,7 @@ def chosen_up_to(items: Sequence[_Source], t: float) -> tuple[list[_Source], lis
     Both lists are by time, then sigma_rel, and of limited length, see `thinned_subset`.
     """
     ordered = by_time(items)
-    usable, later = [s for s in ordered if s.info.t <= t], [s for s in ordered if s.info.t > t]
+    usable, later = [s for s in ordered if s.t <= t], [s for s in ordered if s.t > t]
     return _chosen(usable), _chosen(later)
 
 
@@ -328,12 +294,12 @@ def _chosen(items: Sequence[_Source]) -> list[_Source]:
 
 
 def _order(source: Source) -> tuple[float, float, bool]:
-    return source.info.t, *_kind(source)
+    return source.t, *_kind(source)
 
 
-def run_clock(infos: Sequence[SourceInfo]) -> Clock:
+def run_clock(sources: Sequence[Source]) -> Clock:
     """Return the run's clock from the clocks of all its snapshots; raise MismatchError if two contradict each other."""
-    pairs = sorted({pair for info in infos for pair in info.clock_pairs})
+    pairs = sorted({pair for source in sources for pair in source.clock_pairs})
     for (step, t), (next_step, next_t) in pairwise(pairs):
         if step == next_step or t >= next_t:
             raise MismatchError(
@@ -347,14 +313,9 @@ def counted(sources: Sequence[Source], count: int | None = None, total: int | No
     """Return number and kinds, "1 snapshot", "43 snapshots and checkpoints", or "20 of 80 checkpoints" with counts."""
     count = len(sources) if count is None else count
     total = count if total is None else total
-    kinds = sorted({kind_of(source) for source in sources}, reverse=True)
+    kinds = sorted({source.word for source in sources}, reverse=True)
     number = f"{count:,}" if count == total else f"{count:,} of {total:,}"
     return f"{number} {' and '.join(f'{kind}s' if total != 1 else kind for kind in kinds)}"
-
-
-def kind_of(source: Source) -> str:
-    """Return what a source is called: "snapshot" or "checkpoint"."""
-    return getattr(source, "word", "snapshot")
 
 
 # --- the prior, from measurements or a sample
@@ -369,19 +330,19 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     If the header of a file has no measurements, or the newest one no sketch, the measurements of all files are
     estimated from a sample.
     """
-    on_disk = [source for source in sources if isinstance(source, FileSource)]
-    ordered = [*on_disk, *(source for source in sources if not isinstance(source, FileSource))]
-    averages = [source.info.average(source.profile) for source in ordered]
-    last = max((source.info.t for source in ordered), default=0.0)  # earlier sketches show a part of the path
-    text = next((source.info.sketch for source in ordered if source.info.t == last and source.info.sketch), "")
-    if sampled := not text or any(source.info.measurements is None for source in on_disk):
+    on_disk = [source for source in sources if source.files]
+    ordered = [*on_disk, *(source for source in sources if not source.files)]
+    averages = [source.average(source.profile) for source in ordered]
+    last = max((source.t for source in ordered), default=0.0)  # earlier sketches show a part of the path
+    text = next((source.sketch for source in ordered if source.t == last and source.sketch), "")
+    if sampled := not text or any(source.measurements is None for source in on_disk):
         averages[: len(on_disk)] = with_sampled_measurements(on_disk)
     samples = defaultdict[float, list[str]](list)
     for source in sorted(on_disk, key=_order):
-        samples[source.info.sigma_rel].append(source.info.sample)
+        samples[source.sigma_rel].append(source.sample)
     uneven = None
     if text:
-        stored = {name: ordered[0].entries[name] for name in ordered[0].info.averages}
+        stored = {name: ordered[0].entries[name] for name in ordered[0].averages}
         uneven = uneven_motion(samples.values(), stored)
     prior = measured_prior(averages, decode_path(text).sketch if text else None, uneven)
     place = {id(source): index for index, source in enumerate(ordered)}
@@ -399,23 +360,23 @@ class EarlierRun:
     rounding: dict[str, float]
 
 
-def scaled_run(snapshots: Sequence[FileSource], steps: float) -> EarlierRun:
+def scaled_run(snapshots: Sequence[Source], steps: float) -> EarlierRun:
     """Scale the snapshots of one run to a run of `steps`. Reads a sample if headers lack measurements."""
-    snapshots, _ = chosen_up_to(snapshots, max(snapshot.info.t for snapshot in snapshots))
+    snapshots, _ = chosen_up_to(snapshots, max(snapshot.t for snapshot in snapshots))
     prior = source_prior(snapshots)
-    times = np.array([snapshot.info.t for snapshot in snapshots])
+    times = np.array([snapshot.t for snapshot in snapshots])
     norm = float(prior.norm[times == times.max()].mean())
     known = prior.source != ASSUMED and norm > 0
     motion = prior.stretched(steps, float(times.max()), norm) if known else None
     by_dtype = defaultdict(list)
     for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
-        dtypes = {snapshot.entries[name].dtype for name in snapshot.info.averages}
+        dtypes = {snapshot.entries[name].dtype for name in snapshot.averages}
         if prior.source != ASSUMED and len(dtypes) == 1 and rounding > 0 and squared > 0:
             by_dtype[DTYPES[dtypes.pop()].torch_name].append(float(rounding / squared))
     return EarlierRun(motion, {name: math.sqrt(float(np.mean(values))) for name, values in by_dtype.items()})
 
 
-def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) -> list[Measurements]:
+def sample_measurements(snapshots: Sequence[Source], local: bool = False) -> list[Measurements]:
     """Estimate the measurements of the snapshots of one run, in their order, from the stored averages.
 
     `Distance.rounding` is the expected rounding of both averages, see `expected_rounding`. A FileFormatError or
@@ -428,7 +389,7 @@ def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) ->
     newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
     ranges = _sampled_ranges(snapshots[0]) if snapshots else []
     ordered = sorted(range(len(snapshots)), key=lambda index: _order(snapshots[index]))
-    for _, at_time in groupby(ordered, key=lambda i: snapshots[i].info.t):
+    for _, at_time in groupby(ordered, key=lambda i: snapshots[i].t):
         now = {index: _read(snapshots[index], ranges) for index in at_time}
         earlier = [sample for kind in sorted(newest) for samples in newest[kind] for sample in samples]
         recent: dict[int, Distance] = {}
@@ -445,7 +406,7 @@ def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) ->
     return [measured[index] for index in range(len(snapshots))]
 
 
-def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[StoredAverage]:
+def with_sampled_measurements(snapshots: Sequence[Source]) -> list[StoredAverage]:
     """Return the averages as reconstruction uses them, all measured by one sample, since distances need both sides.
 
     They have no measurements if values are too large to be squared.
@@ -455,7 +416,7 @@ def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[StoredAve
     except OverflowError:
         sampled = [None] * len(snapshots)
     return [
-        replace(snapshot.info.average(snapshot.profile), measurements=measurements)
+        replace(snapshot.average(snapshot.profile), measurements=measurements)
         for snapshot, measurements in zip(snapshots, sampled, strict=True)
     ]
 
@@ -476,32 +437,32 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
 
 def _kind(source: Source) -> tuple[float, bool]:
     """Return the width of a source, and whether it is a checkpoint."""
-    return source.info.sigma_rel, isinstance(source.profile, Point)
+    return source.sigma_rel, isinstance(source.profile, Point)
 
 
 @dataclass(frozen=True)
 class _Sample:
     """The sampled elements of a snapshot, shape [elements]; `scale` is all elements / sampled elements."""
 
-    snapshot: FileSource
+    snapshot: Source
     values: FloatArray
     scale: float
     rounding: float
 
 
-def _averaged(snapshot: FileSource) -> dict[str, int]:
+def _averaged(snapshot: Source) -> dict[str, int]:
     entries = snapshot.entries
-    return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in sorted(snapshot.info.averages)}
+    return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in sorted(snapshot.averages)}
 
 
-def _sampled_ranges(snapshot: FileSource) -> list[ElementRange]:
+def _sampled_ranges(snapshot: Source) -> list[ElementRange]:
     """Choose the elements to read in every snapshot of the run."""
     elements = _averaged(snapshot)
     total = sum(elements.values())
     if total <= MOST_ELEMENTS:
         return [ElementRange(name, 0, count) for name, count in elements.items() if count]
     runs, wanted = -(-total // RUN_ELEMENTS), MOST_ELEMENTS // RUN_ELEMENTS
-    chosen = np.sort(np.random.default_rng(int(snapshot.info.run_id, 16)).choice(runs, wanted, replace=False))
+    chosen = np.sort(np.random.default_rng(int(snapshot.run_id, 16)).choice(runs, wanted, replace=False))
     names, ends = list(elements), list(accumulate(elements.values()))
     return [span for run in chosen for span in _ranges(names, ends, int(run) * RUN_ELEMENTS)]
 
@@ -516,7 +477,7 @@ def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[E
         begin, index = stop, index + 1
 
 
-def _read(snapshot: FileSource, ranges: Sequence[ElementRange]) -> _Sample:
+def _read(snapshot: Source, ranges: Sequence[ElementRange]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
     is_rounded = not isinstance(snapshot.profile, Point)  # a checkpoint holds the exact weights
     with snapshot:
@@ -527,7 +488,7 @@ def _read(snapshot: FileSource, ranges: Sequence[ElementRange]) -> _Sample:
                 raise NonFiniteError(snapshot.path, f"tensor {span.name!r}: holds nan or infinity")
             parts.append(values)
             if is_rounded:
-                stored, original = snapshot.entries[span.name].dtype, snapshot.info.tensors[span.name].dtype
+                stored, original = snapshot.entries[span.name].dtype, snapshot.tensors[span.name].dtype
                 rounding += expected_rounding(values, stored, original)
     values = np.concatenate(parts)
     scale = sum(_averaged(snapshot).values()) / max(values.size, 1)

@@ -128,7 +128,7 @@ class Sweep:
             hint = "a script may need its interpreter first: python3"
             raise InvalidValueError("command", reason, hint, value=words[0])
         settings = {
-            "run": planned.plan.newest.info.run_id, "t": self.t, "command": self.command, "metric": self.metric.text,
+            "run": planned.plan.newest.run_id, "t": self.t, "command": self.command, "metric": self.metric.text,
             "like": None if self.like is None else str(self.like.resolve()), "component": self.component,
         }  # fmt: skip
         most = self.repeats * (self.budget if axis.values is None else len(axis.values))

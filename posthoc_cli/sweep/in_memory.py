@@ -62,7 +62,7 @@ def sweep(
         raise InvalidValueError("metric", reason, value=shown(metric))
     tracker = run if isinstance(run, PostHocEMA) else None
     stored = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
-    newest = stored.sources[-1].info
+    newest = stored.sources[-1]
     if values is not None:
         axis = Axis.of_values("sigma_rel", values)
     else:
@@ -109,7 +109,7 @@ def _average(
     with nullcontext() if model is None else swapped_in(model, weights):
         yield (weights if model is None else model), weights.predicted_error if length else None
         if model is not None:
-            warn_of_statistics(model, weights, run.sources[-1].info.copies)
+            warn_of_statistics(model, weights, run.sources[-1].copies)
 
 
 def _checked(result: Any) -> tuple[float, float | None]:

@@ -188,8 +188,8 @@ def good_range(run: Run, t: float | None = None) -> Axis:
 def has_raw(run: Run, t: float | None = None) -> bool:
     """Return whether a checkpoint holds the weights themselves at a time, by default at the newest snapshot's."""
     sources = run.sources
-    time = sources[-1].info.t if t is None else t
-    return any(isinstance(source.profile, Point) and source.info.t == time for source in sources)
+    time = sources[-1].t if t is None else t
+    return any(isinstance(source.profile, Point) and source.t == time for source in sources)
 
 
 @dataclass(frozen=True)

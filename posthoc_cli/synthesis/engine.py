@@ -30,7 +30,7 @@ from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.files import is_url
 from posthoc_cli.resources import worker_count
-from posthoc_cli.snapshots.sources import FileSource, Source, all_open, kind_of
+from posthoc_cli.snapshots.sources import Source, all_open
 from posthoc_cli.snapshots.tensorfile import BLOCK
 from posthoc_cli.synthesis.plan import Plan
 
@@ -198,7 +198,7 @@ def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
                 flush(kind)
             batches.setdefault(kind, []).append((name, count))
             continue
-        cells = max(source.cells(name) if isinstance(source, FileSource) else 0 for source in plan.sources)
+        cells = max(source.cells(name) for source in plan.sources)
         step = min(size * max(1, cells), max(size, MOST_PARTED))
         stored = sum(ITEM_BYTES[source.entries[name].dtype] for source in plan.sources)
         for begin in range(0, max(count, 1), step):
@@ -295,7 +295,7 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
     Ctrl-C or because the caller stops iterating, every thread is stopped first, within a tile.
     """
     device = check_device(options.device)
-    is_remote = any(isinstance(source, FileSource) and is_url(source.path) for source in plan.sources)
+    is_remote = any(source.files and is_url(source.path) for source in plan.sources)
     wide = "F32" if device.type == "mps" else None  # mps has no float64
     size = ONE_TARGET if len(plan.targets) == 1 else BLOCK
     tiles = deque((part, tile) for part in plan.passes() for tile in cut_tiles(part, size, wide))
@@ -491,7 +491,7 @@ class Maker:
         Snapshots are not searched: trackers refuse non-finite values.
         """
         for source in self.plan.sources:
-            if kind_of(source) == "checkpoint":
+            if source.word == "checkpoint":
                 values = self._buffer(tile.wide, tile.size)
                 self._read(source, tile, values)
                 if not bool(values.isfinite().all()):

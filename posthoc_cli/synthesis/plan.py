@@ -104,18 +104,18 @@ class Plan:
     @cached_property
     def newest(self) -> Source:
         """The newest source, from which copies (buffers) are taken."""
-        return max(self.sources, key=lambda source: source.info.t)
+        return max(self.sources, key=lambda source: source.t)
 
     @cached_property
     def tensors(self) -> dict[str, TrackedTensor]:
         """The stored tensors to make."""
-        stored = self.newest.info.tensors
+        stored = self.newest.tensors
         return {name: stored[name] for name in stored if self.subset is None or name in self.subset}
 
     @cached_property
     def variances(self) -> frozenset[str]:
         """The names of the running variances that are averaged."""
-        named = running_statistics(self.newest.info.tensors)
+        named = running_statistics(self.newest.tensors)
         statistics = {name for name, tensor in self.tensors.items() if name in named or tensor.role == "statistic"}
         return frozenset(n for n in statistics if n.endswith("running_var") and self.tensors[n].role != "copy")
 
@@ -123,7 +123,7 @@ class Plan:
     def names(self) -> dict[str, list[str]]:
         """All names of each tensor to make, the stored name first."""
         names = {name: [name] for name in self.tensors}
-        for alias, name in self.newest.info.aliases.items():
+        for alias, name in self.newest.aliases.items():
             if name in names:
                 names[name].append(alias)
         return names
@@ -218,13 +218,13 @@ class Plan:
 
     def output_info(self, target: int) -> OutputInfo:
         """Return the metadata of a target's output; the snapshots of groups are listed one group after another."""
-        info, wanted = self.newest.info, self.targets[target]
+        newest, wanted = self.newest, self.targets[target]
         columns = self.reconstruction.coefficients.T[list(self.columns[target].values())].tolist()
         copies = [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
         return OutputInfo(
-            run_id=info.run_id, profile=wanted.title, sigma_rel=wanted.sigma_rel,
+            run_id=newest.run_id, profile=wanted.title, sigma_rel=wanted.sigma_rel,
             gamma=None if wanted.sigma_rel is None else PowerFunction.from_sigma_rel(wanted.sigma_rel, self.t).gamma,
-            t=self.t, t_unit=info.t_unit, method=self.method,
+            t=self.t, t_unit=newest.t_unit, method=self.method,
             profile_error=self.profile_error(target), predicted_error=self.predicted_error(target),
             snapshots=tuple(
                 Used(source.name, c) for column in columns for source, c in zip(self.sources, column, strict=True)
@@ -238,7 +238,7 @@ class Plan:
         infos = [self.output_info(index) for index in range(len(self.targets))]
         copied = ("sigma_rel", "t", "method", "profile_error", "predicted_error")
         return {
-            "run": self.newest.info.run_id,
+            "run": self.newest.run_id,
             "movement": {
                 "source": prior.source,
                 "pieces": int(prior.motion.walk.size),
@@ -291,7 +291,7 @@ def plan_synthesis(
     usable, later, given = _solved_with(sources, time, separated)
     snapshots = [source.profile for source in (*usable, *later)]
     prior = source_prior([*usable, *later])  # later snapshots also measure the motion
-    clock, first = run_clock([source.info for source in sources]), min(source.info.t_first for source in usable)
+    clock, first = run_clock(sources), min(source.t_first for source in usable)
     solved = snapshots[: len(usable)]
     profiles = [
         given[index] if index in given else target.profile(time, clock, first) for index, target in enumerate(separated)
@@ -301,8 +301,8 @@ def plan_synthesis(
     plan = Plan(
         sources=tuple(usable[i] for i in used), targets=wanted, t=time, method=method,
         reconstruction=result.of(snapshots=used), dtype=output_dtype,
-        solved=len(usable), available=sum(source.info.t <= time for source in sources),
-        last=max(source.info.t for source in sources),
+        solved=len(usable), available=sum(source.t <= time for source in sources),
+        last=max(source.t for source in sources),
         coarse=frozenset(n for source in usable for n, entry in source.entries.items() if ITEM_BYTES[entry.dtype] < 4),
     )  # fmt: skip
     plan = replace(plan, output_rounding=_output_rounding(plan))
@@ -322,7 +322,7 @@ def _solved_with(
     Only a `Mean` comes with coefficients; the sources to solve with include all that it needs.
     """
     usable, later = chosen_up_to(sources, time)
-    available = [source for source in sources if source.info.t <= time]
+    available = [source for source in sources if source.t <= time]
     profiles = [source.profile for source in available]
     given = {i: target.coefficients_of(profiles) for i, target in enumerate(wanted) if target.kind == "last"}
     rows = {id(source): row for row, source in enumerate(available)}
@@ -336,15 +336,15 @@ def _solved_with(
 def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
     """Return the indices of the sources that a target needs, and of the newest one if there are copies."""
     used: list[int] = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
-    has_copies = any(tensor.role == "copy" for tensor in usable[-1].info.tensors.values())
-    if has_copies and usable[used[-1]].info.t < usable[-1].info.t:
+    has_copies = any(tensor.role == "copy" for tensor in usable[-1].tensors.values())
+    if has_copies and usable[used[-1]].t < usable[-1].t:
         used.append(len(usable) - 1)
     return used
 
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
     """Return the time of the targets, by default of the newest source, or raise an InvalidValueError."""
-    times = {source.info.step: source.info.t for source in sources}
+    times = {source.step: source.t for source in sources}
     for name, value, known in (("t", t, times.values()), ("step", step, times.keys())):
         if value is not None:
             check_within(name, value, known)
@@ -356,7 +356,7 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
         return times.get(step, float(step))
     before, after = max(s for s in times if s < step), min(s for s in times if s > step)
     reason = f"lies between the snapshots at {before:,} and {after:,}"
-    raise InvalidValueError("step", reason, f"take one of them, or give t in {sources[0].info.t_unit}", value=step)
+    raise InvalidValueError("step", reason, f"take one of them, or give t in {sources[0].t_unit}", value=step)
 
 
 def check_groups(plan: Plan) -> None:

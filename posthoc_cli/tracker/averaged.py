@@ -65,25 +65,25 @@ class Recipe:
     @classmethod
     def of_live(cls, source: Source, dtype: torch.dtype | str | None = None) -> Recipe:
         """Return the recipe of a copy. Its error: what a resumed run has inherited, its arithmetic, and the dtype."""
-        info, stored = source.info, parse_dtype(dtype)
-        assert isinstance(info, Snapshot)
-        names = {name: [name] for name in info.tensors}
-        for alias, name in info.aliases.items():
+        stored = parse_dtype(dtype)
+        assert isinstance(source, LiveSource)
+        names = {name: [name] for name in source.tensors}
+        for alias, name in source.aliases.items():
             names[name].append(alias)
         entries, elements, squares = dict[str, Entry](), 0, 0.0
-        for name, tensor in info.tensors.items():
+        for name, tensor in source.tensors.items():
             is_weight = tensor.role == "average"
             entries[name] = entry = Entry((stored if is_weight else None) or tensor.dtype, source.entries[name].shape)
             elements += entry.size * is_weight
             squares += entry.size * is_weight * (ROUNDING * EPS.get(entry.dtype, 0.0)) ** 2
-        norm = info.measurements.norm if info.measurements else 0.0
-        inherited = math.sqrt(info.inherited / norm) if norm else 0.0
-        average = info.average()
+        norm = source.measurements.norm if source.measurements else 0.0
+        inherited = math.sqrt(source.inherited / norm) if norm else 0.0
+        average = source.average()
         arithmetic = ROUNDING * average.eps * math.sqrt(average.roundings)
         error = math.hypot(inherited, arithmetic, math.sqrt(squares / max(elements, 1)))
         said = f"predicted error {error:.2g}" if inherited else "exact"
         log.info(
-            "%saverage of sigma_rel %g at t = %.12g: %s", "" if inherited else "live ", info.sigma_rel, info.t, said
+            "%saverage of sigma_rel %g at t = %.12g: %s", "" if inherited else "live ", source.sigma_rel, source.t, said
         )
         return cls(entries, names, [source], (error, 0.0))
 
@@ -96,7 +96,7 @@ class Recipe:
         assert isinstance(live, LiveSource)
         for name, (_, shape, *_) in live.entries.items():
             (exact,) = live.read([ElementRange(name, 0, math.prod(shape))])
-            is_held = live.info.tensors[name].role == "copy"
+            is_held = live.tensors[name].role == "copy"
             value = exact.to(torch_dtype(self.entries[name].dtype), copy=is_held).view(shape)
             if exact.is_floating_point() and not holds(value.dtype, exact):
                 reason = f"{value.dtype} cannot hold its largest value, {float(exact.abs().max()):.6g}"
@@ -112,7 +112,7 @@ class Recipe:
 
     def sent(self) -> Recipe:
         """Return the recipe as other processes can receive it: of its sources only their names and checksums."""
-        known: Any = [(source.name, getattr(source, "checksum", "")) for source in self.sources]
+        known: Any = [(source.name, source.identity if source.files else "") for source in self.sources]
         plan = self.plan and replace(self.plan, sources=(), targets=())  # targets may be a user's objects
         return replace(self, sources=known, plan=plan)
 
@@ -152,22 +152,22 @@ def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
     return snapshots if snapshots and snapshots[0].run_id == run_id else []
 
 
-def joined(parts: Sequence[tuple[Snapshot, Mapping[str, Entry]]]) -> LiveSource:
+def joined(parts: Sequence[Snapshot]) -> LiveSource:
     """Return the live average of complete tensors, without values, from the headers of its owners' chunks."""
-    entries = {
-        name: entry._replace(shape=info.chunks[name].shape) for info, part in parts for name, entry in part.items()
+    complete = vars(parts[0]) | {
+        "tensors": {name: tensor for part in parts for name, tensor in part.tensors.items()},
+        "aliases": {alias: name for part in parts for alias, name in part.aliases.items()},
+        "measurements": sum_of_parts([part.measurements for part in parts]),
+        "inherited": sum(part.inherited for part in parts),
+        "part": None,
+        "chunks": {},
+        "entries": {
+            name: entry._replace(shape=part.chunks[name].shape)
+            for part in parts
+            for name, entry in part.entries.items()
+        },
     }
-    infos = [info for info, _ in parts]
-    complete = replace(
-        infos[0],
-        tensors={name: tensor for info in infos for name, tensor in info.tensors.items()},
-        aliases={alias: name for info in infos for alias, name in info.aliases.items()},
-        measurements=sum_of_parts([info.measurements for info in infos]),
-        inherited=sum(info.inherited for info in infos),
-        part=None,
-        chunks={},
-    )
-    return LiveSource(complete, entries, lambda _: [])
+    return LiveSource(**complete)
 
 
 def _read_again(path: Path, checksum: str) -> Snapshot:
@@ -178,7 +178,7 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
         if files.is_absent(path):
             raise VanishedError(path, "was removed while it was being used") from error
         raise
-    if snapshot.checksum != checksum:
+    if snapshot.identity != checksum:
         raise FileFormatError(path, "was replaced while it was being used", "run again")
     return snapshot
 

@@ -113,8 +113,7 @@ class TrackedModel:
     def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
         """Return the entries of a snapshot."""
         shapes = {name: entry.shape for name, entry in snapshot.entries.items()}
-        info = snapshot.info
-        return cls(info.tensors, shapes, info.aliases, info.left_out)
+        return cls(snapshot.tensors, shapes, snapshot.aliases, snapshot.left_out)
 
     @property
     def known_names(self) -> frozenset[str]:

@@ -216,7 +216,7 @@ class PostHocEMA:
         wait_for_writers(directory, last_too=earlier is None)
         stored = [] if resume is None else resuming.stored_to_resume(directory, resume)
         if stored:
-            settings = replace(settings, selection=selection.resumed(stored[-1].info.roles))
+            settings = replace(settings, selection=selection.resumed(stored[-1].roles))
         tensors = collect_tensors(model, settings.selection)
         if tensors.chunks or is_first_of_group(model) is not False:
             resuming.check_directory(directory, is_new=resume is None)
@@ -255,9 +255,9 @@ class PostHocEMA:
         directory = resuming.check_path(checkpoint_dir)
         wait_for_writers(directory)
         stored = read_directory(directory)
-        profiles = stored[-1].info.sigma_rels
+        profiles = stored[-1].sigma_rels
         snapshots = resuming.snapshots_until(stored, step)
-        newest = snapshots[-1].info
+        newest = snapshots[-1]
         selection = (newest.selection or Selection()).resumed(newest.roles)
         on_nonfinite = "skip" if newest.skip_nonfinite else "raise"
         settings = Settings(profiles, newest.schedule, newest.t_unit, selection, on_nonfinite)
@@ -597,7 +597,7 @@ class PostHocEMA:
 
         def candidate_of(sources: list[Source]) -> Candidate:
             if sources:
-                last = max(source.info.t for source in sources)
+                last = max(source.t for source in sources)
                 chosen, _ = chosen_up_to(sources, last)
                 of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
                 label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
@@ -953,7 +953,7 @@ class PostHocEMA:
         if live_only:
             return [*live]
         last = start if resumes and start is not None else math.inf
-        now, profiles = live[0].info.t if live else math.inf, {source.info.sigma_rel for source in live}
+        now, profiles = live[0].t if live else math.inf, {source.sigma_rel for source in live}
         stored = [s for s in run_snapshots(self.checkpoint_dir, self.run_id) if s.step <= last]
         return [*live, *(s for s in stored if s.t < now or (s.t == now and s.sigma_rel not in profiles))]
 
@@ -981,9 +981,7 @@ class PostHocEMA:
         if self._members.is_chunked:
             own, progress = group.together(self._live), self._pipeline.progress
             local = {source.name: source for source in own}
-            parts = group.from_all_at(
-                progress.step, progress.t, [(source.info, dict(source.entries)) for source in own]
-            )
+            parts = group.from_all_at(progress.step, progress.t, [source.header for source in own])
             live = [joined(profile) for profile in zip(*filter(None, parts), strict=True)]
 
         def in_first() -> Result:

@@ -74,7 +74,7 @@ class Start:
         recorded = None if step is None else recorded_weights(stored).get(step)
         self.weights: tuple[float, ...] = () if recorded is None else tuple(recorded.tolist())
         self._directory, self._settings, self._stored = directory, settings, stored
-        self._newest = stored[-1].info.step if stored else 0
+        self._newest = stored[-1].step if stored else 0
         self._said: int | None = None  # the call that was logged
 
     def choose(
@@ -91,7 +91,7 @@ class Start:
 
         def find() -> tuple[int | None, int]:
             same = (step for step, weights in recorded_weights(stored).items() if are_equal(values, weights))
-            return max(same, default=None), stored[-1].info.step
+            return max(same, default=None), stored[-1].step
 
         found, newest = group.from_first(find)
         if is_first_call and group.leads and writes and (found is None or newest > self._newest):
@@ -156,8 +156,8 @@ def check_directory(directory: Path, is_new: bool) -> None:
         reason = f"{what}; snapshots are written to the directory {directory}"
         raise DirectoryError(existing, reason, "name another one")
     for newest in find_snapshots(directory)[-1:] if is_new else ():
-        reason = f"holds snapshots of run {newest.info.run_id[:8]}, up to step {newest.info.step:,}"
-        hint = f"{ways_to_resume(newest.info.step)}; for a new run name another directory"
+        reason = f"holds snapshots of run {newest.run_id[:8]}, up to step {newest.step:,}"
+        hint = f"{ways_to_resume(newest.step)}; for a new run name another directory"
         raise MismatchError(directory, reason, hint)
 
 
@@ -167,7 +167,7 @@ def find_run(
     """Return the run to resume in a directory with these snapshots, and the call to resume from; None without any."""
     if not stored:
         return None
-    newest, schedule, sigma_rels = stored[-1].info, settings.schedule, settings.sigma_rels
+    newest, schedule, sigma_rels = stored[-1], settings.schedule, settings.sigma_rels
     if newest.t_unit != settings.t_unit:
         reason = f"the run in {directory} counts {shown(newest.t_unit)}"
         raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
@@ -190,8 +190,8 @@ def ways_to_resume(step: int) -> str:
 def resumed_tracking(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> Tracking:
     """Return the tracking at the newest time with snapshots."""
     last = snapshots[-1]
-    clock = ClockRecorder.of_knots(last.info.clock_pairs)
-    tracking = Tracking.new(last.info.run_id, TrackedModel.of_snapshot(last), sigma_rels, resumes=True)
+    clock = ClockRecorder.of_knots(last.clock_pairs)
+    tracking = Tracking.new(last.run_id, TrackedModel.of_snapshot(last), sigma_rels, resumes=True)
     return replace(tracking, progress=TrainingProgress.resumed(clock))
 
 
@@ -200,13 +200,13 @@ def snapshots_until(snapshots: Sequence[Snapshot], step: int | None, argument: s
     if step is None:
         return snapshots
     step = check_count(argument, step)
-    steps = sorted({snapshot.info.step for snapshot in snapshots})
+    steps = sorted({snapshot.step for snapshot in snapshots})
     if step not in steps:
         known = ", ".join(f"{number:,}" for number in steps[-_MOST_NAMED:])
         more = "..., " * (len(steps) > _MOST_NAMED)
         reason = f"this call of update_ has no snapshot; calls that have one: {more}{known}"
         raise InvalidValueError(argument, reason, value=f"{step:,}")
-    return [snapshot for snapshot in snapshots if snapshot.info.step <= step]
+    return [snapshot for snapshot in snapshots if snapshot.step <= step]
 
 
 @torch.inference_mode(False)
@@ -218,8 +218,7 @@ def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, s
     """
     snapshots = snapshots_until(read_directory(directory), step)
     newest = snapshots[-1]
-    last = newest.info
-    chosen = {s.info.sigma_rel: s for s in snapshots if s.info.t == last.t}
+    chosen = {s.sigma_rel: s for s in snapshots if s.t == newest.t}
     kept = AverageTensors(host_layout(tracked), len(sigma_rels))
     inherited = tuple(
         _read_average(chosen[sigma_rel], snapshots, high, tracked)
@@ -235,14 +234,20 @@ def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, s
             if tensor.role == "copy"
         }
     standing = Standing(
-        last.t, last.step, last.t_first, last.max_interval, last.updates, folded_t=last.t, inherited=inherited
+        newest.t,
+        newest.step,
+        newest.t_first,
+        newest.max_interval,
+        newest.updates,
+        folded_t=newest.t,
+        inherited=inherited,
     )
     averages = Averages(
-        tuple(sigma_rels), standing, kept, copies, known_path=path_of_part(last.sketch, tracked.members.part)
+        tuple(sigma_rels), standing, kept, copies, known_path=path_of_part(newest.sketch, tracked.members.part)
     )
-    progress = TrainingProgress.resumed(ClockRecorder.of_knots(last.clock_pairs))
-    known = frozenset(snapshot.checksum for snapshot in snapshots)
-    return Tracking(last.run_id, progress, tracked, averages, snapshots=known)
+    progress = TrainingProgress.resumed(ClockRecorder.of_knots(newest.clock_pairs))
+    known = frozenset(snapshot.identity for snapshot in snapshots)
+    return Tracking(newest.run_id, progress, tracked, averages, snapshots=known)
 
 
 def _reconstruct(
@@ -256,12 +261,12 @@ def _reconstruct(
     plan = plan_synthesis(snapshots, [sigma_rel], dtype=torch.float32)
     predicted, at = (
         plan.predicted_error(0),
-        f"sigma_rel {sigma_rel:g} has no snapshot at step {snapshots[-1].info.step:,}",
+        f"sigma_rel {sigma_rel:g} has no snapshot at step {snapshots[-1].step:,}",
     )
     if predicted is None or predicted > _MOST_MISSING:
         error = "an unknown error" if predicted is None else f"an error of {percent(predicted)}"
         reason = f"{at}, and would be reconstructed with {error}; at most {percent(_MOST_MISSING)} is accepted"
-        steps = [snapshot.info.step for snapshot in snapshots if snapshot.info.sigma_rel == sigma_rel]
+        steps = [snapshot.step for snapshot in snapshots if snapshot.sigma_rel == sigma_rel]
         anyway = f"from_model(..., resume={max(steps)}), whatever the weights; " if steps else ""
         hint = f"restore a checkpoint of another step; or {anyway}or track fewer: from_model(..., sigma_rels=...)"
         raise DirectoryError(directory, reason, hint)
@@ -297,15 +302,15 @@ def _read_average(
             norm += square
             if value.element_size() < view.element_size():
                 expected += (ROUNDING * torch.finfo(value.dtype).eps) ** 2 * square
-    info, measured = snapshot.info, snapshot.info.measurements
-    before = [s for s in earlier if s.sigma_rel == info.sigma_rel and s.t < info.t and s.sample]
+    measured = snapshot.measurements
+    before = [s for s in earlier if s.sigma_rel == snapshot.sigma_rel and s.t < snapshot.t and s.sample]
     moved, share = math.inf, 1.0
-    if before and info.sample:
-        now, last = (decode_sample(one.sample)[1] for one in (info, before[-1]))
-        moved = squared_distance(now, last, {name: snapshot.entries[name].shape for name in info.averages})
-        share = new_value_share(info.gamma, before[-1].t, info.t)
+    if before and snapshot.sample:
+        now, last = (decode_sample(one.sample)[1] for one in (snapshot, before[-1]))
+        moved = squared_distance(now, last, {name: snapshot.entries[name].shape for name in snapshot.averages})
+        share = new_value_share(snapshot.gamma, before[-1].t, snapshot.t)
     rounding = expected if measured is None else measured.rounding
     # The snapshot's measurements cover the complete tensors; this process may own a part of them.
     part = 1.0 if boxes is None or measured is None else norm / measured.norm if measured.norm else 0.0
-    error = error_after_rounding(part * info.inherited, part * rounding, expected, part * moved, share)
+    error = error_after_rounding(part * snapshot.inherited, part * rounding, expected, part * moved, share)
     return error if math.isfinite(error) else 0.0

@@ -9,7 +9,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import groupby, pairwise, takewhile
 from pathlib import Path
@@ -28,7 +28,6 @@ from posthoc_cli.errors import (
     PostHocError,
     WriteError,
 )
-from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.directory import (
     LOCK_NAME,
@@ -74,37 +73,34 @@ PATIENCE = 60.0  # seconds that a network file system may take to show a file
 # --- sources of a synthesis ---
 
 
-@dataclass(frozen=True)
-class LiveSource:
-    """One running average, with its copies and the header that its snapshot would have.
+@dataclass(frozen=True, repr=False)
+class LiveSource(Snapshot):
+    """One running average, with its copies: the snapshot that would be written now.
 
     Attributes:
-        entries: dtype and shape of its tensors.
-        read: returns ranges of them, flat.
+        read: returns ranges of its tensors, flat.
     """
 
-    info: Snapshot
-    entries: Mapping[str, Entry]
-    read: Callable[[Sequence[ElementRange]], list[torch.Tensor]]
+    read: Callable[[Sequence[ElementRange]], list[torch.Tensor]] = lambda _: []
 
     @property
     def name(self) -> str:
         """The source's name in messages, in place of a file name."""
-        return f"live average of sigma_rel {self.info.sigma_rel:g}"
+        return f"live average of sigma_rel {self.sigma_rel:g}"
 
     @property
-    def profile(self) -> PowerFunction:
-        """The power function that the average tracks."""
-        return self.info.profile
+    def header(self) -> Snapshot:
+        """The same without values, to be sent to other processes."""
+        return Snapshot(**{each.name: getattr(self, each.name) for each in fields(Snapshot)})
 
-    def read_box(self, name: str, box: Box, out: memoryview, begin: int = 0) -> None:  # noqa: ARG002 - this process has no other
-        """Fill `out` with the elements from `begin` on of the box that this process holds; see `Source`."""
+    def read_box(self, name: str, box: Box, out: memoryview, begin: int = 0, verify: bool = True) -> None:  # noqa: ARG002
+        """Fill `out` with the elements from `begin` on of the box that this process holds, the only one."""
         end = begin + len(out) // ITEM_BYTES[self.entries[name].dtype]
         (values,) = self.read([ElementRange(name, begin, end)])
         out[:] = tensor_bytes(values)
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
-        """Fill `out` with complete tensors, end to end; see `Source`."""
+        """Fill `out` with complete tensors, end to end."""
         at = 0
         for values in self.read([ElementRange(name, 0, self.entries[name].size) for name in names]):
             data = tensor_bytes(values)
@@ -152,8 +148,10 @@ def live_sources(
         averages = iter(read(index, [piece for piece in ranges if piece.name not in copies]))
         return [copies[name].reshape(-1)[i:j] if name in copies else next(averages) for name, i, j in ranges]
 
-    infos = headers(settings, state, measurements)
-    return [LiveSource(info, specs, partial(read_with_copies, index)) for index, info in enumerate(infos)]
+    return [
+        LiveSource(**vars(header) | {"entries": specs, "read": partial(read_with_copies, index)})
+        for index, header in enumerate(headers(settings, state, measurements))
+    ]
 
 
 # --- snapshots ---
@@ -193,14 +191,14 @@ class Snapshotter:
             self.close()
             raise
         # From now on nobody else writes to the directory, so that it need not be read again.
-        self._run_id = snapshots[0].info.run_id if snapshots else None
+        self._run_id = snapshots[0].run_id if snapshots else None
         # Ordered by time: later snapshots are set aside before an earlier one is written.
         self._stored = [*snapshots]
 
     @property
     def checksums(self) -> frozenset[str]:
         """Header checksums of the stored snapshots that are complete."""
-        return frozenset(snapshot.checksum for snapshot in self._complete())
+        return frozenset(snapshot.identity for snapshot in self._complete())
 
     def distances(self) -> dict[float, float]:
         """Return each average's distance from the model when it was last stored, relative to its norm, by sigma_rel.
@@ -219,7 +217,7 @@ class Snapshotter:
         """Raise a MismatchError if the directory holds snapshots of another run."""
         if self._run_id not in (None, run_id):
             reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
-            hint = f"{ways_to_resume(self._stored[-1].info.step)}; for a new run name another directory"
+            hint = f"{ways_to_resume(self._stored[-1].step)}; for a new run name another directory"
             raise MismatchError(self.directory, reason, hint)
 
     def continue_from(self, state: Tracking) -> None:
@@ -229,11 +227,11 @@ class Snapshotter:
         averages.
         """
         stored, t = self._complete(), state.progress.t
-        known = state.snapshots | {s.checksum for s in stored if s.off_schedule and _holds_average(s, state)}
+        known = state.snapshots | {s.identity for s in stored if s.off_schedule and _holds_average(s, state)}
         own: list[Snapshot] = []
         others: list[Snapshot] = []
         for snapshot in stored:
-            (own if snapshot.t <= t and snapshot.checksum in known else others).append(snapshot)
+            (own if snapshot.t <= t and snapshot.identity in known else others).append(snapshot)
         if moved := set_aside(others) if self._leads else []:
             names = ", ".join(path.name for path in moved[:2]) + f" and {len(moved) - 2:,} more" * (len(moved) > 2)
             what = f"{len(moved):,} snapshot{'s' * (len(moved) > 1)}, later or of another attempt"
@@ -344,7 +342,7 @@ class Snapshotter:
         """Return whether an average has a snapshot, or with `scheduled` one on the schedule."""
         newest = takewhile(lambda s: s.t >= t, reversed(self._stored))
         same = (s for s in newest if (s.t, s.sigma_rel) == (t, sigma_rel))
-        return any(not (scheduled and s.info.off_schedule) for s in same)
+        return any(not (scheduled and s.off_schedule) for s in same)
 
 
 class PartSnapshotter(Snapshotter):

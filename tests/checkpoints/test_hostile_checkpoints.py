@@ -383,7 +383,7 @@ def test_ten_thousand_files(tmp_path: Path) -> None:
         (tmp_path / f"step{step}.safetensors").write_bytes(data)
     started = time.process_time()
     sources = Run(tmp_path).sources
-    assert (len(sources), sources[-1].info.step) == (10_000, 10_000)
+    assert (len(sources), sources[-1].step) == (10_000, 10_000)
     assert time.process_time() - started < 60
 
 

@@ -177,12 +177,12 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
             states[1000 * kimg, width] = net.state_dict()
         torch.save({"net": net.state_dict()}, tmp_path / f"training-state-{kimg:07d}.pt")  # as its training does
     run = Run(tmp_path)
-    assert [(source.info.t, round(source.info.sigma_rel, 3)) for source in run.sources] == [
+    assert [(source.t, round(source.sigma_rel, 3)) for source in run.sources] == [
         (t, width) for t in (1_024_000, 2_048_000) for width in (0.05, 0.1)
     ]
-    assert run.sources[0].info.t_unit == "images"
+    assert run.sources[0].t_unit == "images"
     assert set(run.tensors) == set(net.state_dict())
-    check_average(run, states, 0.07, at="info.t info.sigma_rel", exact=1e-6)
+    check_average(run, states, 0.07, at="t sigma_rel", exact=1e-6)
     other = tmp_path / "other.pkl"
     other.write_bytes((tmp_path / "network-snapshot-0001024-0.050.pkl").read_bytes())
     with pytest.raises(errors.FileFormatError, match=r"other.pkl: is not named as files of edm2 are: network-"):

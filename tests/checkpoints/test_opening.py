@@ -29,7 +29,7 @@ Imported = Callable[..., Run]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_a_run(layout: str, write: Write, weights: dict[int, Weights], tmp_path: Path) -> None:
     run = Run(write(layout))
-    assert [source.info.t for source in run.sources] == list(STEPS)
+    assert [source.t for source in run.sources] == list(STEPS)
     assert [source.profile for source in run.sources] == [Point(float(step)) for step in STEPS]
     assert (run.t, run.step, run.profiles) == (200, 200, [])
     assert repr(run).endswith("4 checkpoints up to 200 steps)")
@@ -47,7 +47,7 @@ def test_every_layout_is_a_run(layout: str, write: Write, weights: dict[int, Wei
 def test_a_glob_names_some_checkpoints(write: Write, weights: dict[int, Weights]) -> None:
     folder = write("transformers")
     assert Run(folder / "checkpoint-*0").step == 200
-    assert [source.info.step for source in Run(folder / "checkpoint-[12]00").sources] == [100, 200]
+    assert [source.step for source in Run(folder / "checkpoint-[12]00").sources] == [100, 200]
     with pytest.raises(errors.DirectoryError, match="no file or folder has such a name"):
         _ = Run(folder / "other-*").sources
     for step in STEPS:  # a model of several parts, as pipelines have it
@@ -59,7 +59,7 @@ def test_a_glob_names_some_checkpoints(write: Write, weights: dict[int, Weights]
 
 def test_steps_come_from_metadata_names_or_a_pattern(tmp_path: Path, imported: Imported) -> None:
     def steps(**settings: str) -> list[int]:
-        return [source.info.step for source in (imported(tmp_path, **settings) if settings else Run(tmp_path)).sources]
+        return [source.step for source in (imported(tmp_path, **settings) if settings else Run(tmp_path)).sources]
 
     filled(tmp_path, 9, 10, 100)
     assert steps() == [9, 10, 100]
@@ -153,7 +153,7 @@ def test_tensors_can_be_chosen(tmp_path: Path, imported: Imported) -> None:
     assert set(Run(tmp_path).tensors) == {"model.a", "model.b", "model.c", "loss.w"}
     run = imported(tmp_path, prefix="model.")
     assert set(run.tensors) == {"a", "b", "c"}
-    assert run.sources[0].info.aliases == {"b": "a"}
+    assert run.sources[0].aliases == {"b": "a"}
     assert run.average(0.2, t=1)["c"].tolist() == torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1).tolist()
     assert set(imported(tmp_path, include="model.*", exclude=["*.b"]).tensors) == {"model.a", "model.c"}
     assert set(imported(tmp_path, prefix="state_dict.loss.").tensors) == {"w"}
@@ -290,7 +290,7 @@ def test_a_file_that_changes_is_an_error(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(errors.VanishedError), source:
         pass
-    assert [one.info.t for one in run.sources] == [2, 3]
+    assert [one.t for one in run.sources] == [2, 3]
 
 
 @pytest.mark.parametrize("value", [torch.ones(600, 500), torch.ones(600, 500).t()], ids=["in order", "transposed"])
@@ -319,7 +319,7 @@ def test_checkpoints_are_combined_with_snapshots(tmp_path: Path) -> None:
                 extra = {"optimizer": torch.ones(2)}
                 torch.save(dict(model.state_dict()) | extra, tmp_path / "own" / f"step{step}.pt")
     alone, both = Run(tmp_path / "ema"), Run(tmp_path / "ema", also=tmp_path / "own")
-    assert [source.info.t for source in both.sources if isinstance(source.profile, Point)] == [
+    assert [source.t for source in both.sources if isinstance(source.profile, Point)] == [
         8.0 * step for step in range(50, 301, 50)
     ]
     assert set(both.tensors) == {"weight", "bias"}
@@ -351,7 +351,7 @@ def test_torchtitan_averages_are_read_with_the_weights(tmp_path: Path, imported:
         distributed(tmp_path / f"step-{step}", content | {"ema_optimizer": averages, "optimizer": optimizer})
     run = Run(tmp_path)
     assert [isinstance(source.profile, Point) for source in run.sources] == [True, False] * 2
-    assert [source.info.sigma_rel for source in run.sources[1::2]] == pytest.approx([0.0635] * 2, abs=1e-3)
+    assert [source.sigma_rel for source in run.sources[1::2]] == pytest.approx([0.0635] * 2, abs=1e-3)
     average = imported(tmp_path, update_every=5, update_after_step=10).sources[-1].profile
     assert isinstance(average, Discrete)
     masses = -np.diff(average.tail(np.arange(21.0)))
@@ -385,7 +385,7 @@ def test_a_trainer_of_transformers_is_read(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         states[step] = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}  # tied
     run = Run(tmp_path)
-    assert [source.info.step for source in run.sources] == [2, 10]
+    assert [source.step for source in run.sources] == [2, 10]
     check_average(run, states)
     run.write(0.2, tmp_path / "model.safetensors")
     assert load_file(tmp_path / "model.safetensors").keys() == run.tensors.keys()

@@ -258,7 +258,7 @@ def test_an_ordinary_ema_makes_other_lengths(library: Callable[[Path], dict[str,
         folder.mkdir()
     settings = library(folder)
     done = import_checkpoints(folder, tmp_path / "run", **settings)
-    assert any(one.info.decay == DECAY for one in done.checkpoints)
+    assert any(one.decay == DECAY for one in done.checkpoints)
     run = Run(tmp_path / "run")
     assert len([one for one in run.sources if not isinstance(one.profile, Point)]) == len(TIMES)
     error, predicted = error_of(run)
@@ -276,7 +276,7 @@ def test_the_decay_is_found(tmp_path: Path, ema: Ema, caplog: pytest.LogCaptureF
     assert "left out" not in ema("audit", tmp_path / "x").err  # it makes no averages
     done = ema("import", tmp_path / "x", "--out", tmp_path / "run")
     assert "found: decay 0.99" in done.out, done.err
-    (decay,) = {one.info.decay for one in Run(tmp_path / "run").sources if not isinstance(one.profile, Point)}
+    (decay,) = {one.decay for one in Run(tmp_path / "run").sources if not isinstance(one.profile, Point)}
     assert decay == pytest.approx(DECAY, abs=2e-4)
     assert error_of(Run(tmp_path / "run"))[0] < 2e-3
     shown = ema("synthesize", tmp_path / "run", "--sigma-rel", 0.15, "--dry-run").out
@@ -318,7 +318,7 @@ def test_the_decay_is_found_though_some_of_the_files_say_theirs(tmp_path: Path) 
         torch.save(content, folder / f"step{step}.pt")
     done = import_checkpoints(folder, tmp_path / "run")
     assert done.checks[0].startswith("found: decay 0.99")
-    assert len({one.info.decay for one in done.checkpoints if one.info.decay}) == 1
+    assert len({one.decay for one in done.checkpoints if one.decay}) == 1
 
 
 @pytest.mark.parametrize(("optimizer", "rate", "decay"), [("Adam", 3e-3, 0.9873), ("SGD", 0.1, 0.9925)])
@@ -348,7 +348,7 @@ def test_more_checkpoints_are_taken_in_though_they_show_another_decay(tmp_path: 
     again = import_checkpoints(folder, tmp_path / "run")
     assert again.written
     assert len(again.checkpoints) == len(first.checkpoints) + 2
-    assert len({one.info.decay for done in (first, again) for one in done.checkpoints if one.info.decay}) == 2
+    assert len({one.decay for done in (first, again) for one in done.checkpoints if one.decay}) == 2
     with pytest.raises(errors.OutputExistsError, match="has other settings"):
         import_checkpoints(folder, tmp_path / "run", ema_decay=0.9873)
 
@@ -356,7 +356,7 @@ def test_more_checkpoints_are_taken_in_though_they_show_another_decay(tmp_path: 
 def test_a_decay_that_people_use_is_taken_if_it_is_as_likely(tmp_path: Path) -> None:
     done = import_checkpoints(write(tmp_path / "x", train(1e-2, False, "SGD"), ema(0.98)), tmp_path / "run")
     assert "; taken as 0.98" in done.checks[0]
-    assert {one.info.decay for one in done.checkpoints} == {0.0, 0.98}
+    assert {one.decay for one in done.checkpoints} == {0.0, 0.98}
 
 
 def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_averages_alone_that_know_only_their_epoch_have_the_steps_of_the_optimiz
     done = import_checkpoints(tmp_path, tmp_path / "run", kind="ema", ema_decay=DECAY)
     expected = [(t, "EMA of decay 0.995") for t in (100, 200, 300)]
     for found in (done.checkpoints, Run(tmp_path / "run").sources):
-        assert [(one.info.step, one.info.holds) for one in found] == expected
+        assert [(one.step, one.holds) for one in found] == expected
 
 
 def test_counts_of_updates_are_understood_together(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_names_of_one_set_are_read_alike(tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidValueError, match="'1_500' may be one number or several"):
         _ = run.sources
     (tmp_path / "a/step-1_500k.safetensors").unlink()
-    assert [source.info.step for source in run.sources] == [600_000, 1_000_000]  # by time
+    assert [source.step for source in run.sources] == [600_000, 1_000_000]  # by time
     run = save(tmp_path / "b", "model-1M-steps", "600k")
     reason = "600k.safetensors: its name has no word such as step at its number, as 'model-1M-steps.safetensors' has"
     with pytest.raises(errors.InvalidValueError, match=re.escape(reason)):
@@ -77,7 +77,7 @@ def test_a_pattern_finds_numbers_as_people_write_them(tmp_path: Path) -> None:
     """The remedy for every name that is refused."""
     save(tmp_path, "step_1_000", "step_2_000", "step_3.5k", "step_4,000")
     run = Run(import_checkpoints(tmp_path, tmp_path / "run", step_from=r"step_([\d._,k]+)\.").out or "")
-    assert [source.info.step for source in run.sources] == [1000, 2000, 3500, 4000]
+    assert [source.step for source in run.sources] == [1000, 2000, 3500, 4000]
     for pattern in (r"step(_1_000)", r"(st)ep"):
         with pytest.raises(errors.InvalidValueError, match="finds no number in"):
             import_checkpoints(tmp_path, None, dry_run=True, step_from=pattern)

@@ -333,7 +333,7 @@ def test_checkpoints_of_step_0_are_left_out(tmp_path: Path, ema: Ema) -> None:
     done = ema("info", tmp_path / "run")
     assert done.code == 0
     assert "step0.pt: left out, as its weights are those before the training, of step 0" in done.err
-    assert [one.info.step for one in Run(tmp_path / "run").sources] == [10, 20]
+    assert [one.step for one in Run(tmp_path / "run").sources] == [10, 20]
 
 
 def test_published_names_of_edm2_say_images_and_width(tmp_path: Path) -> None:
@@ -343,6 +343,6 @@ def test_published_names_of_edm2_say_images_and_width(tmp_path: Path) -> None:
             content = {"ema": {"w": torch.full((3,), float(kimg))}}
             torch.save(content, tmp_path / f"run/edm2-img512-s-{kimg}-{width}.pkl")
     sources = Run(tmp_path / "run").sources
-    assert [(one.info.t, one.info.sigma_rel) for one in sources] == [
+    assert [(one.t, one.sigma_rel) for one in sources] == [
         (1000.0 * kimg, width) for kimg in (1_048_576, 2_147_483) for width in (0.05, 0.1)
     ]

@@ -152,7 +152,7 @@ def test_a_restart_that_is_said_makes_the_true_profile(tmp_path: Path, ema: Ema)
     done = ema("import", folder, "--out", tmp_path / "run", "--ema-decay", 0.995, "--ema-restarts", 850)
     assert done.code == 0, done.err
     (profile,) = [one.profile for one in Run(tmp_path / "run").sources
-                  if one.info.t == 900 and not isinstance(one.profile, Point)]  # fmt: skip
+                  if one.t == 900 and not isinstance(one.profile, Point)]  # fmt: skip
     for s in (0, 849, 850, 870, 899):
         assert profile.tail(s) == pytest.approx(1 - 0.995 ** (900 - max(s, 850)) if s >= 850 else 1, abs=1e-12)
     error, predicted = error_of(Run(tmp_path / "run"))
@@ -189,12 +189,12 @@ def test_epochs_become_steps(tmp_path: Path, ema: Ema) -> None:
     done = ema("import", folder, "--out", tmp_path / "2", "--steps-per-epoch", EVERY)
     assert "reached by the warm-up 1 - (1 + n)^-0.667" in done.out, done.err
     for run in (Run(tmp_path / "1"), Run(tmp_path / "2")):
-        assert {one.info.step for one in run.sources} == {*TIMES}
+        assert {one.step for one in run.sources} == {*TIMES}
         error, predicted = error_of(run)
         assert error < 2e-3
         assert 0.4 < error / predicted < 2.5
     kept = np.prod([min(0.99, power(n)) for n in range(1400, STEPS)])
-    (profile,) = [one.info.profile for one in counted.checkpoints if one.info.decay and one.info.step == STEPS]
+    (profile,) = [one.profile for one in counted.checkpoints if one.decay and one.step == STEPS]
     assert profile.tail(1400) == pytest.approx(1 - kept, abs=1e-9)
 
 
@@ -260,12 +260,12 @@ def test_half_lives_in_images(library: str, tmp_path: Path, ema: Ema) -> None:
     (folder / "training_options.json").write_text(json.dumps(options))
     for place in (tmp_path / "run", tmp_path / "found", folder):
         run = Run(place)
-        assert {(one.info.t, one.info.t_unit) for one in run.sources} == {(BATCH * step, "images") for step in TIMES}
+        assert {(one.t, one.t_unit) for one in run.sources} == {(BATCH * step, "images") for step in TIMES}
         assert len(run.sources) == 2 * len(TIMES)
         error, predicted = error_of(run, prefix="model.")
         assert error < 2e-3
         assert 0.3 < error / predicted < 2.5
-    average = next(one for one in Run(folder).sources if one.info.step == BATCH * STEPS and one.info.decay)
+    average = next(one for one in Run(folder).sources if one.step == BATCH * STEPS and one.decay)
     betas = [0.5 ** (BATCH / min(HALF_LIFE, 0.05 * n * BATCH)) for n in range(1, STEPS)]
     for step in (1, 50, 1400, 1499):
         assert average.profile.tail(step * BATCH) == pytest.approx(1 - np.prod(betas[step - 1 :]), abs=1e-9)
@@ -287,7 +287,7 @@ def test_a_half_life_without_ramp_up(says: str, tmp_path: Path) -> None:
     error, predicted = error_of(run, prefix="model.")
     assert error < 2e-3
     assert 0.3 < error / predicted < 2.5
-    average = next(one for one in run.sources if one.info.step == BATCH * STEPS and one.info.decay)
+    average = next(one for one in run.sources if one.step == BATCH * STEPS and one.decay)
     for step in (1, 1400, 1499):
         tail = 1 - beta ** (STEPS - step)
         assert average.profile.tail(step * BATCH) == pytest.approx(tail, abs=5e-3 if says == "nothing" else 1e-9)

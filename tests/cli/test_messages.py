@@ -34,7 +34,7 @@ def recorded() -> dict[str, str]:
 
 
 def lose_a_tensor(path: Path) -> None:
-    tensors = dict(read_snapshot(path).info.tensors)
+    tensors = dict(read_snapshot(path).tensors)
     del tensors["0.weight"]
     rewrite_snapshot(path, lambda values: values.pop("0.weight"), tensors=tensors)
 

@@ -25,7 +25,7 @@ def check(run: Run, states: States) -> None:
     last = states[max(states)]
     assert average.keys() == last.keys()
     for name, value in average.items():
-        terms = [c * states[s.info.step][name].double() for s, c in zip(plan.sources, coefficients, strict=True)]
+        terms = [c * states[s.step][name].double() for s, c in zip(plan.sources, coefficients, strict=True)]
         is_copy = not last[name].is_floating_point() or name.endswith(("running_mean", "running_var"))
         wanted = last[name].double() if is_copy else sum(terms)
         torch.testing.assert_close(value.double(), wanted, rtol=1e-12, atol=1e-12)

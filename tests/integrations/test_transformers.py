@@ -66,7 +66,7 @@ def test_a_killed_training_resumes_exactly_and_each_step_counts_once(tmp_path: P
     assert_exact(callback.ema, resumed.model, expected)
     assert distance(dict(resumed.model.named_parameters()), expected[-1]) == 0
     run = Run(tmp_path / "ema")
-    assert sorted({snapshot.info.t for snapshot in run.snapshots}) == [4, 8, 10]
+    assert sorted({snapshot.t for snapshot in run.snapshots}) == [4, 8, 10]
     assert distance(run.average(0.2, dtype=torch.float32), exact(expected, 0.2)) < 1e-3  # stored in float16
 
 

@@ -37,7 +37,7 @@ def write_times(directory: Path, times: list[float], sigma_rels: tuple[float, ..
 
 
 def times_in(directory: Path) -> list[float]:
-    return [snapshot.info.t for snapshot in read_directory(directory)]
+    return [snapshot.t for snapshot in read_directory(directory)]
 
 
 # --- what belongs together

@@ -75,9 +75,9 @@ def test_all_results_from_parts_equal_those_from_single_files(run: Path, unsplit
         assert all(torch.equal(tensor, other[name]) for name, tensor in average.items())
         assert other.predicted_error == average.predicted_error is not None
     assert np.array_equal(*(each.error_curve().predicted_error for each in (expected, split)))
-    assert [s.info.measurements for s in split.snapshots] == [s.info.measurements for s in expected.snapshots]
+    assert [s.measurements for s in split.snapshots] == [s.measurements for s in expected.snapshots]
     gone = [each.prune(keep=3, dry_run=True).to_delete for each in (expected, split)]
-    assert [(s.info.t, s.info.sigma_rel) for s in gone[0]] == [(s.info.t, s.info.sigma_rel) for s in gone[1]]
+    assert [(s.t, s.sigma_rel) for s in gone[0]] == [(s.t, s.sigma_rel) for s in gone[1]]
     report = split.check()
     assert report.is_fine, report
     infos = [split.info(), expected.info()]
@@ -154,10 +154,10 @@ def test_measurements_are_added(tmp_path: Path) -> None:
     for part, measured in zip(parts_of(folder), (Measurements(2.0, 0.5), Measurements(4.0, 0.25)), strict=True):
         rewrite_snapshot(part, measurements=measured, inherited=1.5)
     (snapshot,) = read_directory(tmp_path)
-    assert snapshot.info.measurements == Measurements(6.0, 0.75)
-    assert snapshot.info.inherited == 3
+    assert snapshot.measurements == Measurements(6.0, 0.75)
+    assert snapshot.inherited == 3
     rewrite_snapshot(parts_of(folder)[1], measurements=None)
-    assert read_directory(tmp_path)[0].info.measurements is None
+    assert read_directory(tmp_path)[0].measurements is None
 
 
 # --- incomplete snapshots, and parts that do not belong together
@@ -197,14 +197,14 @@ def elsewhere(**changes: tuple[int, ...]) -> Callable[[Path], None]:
     """Return a change of the offset or the shape of a part's chunk."""
 
     def harm(part: Path) -> None:
-        chunks = read_snapshot(part).info.chunks
+        chunks = read_snapshot(part).chunks
         rewrite_snapshot(part, chunks={**chunks, "0.weight": replace(chunks["0.weight"], **changes)})
 
     return harm
 
 
 def gap(part: Path) -> None:
-    info = read_snapshot(part).info
+    info = read_snapshot(part)
     tensors, chunks = ({n: v for n, v in table.items() if n != "0.weight"} for table in (info.tensors, info.chunks))
     rewrite_snapshot(part, lambda values: values.pop("0.weight"), tensors=tensors, chunks=chunks)
 

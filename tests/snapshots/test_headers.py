@@ -284,7 +284,7 @@ def test_escapes_that_are_not_text_are_refused_at_any_depth(small: Small, key: s
     """Lone surrogates and zero bytes are not text."""
     path = forge(small("snapshot"), {key: text})
     if is_text:
-        assert read_snapshot(path).info.left_out == tuple(json.loads(text))
+        assert read_snapshot(path).left_out == tuple(json.loads(text))
         return
     with pytest.raises(FileFormatError, match=r"damaged ema: .*is not Unicode text, or has a zero byte$"):
         read_snapshot(path)

@@ -51,7 +51,7 @@ def errors_of(snapshots: Sequence[Snapshot], *sigma_range: tuple[float, float]) 
 
 
 def keys(snapshots: Sequence[Snapshot]) -> set[tuple[float, float]]:
-    return {(s.info.t, s.info.sigma_rel) for s in snapshots}
+    return {(s.t, s.sigma_rel) for s in snapshots}
 
 
 # --- the choice
@@ -70,7 +70,7 @@ def test_keep_leaves_what_thinning_leaves(run: Path, keep: int) -> None:
 def test_the_newest_time_stays_and_the_newest_with_all_profiles(run: Path, wish: dict[str, Any]) -> None:
     snapshots = read_directory(run)
     assert keys(plan_pruning(snapshots, **wish).kept) >= {(240.0, 0.05), (240.0, 0.28)}
-    snapshots = [s for s in snapshots if (s.info.t, s.info.sigma_rel) != (240.0, 0.28)]
+    snapshots = [s for s in snapshots if (s.t, s.sigma_rel) != (240.0, 0.28)]
     assert keys(plan_pruning(snapshots, **wish).kept) >= {(240.0, 0.05), (220.0, 0.05), (220.0, 0.28)}
 
 
@@ -92,7 +92,7 @@ def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
     snapshots = read_directory(run)
     pruning = plan_pruning(snapshots, max_error=2e-3)
     assert pruning.before.worst <= pruning.after.worst <= 1e-3
-    assert any(s.info.t < 240.0 for s in pruning.kept)
+    assert any(s.t < 240.0 for s in pruning.kept)
     order = removal_order(profiles_of(snapshots), source_prior(snapshots), range(24), 1, {22, 23})
     one_less = [s for i, s in enumerate(snapshots) if i not in order[: len(pruning.to_delete) + 1]]
     assert errors_of(one_less).worst > 1e-3  # half of `max_error`, since a prediction may be too low by 2

@@ -67,7 +67,7 @@ def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
 def _headers(directory: Path) -> dict[str, dict[str, object]]:
     """Return the headers by file name, without what differs in a run that continues from rounded averages."""
     unlike = {"run_id", "measurements", "motion", "inherited", "sample", "sketch", "path", "files", "entries"}
-    found = {snapshot.path.name: vars(snapshot.info) for snapshot in find_snapshots(directory)}
+    found = {snapshot.path.name: vars(snapshot) for snapshot in find_snapshots(directory)}
     return {name: {key: value for key, value in header.items() if key not in unlike} for name, header in found.items()}
 
 

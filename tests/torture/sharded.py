@@ -75,8 +75,8 @@ def wrong(run: Path, steps: list[int] | range) -> list[str]:
     lines, found = [], set()
     for snapshot in find_snapshots(run) if run.exists() else []:
         with snapshot:
-            found.add((snapshot.info.step, snapshot.info.sigma_rel))
-            for name, right in truth(snapshot.info.sigma_rel, list(range(2, snapshot.info.step + 1, 2))).items():
+            found.add((snapshot.step, snapshot.sigma_rel))
+            for name, right in truth(snapshot.sigma_rel, list(range(2, snapshot.step + 1, 2))).items():
                 # A float32 average is rounded once when stored, and each time that a training is resumed from it.
                 away = (snapshot.tensor(name).double() - right).abs().max()
                 if not away <= 1e-6 * right.abs().max():

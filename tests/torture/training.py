@@ -90,7 +90,7 @@ def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
 
 def complete_times(directory: Path) -> list[int]:
     """Return the steps at which every profile has a snapshot."""
-    stored = Counter(snapshot.info.step for snapshot in find_snapshots(directory))
+    stored = Counter(snapshot.step for snapshot in find_snapshots(directory))
     return [step for step, count in stored.items() if count == len(SIGMA_RELS)]
 
 
@@ -146,7 +146,7 @@ def wrong_snapshots(directory: Path) -> list[str]:
     """Return a line for each snapshot that differs from the average that it claims; raise if runs are mixed."""
     wrong = []
     for snapshot in read_directory(directory) if any(directory.glob("*.safetensors")) else ():
-        info, values = snapshot.info, load_file(snapshot.path)
+        info, values = snapshot, load_file(snapshot.path)
         for name in ("weight", "bias"):
             exact, allowed, _ = exact_average(info.step, info.sigma_rel, values[name].size, info.schedule.update_every)
             away = float(np.abs(values[name].ravel() - exact).max())

@@ -66,26 +66,26 @@ def wait_for_writers(folder: Path) -> None:
 
 def times(folder: Path) -> set[float]:
     """Return the times with snapshots."""
-    return {snapshot.info.t for snapshot in read_directory(folder)}
+    return {snapshot.t for snapshot in read_directory(folder)}
 
 
 def contents(folder: Path) -> dict[str, dict[str, bytes]]:
     """Return the tensors of the snapshots on the schedule."""
     result = {}
-    for snapshot in (s for s in read_directory(folder) if not s.info.off_schedule):
+    for snapshot in (s for s in read_directory(folder) if not s.off_schedule):
         result[snapshot.path.name] = {name: bytes(tensor_bytes(snapshot.tensor(name))) for name in snapshot.entries}
     return result
 
 
 def scheduled(folder: Path) -> dict[str, bytes]:
     """Return the complete files of the snapshots on the schedule."""
-    return {s.path.name: s.path.read_bytes() for s in read_directory(folder) if not s.info.off_schedule}
+    return {s.path.name: s.path.read_bytes() for s in read_directory(folder) if not s.off_schedule}
 
 
 def as_if_killed(folder: Path) -> None:
     """Remove the snapshots off the schedule, which the end of a training has written."""
     for snapshot in read_directory(folder):
-        if snapshot.info.off_schedule:
+        if snapshot.off_schedule:
             snapshot.path.unlink()
 
 

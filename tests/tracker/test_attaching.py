@@ -316,7 +316,7 @@ def test_after_a_cell_was_run_again_the_steps_go_to_the_later_tracker(tmp_path: 
         step(model, optimizer, 2)
     assert second.step == 2 + before  # the same model in the same directory is resumed
     assert first.step == before
-    assert {snapshot.info.run_id for snapshot in read_directory(tmp_path / "one")} == {second.run_id}
+    assert {snapshot.run_id for snapshot in read_directory(tmp_path / "one")} == {second.run_id}
 
 
 def test_after_an_error_of_the_update_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,7 +225,7 @@ raise SystemExit(7)
 def test_a_process_that_ends_finishes_background_work(tmp_path: Path, device: str, fork: list[str]) -> None:
     """The work includes jobs that other jobs submit, and the last snapshot; a forked child has nothing to finish."""
     assert forked.run(SCRIPT, tmp_path, device, *fork).code == 7
-    assert [s.info.t for s in read_directory(tmp_path)] == [3, 3, 6, 6, 7, 7]
+    assert [s.t for s in read_directory(tmp_path)] == [3, 3, 6, 6, 7, 7]
 
 
 def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_path: Path) -> None:

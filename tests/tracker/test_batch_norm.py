@@ -58,7 +58,7 @@ def trained(folder: Path, steps: int = 60, **settings: object) -> tuple[Network,
 
 def test_statistics_are_averaged_by_the_profile_and_counts_copied(tmp_path: Path) -> None:
     _, tracker, states = trained(tmp_path)
-    info = tracker.run.snapshots[-1].info
+    info = tracker.run.snapshots[-1]
     assert {name: tensor.role for name, tensor in info.tensors.items() if name.startswith("norm.")} == {
         **dict.fromkeys(("norm.weight", "norm.bias"), "average"), **dict.fromkeys(STATISTICS, "statistic"),
         "norm.num_batches_tracked": "copy",
@@ -84,7 +84,7 @@ def test_measurements_of_a_snapshot_are_of_weights_alone(tmp_path: Path) -> None
     for name in (*names, *STATISTICS):
         exact = exact_average([state[name] for state in states], 0.05, range(1, 61))
         sizes["weights" if name in names else "statistics"] += float((exact**2).sum())
-    measured = tracker.run.snapshots[-2].info
+    measured = tracker.run.snapshots[-2]
     assert measured.sigma_rel == 0.05
     assert sizes["statistics"] > 1000 * sizes["weights"]
     assert measured.measurements.norm == pytest.approx(sizes["weights"], rel=1e-6)

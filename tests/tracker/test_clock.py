@@ -62,7 +62,7 @@ def fresh(folder: Path) -> PostHocEMA:
 
 
 def clocks(folder: Path) -> dict[float, tuple]:
-    return {snapshot.info.t: snapshot.info.clock for snapshot in read_directory(folder)}
+    return {snapshot.t: snapshot.clock for snapshot in read_directory(folder)}
 
 
 def error(folder: Path, target: Target, exact: np.ndarray, known: bool = True) -> float:
@@ -91,14 +91,14 @@ def test_every_header_holds_the_clock_up_to_its_own_time(changed: Path) -> None:
         t = times[step - 1]
         expected[t] = (*(turn for turn in turns if turn[0] < step), (step, t))
     assert clocks(changed) == expected
-    clock = run_clock([snapshot.info for snapshot in read_directory(changed)])
+    clock = run_clock(read_directory(changed))
     np.testing.assert_allclose(clock.step_at(times), np.arange(1, STEPS + 1), atol=1e-9)
 
 
 def test_the_clock_of_batches_of_changing_size_is_known_within_a_step(tmp_path: Path) -> None:
     times = uneven()
     track(tmp_path, times.tolist())
-    infos = [snapshot.info for snapshot in read_directory(tmp_path)]
+    infos = read_directory(tmp_path)
     assert all(len(info.clock) <= 256 for info in infos)
     between = np.concatenate((times, times - 300))
     expected = np.interp(between, np.append(0, times), np.arange(STEPS + 1))

@@ -47,7 +47,7 @@ def test_a_script_that_is_run_again_resumes_with_its_new_settings(tmp_path: Path
             assert tracker.settings.schedule.checkpoint_every == every
             assert error(tracker, last) < 1e-6
     assert found == [0, 22, 36]
-    assert len({s.info.run_id for s in read_directory(tmp_path)}) == 1
+    assert len({s.run_id for s in read_directory(tmp_path)}) == 1
 
 
 def test_a_run_that_does_not_fit_is_not_resumed(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_resuming_from_an_earlier_call_sets_later_snapshots_aside(
 
 def written(folder: Path) -> list[tuple[float, bool]]:
     """Return the time of each snapshot, equal for both profiles, and whether it is off the schedule."""
-    infos = [snapshot.info for snapshot in read_directory(folder)]
+    infos = read_directory(folder)
     narrow, wide = ([(i.t, i.off_schedule) for i in infos if i.sigma_rel == sigma_rel] for sigma_rel in (0.05, 0.28))
     assert narrow == wide
     return narrow
@@ -138,7 +138,7 @@ def test_the_end_writes_a_last_snapshot(tmp_path: Path, end: str, device: str) -
         pipeline.finish()
     assert written(tmp_path) == [(10, False), (20, False), (24, True)]
     for snapshot in read_directory(tmp_path)[-2:]:
-        exact = exact_average(VALUES[2:25:2].numpy(), snapshot.info.sigma_rel, range(2, 25, 2))
+        exact = exact_average(VALUES[2:25:2].numpy(), snapshot.sigma_rel, range(2, 25, 2))
         assert np.abs(load_file(snapshot.path)["weight"].numpy() - exact).max() < 1e-6
 
 

@@ -57,7 +57,7 @@ class Watched:
 
     def check_all(self, folder: Path) -> None:
         for snapshot in read_directory(folder):
-            self.check(snapshot.info, load_file(snapshot.path))
+            self.check(snapshot, load_file(snapshot.path))
 
 
 def squares(tensors: Tensors, other: Tensors | None = None) -> float:
@@ -85,7 +85,7 @@ def test_measurements_are_those_of_a_direct_computation(
     """A model with tied parameters, buffers (not measured) and a frozen parameter."""
     model = tiny_model().to(dtype)
     watched_run(model, tmp_path, 15, sigma_rels, checkpoint_dtype=stored).check_all(tmp_path)
-    assert read_directory(tmp_path)[-1].info.sigma_rels == sigma_rels
+    assert read_directory(tmp_path)[-1].sigma_rels == sigma_rels
 
 
 @pytest.mark.parametrize("scale", [1e6, 1e-6, 2e-8])
@@ -110,7 +110,7 @@ def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(tmp
         tracker.update_(model)
     for snapshot in read_directory(tmp_path):
         assert snapshot.entries["bias"].dtype == "F64"
-        assert snapshot.info.measurements is None
+        assert snapshot.measurements is None
         assert torch.equal(load_file(snapshot.path)["bias"], model.bias)
 
 
@@ -129,7 +129,7 @@ def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path, mo
             fault.setattr(files.system, "fsync", fail_second)
             with pytest.raises(WriteError, match="no space left"):
                 watched.train(model, 10, 10)
-        assert [(s.info.t, s.info.sigma_rel) for s in read_directory(tmp_path)] == [(5, 0.05), (5, 0.28), (10, 0.05)]
+        assert [(s.t, s.sigma_rel) for s in read_directory(tmp_path)] == [(5, 0.05), (5, 0.28), (10, 0.05)]
         assert not list(tmp_path.glob(".ema-*"))
         tracker.snapshot()
         watched.look()

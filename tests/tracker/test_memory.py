@@ -106,7 +106,7 @@ def test_measurements_of_a_subset_are_those_of_all_elements(
             for number in range(1, 31):
                 drift(model, number, size)
                 ema.update_(model)
-        found.append([snapshot.info.measurements for snapshot in read_directory(tmp_path / str(most))])
+        found.append([snapshot.measurements for snapshot in read_directory(tmp_path / str(most))])
     off = 4 * (2 / 2_000) ** 0.5
     for exact, sampled in zip(*found, strict=True):
         assert sampled.norm == pytest.approx(exact.norm, rel=off)

@@ -70,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_stored_once(run: Run) -> None:
     _, tracker = run
-    info = tracker.run.snapshots[-1].info
+    info = tracker.run.snapshots[-1]
     assert {name: tensor.role for name, tensor in info.tensors.items()} == {
         **dict.fromkeys(("embed.weight", "norm.weight", "norm.bias"), "average"),
         **dict.fromkeys(("norm.running_mean", "norm.running_var"), "statistic"),

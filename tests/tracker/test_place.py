@@ -199,7 +199,7 @@ def test_a_time_without_a_snapshot_of_each_profile_is_resumed_by_reconstruction(
 ) -> None:
     """What is missing is reconstructed, and later predicted errors contain its error."""
     first, checkpoints = finished(tmp_path, 400, checkpoint_every=20)
-    (gone,) = (s for s in read_directory(tmp_path) if (s.info.t, s.info.sigma_rel) == (400, 0.28))
+    (gone,) = (s for s in read_directory(tmp_path) if (s.t, s.sigma_rel) == (400, 0.28))
     gone.path.unlink()
     again = Training(seed=3).restored(checkpoints[400])
     with resumed(again.model, tmp_path) as ema:
@@ -360,7 +360,7 @@ def test_a_header_holds_the_weights_and_the_average_of_its_time(tmp_path: Path, 
     last, at = (80, 80) if ending == "scheduled" else (77, 76)
     first, _ = finished(tmp_path, last, device=device, update_every=2)
     newest = read_directory(tmp_path)[-1]
-    assert newest.info.t == at
+    assert newest.t == at
     average, raw = load_file(newest.path), first.path[at - 1]
     names, expected = sorted(average), []
     for number, name in enumerate(names):
@@ -370,7 +370,7 @@ def test_a_header_holds_the_weights_and_the_average_of_its_time(tmp_path: Path, 
             if k * len(names) // 512 == number
         }
         expected += [(float(raw[name].reshape(-1)[i]), float(average[name].reshape(-1)[i])) for i in sorted(places)]
-    weights, averages = decode_sample(newest.info.sample)
+    weights, averages = decode_sample(newest.sample)
     assert [*zip(weights.tolist(), averages.tolist(), strict=True)] == expected
 
 

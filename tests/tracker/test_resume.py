@@ -111,11 +111,11 @@ def test_headers_count_the_error_of_resuming_from_rounded_snapshots(tmp_path: Pa
         with tracker:
             train(model, tracker, last + 1, end)
             state = tracker.state_dict()
-        (snapshot,) = (s for s in read_directory(tmp_path) if (s.info.t, s.info.sigma_rel) == (end, 0.28))
+        (snapshot,) = (s for s in read_directory(tmp_path) if (s.t, s.sigma_rel) == (end, 0.28))
         lost *= ((last / end) ** (gamma + 1)) ** 2
-        assert snapshot.info.inherited == pytest.approx(lost, rel=1e-3)
-        assert state["standing"]["inherited"][1] == snapshot.info.inherited
-        assert (snapshot.info.updates, state["standing"]["updates"]) == (end, end)
+        assert snapshot.inherited == pytest.approx(lost, rel=1e-3)
+        assert state["standing"]["inherited"][1] == snapshot.inherited
+        assert (snapshot.updates, state["standing"]["updates"]) == (end, end)
         exact = averages_in(state)["0.28"]["weight"]
         lost += float((load_file(snapshot.path)["weight"].double() - exact).square().sum())
         last = end

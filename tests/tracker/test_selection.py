@@ -46,7 +46,7 @@ def tracked(model: torch.nn.Module, folder: Path, steps: int = 6, **settings: ob
 
 
 def roles(folder: Path) -> dict[str, str]:
-    return {name: tensor.role for name, tensor in read_directory(folder)[-1].info.tensors.items()}
+    return {name: tensor.role for name, tensor in read_directory(folder)[-1].tensors.items()}
 
 
 ALL = {
@@ -73,7 +73,7 @@ ALL = {
 )
 def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path: Path, filters: dict, taken: set) -> None:
     tracked(network(), tmp_path, **filters)
-    info = read_directory(tmp_path)[-1].info
+    info = read_directory(tmp_path)[-1]
     assert set(info.tensors) == taken
     assert set(info.left_out) == ALL - taken
     with PostHocEMA.from_path(tmp_path, network(), step=info.step) as run:  # the selection is in the header
@@ -101,7 +101,7 @@ def test_a_tied_tensor_is_stored_under_its_selected_name(tmp_path: Path) -> None
     model[1].weight = model[0].weight
     tracked(model, tmp_path / "taken", include="1.*")
     assert roles(tmp_path / "taken") == {"1.weight": "average", "1.bias": "average"}
-    assert read_directory(tmp_path / "taken")[-1].info.aliases == {}
+    assert read_directory(tmp_path / "taken")[-1].aliases == {}
     PostHocEMA.from_path(tmp_path / "taken").load_into(model, sigma_rel=0.2)
     model = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3)))
     model[2].weight = model[0].weight
@@ -198,8 +198,8 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
     model = Holder(w=torch.linspace(-2, 2, 12).view(3, 4).to(dtype), b=torch.zeros(3))
     states = tracked(model, tmp_path / "wide", checkpoint_dtype=torch.float32)
     snapshot = read_directory(tmp_path / "wide")[-1]
-    assert snapshot.info.measurements is not None
-    assert (snapshot.info.tensors["w"].dtype, snapshot.entries["w"].dtype) != ("F32", "F32")
+    assert snapshot.measurements is not None
+    assert (snapshot.tensors["w"].dtype, snapshot.entries["w"].dtype) != ("F32", "F32")
     check_average(tmp_path / "wide", states)
     run = PostHocEMA.from_path(tmp_path / "wide", model)
     wide = run.state_dict(sigma_rel=0.28, dtype="float32")["w"]
@@ -210,9 +210,9 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
         assert torch.equal(averaged.w.float(), wide.to(dtype).float())
     states = tracked(model, tmp_path / "own")
     for snapshot in read_directory(tmp_path / "own"):
-        count = snapshot.info.step
+        count = snapshot.step
         assert snapshot.entries["w"].dtype == stored_name(dtype)
-        exact = exact_average([state["w"] for state in states[:count]], snapshot.info.sigma_rel, range(1, count + 1))
+        exact = exact_average([state["w"] for state in states[:count]], snapshot.sigma_rel, range(1, count + 1))
         stored = snapshot.tensor("w")
         np.testing.assert_allclose(stored.float(), exact, rtol=1.01 * torch.finfo(dtype).eps / 2, atol=1e-5)
     with PostHocEMA.from_model(model, tmp_path / "nan", **SETTINGS) as run:

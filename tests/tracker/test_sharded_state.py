@@ -71,15 +71,13 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         assert [name for name, tensor in right.items() if not torch.equal(loaded[name], tensor)] == []
         assert found["clock"] == expected["clock"]
         assert found["standing"] == expected["standing"] | {"inherited": [0.0, 0.0]}
-    single_run, run = (
-        {(s.info.t, s.info.sigma_rel): s for s in read_directory(tmp_path / name)} for name in ("single", "run")
-    )
+    single_run, run = ({(s.t, s.sigma_rel): s for s in read_directory(tmp_path / name)} for name in ("single", "run"))
     # Each stage of `run` has ended with a snapshot off the schedule, of the averages that the next resumes from.
     assert run.keys() == single_run.keys() | {(t, sigma_rel) for t in (2, 6, 10) for sigma_rel in (0.1, 0.2)}
     assert len(list((tmp_path / "run" / "superseded").glob("*"))) == 0
     for key, snapshot in single_run.items():
         assert all(torch.equal(run[key].tensor(name), snapshot.tensor(name)) for name in snapshot.entries), key
-        measured, true = run[key].info.measurements, snapshot.info.measurements
+        measured, true = run[key].measurements, snapshot.measurements
         assert measured is not None
         assert true is not None
         assert measured.norm == pytest.approx(true.norm)
@@ -92,7 +90,7 @@ def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:
     for name, stages in (("straight", ((0, 8),)), ("resumed", ((0, 5), (5, 8)))):
         for before, after in stages:
             check_group(STAGE, 2, tmp_path / name, "fsdp", before, after)
-        found[name] = read_directory(tmp_path / name / "run")[-1].info
+        found[name] = read_directory(tmp_path / name / "run")[-1]
     assert found["resumed"].t == 8
     assert decode_path(found["straight"].sketch).sketch.folds.sum() > 2
     assert found["resumed"].sketch == found["straight"].sketch

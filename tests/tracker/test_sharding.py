@@ -129,7 +129,7 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=2)
     (folder / f"done-{rank}").touch()
 """
     check_group(code, 3, tmp_path)
-    assert sorted({snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots})[-1] == 24
+    assert sorted({snapshot.t for snapshot in Run(tmp_path / "run").snapshots})[-1] == 24
     assert len(Run(tmp_path / "run").snapshots) == 4
 
 
@@ -152,7 +152,7 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=1)
     train(model, 5, 8, ema)
     if rank == 0:
         ema.flush()
-        print([snapshot.info.t for snapshot in Run(folder / "run").snapshots])
+        print([snapshot.t for snapshot in Run(folder / "run").snapshots])
         (folder / "go").touch()
     ema.flush()
     dist.barrier()
@@ -160,7 +160,7 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=1)
 """
     first, _ = check_group(code, 2, tmp_path)
     assert first.strip() == "[4.0, 4.0]"
-    left = {snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots}
+    left = {snapshot.t for snapshot in Run(tmp_path / "run").snapshots}
     assert 12 in left
     assert 4 not in left
 
@@ -311,7 +311,7 @@ ema.close()
         updated, filled = out.splitlines()
         assert "was not when this tracker was made; shard the model first; then make the tracker in every" in updated
         assert "is sharded over processes, and this tracker was made before that, or without the model" in filled
-    assert [snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots] == [1, 1]
+    assert [snapshot.t for snapshot in Run(tmp_path / "run").snapshots] == [1, 1]
 
 
 @pytest.mark.parametrize("maker", [0, 1])
@@ -347,7 +347,7 @@ def test_a_run_resumes_with_another_arrangement_of_processes(
 ) -> None:
     check_group(RESUME, ranks[0], tmp_path, kinds[0], 1, 8)
     check_group(RESUME, ranks[1], tmp_path, kinds[1], 9, 12)
-    newest = read_directory(tmp_path / "run")[-1].info
+    newest = read_directory(tmp_path / "run")[-1]
     assert newest.measurements is not None
     for width in (0.1, 0.2):
         assert_near(Run(tmp_path / "run").average(width, t=12), truth(width, [2, 4, 6, 8, 10, 12]), within=2e-6)

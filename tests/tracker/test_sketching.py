@@ -36,7 +36,7 @@ def tracker_of(net: torch.nn.Module, folder: Path, **options: object) -> PostHoc
 
 def sketches(folder: Path) -> dict[int, str]:
     """Return the encoded sketch of each snapshot, by step."""
-    return {source.info.step: source.info.sketch for source in disk_sources(folder)}
+    return {source.step: source.sketch for source in disk_sources(folder)}
 
 
 def test_sketches_in_snapshots_have_the_length_of_the_path(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_another_stride_keeps_the_profile_exact(tmp_path: Path) -> None:
         run.check(sigma_rel, [*range(2, 13, 2), *range(15, 41, 5)])
     run.tracker.close()
     as_if_killed(tmp_path / "run")
-    newest = read_directory(tmp_path / "run")[-1].info
+    newest = read_directory(tmp_path / "run")[-1]
     assert (newest.max_interval, newest.t_first, newest.t) == (5, 2, 40)
     assert (newest.schedule.update_every, newest.schedule.checkpoint_every) == (5, 5)
     assert times(tmp_path / "run") == {10, 15, 20, 25, 30, 35, 40}
@@ -173,7 +173,7 @@ def test_a_profile_may_be_dropped_and_the_others_stay_exact(tmp_path: Path, ema:
     run = continued(tmp_path, {"sigma_rels": (0.05, 0.15, 0.28)}, {}, 21, 40)
     for sigma_rel in (0.05, 0.28):
         run.check(sigma_rel, list(range(2, 41, 2)))
-    found = [(s.info.t, s.info.sigma_rel) for s in read_directory(tmp_path / "run")]
+    found = [(s.t, s.sigma_rel) for s in read_directory(tmp_path / "run")]
     assert [t for t, sigma_rel in found if sigma_rel == 0.15] == [10, 20]
     assert [t for t, sigma_rel in found if sigma_rel == 0.28] == [10, 20, 30, 40]
     run.tracker.close()

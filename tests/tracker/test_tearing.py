@@ -189,4 +189,4 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(tmp_path: Path, 
         for snapshot in read_directory(tmp_path):
             with snapshot:
                 weights = {name: snapshot.tensor(name) for name in snapshot.entries}
-            assert away(weights, repr(snapshot.info.sigma_rel), snapshot.info.step, 2 * TOLERANCE) == []
+            assert away(weights, repr(snapshot.sigma_rel), snapshot.step, 2 * TOLERANCE) == []

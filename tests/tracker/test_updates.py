@@ -265,7 +265,7 @@ def test_snapshots_are_thinned_and_never_the_oldest_first(tmp_path: Path) -> Non
         for _ in range(21):
             tracker.update_(model)
     for sigma_rel in SIGMA_RELS:
-        times = [s.info.t for s in read_directory(tmp_path) if s.info.sigma_rel == sigma_rel]
+        times = [s.t for s in read_directory(tmp_path) if s.sigma_rel == sigma_rel]
         # Nothing moves, so that thinning depends on the distances in time alone.
         assert len(times) == 4
         assert times[-1] == 21
@@ -286,8 +286,8 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
                 model.weight.data.add_(torch.randn(30, 30, generator=generator))
                 tracker.update_(model)
         snapshots = read_directory(tmp_path / name)
-        kept[name] = np.mean([s.info.t for s in snapshots])
-        assert snapshots[0].info.schedule.sigma_range == sigma_rels
+        kept[name] = np.mean([s.t for s in snapshots])
+        assert snapshots[0].schedule.sigma_range == sigma_rels
         assert PostHocEMA.from_path(tmp_path / name).settings.schedule.sigma_range == sigma_rels
     assert kept["short"] > 1.3 * kept["long"]
 
@@ -432,4 +432,4 @@ def test_the_default_interval_of_updates_follows_that_of_snapshots(tmp_path: Pat
     with tracker:
         for _ in range(15):
             tracker.update_(model)
-    assert {snapshot.info.t for snapshot in read_directory(tmp_path)} == {15}
+    assert {snapshot.t for snapshot in read_directory(tmp_path)} == {15}

@@ -130,7 +130,7 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
             step(wrapped, number)
             other.update_(wrapped)
     for name in ("bare", "wrapped"):
-        info = read_directory(tmp_path / name)[-1].info
+        info = read_directory(tmp_path / name)[-1]
         assert (set(info.tensors), info.aliases) == (NAMES | BUFFERS, {"head.1.weight": "head.0.weight"})
     weights = PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
     expected = PostHocEMA.from_path(tmp_path / "bare").state_dict(sigma_rel=0.15)
@@ -223,8 +223,8 @@ def test_the_first_of_two_processes_writes(tmp_path: Path, what: str) -> None:
         assert not (tmp_path / "run").exists()
         return
     snapshots = read_directory(tmp_path / "run")
-    assert {snapshot.info.step for snapshot in snapshots} == {3, 6}
-    assert {name for name in snapshots[0].info.tensors if name.startswith("0.")} == {"0.weight", "0.bias"}
+    assert {snapshot.step for snapshot in snapshots} == {3, 6}
+    assert {name for name in snapshots[0].tensors if name.startswith("0.")} == {"0.weight", "0.bias"}
 
 
 BEFORE_WRAPPING = """
@@ -338,7 +338,7 @@ def test_an_adapter_has_the_names_that_peft_saves(kind: str, wrap) -> None:  # t
 def test_pefts_own_functions_load_averages(tmp_path: Path) -> None:
     model = get_peft_model(Adapted(), LORA)
     weights = track(model, tmp_path / "run")
-    assert set(read_directory(tmp_path / "run")[0].info.tensors) == set(weights)
+    assert set(read_directory(tmp_path / "run")[0].tensors) == set(weights)
 
     x = torch.randint(0, 7, (8, 3))
     run = PostHocEMA.from_path(tmp_path / "run", model)
