@@ -26,7 +26,7 @@ from torch import nn
 
 from posthoc_cli import files, plots
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
-from posthoc_cli.progress import ProgressBar
+from posthoc_cli.resources import ProgressBar
 from posthoc_cli.sweep import SweepReport, sweep
 from posthoc_cli.sweep.search import RAW, Trial
 from posthoc_cli.tracker import PostHocEMA

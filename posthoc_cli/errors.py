@@ -245,3 +245,9 @@ def check_word(name: str, value: object, accepted: Iterable[object]) -> None:
     """Raise InvalidValueError unless `value` is one of the accepted words."""
     if value not in (words := [*accepted]):
         raise InvalidValueError(name, f"must be one of {', '.join(map(str, words))}", value=brief(value))
+
+
+def check_max_error(max_error: float | None) -> None:
+    """Raise an InvalidValueError unless `max_error` is None or lies in (0, 1)."""
+    if max_error is not None:
+        check_number("max_error", max_error, lambda error: 0 < error < 1, "be a relative error in (0, 1), such as 0.01")

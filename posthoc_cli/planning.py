@@ -519,12 +519,6 @@ def check_within(name: str, value: float, known: Collection[float]) -> float:
     return check_number(name, value, lambda time: low <= time <= high, accepted)
 
 
-def check_max_error(max_error: float | None) -> None:
-    """Raise an InvalidValueError unless `max_error` is None or lies in (0, 1)."""
-    if max_error is not None:
-        check_number("max_error", max_error, lambda error: 0 < error < 1, "be a relative error in (0, 1), such as 0.01")
-
-
 def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
     """Return the ends of a range of sigma_rel; raise an InvalidValueError unless they are two ascending numbers."""
     with suppress(TypeError, ValueError):

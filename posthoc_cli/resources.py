@@ -1,9 +1,11 @@
-"""Sizes of memory and disk as users write them, and the number of threads for this machine."""
+"""Sizes as users write them, the number of threads for this machine, and the progress of long jobs."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from decimal import Decimal, InvalidOperation
 
 from posthoc_cli.errors import InvalidValueError
@@ -62,3 +64,13 @@ def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
         return Decimal(match[1].replace(",", "")) * units[match[2].upper()]
     except InvalidOperation:
         return None
+
+
+ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""A function of a job's name, such as "verifying", and its total bytes; its context yields `advance(nbytes)`."""
+
+
+@contextmanager
+def no_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001
+    """Return a progress bar that shows nothing."""
+    yield lambda _: None

@@ -42,8 +42,7 @@ from posthoc_cli.planning import (
     time_between,
 )
 from posthoc_cli.profiles import PowerFunction, Profile
-from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.resources import parse_bytes
+from posthoc_cli.resources import ProgressBar, no_bar, parse_bytes
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
@@ -301,11 +300,13 @@ class Run:
             InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, RankError.
         """
         from posthoc_cli.export.layouts import OutputOptions
-        from posthoc_cli.export.model_folder import ModelFolder
         from posthoc_cli.export.writing import Outputs, Ranks, write_shards
 
-        wanted, asked = as_targets(targets), OutputOptions(**options)
-        like = None if asked.like is None else ModelFolder.find(asked.like, asked.component, self.tensors)
+        wanted, asked, like = as_targets(targets), OutputOptions(**options), None
+        if asked.like is not None:
+            from posthoc_cli.export.model_folder import ModelFolder
+
+            like = ModelFolder.find(asked.like, asked.component, self.tensors)
         outputs = Outputs(wanted, out, dtype, asked, like)
         plan = functools.partial(
             self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=outputs.dtype

@@ -20,7 +20,7 @@ from posthoc_cli.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
-    "errors", "remote", "files", "resources", "progress", "dtypes", "profiles", "targets", "reconstruction", "planning",
+    "errors", "remote", "files", "resources", "dtypes", "profiles", "targets", "reconstruction", "planning",
     "snapshots", "checkpoints", "synthesis", "export", "plots", "run", "tracker", "averages", "integrations", "sweep",
     "report", "demo", "cli",
 )  # fmt: skip

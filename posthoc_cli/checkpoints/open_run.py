@@ -168,7 +168,7 @@ def disk_sources(directory: str | Path, also: str | Path | None = None, unclaime
         InvalidValueError: as `open_checkpoints` raises it; or `also` is given, and there are no snapshots.
     """
     snapshots = []
-    if not (is_glob(directory) or is_import(directory)):
+    if not is_glob(directory):
         try:
             snapshots = read_directory(files.as_path(directory))
         except DirectoryError:

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from posthoc_cli import errors, files
 from posthoc_cli.errors import printable
-from posthoc_cli.progress import ProgressBar
 from posthoc_cli.report.facts import text, title_of
+from posthoc_cli.resources import ProgressBar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

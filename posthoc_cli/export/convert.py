@@ -38,7 +38,7 @@ from posthoc_cli.export.layouts import (
     plain,
     suffix_of,
 )
-from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES as PICKLED
 from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import (

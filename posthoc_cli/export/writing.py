@@ -49,8 +49,7 @@ from posthoc_cli.export.layouts import (
     output_paths,
 )
 from posthoc_cli.export.model_folder import ModelFolder
-from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.resources import worker_count
+from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.outputs import (
     SINGLE_NAME,
     decode_output,

@@ -1,7 +1,7 @@
 """The coefficients of the linear combination of stored averages that is nearest to a target.
 
 `solving` has both methods: the published one, and minimum variance, the default; `motion` what minimum variance knows
-about a run; `nodes` the times over which both integrate.
+about a run, and the times over which both integrate.
 """
 
 from posthoc_cli.reconstruction.motion import (
@@ -13,13 +13,15 @@ from posthoc_cli.reconstruction.motion import (
     Motion,
     Prior,
     Sketch,
+    Steps,
     StoredAverage,
     assumed_prior,
     error_after_rounding,
     measured_prior,
     misfit,
+    points_of,
+    relative_width,
 )
-from posthoc_cli.reconstruction.nodes import Steps, points_of, relative_width
 from posthoc_cli.reconstruction.solving import (
     METHODS,
     MOST_SOLVED,

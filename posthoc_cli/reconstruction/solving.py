@@ -33,8 +33,7 @@ from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError, brief, check_word
 from posthoc_cli.profiles import Discrete, FloatArray, OrdinaryEMA, Point, PowerFunction, Profile, StoredProfile
-from posthoc_cli.reconstruction.motion import ASSUMED, Prior, assumed_prior, rounding_factor
-from posthoc_cli.reconstruction.nodes import Nodes
+from posthoc_cli.reconstruction.motion import ASSUMED, Nodes, Prior, assumed_prior, rounding_factor
 
 METHODS = ("minvar", "paper")
 """The solvers; the first one is the default."""

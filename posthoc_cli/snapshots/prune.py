@@ -18,11 +18,18 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.errors import InexactError, InvalidValueError, MismatchError, check_alone, check_count, percent
+from posthoc_cli.errors import (
+    InexactError,
+    InvalidValueError,
+    MismatchError,
+    check_alone,
+    check_count,
+    check_max_error,
+    percent,
+)
 from posthoc_cli.planning import (
     USEFUL_RANGE,
     ErrorCurve,
-    check_max_error,
     check_sigma_range,
     exchanged,
     forecast,

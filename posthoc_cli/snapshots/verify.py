@@ -21,7 +21,7 @@ from posthoc_cli.errors import (
     VanishedError,
     shown,
 )
-from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import (
     PICKLES,
     SUPERSEDED,

@@ -18,7 +18,7 @@ from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
-from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
 from posthoc_cli.sweep.search import RAW, RESULT, Axis, Search, SweepReport, Trial, check_counts, good_range, has_raw

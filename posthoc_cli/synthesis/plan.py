@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
-from posthoc_cli.errors import InexactError, InvalidValueError, check_alone, check_number, percent, shown
-from posthoc_cli.planning import Candidate, check_max_error, check_within, error_curve
+from posthoc_cli.errors import (
+    InexactError,
+    InvalidValueError,
+    check_alone,
+    check_max_error,
+    check_number,
+    percent,
+    shown,
+)
+from posthoc_cli.planning import Candidate, check_within, error_curve
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.outputs import OutputInfo, Used

@@ -25,7 +25,7 @@ from posthoc_cli.reconstruction import (
     reconstruct,
     relative_width,
 )
-from posthoc_cli.reconstruction.nodes import FEW
+from posthoc_cli.reconstruction.motion import FEW
 
 T = 1000.0
 START = 3.0
