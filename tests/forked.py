@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen  # by name: tests replace subprocess.Popen by Forked
@@ -47,16 +47,20 @@ class Forked:
     Arguments:
         arguments: sys.argv from its second item on.
         env: the complete environment; by default this process's, without coverage's variables.
+        modules: what else the server has imported, one server each.
     """
 
     def __init__(
-        self, code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
-    ) -> None:
+        self, code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None,
+        modules: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self._server = _server(modules)
         self.returncode: int | None = None
         self._printed = ("", "")
         self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 - closed when the process has ended
         words, environment = [str(argument) for argument in arguments], unmeasured_environment() if env is None else env
         started = _ask(
+            self._server,
             {"code": code, "arguments": words, "cwd": str(cwd or Path.cwd()), "env": dict(environment)},
             [file.fileno() for file in self._files],
         )
@@ -66,7 +70,7 @@ class Forked:
     def poll(self, timeout: float = 0) -> int | None:
         """Return the exit code, or None if the process runs after so many seconds."""
         if self.returncode is None:
-            self.returncode = _ask({"pid": self.pid, "timeout": timeout})
+            self.returncode = _ask(self._server, {"pid": self.pid, "timeout": timeout})
             if self.returncode is not None:
                 out, err = (_close(file) for file in self._files)
                 self._printed = (out, err)
@@ -140,21 +144,21 @@ def waiting(code: str, *arguments: object) -> Iterator[Forked]:
 
 
 @functools.cache
-def _server() -> socket.socket:
-    """Return the server of this test process; it ends when this end of the socket is closed."""
+def _server(modules: tuple[str, ...]) -> socket.socket:
+    """Return a server of this test process; it ends when this end of the socket is closed."""
     ours, its = socket.socketpair()
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = unmeasured_environment() | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # threads do not fork
     with its:
         number = its.fileno()
-        server = Popen([sys.executable, __file__, str(number)], pass_fds=[number], env=environment)
+        words = [sys.executable, "-W", "ignore", __file__, str(number), *modules]
+        server = Popen(words, pass_fds=[number], env=environment)
     atexit.register(lambda: (ours.close(), server.wait()))
     return ours
 
 
-def _ask(request: dict[str, object], streams: list[int] | None = None) -> int | None:
+def _ask(server: socket.socket, request: dict[str, object], streams: list[int] | None = None) -> int | None:
     """Send a request; return the number in the answer."""
-    server = _server()
     socket.send_fds(server, [b"?"], streams or [])
     server.sendall(json.dumps(request).encode() + b"\n")
     answer: int | None = json.loads(_line(server))
@@ -178,9 +182,9 @@ def _line(channel: socket.socket) -> bytes:
     return line
 
 
-def _serve(channel: socket.socket) -> None:
+def _serve(channel: socket.socket, modules: Sequence[str]) -> None:
     """Answer requests until the other end is closed; in a forked child, run its request."""
-    for module in PRELOADED:
+    for module in (*PRELOADED, *modules):
         __import__(module)
     gc.collect()
     gc.freeze()  # the end of a forked process would go through all of that, and so copy it
@@ -246,4 +250,4 @@ def _become(request: dict[str, object], streams: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 
 heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
-TESTS = Path(__file__).resolve().parent.parent
 
 
-def start(*command: object, **environment: str) -> subprocess.Popen[str]:
-    """Run Python with these arguments, without the server of `forked`, which has no framework."""
-    paths = {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    words = [sys.executable, "-W", "ignore", *map(str, command)]
-    return subprocess.Popen(words, env=os.environ | paths | environment, text=True)
+FRAMEWORKS = ("accelerate", "lightning.pytorch", "transformers.trainer")
+"""What processes have imported when they start: that takes ten seconds of processor time."""
 
 
-def exit_codes_of_two(*command: object, **environment: str) -> list[int]:
+def start(program: str, *arguments: object, **environment: str) -> Forked:
+    """Start a program of Python, or a module of this folder by its name."""
+    if program.isidentifier():
+        program = f"import runpy; runpy.run_module('integrations.{program}', run_name='__main__', alter_sys=True)"
+    return Forked(program, *arguments, env=os.environ | environment, modules=FRAMEWORKS)
+
+
+def exit_codes_of_two(program: str, *arguments: object, **environment: str) -> list[int]:
     """Run two processes of one group, and return their exit codes."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    processes = [start(*command, RANK=rank, LOCAL_RANK=rank, **environment) for rank in "01"]
+    processes = [start(program, *arguments, RANK=rank, LOCAL_RANK=rank, **environment) for rank in "01"]
     return [process.wait(250) for process in processes]
 
 

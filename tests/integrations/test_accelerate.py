@@ -87,7 +87,7 @@ def test_a_killed_training_resumes_exactly(tmp_path: Path) -> None:
         "import sys, warnings; warnings.simplefilter('ignore'); from pathlib import Path\n"
         "from integrations.test_accelerate import Training\nTraining(Path(sys.argv[1])).run(killed_at=13)"
     )
-    assert start("-c", program, tmp_path).wait(250) == -signal.SIGKILL
+    assert start(program, tmp_path).wait(250) == -signal.SIGKILL
     assert (tmp_path / "saved/posthoc_ema.pt").exists()
     assert list((tmp_path / "ema").glob("*.safetensors"))
     assert not list((tmp_path / "saved").glob("custom_checkpoint*"))

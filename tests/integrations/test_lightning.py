@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import torch
 
 pytest.importorskip("lightning.pytorch", reason="lightning is not installed: make integrations installs it")
 
-from integrations import programs
 from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, make_trainer
-from integrations.programs import heavy
+from integrations.programs import exit_codes_of_two, heavy, start
 from integrations.truth import assert_exact, distance, exact, live, recorded
 from lightning.pytorch import LightningModule, callbacks
 from lightning.pytorch.loggers import CSVLogger
@@ -25,10 +23,6 @@ from posthoc_cli.integrations.lightning import PostHocWeightAveraging
 from posthoc_cli.snapshots.directory import read_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
-
-
-def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    return programs.start("-m", "integrations.digits", folder, *arguments)
 
 
 def fit(folder: Path, *callbacks: Any, module: LightningModule | None = None, **arguments: Any) -> LightningModule:
@@ -47,7 +41,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.T
 
 
 def test_a_killed_training_resumes_exactly_within_an_epoch(tmp_path: Path, expected: list[Any]) -> None:
-    assert start(tmp_path, 10).wait(250) == -signal.SIGKILL
+    assert start("digits", tmp_path, 10).wait() == -signal.SIGKILL
     callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY)
     recorder = Recorder()
     module = fit(tmp_path, callback, recorder, ckpt_path=tmp_path / "out/step=8.ckpt")
@@ -271,7 +265,7 @@ def test_a_fast_dev_run_writes_nothing_and_a_short_training_writes_snapshots(tmp
 
 @heavy
 def test_replicas_in_two_processes_validate_one_average(tmp_path: Path) -> None:
-    assert start(tmp_path, 0, "ddp").wait(250) == 0  # this process starts the second one
+    assert exit_codes_of_two("digits", tmp_path, 0, "ddp") == [0, 0]
     (weights, average, _, validated), (*_, other) = (torch.load(tmp_path / f"made-{rank}.pt") for rank in (0, 1))
     assert distance(validated, other) == 0
     assert distance(average, exact(weights, 0.2)) < 1e-6
@@ -282,13 +276,13 @@ def test_replicas_in_two_processes_validate_one_average(tmp_path: Path) -> None:
 
 @heavy
 def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) -> None:
-    assert start(tmp_path / "expected", 0, "sharded").wait(250) == 0
+    assert exit_codes_of_two("digits", tmp_path / "expected", 0, "sharded") == [0, 0]
     expected, average, *_ = torch.load(tmp_path / "expected/made-0.pt")
     assert distance(average, exact(expected, 0.2)) < 1e-6
-    assert start(tmp_path, 7, "sharded").wait(250) != 0
+    assert 0 not in exit_codes_of_two("digits", tmp_path, 7, "sharded")
     checkpoint = tmp_path / "out/step=4.ckpt"
     assert len(list((checkpoint / "posthoc_ema").glob("*.distcp"))) == 2
-    assert start(tmp_path, 0, "sharded", checkpoint).wait(250) == 0
+    assert exit_codes_of_two("digits", tmp_path, 0, "sharded", checkpoint) == [0, 0]
     for rank in (0, 1):
         resumed, average, step, _ = torch.load(tmp_path / f"made-{rank}.pt")
         weights = expected[:4] + resumed  # Lightning restarts the data of an epoch here, too

@@ -58,7 +58,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.T
 
 
 def test_a_killed_training_resumes_exactly_and_each_step_counts_once(tmp_path: Path, expected: list[Any]) -> None:
-    assert start("-m", "integrations.llama", tmp_path, 7).wait(250) == -signal.SIGKILL
+    assert start("llama", tmp_path, 7).wait(250) == -signal.SIGKILL
     assert (tmp_path / "out/checkpoint-4/posthoc_ema.pt").exists()
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     resumed = make_trainer(tmp_path, callback)
@@ -219,7 +219,7 @@ def mean(weights: list[Any], count: int) -> dict[str, torch.Tensor]:
 
 @heavy
 def test_replicas_in_two_processes_evaluate_one_average(tmp_path: Path) -> None:
-    assert exit_codes_of_two("-m", "integrations.llama", tmp_path, 0) == [0, 0]
+    assert exit_codes_of_two("llama", tmp_path, 0) == [0, 0]
     weights = [torch.load(tmp_path / f"weights-{rank}.pt") for rank in "01"]
     assert distance(weights[1][-1], weights[0][-1]) == 0
     history = json.loads((tmp_path / "out/checkpoint-8/trainer_state.json").read_text())["log_history"]
