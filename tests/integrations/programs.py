@@ -14,7 +14,7 @@ from forked import Forked
 heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
 
 
-FRAMEWORKS = ("accelerate", "lightning.pytorch", "transformers.trainer")
+FRAMEWORKS = ("accelerate", "diffusers", "lightning.pytorch", "transformers.trainer")
 """What processes have imported when they start: that takes ten seconds of processor time."""
 
 

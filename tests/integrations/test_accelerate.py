@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 
 import accelerate
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from integrations.programs import forget, heavy, skip_steps, start, use_fsdp_on_the_cpu
+from integrations.programs import FRAMEWORKS, forget, heavy, skip_steps, start, use_fsdp_on_the_cpu
 from integrations.truth import assert_exact, distance, exact, recorded
 
 from posthoc_cli.errors import MismatchError
@@ -152,7 +152,7 @@ training.ema.close()
 
 @heavy
 def test_two_processes_have_one_average(tmp_path: Path) -> None:
-    check_group(GROUP, 2, tmp_path)
+    check_group(GROUP, 2, tmp_path, modules=FRAMEWORKS)
     (weights, first), (_, second) = (torch.load(tmp_path / f"made-{rank}.pt") for rank in (0, 1))
     assert distance(first, exact(weights, 0.2)) < 1e-6
     assert distance(second, first) == 0
@@ -160,12 +160,12 @@ def test_two_processes_have_one_average(tmp_path: Path) -> None:
 
 @heavy
 def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) -> None:
-    check_group(GROUP, 2, tmp_path / "complete", "sharded")
+    check_group(GROUP, 2, tmp_path / "complete", "sharded", modules=FRAMEWORKS)
     weights, _ = torch.load(tmp_path / "complete/made-0.pt")
-    killed = run_group(GROUP, 2, tmp_path, "sharded", "killed")
+    killed = run_group(GROUP, 2, tmp_path, "sharded", "killed", modules=FRAMEWORKS)
     assert -signal.SIGKILL in {result.code for result in killed}  # the other process may fail without it
     assert len(list((tmp_path / "saved/posthoc_ema").glob("*.distcp"))) == 2
-    check_group(GROUP, 2, tmp_path, "sharded", "resumed")
+    check_group(GROUP, 2, tmp_path, "sharded", "resumed", modules=FRAMEWORKS)
     for rank in (0, 1):
         resumed, average = torch.load(tmp_path / f"made-{rank}.pt")
         # accelerate 1.10 saves no state of the optimizer with FSDP2, and continues without it.

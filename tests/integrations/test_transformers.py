@@ -19,7 +19,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 
 import transformers
 from integrations.llama import DATA, EVERY, Recorder, make_trainer, network
-from integrations.programs import exit_codes_of_two, heavy, start
+from integrations.programs import FRAMEWORKS, exit_codes_of_two, heavy, start
 from integrations.truth import assert_exact, distance, exact
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
@@ -255,12 +255,12 @@ torch.save([recorder.weights, found, callback.ema.step, best, trainer.state.best
 @heavy
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 shards models on accelerators only")
 def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) -> None:
-    check_group(SHARDED, 2, tmp_path / "expected")
+    check_group(SHARDED, 2, tmp_path / "expected", modules=FRAMEWORKS)
     weights, *_ = torch.load(tmp_path / "expected/made-0.pt")
-    killed = run_group(SHARDED, 2, tmp_path, "killed")
+    killed = run_group(SHARDED, 2, tmp_path, "killed", modules=FRAMEWORKS)
     assert -signal.SIGKILL in {result.code for result in killed}
     assert len(list((tmp_path / "out/checkpoint-4/posthoc_ema").glob("*.distcp"))) == 2
-    check_group(SHARDED, 2, tmp_path, "resumed")
+    check_group(SHARDED, 2, tmp_path, "resumed", modules=FRAMEWORKS)
     averages = [exact(weights[:step], 0.2) for step in (4, 8)]
     losses = [loss(average, tmp_path) for average in averages]
     for rank in (0, 1):
