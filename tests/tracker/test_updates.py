@@ -273,6 +273,16 @@ def test_snapshots_are_thinned_and_never_the_oldest_first(tmp_path: Path) -> Non
         assert max(np.diff(times)) <= 2 * 20 / 3
 
 
+def test_thinning_spares_the_newest_five_times(tmp_path: Path) -> None:
+    """A training may be continued from any of its own checkpoints of that time."""
+    model = Scalar()
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1, max_checkpoints=20) as tracker:
+        for step in range(1, 41):
+            tracker.update_(model)
+            if step % 10 == 0:
+                assert sorted({s.t for s in tracker.run.snapshots})[-5:] == [*range(step - 4, step + 1)]
+
+
 def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: Path) -> None:
     """Short averages need late snapshots, long ones also early ones; a resumed run keeps its range."""
     kept = {}
