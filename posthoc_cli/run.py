@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.import_files import Manifest, is_import, read_manifest
+from posthoc_cli.checkpoints.import_files import Manifest, read_manifest
 from posthoc_cli.checkpoints.open_run import (
     describe_checkpoints,
     describe_file,
@@ -43,7 +43,7 @@ from posthoc_cli.planning import (
 )
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.resources import ProgressBar, no_bar, parse_bytes
-from posthoc_cli.snapshots.directory import PICKLES, read_directory
+from posthoc_cli.snapshots.directory import PICKLES, is_import, read_directory
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory

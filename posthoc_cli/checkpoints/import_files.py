@@ -34,10 +34,10 @@ from posthoc_cli.checkpoints.read_model import CONFIG, EMA_ENDING, index_checkpo
 from posthoc_cli.checkpoints.read_step import checked_step
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError
+from posthoc_cli.snapshots.directory import MANIFEST, is_import
 from posthoc_cli.snapshots.snapshot import is_whole
 from posthoc_cli.snapshots.tensorfile import OpenedFile, parse_json, read_small_file, sampled_identity
 
-_NAME = "ema-import.json"
 _FORMAT = {"format": "ema import", "version": 1}
 _MOST_BYTES = 100_000_000
 _AGAIN = "import again"
@@ -89,12 +89,6 @@ class Manifest:
     def describe(self) -> dict[str, Any]:
         """Return the origin, the number of files, and the settings, for JSON."""
         return {"refers_to": str(self.origin), "files": len(self.files), "settings": self.settings.given}
-
-
-def is_import(path: str | Path) -> bool:
-    """Return whether a path is a folder with a manifest."""
-    manifest = files.as_path(path) / _NAME
-    return manifest.is_file() if files.is_url(manifest) else os.path.lexists(manifest)
 
 
 def make_manifest(folder: Path, origin: Path, settings: ImportSettings, checkpoints: Sequence[Checkpoint]) -> Manifest:
@@ -159,13 +153,13 @@ def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(out, "already exists, and holds something else", "choose another name")
     with files.new_directory(out):
-        files.write_atomically(out / _NAME, content, overwrite=exists)
+        files.write_atomically(out / MANIFEST, content, overwrite=exists)
     return True
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest in a folder, without a look at the files; raise FileFormatError if it is damaged."""
-    path = folder / _NAME
+    path = folder / MANIFEST
     raw = parse_json(path, read_small_file(path, _MOST_BYTES), "import")
     try:
         if {key: raw.get(key) for key in _FORMAT} != _FORMAT:

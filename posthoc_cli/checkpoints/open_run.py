@@ -24,7 +24,7 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import NAMED_DECAY, TABLE, check_used, is_named_average, kind_of, named_decay
-from posthoc_cli.checkpoints.import_files import is_import, read_manifest
+from posthoc_cli.checkpoints.import_files import read_manifest
 from posthoc_cli.checkpoints.read_model import (
     AVERAGE_WORD,
     ENDINGS,
@@ -39,7 +39,7 @@ from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettin
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, shown
 from posthoc_cli.profiles import OrdinaryEMA, Point
-from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
+from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, read_directory
 from posthoc_cli.snapshots.outputs import describe_tensors
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source, by_time, run_clock
@@ -168,7 +168,7 @@ def disk_sources(directory: str | Path, also: str | Path | None = None, unclaime
         InvalidValueError: as `open_checkpoints` raises it; or `also` is given, and there are no snapshots.
     """
     snapshots = []
-    if not is_glob(directory):
+    if not (is_glob(directory) or is_import(directory)):
         try:
             snapshots = read_directory(files.as_path(directory))
         except DirectoryError:

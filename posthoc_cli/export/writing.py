@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,6 @@ from posthoc_cli.export.layouts import (
     output_exists,
     output_paths,
 )
-from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.outputs import (
     SINGLE_NAME,
@@ -63,6 +62,9 @@ from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
 from posthoc_cli.synthesis.engine import check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
+
+if TYPE_CHECKING:
+    from posthoc_cli.export.model_folder import ModelFolder
 
 
 @dataclass(frozen=True)

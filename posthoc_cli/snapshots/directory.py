@@ -49,6 +49,9 @@ SUPERSEDED = "superseded"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """Suffixes of files that are usually pickles; such files are never opened."""
 
+MANIFEST = "ema-import.json"
+"""The file of an import, see `checkpoints.import_files`."""
+
 NAME_A_RUN = "name the directory that a tracker writes its snapshots to"
 
 ON_ONE_FILE_SYSTEM = "all processes of a training write to one directory, on a file system that they share"
@@ -111,6 +114,12 @@ class Directory:
             superseded = list_folder(self.path / SUPERSEDED)
             return len(superseded.files) + len(superseded.parts_folders)
         return 0
+
+
+def is_import(path: str | Path) -> bool:
+    """Return whether a path is a folder with the manifest of an import."""
+    manifest = files.as_path(path) / MANIFEST
+    return manifest.is_file() if files.is_url(manifest) else os.path.lexists(manifest)
 
 
 def list_directory(directory: Path) -> Directory:
