@@ -68,6 +68,16 @@ def test_info_of_a_snapshot_and_of_another_programs_file(ema: Ema, run: Path, tm
     assert re.findall(r"^([ab])\.safetensors +safetensors .* B$", result.out, re.MULTILINE) == ["a", "b"]
 
 
+def test_info_of_many_checkpoints_shows_some_and_says_how_many_more(ema: Ema, tmp_path: Path) -> None:
+    for step in range(1, 15):
+        save_file({"w": torch.full((3,), float(step))}, tmp_path / f"step{step}.safetensors")
+    lines = ema("info", tmp_path).out.splitlines()
+    shown = [int(found[1]) for line in lines if (found := re.match(r"step(\d+)\.safetensors ", line))]
+    assert shown == [*range(1, 6), *range(10, 15)]
+    assert lines[-1] == "and 4 more; --json lists them"
+    assert len(ema("info", tmp_path, "--json").json["checkpoints"]) == 14
+
+
 def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
