@@ -151,10 +151,22 @@ class PlainWrapper:
         return getattr(self.optimizer, name)
 
 
+class ForwardingWrapper(torch.optim.Optimizer):
+    """Has the attributes of an optimizer, as Lookahead does, and forwards the registration of hooks."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.defaults = inner, inner.defaults
+        self.state, self.param_groups = inner.state, inner.param_groups
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+
 IS_A_WRAPPER = r"Wrapper wraps an optimizer.*call ema\.update_\(model\) after each step"
 REFUSED: list[tuple[Any, str]] = [
     (Wrapper, IS_A_WRAPPER),
     (PlainWrapper, IS_A_WRAPPER),
+    (ForwardingWrapper, IS_A_WRAPPER),
     (lambda optimizer: AcceleratedOptimizer(Wrapper(optimizer), device_placement=False), IS_A_WRAPPER),
     (lambda inner: Clipped(inner.param_groups), r"Clipped overrides a step.*call ema\.update_\(model\) after each"),
     (ScaledSGD, r"ScaledSGD takes the GradScaler.*update_\(model\)"),
