@@ -383,7 +383,7 @@ def import_(
         kind=kind, step_from=step_from, prefix=prefix, include=include,
         exclude=exclude, sigma_rels=options.optional(parse_numbers, sigma_rels, "--sigma-rels") or (),
         update_every=update_every, update_after_step=update_after_step,
-        ema_decay=options.optional(_decay, ema_decay), ema_warmup=ema_warmup, ema_restarts=ema_restarts,
+        ema_decay=options.optional(_parse_decay, ema_decay), ema_warmup=ema_warmup, ema_restarts=ema_restarts,
         steps_per_epoch=steps_per_epoch, average=average, weights=weights,
     )  # fmt: skip
     if as_json:
@@ -399,7 +399,7 @@ def import_(
         output.print_line("nothing was written" + ("" if done.dry_run else f": {done.out} is this import already"))
 
 
-def _decay(text: str) -> float | str:
+def _parse_decay(text: str) -> float | str:
     """Return a number, or the text for the library to interpret."""
     try:
         return float(text)

@@ -280,7 +280,7 @@ def _print_error_plot(curve: ErrorCurve, is_paper: bool) -> None:
         output.print_rows(rows, columns)
 
 
-_COLUMNS = [":marked", "tracked", "dtype", "kept:snapshots_each", "every:checkpoint_every", "disk:bytes"]
+_PLAN_COLUMNS = [":marked", "tracked", "dtype", "kept:snapshots_each", "every:checkpoint_every", "disk:bytes"]
 
 
 def plan(
@@ -334,7 +334,7 @@ def _print_plan(found: dict[str, Any]) -> None:
         | {"marked": one["name"] + " *" * (one["name"] == chosen), "tracked": ", ".join(map(str, one["sigma_rels"]))}
         for one in schedules
     ]
-    output.print_rows(rows, [*_COLUMNS, "worst_error", "median_error"])
+    output.print_rows(rows, [*_PLAN_COLUMNS, "worst_error", "median_error"])
     low, high = schedules[0]["sigma_rel"][0], schedules[0]["sigma_rel"][-1]
     output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {found['assumption']}")
     if found["disk"] is not None:
@@ -345,7 +345,7 @@ def _print_plan(found: dict[str, Any]) -> None:
         output.print_line(f"ema = {one['call']}")
 
 
-_WIDTHS = "0.001,0.01,0.03,0.05,0.10,0.15,0.20,0.27"
+_COMMON_WIDTHS = "0.001,0.01,0.03,0.05,0.10,0.15,0.20,0.27"
 
 
 def profile(
@@ -373,7 +373,7 @@ def profile(
         reason = "is missing: the sigma_rel of a decay depends on the length of training"
         raise InvalidValueError("--steps", reason, "such as --steps 100000")
     count = options.parse_count(steps or "1000", "--steps")
-    widths = parse_numbers(_WIDTHS if sigma_rel is None else sigma_rel, "--sigma-rel") if target is None else []
+    widths = parse_numbers(_COMMON_WIDTHS if sigma_rel is None else sigma_rel, "--sigma-rel") if target is None else []
     betas = [] if target is None else _betas(target)
     try:
         rows = convert(count, widths, betas)
@@ -398,7 +398,7 @@ def _betas(text: str) -> list[float]:
     return betas
 
 
-_WIDEST = 120
+_WIDEST_GUIDE = 120
 
 
 def _read_guides() -> dict[str, str]:
@@ -437,6 +437,6 @@ def guide(
         from rich.markdown import Markdown
 
         os.environ.setdefault("LESS", "-RFX")  # show colours, and quit at once if the text fits the screen
-        console = Console(width=min(Console().width, _WIDEST))
+        console = Console(width=min(Console().width, _WIDEST_GUIDE))
         with console.pager(styles=True):
             console.print(Markdown(guides[name], hyperlinks=False))

@@ -1,5 +1,5 @@
 """What is known about a run in addition to the profiles of its averages: the motion of its network, fitted to measured
-distances or sketched by the hook, and the errors of the stored averages.
+distances or sketched by the hook, and the errors of the stored averages; and the nodes over which integrals are summed.
 
 Model: the weights follow a random walk with independent increments of variance v(s) ds, which depends on the learning
 rate, plus noise of intensity w(s) whose memory is shorter than the time between snapshots, as of a network that is

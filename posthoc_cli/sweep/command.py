@@ -1,4 +1,4 @@
-"""A sweep by the user's command, which runs as a separate process for each trial."""
+"""A sweep by the user's command, which runs as a separate process for each trial, and the record of its trials."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A search for the best length from few noisy measurements: Bayesian optimization in one dimension.
+"""A search for the best length from few noisy measurements, by Bayesian optimization in one dimension, and its report.
 
 A metric is modelled as a quadratic of x, the logarithm of the length scaled to [0, 1], plus a Gaussian process with a
 Matern 5/2 kernel for the deviation from it, plus an offset for each seed, plus noise. (Rasmussen and Williams, Gaussian
@@ -68,6 +68,7 @@ _STATED = 1e-3, 1e6
 """Bounds of stated standard errors, relative to the spread of the values."""
 _SAME = 0.02
 """The distance from a measured length, as a fraction of the range, below which a proposal repeats that length."""
+
 _KINDS: dict[str, tuple[Callable[[Any], Target], str]] = {
     "sigma_rel": (SigmaRel, "0.02:0.28"),
     "beta": (Beta, "0.99:0.9999"),
@@ -148,7 +149,8 @@ class Axis:
     def at(self, places: FloatArray | float) -> FloatArray:
         """Return the exact values at places in [0, 1], the inverse of `place`."""
         low, high = self._scaled(self.low), self._scaled(self.high)
-        return np.asarray(self._unscaled(low * (high / low) ** places))
+        scaled = low * (high / low) ** places
+        return np.asarray(1 - 1 / scaled if self.kind == "beta" else scaled)
 
     def value_at(self, place: float) -> float:
         """Return the value at a place: a given one, or one rounded to three digits (more in a narrow range)."""
@@ -166,9 +168,6 @@ class Axis:
     def _scaled(self, value: Any) -> Any:
         """Return the quantity whose logarithm is scaled: for a beta its time constant in steps, else the value."""
         return 1 / (1 - value) if self.kind == "beta" else value
-
-    def _unscaled(self, value: Any) -> Any:
-        return 1 - 1 / value if self.kind == "beta" else value
 
 
 def good_range(run: Run, t: float | None = None) -> Axis:

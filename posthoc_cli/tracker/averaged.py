@@ -112,7 +112,7 @@ class Recipe:
 
     def sent(self) -> Recipe:
         """Return the recipe as other processes can receive it: of its sources only their names and checksums."""
-        known: Any = [(source.name, source.identity if source.files else "") for source in self.sources]
+        known: Any = [(source.name, source.identity) for source in self.sources]
         plan = self.plan and replace(self.plan, sources=(), targets=())  # targets may be a user's objects
         return replace(self, sources=known, plan=plan)
 
