@@ -311,7 +311,7 @@ def test_the_assumed_motion_is_an_even_walk_of_a_quarter_of_the_weights_norm() -
     arrays = np.array([prior.rounding, prior.arithmetic, prior.norm])
     np.testing.assert_array_equal(arrays, np.multiply.outer([3e-3**2, 0, 1], np.ones(4)))
     assert (prior.source, prior.steps) == ("assumed", None)
-    assert prior.motion == even_motion(0.0, 400.0, 0.25**2 / 400)
+    assert (prior.motion.edges.tolist(), prior.motion.walk.tolist()) == ([0.0, 400.0], [0.25**2 / 400])
 
 
 def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion() -> None:
