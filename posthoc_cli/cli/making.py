@@ -318,7 +318,6 @@ def import_(
         None,
         "--from",
         metavar="KIND",
-        autocompletion=options.one_of(*KINDS),
         show_default="found by names and contents",
         help=f"What DIR contains: {', '.join(KINDS)}.",
     ),
@@ -344,7 +343,6 @@ def import_(
     ema_warmup: str | None = options.RUN(
         None,
         metavar="RULE",
-        autocompletion=options.one_of("none", "ratio", "power", "ramp-up"),
         show_default="from the files, else by comparison",
         help="How the decay rises: ratio, (1 + n) / (10 + n); power, 1 - (1 + n)^-2/3 (power:0.75: ^-0.75); EDM's "
         "ramp-up; or none.",
@@ -485,13 +483,6 @@ def _print_end(found: dict[str, Any], dry_run: bool) -> None:
 
 def demo(
     out: Path = options.OUTPUT("ema-demo", "--out", "-o", help="The folder for all files of the demo; new, or empty."),
-    overwrite: bool = options.OUTPUT(
-        False,
-        "--overwrite",
-        "--force",
-        "-f",
-        help="Replace an earlier demo in that folder; other files are kept.",
-    ),
     as_json: bool = options.JSON,
     steps: str = options.HOW("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),
 ) -> None:
@@ -506,7 +497,7 @@ def demo(
     count = options.parse_count(steps, "--steps", "8000, 8e3 or 8K")
     say = output.print_note if as_json else output.print_line
     out = files.expanded(files.local_path("--out", out))
-    output.show(run(out, count, overwrite, say, output.progress_bar(unit="steps")).to_dict(), as_json, _print_demo)
+    output.show(run(out, count, say, output.progress_bar(unit="steps")).to_dict(), as_json, _print_demo)
 
 
 def _print_demo(found: dict[str, Any]) -> None:

@@ -545,12 +545,6 @@ class SweepReport:
         raw = f"raw weights {unmeasured if self.raw is None else f'{self.raw:.6g}'}"
         return f"SweepReport({self.best.title}: {estimate}, {len(self.trials)} trials; {self.stopped}; {raw})"
 
-    def _repr_html_(self) -> str:
-        """Return the picture of the sweep, for a notebook."""
-        from posthoc_cli import plots
-
-        return plots.as_file(functools.partial(plots.sweep_figure, self.to_dict()), ".svg").decode().partition("?>")[2]
-
     @property
     def raw(self) -> float | None:
         """The mean metric of the raw weights; None if they were not measured."""
