@@ -27,9 +27,9 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, PostHocError, check_count
-from posthoc_cli.profiles import SHAPES, FloatArray, Point
+from posthoc_cli.profiles import FloatArray, Point
 from posthoc_cli.run import Run
-from posthoc_cli.targets import Beta, Decay, HalfLife, Mean, SigmaRel, Target, Window, parse_numbers
+from posthoc_cli.targets import SHAPES, Beta, Decay, HalfLife, Mean, SigmaRel, Target, Window, parse_numbers
 
 RAW = "raw"
 """The target of trials of raw weights, which are not an average."""
