@@ -50,28 +50,6 @@ def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_with_overwrite
     assert precious.read_bytes() == b"mine"
 
 
-INDEX_NAME = "model.safetensors.index.json"
-SHARDED = ("--sigma-rel", "0.1", "--layout", "sharded", "--max-shard-size", "60", "--overwrite", "--out")
-
-
-@pytest.mark.parametrize("name", [INDEX_NAME, "model-00001-of-00002.safetensors"])
-def test_links_among_shards_are_replaced_themselves_and_directories_are_refused(
-    ema: Ema, run: Path, tmp_path: Path, precious: Path, name: str
-) -> None:
-    folder, keep = tmp_path / "out", tmp_path / "other" / name / "mine"
-    folder.mkdir()
-    (folder / name).symlink_to(precious)
-    assert ema("synthesize", run, *SHARDED, folder).code == 0
-    assert (folder / INDEX_NAME).exists()
-    assert not any(path.is_symlink() for path in folder.iterdir())
-    assert precious.read_bytes() == b"mine"
-    keep.parent.mkdir(parents=True)
-    keep.write_bytes(b"mine")
-    assert f"already exists, and holds {name!r}" in ema("synthesize", run, *SHARDED, tmp_path / "other").error
-    assert keep.read_bytes() == b"mine"
-    assert [path.name for path in keep.parent.parent.iterdir()] == [name]
-
-
 def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, precious: Path) -> None:
     lock, absent = tmp_path / LOCK_NAME, precious.with_name("nothing")
     for make_link, message in (
@@ -123,16 +101,6 @@ def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tm
     code = f"import sys; sys.stdout.reconfigure(encoding='latin-1'); {forked.EMA}"
     for arguments in (["info", folder], ["synthesize", folder, "--sigma-rel", "0.1", "--out", folder / "o.pt"]):
         assert "\\u65e5\\u672c" in forked.check(code, *arguments).out
-
-
-def test_a_command_with_a_closed_stdin_does_not_ask(run: Path) -> None:
-    code = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, '-m', 'posthoc_cli', *sys.argv[1:]])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "prune", str(run), "--keep", "3"],
-        capture_output=True, text=True, check=False, env=unmeasured_environment(),
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("ema: error: --yes: is needed without a terminal")
 
 
 def test_long_texts_of_an_output_are_cut(ema: Ema, run: Path, tmp_path: Path) -> None:

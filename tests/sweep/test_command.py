@@ -352,14 +352,6 @@ def test_each_length_of_a_narrow_range_is_measured_once(run: Run, tmp_path: Path
     assert sum(axis.low <= trial.x <= axis.high for trial in report.trials) == count
 
 
-def test_the_best_of_a_list_is_one_of_it(run: Run, tmp_path: Path) -> None:
-    named = (0.61234, 0.8, 0.9)
-    report = swept(run, tmp_path / "out", shell("echo $2"), axis=Axis.of_values("beta", named))
-    assert report.found.best == report.to_dict()["best"]["beta"] == named[0]
-    assert report.to_dict()["equal_within_noise"][0] <= named[0]
-    assert sweep(run, lambda w: abs(w.predicted_error), values=[0.05, 0.1, 0.28]).best.sigma_rel in (0.05, 0.1, 0.28)
-
-
 @pytest.mark.parametrize(
     ("axis", "formula", "best"),
     [
