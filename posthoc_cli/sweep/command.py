@@ -50,7 +50,7 @@ class Records:
                 entry = json.loads(line)
                 if entry["question"] == self._question:
                     trial = Trial(**entry["trial"])
-                    numbers = (trial.x, trial.value, trial.standard_error or 0.0)
+                    numbers: Any = (trial.x, trial.value, trial.standard_error or 0.0)
                     if isinstance(trial.seed, int) and all(abs(number) < 1e300 for number in numbers):
                         trials[trial.x, trial.seed] = trial
             except (ValueError, TypeError, KeyError, RecursionError):
