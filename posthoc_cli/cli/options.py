@@ -33,14 +33,12 @@ SIGMA_REL = TARGETS(
 TARGET = TARGETS(
     [],
     metavar="KIND:VALUE",
-    help="Averages of other kinds, such as beta:0.9999, window:1000, last:10 or decay:linear:20%; each value may be a "
-    "list or a range (see `ema guide synthesis`). Repeatable.",
+    help="Other averages: beta:0.9999, window:1000, last:10, decay:linear:20%; also lists or ranges. Repeatable.",
 )
 METHOD = HOW(
     None,
     show_default="minvar",
-    help="The solver: minvar, for the least expected error of the weights, or paper, for the nearest profile, as "
-    "published.",
+    help="The solver: minvar, for the least error of the weights, or paper, for the nearest profile, as published.",
 )
 LAYOUT = OUTPUT(
     None,
@@ -49,25 +47,17 @@ LAYOUT = OUTPUT(
     help="safetensors, sharded (a folder), pt, or dcp (a folder, torch's distributed checkpoint).",
 )
 DTYPE = OUTPUT(
-    "keep",
-    metavar="DTYPE",
-    help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
+    "keep", metavar="DTYPE", help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own."
 )
 COMPONENT = OUTPUT(None, metavar="NAME", help="With --like: the averaged component of a pipeline, such as unet.")
 LIKE_MODEL = OUTPUT(
-    None,
-    metavar="MODEL_FOLDER",
-    help="Make a copy of this model folder (transformers, diffusers or PEFT) with averaged weights in its files, names "
-    "and dtypes.",
+    None, metavar="MODEL_FOLDER", help="Copy this model folder (transformers, diffusers or PEFT) with averaged weights."
 )
 TIME = RUN(None, metavar="TIME", show_default="the last", help="The training time of the averages.")
 STEP = RUN(None, metavar="COUNT", help="The same time as a step (a call of update_): 50000, 5e4, 50K.")
 MAX_SHARD_SIZE = OUTPUT(None, metavar="SIZE", show_default="5GB", help="The largest shard of a sharded output.")
 LIKE = RUN(
-    None,
-    metavar="DIR|GLOB",
-    show_default="even motion",
-    help="Assume that the network will move as in these snapshots or checkpoints of an earlier run.",
+    None, metavar="DIR|GLOB", show_default="even motion", help="An earlier run, as in which the network will move."
 )
 SIGMA_RANGE = TARGETS("0.05:0.28", metavar="LOW:HIGH", help="The range of sigma_rel that you will want.")
 DIRECTORY = Argument(..., metavar="DIR", help="The directory of the tracker's snapshots.")
@@ -78,10 +68,7 @@ PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .
 OVERWRITE = OUTPUT(False, "--overwrite", "--force", "-f", help="Replace existing outputs.")
 JSON = OUTPUT(False, "--json", help="Print one JSON object.")
 CHECKPOINTS = RUN(
-    None,
-    metavar="DIR|GLOB",
-    help="Checkpoints of the training, such as 'out/step*.safetensors': instead of DIR, or in addition to its "
-    "snapshots.",
+    None, metavar="DIR|GLOB", help="Checkpoints of the training, 'out/step*.safetensors': instead of DIR or with it."
 )
 
 

@@ -213,11 +213,7 @@ def error_plot(
     out: Path | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
-    target: list[str] = options.TARGETS(
-        [],
-        metavar="TARGET",
-        help="Also these averages, as points: window:1000, or another kind (see `ema guide synthesis`). Repeatable.",
-    ),
+    target: list[str] = options.TARGETS([], metavar="TARGET", help="Also this average: window:1000. Repeatable."),
     sigma_range: str = options.TARGETS("0.01:0.2886", metavar="LOW:HIGH", help="The curve's range of sigma_rel."),
     checkpoints: str | None = options.CHECKPOINTS,
     t: float | None = options.TIME,
@@ -270,12 +266,8 @@ _PLAN_COLUMNS = [":marked", "tracked", "dtype", "kept:snapshots_each", "every:ch
 
 def plan(
     steps: str = options.RUN(..., metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K."),
-    params: str = options.RUN(
-        ..., metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."
-    ),
-    disk: str | None = options.RUN(
-        None, metavar="SIZE", help="The most disk space for all snapshots: marks the most exact schedule within it."
-    ),
+    params: str = options.RUN(..., metavar="COUNT", help="Averaged parameters of the network: 1.2e9, 1.2B, 350M."),
+    disk: str | None = options.RUN(None, metavar="SIZE", help="Mark the most exact schedule within this disk space."),
     like: str | None = options.LIKE,
     sigma_range: str = options.SIGMA_RANGE,
     out: Path | None = options.PICTURE,
@@ -338,10 +330,10 @@ def profile(
     target: str | None = options.TARGETS(
         None,
         metavar="KIND:VALUE",
-        help="Classical EMAs to convert: beta:0.9999 or half-life:5000, a list or range; needs --steps.",
+        help="Or classical EMAs: beta:0.9999 or half-life:5000, a list or range; with --steps.",
     ),
     steps: str | None = options.HOW(
-        None, metavar="COUNT", show_default="1000", help="Length of training, in steps: 100000, 1e5."
+        None, metavar="COUNT", show_default="1000", help="Length of training: 100000, 1e5."
     ),
     as_json: bool = options.JSON,
 ) -> None:

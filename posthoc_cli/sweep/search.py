@@ -540,10 +540,7 @@ class SweepReport:
         return self.found.axis.target(self.found.best)
 
     def __repr__(self) -> str:
-        estimate = f"{self.metric} {self.found.mean:.6g} ± {self.found.standard_error:.2g} (estimate)"
-        unmeasured = "not measured, since neither a checkpoint nor a tracker with its model has them"
-        raw = f"raw weights {unmeasured if self.raw is None else f'{self.raw:.6g}'}"
-        return f"SweepReport({self.best.title}: {estimate}, {len(self.trials)} trials; {self.stopped}; {raw})"
+        return f"SweepReport({', '.join(f'{name}: {text}' for name, text in answer(self.to_dict()).items())})"
 
     @property
     def raw(self) -> float | None:
