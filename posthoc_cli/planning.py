@@ -297,11 +297,6 @@ class Candidate:
         """The assumption of the predicted errors, in words that follow "if"; empty if the motion was measured."""
         return EVENLY if self.prior.source == ASSUMED else ""
 
-    def up_to(self, t: float) -> tuple[list[StoredProfile], Prior]:
-        """Return the snapshots at or before `t`, and their prior."""
-        usable = [index for index, profile in enumerate(self.snapshots) if profile.t <= t]
-        return [self.snapshots[i] for i in usable], self.prior.of(usable)
-
 
 @dataclass(frozen=True)
 class ErrorPoint:
@@ -417,7 +412,8 @@ def error_curve(
     """
     low, high = check_sigma_range(sigma_range)
     t = time_between(candidate.snapshots, t)
-    usable, prior = candidate.up_to(t)
+    among = [index for index, profile in enumerate(candidate.snapshots) if profile.t <= t]
+    usable, prior = [candidate.snapshots[index] for index in among], candidate.prior.of(among)
     tracked = _tracked(usable)
     inside = [s for s in tracked if low <= s <= high]
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, _POINTS), inside))), low, high)

@@ -455,11 +455,10 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     age = beta / (1 - beta)
     # The mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
     largest = steps * (2 + max(0.0, -math.log(age))) * 2
-
-    def excess(log_x: float) -> float:
-        return mean_age(math.expm1(log_x), steps) - age
-
-    return sigma_rel_from_gamma(math.expm1(brentq(excess, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14)))
+    found = brentq(
+        lambda log_x: mean_age(math.expm1(log_x), steps) - age, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14
+    )
+    return sigma_rel_from_gamma(math.expm1(found))
 
 
 def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float] = ()) -> list[dict[str, float]]:
