@@ -146,21 +146,10 @@ def check_used(settings: ImportSettings, kinds: Collection[str]) -> None:
 
 # --- weights
 
-_TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
-
 
 def _read_weights(path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
     tensors = settings.select(indexed.model_tensors(settings.prefix))
     return [make_checkpoint(path, tensors, Point(float(step)), step)]
-
-
-def _titan_averages(indexed: IndexedCheckpoint) -> Tensors:
-    """Return the averages by the names of their tensors."""
-    return {
-        match[1]: find
-        for keys, find in indexed.tensors.items()
-        if (match := _TITAN_EMA.fullmatch(".".join(keys[1:] if keys[0] == "ema_optimizer" else keys)))
-    }
 
 
 # --- ema-pytorch and pytorch-posthoc-ema: averages by number, whose settings are not in their files
@@ -173,11 +162,6 @@ _COUNTERS = ("initted", "step")
 """Tensors of these libraries that are not of the model."""
 _INNER = "ema_model."
 """Prefix of names in files of `ema-pytorch`."""
-
-
-def _is_numbered(inner: bool, _: Path, indexed: IndexedCheckpoint) -> bool:
-    """Return whether a checkpoint has a counter of these libraries, and names with or without the inner prefix."""
-    return (_COUNTERS[0],) in indexed.tensors and inner is any(keys[0].startswith(_INNER) for keys in indexed.tensors)
 
 
 def _read_numbered(
@@ -195,7 +179,7 @@ def _read_numbered(
     width, every = settings.sigma_rels[number], settings.update_every or 1
     profile = _numbered_profile(library, gamma_from_sigma_rel(width), step, settings, every)
     tensors = settings.select(indexed.model_tensors(settings.prefix or inner), _COUNTERS)
-    return [make_checkpoint(path, tensors, profile, step, library, sigma_rel=width)]
+    return [make_checkpoint(path, tensors, profile, step, kind=library, sigma_rel=width)]
 
 
 def _numbered_profile(library: str, gamma: float, step: int, settings: ImportSettings, update_every: int) -> Discrete:
@@ -287,10 +271,14 @@ def _misfits_by_interval(
 
 
 def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
+
+    def is_in(_: Path, indexed: IndexedCheckpoint) -> bool:
+        has_inner = any(keys[0].startswith(_INNER) for keys in indexed.tensors)
+        return (_COUNTERS[0],) in indexed.tensors and inner is has_inner
+
     return Kind(
-        functools.partial(_read_numbered, library), functools.partial(_is_numbered, inner), _NUMBERED,
-        _NUMBERED_FORM, needs=("sigma_rels", "update_every"), takes=takes,
-        check=functools.partial(_check_numbered, library),
+        functools.partial(_read_numbered, library), is_in, _NUMBERED, _NUMBERED_FORM,
+        needs=("sigma_rels", "update_every"), takes=takes, check=functools.partial(_check_numbered, library),
     )  # fmt: skip
 
 
@@ -305,6 +293,10 @@ class _FoundEMA:
     weights: Tensors = field(default_factory=dict)
     updates: Updates = field(default_factory=Updates)
     t_unit: str = "steps"
+
+
+_Finder = Callable[[IndexedCheckpoint], "_FoundEMA | None"]
+_TITAN_EMA = re.compile(r"(?:ema_optimizer\.)*state\.(.+)\.ema_params")
 
 
 def _model_tensors(indexed: IndexedCheckpoint, average: Keys) -> Tensors:
@@ -349,15 +341,16 @@ def _diffusers(indexed: IndexedCheckpoint) -> _FoundEMA | None:
     return _FoundEMA(indexed.under("ema"), indexed.under("model"), Updates(rule, updates))
 
 
-def _timm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
-    averaged = indexed.under("state_dict_ema")
-    return _FoundEMA(averaged, indexed.under("state_dict"), _first_copies(None)) if averaged else None
+def _under_keys(average: str, weights: str, count: Keys = (), inner: str = "") -> _Finder:
+    """Return the finder of a library that stores both under fixed keys, the weights with an inner prefix."""
 
+    def find(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+        averaged, of_model = indexed.under(average), _without_prefix(indexed.under(weights), inner)
+        updates = _as_count(indexed.number(*count)) if averaged and of_model and count else None
+        is_found = averaged and of_model and (updates or not count)
+        return _FoundEMA(averaged, of_model, _first_copies(updates)) if is_found else None
 
-def _lightning(indexed: IndexedCheckpoint) -> _FoundEMA | None:
-    weights, averaged = indexed.under("current_model_state"), indexed.under("state_dict")
-    updates = _as_count(indexed.number("averaging_state", "n_averaged"))
-    return _FoundEMA(averaged, weights, _first_copies(updates)) if weights and averaged and updates else None
+    return find
 
 
 def _averaged_model(indexed: IndexedCheckpoint) -> _FoundEMA | None:
@@ -370,7 +363,9 @@ def _averaged_model(indexed: IndexedCheckpoint) -> _FoundEMA | None:
 
 def _torchtitan(indexed: IndexedCheckpoint) -> _FoundEMA | None:
     """The update at `start_step` + n `update_every` keeps 2**(-1 / (0.05 n)), or another `half_life_fraction`."""
-    averaged = _titan_averages(indexed)
+    averaged = {
+        match[1]: find for keys, find in indexed.tensors.items() if (match := _TITAN_EMA.fullmatch(".".join(keys)))
+    }
     rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
     return _FoundEMA(averaged, indexed.model_tensors(), Updates(rule, at_start=True)) if averaged else None
 
@@ -427,12 +422,6 @@ def _torch_ema(indexed: IndexedCheckpoint) -> _FoundEMA | None:
     return None
 
 
-def _mmengine(indexed: IndexedCheckpoint) -> _FoundEMA | None:
-    weights, averaged = _without_prefix(indexed.under("ema_state_dict"), "module."), indexed.under("state_dict")
-    updates = _as_count(indexed.number("ema_state_dict", "steps"))
-    return _FoundEMA(averaged, weights, _first_copies(updates)) if weights and averaged else None
-
-
 _EDM_FILE = re.compile(r"network-snapshot-(?P<step>\d{1,20})\.pkl")
 _EDM_OPTIONS = "training_options.json"
 
@@ -466,16 +455,16 @@ def _edm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
     return _FoundEMA(averaged, weights, Updates(rule, None, int(batch)), "images")
 
 
-FINDERS: dict[str, Callable[[IndexedCheckpoint], _FoundEMA | None]] = {
+FINDERS: dict[str, _Finder] = {
     "torchtitan": _torchtitan,
     "diffusers-ema": _diffusers,
-    "timm": _timm,
-    "lightning-ema": _lightning,
+    "timm": _under_keys("state_dict_ema", "state_dict"),
+    "lightning-ema": _under_keys("state_dict", "current_model_state", ("averaging_state", "n_averaged")),
     "averaged-model": _averaged_model,
     "ema-pytorch-ema": _ema_pytorch,
     "lit-ema": _lit_ema,
     "torch-ema": _torch_ema,
-    "mmengine": _mmengine,
+    "mmengine": _under_keys("state_dict", "ema_state_dict", ("ema_state_dict", "steps"), "module."),
     "edm": _edm,
 }
 """A function for each library that returns its EMA in a checkpoint, or None; in the order of the calls."""
@@ -584,27 +573,20 @@ def _are_alike(averaged: Tensors, weights: Tensors) -> bool:
 
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 """Pattern in the name of a file or folder whose tensors are an ordinary EMA."""
-NAMED_DECAY = re.compile(r"ema_(0\.\d+)_")
+_NAMED_DECAY = re.compile(r"ema_(0\.\d+)_")
 """Pattern of the decay in names of guided-diffusion, such as `ema_0.9999_000050.pt` next to `model000050.pt`."""
 
 
 def named_decay(path: Path) -> float | None:
     """Return the decay in the name of an average's file."""
-    match = NAMED_DECAY.match(path.name)
+    match = _NAMED_DECAY.match(path.name)
     return float(match[1]) if match else None
-
-
-def is_named_average(path: Path, settings: ImportSettings) -> bool:
-    """Return whether the setting `average` is a glob of the names of files, of which this is one."""
-    return bool(settings.average) and fnmatchcase(path.name, str(settings.average))
 
 
 def _read_ordinary(
     library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
 ) -> list[Checkpoint]:
     """Return the average that a library stored, or an average alone, and the weights if the checkpoint has them."""
-    if is_named_average(path, settings):
-        settings = replace(settings, average=None)
     found = _two_sets(indexed, settings) if library == "ema" else _find(library, indexed)
     is_alone = library == "ema" and found is None
     if is_alone:
@@ -672,25 +654,24 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
     """
     indexed = index_checkpoint(path)
     sets = _sets_of_tensors(indexed)
-    pairs = _pairs(sets)
-    found = None if average else next(filter(None, (_find(library, indexed) for library in FINDERS)), None)
     if average and (key := _named_set(indexed, sets, average)):
         others = _pairs(sets, [key]).get(key, [])
-        found = _FoundEMA(sets[key], sets[others[0]] if len(others) == 1 else {})
-    if weights:
-        models = {key for others in pairs.values() for key in others}
-        tensors = found.weights if found else sets[models.pop()] if len(models) == 1 else {}
-        return make_checkpoint(path, tensors or indexed.model_tensors(), Point(1.0), 1)
-    found = found or _two_sets(indexed)
-    if found is not None:
-        tensors = {name: found.averaged.get(name, find) for name, find in found.weights.items()} or found.averaged
+        found: _FoundEMA | None = _FoundEMA(sets[key], sets[others[0]] if len(others) == 1 else {})
     else:
-        alone = [key for key in sets if AVERAGE_WORD.search(key[-1])]
-        if len(alone) != 1 and not _EMA_NAME.search(path.name):
-            keys = names_in([".".join(key) for key in sets if len(key) == 1])
-            reason = f"holds no average that its keys name ({keys})" if keys else "holds no average that a key names"
-            raise FileFormatError(path, reason, "name its key by `average`, or say `weights` for the raw ones")
-        tensors = indexed.under(*alone[0]) if len(alone) == 1 else indexed.model_tensors()
+        found = next(filter(None, (_find(library, indexed) for library in FINDERS)), None)
+    alone = [key for key in sets if AVERAGE_WORD.search(key[-1])]
+    if weights:
+        models = {key for others in _pairs(sets).values() for key in others}
+        tensors = found.weights if found else sets[models.pop()] if len(models) == 1 else {}
+        tensors = tensors or indexed.model_tensors()
+    elif found := found or _two_sets(indexed):
+        tensors = {name: found.averaged.get(name, find) for name, find in found.weights.items()} or found.averaged
+    elif len(alone) == 1 or _EMA_NAME.search(path.name):
+        tensors = sets[alone[0]] if len(alone) == 1 else indexed.model_tensors()
+    else:
+        keys = names_in([".".join(key) for key in sets if len(key) == 1])
+        reason = f"holds no average that its keys name{f' ({keys})' * bool(keys)}"
+        raise FileFormatError(path, reason, "name its key by `average`, or say `weights` for the raw ones")
     return make_checkpoint(path, tensors, Point(1.0), 1)
 
 
@@ -707,7 +688,7 @@ def _read_edm2(path: Path, indexed: IndexedCheckpoint, images: int, settings: Im
     width = float(match["width"]) if match else 0.0
     profile = PowerFunction.from_sigma_rel(width, images)
     tensors = settings.select(indexed.model_tensors(settings.prefix, "ema"))
-    return [make_checkpoint(path, tensors, profile, images, "edm2", "images", width)]
+    return [make_checkpoint(path, tensors, profile, images, kind="edm2", t_unit="images", sigma_rel=width)]
 
 
 TABLE = {

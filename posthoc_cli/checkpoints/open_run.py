@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import logging
-import math
 import os
 import re
 from collections import Counter
@@ -23,10 +22,9 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.formats import NAMED_DECAY, TABLE, check_used, is_named_average, kind_of, named_decay
+from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of, named_decay
 from posthoc_cli.checkpoints.import_files import read_manifest
 from posthoc_cli.checkpoints.read_model import (
-    AVERAGE_WORD,
     ENDINGS,
     NOT_WEIGHTS,
     index_checkpoint,
@@ -73,11 +71,16 @@ def open_checkpoints(
         return checked_run(read_manifest(path).read())
     paths = _of_one_average(_candidates(place), settings)
     by_word = next((path.name for path in paths if named_step(path).by_word), "")
-    by_name = any(is_named_average(path, settings) for path in paths)
-    of_key = replace(settings, average=None) if by_name else settings
-    read = [
-        one for path in paths for one in _read(path, settings if is_named_average(path, settings) else of_key, by_word)
-    ]
+    read: list[Checkpoint] = []
+    for each in paths:
+        indexed = index_checkpoint(each)
+        if indexed.values.get("ema.format") == "output":
+            continue  # of this package
+        kind = TABLE[kind_of(each, indexed, settings)]
+        if step := kind.step(each, indexed, settings, by_word):
+            read += kind.read(each, indexed, step, settings)
+        else:
+            log.warning("%s: left out, as its weights are those before the training, of step 0", each)
     if not read:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
@@ -102,19 +105,17 @@ def open_checkpoints(
 
 
 def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:
-    """Return the files without those of other averages, where names have several decays, or settings name files.
+    """Return the files without those of other averages, where names have several decays.
 
     Raises:
         InvalidValueError: no setting says which average is meant.
     """
-    if any(is_named_average(path, settings) for path in paths):
-        return [path for path in paths if is_named_average(path, settings) or not AVERAGE_WORD.search(path.name)]
     decays = {path: decay for path in paths if (decay := named_decay(path)) is not None}
     if len({*decays.values()}) < 2:
         return paths
     if settings.ema_decay not in decays.values():
-        choices = " or ".join(sorted({f"'{NAMED_DECAY.match(path.name)[0]}*'" for path in decays}))  # type: ignore[index]
-        raise InvalidValueError("average", f"must be given: the files are of several averages, {choices}")
+        choices = " or ".join(f"{decay:g}" for decay in sorted({*decays.values()}))
+        raise InvalidValueError("ema_decay", f"must be given: the files are of several averages, {choices}")
     return [path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay]
 
 
@@ -140,19 +141,6 @@ def _common_interval(checkpoints: Sequence[Checkpoint]) -> int | None:
             hint = f"other files count one in {every:,}; say update_every, and ema_restarts if the EMA began again"
             raise MismatchError(both, reason, hint)
     return every
-
-
-def _read(path: Path, settings: ImportSettings, by_word: str) -> list[Checkpoint]:
-    """Return the checkpoints in a file or folder; none from an output of this package, or from step 0."""
-    indexed = index_checkpoint(path)
-    if indexed.values.get("ema.format") == "output":
-        return []
-    kind = TABLE[kind_of(path, indexed, settings)]
-    step = kind.step(path, indexed, settings, by_word)
-    if not step:
-        log.warning("%s: left out, as its weights are those before the training, of step 0", path)
-        return []
-    return kind.read(path, indexed, step, settings)
 
 
 def disk_sources(directory: str | Path, also: str | Path | None = None, unclaimed: bool = False) -> list[Source]:
@@ -250,7 +238,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     kept: dict[tuple[float, str], Checkpoint] = {}
     for other in by_time(checkpoints):
         one = kept.setdefault((other.t, other.holds), other)
-        if one is not other and not _is_duplicate(one, other):
+        if one is not other and not _are_equal(one, other):
             reason = f"are both of step {one.t:,.12g}"
             raise MismatchError(f"{one.path} and {other.path}", reason, "name the files of one run by a glob")
     weights = {one.t for one in kept.values() if isinstance(one.profile, Point)}
@@ -269,13 +257,13 @@ def is_copy(one: Checkpoint) -> bool:
     return isinstance(one.profile, OrdinaryEMA) and one.profile.times[0] == one.profile.t
 
 
-def _is_duplicate(one: Checkpoint, other: Checkpoint) -> bool:
+def _are_equal(one: Checkpoint, other: Checkpoint) -> bool:
     """Return whether two checkpoints have the same values among the first elements of each tensor."""
-    sizes = [{name: math.prod(source.entries[name].shape) for name in source.averages} for source in (one, other)]
-    if sizes[0] != sizes[1]:
+    sizes, others = ({name: each.entries[name].size for name in each.averages} for each in (one, other))
+    if sizes != others:
         return False
     with one, other:
-        ranges = [(name, 0, min(size, _COMPARED)) for name, size in sizes[0].items()]
+        ranges = [(name, 0, min(size, _COMPARED)) for name, size in sizes.items()]
         return all(np.array_equal(one.values(*each), other.values(*each), equal_nan=True) for each in ranges)
 
 

@@ -130,12 +130,12 @@ def test_a_setting_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "archives", "transformers", "distributed"])
+@pytest.mark.parametrize("layout", ["safetensors", "distributed"])
 def test_care_is_for_own_files(layout: str, write: Callable[[str], Path], ema: Ema) -> None:
     folder = write(layout)
     before = sorted(path.name for path in folder.rglob("*"))
     no_checksums = f"{folder}: holds checkpoints of other programs, which have no checksums"
-    if layout in ("archives", "distributed"):
+    if layout == "distributed":
         assert no_checksums in ema("verify", folder).error
     else:
         assert "0 intact" in ema("verify", folder).out

@@ -86,8 +86,7 @@ def test_ema_pytorch(update_every: int, tmp_path: Path, imported: Imported) -> N
         _ = Run(tmp_path / "x").sources
 
 
-@pytest.mark.parametrize("rate", ["constant", "falling"])
-@pytest.mark.parametrize("update_every", [10, 100])
+@pytest.mark.parametrize(("update_every", "rate"), [(10, "falling"), (100, "constant")])
 def test_the_error_of_a_repair_is_known(tmp_path: Path, imported: Imported, update_every: int, rate: str) -> None:
     """Stored averages are mostly of the first weights, which are far smaller than those of the synthesized average."""
     steps, size = 6000, 300
@@ -140,8 +139,10 @@ def test_files_of_two_sessions_are_doubted(
     assert distance(second, {name: values[-140:] for name, values in history.items()}, 0.1) < 0.03
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("true", "wrong"), [(150, 30), (30, None), (0, 40), (100, 150)])
+@pytest.mark.parametrize(
+    ("true", "wrong", "dtype"),
+    [(150, 30, None), (30, None, torch.float16), (0, 40, torch.bfloat16), (100, 150, torch.float16)],
+)
 def test_a_wrong_update_after_step_is_named(
     tmp_path: Path, imported: Imported, true: int, wrong: int | None, dtype: torch.dtype | None
 ) -> None:

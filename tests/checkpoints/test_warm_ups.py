@@ -74,7 +74,7 @@ def test_a_restart_that_was_found_counts_as_uncertain(tmp_path: Path) -> None:
     assert abs(settings["ema_restarts"][0] - 850) < 3 * settings["ema_late"]
 
 
-LATE = [(1000, {}, True), (1000, {}, False), (400, {"rate": 1e-2, "optimizer": "SGD"}, True), (430, {}, False)]
+LATE = [(1000, {}, True), (400, {"rate": 1e-2, "optimizer": "SGD"}, True), (430, {}, False)]
 
 
 @pytest.mark.parametrize(("begin", "options", "copies"), LATE)
