@@ -75,11 +75,10 @@ class Kind:
     """A kind of checkpoints.
 
     Attributes:
-        read: returns the sources in a checkpoint, from its path, index, step and the settings; ordinary EMAs without
-            their profiles, see `Checkpoint.with_settings`.
-        is_in: returns whether a checkpoint is of this kind, from its path and index; called only if the name fits.
+        read: returns the sources in a checkpoint, from its index, step and the settings; ordinary EMAs without their
+            profiles, see `Checkpoint.with_settings`.
+        is_in: returns whether a checkpoint is of this kind; called only if the name fits.
         name: pattern of its files' names, with a group for the step; None if they may have any name.
-        form: the pattern in words.
         of_name: number of steps that 1 in the name counts.
         needs: required settings, which the files do not hold.
         takes: optional settings, in addition to the selection of tensors.
@@ -87,51 +86,49 @@ class Kind:
             InvalidValueError that names better settings.
     """
 
-    read: Callable[[Path, IndexedCheckpoint, int, ImportSettings], list[Checkpoint]]
-    is_in: Callable[[Path, IndexedCheckpoint], bool] = lambda *_: True
+    read: Callable[[IndexedCheckpoint, int, ImportSettings], list[Checkpoint]]
+    is_in: Callable[[IndexedCheckpoint], bool] = lambda _: True
     name: re.Pattern[str] | None = None
-    form: str = ""
     of_name: int = 1
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     check: Callable[[Sequence[Checkpoint], ImportSettings], str] | None = None
 
-    def step(self, path: Path, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
+    def step(self, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
         """Return the step of a checkpoint; 0 before the training. For arguments and errors see `step_of`."""
-        match = self.name and self.name.fullmatch(path.name)
+        match = self.name and self.name.fullmatch(indexed.path.name)
         if match is None:
             is_ema = "steps_per_epoch" in self.takes or settings.ema_decay is not None
             per_epoch = settings.steps_per_epoch or 0 if is_ema else None
-            return step_of(path, indexed, settings.step_from, by_word, per_epoch)
+            return step_of(indexed, settings.step_from, by_word, per_epoch)
         number = self.of_name * int(match["step"])
-        return checked_step(path, number) if number else 0
+        return checked_step(indexed.path, number) if number else 0
 
     def is_named(self, path: Path) -> bool:
         """Return whether a file's name fits this kind."""
         return self.name is None or self.name.fullmatch(path.name) is not None
 
 
-def kind_of(path: Path, indexed: IndexedCheckpoint, settings: ImportSettings) -> str:
+def kind_of(indexed: IndexedCheckpoint, settings: ImportSettings) -> str:
     """Return the kind of a checkpoint: the given one, or the first of `TABLE` whose name and content fit.
 
     Raises:
         FileFormatError: its name does not fit the given kind.
         InvalidValueError: a setting that its files do not hold is missing.
     """
+    path = indexed.path
     name = (
         settings.kind
         or ("ema" if settings.average or settings.weights else None)
-        or next(name for name, kind in TABLE.items() if kind.is_named(path) and kind.is_in(path, indexed))
+        or next(name for name, kind in TABLE.items() if kind.is_named(path) and kind.is_in(indexed))
     )
     if not TABLE[name].is_named(path):
-        raise FileFormatError(path, f"is not named as files of {name} are: {TABLE[name].form}")
-    missing = [needed for needed in TABLE[name].needs if not getattr(settings, needed)]
-    if missing and settings.given:
-        reason = f"must be given: files of {name}, such as {path.name}, do not hold it"
-        raise InvalidValueError(missing[0], reason)
-    if missing:
-        reason = f"is of {name}, whose files do not hold {' and '.join(missing)}"
-        raise InvalidValueError(path, reason, "give them to an import")
+        raise FileFormatError(path, f"is not named as files of {name} are", "see `ema guide checkpoints`")
+    for needed in TABLE[name].needs:
+        if not getattr(settings, needed):
+            raise InvalidValueError(
+                needed, f"must be given to an import: files of {name}, such as {path.name}, do not hold it"
+            )
     return name
 
 
@@ -147,9 +144,9 @@ def check_used(settings: ImportSettings, kinds: Collection[str]) -> None:
 # --- weights
 
 
-def _read_weights(path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
+def _read_weights(indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
     tensors = settings.select(indexed.model_tensors(settings.prefix))
-    return [make_checkpoint(path, tensors, Point(float(step)), step)]
+    return [make_checkpoint(indexed.path, tensors, Point(float(step)), step)]
 
 
 # --- ema-pytorch and pytorch-posthoc-ema: averages by number, whose settings are not in their files
@@ -157,17 +154,15 @@ def _read_weights(path: Path, indexed: IndexedCheckpoint, step: int, settings: I
 DEFAULT_UPDATE_AFTER_STEP = 100
 """The default of `pytorch-posthoc-ema`."""
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
-_NUMBERED_FORM = "<number>.<step>.pt, or <number>_<step>.safetensors"
 _COUNTERS = ("initted", "step")
 """Tensors of these libraries that are not of the model."""
 _INNER = "ema_model."
 """Prefix of names in files of `ema-pytorch`."""
 
 
-def _read_numbered(
-    library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
-) -> list[Checkpoint]:
+def _read_numbered(library: str, indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
     """Return an average that one of these libraries stored."""
+    path = indexed.path
     match, inner = _NUMBERED.fullmatch(path.name), _INNER if library == "ema-pytorch" else ""
     number = int(match["number"]) if match else 0
     if number >= len(settings.sigma_rels):
@@ -175,7 +170,7 @@ def _read_numbered(
         reason = f"must be one for each average; {path.name} is of number {number}, counted from 0"
         raise InvalidValueError("sigma_rels", reason, value=given)
     if library == "posthoc-ema":
-        _check_update_after_step(path, indexed, step, settings.update_after_step)
+        _check_update_after_step(indexed, step, settings.update_after_step)
     width, every = settings.sigma_rels[number], settings.update_every or 1
     profile = _numbered_profile(library, gamma_from_sigma_rel(width), step, settings, every)
     tensors = settings.select(indexed.model_tensors(settings.prefix or inner), _COUNTERS)
@@ -190,7 +185,7 @@ def _numbered_profile(library: str, gamma: float, step: int, settings: ImportSet
     return ema_pytorch_profile(gamma, step, update_every, max(after, 1))
 
 
-def _check_update_after_step(path: Path, indexed: IndexedCheckpoint, step: int, given: int | None) -> None:
+def _check_update_after_step(indexed: IndexedCheckpoint, step: int, given: int | None) -> None:
     """Raise InvalidValueError if the number of calls that `pytorch-posthoc-ema` counted contradicts the setting."""
     value = DEFAULT_UPDATE_AFTER_STEP if given is None else given
     counted = indexed.number("step")
@@ -201,7 +196,7 @@ def _check_update_after_step(path: Path, indexed: IndexedCheckpoint, step: int, 
     if abs(counted - expected) <= counted * eps / 2:
         return
     right_value = f"{'about ' * (counted * eps >= 1)}{step - counted + 1:,.12g}"
-    reason = f"does not fit the files, whose default is {DEFAULT_UPDATE_AFTER_STEP}: {path.name} has counted"
+    reason = f"does not fit the files, whose default is {DEFAULT_UPDATE_AFTER_STEP}: {indexed.path.name} has counted"
     reason += f" {counted:,.12g} of {step:,} calls, as {right_value} makes it"
     raise InvalidValueError("update_after_step", reason, value=value)
 
@@ -272,12 +267,12 @@ def _misfits_by_interval(
 
 def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
 
-    def is_in(_: Path, indexed: IndexedCheckpoint) -> bool:
+    def is_in(indexed: IndexedCheckpoint) -> bool:
         has_inner = any(keys[0].startswith(_INNER) for keys in indexed.tensors)
         return (_COUNTERS[0],) in indexed.tensors and inner is has_inner
 
     return Kind(
-        functools.partial(_read_numbered, library), is_in, _NUMBERED, _NUMBERED_FORM,
+        functools.partial(_read_numbered, library), is_in, _NUMBERED,
         needs=("sigma_rels", "update_every"), takes=takes, check=functools.partial(_check_numbered, library),
     )  # fmt: skip
 
@@ -571,8 +566,6 @@ def _are_alike(averaged: Tensors, weights: Tensors) -> bool:
     return all(tensor_shape(find()) == tensor_shape(weights[name]()) for name, find in averaged.items())
 
 
-_EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
-"""Pattern in the name of a file or folder whose tensors are an ordinary EMA."""
 _NAMED_DECAY = re.compile(r"ema_(0\.\d+)_")
 """Pattern of the decay in names of guided-diffusion, such as `ema_0.9999_000050.pt` next to `model000050.pt`."""
 
@@ -583,10 +576,9 @@ def named_decay(path: Path) -> float | None:
     return float(match[1]) if match else None
 
 
-def _read_ordinary(
-    library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
-) -> list[Checkpoint]:
+def _read_ordinary(library: str, indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
     """Return the average that a library stored, or an average alone, and the weights if the checkpoint has them."""
+    path = indexed.path
     found = _two_sets(indexed, settings) if library == "ema" else _find(library, indexed)
     is_alone = library == "ema" and found is None
     if is_alone:
@@ -637,7 +629,7 @@ _EMA_TAKES = (
 
 def _ordinary(library: str, **fields: Any) -> Kind:
 
-    def is_in(_: Path, indexed: IndexedCheckpoint) -> bool:
+    def is_in(indexed: IndexedCheckpoint) -> bool:
         return _find(library, indexed) is not None
 
     return Kind(functools.partial(_read_ordinary, library), is_in, takes=_EMA_TAKES, **fields)
@@ -666,7 +658,7 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
         tensors = tensors or indexed.model_tensors()
     elif found := found or _two_sets(indexed):
         tensors = {name: found.averaged.get(name, find) for name, find in found.weights.items()} or found.averaged
-    elif len(alone) == 1 or _EMA_NAME.search(path.name):
+    elif len(alone) == 1 or AVERAGE_WORD.search(path.name):
         tensors = sets[alone[0]] if len(alone) == 1 else indexed.model_tensors()
     else:
         keys = names_in([".".join(key) for key in sets if len(key) == 1])
@@ -679,27 +671,25 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
 
 _EDM2 = re.compile(r"(?:network-snapshot|edm2(?:-[a-z0-9]+)+)-(?P<step>\d{1,20})-(?P<width>\d*\.\d+)\.pkl")
 
-_EDM2_FORM = "network-snapshot-<images in thousands>-<width>.pkl, or edm2-<model>-<images in thousands>-<width>.pkl"
 
+def _read_edm2(indexed: IndexedCheckpoint, images: int, settings: ImportSettings) -> list[Checkpoint]:
 
-def _read_edm2(path: Path, indexed: IndexedCheckpoint, images: int, settings: ImportSettings) -> list[Checkpoint]:
-
-    match = _EDM2.fullmatch(path.name)
+    match = _EDM2.fullmatch(indexed.path.name)
     width = float(match["width"]) if match else 0.0
     profile = PowerFunction.from_sigma_rel(width, images)
     tensors = settings.select(indexed.model_tensors(settings.prefix, "ema"))
-    return [make_checkpoint(path, tensors, profile, images, kind="edm2", t_unit="images", sigma_rel=width)]
+    return [make_checkpoint(indexed.path, tensors, profile, images, kind="edm2", t_unit="images", sigma_rel=width)]
 
 
 TABLE = {
-    "edm2": Kind(_read_edm2, name=_EDM2, form=_EDM2_FORM, of_name=1000),
+    "edm2": Kind(_read_edm2, name=_EDM2, of_name=1000),
     "ema-pytorch": _numbered("ema-pytorch", True, ()),
     "posthoc-ema": _numbered("posthoc-ema", False, ("update_after_step",)),
     **{name: _ordinary(name) for name in FINDERS},
-    "edm": _ordinary("edm", name=_EDM_FILE, form="network-snapshot-<images in thousands>.pkl", of_name=1000),
+    "edm": _ordinary("edm", name=_EDM_FILE, of_name=1000),
     "ema": Kind(
         functools.partial(_read_ordinary, "ema"),
-        lambda path, indexed: bool(_EMA_NAME.search(path.name)) or _two_sets(indexed) is not None,
+        lambda indexed: bool(AVERAGE_WORD.search(indexed.path.name)) or _two_sets(indexed) is not None,
         takes=(*_EMA_TAKES, "average", "weights"),
     ),
     "checkpoints": Kind(_read_weights, takes=("step_from",)),

@@ -73,7 +73,7 @@ class Manifest:
         checkpoints = [
             checkpoint.with_settings(self.settings)
             for path, kind, step in self.checkpoints
-            for checkpoint in TABLE[kind].read(path, index_checkpoint(path), step, self.settings)
+            for checkpoint in TABLE[kind].read(index_checkpoint(path), step, self.settings)
         ]
         for part in (part for checkpoint in checkpoints for part in checkpoint.files):
             if self.files.get(part.path, (0, ""))[1] != part.checksum:

@@ -25,9 +25,10 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of, named_decay
 from posthoc_cli.checkpoints.import_files import read_manifest
 from posthoc_cli.checkpoints.read_model import (
-    ENDINGS,
-    NOT_WEIGHTS,
+    SHARD,
+    IndexedCheckpoint,
     index_checkpoint,
+    may_be_weights,
     model_in,
     names_in,
     sets_in,
@@ -37,15 +38,13 @@ from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettin
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, shown
 from posthoc_cli.profiles import OrdinaryEMA, Point
-from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, read_directory
-from posthoc_cli.snapshots.outputs import describe_tensors
+from posthoc_cli.snapshots.directory import PICKLES, is_import, is_snapshot_name, read_directory
+from posthoc_cli.snapshots.outputs import describe, describe_tensors
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source, by_time, run_clock
 
 log = logging.getLogger(__name__)
 
-_NO_MODEL = re.compile(r"-\d{5}-of-\d{5}\.|^opt\d")
-"""Pattern in the names of shards, and of optimizers beside guided-diffusion's `model000050.pt`."""
 _ANY_DECAY = 0.999
 """Placeholder for an unknown decay."""
 _COMPARED = 1024
@@ -69,18 +68,25 @@ def open_checkpoints(
     path = files.expanded(place)
     if is_import(path):
         return checked_run(read_manifest(path).read())
-    paths = _of_one_average(_candidates(place), settings)
-    by_word = next((path.name for path in paths if named_step(path).by_word), "")
+    indexes = map(index_checkpoint, _of_one_average(_candidates(place), settings))
+    return _as_run(place, [indexed for indexed in indexes if not _is_output(indexed)], settings, unclaimed)
+
+
+def _is_output(indexed: IndexedCheckpoint) -> bool:
+    return indexed.values.get("ema.format") == "output"
+
+
+def _as_run(
+    place: str | Path, indexes: Sequence[IndexedCheckpoint], settings: ImportSettings, unclaimed: bool
+) -> list[Checkpoint]:
+    by_word = next((one.path.name for one in indexes if named_step(one.path).by_word), "")
     read: list[Checkpoint] = []
-    for each in paths:
-        indexed = index_checkpoint(each)
-        if indexed.values.get("ema.format") == "output":
-            continue  # of this package
-        kind = TABLE[kind_of(each, indexed, settings)]
-        if step := kind.step(each, indexed, settings, by_word):
-            read += kind.read(each, indexed, step, settings)
+    for indexed in indexes:
+        kind = TABLE[kind_of(indexed, settings)]
+        if step := kind.step(indexed, settings, by_word):
+            read += kind.read(indexed, step, settings)
         else:
-            log.warning("%s: left out, as its weights are those before the training, of step 0", each)
+            log.warning("%s: left out, as its weights are those before the training, of step 0", indexed.path)
     if not read:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
@@ -209,8 +215,7 @@ def _candidates(place: str | Path) -> list[Path]:
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
-    loose = [entry for entry in entries if entry.name.endswith(ENDINGS) and not _NO_MODEL.search(entry.name)]
-    loose = [entry for entry in loose if not entry.name.startswith(NOT_WEIGHTS)]
+    loose = [entry for entry in entries if may_be_weights(entry.name) and not SHARD.search(entry.name)]
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to folders, no file is one.
     return folders if not loose or any(re.search(r"\d", folder.name) for folder in folders) else loose
 
@@ -335,14 +340,27 @@ def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
 # --- for JSON
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return the tensors and sizes of one checkpoint, without its time, for JSON; its kind is "checkpoint"."""
-    one = make_checkpoint(path, index_checkpoint(path).model_tensors(), Point(1.0), 1)
-    return {"kind": "checkpoint", "path": str(path), **describe_tensors(one), "bytes": one.file_bytes}
+def describe_checkpoints(place: Path) -> dict[str, Any]:
+    """Return times, tensors and sizes from the indexes of files alone, for JSON; the kind is "checkpoints".
 
-
-def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Return times, tensors and sizes from the indexes of files alone, for JSON; the kind is "checkpoints"."""
+    It is "checkpoint" for a file whose step is not known. Outputs next to the checkpoints are under "outputs"; for an
+    import, "refers_to", "files" and "settings" describe the imported files.
+    """
+    more: dict[str, Any] = {}
+    if is_import(place):
+        manifest = read_manifest(place)
+        checkpoints, more = checked_run(manifest.read()), manifest.describe()
+    else:
+        indexes = [*map(index_checkpoint, _of_one_average(_candidates(place), UNSPECIFIED))]
+        if outputs := [describe(indexed.path) for indexed in indexes if _is_output(indexed)]:
+            more = {"outputs": outputs}
+        try:
+            checkpoints = _as_run(place, [one for one in indexes if not _is_output(one)], UNSPECIFIED, False)
+        except InvalidValueError:
+            if place.suffix not in PICKLES or place != indexes[0].path:
+                raise
+            one = make_checkpoint(place, indexes[0].model_tensors(), Point(1.0), 1)
+            return {"kind": "checkpoint", "path": str(place), **describe_tensors(one), "bytes": one.file_bytes}
     newest = checkpoints[-1]
     return {
         "kind": "checkpoints",
@@ -352,6 +370,7 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
         **describe_tensors(newest),
         "bytes": sum(one.file_bytes for one in checkpoints),
         "checkpoints": list_checkpoints(checkpoints),
+        **more,
     }
 
 

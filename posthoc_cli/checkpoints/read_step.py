@@ -53,7 +53,7 @@ class Reading(NamedTuple):
     by_word: bool = False
 
 
-def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None, by_word: str, per_epoch: int | None) -> int:
+def step_of(indexed: IndexedCheckpoint, step_from: str | None, by_word: str, per_epoch: int | None) -> int:
     """Return the step of a checkpoint, if given by a search for `step_from` in its path.
 
     Arguments:
@@ -63,6 +63,7 @@ def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None, by_wo
     Raises:
         InvalidValueError: neither path, content nor name has the step.
     """
+    path = indexed.path
     if step_from is not None:
         match = re.search(step_from, str(path))
         number = None if match is None else read_number(match[1] or "")
@@ -77,7 +78,10 @@ def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None, by_wo
         named = named_step(path)
         epoch = indexed.values.get("epoch")
         if per_epoch is not None and type(epoch) is int and named.step in (None, epoch, epoch + 1):
-            return checked_step(path, (epoch + 1) * per_epoch or _optimizer_step(path, indexed, epoch))
+            if not per_epoch:
+                reason = f"must be given: {path.name} holds its epoch, {epoch} counted from 0, and not its step"
+                raise InvalidValueError("steps_per_epoch", reason)
+            return checked_step(path, (epoch + 1) * per_epoch)
         if named.step is None:
             reason = f"neither its content nor its name tells its step{': ' * bool(named.doubt)}{named.doubt}"
             raise InvalidValueError(path, reason, _HINT)
@@ -86,17 +90,6 @@ def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None, by_wo
             raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
         step = named.step
     return checked_step(path, step) if step else 0
-
-
-def _optimizer_step(path: Path, indexed: IndexedCheckpoint, epoch: int) -> float:
-    """Return the number of updates that an optimizer has counted."""
-    counted = [value for name, value in indexed.values.items() if name.endswith(".step") and ".state." in name]
-    counted += [count for keys in indexed.tensors if keys[-1] == "step" and "state" in keys
-                if (count := indexed.number(*keys))]  # fmt: skip
-    if not counted:
-        reason = f"must be given: {path.name} holds its epoch, {epoch} counted from 0, and not its step"
-        raise InvalidValueError("steps_per_epoch", reason)
-    return float(max(counted))
 
 
 def checked_step(path: Path, step: float) -> int:

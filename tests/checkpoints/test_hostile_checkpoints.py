@@ -270,14 +270,6 @@ def test_a_tensor_without_a_name_is_refused(tmp_path: Path) -> None:
     assert read(tmp_path) == f"{tmp_path / 'step1.pt'}: holds no tensors with names"
 
 
-def test_a_configuration_must_be_an_object(tmp_path: Path) -> None:
-    average = tmp_path / "checkpoint-1" / "unet_ema"
-    average.mkdir(parents=True)
-    save_file({"w": torch.ones(3)}, average / "model.safetensors")
-    (average / "config.json").write_text("[]")
-    assert read(tmp_path) == f"{average}/config.json: damaged configuration: must be a JSON object"
-
-
 SETTINGS: dict[str, Any] = {
     "decay": {"decay": "much"}, "pair": {"decay": torch.ones(2)}, "updates": {"num_updates": float("inf")},
     "power": {"power": "x"}, "inv_gamma": {"inv_gamma": 0}, "min_decay": {"min_decay": [1]},

@@ -305,22 +305,6 @@ def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path: Path, 
     assert load_file(tmp_path / "alone.safetensors").keys() == named(train()[-1]).keys()
 
 
-def test_a_half_life_that_is_a_share_of_training_is_a_power_function(tmp_path: Path) -> None:
-    """The n-th update keeps 2^(-1 / (0.05 n)), as torchtitan's does."""
-    (folder := tmp_path / "run").mkdir()
-    path = train()
-    average = path[0].copy()
-    for step in range(1, STEPS + 1):
-        kept = 2 ** (-1 / (0.05 * step))
-        average = kept * average + (1 - kept) * path[step - 1]
-        if step in TIMES:
-            torch.save({"model": named(path[step - 1]), "ema": named(average)}, folder / f"{step:07}.pt")
-    import_checkpoints(folder, tmp_path / "imported", ema_decay="half-life:5%")
-    for width in (0.0629, 0.15):
-        found, predicted = error_of(Run(tmp_path / "imported"), width)
-        assert found < 2 * predicted < 0.04
-
-
 def test_checkpoints_of_step_0_are_left_out(tmp_path: Path, ema: Ema) -> None:
     (tmp_path / "run").mkdir()
     for step in (0, 10, 20):
