@@ -60,6 +60,7 @@ from posthoc_cli.profiles import (
     Discrete,
     Point,
     PowerFunction,
+    StoredProfile,
     ema_pytorch_profile,
     gamma_from_sigma_rel,
 )
@@ -71,82 +72,116 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a checkpoint holds: an average, the weights under the same names, or one of them alone.
+
+    Attributes:
+        averaged, weights: tensors by their names; empty if the checkpoint has none.
+        updates: how an ordinary EMA was updated; its profile follows in `Checkpoint.with_settings`.
+        profile, sigma_rel: of another average, the profile at a step, and the width that its user asked for.
+        t_unit: what the steps count.
+        asks, asks_with_decay: settings that must be given, or must be if a decay is, and the reason.
+    """
+
+    averaged: Tensors = field(default_factory=dict)
+    weights: Tensors = field(default_factory=dict)
+    updates: Updates | None = None
+    profile: Callable[[int], StoredProfile] | None = None
+    sigma_rel: float = 0.0
+    t_unit: str = "steps"
+    asks: dict[str, str] = field(default_factory=dict)
+    asks_with_decay: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> Tensors:
+        """The average, with the weights' tensors that it lacks."""
+        return {name: self.averaged.get(name, find) for name, find in self.weights.items()} or self.averaged
+
+
+@dataclass(frozen=True)
 class Kind:
     """A kind of checkpoints.
 
     Attributes:
-        read: returns the sources in a checkpoint, from its index, step and the settings; ordinary EMAs without their
-            profiles, see `Checkpoint.with_settings`.
-        is_in: returns whether a checkpoint is of this kind; called only if the name fits.
+        find: returns what a checkpoint of this kind holds, else None; called only if the name fits.
         name: pattern of its files' names, with a group for the step; None if they may have any name.
         of_name: number of steps that 1 in the name counts.
-        needs: required settings, which the files do not hold.
-        takes: optional settings, in addition to the selection of tensors.
+        takes: settings in addition to the selection of tensors.
         check: compares the settings with the tensors of all checkpoints and returns the result in a line; raises an
             InvalidValueError that names better settings.
     """
 
-    read: Callable[[IndexedCheckpoint, int, ImportSettings], list[Checkpoint]]
-    is_in: Callable[[IndexedCheckpoint], bool] = lambda _: True
+    find: Callable[[IndexedCheckpoint, ImportSettings], Found | None]
     name: re.Pattern[str] | None = None
     of_name: int = 1
-    needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     check: Callable[[Sequence[Checkpoint], ImportSettings], str] | None = None
 
-    def step(self, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
-        """Return the step of a checkpoint; 0 before the training. For arguments and errors see `step_of`."""
-        match = self.name and self.name.fullmatch(indexed.path.name)
-        if match is None:
-            is_ema = "steps_per_epoch" in self.takes or settings.ema_decay is not None
-            per_epoch = settings.steps_per_epoch or 0 if is_ema else None
-            return step_of(indexed, settings.step_from, by_word, per_epoch)
-        number = self.of_name * int(match["step"])
-        return checked_step(indexed.path, number) if number else 0
 
-    def is_named(self, path: Path) -> bool:
-        """Return whether a file's name fits this kind."""
-        return self.name is None or self.name.fullmatch(path.name) is not None
-
-
-def kind_of(indexed: IndexedCheckpoint, settings: ImportSettings) -> str:
-    """Return the kind of a checkpoint: the given one, or the first of `TABLE` whose name and content fit.
+def recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str, Found]:
+    """Return the kind of a checkpoint, the given one or the first of `TABLE` that fits, and what it holds.
 
     Raises:
-        FileFormatError: its name does not fit the given kind.
+        FileFormatError: it is not of the given kind.
         InvalidValueError: a setting that its files do not hold is missing.
     """
     path = indexed.path
-    name = (
-        settings.kind
-        or ("ema" if settings.average or settings.weights else None)
-        or next(name for name, kind in TABLE.items() if kind.is_named(path) and kind.is_in(indexed))
-    )
-    if not TABLE[name].is_named(path):
-        raise FileFormatError(path, f"is not named as files of {name} are", "see `ema guide checkpoints`")
-    for needed in TABLE[name].needs:
-        if not getattr(settings, needed):
-            raise InvalidValueError(
-                needed, f"must be given to an import: files of {name}, such as {path.name}, do not hold it"
-            )
-    return name
+    given = settings.kind or ("ema" if settings.average or settings.weights else None)
+    for name in [given] if given else TABLE:
+        kind = TABLE[name]
+        if (kind.name is None or kind.name.fullmatch(path.name)) and (found := kind.find(indexed, settings)):
+            return name, found
+    raise FileFormatError(path, f"is no file of {given}", "`ema guide checkpoints` has the names and contents")
+
+
+def step_in(kind: str, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
+    """Return the step of a checkpoint of a kind; 0 before the training. For arguments and errors see `step_of`."""
+    pattern, takes = TABLE[kind].name, TABLE[kind].takes
+    if pattern and (match := pattern.fullmatch(indexed.path.name)):
+        number = TABLE[kind].of_name * int(match["step"])
+        return checked_step(indexed.path, number) if number else 0
+    is_ema = "steps_per_epoch" in takes or settings.ema_decay is not None
+    return step_of(indexed, settings.step_from, by_word, settings.steps_per_epoch or 0 if is_ema else None)
+
+
+def read_found(
+    kind: str, found: Found, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
+) -> list[Checkpoint]:
+    """Return the sources in a checkpoint: the weights, the average, or both.
+
+    Raises:
+        InvalidValueError: a setting is missing, or does not fit.
+        FileFormatError: the average and the weights are of different models.
+    """
+    path = indexed.path
+    for name, reason in (found.asks | (found.asks_with_decay if settings.ema_decay is not None else {})).items():
+        if getattr(settings, name) is None:
+            raise InvalidValueError(name, f"must be given{reason}")
+    if found.updates and len(settings.sigma_rels) > 1:
+        given = names_in([f"{sigma_rel:g}" for sigma_rel in settings.sigma_rels])
+        raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}", value=given)
+    if found.updates and found.t_unit == "images":  # names count thousands, rounded down
+        every = settings.update_every or found.updates.every
+        step = -(-step // every) * every
+    if found.weights and (others := sorted(found.averaged.keys() - found.weights.keys())):
+        reason = f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"
+        raise FileFormatError(path, reason)
+    tensors, point = settings.select(found.complete), Point(float(step))
+    make = functools.partial(make_checkpoint, path, step=step, kind=kind, t_unit=found.t_unit)
+    made = [make({name: found.weights[name] for name in tensors}, profile=point)] if found.weights else []
+    if found.averaged:
+        profile = found.profile(step) if found.profile else point
+        made.append(make(tensors, profile=profile, sigma_rel=found.sigma_rel, updates=found.updates))
+    return made
 
 
 def check_used(settings: ImportSettings, kinds: Collection[str]) -> None:
     """Raise InvalidValueError if a given setting does not apply to checkpoints of these kinds."""
-    known = {"kind", "prefix", "include", "exclude", *(n for kind in kinds for n in TABLE[kind].needs)}
+    known = {"kind", "prefix", "include", "exclude"}
     for name, value in settings.given.items():
         if name not in known and not any(name in TABLE[kind].takes for kind in kinds):
             text = ",".join(f"{each:.12g}" for each in value) if isinstance(value, list) else str(value)
             raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", value=text)
-
-
-# --- weights
-
-
-def _read_weights(indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
-    tensors = settings.select(indexed.model_tensors(settings.prefix))
-    return [make_checkpoint(indexed.path, tensors, Point(float(step)), step)]
 
 
 # --- ema-pytorch and pytorch-posthoc-ema: averages by number, whose settings are not in their files
@@ -160,21 +195,28 @@ _INNER = "ema_model."
 """Prefix of names in files of `ema-pytorch`."""
 
 
-def _read_numbered(library: str, indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
-    """Return an average that one of these libraries stored."""
-    path = indexed.path
-    match, inner = _NUMBERED.fullmatch(path.name), _INNER if library == "ema-pytorch" else ""
-    number = int(match["number"]) if match else 0
-    if number >= len(settings.sigma_rels):
+def _find_numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
+    path, inner = indexed.path, _INNER if library == "ema-pytorch" else ""
+    has_inner = any(keys[0].startswith(_INNER) for keys in indexed.tensors)
+    match = _NUMBERED.fullmatch(path.name)
+    if match is None or (_COUNTERS[0],) not in indexed.tensors or bool(inner) is not has_inner:
+        return None
+    for needed in ("sigma_rels", "update_every"):
+        if not getattr(settings, needed):
+            reason = f"must be given to an import: files of {library}, such as {path.name}, do not hold it"
+            raise InvalidValueError(needed, reason)
+    if (number := int(match["number"])) >= len(settings.sigma_rels):
         given = names_in([f"{sigma_rel:g}" for sigma_rel in settings.sigma_rels])
         reason = f"must be one for each average; {path.name} is of number {number}, counted from 0"
         raise InvalidValueError("sigma_rels", reason, value=given)
     if library == "posthoc-ema":
-        _check_update_after_step(indexed, step, settings.update_after_step)
+        _check_update_after_step(indexed, int(match["step"]), settings.update_after_step)
+    tensors = indexed.model_tensors(settings.prefix or inner)
     width, every = settings.sigma_rels[number], settings.update_every or 1
-    profile = _numbered_profile(library, gamma_from_sigma_rel(width), step, settings, every)
-    tensors = settings.select(indexed.model_tensors(settings.prefix or inner), _COUNTERS)
-    return [make_checkpoint(path, tensors, profile, step, kind=library, sigma_rel=width)]
+    return Found(
+        {name: find for name, find in tensors.items() if name not in _COUNTERS}, sigma_rel=width,
+        profile=lambda step: _numbered_profile(library, gamma_from_sigma_rel(width), step, settings, every),
+    )  # fmt: skip
 
 
 def _numbered_profile(library: str, gamma: float, step: int, settings: ImportSettings, update_every: int) -> Discrete:
@@ -265,32 +307,15 @@ def _misfits_by_interval(
     return misfits
 
 
-def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
-
-    def is_in(indexed: IndexedCheckpoint) -> bool:
-        has_inner = any(keys[0].startswith(_INNER) for keys in indexed.tensors)
-        return (_COUNTERS[0],) in indexed.tensors and inner is has_inner
-
-    return Kind(
-        functools.partial(_read_numbered, library), is_in, _NUMBERED,
-        needs=("sigma_rels", "update_every"), takes=takes, check=functools.partial(_check_numbered, library),
-    )  # fmt: skip
+def _numbered(library: str, *takes: str) -> Kind:
+    find, check = functools.partial(_find_numbered, library), functools.partial(_check_numbered, library)
+    return Kind(find, _NUMBERED, takes=("sigma_rels", "update_every", *takes), check=check)
 
 
 # --- ordinary EMAs
 
 
-@dataclass(frozen=True)
-class _FoundEMA:
-    """An ordinary EMA in a checkpoint, and the weights under the same names; empty if the checkpoint has none."""
-
-    averaged: Tensors
-    weights: Tensors = field(default_factory=dict)
-    updates: Updates = field(default_factory=Updates)
-    t_unit: str = "steps"
-
-
-_Finder = Callable[[IndexedCheckpoint], "_FoundEMA | None"]
+_Finder = Callable[[IndexedCheckpoint], Found | None]
 _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)*state\.(.+)\.ema_params")
 
 
@@ -324,7 +349,7 @@ def _first_copies(count: int | None) -> Updates:
     return Updates({"copies": 1}, count, from_first=True)
 
 
-def _diffusers(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _diffusers(indexed: IndexedCheckpoint) -> Found | None:
     config = {key.removeprefix("ema."): value for key, value in indexed.values.items() if key.startswith("ema.")}
     updates = _as_count(config.get("optimization_step"))
     if updates is None or not isinstance(config.get("decay"), float):
@@ -333,50 +358,54 @@ def _diffusers(indexed: IndexedCheckpoint) -> _FoundEMA | None:
     rule = {"decay": config["decay"], "warm_up": warm_up, "copies": 1 + int(config.get("update_after_step") or 0)}
     rule |= {name: float(config[name]) for name in ("inv_gamma", "power") if name in config}
     rule["least"] = float(config.get("min_decay") or 0.0)
-    return _FoundEMA(indexed.under("ema"), indexed.under("model"), Updates(rule, updates))
+    return Found(indexed.under("ema"), indexed.under("model"), Updates(rule, updates))
 
 
 def _under_keys(average: str, weights: str, count: Keys = (), inner: str = "") -> _Finder:
     """Return the finder of a library that stores both under fixed keys, the weights with an inner prefix."""
 
-    def find(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+    def find(indexed: IndexedCheckpoint) -> Found | None:
         averaged, of_model = indexed.under(average), _without_prefix(indexed.under(weights), inner)
         updates = _as_count(indexed.number(*count)) if averaged and of_model and count else None
         is_found = averaged and of_model and (updates or not count)
-        return _FoundEMA(averaged, of_model, _first_copies(updates)) if is_found else None
+        return Found(averaged, of_model, _first_copies(updates)) if is_found else None
 
     return find
 
 
-def _averaged_model(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _averaged_model(indexed: IndexedCheckpoint) -> Found | None:
     for parent in _parents(indexed, "n_averaged"):
         averaged = _without_prefix(indexed.under(*parent), "module.")
         if averaged and (updates := _as_count(indexed.number(*parent, "n_averaged"))):
-            return _FoundEMA(averaged, _model_tensors(indexed, parent), _first_copies(updates))
+            return Found(averaged, _model_tensors(indexed, parent), _first_copies(updates))
     return None
 
 
-def _torchtitan(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _torchtitan(indexed: IndexedCheckpoint) -> Found | None:
     """The update at `start_step` + n `update_every` keeps 2**(-1 / (0.05 n)), or another `half_life_fraction`."""
     averaged = {
         match[1]: find for keys, find in indexed.tensors.items() if (match := _TITAN_EMA.fullmatch(".".join(keys)))
     }
     rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
-    return _FoundEMA(averaged, indexed.model_tensors(), Updates(rule, at_start=True)) if averaged else None
+    return Found(averaged, indexed.model_tensors(), Updates(rule, at_start=True)) if averaged else None
 
 
-def _ema_pytorch(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _ema_pytorch(indexed: IndexedCheckpoint) -> Found | None:
     for parent in _parents(indexed, "initted"):
         group = indexed.under(*parent)
         averaged, weights = _without_prefix(group, "ema_model."), _without_prefix(group, "online_model.")
         calls = _as_count(indexed.number(*parent, "step"))
         if averaged and calls:
             updates = Updates({"warm_up": "power"}, calls, from_first=True, counts_calls=True)
-            return _FoundEMA(averaged, weights or _model_tensors(indexed, parent), updates)
+            asks = {
+                name: f": {indexed.path.name} does not say it; the default of the library is {usual}"
+                for name, usual in (("update_every", 10), ("update_after_step", 100))
+            }
+            return Found(averaged, weights or _model_tensors(indexed, parent), updates, asks_with_decay=asks)
     return None
 
 
-def _lit_ema(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _lit_ema(indexed: IndexedCheckpoint) -> Found | None:
     for parent in [(), *((name,) for name in indexed.groups())]:
         group = indexed.under(*parent)
         stored = _without_prefix(group, "model_ema.")
@@ -391,12 +420,12 @@ def _lit_ema(indexed: IndexedCheckpoint) -> _FoundEMA | None:
                 averaged = {full_names[name]: find for name, find in stored.items()}
                 value, count = (indexed.number(*parent, f"model_ema.{n}") for n in ("decay", "num_updates"))
                 rule = {"decay": round(float(value), 7), "warm_up": "ratio" if count >= 0 else ""}
-                return _FoundEMA(averaged, weights, Updates(rule, _as_count(count)))
+                return Found(averaged, weights, Updates(rule, _as_count(count)))
         raise FileFormatError(indexed.path, f"holds an EMA of {shown(next(iter(stored)))}, and no such weights")
     return None
 
 
-def _torch_ema(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _torch_ema(indexed: IndexedCheckpoint) -> Found | None:
     for parent in _parents(indexed, "decay"):
         listed = indexed.under(*parent, PARAMETERS)
         if not listed:
@@ -413,7 +442,7 @@ def _torch_ema(indexed: IndexedCheckpoint) -> _FoundEMA | None:
             averaged[name] = find
         updates = _as_count(indexed.number(*parent, "num_updates"))
         rule = {"decay": float(indexed.number(*parent, "decay")), "warm_up": "ratio" if updates else ""}
-        return _FoundEMA(averaged, weights, Updates(rule, updates))
+        return Found(averaged, weights, Updates(rule, updates))
     return None
 
 
@@ -421,7 +450,7 @@ _EDM_FILE = re.compile(r"network-snapshot-(?P<step>\d{1,20})\.pkl")
 _EDM_OPTIONS = "training_options.json"
 
 
-def _edm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _edm(indexed: IndexedCheckpoint) -> Found | None:
     path = indexed.path
     averaged = indexed.under("ema") or indexed.under("G_ema")
     match = _EDM_FILE.fullmatch(path.name)
@@ -447,7 +476,12 @@ def _edm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
         rule |= {"warm_up": "ramp-up", "power": float(share)}
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
-    return _FoundEMA(averaged, weights, Updates(rule, None, int(batch)), "images")
+    unsaid = f", the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
+    unclear = f", ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
+    return Found(
+        averaged, weights, Updates(rule, None, int(batch)), t_unit="images",
+        asks={} if batch else {"update_every": unsaid}, asks_with_decay={} if options else {"ema_warmup": unclear},
+    )  # fmt: skip
 
 
 FINDERS: dict[str, _Finder] = {
@@ -465,11 +499,11 @@ FINDERS: dict[str, _Finder] = {
 """A function for each library that returns its EMA in a checkpoint, or None; in the order of the calls."""
 
 
-def _find(library: str, indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _find(library: str, indexed: IndexedCheckpoint) -> Found | None:
     """Return the EMA that a library stored, or None; raise FileFormatError if its settings are not such numbers."""
     try:
         found = FINDERS[library](indexed)
-        rule = found.updates.rule if found else {}
+        rule = found.updates.rule if found and found.updates else {}
         if rule.get("inv_gamma", 1.0) <= 0 or rule.get("power", 1.0) < 0:
             raise ValueError("its warm-up never begins")
     except (TypeError, ValueError, OverflowError) as error:
@@ -480,7 +514,7 @@ def _find(library: str, indexed: IndexedCheckpoint) -> _FoundEMA | None:
 # --- any other trainer: two sets of tensors with the same names, one of whose keys says that it is the average
 
 
-def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED) -> _FoundEMA | None:
+def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED) -> Found | None:
     """Return the average and the weights in a checkpoint, by their keys, or by prefixes of the names in one set.
 
     The average is the set whose key has a word for it, the weights are a set next to it with the same names and shapes;
@@ -493,7 +527,7 @@ def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED
     wanted, given = (_named_set(indexed, sets, text) for text in (settings.average, settings.weights))
     pairs = _pairs(sets, [wanted] if wanted else None, given)
     if wanted and not pairs:
-        return _FoundEMA(sets[wanted])
+        return Found(sets[wanted])
     unclear = [*pairs] if len(pairs) > 1 else next(iter(pairs.values()), [])
     if len(unclear) > 1:
         reason = f"which of its sets of tensors is the {'average' if len(pairs) > 1 else 'model'} is unclear: "
@@ -501,10 +535,10 @@ def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED
         hint = "name the average by `average`, or both by `average` and `weights` in an import"
         raise FileFormatError(indexed.path, reason + listed, hint)
     for key, (weights,) in pairs.items():
-        return _FoundEMA(sets[key], sets[weights])
+        return Found(sets[key], sets[weights])
     models = [name for name in indexed.groups() if not name.startswith(NOT_WEIGHTS) and name != "opt"]
     is_alone = len(models) == 1 and AVERAGE_WORD.search(models[0])
-    return _FoundEMA(indexed.under(models[0])) if is_alone else None
+    return Found(indexed.under(models[0])) if is_alone else None
 
 
 def _pairs(
@@ -576,49 +610,23 @@ def named_decay(path: Path) -> float | None:
     return float(match[1]) if match else None
 
 
-def _read_ordinary(library: str, indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
-    """Return the average that a library stored, or an average alone, and the weights if the checkpoint has them."""
-    path = indexed.path
-    found = _two_sets(indexed, settings) if library == "ema" else _find(library, indexed)
-    is_alone = library == "ema" and found is None
-    if is_alone:
-        decay = named_decay(path)
-        updates = Updates({} if decay is None else {"decay": decay})
-        found = _FoundEMA(indexed.model_tensors(settings.prefix), updates=updates)
-    if found is None:
-        raise FileFormatError(path, f"holds no EMA of {library}")
-    averaged, weights = (
-        tensors if is_alone else _without_prefix(tensors, settings.prefix)
-        for tensors in (found.averaged, found.weights)
-    )
+def _find_any(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
+    """Return two sets of tensors, or one in a file that a name or the settings call an average."""
+    if (found := _without_prefixes(indexed, _two_sets(indexed, settings), settings)) is not None:
+        return found
+    if not (settings.kind or settings.average or settings.weights or AVERAGE_WORD.search(indexed.path.name)):
+        return None
+    decay = named_decay(indexed.path)
+    return Found(indexed.model_tensors(settings.prefix), updates=Updates({} if decay is None else {"decay": decay}))
+
+
+def _without_prefixes(indexed: IndexedCheckpoint, found: Found | None, settings: ImportSettings) -> Found | None:
+    if found is None or not settings.prefix:
+        return found
+    averaged, weights = (_without_prefix(tensors, settings.prefix) for tensors in (found.averaged, found.weights))
     if not averaged:
-        raise FileFormatError(path, f"no tensor's name begins with {settings.prefix!r}")
-    every = settings.update_every or found.updates.every
-    if not every:
-        reason = f"must be given, the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
-        raise InvalidValueError("update_every", reason)
-    if found.t_unit == "images":  # names count thousands, rounded down
-        if settings.ema_decay is not None and "warm_up" not in found.updates.rule | settings.rule(every):
-            reason = f"must be given, ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
-            raise InvalidValueError("ema_warmup", reason)
-        step = -(-step // every) * every
-    if found.updates.counts_calls and settings.ema_decay is not None:
-        for name, usual in (("update_every", 10), ("update_after_step", 100)):
-            if getattr(settings, name) is None:
-                raise InvalidValueError(
-                    name, f"must be given: {path.name} does not say it; the default of the library is {usual}"
-                )
-    if weights and (others := sorted(averaged.keys() - weights.keys())):
-        reason = f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"
-        raise FileFormatError(path, reason)
-    average = settings.select({name: averaged.get(name, find) for name, find in weights.items()} or averaged)
-    make = functools.partial(make_checkpoint, path, profile=Point(float(step)), step=step, kind=library,
-                             t_unit=found.t_unit)  # fmt: skip
-    if len(settings.sigma_rels) > 1:
-        given = names_in([f"{sigma_rel:g}" for sigma_rel in settings.sigma_rels])
-        raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}", value=given)
-    made = [make(tensors={name: weights[name] for name in average})] if weights else []
-    return [*made, make(tensors=average, updates=found.updates)]
+        raise FileFormatError(indexed.path, f"no tensor's name begins with {settings.prefix!r}")
+    return replace(found, averaged=averaged, weights=weights)
 
 
 _EMA_TAKES = (
@@ -629,10 +637,10 @@ _EMA_TAKES = (
 
 def _ordinary(library: str, **fields: Any) -> Kind:
 
-    def is_in(indexed: IndexedCheckpoint) -> bool:
-        return _find(library, indexed) is not None
+    def find(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
+        return _without_prefixes(indexed, _find(library, indexed), settings)
 
-    return Kind(functools.partial(_read_ordinary, library), is_in, takes=_EMA_TAKES, **fields)
+    return Kind(find, takes=_EMA_TAKES, **fields)
 
 
 def stored_in(path: Path, weights: bool = False, average: str | None = None) -> Checkpoint:
@@ -648,7 +656,7 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
     sets = _sets_of_tensors(indexed)
     if average and (key := _named_set(indexed, sets, average)):
         others = _pairs(sets, [key]).get(key, [])
-        found: _FoundEMA | None = _FoundEMA(sets[key], sets[others[0]] if len(others) == 1 else {})
+        found: Found | None = Found(sets[key], sets[others[0]] if len(others) == 1 else {})
     else:
         found = next(filter(None, (_find(library, indexed) for library in FINDERS)), None)
     alone = [key for key in sets if AVERAGE_WORD.search(key[-1])]
@@ -657,7 +665,7 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
         tensors = found.weights if found else sets[models.pop()] if len(models) == 1 else {}
         tensors = tensors or indexed.model_tensors()
     elif found := found or _two_sets(indexed):
-        tensors = {name: found.averaged.get(name, find) for name, find in found.weights.items()} or found.averaged
+        tensors = found.complete
     elif len(alone) == 1 or AVERAGE_WORD.search(path.name):
         tensors = sets[alone[0]] if len(alone) == 1 else indexed.model_tensors()
     else:
@@ -672,26 +680,24 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
 _EDM2 = re.compile(r"(?:network-snapshot|edm2(?:-[a-z0-9]+)+)-(?P<step>\d{1,20})-(?P<width>\d*\.\d+)\.pkl")
 
 
-def _read_edm2(indexed: IndexedCheckpoint, images: int, settings: ImportSettings) -> list[Checkpoint]:
-
+def _find_edm2(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
     match = _EDM2.fullmatch(indexed.path.name)
     width = float(match["width"]) if match else 0.0
-    profile = PowerFunction.from_sigma_rel(width, images)
-    tensors = settings.select(indexed.model_tensors(settings.prefix, "ema"))
-    return [make_checkpoint(indexed.path, tensors, profile, images, kind="edm2", t_unit="images", sigma_rel=width)]
+    tensors = indexed.model_tensors(settings.prefix, "ema")
+    return Found(
+        tensors, profile=functools.partial(PowerFunction.from_sigma_rel, width), sigma_rel=width, t_unit="images"
+    )
 
 
 TABLE = {
-    "edm2": Kind(_read_edm2, name=_EDM2, of_name=1000),
-    "ema-pytorch": _numbered("ema-pytorch", True, ()),
-    "posthoc-ema": _numbered("posthoc-ema", False, ("update_after_step",)),
+    "edm2": Kind(_find_edm2, _EDM2, of_name=1000),
+    "ema-pytorch": _numbered("ema-pytorch"),
+    "posthoc-ema": _numbered("posthoc-ema", "update_after_step"),
     **{name: _ordinary(name) for name in FINDERS},
     "edm": _ordinary("edm", name=_EDM_FILE, of_name=1000),
-    "ema": Kind(
-        functools.partial(_read_ordinary, "ema"),
-        lambda indexed: bool(AVERAGE_WORD.search(indexed.path.name)) or _two_sets(indexed) is not None,
-        takes=(*_EMA_TAKES, "average", "weights"),
+    "ema": Kind(_find_any, takes=(*_EMA_TAKES, "average", "weights")),
+    "checkpoints": Kind(
+        lambda indexed, settings: Found(weights=indexed.model_tensors(settings.prefix)), takes=("step_from",)
     ),
-    "checkpoints": Kind(_read_weights, takes=("step_from",)),
-}  # fmt: skip
+}
 """Every kind, in the order in which a file is tried; the last one, `checkpoints`, is for weights."""

@@ -21,14 +21,14 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.formats import TABLE
+from posthoc_cli.checkpoints.formats import TABLE, read_found, recognise
 from posthoc_cli.checkpoints.read_model import CONFIG, EMA_ENDING, index_checkpoint, model_in, sets_in
 from posthoc_cli.checkpoints.read_step import checked_step
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
@@ -70,11 +70,11 @@ class Manifest:
         """Return the checkpoints; raise FileFormatError if a file is not the one that was imported."""
         for path in self.files:
             self.check_file(path)
-        checkpoints = [
-            checkpoint.with_settings(self.settings)
-            for path, kind, step in self.checkpoints
-            for checkpoint in TABLE[kind].read(index_checkpoint(path), step, self.settings)
-        ]
+        checkpoints: list[Checkpoint] = []
+        for path, kind, step in self.checkpoints:
+            indexed, settings = index_checkpoint(path), replace(self.settings, kind=kind)
+            found = recognise(indexed, settings)[1]
+            checkpoints += [one.with_settings(settings) for one in read_found(kind, found, indexed, step, settings)]
         for part in (part for checkpoint in checkpoints for part in checkpoint.files):
             if self.files.get(part.path, (0, ""))[1] != part.checksum:
                 raise FileFormatError(part.path, f"was replaced since {self.folder} was imported", _AGAIN)

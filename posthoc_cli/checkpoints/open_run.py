@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of, named_decay
+from posthoc_cli.checkpoints.formats import check_used, named_decay, read_found, recognise, step_in
 from posthoc_cli.checkpoints.import_files import read_manifest
 from posthoc_cli.checkpoints.read_model import (
     SHARD,
@@ -45,8 +45,6 @@ from posthoc_cli.snapshots.sources import Source, by_time, run_clock
 
 log = logging.getLogger(__name__)
 
-_ANY_DECAY = 0.999
-"""Placeholder for an unknown decay."""
 _COMPARED = 1024
 """Number of elements of a tensor that are compared to recognise a duplicate."""
 _CHOOSE = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
@@ -58,7 +56,7 @@ def open_checkpoints(
     """Return the checkpoints in a directory, or of a glob, by time. Read only headers, indexes and pickles.
 
     Ordinary EMAs of unknown decay are left out with a warning. With `unclaimed` they are included, so that an audit
-    can find their decay: `info.decay` is 0, and the profile a placeholder.
+    can find their decay.
 
     Raises:
         DirectoryError: no checkpoint was found.
@@ -82,9 +80,9 @@ def _as_run(
     by_word = next((one.path.name for one in indexes if named_step(one.path).by_word), "")
     read: list[Checkpoint] = []
     for indexed in indexes:
-        kind = TABLE[kind_of(indexed, settings)]
-        if step := kind.step(indexed, settings, by_word):
-            read += kind.read(indexed, step, settings)
+        kind, found = recognise(indexed, settings)
+        if step := step_in(kind, indexed, settings, by_word):
+            read += read_found(kind, found, indexed, step, settings)
         else:
             log.warning("%s: left out, as its weights are those before the training, of step 0", indexed.path)
     if not read:
@@ -95,10 +93,9 @@ def _as_run(
         hint = "if all files are averages, say kind 'ema'; else name the average's key by `average`"
         raise InvalidValueError("ema_decay", reason, hint, value=settings.ema_decay)
     check_used(settings, {one.kind for one in read})
-    default_decay = _ANY_DECAY if unclaimed else 0.0
-    checkpoints = [one.with_settings(settings, default_decay) for one in read]
+    checkpoints = [one.with_settings(settings) for one in read]
     if settings.update_every is None and (every := _common_interval(checkpoints)):
-        checkpoints = [one.with_settings(replace(settings, update_every=every), default_decay) for one in read]
+        checkpoints = [one.with_settings(replace(settings, update_every=every)) for one in read]
     left_out = [] if unclaimed else [one for one in checkpoints if not one.is_known]
     if len(left_out) == len(checkpoints):
         reason = "holds EMAs, and neither their decay nor weights next to them"

@@ -42,6 +42,9 @@ from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
 
+_ANY_DECAY = 0.999
+"""Placeholder for an unknown decay."""
+
 _Kind = Annotated[str, Rule(f"one of {', '.join(KINDS)}", lambda kind: kind in KINDS)]
 _Pattern = Annotated[str, Rule(
     r"a regular expression with one group, for the step, such as 'step(\d+)'", lambda text: _groups(text) == 1
@@ -194,14 +197,12 @@ class Updates:
     counts_calls: bool = False
     at_start: bool = False
 
-    def profile(self, path: Path, step: int, settings: ImportSettings, default_decay: float) -> OrdinaryEMA | None:
-        """Return the profile at a step, with the default decay if none is known; None if that is 0."""
+    def profile(self, path: Path, step: int, settings: ImportSettings) -> OrdinaryEMA:
+        """Return the profile at a step, that of `_ANY_DECAY` if none is known."""
         every, after, count = settings.update_every or self.every, settings.update_after_step or 0, self.count
         said = settings.rule(every)
         of_file = {} if "decay" in said and self.rule.get("decay") == UNLIMITED else self.rule  # another kind of rule
-        rule = {"decay": default_decay} | of_file | said
-        if not rule["decay"]:
-            return None
+        rule = {"decay": _ANY_DECAY} | of_file | said
         if restart := max((restart for restart in settings.ema_restarts if restart < step), default=0):
             rule |= {"copies": 0, "late": settings.ema_late or 0}
             first, count = restart + every, (step - restart) // every
@@ -315,14 +316,14 @@ class Checkpoint(Source):
         """The size of its tensors."""
         return sum(tensor.nbytes for tensor in self.entries.values())
 
-    def with_settings(self, settings: ImportSettings, default_decay: float = 0.0) -> Checkpoint:
+    def with_settings(self, settings: ImportSettings) -> Checkpoint:
         """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine.
 
-        If neither says the decay, `decay` is 0, and the profile that of the default decay, or unchanged for 0.
+        If neither says the decay, `decay` is 0, and the profile a placeholder.
         """
-        profile = self.updates and self.updates.profile(self.path, self.step, settings, default_decay)
-        if not (self.updates and profile):
+        if self.updates is None:
             return self
+        profile = self.updates.profile(self.path, self.step, settings)
         if settings.ema_decay is None and not settings.sigma_rels and "decay" not in self.updates.rule:
             return replace(self, profile=profile, decay=0.0, sigma_rel=0.0)
         rule = profile.settings

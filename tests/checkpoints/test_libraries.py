@@ -184,7 +184,7 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
     check_average(run, states, 0.07, at="t sigma_rel", exact=1e-6)
     other = tmp_path / "other.pkl"
     other.write_bytes((tmp_path / "network-snapshot-0001024-0.050.pkl").read_bytes())
-    with pytest.raises(errors.FileFormatError, match=r"other.pkl: is not named as files of edm2 are"):
+    with pytest.raises(errors.FileFormatError, match=r"other.pkl: is no file of edm2"):
         import_checkpoints(other, None, dry_run=True, kind="edm2")
 
 

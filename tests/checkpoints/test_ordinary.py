@@ -379,7 +379,7 @@ def test_counts_of_updates_are_understood_together(tmp_path: Path) -> None:
 def test_what_an_import_cannot_find_is_named(tmp_path: Path) -> None:
     plain(tmp_path / "x")
 
-    with pytest.raises(errors.FileFormatError, match="holds no EMA of timm"):
+    with pytest.raises(errors.FileFormatError, match="is no file of timm"):
         import_checkpoints(tmp_path / "x", tmp_path / "run", kind="timm")
     for path in (tmp_path / "x").iterdir():
         path.rename(path.with_name(f"ema_{path.name}"))
