@@ -131,7 +131,7 @@ def recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str
         kind = TABLE[name]
         if (kind.name is None or kind.name.fullmatch(path.name)) and (found := kind.find(indexed, settings)):
             return name, found
-    raise FileFormatError(path, f"is no file of {given}", "`ema guide checkpoints` has the names and contents")
+    raise FileFormatError(path, f"is no file of {given}")
 
 
 def step_in(kind: str, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
@@ -613,7 +613,7 @@ def named_decay(path: Path) -> float | None:
 def _find_any(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
     """Return two sets of tensors, or one in a file that a name or the settings call an average."""
     if (found := _without_prefixes(indexed, _two_sets(indexed, settings), settings)) is not None:
-        return found
+        return replace(found, updates=Updates())
     if not (settings.kind or settings.average or settings.weights or AVERAGE_WORD.search(indexed.path.name)):
         return None
     decay = named_decay(indexed.path)
@@ -670,7 +670,7 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
         tensors = sets[alone[0]] if len(alone) == 1 else indexed.model_tensors()
     else:
         keys = names_in([".".join(key) for key in sets if len(key) == 1])
-        reason = f"holds no average that its keys name{f' ({keys})' * bool(keys)}"
+        reason = f"holds no average that its keys name ({keys})" if keys else "holds no average that a key names"
         raise FileFormatError(path, reason, "name its key by `average`, or say `weights` for the raw ones")
     return make_checkpoint(path, tensors, Point(1.0), 1)
 
