@@ -15,7 +15,7 @@ import socket
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -152,14 +152,30 @@ def list_folder(folder: Path) -> Directory:
         raise
 
 
+Read = Callable[[Path], Snapshot | FileFormatError | None]
+"""What reads the header of a snapshot or a part; None for another kind of file, or one that no longer exists."""
+
+
+def _read(path: Path) -> Snapshot | FileFormatError | None:
+    try:
+        file = read_file(path)
+        return None if file.kind in (None, "output") else decode_snapshot(file)
+    except FileFormatError as error:
+        return None if files.is_absent(path) else error
+
+
 def inspect_directory(directory: Path) -> Directory:
     """Read the headers of all snapshots in a directory, continuing after errors; raise errors of `list_directory`."""
-    listing = list_directory(directory)
+    return inspected(list_directory(directory))
+
+
+def inspected(listing: Directory, read: Read = _read) -> Directory:
+    """Return a listing with what the headers in it say."""
     snapshots: list[Snapshot] = []
     problems: list[PostHocError] = []
     notes: list[str] = []
     incomplete: dict[Path, str] = {}
-    for result in _snapshots_in(listing.files):
+    for result in _results(listing.files, read):
         if isinstance(result, FileFormatError):
             problems.append(result)
         elif result.part is None:
@@ -168,7 +184,7 @@ def inspect_directory(directory: Path) -> Directory:
             notes.append(f"{result.name}: is a part of a snapshot, outside the folder of the others; not read")
     for folder in listing.folders:
         try:
-            content = read_folder(folder)
+            content = read_folder(folder, read)
         except PostHocError as error:
             if not files.is_absent(folder):
                 problems.append(error)
@@ -186,16 +202,7 @@ def inspect_directory(directory: Path) -> Directory:
     )
 
 
-def _snapshots_in(paths: Sequence[Path]) -> Iterator[Snapshot | FileFormatError]:
-    """Yield the snapshots and parts among files, and an error for each unreadable file that still exists."""
-
-    def read(path: Path) -> Snapshot | FileFormatError | None:
-        try:
-            file = read_file(path)
-            return None if file.kind in (None, "output") else decode_snapshot(file)
-        except FileFormatError as error:
-            return None if files.is_absent(path) else error
-
+def _results(paths: Sequence[Path], read: Read) -> Iterator[Snapshot | FileFormatError]:
     return filter(None, in_turn(read, paths, any(map(files.is_url, paths))))
 
 
@@ -264,10 +271,10 @@ def is_parts_folder(path: Path) -> bool:
     return bool(are_parts) and all(are_parts) and not listing.folders
 
 
-def read_folder(folder: Path) -> Snapshot | str:
+def read_folder(folder: Path, read: Read = _read) -> Snapshot | str:
     """Read the parts in a folder and join them, see `joined`; the text is empty if it is not a folder of parts."""
     parts: list[Snapshot] = []
-    for result in _snapshots_in(list_folder(folder).files):
+    for result in _results(list_folder(folder).files, read):
         if isinstance(result, FileFormatError):
             raise result
         parts.append(result)
