@@ -217,14 +217,11 @@ def read_snapshot(path: Path) -> Snapshot:
 def find_snapshots(directory: Path) -> list[Snapshot]:
     """Read the snapshots of a run like `read_directory`; return none for a missing or empty directory."""
     try:
-        content = inspect_directory(directory)
+        return _checked(inspect_directory(directory))
     except DirectoryError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return []
         raise
-    if content.problems:
-        raise content.problems[0]
-    return list(content.snapshots)
 
 
 def read_directory(directory: Path) -> list[Snapshot]:
@@ -235,9 +232,9 @@ def read_directory(directory: Path) -> list[Snapshot]:
         FileFormatError: a file in it is damaged.
         MismatchError: two files do not belong together; both are named.
     """
-    if found := find_snapshots(directory):
+    content = inspect_directory(directory)
+    if found := _checked(content):
         return found
-    content = inspect_directory(directory)  # for the reason
     foreign = [path.name for path in content.entries if path.suffix in (SUFFIX, *PICKLES)]
     reason, hint = "no snapshots here", NAME_A_RUN
     if content.incomplete:
@@ -248,6 +245,13 @@ def read_directory(directory: Path) -> list[Snapshot]:
     elif foreign:
         reason += f"; {foreign[0]} is not a snapshot of this package"
     raise DirectoryError(directory, reason, hint)
+
+
+def _checked(content: Directory) -> list[Snapshot]:
+    """Return the snapshots in a directory; raise the first of its problems."""
+    if content.problems:
+        raise content.problems[0]
+    return list(content.snapshots)
 
 
 # --- snapshots of several parts
