@@ -22,12 +22,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path, PosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from posthoc_cli.errors import InvalidValueError, MissingDependencyError, PostHocError, RemoteError
-
-Result = TypeVar("Result")
 
 SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
 
@@ -315,7 +313,7 @@ def put(url: str, data: bytes | Path, *, create: bool = True) -> None:
     size = data.stat().st_size if isinstance(data, Path) else len(data)
     store, key = _place(url, size)
     content: Any = data
-    options: dict[str, Any] = {"chunk_size": _part_bytes(size), "max_concurrency": 4}
+    options: dict[str, Any] = {"chunk_size": max(_PART, -(-size // _MOST_PARTS)), "max_concurrency": 4}
     if create and size <= _ONE_REQUEST:
         content = _mapped(data) if isinstance(data, Path) else data
         options = {"mode": "create", "use_multipart": False}
@@ -325,10 +323,6 @@ def put(url: str, data: bytes | Path, *, create: bool = True) -> None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url)
     with request_errors(url, "written"):
         store.put(key, content, **options)
-
-
-def _part_bytes(size: int) -> int:
-    return max(_PART, -(-size // _MOST_PARTS))
 
 
 def _mapped(path: Path) -> Any:
@@ -361,17 +355,13 @@ _REASONS = (
     ("status code: 416 ", errno.ERANGE, "it is shorter than the range asked for", ""),
     ("<Code>(NoSuchBucket|ContainerNotFound)<", errno.EIO, "there is no such bucket or container", ""),
     ("status code: 404", errno.ENOENT, "", ""),
-    (r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential",
+    (r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential|MissingAccount",
      errno.EACCES, "no credentials were found", _ACCESS),
-    ("MissingAccount", errno.EACCES, "no account is named", "set AZURE_STORAGE_ACCOUNT_NAME"),
-    ("OpenCredentials|DecodeCredentials|InvalidAccessKey {", errno.EACCES, "the credentials cannot be read", _ACCESS),
-    ("<Code>(ExpiredToken|TokenRefreshRequired)<", errno.EACCES, "the credentials have expired", "renew them"),
-    ("<Code>(InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken)<",
-     errno.EACCES, "the credentials are not accepted", _ACCESS),
+    ("status code: 401|OpenCredentials|DecodeCredentials|InvalidAccessKey|ExpiredToken|TokenRefresh|InvalidToken"
+     "|SignatureDoesNotMatch", errno.EACCES, "the credentials are missing, expired or not accepted", _ACCESS),
     ("<Code>RequestTimeTooSkewed<", errno.EACCES, "the clock of this machine is wrong", "set it"),
     ("<Code>(AuthorizationHeaderMalformed|PermanentRedirect)<|status code: 301|redirect without LOCATION",
      errno.EIO, "the bucket is in another region", "set AWS_REGION"),
-    ("status code: 401", errno.EACCES, "the credentials are missing or not accepted", _ACCESS),
     ("status code: 403|<Code>AccessDenied<", errno.EACCES, "access is denied", ""),
     ("status code: 405", errno.EIO, "the server does not list folders or take files", "name a file"),
     ("status code: 412", errno.ESTALE, "was replaced while it was being used", "run again"),
@@ -382,8 +372,7 @@ _REASONS = (
     (r"status code: (\d{3})(?:.*<Code>(\w{1,60})<)?", errno.EIO, r"the server answers \1 \2", ""),
     (r"<Code>(\w{1,60})<", errno.EIO, r"the server answers \1", ""),
     ("^ValueError", errno.EIO, "the store does not accept this name", ""),
-    ("Connect|dns error", errno.EIO, "no connection to the server", "check the URL, the endpoint and the network"),
-    ("Timeout|timed out", errno.EIO, "the server did not answer in time", ""),
+    ("Connect|dns error|Timeout|timed out", errno.EIO, "no answer of the server", "check the URL and the network"),
     ("", errno.EIO, "the connection was lost, or the answer is incomplete", ""),
 )  # fmt: skip
 """Patterns of error texts, the first match decides: each with the errno, the reason and what to do."""

@@ -113,30 +113,21 @@ def training_metadata(file: TensorFile) -> dict[str, str]:
     return {name: value for name, value in kept.items() if not name.startswith("modelspec.hash")}
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """The content of an index: the tensors in each file, sorted by file name, and the total size if recorded."""
+def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, list[str]]:
+    """Return the tensors of each shard that an index names, by file name; shards have these endings.
 
-    shards: dict[str, list[str]]
-    total_size: int | None
-
-
-def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> ShardIndex:
-    """Return the checked index of a sharded model, whose shards have these endings and are in the index's folder."""
-    content = parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index")
-    weight_map = content.get("weight_map")
+    Raises FileFormatError, also if a name does not refer to a visible file in the index's folder on every system.
+    """
+    weight_map = parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index").get("weight_map")
     if not isinstance(weight_map, dict):
         raise FileFormatError(path, "is not an index of shards: it has no weight_map")
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
         if not (isinstance(name, str) and is_plain_name(name, endings)):
-            raise FileFormatError(
-                path, f"tensor {shown(tensor)}: {shown(name)} is not the name of a file in its folder"
-            )
+            reason = f"tensor {shown(tensor)}: {shown(name)} is not the name of a file in its folder"
+            raise FileFormatError(path, reason)
         shards.setdefault(name, []).append(tensor)
-    metadata = content.get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return ShardIndex(dict(sorted(shards.items())), total if type(total) is int else None)
+    return dict(sorted(shards.items()))
 
 
 def encode_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
@@ -159,7 +150,7 @@ def model_files(path: Path) -> dict[Path, list[str] | None]:
     """Return the files of a model or snapshot, each with the tensors that an index names; None without an index."""
     index = index_of(path)
     if index is not None:
-        return {index.parent / name: names for name, names in decode_index(index).shards.items()}
+        return {index.parent / name: names for name, names in decode_index(index).items()}
     if is_parts_folder(path):
         return dict.fromkeys(list_folder(path).files)
     return {path / SINGLE_NAME if path.is_dir() else path: None}

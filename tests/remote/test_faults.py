@@ -105,10 +105,10 @@ FAULTS = {
     "resets": (bodies(lambda h: h.reset()), LOST),
     "short answers": (bodies(lambda h: h.cut()), LOST),
     "no bucket": (always(404, "NoSuchBucket"), LIST + "there is no such bucket"),
-    "expired": (always(400, "ExpiredToken"), READ + "the credentials have expired; renew them"),
+    "expired": (always(400, "ExpiredToken"), READ + "the credentials are missing, expired or not accepted"),
     "not to list": (listing(lambda h: h.refuse(403, "AccessDenied")), LIST + "access is denied"),
     "not to read": (bodies(lambda h: h.refuse(403, "AccessDenied")), "safetensors: cannot be read: access is denied"),
-    "slow bodies": (bodies(stall), "safetensors: cannot be read: the server did not answer in time"),
+    "slow bodies": (bodies(stall), "safetensors: cannot be read: no answer of the server"),
     "too many": (always(503, "SlowDown"), READ + "the store asks for fewer requests, or is not available; try again"),
 }
 
@@ -179,7 +179,7 @@ def test_without_credentials_or_a_server_the_error_says_what_to_do(
     with monkeypatch.context() as patch, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
-        assert "no connection to the server; check the URL, the endpoint and the network" in ema("info", RUN).error
+        assert "no answer of the server; check the URL and the network" in ema("info", RUN).error
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"{served.url}/metadata.nothing")

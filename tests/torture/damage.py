@@ -40,7 +40,7 @@ def examine(path: Path) -> Content:
         if not report.is_fine:
             raise FileFormatError(report.path, report.detail)
     content: Content = {}
-    for shard in [path.parent / name for name in decode_index(path).shards] if path.name == INDEX_NAME else [path]:
+    for shard in [path.parent / name for name in decode_index(path)] if path.name == INDEX_NAME else [path]:
         with read_file(shard) as file:
             if file.kind not in DECODERS:
                 raise FileFormatError(shard, f"its kind is {str(file.kind)[:40]!r}")
