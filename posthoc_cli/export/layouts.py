@@ -136,7 +136,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     target. A folder of shards holds one model, so several targets get a folder each within it.
 
     Raises:
-        InvalidValueError: two targets would have the same path, or a target cannot fill in the pattern.
+        InvalidValueError: two targets would have the same path.
     """
     unknown = [name for name in re.findall(r"\{\w*\}", out) if name not in (_SIGMA_REL, _TARGET)]
     if unknown:
@@ -147,18 +147,14 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
         if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
             return [path], None
         if not is_folder and path.suffix in (SUFFIX, *PICKLES):
-            place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
-            example = f"a name with {place} in it, such as {path.stem}-{place}{path.suffix}"
+            example = f"a name with {_TARGET} in it, such as {path.stem}-{_TARGET}{path.suffix}"
             raise InvalidValueError("out", f"{len(targets)} targets need a folder, or {example}", value=out)
-        if path.exists() and not path.is_dir():
-            raise InvalidValueError("out", "is no folder", "name a file with its ending, or a folder", value=out)
         pattern, folder = str(path / f"{_TARGET}{suffix_of(layout)}"), path
     taken: dict[Path, Target] = {}
     for target in targets:
-        if _SIGMA_REL in pattern and target.sigma_rel is None:
-            raise InvalidValueError("out", f"{target.title} has no sigma_rel", f"write {_TARGET} for it", value=out)
-        name = target.label if target.sigma_rel is None else f"sigma_rel-{target.sigma_rel!r}"
-        made = files.expanded(pattern.replace(_SIGMA_REL, repr(target.sigma_rel)).replace(_TARGET, name))
+        width = target.label if target.sigma_rel is None else repr(target.sigma_rel)
+        name = target.label if target.sigma_rel is None else f"sigma_rel-{width}"
+        made = files.expanded(pattern.replace(_SIGMA_REL, width).replace(_TARGET, name))
         if made in taken:
             both = f"{taken[made].title} and {target.title} would both become {made}"
             raise InvalidValueError("out", f"{both}; a profile is named after its file", "rename one", value=out)
