@@ -177,7 +177,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
         notes.append(f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read")
     return replace(
         result, notes=(*notes, *content.notes), leftovers=tuple(sorted({*leftovers, *content.incomplete})),
-        superseded=listing.superseded, seconds=time.perf_counter() - started,
+        superseded=listing.superseded if path.is_dir() else 0, seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -186,8 +186,8 @@ def _listed(path: Path) -> tuple[Directory, list[Path], list[Path], list[Path]]:
     listing, indexes = Directory(path, (path,)), [path] if path.name.endswith(INDEX_SUFFIX) else []
     if path.is_dir():
         listing = list_directory(path)
-        folders = [path, *(p for p in listing.entries if p.suffix != SUFFIX and p.name != SUPERSEDED)]
-        indexes = [folder / INDEX_NAME for folder in folders if _has_index(folder)]
+        others = (p for p in listing.entries if p.suffix != SUFFIX and p.name != SUPERSEDED and not p.is_symlink())
+        indexes = [folder / INDEX_NAME for folder in (path, *others) if _has_index(folder)]
     elif files.is_absent(path):
         raise DirectoryError(path, "no such file or directory", ACCEPTED)
     elif path.suffix in PICKLES:
@@ -210,7 +210,7 @@ def _listed(path: Path) -> tuple[Directory, list[Path], list[Path], list[Path]]:
 
 def _has_index(folder: Path) -> bool:
     with suppress(OSError):  # no permission, or a name too long
-        return not folder.is_symlink() and (folder / INDEX_NAME).is_file()
+        return (folder / INDEX_NAME).is_file()
     return False
 
 

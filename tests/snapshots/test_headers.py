@@ -155,7 +155,7 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) 
 
 ROLES = '{"%s %s":["a"],"copy %s":["b"]}'
 SNAPSHOT = {
-    "format": [("2", "its format is 2"), ('"3"', "its format is")],
+    "format": [("2", "of format 2"), ('"3"', "of format '3'")],
     "run_id": [('"short"', "")],
     "sums": [(f'"{"0" * 32}"', "is damaged: its checksum"), ("{}", "sums must have"), (f'"{"0" * 48}"', "sums must")],
     # Products of such a small time underflow.
@@ -174,7 +174,7 @@ SNAPSHOT = {
     ],
     "sigma_rels": [("[]", "must be a list of numbers"), ("[true]", "must be a list of finite numbers")],
     "clock": [("[4,10]", "must be a list of 2"), (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000")],
-    "kind": [('"output"', "profile: is missing"), ('"elsewhere"', "its kind is")],
+    "kind": [('"output"', "profile: is missing"), ('"elsewhere"', "does not know 'elsewhere'")],
 }  # fmt: skip
 OUTPUT = {"t": [("1e300", "a time of training, not 1e+300")], "predicted_error": [("-1e-9", "not -1e-09")]}
 IMPOSSIBLE = {"snapshot": SNAPSHOT, "output": OUTPUT}
@@ -263,7 +263,7 @@ def test_escapes_that_are_not_text_are_refused_at_any_depth(small: Small, key: s
     if is_text:
         assert read_snapshot(path).left_out == tuple(json.loads(text))
         return
-    with pytest.raises(FileFormatError, match=r"damaged ema: .*is not Unicode text, or has a zero byte$"):
+    with pytest.raises(FileFormatError, match="is no Unicode text"):
         read_snapshot(path)
 
 
