@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,6 @@ from posthoc_cli.export.layouts import (
     in_turn,
     layout_of,
     nbytes,
-    open_model,
     open_outputs,
     plain,
 )
@@ -42,6 +40,7 @@ from posthoc_cli.snapshots.outputs import (
     OutputInfo,
     Used,
     check_alike,
+    check_indexed,
     decode_output,
     index_of,
     model_files,
@@ -50,7 +49,7 @@ from posthoc_cli.snapshots.outputs import (
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, running_statistics
 from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile, file_size
+from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile, file_size, read_file
 
 
 @dataclass(frozen=True)
@@ -188,11 +187,21 @@ def _of_source(source: Source) -> _Tensors:
     return {name: _Tensor(source, own, tensors[own].dtype, tensors[own].role) for name, own in names.items()}
 
 
+def _open_model(stack: ExitStack, path: Path) -> list[TensorFile | Snapshot]:
+    """Open the files of a model until the stack ends, and check that each holds the tensors that the index says."""
+    if is_parts_folder(path):
+        return [stack.enter_context(read_snapshot(path))]
+    opened: list[TensorFile | Snapshot] = []
+    for file_path, names in model_files(path).items():
+        file = stack.enter_context(read_file(file_path))
+        check_indexed(file, names)
+        opened.append(file)
+    return opened
+
+
 def _read_model(stack: ExitStack, source: Path) -> tuple[_Tensors, OutputInfo | None, dict[str, str]]:
     """Return the tensors of a model, its header as an output, and what kohya's scripts keep about the training."""
-    opened: Sequence[TensorFile | Snapshot]
-    opened = [stack.enter_context(read_snapshot(source))] if is_parts_folder(source) else open_model(stack, source)
-    index = index_of(source)
+    opened, index = _open_model(stack, source), index_of(source)
     tensors, infos = _Tensors(), list[tuple[Path, OutputInfo | None]]()
     for file in opened:
         in_file, info = _read_file(file, source.name if index is None else index.parent.name)
@@ -243,9 +252,7 @@ def _rename(tensors: _Tensors, prefix: str, strip: str) -> _Tensors:
 def _read_base(stack: ExitStack, base: Path, own: _Tensors) -> _Tensors:
     """Return the tensors that only the base has; tensors in both must have the same shape."""
     tensors = _Tensors()
-    opened: Sequence[TensorFile | Snapshot]
-    opened = [stack.enter_context(read_snapshot(base))] if is_parts_folder(base) else open_model(stack, base)
-    for file in opened:
+    for file in _open_model(stack, base):
         for name, entry in file.entries.items():
             tensors[name] = _Tensor(file, name, entry.dtype, "other")
             if name in own:

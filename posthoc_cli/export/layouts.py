@@ -28,13 +28,12 @@ from posthoc_cli.errors import (
     MismatchError,
     NonFiniteError,
     OutputExistsError,
-    VanishedError,
     WriteError,
     check_word,
 )
 from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
-from posthoc_cli.snapshots.outputs import INDEX_NAME, check_indexed, encode_index, model_files
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, TensorFileWriter, read_file, tensor_bytes
+from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFileWriter, read_file, tensor_bytes
 from posthoc_cli.synthesis.engine import Options, TensorOutput, Tile, Writer, holds
 from posthoc_cli.targets import Target
 
@@ -178,18 +177,6 @@ def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
         if not holds(dtype, torch.stack(bounds)):
             raise NonFiniteError(where, f"{dtype} cannot hold its largest value")
     return tensor.to(dtype)
-
-
-def open_model(stack: ExitStack, path: Path) -> list[TensorFile]:
-    """Open the files of a model until the stack ends, and check that each holds the tensors that the index says."""
-    opened = []
-    try:
-        for file_path, names in model_files(path).items():
-            opened.append(stack.enter_context(read_file(file_path)))
-            check_indexed(opened[-1], names)
-    except VanishedError as error:  # which callers would take for a snapshot that was thinned away meanwhile
-        raise FileFormatError(error.subject, error.reason) from error
-    return opened
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
