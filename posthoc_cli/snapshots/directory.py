@@ -93,11 +93,6 @@ class Directory:
         return [path for path in self.entries if is_snapshot_name(path) and path.suffix != SUFFIX]
 
     @property
-    def parts_folders(self) -> list[Path]:
-        """The folders of parts, whatever their names: setting one aside may have added a number to its name."""
-        return [path for path in self.entries if path.suffix != SUFFIX and is_parts_folder(path)]
-
-    @property
     def leftovers(self) -> list[Path]:
         """The temporary files of interrupted writes, or of writes in progress."""
         return [path for path in self.entries if files.is_temporary(path.name)]
@@ -111,8 +106,8 @@ class Directory:
     def superseded(self) -> int:
         """The number of snapshots that were set aside; 0 if their folder cannot be read."""
         with suppress(DirectoryError):
-            superseded = list_folder(self.path / SUPERSEDED)
-            return len(superseded.files) + len(superseded.parts_folders)
+            entries = list_folder(self.path / SUPERSEDED).entries
+            return sum(not path.name.startswith(".") for path in entries)
         return 0
 
 

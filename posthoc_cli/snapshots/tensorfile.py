@@ -824,15 +824,12 @@ class TensorFileWriter:
         stamp = status.st_size, status.st_mtime_ns
         return TensorFile(self.path, self._entries, stamp, sums, {}, self._metadata, self._content, checksum)
 
-    def discard(self) -> None:
-        """Remove what was written; do nothing after `commit`."""
-        self._file.discard()
-
     def __enter__(self) -> TensorFileWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.discard()
+        """Remove what was written; do nothing after `commit`."""
+        self._file.discard()
 
 
 def encode_header(
