@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import fnmatch
 import glob
-import mmap
 import os
 import re
 import stat
@@ -85,8 +84,8 @@ def endpoint() -> str:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
-def _place(url: str, nbytes: int = 0) -> tuple[Any, str]:
-    """Return the store of a URL, with its secrets, and the key in it; a request has time for a body of `nbytes`."""
+def _place(url: str) -> tuple[Any, str]:
+    """Return the store of a URL, with its secrets, and the key in it."""
     scheme, _, rest = url.partition("://")
     host, _, key = rest.partition("/")
     with request_errors(url, "opened"):
@@ -97,21 +96,19 @@ def _place(url: str, nbytes: int = 0) -> tuple[Any, str]:
         above = [known for known in _SECRETS if f"{url}/".startswith(f"{known}/")]  # a query is sent below its URL, too
         user, query = _SECRETS[max(above, key=len)] if above else ("", "")
         root = f"{scheme}://{user}{'@' * bool(user)}{host}/{'?' * bool(query)}{query}"
-        minutes = nbytes // (60 * _SLOWEST)
-        store = _opened(root, endpoint(), 60 * (1 + minutes) if minutes else 0)
-        return store, unquote(key) if scheme.startswith("http") else key
+        return _opened(root, endpoint()), unquote(key) if scheme.startswith("http") else key
 
 
 @lru_cache(maxsize=64)
-def _opened(root: str, endpoint: str, seconds: int) -> Any:
-    """Return the store at a URL, whose requests may take `seconds`; 0 for the timeout of `CLIENT`."""
+def _opened(root: str, endpoint: str) -> Any:
+    """Return the store at a URL."""
     scheme = urlsplit(root).scheme
     try:
         from obstore.store import HTTPStore, from_url
     except ImportError:
         reason = f"obstore is needed for {scheme}:// and is not installed"
         raise MissingDependencyError("obstore", reason, 'pip install "posthoc-cli[remote]"') from None
-    client: Any = CLIENT | ({"timeout": f"{seconds}s"} if seconds else {})
+    client: Any = dict(CLIENT)
     if scheme == "http" or (scheme == "s3" and endpoint.startswith("http:")):
         client["allow_http"] = True
     make: Any = HTTPStore if scheme in ("http", "https") else from_url
@@ -293,45 +290,29 @@ def revisions(url: str) -> list[str]:
         return list(store.revisions(key))
 
 
-_ONE_REQUEST = 5_000 * 1024 * 1024
-"""Bytes that every store accepts in one request."""
-
 _PART, _MOST_PARTS = 8 * 1024 * 1024, 9_000
 """Least bytes of a part of a multipart upload, and the largest number of parts; S3 accepts 10,000."""
-
-_SLOWEST = 500_000
-"""Bytes a second for which the timeout of a request allows."""
 
 
 def put(url: str, data: bytes | Path, *, create: bool = True) -> None:
     """Write an object, complete or not at all.
 
-    With `create`, raise a FileExistsError if the object exists, in one conditional request; a RemoteError with ENOTSUP
-    says that the store has none. `obstore` has no conditional multipart upload: for a new file above 5,000 MiB it is
-    checked before that the object does not exist.
+    With `create`, raise a FileExistsError if the object exists. Up to 8 MiB are sent by one conditional request, which
+    the store refuses then; a RemoteError with ENOTSUP says that the store has none. `obstore` has no conditional
+    multipart upload: for more it is checked before that the object does not exist.
     """
     size = data.stat().st_size if isinstance(data, Path) else len(data)
-    store, key = _place(url, size)
-    content: Any = data
+    store, key = _place(url)
     options: dict[str, Any] = {"chunk_size": max(_PART, -(-size // _MOST_PARTS)), "max_concurrency": 4}
-    if create and size <= _ONE_REQUEST:
-        content = _mapped(data) if isinstance(data, Path) else data
+    if create and size <= _PART:
+        data = data.read_bytes() if isinstance(data, Path) else data
         options = {"mode": "create", "use_multipart": False}
     elif create:
         with suppress(FileNotFoundError):
             head(url)
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url)
     with request_errors(url, "written"):
-        store.put(key, content, **options)
-
-
-def _mapped(path: Path) -> Any:
-    """Return the content of a file that nobody shortens meanwhile; the system drops its pages where memory is short."""
-    with path.open("rb") as file:
-        try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError):  # an empty file, or a file system without mapping
-            return file.read()
+        store.put(key, data, **options)
 
 
 def delete(url: str) -> None:
