@@ -48,7 +48,7 @@ from posthoc_cli.snapshots.outputs import (
     training_metadata,
 )
 from posthoc_cli.snapshots.sources import counted
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
 from posthoc_cli.synthesis.engine import check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
@@ -199,8 +199,9 @@ def _synthesize_files(plan: Plan, outputs: Sequence[Output], parts: Parts, optio
 
 def _headers(plan: Plan) -> list[Header]:
     """Return the header of the output of each target, with what kohya's scripts keep about the training."""
-    files_of_newest = plan.newest.files
-    kept = training_metadata(files_of_newest[0]) if len(files_of_newest) == 1 else {}
+    newest, kept = plan.newest, dict[str, str]()
+    if newest.files and newest.path.suffix == SUFFIX and newest.path.is_file():
+        kept = training_metadata(read_file(newest.path))
     return [(plan.output_info(index).encoded(), kept) for index in range(len(plan.targets))]
 
 
