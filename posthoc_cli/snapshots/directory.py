@@ -117,22 +117,22 @@ def is_import(path: str | Path) -> bool:
     return manifest.is_file() if files.is_url(manifest) else os.path.lexists(manifest)
 
 
+_NO_DIRECTORY: dict[type[OSError], str] = {
+    FileNotFoundError: "no such directory",
+    NotADirectoryError: "is not a directory",
+}
+
+
 def list_directory(directory: Path) -> Directory:
     """List a directory; raise DirectoryError if it does not exist, is not a directory, or cannot be read."""
-    subject, hint = str(directory), NAME_A_RUN
     try:
         return Directory(directory, tuple(sorted(files.system.list(directory))))
     except RemoteError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        if isinstance(error, FileNotFoundError):
-            reason = "no such directory"
-        elif isinstance(error, NotADirectoryError):
-            reason = "is not a directory"
-        else:
-            why = getattr(error, "strerror", None) or str(error)
-            subject, reason, hint = repr(subject), f"cannot be read: {why.lower()}", ""
-        raise DirectoryError(subject, reason, hint) from error
+    except OSError as error:
+        if known := _NO_DIRECTORY.get(type(error)):
+            raise DirectoryError(directory, known, NAME_A_RUN) from error
+        raise DirectoryError(directory, f"cannot be read: {(error.strerror or str(error)).lower()}") from error
 
 
 def list_folder(folder: Path) -> Directory:

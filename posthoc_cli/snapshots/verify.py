@@ -159,7 +159,8 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     reports = [report for report in found.values() if report is not None]
     # What is wrong with a file is said once: the others in a folder of parts are not compared with it.
     whole = {report.path: report.header for report in reports if report.is_fine and isinstance(report.header, Snapshot)}
-    known = Directory(path, tuple(p for p in listing.entries if all(f in whole for f in found if f.parent == p)))
+    broken = {file.parent for file in found if file not in whole}
+    known = Directory(path, tuple(entry for entry in listing.entries if entry not in broken))
     is_parts = is_parts_folder(path)
     content = inspected(known, whole.get) if path.is_dir() and not is_parts else known
     problems = [str(problem) for problem in content.problems]
