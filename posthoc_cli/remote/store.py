@@ -1,8 +1,7 @@
 """URLs as paths, requests to object stores, and their errors in one line.
 
-`obstore` makes the requests to S3, Google's and Azure's stores and web servers, and retries those that may succeed
-later. Credentials and endpoints come from the environment, under the names that the stores' own tools use. The secret
-parts of a URL, a user or a query, are kept in `_SECRETS`: only the request itself sees them.
+`obstore` makes the requests to S3, Google's and Azure's stores, and retries those that may succeed later. Credentials
+and endpoints come from the environment, under the names that the stores' own tools use.
 
 A failed request raises an OSError: a FileNotFoundError, a FileExistsError of `put`, or else a `RemoteError`, whose text
 holds nothing of what was sent.
@@ -22,11 +21,11 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path, PosixPath
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 from posthoc_cli.errors import InvalidValueError, MissingDependencyError, PostHocError, RemoteError
 
-SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
+SCHEMES = ("s3", "gs", "az", "hf")
 
 CLIENT = {"timeout": "60s", "connect_timeout": "5s"}
 """Timeouts of one request; the first includes its body."""
@@ -37,9 +36,6 @@ RETRIES: dict[str, Any] = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
 """Retries of a request whose failure may be temporary: 17 seconds of waiting in all."""
-
-_SECRETS: dict[str, tuple[str, str]] = {}
-"""The user with a password, and the query, of each URL of a web server, by the URL without them."""
 
 
 class ObjectInfo(NamedTuple):
@@ -54,28 +50,26 @@ class ObjectInfo(NamedTuple):
 
 
 def shown_url(text: str) -> str:
-    """Return a URL without its secret parts, which are kept; `text` may be what a Path made of it, with one slash.
+    """Return the URL that a text names, which may be what a Path made of it, with one slash.
 
     Raises:
-        InvalidValueError: its scheme is unknown, or it holds credentials that cannot be used.
+        InvalidValueError: its scheme is unknown, or it holds credentials, which the error does not show.
     """
     scheme, _, rest = text.partition(":")
     host, slash, path = rest.strip("/").partition("/")
-    scheme, user, query, is_web = scheme.lower(), "", "", scheme.lower() in ("http", "https")
+    scheme, user = scheme.lower(), ""
     if scheme != "hf":  # whose revisions are behind an @
         user, _, host = host.rpartition("@")
-    if is_web or scheme not in SCHEMES:
-        path, _, query = path.partition("?")
+    if scheme not in SCHEMES:
+        path = path.partition("?")[0]
     shown = f"{scheme}://{host}{slash}{path}".rstrip("/")
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise InvalidValueError(shown, f"is a URL of an unknown kind; must be a path, or begin with one of {known}")
     if not host:
-        raise InvalidValueError(shown, "must name a bucket, a host or a repository")
-    if user and not is_web:
+        raise InvalidValueError(shown, "must name a bucket or a repository")
+    if user:
         raise InvalidValueError(shown, "holds credentials, which are read from the environment only")
-    if user or query:
-        _SECRETS[shown] = (user, query)
     return shown
 
 
@@ -85,34 +79,28 @@ def endpoint() -> str:
 
 
 def _place(url: str) -> tuple[Any, str]:
-    """Return the store of a URL, with its secrets, and the key in it."""
+    """Return the store of a URL and the key in it."""
     scheme, _, rest = url.partition("://")
-    host, _, key = rest.partition("/")
+    bucket, _, key = rest.partition("/")
     with request_errors(url, "opened"):
         if scheme == "hf":
             from posthoc_cli.remote import hub
 
             return hub, rest
-        above = [known for known in _SECRETS if f"{url}/".startswith(f"{known}/")]  # a query is sent below its URL, too
-        user, query = _SECRETS[max(above, key=len)] if above else ("", "")
-        root = f"{scheme}://{user}{'@' * bool(user)}{host}/{'?' * bool(query)}{query}"
-        return _opened(root, endpoint()), unquote(key) if scheme.startswith("http") else key
+        return _opened(f"{scheme}://{bucket}/", endpoint()), key
 
 
 @lru_cache(maxsize=64)
-def _opened(root: str, endpoint: str) -> Any:
-    """Return the store at a URL."""
-    scheme = urlsplit(root).scheme
+def _opened(bucket: str, endpoint: str) -> Any:
+    """Return the store of a bucket."""
     try:
-        from obstore.store import HTTPStore, from_url
+        from obstore.store import from_url
     except ImportError:
-        reason = f"obstore is needed for {scheme}:// and is not installed"
+        reason = f"obstore is needed for {bucket} and is not installed"
         raise MissingDependencyError("obstore", reason, 'pip install "posthoc-cli[remote]"') from None
-    client: Any = dict(CLIENT)
-    if scheme == "http" or (scheme == "s3" and endpoint.startswith("http:")):
-        client["allow_http"] = True
-    make: Any = HTTPStore if scheme in ("http", "https") else from_url
-    return make(root, client_options=client, retry_config=RETRIES)
+    allowed = {"allow_http": True} if bucket.startswith("s3:") and endpoint.startswith("http:") else {}
+    client: Any = CLIENT | allowed
+    return from_url(bucket, client_options=client, retry_config=RETRIES)
 
 
 # --- paths
@@ -156,7 +144,7 @@ class RemotePath(PosixPath):
             except OSError as error:
                 # Where listing is not permitted, a missing object is "denied".
                 is_denied = isinstance(error, RemoteError)
-                if str(self).startswith("http") or (is_denied and error.errno != errno.EACCES):
+                if is_denied and error.errno != errno.EACCES:
                     raise
                 with suppress(RemoteError) if is_denied else nullcontext():
                     self._known = "folder" if listed(str(self)) else None
@@ -176,9 +164,9 @@ class RemotePath(PosixPath):
             return False
 
     def is_dir(self, **_: Any) -> bool:
-        """Return whether objects lie below the path; a web server has no folders."""
+        """Return whether objects lie below the path."""
         try:
-            return not str(self).startswith("http") and self._ask() is None
+            return self._ask() is None
         except FileNotFoundError:
             return False
 
@@ -270,7 +258,7 @@ def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, Obje
     """Return the bytes `begin` to `end` of an object, fewer at its end; with a tag only if it still has that tag."""
     store, key = _place(url)
     options: dict[str, Any] = {"range": (begin, end)}
-    if tag and not tag.startswith("W/"):  # a weak tag never matches
+    if tag:
         options["if_match"] = tag
     try:
         with request_errors(url):
@@ -344,7 +332,6 @@ _REASONS = (
     ("<Code>(AuthorizationHeaderMalformed|PermanentRedirect)<|status code: 301|redirect without LOCATION",
      errno.EIO, "the bucket is in another region", "set AWS_REGION"),
     ("status code: 403|<Code>AccessDenied<", errno.EACCES, "access is denied", ""),
-    ("status code: 405", errno.EIO, "the server does not list folders or take files", "name a file"),
     ("status code: 412", errno.ESTALE, "was replaced while it was being used", "run again"),
     ("status code: (429|503)|<Code>SlowDown<",
      errno.EIO, "the store asks for fewer requests, or is not available", "try again later"),

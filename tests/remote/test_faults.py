@@ -17,10 +17,8 @@ from factories import random_walk, write_run
 from remote.servers import Server, serving
 
 from posthoc_cli import Run
-from posthoc_cli.errors import PostHocError, RemoteError
+from posthoc_cli.errors import PostHocError
 from posthoc_cli.remote import store
-from posthoc_cli.remote.store import remote_path
-from posthoc_cli.snapshots.tensorfile import OpenedFile
 
 LARGE = {"large": (700, 600), "small": (7,)}
 """Tensors of more bytes than the first request of a file reads."""
@@ -161,16 +159,6 @@ def test_an_object_that_is_replaced_meanwhile_is_an_error(served: Server, tmp_pa
             refused.append(number)
         assert [path.name for path in tmp_path.iterdir()] == ["sound.safetensors"]
     assert total in refused
-
-
-def test_a_file_of_a_server_without_tags_is_seen_to_be_replaced_by_its_size(served: Server) -> None:
-    path, served.has_tags = served.folder / "large", False
-    path.write_bytes(bytes(600_000))
-    with OpenedFile(remote_path(f"{served.url}/large")) as file:
-        assert file.read_at(10, 599_995) == bytes(5)
-        path.write_bytes(bytes(600_001))
-        with pytest.raises(RemoteError, match="was replaced while it was being used; run again"):
-            file.read_at(10, 300_000)
 
 
 def test_without_credentials_or_a_server_the_error_says_what_to_do(

@@ -199,7 +199,7 @@ def test_folders_that_libraries_write_are_sent_completely_or_not_at_all(
         with pytest.raises(OutputExistsError):
             run.write(0.15, url, **options)
         with pytest.raises(InvalidValueError, match="must be a path, or begin with s3://, gs:// or az://"):
-            run.write(0.15, "https://127.0.0.1:1/out", **options)
+            run.write(0.15, "hf://org/model/out", **options)
         assert not [*temporary.iterdir()]
     run.write(0.15, tmp_path / "local", like=like)
     for path in downloaded(f"{bucket}/like", tmp_path / "found").iterdir():
