@@ -99,8 +99,8 @@ def _opened(bucket: str, endpoint: str) -> Any:
         reason = f"obstore is needed for {bucket} and is not installed"
         raise MissingDependencyError("obstore", reason, 'pip install "posthoc-cli[remote]"') from None
     allowed = {"allow_http": True} if bucket.startswith("s3:") and endpoint.startswith("http:") else {}
-    client: Any = CLIENT | allowed
-    return from_url(bucket, client_options=client, retry_config=RETRIES)
+    options: Any = {"client_options": CLIENT | allowed, "retry_config": RETRIES}
+    return from_url(bucket, **options)
 
 
 # --- paths

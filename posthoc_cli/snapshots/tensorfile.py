@@ -917,12 +917,7 @@ def holds_nonfinite(data: memoryview, dtype: str) -> bool:
     """Return whether little-endian numbers of a dtype (a safetensors name) include nan or infinity.
 
     Without the sign, the bit patterns of floating-point numbers are in the order of the numbers, non-finite ones last.
-    Read as signed integers, the positive numbers are the largest, in this order; read as unsigned integers, the
-    negative numbers are. Comparing the two maxima with the first non-finite number therefore suffices, without a copy.
     """
     item, nonfinite = DTYPES[dtype].nbytes, DTYPES[dtype].first_nonfinite
-    if not nonfinite or not len(data):
-        return False
-    sign = 1 << (8 * item - 1)
-    signed = np.frombuffer(data, f"<i{item}")
-    return int(signed.max()) >= nonfinite or int(signed.view(f"<u{item}").max()) >= sign | nonfinite
+    bits = np.frombuffer(data, f"<u{item}")
+    return bool(nonfinite and np.any(bits & bits.dtype.type((1 << (8 * item - 1)) - 1) >= nonfinite))
