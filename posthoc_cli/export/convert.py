@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,17 +40,16 @@ from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import (
     OutputInfo,
     Used,
-    check_alike,
-    check_indexed,
     decode_output,
     index_of,
     model_files,
     models_at,
+    read_model,
     training_metadata,
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, running_statistics
 from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile, file_size, read_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile, file_size
 
 
 @dataclass(frozen=True)
@@ -187,31 +187,24 @@ def _of_source(source: Source) -> _Tensors:
     return {name: _Tensor(source, own, tensors[own].dtype, tensors[own].role) for name, own in names.items()}
 
 
-def _open_model(stack: ExitStack, path: Path) -> list[TensorFile | Snapshot]:
-    """Open the files of a model until the stack ends, and check that each holds the tensors that the index says."""
-    if is_parts_folder(path):
-        return [stack.enter_context(read_snapshot(path))]
-    opened: list[TensorFile | Snapshot] = []
-    for file_path, names in model_files(path).items():
-        file = stack.enter_context(read_file(file_path))
-        check_indexed(file, names)
-        opened.append(file)
-    return opened
+def _open_model(stack: ExitStack, path: Path) -> Sequence[TensorFile | Snapshot]:
+    """Open the files of a model until the stack ends."""
+    opened = [read_snapshot(path)] if is_parts_folder(path) else read_model(path)
+    return [stack.enter_context(file) for file in opened]
 
 
 def _read_model(stack: ExitStack, source: Path) -> tuple[_Tensors, OutputInfo | None, dict[str, str]]:
     """Return the tensors of a model, its header as an output, and what kohya's scripts keep about the training."""
     opened, index = _open_model(stack, source), index_of(source)
-    tensors, infos = _Tensors(), list[tuple[Path, OutputInfo | None]]()
+    tensors, infos = _Tensors(), list[OutputInfo | None]()
     for file in opened:
         in_file, info = _read_file(file, source.name if index is None else index.parent.name)
-        infos.append((file.path, info))
-        check_alike(*infos[0], *infos[-1])
+        infos.append(info)
         if twice := in_file.keys() & tensors.keys():
             raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
         tensors |= in_file
     kept = training_metadata(opened[0]) if len(opened) == 1 and isinstance(opened[0], TensorFile) else {}
-    return tensors, infos[0][1] if infos else None, kept
+    return tensors, infos[0], kept
 
 
 def _read_file(file: TensorFile | Snapshot, model: str) -> tuple[_Tensors, OutputInfo | None]:

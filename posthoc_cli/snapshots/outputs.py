@@ -192,14 +192,27 @@ def models_at(path: Path) -> list[Path]:
     raise DirectoryError(path, problem, hint)
 
 
-def check_indexed(file: TensorFile, names: list[str] | None) -> None:
-    """Raise FileFormatError, naming the shard and the tensor, if a shard lacks a tensor that its index names."""
-    missing = set(names or ()) - file.entries.keys()
-    if missing:
-        raise FileFormatError(file.path, f"tensor {shown(min(missing))} is not in it, as the index says")
+def read_model(path: Path) -> list[TensorFile]:
+    """Read the headers of a model's files.
+
+    Raises:
+        FileFormatError: a file is damaged or missing, or lacks a tensor that its index names.
+        MismatchError: the files are of different outputs.
+    """
+    read, outputs = list[TensorFile](), list[tuple[Path, OutputInfo | None]]()
+    for file_path, names in model_files(path).items():
+        file = read_file(file_path)
+        if missing := set(names or ()) - file.entries.keys():
+            raise FileFormatError(file_path, f"tensor {shown(min(missing))} is not in it, as the index says")
+        read.append(file)
+        outputs.append((file_path, decode_output(file) if file.kind == "output" else None))
+        _check_alike(*outputs[0], *outputs[-1])
+    if not read:
+        raise FileFormatError(path, "is an index that names no file")
+    return read
 
 
-def check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
+def _check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
     """Raise MismatchError unless the metadata of two shards is of one output, or both have none."""
     problem = ""
     if info is None or found is None:
@@ -246,12 +259,7 @@ def describe(path: Path) -> Description:
 
 
 def _of_model(path: Path) -> Description:
-    shards = []
-    for file, names in model_files(path).items():
-        shards.append(read_file(file))
-        check_indexed(shards[-1], names)
-    if not shards:
-        raise FileFormatError(path, "is an index that names no file")
+    shards = read_model(path)
     is_sharded, kinds = index_of(path) is not None, {shard.kind for shard in shards}
     if kinds == {"snapshot"} and not is_sharded:
         return _of_snapshot(decode_snapshot(shards[0]))
@@ -259,14 +267,12 @@ def _of_model(path: Path) -> Description:
     sizes = _counts([shard.entries for shard in shards]) | {"bytes": sum(shard.nbytes for shard in shards)}
     if kinds != {"output"}:
         return {"kind": "safetensors", **place, **sizes}
-    outputs = [decode_output(shard) for shard in shards]
-    for shard, output in zip(shards, outputs, strict=True):
-        check_alike(shards[0].path, outputs[0], shard.path, output)
-    notice = statistics_notice(name for output in outputs for name in output.copies)
+    output = decode_output(shards[0])
+    notice = statistics_notice(output.copies)
     return {
-        "kind": "output", **place, "run": outputs[0].run_id,
-        **_fields(outputs[0], "profile sigma_rel gamma t t_unit method profile_error predicted_error"),
-        "snapshots": [vars(used) for used in outputs[0].snapshots], **sizes, "notes": [notice] if notice else [],
+        "kind": "output", **place, "run": output.run_id,
+        **_fields(output, "profile sigma_rel gamma t t_unit method profile_error predicted_error"),
+        "snapshots": [vars(used) for used in output.snapshots], **sizes, "notes": [notice] if notice else [],
     }  # fmt: skip
 
 

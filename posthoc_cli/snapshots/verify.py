@@ -36,9 +36,9 @@ from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
     INDEX_SUFFIX,
     OutputInfo,
-    check_alike,
     decode_index,
     decode_output,
+    read_model,
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
@@ -50,9 +50,7 @@ ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file,
 INTACT = "intact"  # unchanged since it was written
 UNCHECKED = "unchecked"  # has no checksums: only its structure was checked
 DAMAGED = "damaged"  # changed since it was written, or not a file of this format
-MISSING = "missing"  # named by an index, but does not exist
 NONFINITE = "nonfinite"  # an average in it holds nan or infinity
-MISMATCHED = "mismatched"  # an index that does not match its shards, or shards of different models
 UNREADABLE = "unreadable"  # its content is unknown: the system refused to read it, or it is of a later release
 
 _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
@@ -171,7 +169,11 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
             run_clock(content.snapshots)
         except MismatchError as error:
             problems = [str(error)]
-    reports = [*(report for index in indexes for report in _of_index(index, found)), *reports]
+    for index in indexes:
+        try:
+            read_model(index)
+        except (FileFormatError, MismatchError) as error:
+            problems.append(str(error))
     result = Verification(path, path.is_dir(), tuple(reports), tuple(problems))
     notes = [f"{result.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
     if pickles := len(listing.pickles):
@@ -201,7 +203,7 @@ def _listed(path: Path) -> tuple[Directory, list[Path], list[Path], list[Path]]:
             paths += inner.files
             leftovers += inner.leftovers
     for index in indexes:
-        with suppress(FileFormatError):  # which is the state of the index in the end
+        with suppress(FileFormatError):  # which is one of the problems in the end
             paths += [index.parent / name for name in decode_index(index)]
     if path.is_dir() and not (paths or indexes or leftovers or listing.folders):
         reason = "holds no snapshots or outputs" + "; no pickle is opened here" * bool(listing.pickles)
@@ -287,31 +289,3 @@ def _problem_of_parts(folder: Path, parts: Mapping[Path, Snapshot]) -> list[str]
     except PostHocError as error:
         return [str(error)]
     return [] if isinstance(content, Snapshot) else [f"{folder}: has {content}"]
-
-
-def _of_index(index: Path, found: Mapping[Path, FileReport | None]) -> list[FileReport]:
-    """Return the report of an index, compared with its shards, and those of missing shards."""
-    report, missing = FileReport(index, "index"), list[FileReport]()
-    try:
-        shards = decode_index(index)
-        outputs = list[tuple[Path, OutputInfo | None]]()
-        for name, tensors in shards.items():
-            shard = found.get(index.parent / name)
-            if shard is None:
-                missing.append(FileReport(index.parent / name, "shard", MISSING, f"{index.name} names it"))
-            elif shard.is_fine and shard.file is not None:
-                if differing := shard.file.entries.keys() ^ set(tensors):
-                    where = f"tensor {shown(min(differing))} is in {name} or named by the index, but not both"
-                    raise MismatchError(index, where)
-                outputs.append((shard.path, shard.header if isinstance(shard.header, OutputInfo) else None))
-                check_alike(*outputs[0], *outputs[-1])
-        if not shards:
-            raise FileFormatError(index, "names no shard")
-        if outputs and outputs[0][1] is None:
-            report = replace(report, state=UNCHECKED)
-    except FileFormatError as error:
-        state, detail = _fault(error)
-        report = replace(report, state=state, detail=detail)
-    except MismatchError as error:
-        report = replace(report, state=MISMATCHED, detail=str(error).replace(f"{index.parent}/", ""))
-    return [report, *missing]
