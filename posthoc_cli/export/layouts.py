@@ -141,6 +141,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     if unknown:
         raise InvalidValueError("out", f"{unknown[0]} is not known; must be {_SIGMA_REL} or {_TARGET}", value=out)
     path, pattern, folder = files.expanded(files.given_path("out", out)), out, None
+    files.check_writable("out", path)
     if _SIGMA_REL not in out and _TARGET not in out:
         is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
         if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
