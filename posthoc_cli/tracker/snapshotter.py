@@ -41,7 +41,7 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.path import decode_sample, encode_path, encode_sample, squared_distance
+from posthoc_cli.snapshots.path import decode_sample, encode_path, encode_sample
 from posthoc_cli.snapshots.snapshot import Snapshot, read_one
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFileWriter, tensor_bytes
@@ -200,19 +200,6 @@ class Snapshotter:
         """Header checksums of the stored snapshots that are complete."""
         return frozenset(snapshot.identity for snapshot in self._complete())
 
-    def distances(self) -> dict[float, float]:
-        """Return each average's distance from the model when it was last stored, relative to its norm, by sigma_rel.
-
-        It is estimated from the sample in the header, see `snapshots.path`.
-        """
-        distances = {}
-        for sigma_rel, newest in {snapshot.sigma_rel: snapshot for snapshot in self._stored}.items():
-            weights, average = decode_sample(newest.sample)
-            shapes = {name: newest.entries[name].shape for name in newest.averages}
-            if len(weights) and (norm := squared_distance(average, 0 * average, shapes)):
-                distances[sigma_rel] = math.sqrt(squared_distance(weights, average, shapes) / norm)
-        return distances
-
     def check_run(self, run_id: str) -> None:
         """Raise a MismatchError if the directory holds snapshots of another run."""
         if self._run_id not in (None, run_id):
@@ -350,10 +337,6 @@ class PartSnapshotter(Snapshotter):
 
     The process with rank 0 has the directory's lock, and thins.
     """
-
-    def distances(self) -> dict[float, float]:
-        """Return no distances: each process has measured only its own part."""
-        return {}
 
     def _complete(self) -> list[Snapshot]:
         """Return the snapshots whose parts are complete, of those that this process has written a part of."""
