@@ -59,27 +59,22 @@ class SentPlan:
         return cls(replace(plan, sources=(), targets=()), sources, entries, plan.names, errors)
 
 
-def plan_possible(sources: Sequence[Source], wanted: Mapping[str, Target]) -> tuple[Plan | None, dict[str, str]]:
-    """Plan several averages, and say why others cannot be made yet, such as a window longer than the run so far."""
-    refusals: dict[str, str] = {}
-    try:
-        return logged(plan_synthesis(sources, [*wanted.values()])), refusals
-    except InvalidValueError:
-        for label, target in wanted.items():
-            try:
-                plan_synthesis(sources, [target])
-            except InvalidValueError as error:
-                refusals[label] = str(error)
-    possible = [target for label, target in wanted.items() if label not in refusals]
-    return (logged(plan_synthesis(sources, possible)) if possible else None), refusals
+def plan_possible(sources: Sequence[Source], wanted: Mapping[str, Target]) -> tuple[dict[str, Plan], dict[str, str]]:
+    """Plan averages by label, and say why others cannot be made yet, such as a window longer than the run so far."""
+    plans, refusals = dict[str, Plan](), dict[str, str]()
+    for label, target in wanted.items():
+        try:
+            plans[label] = plan_synthesis(sources, [target])
+        except InvalidValueError as error:
+            refusals[label] = str(error)
+    return plans, refusals
 
 
 def logged(plan: Plan) -> Plan:
-    """Log the predicted errors of a plan."""
-    for index, target in enumerate(plan.targets):
-        error = plan.predicted_error(index)
-        predicted = "unknown" if error is None else f"{error:.2g}"
-        log.info("average of %s at t = %.12g: predicted error %s", target.title, plan.t, predicted)
+    """Log the predicted error of a plan of one target."""
+    error = plan.predicted_error(0)
+    predicted = "unknown" if error is None else f"{error:.2g}"
+    log.info("average of %s at t = %.12g: predicted error %s", plan.targets[0].title, plan.t, predicted)
     if plan.choice is not None:
         log.info("made from %s", plan.choice)
     return plan

@@ -223,7 +223,10 @@ def end_threads() -> None:
 
 def _run_jobs(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
     """Run queued jobs until None arrives. Of threads started at the same moment, one takes the vacancy; others end."""
-    _limit_torch_to_one_thread()
+    # `torch.set_num_threads(1)` would also change all threads that start later. Asking torch for the number makes torch
+    # set OpenMP's for this thread, which it does once.
+    torch.get_num_threads()
+    _openmp().limit(limits=1)
     while True:
         try:
             vacancy.pop()
@@ -288,15 +291,6 @@ class ThreadPool:
 
 SINGLE_THREAD = ThreadPool(1)
 """A pool of the calling thread alone."""
-
-
-def _limit_torch_to_one_thread() -> None:
-    """Make torch use one thread for the operations of the calling thread.
-
-    `torch.set_num_threads(1)` would also change all threads that start later.
-    """
-    torch.get_num_threads()  # makes torch set OpenMP's number of threads for this thread, which it does once
-    _openmp().limit(limits=1)
 
 
 @lru_cache

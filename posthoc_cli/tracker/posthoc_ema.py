@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 import threading
 import types
 import weakref
@@ -46,7 +45,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import Candidate, error_curve
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
-from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.path import are_equal, encode_path, joined_paths, places, squared_distance
 from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
@@ -54,7 +53,7 @@ from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import resuming
-from posthoc_cli.tracker.attach import Attachment, WeakModel, attach
+from posthoc_cli.tracker.attach import Attachment, attach
 from posthoc_cli.tracker.averaged import (
     SentPlan,
     as_dtensors,
@@ -136,7 +135,7 @@ class PostHocEMA:
             except ModelMismatchError as error:
                 hint = f"the run in {self.checkpoint_dir} is of another model; use its model, or another directory"
                 raise error if error.hint else error.with_hint(hint) from None
-        self._model = None if model is None else WeakModel(model)
+        self._model = None if model is None else weakref.ref(unwrapped(model))
         self._pipeline = Pipeline(settings, tracking, device)
         # For a tracker that nobody closes. `end` must not wait for a thread: garbage may be collected in that thread.
         weakref.finalize(self, self._pipeline.end).atexit = False
@@ -211,15 +210,18 @@ class PostHocEMA:
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         directory = resuming.check_path(checkpoint_dir)
         wait_for_writers(directory, last_too=True)
-        stored = [] if resume is None else resuming.stored_to_resume(directory, resume)
+        if isinstance(resume, bool | str) and resume != "auto":
+            reason = "must be 'auto', a call of update_ that has snapshots, or None"
+            raise InvalidValueError("resume", reason, value=f"{resume!r}")
+        step = None if isinstance(resume, str) else resume  # an existing run may be absent only without a step
+        stored = [] if resume is None else find_snapshots(directory) if step is None else read_directory(directory)
         if stored:
             settings = replace(settings, selection=selection.resumed(stored[-1].roles))
         tensors = collect_tensors(model, settings.selection)
         if tensors.chunks or is_first_of_group(model) is not False:
             resuming.check_directory(directory, is_new=resume is None)
         tracked = TrackedModel.of_model(tensors)
-        found = None if resume is None else resuming.find_run(directory, stored, settings, tracked, resume)
-        tracking, step = found or (Tracking.new(secrets.token_hex(16), tracked, settings.sigma_rels), None)
+        tracking, step = resuming.begin(directory, stored, settings, tracked, step)
         tracking = _with_members(tracking, model, tensors, settings, directory)
         start = Start(directory, settings, step, stored)
         return cls(parts=(directory, settings, tracking, model, device, start))
@@ -317,8 +319,10 @@ class PostHocEMA:
                 damaged, or no snapshot has the model's weights.
         """
         check_model(model)
-        if self._attachment is not None:
-            self._attachment.check_caller()
+        attached = self._attachment
+        if attached is not None and attached.optimizer is not None and not attached.is_updating:
+            reason = "this tracker is attached to an optimizer and is updated by its steps"
+            raise NotReadyError("update_", reason, "leave out either this call or attach(), or detach() first")
         if is_swapped(model):
             reason = "the model holds averaged weights now"
             raise NotReadyError("update_", reason, "call it outside `with ema.model(...)`")
@@ -407,11 +411,9 @@ class PostHocEMA:
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         figures = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
         snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
-        plan, _ = plan_possible(snapshots, wanted) if snapshots else (None, {})
-        if plan is not None:
-            errors = {target.label: plan.predicted_error(index) for index, target in enumerate(plan.targets)}
-            figures |= {f"predicted_error_{label}": error for label, error in errors.items() if error is not None}
-        return figures
+        plans, _ = plan_possible(snapshots, wanted if snapshots else {})
+        errors = {label: plan.predicted_error(0) for label, plan in plans.items()}
+        return figures | {f"predicted_error_{label}": error for label, error in errors.items() if error is not None}
 
     def model(
         self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
