@@ -128,20 +128,15 @@ class Pipeline:
         self._write_monitor = BackpressureMonitor("snapshots (checkpoint_every)")
         _pipelines.add(self)
 
-    @property
-    def written(self) -> int:
-        """The number of times with snapshots that were written."""
-        return 0 if self.snapshotter is None else self.snapshotter.written[0]
-
     def figures(self) -> dict[str, float]:
         """Return the memory held, and measurements of the last written snapshots; see `PostHocEMA.metrics`."""
         reader = None if self._values is None else self._values[1]
         holders = [self.tracking.averages, self._copier, *(self._host_memory or ()), reader]
         held = {"bytes": float(sum(holder.nbytes for holder in holders if holder is not None))}
-        if self.snapshotter is None or not self.snapshotter.written[0]:
+        writer, monitor = self.snapshotter, self._write_monitor
+        if writer is None or not writer.times_written:
             return held
-        monitor = self._write_monitor
-        figures = {"bytes": self.snapshotter.written[1], "seconds": monitor.job_seconds, "waited": monitor.wait_seconds}
+        figures = {"bytes": writer.nbytes, "seconds": monitor.job_seconds, "waited": monitor.wait_seconds}
         return held | {f"snapshot_{name}": float(value) for name, value in figures.items()}
 
     @property

@@ -694,7 +694,8 @@ class PostHocEMA:
 
     def _run_callbacks(self) -> None:
         """Call the callbacks if snapshots have become durable."""
-        written = self._pipeline.written
+        writer = self._pipeline.snapshotter
+        written = 0 if writer is None else writer.times_written
         if written != self._reported:
             self._reported = written
             for callback in self._callbacks:

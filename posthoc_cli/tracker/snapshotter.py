@@ -161,7 +161,7 @@ class Snapshotter:
     """The one writer of a directory, from its construction until `close`; makes the directory if it is missing.
 
     Attributes:
-        written: the number of times with snapshots that were written, and the bytes of the last snapshots.
+        times_written, nbytes: the number of times with snapshots that were written, and the bytes of the last ones.
 
     Raises:
         LockedError: another writer holds the directory.
@@ -171,7 +171,7 @@ class Snapshotter:
 
     def __init__(self, directory: Path, settings: Settings, members: Members) -> None:
         self.directory = directory
-        self.written = (0, 0)
+        self.times_written = self.nbytes = 0
         self._settings, self._members = settings, members
         self._leads = members.rank == 0
         with files.reported_as_write_error(directory):
@@ -265,7 +265,7 @@ class Snapshotter:
             for index, info in enumerate(headers(self._settings, state, staged.measurements, off_schedule)):
                 if due[index]:
                     nbytes += self._write_one(replace(info, sample=staged.samples[index]), staged, index, copies)
-            self.written = (self.written[0] + 1, nbytes)
+            self.times_written, self.nbytes = self.times_written + 1, nbytes
             self._thin()
         except PostHocError as error:
             self._members.announce_failure(error)
