@@ -47,7 +47,7 @@ from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.path import are_equal, encode_path, joined_paths, places, squared_distance
-from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection
+from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection, statistics_notice
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
@@ -147,6 +147,7 @@ class PostHocEMA:
         self._warned_of: set[str] = set()
         self._calls = CallGuard(directory)
         self._has_begun = False  # whether this process is a writer, or knows the writers
+        self._is_restored = False  # whether a checkpoint of the model was loaded since the last call of `update_`
         members.keeps(model, directory)
         self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
         self._weights = start.weights if self._has_state else ()  # at a given step or in a loaded state
@@ -195,7 +196,9 @@ class PostHocEMA:
             resume: "auto" to continue the directory's run, if it holds one, from the newest snapshots at whose time the
                 network had the model's weights, exactly or as float16 or bfloat16: restore the model first, since for
                 any other weights the first `update_` raises an error, unless `load_state_dict` was called. A number
-                to continue from the snapshots of that call of `update_`, whatever the weights. None for a new run.
+                to continue from the snapshots of that call of `update_`, whatever the weights. None for a new run, or
+                to continue exactly from an open tracker of this very model and directory, as of a notebook's cell that
+                runs again.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -209,7 +212,10 @@ class PostHocEMA:
         )  # fmt: skip
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         directory = resuming.check_path(checkpoint_dir)
-        wait_for_writers(directory, last_too=True)
+        earlier = _open_tracker(model, directory) if resume in (None, "auto") else None
+        state = None if earlier is None else earlier.state_dict()
+        resume = resume if state is None else "auto"
+        wait_for_writers(directory, last_too=state is None)
         if isinstance(resume, bool | str) and resume != "auto":
             reason = "must be 'auto', a call of update_ that has snapshots, or None"
             raise InvalidValueError("resume", reason, value=f"{resume!r}")
@@ -224,7 +230,10 @@ class PostHocEMA:
         tracking, step = resuming.begin(directory, stored, settings, tracked, step)
         tracking = _with_members(tracking, model, tensors, settings, directory)
         start = Start(directory, settings, step, stored)
-        return cls(parts=(directory, settings, tracking, model, device, start))
+        tracker = cls(parts=(directory, settings, tracking, model, device, start))
+        if state is not None:
+            tracker.load_state_dict(state)
+        return tracker
 
     @classmethod
     def from_path(
@@ -633,6 +642,7 @@ class PostHocEMA:
             self._members.check()
         # Errors of background work since the last call; they stay pending if this call fails itself.
         self._pending = self._take_error()
+        self._is_restored = False
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
         keeps = self._members.keeps(model, self.checkpoint_dir)
@@ -817,8 +827,11 @@ class PostHocEMA:
 
     @contextmanager
     def _filled(self, model: Module, make: Callable[[], Weights], own_dtypes: bool = True) -> Iterator[Module]:
-        """Give the model the weights that `make` returns."""
+        """Give the model the weights that `make` returns, and warn, once, of running statistics that are copies."""
         with swapped_in(model, make(), own_dtypes):
+            notice = statistics_notice(self._pipeline.tracking.tracked.dtypes(copied=True))
+            if notice is not None and self._is_first_warning("statistics"):
+                warn(notice)
             yield model
 
     def _average(
@@ -974,9 +987,19 @@ _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDict
 """The trackers that were made with a model, by the bare model."""
 
 
+def _open_tracker(model: torch.nn.Module, directory: Path) -> PostHocEMA | None:
+    """Return the open tracker that writes averages of a model with its present weights to a directory, if any."""
+    for tracker in [*_trackers.get(unwrapped(model), ())] if is_first_of_group(model) is None else ():
+        is_usable = not (tracker.closed or tracker._calls.is_forked or tracker._is_restored)
+        if is_usable and tracker._pipeline.tracking.averages.exist and tracker._pipeline.writes_to(directory):
+            return tracker
+    return None
+
+
 def _note_restored(model: torch.nn.Module, _: object) -> None:
     """Handle the end of the model's `load_state_dict`; a function of the module, so that models can be pickled."""
     for tracker in [*_trackers.get(model, ())]:
+        tracker._is_restored = True
         resumes = tracker._pipeline.tracking.resumes
         if (resumes or tracker._weights) and not tracker.closed:
             tracker._note_weights(model)

@@ -324,7 +324,7 @@ def test_after_a_cell_was_run_again_the_steps_go_to_the_later_tracker(tmp_path: 
     model, optimizer = sgd()
     first = attached(model, tmp_path / "one", optimizer)
     step(model, optimizer, before)
-    with attached(torch.nn.DataParallel(model), tmp_path / "one", optimizer, resume="auto") as second:
+    with attached(torch.nn.DataParallel(model), tmp_path / "one", optimizer) as second:
         step(model, optimizer, 2)
     assert second.step == 2 + before  # the same model in the same directory is resumed
     assert first.step == before

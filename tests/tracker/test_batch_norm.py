@@ -123,3 +123,23 @@ def test_a_statistic_that_is_not_finite_is_named_at_once(tmp_path: Path) -> None
     model.norm.running_var[2] = float("inf")
     with pytest.raises(NonFiniteError, match=r"norm\.running_var"):
         tracker.update_(model)
+
+
+# --- the notice
+
+
+def test_a_block_with_copies_warns_once_per_tracker(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path / "copied", 20, buffers="copy")
+    with pytest.warns(RuntimeWarning, match=f"^posthoc_cli: {NOTICE}") as seen:
+        for length in (0.2, 0.2, 0.05):
+            with tracker.model(model, sigma_rel=length) as averaged:
+                averaged(inputs(0))
+    assert len(seen) == 1
+    assert WAY_OUT in str(seen[0].message)
+    assert seen[0].filename == __file__
+    live = PostHocEMA.from_path(tmp_path / "copied")
+    with pytest.warns(RuntimeWarning, match=NOTICE), live.model(Network(), sigma_rel=0.2):
+        pass
+    model, tracker, _ = trained(tmp_path / "averaged", 20)
+    with tracker.model(model, sigma_rel=0.2), tracker.model(model, 0.05):
+        pass  # a warning would be an error

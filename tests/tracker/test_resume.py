@@ -190,18 +190,20 @@ def test_a_directory_that_cannot_be_written_to_is_named_at_once(
             PostHocEMA.from_model(network(), tmp_path / name, **SETTINGS)
 
 
-def test_a_cell_that_is_run_again_takes_the_place_of_its_first_tracker(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("resume", ["auto", None])
+@pytest.mark.parametrize("first", [17, 9], ids=["between snapshots", "before the first snapshot"])
+def test_a_cell_that_is_run_again_continues_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: int, resume: str | None
 ) -> None:
     """Its first tracker was interrupted and still exists, as in a notebook's list of results."""
     model, trackers = network(), []
-    for last in (16, 35):
-        trackers.append(PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto"))
+    for last in (first, 35):
+        trackers.append(PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume=resume))
         train(model, trackers[-1], trackers[-1].step + 1, last)
     assert sum("an earlier tracker of this process" in text for text in caplog.messages) == 1
     assert trackers[1].state_dict()["standing"]["updates"] == 17  # at 2, 4, ..., 34: none was lost
     with pytest.raises(NotReadyError, match="a later tracker has taken the place of this one"):
-        train(model, trackers[0], 17, 18)
+        train(model, trackers[0], 18, 19)
     trackers[0].close()
     trackers[1].close()
     assert repr(trackers[1]) == f"PostHocEMA({str(tmp_path)!r}, step 35, sigma_rels 0.05, 0.28, closed)"
