@@ -39,7 +39,7 @@ class CallGuard:
     """Admits one call at a time to a tracker, from the process that made the tracker, until the tracker is closed."""
 
     def __init__(self, directory: Path) -> None:
-        self.closed, self.caller = False, 0
+        self.closed, self._caller = False, 0
         self._directory, self._process, self._lock = directory, os.getpid(), threading.Lock()
 
     def check_process(self) -> None:
@@ -68,9 +68,10 @@ class CallGuard:
         """Return the lock to hold during a call; raise a NotReadyError if another call, begun earlier, is running."""
         self.check_process()
         if self._lock.locked():
-            in_handler = self.caller == threading.get_ident()
+            in_handler = self._caller == threading.get_ident()
             who = "this thread, interrupted by a signal handler, is" if in_handler else "another thread is"
             raise NotReadyError(name, f"{who} calling the tracker", "call update_ from one thread, after every step")
+        self._caller = threading.get_ident()
         return self._lock
 
 

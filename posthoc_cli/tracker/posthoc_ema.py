@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import types
 import weakref
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -338,7 +336,6 @@ class PostHocEMA:
         grad_mode = torch.is_grad_enabled()
         try:
             with self._calls.lock("update_"):
-                self._calls.caller = threading.get_ident()
                 self._advance(model, t)
         finally:  # a signal handler can raise just before torch.no_grad() restores the mode
             torch.set_grad_enabled(grad_mode)
@@ -583,7 +580,6 @@ class PostHocEMA:
                     snapshotter.continue_from(loaded)  # sets aside snapshots that are not of the state's training
 
         with self._calls.lock("load_state_dict"):
-            self._calls.caller = threading.get_ident()
             loaded = group.together(unpack)
             group.first_then_others(become_writer)
             self._pipeline.set(loaded)
@@ -733,9 +729,9 @@ class PostHocEMA:
         group, now = self._members.keepers("update_" if is_first_call else "this tracker"), self._pipeline.tracking
         if self._sample is None:
             group.together(lambda: self._note_weights(model))
-        sample = dict(ChainMap(*group.from_all(self._sample or {})))
+        values = resuming.sample_of_all(group, self._sample or {})
         writes = self._members.keeps(model, self.checkpoint_dir)
-        chosen = self._start.choose(now, sample, group, writes, is_first_call)
+        chosen = self._start.choose(now, values, group, writes, is_first_call)
         if chosen is not now:
             self._pipeline.set(chosen)
 
@@ -748,10 +744,9 @@ class PostHocEMA:
         group, now = self._members.keepers("update_"), self._pipeline.tracking
         recorded, tracked = np.array(self._weights, np.float32), now.tracked
         present = group.together(lambda: self._watch.sample(model, tracked))
-        known = [resuming.in_order(ChainMap(*group.from_all(one))) for one in (self._sample or {}, present)]
-        shapes = tracked.complete_shapes
+        known = [resuming.sample_of_all(group, one) for one in (self._sample or {}, present)]
         gaps = [
-            0.0 if are_equal(one, recorded) else squared_distance(one, recorded, shapes)
+            0.0 if are_equal(one, recorded) else squared_distance(one, recorded, tracked.complete_shapes)
             for one in known
             if len(one) == len(recorded)
         ]
@@ -819,7 +814,7 @@ class PostHocEMA:
         if model is not None and not self._pipeline.tracking.resumes and not is_swapped(model):
             with suppress(ModelMismatchError):
                 own = self._watch.sample(model, tracked)
-        values = resuming.in_order(ChainMap(*group.from_all(own)))
+        values = resuming.sample_of_all(group, own)
         is_known = len(values) == len(places(tracked.complete_shapes)) and bool(np.isfinite(values).all())
         return tuple(values.tolist()) if is_known else ()
 
@@ -989,7 +984,9 @@ _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDict
 
 def _open_tracker(model: torch.nn.Module, directory: Path) -> PostHocEMA | None:
     """Return the open tracker that writes averages of a model with its present weights to a directory, if any."""
-    for tracker in [*_trackers.get(unwrapped(model), ())] if is_first_of_group(model) is None else ():
+    if is_first_of_group(model) is not None:
+        return None
+    for tracker in [*_trackers.get(unwrapped(model), ())]:
         is_usable = not (tracker.closed or tracker._calls.is_forked or tracker._is_restored)
         if is_usable and tracker._pipeline.tracking.averages.exist and tracker._pipeline.writes_to(directory):
             return tracker

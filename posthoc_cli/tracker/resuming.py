@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import secrets
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,9 +65,7 @@ class Start:
         self._directory, self._settings, self._stored = directory, settings, stored
         self._newest = stored[-1].step if stored else 0
 
-    def choose(
-        self, now: Tracking, sample: Mapping[int, float], group: Group, writes: bool, is_first_call: bool
-    ) -> Tracking:
+    def choose(self, now: Tracking, values: Floats, group: Group, writes: bool, is_first_call: bool) -> Tracking:
         """Return the tracking that resumes from the newest call with the model's weights, for all processes alike.
 
         When the tracker is made, or the model restored, any other model is left as it is; at the first call of
@@ -74,7 +73,6 @@ class Start:
         """
         # A process that only counts must not see which snapshots the writer sets aside meanwhile.
         stored = find_snapshots(self._directory) if writes else self._stored
-        values = in_order(sample)
 
         def find() -> tuple[int | None, int]:
             same = (step for step, weights in recorded_weights(stored).items() if are_equal(values, weights))
@@ -111,8 +109,9 @@ class Start:
         return _load(self._directory, self._settings.sigma_rels, now.tracked, self.step)
 
 
-def in_order(sample: Mapping[int, float]) -> Floats:
-    """Return the values of a sample in the order of their numbers."""
+def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:
+    """Return the values of a sample, of which each process has some by number."""
+    sample = ChainMap(*group.from_all(dict(own)))
     return np.array([sample[number] for number in sorted(sample)], np.float32)
 
 
