@@ -171,7 +171,7 @@ class TrackedModel:
         if name in self.aliases:
             return f"tied to {self.aliases[name]!r}"
         if name not in self.tensors:
-            return "left out, as it requires no gradients," if name in self.frozen else "not tracked"
+            return "left out, as it requires no gradients" if name in self.frozen else "not tracked"
         tensor = self.tensors[name]
         kind = {"average": "averaged", "statistic": "averaged as a running statistic", "copy": "copied"}[tensor.role]
         return f"{kind}, {torch_dtype(tensor.dtype)} of shape {list(self.shapes[name])}"

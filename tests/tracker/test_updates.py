@@ -417,7 +417,7 @@ def parameter(elements: int) -> torch.nn.Parameter:
         ),
         (
             lambda m: m.frozen.requires_grad_(True),
-            r"'frozen': is averaged, .*, and was left out, .*include='\*'.*a new directory",
+            r"'frozen': is averaged, .*, and was left out.*include='\*'.*a new directory",
         ),
         (lambda m: m.register_buffer("count", torch.zeros(())), "'count': is copied, .*, and was not tracked"),
     ],
