@@ -59,7 +59,6 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_fidelity.py
 	$(BIN)/python scripts/bench_fidelity.py --hard
 	$(BIN)/python scripts/bench_synthesis.py
-	$(BIN)/python scripts/bench_batch_norm.py
 	$(BIN)/python scripts/bench_update.py
 	$(BIN)/python scripts/bench_sweep.py
 

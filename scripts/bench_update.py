@@ -1,4 +1,4 @@
-"""Measure what the hook costs training: an update, a call that takes snapshots, the share of a step, and memory.
+"""Measure what the hook costs training: an update, a call that takes snapshots, and memory.
 
     python scripts/bench_update.py [--device cpu] [--repeats 5] [--quick]
 
@@ -8,8 +8,7 @@ long, and ends when all work is done. A cell is the median over runs of an updat
 processor time of all threads, which other programs on the machine change less.
 
 **Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 256,000, at one update a step, it
-changes two. **The share of a step** is the additional time of a training with the hook, at update_every=10, in the
-middle of a run. `--device cuda` puts the models on the accelerator; `posthoc_ema` keeps its averages on the CPU there.
+changes two. `--device cuda` puts the models on the accelerator; `posthoc_ema` keeps its averages on the CPU there.
 """
 
 from __future__ import annotations
@@ -37,9 +36,6 @@ from posthoc_cli.synthesis.engine import check_device
 NEVER = 10**9
 """A checkpoint interval that is never reached."""
 
-EVERY = 10
-"""Steps between two updates of the training."""
-
 Begun = tuple[Callable[[], object], Callable[[], object]]
 """An update, and a function that waits until all updates are complete."""
 
@@ -66,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for label in dict.fromkeys(label for column in columns.values() for label in column):
             print(f"| {label} | {' | '.join(column.get(label, '') for column in columns.values())} |")
         snapshots(large, device, folder / "snapshots", repeats)
-        training(device, folder / "training", repeats, 64 if asked.quick else 256, 20)
         memory(large, folder / "memory")
 
 
@@ -142,7 +137,7 @@ def peer(start: Callable[..., Any], model: torch.nn.Module, folder: Path, **opti
     return update, lambda: None
 
 
-# --- snapshots and training ------------------------------------------------------------------------
+# --- snapshots and memory ------------------------------------------------------------------------
 
 
 def snapshots(shapes: Shapes, device: str, folder: Path, repeats: int) -> None:
@@ -159,35 +154,6 @@ def snapshots(shapes: Shapes, device: str, folder: Path, repeats: int) -> None:
             durable += [] if call % 4 else [time.perf_counter() - began]
     middle = [f"{1000 * statistics.median(seconds):.3g} ms" for seconds in (usual, due, durable)]
     print("\na usual call: {}; one at which two snapshots are due: {}; until they are durable: {}".format(*middle))
-
-
-def training(device: str, folder: Path, repeats: int, width: int, steps: int) -> None:
-    """Measure steps of a `torch.nn.TransformerEncoder` with AdamW, with and without the hook."""
-
-    def begin(track: bool) -> Callable[[], None]:
-        layer = torch.nn.TransformerEncoderLayer(width, width // 64, 4 * width, 0.0, batch_first=True, device=device)
-        model = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        batch = torch.randn(16, 64, width, device=device)
-        if track:
-            tracked(model, folder, update_every=EVERY, checkpoint_every=NEVER).attach(optimizer)
-
-        def run(steps: int = steps) -> None:
-            for _ in range(steps):
-                model(batch).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            done(device)
-
-        run(EVERY + EVERY // 2)
-        return run
-
-    found = times({"without": begin(False), "with": begin(True)}, repeats, steps)
-    shares = [
-        100 * (statistics.median(with_hook) / statistics.median(plain) - 1)
-        for with_hook, plain in zip(found["with"], found["without"], strict=True)
-    ]
-    print(f"\na step without the hook: {cell(*found['without'])} ms; with it {shares[0]:+.2f} % ({shares[1]:+.2f} %)")
 
 
 def memory(shapes: Shapes, folder: Path) -> None:

@@ -11,9 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from bench_batch_norm import network
 from torch import nn
-from trained_networks import SIDE, digits
+from trained_networks import CLASSES, SIDE, digits
 
 from posthoc_cli import demo
 
@@ -30,13 +29,13 @@ class Task:
     Attributes:
         steps: of one training.
         schedules: of the learning rate, each a training.
-        keep_all: whether averages at earlier times are wanted.
+        max_checkpoints: of the tracker.
     """
 
     steps: int
     schedules: tuple[str, ...]
-    keep_all = False
     warm_up = 100
+    max_checkpoints: int | None = 20
 
     def batches(self) -> list[torch.Tensor]:
         """Return inputs to measure the averaged weights' BatchNorm statistics on; none without BatchNorm."""
@@ -219,8 +218,7 @@ def shifted(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
 class Diffusion(Task):
     """Denoise shifted digits with the demo's denoiser, larger and longer."""
 
-    steps, schedules = 12_000, ("inverse-sqrt",)
-    keep_all = True
+    steps, schedules, max_checkpoints = 12_000, ("inverse-sqrt",), None
     width, depth, batch, count = 192, 4, 128, 2000
 
     def __init__(self, _: Path, quick: bool = False) -> None:
@@ -309,6 +307,15 @@ def frechet(real: torch.Tensor, made: torch.Tensor) -> float:
 
 
 # --- a classifier ------------------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    """Make three convolutions with BatchNorm, 14,458 parameters: [batch, 1, 8, 8] -> [batch, 10]."""
+    layers: list[nn.Module] = []
+    for channels, wider in ((1, 16), (16, 32), (32, 32)):
+        layers.append(nn.Conv2d(channels, wider, 3, padding=1, bias=False))
+        layers += [nn.BatchNorm2d(wider), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES))
 
 
 class Classifier(Task):

@@ -47,9 +47,6 @@ def synthesize(
     like: Path | None = options.LIKE_MODEL,
     component: str | None = options.COMPONENT,
     overwrite: bool = options.OVERWRITE,
-    skip_existing: bool = options.OUTPUT(
-        False, "--skip-existing", help="Keep existing outputs of the same plan, verified."
-    ),
     as_json: bool = options.JSON,
     checkpoints: str | None = options.CHECKPOINTS,
     t: float | None = options.TIME,
@@ -91,7 +88,7 @@ def synthesize(
         targets, out, t=t, step=options.optional(options.parse_count, step, "--step"), method=method,
         max_error=options.optional(options.parse_max_error, max_error), dtype=dtype, layout=layout,
         max_shard_size=max_shard_size, device=device, overwrite=overwrite,
-        skip_existing=skip_existing, dry_run=dry_run, distributed=is_rank(), like=like, component=component,
+        dry_run=dry_run, distributed=is_rank(), like=like, component=component,
         progress=output.progress_bar(),
     )  # fmt: skip
     if report is not None:
@@ -101,13 +98,12 @@ def synthesize(
 
 def _print_synthesize(found: dict[str, Any]) -> None:
     targets = found["targets"]
-    made = [target for target in targets if not target["skipped"]]
     if found["choice"] is not None:
         output.print_line(f"from {found['choice']}")
     if taken := found.get("from_model_folder"):
         output.print_note(f"{_listed(taken)} copied from the model folder, since the run does not have them")
-    elif found["left_out"] and made and made[0]["output"]:
-        _note_left_out(found["left_out"], Path(made[0]["output"]))
+    elif found["left_out"] and targets[0]["output"]:
+        _note_left_out(found["left_out"], Path(targets[0]["output"]))
     shown = ["predicted_error", *["profile_error"] * (targets[0]["method"] == "paper")]
     if len(targets) > 1:
         output.print_rows(_target_rows(targets), ["target", *shown, "output:file"])
@@ -115,12 +111,9 @@ def _print_synthesize(found: dict[str, Any]) -> None:
     elif not targets[0]["output"]:
         output.print_coefficients(targets[0]["snapshots"])
         output.print_line()
-    if not made:
-        output.print_line("every output already exists; nothing was written")
-        return
-    one = made[0]
-    what = one["target"] if len(targets) == 1 else output.counted(len(made), "average")
-    worst = ", ".join(f"{title_of(key)} {_largest([target[key] for target in made])}" for key in shown)
+    one = targets[0]
+    what = one["target"] if len(targets) == 1 else output.counted(len(targets), "average")
+    worst = ", ".join(f"{title_of(key)} {_largest([target[key] for target in targets])}" for key in shown)
     size = resources.size_text(one["bytes"]) + " each" * (len(targets) > 1)
     text = f"{what} at t = {one['t']:,.12g} from {found['sources']}, {worst}, {size}"
     if one["output"] is None:
@@ -136,9 +129,7 @@ def _target_rows(targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
     paths = [Path(target["output"] or "-") for target in targets]
     one_folder = len({path.parent for path in paths}) == 1
     names = [path.name if one_folder else str(path) for path in paths]
-    return [
-        target | {"file": name + " (existed)" * target["skipped"]} for target, name in zip(targets, names, strict=True)
-    ]
+    return [target | {"file": name} for target, name in zip(targets, names, strict=True)]
 
 
 def _largest(errors: list[float | None]) -> str:
@@ -259,11 +250,9 @@ def export(
         ...,
         metavar="FILE|DIR",
         help="An output of ema synthesize, a snapshot, or any safetensors file; a training's checkpoint, such as "
-        "last.pt or a DCP folder; a folder of shards or its index; or a folder of several outputs.",
+        "last.pt or a DCP folder; or a folder of shards or its index.",
     ),
-    out: str = options.OUTPUT(
-        ..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards or for several outputs."
-    ),
+    out: str = options.OUTPUT(..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards."),
     dtype: options.Dtype = options.DTYPE,
     layout: options.Layout | None = options.LAYOUT,
     max_shard_size: str | None = options.MAX_SHARD_SIZE,
@@ -304,11 +293,9 @@ def export(
     if as_json:
         output.print_json(report.to_dict())
         return
-    made = report.made.values()
-    count = f"{len(made)} models, " * report.several + f"{sum(model.tensors for model in made)} tensors"
-    added = f", {sum(model.from_base for model in made)} of them from {base}" if base is not None else ""
-    size = resources.size_text(sum(model.nbytes for model in made))
-    output.print_line(f"wrote {count}{added}, {size}, in {report.seconds:.1f} s: {Path(out)}")
+    added = f", {report.from_base} of them from {base}" if base is not None else ""
+    size = resources.size_text(report.nbytes)
+    output.print_line(f"wrote {report.tensors} tensors{added}, {size}, in {report.seconds:.1f} s: {report.output}")
 
 
 def import_(
