@@ -986,7 +986,7 @@ def _open_tracker(model: torch.nn.Module, directory: Path) -> PostHocEMA | None:
     """Return the open tracker that writes averages of a model with its present weights to a directory, if any."""
     if is_first_of_group(model) is not None:
         return None
-    for tracker in [*_trackers.get(unwrapped(model), ())]:
+    for tracker in [*_trackers.get(unwrapped(model), WeakSet[PostHocEMA]())]:
         is_usable = not (tracker.closed or tracker._calls.is_forked or tracker._is_restored)
         if is_usable and tracker._pipeline.tracking.averages.exist and tracker._pipeline.writes_to(directory):
             return tracker
