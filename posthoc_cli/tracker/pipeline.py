@@ -431,23 +431,19 @@ def _open_snapshotter(directory: Path, settings: Settings, members: Members) -> 
         try:
             return snapshotter_class(directory, settings, members)
         except LockedError:
-            if not _close_writers(directory):
+            earlier = [p for p in list(_pipelines) if p._process == os.getpid() and p.writes_to(directory)]
+            if not earlier:
                 raise
+            for pipeline in earlier:  # such as a notebook cell's
+                said = "an earlier tracker of this process is closed: this one continues in its place"
+                log.warning("%s: %s", directory, said)
+                hint = "continue with that one, or give each tracker its own directory"
+                pipeline.refuse(NotReadyError(directory, "a later tracker has taken the place of this one", hint))
+                pipeline.end()
+                pipeline.close()
             return snapshotter_class(directory, settings, members)
     except WriteError as error:  # a WriteError of `update_` would mean that the call has done its work
         raise DirectoryError(error.subject, error.reason, error.hint) from error
-
-
-def _close_writers(directory: Path) -> bool:
-    """Close trackers of this process, such as a notebook cell's, that write to a directory; return whether any did."""
-    writers = [p for p in list(_pipelines) if p._process == os.getpid() and p.writes_to(directory)]
-    for pipeline in writers:
-        log.warning("%s: an earlier tracker of this process is closed: this one continues in its place", directory)
-        hint = "continue with that one, or give each tracker its own directory"
-        pipeline.refuse(NotReadyError(directory, "a later tracker has taken the place of this one", hint))
-        pipeline.end()
-        pipeline.close()
-    return bool(writers)
 
 
 def wait_for_writers(directory: Path, last_too: bool = False) -> None:
