@@ -106,31 +106,6 @@ def test_every_kind_at_once_each_into_a_file_of_its_name(ema: Ema, run: Path, tm
         assert_same_tensors(load_file(target["output"]), {name: values[index] for name, values in made.items()})
 
 
-def test_the_table_shows_the_error_of_every_target_and_the_last_line_the_largest(
-    ema: Ema, run: Path, tmp_path: Path
-) -> None:
-    targets = ["--sigma-rel", "0.15", "--target", "beta:0.99", "--target", "window:500"]
-    arguments = ["synthesize", run, *targets, "--method", "paper"]
-    lines = ema(*arguments, "--out", tmp_path / "averages").out.splitlines()
-    names = ["predicted error", "profile error"]
-    first = next(index for index, line in enumerate(lines) if line.startswith("target"))
-    assert re.split(r" {2,}", lines[first]) == ["target", *names, "output"]
-    rows = [re.split(r" {2,}", line) for line in lines[first + 1 : first + 4]]
-    assert [row[0] for row in rows] == ["sigma_rel 0.15", "beta:0.99", "window:500"]
-    assert [row[-1] for row in rows] == [
-        f"{name}.safetensors" for name in ("sigma_rel-0.15", "beta-0.99", "window-500")
-    ]
-    report = ema(*arguments, "--dry-run", "--json").json
-    errors = [name.replace(" ", "_") for name in names]
-    for row, target in zip(rows, report["targets"], strict=True):
-        assert row[1:-1] == [f"{100 * target[error]:.2g} %" for error in errors]
-    worst = {name: max(t[error] for t in report["targets"]) for name, error in zip(names, errors, strict=True)}
-    said = ", ".join(f"{name} up to {100 * error:.2g} %" for name, error in worst.items())
-    assert lines[-1].startswith(f"made 3 averages at t = 2,000 from 40 snapshots, {said}, 128 B each, in ")
-    assert lines[-1].endswith(f": {tmp_path / 'averages'}")
-    assert len({line.index(" %") for line in lines[first + 1 : first + 4]}) == 1  # aligned
-
-
 def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema: Ema, tmp_path: Path) -> None:
     """The picture of such a run assumes even motion, as that of a schedule."""
     model, out = torch.nn.Linear(4, 3), tmp_path / "m.safetensors"
