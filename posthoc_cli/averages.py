@@ -1,10 +1,7 @@
 """The other averages, next to the post-hoc tracker, and recipes that train with an average.
 
-Averages of a model's weights with one decay are compatible with mmengine's class and with TensorFlow's formula. The
-averaged module of a bfloat16 model (8 significant bits) or a float16 model (11) is float32: an update by 2e-4 of a
+The averaged module of a bfloat16 model (8 significant bits) or a float16 model (11) is float32: an update by 2e-4 of a
 distance is less than half of a weight's last bit, so that an average rounded after every update never leaves its start.
-
-Averages of activations for a loss are moving averages through which `backward` works, running means and covariances.
 """
 
 from __future__ import annotations
@@ -129,14 +126,13 @@ class WideBuffers(torch.nn.Module):
 class ShadowModel(WideBuffers):
     """A model and its shadow: `forward` runs the model in train mode and the shadow in eval mode.
 
-    Call `update()` after every optimizer step. It averages the parameters with the formula of
+    Call `update()` after every optimizer step. It averages all floating-point parameters with the formula of
     `tf.train.ExponentialMovingAverage` and copies the buffers:
 
         shadow <- shadow - (1 - decay) (shadow - variable)
 
-    Both are submodules: they move, cast, save and load together. Every floating-point parameter is averaged, also one
-    that requires no gradients at that moment. The shadow needs no gradients and is always in eval mode. That of a
-    half-precision model is float32, and so are the inputs that it takes.
+    Both are submodules: they move, cast, save and load together. The shadow needs no gradients and is always in eval
+    mode. That of a half-precision model is float32, and so are the inputs that it takes.
 
     Arguments:
         model: the model to train; held, not copied.
@@ -277,17 +273,14 @@ class SwitchEMA:
 
     The average takes in the model after every step. At the end of every epoch, or every `switch_every` steps, its
     parameters and buffers are copied into the model, in place, and training continues from there. The optimizer keeps
-    its state; the average continues over weights that jump at the switches. Use the average in the end.
-
-    `update` calls a tracker's `update_`; with a tracker that is attached to the optimizer, call only `switch`.
+    its state. Use the average in the end.
 
     Arguments:
-        average: a tracker, or any module with `module` and `update_parameters`.
+        average: a tracker, or any module with `module` and `update_parameters`. With a tracker that is attached to the
+            optimizer, call only `switch`.
         switch_every: calls of `update` between switches; None to call `switch` yourself. With a tracker a multiple of
             its `update_every`, so that the average is up to date.
         sigma_rel: with a tracker, the target (such as a sigma_rel) to switch to.
-
-    A model that lacks a tensor, or has another shape, is a ModelMismatchError, and unchanged.
     """
 
     _names = ("average", "switch_every")
@@ -348,10 +341,8 @@ class HareAndTortoise(SwitchEMA):
 
     The hare is the trained model; the tortoise is an average that takes in each of its steps. Every `reset_every` steps
     the hare gets the tortoise's weights and buffers, and the optimizer's state is cleared, so that no momenta of the
-    old weights push the new ones. Use the tortoise in the end.
-
-    The resets keep a network able to learn from changing data. A tracker's average lengthens with training; the
-    authors' has one length, a decay of 0.999 a step for images, with a reset every 10 epochs.
+    old weights push the new ones. That keeps a network able to learn from changing data. Use the tortoise in the end.
+    The authors' has a decay of 0.999 a step for images, and a reset every 10 epochs.
 
     Arguments and methods as in `SwitchEMA`, with `reset` for `switch`, and:
         optimizer: its state is cleared at a reset; None keeps the state.

@@ -67,11 +67,11 @@ class Result:
         }
 
 
-def run(out: Path, steps: int, overwrite: bool, say: Say, watch: ProgressBar) -> Result:
+def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> Result:
     """Train a small diffusion model with the hook, and choose the length of its average afterwards.
 
     Arguments:
-        out: a new or empty folder; with `overwrite` also that of an earlier demo, whose files are replaced.
+        out: a new or empty folder.
         steps: of training, a multiple of 100.
         watch: opens a progress bar, of the steps of training.
 
@@ -82,7 +82,11 @@ def run(out: Path, steps: int, overwrite: bool, say: Say, watch: ProgressBar) ->
     started, threads = time.perf_counter(), torch.get_num_threads()
     if steps < 100 or steps % 100:
         raise InvalidValueError("steps", "must be a multiple of 100, from 100", value=steps)
-    prepare(out, overwrite)
+    files.check_parent("out", out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputExistsError(out, "already exists, and is no empty folder", "name another one")
+    with files.reported_as_write_error(out):
+        files.make_directory(out)
     snapshots, every = out / "snapshots", checkpoint_every(steps)
     say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook updates two averages")
     say(f"every {UPDATE_EVERY} steps and writes snapshots of both every {every:,} steps to {snapshots}")
@@ -142,46 +146,6 @@ def run_command(say: Say, *words: str | Path) -> str:
     if process.returncode != 0:
         raise PostHocError(f"`{line}`", f"ended with exit code {process.returncode}")
     return line
-
-
-# --- the folder --------------------------------------------------------------------------------------
-
-_MARKER = "made-by-ema-demo.txt"
-_MARKER_TEXT = """\
-`ema demo` made this folder.
-
-snapshots/         what the hook wrote during training: give it to ema synthesize, ema error-plot, ema info
-sweep/             what a search of the best length has measured
-best.safetensors   the best average
-report.html        a page about all of it
-*.png              pictures
-
-`ema demo --overwrite` removes these files and makes them again. It leaves other files alone.
-"""
-_MADE = (
-    "snapshots/*.safetensors", "snapshots/.ema*", "sweep/sweep.json", "best.safetensors", "loss.png", "error.png",
-    "report.html",
-)  # fmt: skip
-
-
-def prepare(out: Path, overwrite: bool) -> None:
-    """Make the folder, or with `overwrite` delete the files of an earlier demo; else an OutputExistsError."""
-    files.check_parent("out", out)
-    marker = out / _MARKER
-    is_empty = out.is_dir() and not any(out.iterdir())
-    if out.exists() and not (is_empty or marker.is_file()):
-        raise OutputExistsError(out, "already exists, and no earlier demo made it", "name another folder")
-    if marker.is_file() and not overwrite:
-        hint = "name another folder, or `overwrite` to replace it"
-        raise OutputExistsError(out, "holds an earlier demo", hint)
-    for folder in (out / "snapshots", out / "sweep"):
-        if folder.is_symlink():
-            raise OutputExistsError(folder, "is a symbolic link, and no demo made it", "remove it")
-    with files.reported_as_write_error(out):
-        for path in (path for pattern in _MADE for path in out.glob(pattern)):
-            files.system.unlink(path)
-        files.make_directory(out)
-    files.write_atomically(marker, _MARKER_TEXT.encode(), overwrite=True)
 
 
 # --- the model and its data --------------------------------------------------------------------------

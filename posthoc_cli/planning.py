@@ -5,8 +5,6 @@ Pure NumPy; nothing here reads a file, so that schedules can be compared before 
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
-from posthoc_cli.errors import InvalidValueError, brief, check_count, check_number, percent, printable
+from posthoc_cli.errors import InvalidValueError, brief, check_count, check_number
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     Clock,
@@ -39,7 +37,6 @@ from posthoc_cli.reconstruction import (
     assumed_prior,
     check_method,
     one_blas_thread,
-    reconstruct,
     relative_width,
     thinned_subset,
 )
@@ -300,9 +297,6 @@ class Candidate:
         """The assumption of the predicted errors, in words that follow "if"; empty if the motion was measured."""
         return EVENLY if self.prior.source == ASSUMED else ""
 
-    def __repr__(self) -> str:
-        return f"Candidate({self.label})"
-
     def up_to(self, t: float) -> tuple[list[StoredProfile], Prior]:
         """Return the snapshots at or before `t`, and their prior."""
         usable = [index for index, profile in enumerate(self.snapshots) if profile.t <= t]
@@ -391,12 +385,6 @@ class ErrorCurve:
         return ", ".join(_range_text(*ends) for ends in self.ranges_below(threshold))
 
 
-def several(items: Sequence[object]) -> str:
-    """Return the representations of the first ten items, one per line."""
-    more = [f"and {len(items) - 10} more"] if len(items) > 10 else []
-    return "\n  ".join([*map(repr, items[:10]), *more])
-
-
 def finite(value: float) -> float | None:
     """Return a value for JSON: the number, or None in place of nan and infinity."""
     return value if math.isfinite(value) else None
@@ -433,18 +421,13 @@ def error_curve(
     tracked = _tracked(usable)
     inside = [s for s in tracked if low <= s <= high]
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, _POINTS), inside))), low, high)
-    if check_method(method) == METHODS[0]:
-        _, profile_error, predicted = Problem(usable, prior, t).solve(powers(grid, t), METHODS[0])
-    else:
-        result = reconstruct(usable, powers(grid, t), method, prior, t)
-        predicted, profile_error = result.predicted_error, result.profile_error
     profiles = [target.profile(t, candidate.clock, candidate.t_first) for target in others]
-    result = reconstruct(usable, profiles, method, prior, t)
+    _, profile_error, predicted = Problem(usable, prior, t).solve([*powers(grid, t), *profiles], check_method(method))
+    predicted, n = _zero_if_nan(predicted), grid.size
     titles, widths = (target.title for target in others), (relative_width(profile, t) for profile in profiles)
-    errors = result.profile_error.tolist(), _zero_if_nan(result.predicted_error).tolist()
-    points = tuple(map(ErrorPoint, titles, widths, *errors))
+    points = tuple(map(ErrorPoint, titles, widths, profile_error[n:].tolist(), predicted[n:].tolist()))
     label = f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label
-    return ErrorCurve(label, t, grid, profile_error, _zero_if_nan(predicted), tracked, points, candidate.assumption)
+    return ErrorCurve(label, t, grid, profile_error[:n], predicted[:n], tracked, points, candidate.assumption)
 
 
 def forecast(
@@ -468,42 +451,6 @@ def _tracked(snapshots: Sequence[StoredProfile]) -> tuple[float, ...]:
 def _zero_if_nan(predicted_error: FloatArray) -> FloatArray:
     """Return the errors with 0 in place of nan: weights of norm 0 are exact."""
     return np.nan_to_num(predicted_error, nan=0.0)
-
-
-@dataclass(frozen=True)
-class ErrorReport:
-    """Error curves of runs, to compare."""
-
-    curves: tuple[ErrorCurve, ...]
-
-    def __repr__(self) -> str:
-        return f"ErrorReport({several(self.curves)})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the curves as data for JSON."""
-        return {"curves": [curve.to_dict() for curve in self.curves]}
-
-    def to_csv(self) -> str:
-        """Return the curves and the other targets as comma-separated values."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["curve", "t", "target", "sigma_rel", "predicted_error", "profile_error"])
-        for curve in self.curves:
-            report = curve.to_dict()
-            columns = (report["sigma_rel"], report["predicted_error"], report["profile_error"])
-            rows = [("sigma_rel", *numbers) for numbers in zip(*columns, strict=True)]
-            for target, *numbers in (*rows, *(tuple(other.values()) for other in report["others"])):
-                cells = ["" if number is None else repr(number) for number in numbers]
-                writer.writerow([no_formula(curve.label), repr(curve.t), no_formula(target), *cells])
-        return text.getvalue()
-
-
-_FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spreadsheets
-
-
-def no_formula(text: str) -> str:
-    """Return the text as a cell that no spreadsheet reads as a formula, with control characters escaped."""
-    return f"'{printable(text)}" if text.lstrip()[:1] in _FORMULAS else printable(text)
 
 
 def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:
@@ -559,9 +506,6 @@ class Proposal:
     nbytes: int
     errors: ErrorCurve
 
-    def __repr__(self) -> str:
-        return f"Proposal({self.errors.label}, {self.nbytes:,} bytes, worst error {percent(self.errors.worst)})"
-
     @property
     def update_every(self) -> int:
         """Steps between updates: 10, or fewer where averages are short, and a divisor of `checkpoint_every`."""
@@ -609,9 +553,6 @@ class PlanReport:
     proposals: tuple[Proposal, ...]
     disk: int | None = None
     assumption: str = EVENLY
-
-    def __repr__(self) -> str:
-        return f"PlanReport({several(self.proposals)})"
 
     @property
     def within_disk(self) -> Proposal | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,9 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.patheffects import withStroke
-from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from posthoc_cli.errors import printable
@@ -78,6 +76,9 @@ _ROUND = (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 3), (1,)
 """Ticks in a decade of a logarithmic axis, from dense to sparse."""
 
 _MOST_TICKS = 8
+
+_IN_TITLE, _BELOW, _INSIDE = 75, 62, 45
+"""Characters in a line of the title and of a legend below or inside the axes: even of W, the widest, all fit there."""
 
 _FAR = 3.0
 """Distance of the raw weights' metric, as a multiple of the averages' spread, beyond which it is only in the legend."""
@@ -153,38 +154,6 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def audit_figure(audit: dict[str, Any]) -> Figure:
-    """Draw the length of an average in each interval of the training, and the claimed length as a line.
-
-    A band shows the length of all intervals together. `audit` is the `to_dict` of an audit.
-    """
-    intervals = audit["intervals"]
-    claimed, length, sigma = intervals[0]["claimed"], audit["length"] or 0.0, audit["uncertainty"] or 0.0
-    lengths = [abs(each["found"]) for each in intervals]
-    figure = _figure(_WIDTH, 4.2)
-    axes = figure.add_subplot()
-    if audit["found"] is not None and 0 < length < math.inf and sigma <= 1:
-        label = f"found in all together: {length:,.4g}"
-        band = length / math.exp(sigma), length * math.exp(sigma)
-        axes.axhspan(*band, color=COLOURS[0], alpha=0.2, linewidth=0, label=label)
-    begins, ends = [each["begin"] for each in intervals], [each["end"] for each in intervals]
-    axes.hlines(lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label="found in each interval")
-    if claimed is not None:
-        axes.axhline(claimed, color=COLOURS[1], linestyle="--", linewidth=1.6, label=f"claimed: {claimed:,.4g}")
-    axes.set_yscale("log")
-    shown = [value for value in (*lengths, claimed) if value is not None and 0 < value < math.inf]
-    if shown:
-        axes.set_ylim(min(shown) / 1.5, max(shown) * 2.5)  # room for the legend
-    _round_ticks(axes.yaxis)
-    of_decay = audit["what"] == "decay"
-    axes.set_ylabel("time constant (steps)" if of_decay else "sigma_rel")
-    axes.set_xlabel("training time")
-    title = f"{'Time constant' if of_decay else 'sigma_rel'} of the average {audit['name']}".rstrip()
-    axes.set_title(_plain(title + f": {audit['verdict']}" * (audit["verdict"] != "found")), fontsize=12)
-    _finish(axes)
-    return figure
-
-
 def _figure(width: float, height: float) -> Figure:
     """Return an empty figure; sizes are in inches."""
     left, bottom = _MARGIN / width, _MARGIN / height
@@ -219,13 +188,13 @@ def _draw_errors(axes: Axes, curves: Sequence[ErrorCurve], legend_below: bool, p
             curve.sigma_rels, curve.profile_error, alpha=0.55, linewidth=0.9, zorder=1.9, label=label, **_line(index)
         )
     title = "Predicted error of the weights" + (f": {_good_range(curves[0])}" if len(curves) == 1 else "")
-    axes.set_title(_wrapped(title, _WIDTH - 1, size=12), fontsize=12)
+    axes.set_title(_wrapped(title, _IN_TITLE), fontsize=12)
     _sigma_axis(axes, curves)
     legend = _finish(axes)
     if legend_below:
         legend = axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     for text in legend.get_texts():
-        text.set_text(_wrapped(text.get_text(), _WIDTH - (1 if legend_below else 3), size=8))
+        text.set_text(_wrapped(text.get_text(), _BELOW if legend_below else _INSIDE))
 
 
 def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: bool) -> None:
@@ -307,20 +276,9 @@ def _plain(text: str) -> str:
     return (text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}...").replace("$", "\\$")
 
 
-def _wrapped(text: str, width: float, size: float) -> str:
-    """Break a text of `size` points into lines of at most `width` inches; break no word that fits into a line."""
-    font = FontProperties(size=size)
-
-    def fits(line: str) -> bool:
-        return text_to_path.get_text_width_height_descent(line.rstrip(), font, ismath=False)[0] <= 72 * width
-
-    lines = [""]
-    for word in re.findall(r"\S+\s*", text):
-        for part in [word] if fits(word) else re.findall(r"\\*\$|.", word, re.DOTALL):  # `$` keeps its escape
-            if lines[-1] and not fits(lines[-1] + part):
-                lines.append("")
-            lines[-1] += part
-    return "\n".join(line.rstrip() for line in lines)
+def _wrapped(text: str, width: int) -> str:
+    """Break a text into lines of at most so many characters, without separating a `$` from its escape."""
+    return textwrap.fill(text.replace("\\$", "$"), width).replace("$", "\\$")
 
 
 def _finish(axes: Axes) -> Legend:

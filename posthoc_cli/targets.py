@@ -19,25 +19,27 @@ import numpy as np
 
 from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word
 from posthoc_cli.profiles import (
-    SHAPES,
     Clock,
     FloatArray,
+    Formula,
     Point,
     PowerFunction,
     Profile,
     StoredProfile,
     check_sigma_rel,
-    classical_average,
-    emulated_decay,
-    step_window,
-    try_profile,
-    uniform_average,
 )
 
 SHORTEST_BETA = 0.5
 """The decay whose average has a mean age, beta / (1 - beta), of one step."""
 SHORTEST_SPAN = 1e-9
 """The least duration of `Between`, as a fraction of the time of the average."""
+
+SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
+    "1-sqrt": lambda x: 1 - np.sqrt(x),
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
+}
+"""The multiplier d(x) at the fraction x of a decay, from 1 down to 0."""
 
 
 @dataclass(frozen=True)
@@ -81,38 +83,33 @@ class Target:
         Raises:
             InvalidValueError: the run is too short for the target, or the target has no profile of its own.
         """
-        t = float(t)
+        t, now, step_at = float(t), float(clock.step_at(t)), clock.step_at
         if self.sigma_rel is not None:
             return PowerFunction.from_sigma_rel(self.sigma_rel, t)
         if self.beta is not None:
-            return classical_average(self.beta, t, clock, min(float(t_first), t))
+            # The logarithm keeps the digits of a beta near 1; all mass before the first update is on the value then.
+            log, start = math.log(self.beta), min(float(t_first), t)
+            return Formula(lambda s: np.where(s < start, 1.0, -np.expm1(log * np.maximum(now - step_at(s), 0.0))), t)
         if self.kind == "window":
             (steps,) = self.values
-            if steps > (count := float(clock.step_at(t))):
-                raise self._refused(
-                    f"the run has {math.floor(count):,} steps up to t = {t:,.12g}; must be at most that"
-                )
-            return step_window(steps, t, clock)
-        if self.kind == "between":
-            start, end = self.values
-            if end - start < SHORTEST_SPAN * t:
-                raise self._refused(f"must span at least {SHORTEST_SPAN:g} of t = {t:,.12g}")
-            return uniform_average(start, self._ending_in_time(end, t))
-        if self.kind == "decay":
-            shape, over = self.values
-            start, end = over if isinstance(over, tuple) else (t * (1 - over), t)
-            return emulated_decay(start, self._ending_in_time(end, t), shape)
+            if steps > now:
+                reason = f"the run has {math.floor(now):,} steps up to t = {t:,.12g}; must be at most that"
+                raise self._refused(reason)
+            return Formula(lambda s: (now - step_at(s)) / steps, t)
         if self.kind == "profile":
-            try_profile(self.values[0], t, self.title)
+            _try(self.values[0], t, self.title)
             return self.values[0]  # type: ignore[no-any-return]
         if self.kind == "groups":
             raise InvalidValueError(self.title, "has a profile for each group; name one sigma_rel")
-        raise self._refused("names checkpoints, and has no profile without them")
-
-    def _ending_in_time(self, end: float, t: float) -> float:
+        if self.kind == "last":
+            raise self._refused("names checkpoints, and has no profile without them")
+        shape, over = self.values if self.kind == "decay" else ("linear", self.values)  # the mean of a span is linear
+        start, end = over if isinstance(over, tuple) else (t * (1 - over), t)
         if end > t:
             raise self._refused(f"ends after t = {t:,.12g}; must end at t or before")
-        return end
+        if self.kind == "between" and end - start < SHORTEST_SPAN * t:
+            raise self._refused(f"must span at least {SHORTEST_SPAN:g} of t = {t:,.12g}")
+        return Formula(lambda s: SHAPES[shape](np.clip((s - start) / (end - start), 0.0, 1.0)), end)
 
     def _refused(self, reason: str) -> InvalidValueError:
         return InvalidValueError("target", reason, value=self.title)
@@ -172,9 +169,10 @@ def SigmaRel(sigma_rel: float) -> Target:
 
 
 def Beta(beta: float) -> Target:
-    """Return the classical average with one decay for every step, in [0.5, 1).
+    """Return the classical average x <- beta x + (1 - beta) theta at every step, with a beta in [0.5, 1).
 
-    Below 0.5 the mean age is less than a step. It starts as a copy of the weights at the first update.
+    Below 0.5 the mean age is less than a step. It starts as a copy of the weights at the first update. With n(s) the
+    step at time s, the mass after s is 1 - beta**(n(t) - n(s)).
     """
     accepted = f"lie in [{SHORTEST_BETA:g}, 1); below that the mean age is less than one step"
     beta = check_number("beta", beta, lambda value: SHORTEST_BETA <= value < 1, accepted)
@@ -213,17 +211,15 @@ def Between(start: float, end: float) -> Target:
 
 
 def Decay(shape: str = "1-sqrt", over: float | tuple[float, float] = 0.2) -> Target:
-    """Return the average that emulates a decay of the learning rate that was not run, see `profiles.emulated_decay`.
+    """Return the average that emulates a decay of the learning rate that was not run.
 
-    The weights are those of a run whose updates at time s are multiplied by d(x), with x = (s - start) / (end - start),
-    if the updates themselves are otherwise the same:
-
-        "1-sqrt"   d(x) = 1 - sqrt(x)
-        "linear"   d(x) = 1 - x
-        "cosine"   d(x) = (1 + cos(pi x)) / 2
+    An average multiplies the update at time s by tail(s). So one with tail(s) = d(x), x = (s - start) / (end - start),
+    equals the weights of a run whose learning rate is multiplied by d from `start` on, if the updates themselves are
+    otherwise the same. `SHAPES` has d. As a combination of checkpoints, sum_j c_j theta_j, it has the sums
+    w_i = sum_(j >= i) c_j, the multiplier of the updates up to theta_i (WSM, arXiv 2507.17634, for evenly spaced ones).
 
     Arguments:
-        shape: one of these.
+        shape: one of `SHAPES`.
         over: the fraction of training at its end, in (0, 1], or two times (start, end) on the run's clock.
 
     Raises:
@@ -260,6 +256,36 @@ def GivenProfile(given: Profile, name: str = "given") -> Target:
         reason = "the name must be letters, digits and ._+-, a letter or digit first"
         raise InvalidValueError("profile", reason, value=brief(name))
     return Target("profile", (given,), f"profile {name}", name)
+
+
+_SLACK = 1e-9
+"""Accepted rounding error of a tail."""
+
+
+def _try(profile: Profile, t: float, title: str) -> None:
+    """Check a user's profile at about 1,200 times from before the run to after `t`, which are denser near 0 and `t`.
+
+    Its tail must take arrays, be 1 before 0 and 0 from `t` on, and never grow. Mass at time 0 is allowed.
+
+    Raises:
+        InvalidValueError: with `title` as its subject.
+    """
+    near = np.geomspace(1e-9, 1e-3, 61)
+    times = np.unique(np.concatenate(([-1.0, -1e-6, 0.0, 1.5], np.arange(1, 1025) / 1024, near, 1 - near))) * t
+    try:
+        tail = np.asarray(profile.tail(times), dtype=np.float64)
+        if tail.shape != times.shape:
+            raise ValueError(f"times of shape {times.shape} give the shape {tail.shape}")
+    except (TypeError, ValueError, ArithmeticError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InvalidValueError(title, f"tail fails for an array of times: {cause}; must take any shape") from error
+    before = np.concatenate(([1.0], tail[:-1]))
+    least, most = np.where(times < 0, 1.0, 0.0), np.where(times >= t, 0.0, np.minimum(before, 1.0))
+    is_wrong = ~((tail >= least - _SLACK) & (tail <= most + _SLACK))
+    if is_wrong.any():
+        first = is_wrong.argmax()
+        accepted = f"must be 1 before 0, never grow, and be 0 from t = {t:,.12g} on"
+        raise InvalidValueError(title, f"tail is {tail[first]:.6g} at s = {times[first]:,.12g}; {accepted}")
 
 
 def Groups(widths: Mapping[str, float]) -> Target:

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import forked
 import pytest
 import torch
-from checking import assert_same_tensors, refused
+from checking import assert_same_tensors
 from safetensors.torch import load_file
 
 from posthoc_cli import Run
 from posthoc_cli.cli import making
-from posthoc_cli.demo import SIGMA_RELS, VALIDATION_IMAGES, Validation, make_denoiser, make_waves, prepare, train
-from posthoc_cli.errors import OutputExistsError
+from posthoc_cli.demo import SIGMA_RELS, VALIDATION_IMAGES, Validation, make_denoiser, make_waves, train
 
 pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it
 
@@ -35,18 +34,17 @@ class Demo(NamedTuple):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """Run `ema demo` in the place of an earlier one, beside files of a user."""
+    """Run `ema demo` in an empty folder; it refuses one with files."""
     base = tmp_path_factory.mktemp("demo")
     out = base / "my demo"
-    prepare(out, overwrite=False)
-    (out / "snapshots").mkdir()
-    for name in ("snapshots/0000000000000055-0.05.safetensors", "loss.png", "notes.txt", "other.safetensors"):
-        (out / name).write_text("x")
-    command = ("demo", "--out", "my demo", "--steps", 100)
+    out.mkdir()
+    (out / "notes.txt").write_text("x")
+    command = ("demo", "--out", "my demo", "--steps", 100, "--json")
     refused = forked.run(forked.EMA, *command, cwd=base)
-    assert refused.code == 1
-    assert refused.error.endswith("my demo: holds an earlier demo; name another folder, or `overwrite` to replace it")
-    done = forked.check(forked.EMA, *command, "--overwrite", "--json", cwd=base)
+    assert (refused.code, [*out.iterdir()]) == (1, [out / "notes.txt"])
+    assert refused.error.endswith("my demo: already exists, and is no empty folder; name another one")
+    (out / "notes.txt").unlink()
+    done = forked.check(forked.EMA, *command, cwd=base)
     with redirect_stdout(io.StringIO()) as text:
         making._print_demo(done.json)
     return Demo(base, done.json, text.getvalue(), re.findall(r"^\$ (ema .*)$", done.err, re.MULTILINE))
@@ -54,8 +52,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_one_it_names(demo: Demo) -> None:
     out = demo.base / "my demo"
-    assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 10  # and not the earlier one
-    assert (out / "notes.txt").read_text() == (out / "other.safetensors").read_text() == "x"
+    assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 10
     for name in ("loss.png", "error.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     result = json.loads((out / "sweep" / "sweep.json").read_text())
@@ -90,19 +87,6 @@ def test_every_command_that_a_demo_prints_can_be_repeated(demo: Demo) -> None:
     for command in demo.commands + suggested:
         forked.check(forked.EMA, *shlex.split(command)[1:], cwd=demo.base)
     assert_same_tensors(load_file(average), before)
-
-
-def test_a_folder_that_is_not_a_demos_is_never_touched(tmp_path: Path) -> None:
-    prepare(tmp_path, overwrite=False)  # an empty one is taken
-    mine = tmp_path / "mine" / "snapshots" / "mine.safetensors"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("x")
-    for overwrite in (False, True):
-        with refused(str(tmp_path / "mine"), "no earlier demo", kind=OutputExistsError):
-            prepare(tmp_path / "mine", overwrite)
-    assert list((tmp_path / "mine").rglob("*")) == [mine.parent, mine]
-    with refused(str(mine), "no earlier demo", kind=OutputExistsError):
-        prepare(mine, overwrite=True)
 
 
 def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alone(tmp_path: Path) -> None:

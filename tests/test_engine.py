@@ -250,7 +250,7 @@ def test_outputs_that_do_not_fit_on_the_disk_are_refused_before_the_first_byte(
     free = 2 * needed
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     outputs = [tmp_path / f"{target}.safetensors" for target in TARGETS]
-    with pytest.raises(WriteError, match=rf"the 5 outputs take {5 * needed:,} bytes, and {free:,} are free"):
+    with pytest.raises(WriteError, match=rf"the output takes {5 * needed:,} bytes, and {free:,} are free"):
         write_synthesis(plan_of(mixed), outputs)
     assert list(tmp_path.iterdir()) == []
     write_synthesis(plan_of(mixed, TARGETS[:2]), outputs[:2])

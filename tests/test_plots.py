@@ -43,18 +43,6 @@ def laid_out(figure: Figure) -> list[Text]:
     return [text for text in texts if text.get_text()]
 
 
-def test_the_legends_thin_line_is_the_thin_curve_and_not_the_line_at_1_percent() -> None:
-    axes = plots.error_figure([curve(), curve(label="other")], profile_error=True).axes[0]
-    (entry,) = (line for name, line in entries(axes).items() if "thin" in name)
-    thin, *_ = (line for line in axes.lines if np.allclose(line.get_ydata(), 0.05))
-    (bound,) = (line for line in axes.lines if np.allclose(line.get_ydata(), 0.01))
-    for get in (Line2D.get_color, Line2D.get_linestyle, Line2D.get_linewidth, Line2D.get_alpha):
-        assert get(entry) == get(thin)
-    assert bound.get_linestyle() != thin.get_linestyle()
-    assert bound.get_color() != thin.get_color()
-    assert axes.child_axes == []  # both errors have the same axis
-
-
 @pytest.mark.parametrize(
     ("ends", "inside", "outside"),
     [((0.01, 0.2886), "0.05, 0.28", ""), ((0.04, 0.2), "0.05", "0.28"), ((0.1, 0.2), "", "0.05, 0.28")],

@@ -107,8 +107,6 @@ def test_an_existing_model_is_replaced_only_with_overwrite_and_other_files_never
     (out / "precious").touch()
     with pytest.raises(OutputExistsError, match="holds 'precious'"):
         write(run, out, overwrite=True)
-    with pytest.raises(InvalidValueError, match="distributed and skip_existing"):
-        write(run, out, skip_existing=True)
 
 
 @pytest.mark.parametrize(("operation", "exists"), [("fsync", False), ("link", False), ("rename", True)])

@@ -9,16 +9,7 @@ import numpy as np
 import pytest
 from checking import refused
 
-from posthoc_cli.profiles import (
-    Clock,
-    Point,
-    PowerFunction,
-    Profile,
-    classical_average,
-    emulated_decay,
-    step_window,
-    uniform_average,
-)
+from posthoc_cli.profiles import Clock, Point, PowerFunction
 from posthoc_cli.targets import (
     Beta,
     Between,
@@ -38,37 +29,41 @@ STEPS = Clock.of_steps()
 IMAGES = Clock((10, 10_000), (1_280.0, 1_000_000.0))
 
 
+NINE = Between(0, 9).profile(9.0, STEPS, 1.0)
+
+
 @pytest.mark.parametrize(
-    ("target", "label", "title", "sigma_rel", "profile"),
+    ("target", "label", "title", "sigma_rel"),
     [
-        (SigmaRel(0.15), "0.15", "sigma_rel 0.15", 0.15, PowerFunction.from_sigma_rel(0.15, 1e6)),
-        (Beta(0.9999), "beta-0.9999", "beta:0.9999", None, classical_average(0.9999, 1e6, IMAGES, start=1280.0)),
-        (HalfLife(5000), "half-life-5000", "half-life:5000", None,
-         classical_average(0.5**2e-4, 1e6, IMAGES, start=1280.0)),
-        (Window(1000), "window-1000", "window:1000", None, step_window(1000, 1e6, IMAGES)),
-        (Between(5e4, 8e4), "between-50000-80000", "between:50000:80000", None, uniform_average(5e4, 8e4)),
-        (Decay("linear", 0.2), "decay-linear-20%", "decay:linear:20%", None, emulated_decay(8e5, 1e6, "linear")),
-        (Decay("1-sqrt", (5e4, 8e4)), "decay-1-sqrt-50000-80000", "decay:1-sqrt:50000:80000", None,
-         emulated_decay(5e4, 8e4, "1-sqrt")),
-        (GivenProfile(uniform_average(0, 9.0), "mine"), "mine", "profile mine", None, uniform_average(0, 9.0)),
+        (SigmaRel(0.15), "0.15", "sigma_rel 0.15", 0.15),
+        (Beta(0.9999), "beta-0.9999", "beta:0.9999", None),
+        (HalfLife(5000), "half-life-5000", "half-life:5000", None),
+        (Window(1000), "window-1000", "window:1000", None),
+        (Between(5e4, 8e4), "between-50000-80000", "between:50000:80000", None),
+        (Decay("linear", 0.2), "decay-linear-20%", "decay:linear:20%", None),
+        (Decay("1-sqrt", (5e4, 8e4)), "decay-1-sqrt-50000-80000", "decay:1-sqrt:50000:80000", None),
+        (GivenProfile(NINE, "mine"), "mine", "profile mine", None),
     ],
-)  # fmt: skip
-def test_each_target_has_its_names_and_its_profile(
-    target: Target, label: str, title: str, sigma_rel: float | None, profile: Profile
-) -> None:
+)
+def test_each_target_has_its_names(target: Target, label: str, title: str, sigma_rel: float | None) -> None:
     assert (target.label, target.title, target.sigma_rel) == (label, title, sigma_rel)
-    times = np.linspace(-1, 1.1e6, 1000)
-    np.testing.assert_array_equal(target.profile(1e6, IMAGES, 1280.0).tail(times), profile.tail(times))
     assert as_target(target) is target
     if target.kind != "profile":
         assert as_target(target.title.removeprefix("sigma_rel ")) == target
 
 
+def test_the_mean_of_a_span_weighs_its_times_the_same_and_a_decay_over_a_part_ends_with_the_run() -> None:
+    times = np.linspace(-1, 1.1e6, 1000)
+    profile = Between(5e4, 8e4).profile(1e6, IMAGES, 1280.0)
+    np.testing.assert_allclose(profile.tail(times), np.clip((8e4 - times) / 3e4, 0, 1), atol=1e-12)
+    part, span = (Decay("1-sqrt", over).profile(1e6, IMAGES, 1280.0) for over in (0.2, (8e5, 1e6)))
+    np.testing.assert_allclose(part.tail(times), span.tail(times), atol=1e-12)
+
+
 def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
     for value in (0.15, np.float32(0.15), np.array(0.15)):
         assert as_target(value) == SigmaRel(float(value))
-    profile = uniform_average(0.0, 5.0)
-    assert as_target(profile) == GivenProfile(profile)
+    assert as_target(NINE) == GivenProfile(NINE)
     assert Beta(1 - 1e-12).label != Beta(1 - 2e-12).label
     assert SigmaRel(0.1500001).label == "0.1500001"
 
@@ -91,9 +86,9 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
         (lambda: Between(5, 2e6).profile(1e6, IMAGES, 1280.0), "target", "target between:5:2000000: ends after t"),
         (lambda: Between(0, 1e-300).profile(1e6, IMAGES, 1280.0), "target", "between:0:1e-300: must span at least"),
         (lambda: Window(10**4 + 1).profile(1e6, IMAGES, 1280.0), "target", "target window:10001: the run has 10,000"),
-        (lambda: GivenProfile(uniform_average(0, 1), "../a b"), "profile", "'../a b'"),
-        (lambda: GivenProfile(uniform_average(0, 1e6 + 1), "mine").profile(1e6, IMAGES, 1280.0), "profile mine",
-         "tail is 9.99999e-07 at s = 1,000,000; must be 1 before 0"),
+        (lambda: GivenProfile(NINE, "../a b"), "profile", "'../a b'"),
+        (lambda: GivenProfile(NINE, "mine").profile(9 - 9e-6, STEPS, 1.0), "profile mine",
+         "tail is 1e-06 at s = 8.999991; must be 1 before 0"),
     ],
 )  # fmt: skip
 def test_an_impossible_target_is_refused(make: Callable[[], object], subject: str, words: str) -> None:
@@ -105,13 +100,13 @@ def test_an_impossible_target_is_refused(make: Callable[[], object], subject: st
 class Written:
     """A profile that is uniform on (0, 100], unless a test replaces its tail."""
 
-    tail: Callable = uniform_average(0, 100).tail
+    tail: Callable = Between(0, 100).profile(100.0, STEPS, 1.0).tail
 
 
 @pytest.mark.parametrize(
     "profile",
     [
-        Written(), PowerFunction.from_sigma_rel(0.01, 100.0), classical_average(0.999, 100.0, STEPS),
+        Written(), PowerFunction.from_sigma_rel(0.01, 100.0), Beta(0.999).profile(100.0, STEPS, 0.0),
         Written(tail=lambda s: (np.clip(1 - s / 100, 0, 1) + 1e-12).tolist()),
     ],
 )  # fmt: skip

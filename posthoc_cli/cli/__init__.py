@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, NoReturn
 
 import typer
@@ -98,7 +98,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "ema profile --target beta:0.9999 --steps 100000",
     ),
     making.import_: ("ema import old --sigma-rels 0.05,0.28 --update-every 10 --out run",),
-    showing.audit: ("ema audit checkpoints --claimed 0.9999 --out audit.png",),
+    showing.audit: ("ema audit checkpoints --claimed 0.9999",),
     making.demo: ("ema demo --out ema-demo",),
     showing.guide: ("ema guide training",),
 }
@@ -153,7 +153,7 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
-        code = _broken_pipe_code()
+        code = _drop_output()
     except (PostHocError, OSError) as error:
         if debug:
             raise
@@ -162,7 +162,7 @@ def main() -> NoReturn:
     except SystemExit as ending:
         if not isinstance(ending.__context__, BrokenPipeError):  # click turns a broken pipe into exit code 1
             raise
-        code = _broken_pipe_code()
+        code = _drop_output()
     except _USAGE_ERROR as error:
         code = 2
         context = getattr(error, "ctx", None)
@@ -195,15 +195,10 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
         output.print_note(line)
 
 
-def _broken_pipe_code() -> int:
-    """Discard further output, and return the exit code that a shell reports after SIGPIPE."""
-    _drop_output()
-    return 128 + 13
-
-
-def _drop_output() -> None:
-    """Redirect stdout to /dev/null, so that the interpreter can flush and close it without an error."""
+def _drop_output() -> int:
+    """Redirect stdout to /dev/null, so that the interpreter can flush and close it; return the exit code of SIGPIPE."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13
 
 
 def _prepare_streams() -> None:
@@ -225,10 +220,6 @@ def _allow_many_files() -> None:
 
 def _clean_up_on_signals() -> None:
     """Exit as after an error, without partial outputs, on SIGTERM and when the terminal closes."""
-    signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores SIGHUP
-        signal.signal(signal.SIGHUP, _terminate)
-
-
-def _terminate(number: int, _: FrameType | None) -> None:
-    sys.exit(128 + number)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda received, _: sys.exit(128 + received))

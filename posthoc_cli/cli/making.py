@@ -29,17 +29,13 @@ def synthesize(
     sigma_rel: str | None = options.SIGMA_REL,
     target: list[str] = options.TARGET,
     group: list[str] = options.TARGETS(
-        [],
-        metavar="GLOB=SIGMA_REL",
-        help="The length for tensors whose names match a glob: 'unet.up.*=0.12'. Repeat for others, such as '*=0.08'; "
-        "the first match counts.",
+        [], metavar="GLOB=SIGMA_REL", help="The length of tensors by name: 'unet.up.*=0.12'. The first match counts."
     ),
     out: str | None = options.OUTPUT(
         None,
         "--out",
         "-o",
-        help="A file; a folder, for one file per target; or a name with {sigma_rel}, which becomes 0.15, or with "
-        "{target}, which becomes sigma_rel-0.15, beta-0.9999, ...",
+        help="A file; a folder, for a file per target; or a name with {sigma_rel} or {target} in it.",
     ),
     dtype: options.Dtype = options.DTYPE,
     layout: options.Layout | None = options.LAYOUT,
@@ -47,19 +43,11 @@ def synthesize(
     like: Path | None = options.LIKE_MODEL,
     component: str | None = options.COMPONENT,
     overwrite: bool = options.OVERWRITE,
-    skip_existing: bool = options.OUTPUT(
-        False, "--skip-existing", help="Keep existing outputs of the same plan, verified."
-    ),
     as_json: bool = options.JSON,
     checkpoints: str | None = options.CHECKPOINTS,
     t: float | None = options.TIME,
     step: str | None = options.STEP,
-    dry_run: bool = options.HOW(
-        False,
-        "--dry-run",
-        help="Show coefficients, errors and sizes; write nothing. Reads only headers, and a sample of tensors "
-        "if headers lack measurements.",
-    ),
+    dry_run: bool = options.HOW(False, "--dry-run", help="Show coefficients, errors and sizes; write nothing."),
     max_error: str | None = options.HOW(
         None, metavar="ERROR", show_default="warn at 1%", help="Fail if a predicted error exceeds this: 0.01, or 1%."
     ),
@@ -91,7 +79,7 @@ def synthesize(
         targets, out, t=t, step=options.optional(options.parse_count, step, "--step"), method=method,
         max_error=options.optional(options.parse_max_error, max_error), dtype=dtype, layout=layout,
         max_shard_size=max_shard_size, device=device, overwrite=overwrite,
-        skip_existing=skip_existing, dry_run=dry_run, distributed=is_rank(), like=like, component=component,
+        dry_run=dry_run, distributed=is_rank(), like=like, component=component,
         progress=output.progress_bar(),
     )  # fmt: skip
     if report is not None:
@@ -101,13 +89,12 @@ def synthesize(
 
 def _print_synthesize(found: dict[str, Any]) -> None:
     targets = found["targets"]
-    made = [target for target in targets if not target["skipped"]]
     if found["choice"] is not None:
         output.print_line(f"from {found['choice']}")
     if taken := found.get("from_model_folder"):
         output.print_note(f"{_listed(taken)} copied from the model folder, since the run does not have them")
-    elif found["left_out"] and made and made[0]["output"]:
-        _note_left_out(found["left_out"], Path(made[0]["output"]))
+    elif found["left_out"] and targets[0]["output"]:
+        _note_left_out(found["left_out"], Path(targets[0]["output"]))
     shown = ["predicted_error", *["profile_error"] * (targets[0]["method"] == "paper")]
     if len(targets) > 1:
         output.print_rows(_target_rows(targets), ["target", *shown, "output:file"])
@@ -115,12 +102,9 @@ def _print_synthesize(found: dict[str, Any]) -> None:
     elif not targets[0]["output"]:
         output.print_coefficients(targets[0]["snapshots"])
         output.print_line()
-    if not made:
-        output.print_line("every output already exists; nothing was written")
-        return
-    one = made[0]
-    what = one["target"] if len(targets) == 1 else output.counted(len(made), "average")
-    worst = ", ".join(f"{title_of(key)} {_largest([target[key] for target in made])}" for key in shown)
+    one = targets[0]
+    what = one["target"] if len(targets) == 1 else output.counted(len(targets), "average")
+    worst = ", ".join(f"{title_of(key)} {_largest([target[key] for target in targets])}" for key in shown)
     size = resources.size_text(one["bytes"]) + " each" * (len(targets) > 1)
     text = f"{what} at t = {one['t']:,.12g} from {found['sources']}, {worst}, {size}"
     if one["output"] is None:
@@ -136,9 +120,7 @@ def _target_rows(targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
     paths = [Path(target["output"] or "-") for target in targets]
     one_folder = len({path.parent for path in paths}) == 1
     names = [path.name if one_folder else str(path) for path in paths]
-    return [
-        target | {"file": name + " (existed)" * target["skipped"]} for target, name in zip(targets, names, strict=True)
-    ]
+    return [target | {"file": name} for target, name in zip(targets, names, strict=True)]
 
 
 def _largest(errors: list[float | None]) -> str:
@@ -164,29 +146,24 @@ def _note_left_out(names: list[str], path: Path) -> None:
 def sweep(
     directory: str | None = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = options.TARGETS(
-        None,
-        show_default="all that are exact within 1 %",
-        help="A range to search, 0.02:0.28, or a list to measure.",
+        None, show_default="all exact within 1 %", help="A range to search, 0.02:0.28, or a list to measure."
     ),
     target: str | None = options.TARGETS(
         None,
         metavar="KIND:VALUE",
-        help="A range of another kind of average: beta:0.99:0.9999, half-life:500:9000, window:1000:50000, last:2:20, "
-        "decay:linear:5%:50% or a list.",
+        help="Or of another kind: beta:0.99:0.9999, half-life:500:9000, window:10:90, last:2:20, decay:linear:5%:50%",
     ),
     command: str = options.HOW(
         ...,
         "--run",
         metavar="COMMAND",
-        help="The evaluation, run without a shell. {weights} becomes the file of an average; also {sigma_rel}, {seed}, "
-        "{dir} (a folder that is removed afterwards).",
+        help="The evaluation, without a shell. {weights} becomes an average's file; also {sigma_rel}, {seed}, {dir}.",
     ),
     metric: str | None = options.HOW(
         None,
         metavar="KEY",
         show_default="the last line that is a number",
-        help="Where the metric is: loss means this key of the last JSON object on standard output, r.json:acc the key "
-        "acc of the newest r.json in {dir}.",
+        help="A key of the last JSON object on standard output, or r.json:acc: acc of the newest r.json in {dir}.",
     ),
     minimize: bool | None = options.HOW(None, "--minimize/--maximize", help="Whether lower or higher is better."),
     repeats: int = options.HOW(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
@@ -259,28 +236,18 @@ def export(
         ...,
         metavar="FILE|DIR",
         help="An output of ema synthesize, a snapshot, or any safetensors file; a training's checkpoint, such as "
-        "last.pt or a DCP folder; a folder of shards or its index; or a folder of several outputs.",
+        "last.pt or a DCP folder; or a folder of shards or its index.",
     ),
-    out: str = options.OUTPUT(
-        ..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards or for several outputs."
-    ),
+    out: str = options.OUTPUT(..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards."),
     dtype: options.Dtype = options.DTYPE,
     layout: options.Layout | None = options.LAYOUT,
     max_shard_size: str | None = options.MAX_SHARD_SIZE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
-    base: str | None = options.HOW(
-        None, help="A full model (a file, or a folder with an index), from which tensors that FILE lacks are taken."
-    ),
-    weights: bool = options.HOW(
-        False, "--weights", help="Take the raw weights of a training's checkpoint, not its average."
-    ),
+    base: str | None = options.HOW(None, help="A full model (a file or folder), from which missing tensors are taken."),
+    weights: bool = options.HOW(False, "--weights", help="Take the raw weights of a training's checkpoint."),
     average: str | None = options.HOW(
-        None,
-        metavar="KEY",
-        show_default="by its name",
-        help="Take the average with this key or prefix, or a glob of it, of a training's checkpoint: model_ema2, "
-        "net_ema.",
+        None, metavar="KEY", show_default="by its name", help="The key, prefix or glob of a checkpoint's average."
     ),
     prefix: str = options.HOW("", help="Put this in front of every name in FILE."),
     strip_prefix: str = options.HOW("", help="Remove this from the front of the names in FILE."),
@@ -304,11 +271,9 @@ def export(
     if as_json:
         output.print_json(report.to_dict())
         return
-    made = report.made.values()
-    count = f"{len(made)} models, " * report.several + f"{sum(model.tensors for model in made)} tensors"
-    added = f", {sum(model.from_base for model in made)} of them from {base}" if base is not None else ""
-    size = resources.size_text(sum(model.nbytes for model in made))
-    output.print_line(f"wrote {count}{added}, {size}, in {report.seconds:.1f} s: {Path(out)}")
+    added = f", {report.from_base} of them from {base}" if base is not None else ""
+    size = resources.size_text(report.nbytes)
+    output.print_line(f"wrote {report.tensors} tensors{added}, {size}, in {report.seconds:.1f} s: {report.output}")
 
 
 def import_(
@@ -318,16 +283,13 @@ def import_(
         None,
         "--from",
         metavar="KIND",
-        autocompletion=options.one_of(*KINDS),
         show_default="found by names and contents",
         help=f"What DIR contains: {', '.join(KINDS)}.",
     ),
     step_from: str | None = options.RUN(
         None, metavar="PATTERN", show_default="content or name", help=r"A pattern of the steps in names: 'step(\d+)'."
     ),
-    prefix: str = options.RUN(
-        "", help="Take only tensors whose names begin with this prefix, such as model., and remove it from the names."
-    ),
+    prefix: str = options.RUN("", help="Take only tensors with this prefix, such as model., and remove it."),
     include: list[str] = options.RUN([], metavar="GLOB", help="Take only tensors with these names."),
     exclude: list[str] = options.RUN([], metavar="GLOB", help="Leave out tensors with these names."),
     sigma_rels: str | None = options.RUN(None, help="Widths of the averages, by their numbers: 0.05,0.28."),
@@ -344,16 +306,11 @@ def import_(
     ema_warmup: str | None = options.RUN(
         None,
         metavar="RULE",
-        autocompletion=options.one_of("none", "ratio", "power", "ramp-up"),
         show_default="from the files, else by comparison",
-        help="How the decay rises: ratio, (1 + n) / (10 + n); power, 1 - (1 + n)^-2/3 (power:0.75: ^-0.75); EDM's "
-        "ramp-up; or none.",
+        help="How it rises: ratio, (1 + n) / (10 + n); power[:0.75], 1 - (1 + n)^-2/3 or ^-0.75; EDM's ramp-up; none.",
     ),
     ema_restarts: list[int] = options.RUN(
-        [],
-        metavar="STEP",
-        show_default="by comparison",
-        help="A step at which the EMAs were restarted from the weights. Repeatable.",
+        [], metavar="STEP", show_default="by comparison", help="A step at which the EMAs began anew. Repeatable."
     ),
     steps_per_epoch: int | None = options.RUN(None, help="Steps per epoch, for files that contain only their epoch."),
     average: str | None = options.RUN(
@@ -412,7 +369,7 @@ def prune(
     keep: str | None = options.HOW(None, metavar="COUNT", help="Keep this number of snapshots of each profile."),
     max_size: str | None = options.HOW(None, metavar="SIZE", help="Or keep as many as fit: 10GB, 500MiB."),
     max_error: str | None = options.HOW(
-        None, metavar="ERROR", help="Or keep as few as hold the worst predicted error in the range to this: 1e-3."
+        None, metavar="ERROR", help="Or as few as keep the predicted errors below: 1e-3."
     ),
     yes: bool = options.HOW(False, "--yes", "-y", help="Do not ask."),
     dry_run: bool = options.HOW(False, "--dry-run", help="Show what would be deleted; delete nothing."),
@@ -485,13 +442,6 @@ def _print_end(found: dict[str, Any], dry_run: bool) -> None:
 
 def demo(
     out: Path = options.OUTPUT("ema-demo", "--out", "-o", help="The folder for all files of the demo; new, or empty."),
-    overwrite: bool = options.OUTPUT(
-        False,
-        "--overwrite",
-        "--force",
-        "-f",
-        help="Replace an earlier demo in that folder; other files are kept.",
-    ),
     as_json: bool = options.JSON,
     steps: str = options.HOW("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),
 ) -> None:
@@ -506,7 +456,7 @@ def demo(
     count = options.parse_count(steps, "--steps", "8000, 8e3 or 8K")
     say = output.print_note if as_json else output.print_line
     out = files.expanded(files.local_path("--out", out))
-    output.show(run(out, count, overwrite, say, output.progress_bar(unit="steps")).to_dict(), as_json, _print_demo)
+    output.show(run(out, count, say, output.progress_bar(unit="steps")).to_dict(), as_json, _print_demo)
 
 
 def _print_demo(found: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -13,7 +12,7 @@ from typer import Argument, Option
 
 from posthoc_cli import files, resources, targets
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.targets import KINDS, SigmaRel, Target, bad, parse_numbers
+from posthoc_cli.targets import SigmaRel, Target, bad, parse_numbers
 
 if TYPE_CHECKING:
     from posthoc_cli.run import Run
@@ -28,26 +27,18 @@ Layout = Literal["safetensors", "sharded", "pt", "dcp"]
 Dtype = Literal["keep", "float32", "float16", "bfloat16", "float64", "fp32", "fp16", "bf16", "fp64"]
 
 
-def one_of(*words: str) -> Callable[[str], list[str]]:
-    """Return a function for completion in a shell: it lists the words that begin with the typed text."""
-    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
-
-
 SIGMA_REL = TARGETS(
     None, help="Lengths of averages: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25."
 )
 TARGET = TARGETS(
     [],
     metavar="KIND:VALUE",
-    autocompletion=one_of(*(f"{kind}:" for kind in KINDS)),
-    help="Averages of other kinds, such as beta:0.9999, window:1000, last:10 or decay:linear:20%; each value may be a "
-    "list or a range (see `ema guide synthesis`). Repeatable.",
+    help="Other averages: beta:0.9999, window:1000, last:10, decay:linear:20%; also lists or ranges. Repeatable.",
 )
 METHOD = HOW(
     None,
     show_default="minvar",
-    help="The solver: minvar, for the least expected error of the weights, or paper, for the nearest profile, as "
-    "published.",
+    help="The solver: minvar, for the least error of the weights, or paper, for the nearest profile, as published.",
 )
 LAYOUT = OUTPUT(
     None,
@@ -56,25 +47,17 @@ LAYOUT = OUTPUT(
     help="safetensors, sharded (a folder), pt, or dcp (a folder, torch's distributed checkpoint).",
 )
 DTYPE = OUTPUT(
-    "keep",
-    metavar="DTYPE",
-    help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
+    "keep", metavar="DTYPE", help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own."
 )
 COMPONENT = OUTPUT(None, metavar="NAME", help="With --like: the averaged component of a pipeline, such as unet.")
 LIKE_MODEL = OUTPUT(
-    None,
-    metavar="MODEL_FOLDER",
-    help="Make a copy of this model folder (transformers, diffusers or PEFT) with averaged weights in its files, names "
-    "and dtypes.",
+    None, metavar="MODEL_FOLDER", help="Copy this model folder (transformers, diffusers or PEFT) with averaged weights."
 )
 TIME = RUN(None, metavar="TIME", show_default="the last", help="The training time of the averages.")
 STEP = RUN(None, metavar="COUNT", help="The same time as a step (a call of update_): 50000, 5e4, 50K.")
 MAX_SHARD_SIZE = OUTPUT(None, metavar="SIZE", show_default="5GB", help="The largest shard of a sharded output.")
 LIKE = RUN(
-    None,
-    metavar="DIR|GLOB",
-    show_default="even motion",
-    help="Assume that the network will move as in these snapshots or checkpoints of an earlier run.",
+    None, metavar="DIR|GLOB", show_default="even motion", help="An earlier run, as in which the network will move."
 )
 SIGMA_RANGE = TARGETS("0.05:0.28", metavar="LOW:HIGH", help="The range of sigma_rel that you will want.")
 DIRECTORY = Argument(..., metavar="DIR", help="The directory of the tracker's snapshots.")
@@ -85,10 +68,7 @@ PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .
 OVERWRITE = OUTPUT(False, "--overwrite", "--force", "-f", help="Replace existing outputs.")
 JSON = OUTPUT(False, "--json", help="Print one JSON object.")
 CHECKPOINTS = RUN(
-    None,
-    metavar="DIR|GLOB",
-    help="Checkpoints of the training, such as 'out/step*.safetensors': instead of DIR, or in addition to its "
-    "snapshots.",
+    None, metavar="DIR|GLOB", help="Checkpoints of the training, 'out/step*.safetensors': instead of DIR or with it."
 )
 
 
@@ -156,8 +136,7 @@ def existing(place: str | Path, directory: bool = False, name: str = "DIR") -> P
     """Return the path of an existing input, with ~ expanded.
 
     Raises:
-        InvalidValueError: the path is empty, does not exist, is no directory where a `directory` is needed, or holds
-            runs in place of snapshots.
+        InvalidValueError: the path is empty, does not exist, or is no directory where a `directory` is needed.
     """
     path = files.expanded(files.given_path(name, place))
     hint = "name the directory that a tracker writes its snapshots to" if directory else ""
@@ -168,22 +147,7 @@ def existing(place: str | Path, directory: bool = False, name: str = "DIR") -> P
         raise InvalidValueError(path, reason, hint) from None
     if directory and not is_directory:
         raise InvalidValueError(path, "is not a directory", hint)
-    if is_directory and (runs := _runs_in(path)):
-        raise InvalidValueError(path, f"contains runs, but no snapshots itself: {', '.join(runs)}", "name one of them")
     return path
-
-
-def _runs_in(directory: Path) -> list[str]:
-    """Return the names of a directory's folders if all contain snapshots, and the directory itself no weights."""
-    from posthoc_cli.snapshots.directory import PICKLES, is_snapshot_name
-
-    with suppress(OSError):
-        paths = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
-        folders = [path for path in paths if path.is_dir()]
-        has_weights = any(path.suffix in (".safetensors", *PICKLES) for path in paths)
-        if not has_weights and all(any(map(is_snapshot_name, folder.iterdir())) for folder in folders):
-            return [folder.name for folder in folders]
-    return []
 
 
 def new_picture(out: Path | None, overwrite: bool) -> Path | None:

@@ -15,7 +15,7 @@ from typer import Argument
 from posthoc_cli import files, resources
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, check_alone, check_word
-from posthoc_cli.planning import ErrorCurve, ErrorReport
+from posthoc_cli.planning import ErrorCurve
 from posthoc_cli.report.facts import facts
 from posthoc_cli.targets import bad, parse_numbers, parse_targets
 
@@ -134,8 +134,6 @@ def audit(
     claimed: float | None = options.RUN(
         None, metavar="DECAY", show_default="from the files or the import", help="The decay that it should have."
     ),
-    out: Path | None = options.PICTURE,
-    overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
 ) -> None:
     """Find which decay an average really has.
@@ -146,21 +144,12 @@ def audit(
 
     Exit code 1 if an average is not what it claims to be.
     """
-    picture = options.new_picture(out, overwrite)
     audits = options.open_run(directory, directory=False).audit(claimed)
-    if not audits[0].intervals:
-        picture = None  # there is nothing to draw
-    if picture is not None:
-        from posthoc_cli import plots
-
-        output.write_picture(lambda: plots.audit_figure(audits[0].to_dict()), picture, overwrite)
     if as_json:
         output.print_json({"audits": [audit.to_dict() for audit in audits]})
     else:
         for audit in audits:
             _print_audit(audit.to_dict())
-        if picture is not None:
-            output.print_line(f"wrote {picture}")
     if any(audit.is_bad for audit in audits):
         raise typer.Exit(1)
 
@@ -221,16 +210,10 @@ def error_plot(
     directories: list[str] = Argument(
         [], metavar="DIR", help="Directories of snapshots or of checkpoints, or globs of checkpoints."
     ),
-    out: Path | None = options.OUTPUT(
-        None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf; or the curves as a table: .csv."
-    ),
+    out: Path | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
-    target: list[str] = options.TARGETS(
-        [],
-        metavar="TARGET",
-        help="Also these averages, as points: window:1000, or another kind (see `ema guide synthesis`). Repeatable.",
-    ),
+    target: list[str] = options.TARGETS([], metavar="TARGET", help="Also this average: window:1000. Repeatable."),
     sigma_range: str = options.TARGETS("0.01:0.2886", metavar="LOW:HIGH", help="The curve's range of sigma_rel."),
     checkpoints: str | None = options.CHECKPOINTS,
     t: float | None = options.TIME,
@@ -247,19 +230,17 @@ def error_plot(
     from posthoc_cli import plots
 
     if out is None and not as_json:
-        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf) or a table (.csv), or add --json")
-    path = None if out is None else files.new_file(out, (*plots.PICTURES, ".csv"), overwrite)
+        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or add --json")
+    path = options.new_picture(out, overwrite)
     targets, ends = options.parse_targets(None, target), options.parse_sigma_range(sigma_range)
     runs = options.open_runs(directories, checkpoints)
-    report = ErrorReport(tuple(run.error_curve(ends, t=t, method=method, others=targets) for run in runs))
-    if path is not None and path.suffix == ".csv":
-        files.write_atomically(path, report.to_csv().encode(), overwrite)
-    elif path is not None:
-        output.write_picture(lambda: plots.error_figure(report.curves, method == "paper"), path, overwrite)
+    curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
+    if path is not None:
+        output.write_picture(lambda: plots.error_figure(curves, method == "paper"), path, overwrite)
     if as_json:
-        output.print_json(report.to_dict())
+        output.print_json({"curves": [curve.to_dict() for curve in curves]})
         return
-    for curve in report.curves:
+    for curve in curves:
         _print_error_plot(curve, method == "paper")
     if path is not None:
         output.print_line(f"wrote {path}")
@@ -285,12 +266,8 @@ _PLAN_COLUMNS = [":marked", "tracked", "dtype", "kept:snapshots_each", "every:ch
 
 def plan(
     steps: str = options.RUN(..., metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K."),
-    params: str = options.RUN(
-        ..., metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."
-    ),
-    disk: str | None = options.RUN(
-        None, metavar="SIZE", help="The most disk space for all snapshots: marks the most exact schedule within it."
-    ),
+    params: str = options.RUN(..., metavar="COUNT", help="Averaged parameters of the network: 1.2e9, 1.2B, 350M."),
+    disk: str | None = options.RUN(None, metavar="SIZE", help="Mark the most exact schedule within this disk space."),
     like: str | None = options.LIKE,
     sigma_range: str = options.SIGMA_RANGE,
     out: Path | None = options.PICTURE,
@@ -353,10 +330,10 @@ def profile(
     target: str | None = options.TARGETS(
         None,
         metavar="KIND:VALUE",
-        help="Classical EMAs to convert: beta:0.9999 or half-life:5000, a list or range; needs --steps.",
+        help="Or classical EMAs: beta:0.9999 or half-life:5000, a list or range; with --steps.",
     ),
     steps: str | None = options.HOW(
-        None, metavar="COUNT", show_default="1000", help="Length of training, in steps: 100000, 1e5."
+        None, metavar="COUNT", show_default="1000", help="Length of training: 100000, 1e5."
     ),
     as_json: bool = options.JSON,
 ) -> None:
@@ -406,12 +383,8 @@ def _read_guides() -> dict[str, str]:
     return {page.name[:-3]: page.read_text("utf-8") for page in sorted(pages, key=lambda page: page.name)}
 
 
-def _guide_names(incomplete: str) -> list[str]:
-    return [name for name in _read_guides() if name.startswith(incomplete)]
-
-
 def guide(
-    name: str | None = Argument(None, metavar="NAME", autocompletion=_guide_names, help="The guide (default: a list)."),
+    name: str | None = Argument(None, metavar="NAME", help="The guide (default: a list)."),
     as_json: bool = options.JSON,
 ) -> None:
     """Show a guide, or list the guides.

@@ -11,32 +11,29 @@ from typing import Any, NamedTuple
 
 import torch
 
-from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import stored_in
 from posthoc_cli.checkpoints.read_model import DCP_METADATA, sets_in
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
 from posthoc_cli.errors import (
+    DirectoryError,
     FileFormatError,
     InvalidValueError,
     MismatchError,
     NonFiniteError,
-    OutputExistsError,
     check_alone,
     shown,
 )
 from posthoc_cli.export.layouts import (
-    PICKLES,
     OutputOptions,
     check_shape,
     converted,
     files_of,
+    in_turn,
     layout_of,
     nbytes,
     open_model,
     open_outputs,
-    output_exists,
     plain,
-    suffix_of,
 )
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES as PICKLED
@@ -53,39 +50,23 @@ from posthoc_cli.snapshots.outputs import (
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, running_statistics
 from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, Entry, TensorFile, file_size
-
-
-@dataclass(frozen=True)
-class Exported:
-    """The content of an output: the number of tensors, how many of them came from the base, and their bytes."""
-
-    tensors: int
-    from_base: int
-    nbytes: int
+from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile, file_size
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """The result of an export.
+    """The result of an export: the number of tensors, how many of them came from the base, their bytes, the time."""
 
-    Attributes:
-        made: the content of each output, by its path.
-        several: whether a folder of models was exported into a folder.
-        seconds: duration of the export.
-    """
-
-    made: dict[Path, Exported]
-    several: bool
+    output: Path
+    tensors: int
+    from_base: int
+    nbytes: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON."""
-        reports = [
-            {"output": str(path), "tensors": made.tensors, "from_base": made.from_base, "bytes": made.nbytes}
-            for path, made in self.made.items()
-        ]
-        return {**({"outputs": reports} if self.several else reports[0]), "seconds": self.seconds}
+        counts = {"tensors": self.tensors, "from_base": self.from_base, "bytes": self.nbytes}
+        return {"output": str(self.output), **counts, "seconds": self.seconds}
 
 
 def export_file(
@@ -102,19 +83,19 @@ def export_file(
     average: str | None = None,
     progress: ProgressBar = no_bar,
 ) -> ExportReport:
-    """Write a model, or each model of a folder, in another layout; only "pt" and "dcp" need memory for all tensors.
+    """Write a model in another layout; only "pt" and "dcp" need memory for all tensors.
 
     Arguments:
         source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; a
             training's checkpoint that `torch.save` or torch.distributed.checkpoint wrote, from which the average is
-            taken; or shards or parts of one of these: their index, or its folder; or a folder of several outputs.
-        out: the output, whose name decides the layout unless `layout` is given; a folder for several outputs.
+            taken; or shards or parts of one of these: their index, or its folder.
+        out: the output, whose name decides the layout unless `layout` is given.
         dtype: dtype of all floating-point tensors except copies; None to keep each tensor's own.
         base: a model that completes the output with the tensors that `source` lacks: a safetensors file, an index of
             shards, or a folder with one of these.
         prefix, strip_prefix: text to put before, or to remove from, the names in `source`, before they are compared
             with those in `base`.
-        overwrite: replace existing outputs.
+        overwrite: replace an existing output.
         max_shard_size: largest size of a shard, such as "5GB", which is the default.
         weights: of a training's checkpoint take the raw weights, not the average.
         average: the key or prefix of the average in a training's checkpoint, or a glob of it, if no word says it.
@@ -128,51 +109,39 @@ def export_file(
     is_checkpoint = average is not None or _is_checkpoint(source)
     if weights and not is_checkpoint:
         raise InvalidValueError("weights", f"is for a training's checkpoint, and {source.name} is none")
-    sources, wanted = [source] if is_checkpoint else models_at(source), parse_dtype(dtype)
-    stored = {one: stored_in(one, weights, average) for one in sources if is_checkpoint or _is_checkpoint(one)}
-    outs = [out] if len(sources) == 1 else _outputs_in(out, sources, layout, overwrite)
+    source, *more = [source] if is_checkpoint else models_at(source)
+    if more:
+        raise DirectoryError(source.parent, f"holds {1 + len(more)} models", f"name one of them, such as {source.name}")
+    wanted = parse_dtype(dtype)
     options = OutputOptions(layout=layout, overwrite=overwrite, max_shard_size=max_shard_size)
-    made = {}
-    total = sum(stored[one].file_bytes if one in stored else sum(map(file_size, model_files(one))) for one in sources)
-    with progress("exporting", total) as advance:
-        for one, path in zip(sources, outs, strict=True):
-            options.check_layout(path)
-            with ExitStack() as stack:
-                if one in stored:
-                    tensors, info, metadata = _of_source(stack.enter_context(stored[one])), None, dict[str, str]()
-                else:
-                    unchanged = wanted is None and not (prefix or strip_prefix or base)
-                    tensors, info, metadata = _read_model(stack, one, unchanged)
-                own, tensors = len(tensors), _rename(tensors, prefix, strip_prefix)
-                if base is not None:
-                    tensors |= _read_base(stack, base, tensors)
-                entries = {name: Entry(tensor.dtype(wanted), tensor.shape) for name, tensor in tensors.items()}
-                content: dict[str, Any] = {"format": FORMAT}
-                if info is not None:
-                    copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
-                    content = replace(info, copies=copies).encoded()
-                kind = layout_of(path, layout)
-                parts, others = files_of(kind, entries, options.shard_bytes)
-                with open_outputs([path], kind, parts, [(content, metadata)], others, overwrite) as opened:
-                    for (sink,), in_file in opened:
-                        for name, entry in in_file.items():
-                            sink.write(name, tensors[name].read(entry.dtype))
-                            advance(entry.nbytes)
-                made[path] = Exported(len(entries), len(entries) - own, nbytes(entries))
-    return ExportReport(made, len(sources) > 1, time.perf_counter() - started)
-
-
-def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overwrite: bool) -> list[Path]:
-    """Create a folder for the outputs of several models, and return the path of each."""
-    if folder.suffix in (SUFFIX, *PICKLES) and not folder.is_dir():
-        raise InvalidValueError("out", f"{len(sources)} models need a folder", value=folder)
-    paths = [folder / f"{source.name.removesuffix(SUFFIX)}{suffix_of(layout)}" for source in sources]
-    for path in paths if not overwrite else ():
-        if output_exists(path, layout_of(path, layout)):
-            raise OutputExistsError(path, "already exists", "choose another folder, or `overwrite` to replace it")
-    files.check_parent("out", folder)
-    files.make_directory(folder)
-    return paths
+    options.check_layout(out)
+    info, metadata = None, dict[str, str]()
+    with ExitStack() as stack:
+        if is_checkpoint:
+            stored = stack.enter_context(stored_in(source, weights, average))
+            total, tensors = stored.file_bytes, _of_source(stored)
+        else:
+            total = sum(map(file_size, model_files(source)))
+            tensors, info, metadata = _read_model(stack, source)
+        own, tensors = len(tensors), _rename(tensors, prefix, strip_prefix)
+        if base is not None:
+            tensors |= _read_base(stack, base, tensors)
+        entries = {name: Entry(tensor.dtype(wanted), tensor.shape) for name, tensor in tensors.items()}
+        content: dict[str, Any] = {"format": FORMAT}
+        if info is not None:
+            copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
+            content = replace(info, copies=copies).encoded()
+        kind = layout_of(out, layout)
+        parts, others = files_of(kind, entries, options.shard_bytes)
+        with (
+            progress("exporting", total) as advance,
+            open_outputs([out], kind, parts, [(content, metadata)], others, overwrite) as (output,),
+        ):
+            for in_file in in_turn([output], parts):
+                for name, entry in in_file.items():
+                    output.write(name, tensors[name].read(entry.dtype))
+                    advance(entry.nbytes)
+    return ExportReport(out, len(entries), len(entries) - own, nbytes(entries), time.perf_counter() - started)
 
 
 # --- what is read
@@ -219,7 +188,7 @@ def _of_source(source: Source) -> _Tensors:
     return {name: _Tensor(source, own, tensors[own].dtype, tensors[own].role) for name, own in names.items()}
 
 
-def _read_model(stack: ExitStack, source: Path, unchanged: bool) -> tuple[_Tensors, OutputInfo | None, dict[str, str]]:
+def _read_model(stack: ExitStack, source: Path) -> tuple[_Tensors, OutputInfo | None, dict[str, str]]:
     """Return the tensors of a model, its header as an output, and what kohya's scripts keep about the training."""
     opened: Sequence[TensorFile | Snapshot]
     opened = [stack.enter_context(read_snapshot(source))] if is_parts_folder(source) else open_model(stack, source)
@@ -232,7 +201,7 @@ def _read_model(stack: ExitStack, source: Path, unchanged: bool) -> tuple[_Tenso
         if twice := in_file.keys() & tensors.keys():
             raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
         tensors |= in_file
-    kept = training_metadata(opened[0], unchanged) if len(opened) == 1 and isinstance(opened[0], TensorFile) else {}
+    kept = training_metadata(opened[0]) if len(opened) == 1 and isinstance(opened[0], TensorFile) else {}
     return tensors, infos[0][1] if infos else None, kept
 
 

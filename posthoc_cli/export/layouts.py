@@ -8,7 +8,6 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from posthoc_cli.errors import (
     check_word,
 )
 from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
-from posthoc_cli.snapshots.outputs import INDEX_NAME, SINGLE_NAME, check_indexed, encode_index, model_files
+from posthoc_cli.snapshots.outputs import INDEX_NAME, check_indexed, encode_index, model_files
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, TensorFileWriter, read_file, tensor_bytes
 from posthoc_cli.synthesis.engine import Options, TensorOutput, Tile, Writer, holds
 from posthoc_cli.targets import Target
@@ -56,7 +55,6 @@ class OutputOptions(Options):
         layout: one of `LAYOUTS`; None to choose it by the output's name.
         max_shard_size: largest size of a shard in the sharded layout, such as "5GB", which is the default.
         overwrite: replace existing outputs.
-        skip_existing: keep existing outputs of the same plan.
         dry_run: plan only.
         distributed: this is a process of a torchrun job, and all of its processes make the same call: each writes some
             of the shards in a folder.
@@ -69,7 +67,6 @@ class OutputOptions(Options):
     layout: str | None = None
     max_shard_size: int | str | None = None
     overwrite: bool = False
-    skip_existing: bool = False
     dry_run: bool = False
     distributed: bool = False
     like: str | Path | None = None
@@ -89,24 +86,19 @@ class OutputOptions(Options):
             raise InvalidValueError("max_shard_size", reason, value=self.max_shard_size)
 
 
-def check_space(outputs: Mapping[Path, int]) -> None:
-    """Raise a WriteError if a disk has too little space for its outputs; replaced outputs do not count as free space.
+def check_space(out: Path, needed: int) -> None:
+    """Raise a WriteError if so many bytes do not fit on the disk of an output; replaced outputs are not free space.
 
     Outputs for an object store are first written to the folder for temporary files.
     """
-    disks: dict[int, list[tuple[Path, Path]]] = defaultdict(list)
-    for path in outputs:
-        local = Path(tempfile.gettempdir()) if files.is_url(path) else path
-        place = next(folder for folder in (local, *local.parents) if folder.is_dir())
-        disks[place.stat().st_dev].append((path, place))
-    for paths in disks.values():
-        (first, place), needed = paths[0], sum(outputs[path] for path, _ in paths)
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            count = "the output takes" if len(paths) == 1 else f"the {len(paths)} outputs take"
-            reason = f"{count} {needed:,} bytes, and {free:,} are free on this disk; nothing was written"
-            hint = "set TMPDIR to a folder with room, or make smaller shards: max_shard_size"
-            raise WriteError(place, reason, hint if files.is_url(first) else "", errno=errno.ENOSPC)
+    is_remote = files.is_url(out)
+    local = Path(tempfile.gettempdir()) if is_remote else out
+    place = next(folder for folder in (local, *local.parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        reason = f"the output takes {needed:,} bytes, and {free:,} are free on this disk; nothing was written"
+        hint = "set TMPDIR to a folder with room, or make smaller shards: max_shard_size"
+        raise WriteError(place, reason, hint if is_remote else "", errno=errno.ENOSPC)
 
 
 # --- layouts and names -------------------------------------------------------------------------------
@@ -174,13 +166,6 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     return [*taken], folder
 
 
-def output_exists(path: Path, layout: str) -> bool:
-    """Return whether an output already exists."""
-    if layout == "sharded":
-        return any((path / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
-    return not files.is_absent(path)
-
-
 # --- tensors that go into outputs --------------------------------------------------------------------
 
 
@@ -240,34 +225,29 @@ Others = Mapping[str, Path | bytes]
 """The other files of a folder: their content, or the file to copy."""
 
 
-def shards_of(entries: Mapping[str, Entry], most: int) -> Parts:
-    """Return the shards, of at most so many bytes where tensors allow it, as the Hugging Face libraries cut them."""
+def nbytes(entries: Mapping[str, Entry]) -> int:
+    """Return the bytes of all tensors."""
+    return sum(entry.nbytes for entry in entries.values())
+
+
+def files_of(layout: str, entries: Mapping[str, Entry], shard_bytes: int) -> tuple[Parts, Others]:
+    """Return the files of an output with these tensors; shards are cut as the Hugging Face libraries do."""
+    if layout != "sharded":
+        return {"": entries}, {}
     split = split_state_dict_into_shards_factory(
         dict(entries),
         get_storage_size=lambda entry: entry.nbytes,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=most,
+        max_shard_size=shard_bytes,
     )
-    return {file: {name: entries[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    parts = {file: {name: entries[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    return parts, index_of(parts)
 
 
 def index_of(parts: Parts) -> Others:
     """Return the index of shards; none for one shard, which has the name of a model in one file."""
     places = {name: file for file, entries in parts.items() for name in entries}
     return {INDEX_NAME: encode_index(places, sum(map(nbytes, parts.values())))} if len(parts) > 1 else {}
-
-
-def files_of(layout: str, entries: Mapping[str, Entry], shard_bytes: int) -> tuple[Parts, Others]:
-    """Return the files of an output with these tensors."""
-    if layout != "sharded":
-        return {"": entries}, {}
-    parts = shards_of(entries, shard_bytes)
-    return parts, index_of(parts)
-
-
-def nbytes(entries: Mapping[str, Entry]) -> int:
-    """Return the bytes of all tensors."""
-    return sum(entry.nbytes for entry in entries.values())
 
 
 @contextmanager
@@ -279,11 +259,11 @@ def open_outputs(
     others: Others = MappingProxyType({}),
     overwrite: bool = False,
     container: Path | None = None,
-) -> Iterator[Iterator[tuple[list[Sink], Mapping[str, Entry]]]]:
+) -> Iterator[list[Output]]:
     """Open outputs of the same tensors, each with its header, and create the folder that contains them.
 
-    The block iterates over the files: it gets a sink for each output, and writes the tensors of that file into all of
-    them. No output appears before the block ends, except for shards in an object store.
+    The block fills the files of all outputs, see `in_turn`. No output appears before it ends, except for shards in an
+    object store.
 
     Raises:
         WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
@@ -291,7 +271,7 @@ def open_outputs(
     """
     sizes = [*map(nbytes, parts.values())]
     copied = sum(other.stat().st_size for other in others.values() if isinstance(other, Path))
-    check_space({path: (max if files.is_url(path) else sum)([0, *sizes]) + copied for path in paths})
+    check_space(paths[0], len(paths) * ((max if files.is_url(paths[0]) else sum)([0, *sizes]) + copied))
     with ExitStack() as stack:
         if container is not None:
             stack.enter_context(files.new_directory(container))
@@ -299,15 +279,17 @@ def open_outputs(
             stack.enter_context(Output(path, layout, parts, header, others, overwrite))
             for path, header in zip(paths, headers, strict=True)
         ]
-        yield in_turn(outputs, parts)
+        yield outputs
         for output in outputs:
             output.publish()
 
 
-def in_turn(outputs: Sequence[Output], parts: Parts) -> Iterator[tuple[list[Sink], Mapping[str, Entry]]]:
-    """Yield for one file after the other a sink for each output, and the tensors to write into all of them."""
+def in_turn(outputs: Sequence[Output], parts: Parts) -> Iterator[Mapping[str, Entry]]:
+    """Yield the tensors of one file after the other, for the caller to write them into each output."""
     for name, entries in parts.items():
-        yield [output.open(name) for output in outputs], entries
+        for output in outputs:
+            output.begin(name)
+        yield entries
         for output in outputs:
             output.finish()
 
@@ -315,7 +297,8 @@ def in_turn(outputs: Sequence[Output], parts: Parts) -> Iterator[tuple[list[Sink
 class Output:
     """One output, written file by file in a temporary file or folder that gets its name by `publish`.
 
-    The end of the `with` block removes what was not published.
+    Tensors are written complete (`write`) or in tiles (`open_tile`, see `synthesis.engine.Output`). The end of the
+    `with` block removes what was not published.
 
     Arguments:
         layout: one of `LAYOUTS`, or "like" for a copy of a model folder.
@@ -324,14 +307,21 @@ class Output:
         others: the other files of a folder.
     """
 
-    def __init__(self, path: Path, layout: str, parts: Parts, header: Header, others: Others, overwrite: bool) -> None:
+    def __init__(
+        self, path: Path, layout: str, parts: Parts, header: Header, others: Others = MappingProxyType({}),
+        overwrite: bool = False,
+    ) -> None:  # fmt: skip
         self._layout, self._parts, self._header, self._others = layout, parts, header, others
         files.check_parent("out", path)
         if not files.is_url(path.parent):
             files.remove_leftovers(path.parent)
         if overwrite:
             check_no_snapshot(path)
-        self._tensors: dict[str, torch.Tensor] = {}  # of a layout that a library writes in one call
+        self._memory: TensorOutput | None = None  # of a layout that a library writes in one call
+        if layout in ("pt", "dcp"):
+            shapes = {name: entry.shape for name, entry in parts[""].items()}
+            self._memory = TensorOutput(shapes, torch.device("cpu"))
+        self._names: Collection[str] = parts.get("", {}).keys()
         self._file: TensorFileWriter | files.PendingFile | None = None
         self._folder: files.PendingFolder | None = None
         if layout in _FOLDERS:
@@ -341,63 +331,89 @@ class Output:
         else:
             self._file = TensorFileWriter(path, parts[""], *header, overwrite)
 
-    def open(self, name: str) -> Sink:
-        """Return a sink for the tensors of a file."""
-        if self._layout in ("pt", "dcp"):
-            sink = MemorySink(self._parts[name])
-            self._tensors = sink.tensors
-            return sink
-        if self._folder is not None:
-            place = self._folder.temporary / name
+    def begin(self, name: str) -> None:
+        """Begin a file, into which the tensors go from now on."""
+        if self._folder is not None and self._memory is None:
+            place, self._names = self._folder.temporary / name, self._parts[name].keys()
             files.make_directory(place.parent)
             self._file = TensorFileWriter(place, self._parts[name], *self._header)
-        assert isinstance(self._file, TensorFileWriter)
-        return FileSink(self._file, self._parts[name].keys())
 
-    @property
-    def place(self) -> Path:
-        """The temporary folder."""
-        assert self._folder is not None
-        return self._folder.temporary
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a complete tensor."""
+        if self._memory is not None:
+            self._memory.tensors[name] = tensor.cpu()
+        else:
+            self._writer.write(name, tensor_bytes(tensor))
+
+    def open_tile(self, tile: Tile) -> Writer:
+        """Return the function that writes a tile under all names that its tensors have in the file."""
+        if self._memory is not None:
+            copy = self._memory.open_tile(tile)
+            for name in tile.names:
+                self._memory.tensors |= dict.fromkeys(tile.aliases[name], self._memory.tensors[name])
+            return copy
+        file, size = self._writer, ITEM_BYTES[tile.dtype]
+        aliases = [[alias for alias in tile.aliases[name] if alias in self._names] for name in tile.names]
+
+        def write(values: torch.Tensor) -> None:
+            view = tensor_bytes(values)
+            if len(aliases) == 1:
+                for name in aliases[0]:
+                    file.write(name, view, tile.begin * size)
+                return
+            file.write_many([names[0] for names in aliases], view)
+            for names, (start, stop) in zip(aliases, pairwise(tile.bounds), strict=True):
+                for alias in names[1:]:
+                    file.write(alias, view[start * size : stop * size])
+
+        return write
+
+    def finish(self) -> None:
+        """Finish the file; in an object store it appears now."""
+        if self._folder is None:
+            return
+        if self._memory is not None:
+            _save_distributed(self._memory.tensors, self._folder)
+        else:
+            self._writer.commit()
+        if files.is_url(self._folder.path):
+            self._folder.send()
 
     def take(self, file: Path) -> None:
         """Move a file that another process has made to the temporary folder."""
-        assert self._folder is not None
         if files.is_absent(file):
             raise DirectoryError(file, "is missing", ON_ONE_FILE_SYSTEM)
-        with files.reported_as_write_error(self._folder.path):
-            files.system.rename(file, self._folder.temporary / file.name)
-
-    def finish(self) -> None:
-        """Finish the opened file; in an object store it appears now."""
-        if self._folder is None:
-            return
-        if self._layout == "dcp":
-            _save_distributed(self._tensors, self._folder)
-        elif isinstance(self._file, TensorFileWriter):
-            self._file.commit()
-        if files.is_url(self._folder.path):
-            self._folder.send()
+        with files.reported_as_write_error(self.place):
+            files.system.rename(file, self.place / file.name)
 
     def publish(self) -> None:
         """Give the output its name."""
         if self._folder is not None:
             for name, other in self._others.items():
-                self._add(self._folder.temporary / name, other)
+                place = self._folder.temporary / name
+                files.make_directory(place.parent)
+                if isinstance(other, bytes):
+                    files.write_atomically(place, other)
+                    continue
+                with files.reported_as_write_error(other, "copied"):
+                    shutil.copyfile(other, place)
             self._folder.publish()
         elif isinstance(self._file, TensorFileWriter):
             self._file.commit()
-        elif self._file is not None:
-            _save(self._tensors, self._file)
+        elif self._file is not None and self._memory is not None:
+            _save(self._memory.tensors, self._file)
             self._file.publish()
 
-    def _add(self, place: Path, other: Path | bytes) -> None:
-        files.make_directory(place.parent)
-        if isinstance(other, bytes):
-            files.write_atomically(place, other)
-        else:
-            with files.reported_as_write_error(other, "copied"):
-                shutil.copyfile(other, place)
+    @property
+    def place(self) -> Path:
+        """The temporary folder."""
+        assert self._folder is not None, "the caller makes a folder"
+        return self._folder.temporary
+
+    @property
+    def _writer(self) -> TensorFileWriter:
+        assert isinstance(self._file, TensorFileWriter), "the caller has begun a file"
+        return self._file
 
     def __enter__(self) -> Output:
         return self
@@ -414,57 +430,6 @@ def check_no_snapshot(path: Path) -> None:
         with suppress(FileFormatError):
             if file.suffix == SUFFIX and file.is_file() and read_file(file).kind == "snapshot":
                 raise OutputExistsError(path, "is a snapshot of a run and is not replaced", "choose another name")
-
-
-class FileSink:
-    """A sink that writes the tensors of one target into a file, which has the tensors with these names."""
-
-    def __init__(self, file: TensorFileWriter, names: Collection[str]) -> None:
-        self._file, self._names = file, names
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a complete tensor."""
-        self._file.write(name, tensor_bytes(tensor))
-
-    def open_tile(self, tile: Tile) -> Writer:
-        """Return the function that writes a tile under all names that its tensors have in the file."""
-        aliases = [[alias for alias in tile.aliases[name] if alias in self._names] for name in tile.names]
-        size = ITEM_BYTES[tile.dtype]
-
-        def write(values: torch.Tensor) -> None:
-            view = tensor_bytes(values)
-            if len(aliases) == 1:
-                for name in aliases[0]:
-                    self._file.write(name, view, tile.begin * size)
-                return
-            self._file.write_many([names[0] for names in aliases], view)
-            for names, (start, stop) in zip(aliases, pairwise(tile.bounds), strict=True):
-                for alias in names[1:]:
-                    self._file.write(alias, view[start * size : stop * size])
-
-        return write
-
-
-class MemorySink(TensorOutput):
-    """A sink that collects the tensors in memory, for a library that writes a model in one call."""
-
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
-        super().__init__({name: entry.shape for name, entry in entries.items()}, torch.device("cpu"))
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a complete tensor."""
-        self.tensors[name] = tensor.cpu()
-
-    def open_tile(self, tile: Tile) -> Writer:
-        """Return the function that copies a tile into its tensors; see `synthesis.engine.Output`."""
-        writer = super().open_tile(tile)
-        for name in tile.names:
-            self.tensors |= dict.fromkeys(tile.aliases[name], self.tensors[name])
-        return writer
-
-
-Sink = FileSink | MemorySink
-"""A writer of the tensors of one file of one target, complete (`write`) or in tiles (as an `engine.Output`)."""
 
 
 def _save(tensors: Mapping[str, torch.Tensor], file: files.PendingFile) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS, torch_dtype
 from posthoc_cli.errors import InvalidValueError, MismatchError
-from posthoc_cli.export.layouts import check_shape, converted, open_outputs
+from posthoc_cli.export.layouts import check_shape, converted, in_turn, open_outputs
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
 from posthoc_cli.synthesis.engine import Options, synthesize
@@ -132,17 +132,17 @@ class ModelFolder:
             parts.setdefault(str(file.relative_to(self.path)), {})[name] = entry
         others = {str(name): self.path / name for name in self.others}
         headers = [(plan.output_info(index).encoded(), dict[str, str]()) for index in range(len(outs))]
-        with open_outputs(outs, "like", parts, headers, others, container=container) as opened:
-            for sinks, entries in opened:
+        with open_outputs(outs, "like", parts, headers, others, container=container) as outputs:
+            for entries in in_turn(outputs, parts):
                 dtypes = {name: torch_dtype(entry.dtype) for name, entry in entries.items()}
                 with read_file(self.entries[min(entries)][0]) as source:
                     for name in dtypes.keys() - known.keys():
-                        for sink in sinks:
-                            sink.write(name, source.tensor(name))
+                        for output in outputs:
+                            output.write(name, source.tensor(name))
                 subset = frozenset(known[name] for name in dtypes.keys() & known.keys())
                 for name, values in synthesize(replace(plan, subset=subset), options):
-                    for sink, value in zip(sinks, values, strict=True) if name in dtypes else ():
-                        sink.write(name, converted(f"tensor {name!r}", value, dtypes[name]))
+                    for output, value in zip(outputs, values, strict=True) if name in dtypes else ():
+                        output.write(name, converted(f"tensor {name!r}", value, dtypes[name]))
         return tuple(name for name in self.entries if name not in known)
 
     def _check(self, plan: Plan, known: Mapping[str, str]) -> None:

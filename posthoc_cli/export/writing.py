@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,13 +23,9 @@ import torch.distributed as dist
 from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import (
-    FileFormatError,
     InvalidValueError,
-    OutputExistsError,
     PostHocError,
     RankError,
-    check_alone,
-    shown,
 )
 from posthoc_cli.export.layouts import (
     PICKLES,
@@ -37,7 +33,6 @@ from posthoc_cli.export.layouts import (
     Output,
     OutputOptions,
     Parts,
-    Sink,
     check_space,
     files_of,
     in_turn,
@@ -45,16 +40,11 @@ from posthoc_cli.export.layouts import (
     layout_of,
     nbytes,
     open_outputs,
-    output_exists,
     output_paths,
 )
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.outputs import (
     SINGLE_NAME,
-    decode_output,
-    model_files,
-    output_difference,
-    same_coefficients,
     training_metadata,
 )
 from posthoc_cli.snapshots.sources import counted
@@ -74,7 +64,6 @@ class SynthesisReport:
     Attributes:
         plan: the plan of all targets.
         outputs: one path per target; empty in a dry run.
-        existing: the indices of the targets whose output already existed.
         taken: tensors that the run lacks and that were copied from the model folder.
         device: device that computed the sums.
         seconds: duration of the synthesis.
@@ -82,7 +71,6 @@ class SynthesisReport:
 
     plan: Plan
     outputs: tuple[Path, ...] = ()
-    existing: frozenset[int] = frozenset()
     taken: tuple[str, ...] = ()
     device: str = "cpu"
     seconds: float = 0.0
@@ -95,7 +83,6 @@ class SynthesisReport:
         report = self.plan.to_dict()
         for index, target in enumerate(report["targets"]):
             target["output"] = str(self.outputs[index]) if self.outputs else None
-            target["skipped"] = index in self.existing
             target["seconds"] = self.seconds
             target["bytes"] = self.plan.nbytes
         left_out = [name for name in self.plan.newest.left_out if not name.endswith("_extra_state")]
@@ -153,42 +140,33 @@ class Outputs:
             self.paths, self.container = [], None
 
     def write(self, plan: Plan, progress: ProgressBar = no_bar) -> SynthesisReport:
-        """Make the targets of a plan, except for existing outputs if `skip_existing` is set."""
-        existing = existing_outputs(plan, self.paths, self.options.layout) if self.options.skip_existing else set()
-        wanted = [index for index in range(len(self.paths)) if index not in existing]
+        """Make the targets of a plan."""
         taken: tuple[str, ...] = ()
-        if wanted:
+        if self.paths:
             with progress("synthesizing", plan.read_bytes) as advance:
                 options = replace(self.options, progress=advance)
                 if self._like is None:
-                    paths = [self.paths[index] for index in wanted]
-                    write_synthesis(plan.only(wanted), paths, options, self.container)
+                    write_synthesis(plan, self.paths, options, self.container)
                 else:
                     taken = self._like.write(plan, self.paths, options, self.container)
-        return self.report(plan, frozenset(existing), taken)
+        return self.report(plan, taken)
 
-    def report(
-        self, plan: Plan, existing: frozenset[int] = frozenset(), taken: tuple[str, ...] = ()
-    ) -> SynthesisReport:
+    def report(self, plan: Plan, taken: tuple[str, ...] = ()) -> SynthesisReport:
         """Return the report of a plan that is finished now."""
         seconds = time.perf_counter() - self._started
-        return SynthesisReport(plan, tuple(self.paths), existing, taken, str(self.options.device), seconds)
+        return SynthesisReport(plan, tuple(self.paths), taken, str(self.options.device), seconds)
 
 
 def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: OutputOptions) -> None:
     """Raise an InvalidValueError for options that contradict each other."""
     asked.shard_bytes  # noqa: B018  raises an error if invalid, also in a dry run
-    check_alone(overwrite=asked.overwrite, skip_existing=asked.skip_existing)
-    check_alone(distributed=asked.distributed, skip_existing=asked.skip_existing)
     if out is None and not asked.dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
     if asked.like is None and asked.component is not None:
         raise InvalidValueError("like", "is missing; component is about a model folder")
-    others = (asked.distributed, asked.overwrite, asked.skip_existing, asked.layout, parse_dtype(dtype))
+    others = (asked.distributed, asked.overwrite, asked.layout, parse_dtype(dtype))
     if asked.like is not None and any(others):
-        reason = (
-            "determines the output: layout, dtype, overwrite, skip_existing and torchrun cannot be combined with it"
-        )
+        reason = "determines the output: layout, dtype, overwrite and torchrun cannot be combined with it"
         raise InvalidValueError("like", reason)
     is_file = Path(out or "").suffix in (SUFFIX, *PICKLES)
     if asked.distributed and (is_file if asked.layout is None else asked.layout != "sharded"):
@@ -206,17 +184,15 @@ def write_synthesis(
     """Synthesize every target of a plan into its path. See also `open_outputs`."""
     layout = layout_of(paths[0], options.layout)
     parts, others = files_of(layout, plan.entries, options.shard_bytes)
-    with open_outputs(paths, layout, parts, _headers(plan), others, options.overwrite, container) as opened:
-        synthesize_files(plan, opened, options)
+    with open_outputs(paths, layout, parts, _headers(plan), others, options.overwrite, container) as outputs:
+        _synthesize_files(plan, outputs, parts, options)
 
 
-def synthesize_files(
-    plan: Plan, opened: Iterable[tuple[Sequence[Sink], Mapping[str, Entry]]], options: OutputOptions
-) -> None:
-    """Synthesize the tensors of one file after the other, each into a sink for every target."""
-    for sinks, entries in opened:
+def _synthesize_files(plan: Plan, outputs: Sequence[Output], parts: Parts, options: OutputOptions) -> None:
+    """Synthesize the tensors of one file after the other, each into an output for every target."""
+    for entries in in_turn(outputs, parts):
         subset = frozenset(name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases))
-        with closing(synthesize_into(replace(plan, subset=subset), sinks, options)) as tiles:
+        with closing(synthesize_into(replace(plan, subset=subset), outputs, options)) as tiles:
             for _ in tiles:
                 pass
 
@@ -227,48 +203,6 @@ def _headers(plan: Plan) -> list[Header]:
     if newest.files and newest.path.suffix == SUFFIX and newest.path.is_file():
         kept = training_metadata(read_file(newest.path))
     return [(plan.output_info(index).encoded(), kept) for index in range(len(plan.targets))]
-
-
-# --- outputs that already exist
-
-
-def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> set[int]:
-    """Return the indices of the targets whose output already exists, after verifying every byte of it.
-
-    Raises an OutputExistsError if one is damaged, of another run, target, time, method, dtype or snapshots, or if its
-    layout does not record these.
-    """
-    hint, existing = "choose another name, or `overwrite` to replace it", set()
-    expected = {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in plan.entries.items()}
-    for index, path in enumerate(paths):
-        kind, wanted = layout_of(path, layout), plan.output_info(index)
-        if not output_exists(path, kind):
-            continue
-        if kind in ("pt", "dcp"):
-            reason = f"already exists, and this layout, {kind}, does not say which average it holds"
-            raise OutputExistsError(path, reason, hint)
-        try:
-            stored: dict[str, str] = {}
-            for shard in model_files(path):
-                file = read_file(shard)
-                info = decode_output(file)
-                difference = output_difference(info, wanted)
-                sources, planned = ([u.file for u in each.snapshots if u.coefficient] for each in (info, wanted))
-                if difference is None and (sources != planned or not same_coefficients(info, wanted)):
-                    difference = "its snapshots or their coefficients are others"
-                if difference is not None:
-                    raise OutputExistsError(shard, f"is another output: {difference}", hint)
-                file.verify()
-                stored |= {name: f"{item.dtype} of shape {list(item.shape)}" for name, item in file.entries.items()}
-        except FileFormatError as error:
-            raise OutputExistsError(error.subject, error.reason, hint) from error
-        for name in sorted(stored.keys() | expected.keys()):
-            actual, needed = stored.get(name, "absent"), expected.get(name, "absent")
-            if actual != needed:
-                reason = f"is another output: its tensor {shown(name)} is {actual}, not {needed}"
-                raise OutputExistsError(path, reason, hint)
-        existing.add(index)
-    return existing
 
 
 # --- shards of several processes
@@ -289,7 +223,7 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
     with ExitStack() as stack:
         with ranks.together():
             if not (rank or is_remote):
-                check_space(dict.fromkeys(paths, plan.nbytes))
+                check_space(paths[0], len(paths) * plan.nbytes)
             if outputs.container is not None:
                 stack.enter_context(files.new_directory(outputs.container))
             others = {} if rank else index_of(parts)
@@ -299,7 +233,7 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
             ]
         with ranks.together(), (no_bar if rank else progress)("synthesizing", plan.read_bytes // world) as advance:
             workers = max(1, worker_count() // _local_rank()[1])
-            synthesize_files(plan, in_turn(opened, own), replace(options, workers=workers, progress=advance))
+            _synthesize_files(plan, opened, own, replace(options, workers=workers, progress=advance))
         made = ranks.gather([output.place for output in opened])
         with ranks.together():
             for target, output in enumerate(opened if not rank else ()):

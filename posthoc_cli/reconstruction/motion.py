@@ -9,8 +9,6 @@ The expected squared distance of two averages, one of them stored with a roundin
     E |theta_i - theta_j|^2 = integral v (tail_i - tail_j)^2 ds + integral w (p_i - p_j)^2 ds + r_j,
 
 linear in v and w. With both constant on segments of training, every measured distance is a linear equation for them.
-Checkpoints that stand beside averages of the weights between them also show how much of a walk is forgotten before the
-next checkpoint, see `Motion.with_forgotten`.
 Measurements are sums over the elements of all averaged tensors (not of copied ones), in float64.
 """
 
@@ -50,21 +48,23 @@ from posthoc_cli.profiles import (
 FEW = 8
 """Intervals of at most this many updates are summed. With more updates, integral and sum differ by less than 10 %."""
 
-_ORDER = 8
-"""Gauss-Legendre nodes in an interval in which power functions vary; where all stored profiles are constant, one."""
+_ORDER, _FINE = 8, 16
+"""Gauss-Legendre nodes in an interval, one where all stored profiles are constant, and in a section for a target."""
 
-_FALL = 2.0
-"""Limit of the change of log(mass) within an interval. With exp(2 _FALL u), u in [0, 1], for the product of two
-profiles, the error of 8 nodes, (2 _FALL)^16 8!^4 / (17 16!^3), is 1e-13 of the largest value."""
-
-_FALLEN = 32.0
-"""A power function that has fallen by exp(-32) is 0 in float64."""
+_FALL, _FALLEN = 2.0, 32.0
+"""Limit of the change of log(mass) within an interval: the error of 8 nodes for exp(2 _FALL u), u in [0, 1], is then
+(2 _FALL)^16 8!^4 / (17 16!^3) = 1e-13 of the largest value. And the change after which a power function is 0."""
 
 MOST_POINTS = 16_384
 """Limit of the points of mass that intervals end at; among more points, evenly spaced ones are chosen."""
 
 _EQUAL = 1e-9
 """Relative difference below which two times, or numbers of updates, are equal."""
+
+_STEP = 1e-6
+"""Half the width of the difference quotient for a target's density, as a fraction of its interval."""
+
+_BISECTIONS = 100
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Nodes:
 
     The intervals end at the given edges, at the stored profiles' times, at their points of mass and one update before
     these, over which such mass is spread, where the clock bends, and often enough for each power function to be a
-    polynomial between them.
+    polynomial between them. Those of few updates have the updates as nodes, which follow all others.
 
     Attributes:
         edges: ends of the intervals, ascending: shape [K + 1].
@@ -103,12 +103,12 @@ class Nodes:
         powers = [profile for profile in stored if isinstance(profile, PowerFunction)]
         self._gamma = max((profile.gamma for profile in powers), default=-1.0)
         points = points_of(stored)
-        spread = points - 1 if steps is None else steps.clock.time_at(steps.clock.step_at(points) - steps.stride)
+        before = points - 1 if steps is None else steps.clock.time_at(steps.clock.step_at(points) - steps.stride)
         steps = steps if per_step else None
         bends = () if steps is None else steps.clock.times
-        cuts = np.concatenate((edges, [profile.t for profile in stored], points, spread, bends))
+        cuts = np.concatenate((edges, [profile.t for profile in stored], points, before, bends))
         base = np.unique(np.clip(cuts, low, high))
-        few, density, listed = np.zeros(base.size - 1, dtype=bool), np.ones(0), np.zeros(0, dtype=np.intp)
+        few, listed = np.zeros(base.size - 1, dtype=bool), np.zeros(0, dtype=np.intp)
         self._before = self._after = np.zeros(0)
         self._stride = 0.0
         if steps is not None:
@@ -121,18 +121,18 @@ class Nodes:
             self._after, self._stride = steps.clock.time_at((number + 1) * steps.stride), float(steps.stride)
         self.edges = _cut(base, few, powers)
         widths = np.diff(self.edges)
+        self._density = np.ones(widths.size)  # steps per time in each interval
         if steps is not None:
             listed = np.repeat(np.searchsorted(self.edges, base[:-1][few]), np.diff(count)[few])
-            density = np.diff(steps.clock.step_at(self.edges)) / widths
-        few = few[np.searchsorted(base, self.edges[1:]) - 1]
+            self._density = np.diff(steps.clock.step_at(self.edges)) / widths
         x, w = _gauss(_ORDER if powers else 1)
-        self._order, self._cells = x.size, np.flatnonzero(~few)
+        self._order, self._cells = x.size, np.flatnonzero(~few[np.searchsorted(base, self.edges[1:]) - 1])
         half = widths[self._cells, None] / 2
         self._s = (self.edges[self._cells, None] + half * (1 + x)).ravel()
-        self._width = (half * w).ravel()
+        self._width = half * w
         self.interval = np.append(np.repeat(self._cells, x.size), listed)
-        self._density = np.repeat(np.ones(self._cells.size) if steps is None else density[self._cells], x.size)
-        self.weight = np.append(self._width * self._density, np.full(listed.size, self._stride))
+        by_time = (self._width * self._density[self._cells, None]).ravel()
+        self.weight = np.append(by_time, np.full(listed.size, self._stride))
 
     def tails(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return the mass of each stored profile after each node: shape [M, n]."""
@@ -140,7 +140,16 @@ class Nodes:
 
     def masses(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return the mass of each stored profile per step, without a clock per time, at each node: shape [M, n]."""
-        return np.stack([self._mass(profile) for profile in profiles], axis=1)
+        begin, end = self.edges[self._cells], self.edges[self._cells + 1]
+        columns = []
+        for profile in profiles:
+            if isinstance(profile, PowerFunction):
+                inside = profile.density(self._s)
+            else:
+                inside = np.repeat((profile.tail(begin) - profile.tail(end)) / (end - begin), self._order)
+            inside = inside / self._density[self.interval[: inside.size]]
+            columns.append(np.append(inside, self._listed_mass(profile)))
+        return np.stack(columns, axis=1)
 
     def goal_tails(self, target: Profile) -> tuple[FloatArray, FloatArray]:
         """Return the values of a target for `tails`, [M], and the integral of the square that these miss, [K]."""
@@ -157,33 +166,19 @@ class Nodes:
         """
         if self._is_resolved(target):
             return self.masses([target])[:, 0], np.zeros(self.edges.size - 1)
-        per_step = np.ones(self.edges.size - 1)
-        per_step[self._cells] = self._density[:: self._order]
 
         def mass(s: FloatArray, home: npt.NDArray[np.intp]) -> FloatArray:
-            begin, end = self.edges[home], self.edges[home + 1]
-            reach = np.maximum(_STEP * (end - begin), self._stride / 2 / per_step[home])
+            begin, end, density = self.edges[home], self.edges[home + 1], self._density[home]
+            reach = np.maximum(_STEP * (end - begin), self._stride / 2 / density)
             low, high = np.maximum(s - reach, begin), np.minimum(s + reach, end)
-            steps = np.maximum(high - low, 1e-300) * per_step[home]  # 0 in the last digits before an end
+            steps = np.maximum(high - low, 1e-300) * density  # 0 in the last digits before an end
             return np.asarray((target.tail(low) - target.tail(high)) / steps)
 
         values, missed = self._projected(target, mass)
         return np.append(values, self._listed_mass(target)), missed
 
     def _is_resolved(self, target: Profile) -> bool:
-        return isinstance(target, PowerFunction) and target.gamma <= self._gamma and target.t in self._ends
-
-    @cached_property
-    def _ends(self) -> set[float]:
-        return set(self.edges.tolist())
-
-    def _mass(self, profile: Profile) -> FloatArray:
-        if isinstance(profile, PowerFunction):
-            inside = profile.density(self._s)
-        else:
-            begin, end = self.edges[self._cells], self.edges[self._cells + 1]
-            inside = np.repeat((profile.tail(begin) - profile.tail(end)) / (end - begin), self._order)
-        return np.append(inside / self._density, self._listed_mass(profile))
+        return isinstance(target, PowerFunction) and target.gamma <= self._gamma and target.t in self.edges
 
     def _listed_mass(self, profile: Profile) -> FloatArray:
         """Return the mass of each listed update, per step."""
@@ -199,30 +194,28 @@ class Nodes:
     ) -> tuple[FloatArray, FloatArray]:
         """Return the polynomial nearest to a function on each interval, at its nodes, and the squares missed, [K].
 
-        A polynomial is sum_j value_j l_j with Lagrange's l_j, which are orthogonal with squared norms `_width`.
+        A polynomial is sum_j value_j l_j with Lagrange's l_j, which are orthogonal with squared norms `_width`, and
+        with Legendre's P_k l_j(x) = w_j sum_k (2 k + 1) / 2 P_k(x_j) P_k(x).
         """
         s, weights, home = resolving_nodes(target, self.edges)
-        place = np.full(self.edges.size - 1, -1)
-        place[self._cells] = np.arange(self._cells.size)
-        inside = place[home] >= 0
+        inside = np.isin(home, self._cells)
         s, weights, home = s[inside], weights[inside], home[inside]
         begin, end = self.edges[home], self.edges[home + 1]
-        lagrange = _lagrange((2 * s - begin - end) / (end - begin), self._order)
-        values, cells = value(s, home), place[home]
-        sums = np.zeros((self._cells.size, self._order))
+        nodes, w = _gauss(self._order)
+        x = (2 * s - begin - end) / (end - begin)
+        at, of = (np.polynomial.legendre.legvander(points, self._order - 1) for points in (x, nodes))
+        lagrange = at @ ((np.arange(self._order) + 0.5)[:, None] * of.T * w)
+        values, cells = value(s, home), np.searchsorted(self._cells, home)
+        sums = np.zeros_like(self._width)
         np.add.at(sums, cells, lagrange * (values * weights)[:, None])
-        at_nodes = sums / self._width.reshape(sums.shape)
+        at_nodes = sums / self._width
         left = values - np.sum(lagrange * at_nodes[cells], axis=1)
-        scale = self._density[:: self._order][cells]
-        missed = np.bincount(home, left**2 * weights * scale, self.edges.size - 1)
+        missed = np.bincount(home, left**2 * weights * self._density[home], self.edges.size - 1)
         return at_nodes.ravel(), np.asarray(missed, dtype=np.float64)
 
 
 def _cut(edges: FloatArray, few: npt.NDArray[np.bool_], powers: Sequence[PowerFunction]) -> FloatArray:
-    """Return edges between which log(s / t)**(gamma + 1) changes by at most `_FALL` for each power function.
-
-    Intervals with `few` updates, [K], are left as they are.
-    """
+    """Return edges between which log(s / t)**(gamma + 1) changes by at most `_FALL`, except in intervals of `few`."""
     cuts = [edges]
     for steep in {profile.gamma + 1 for profile in powers}:
         for begin, end in zip(edges[:-1][~few].tolist(), edges[1:][~few].tolist(), strict=True):
@@ -233,29 +226,8 @@ def _cut(edges: FloatArray, few: npt.NDArray[np.bool_], powers: Sequence[PowerFu
     return np.unique(np.concatenate(cuts))
 
 
-def _lagrange(x: FloatArray, order: int) -> FloatArray:
-    """Return Lagrange's polynomials of the Gauss nodes at x in [-1, 1], from Legendre's: shape [x, order].
-
-    l_j(x) = w_j sum_k (2 k + 1) / 2 P_k(x_j) P_k(x).
-    """
-    nodes, weights = _gauss(order)
-    at, of = (np.polynomial.legendre.legvander(points, order - 1) for points in (x, nodes))
-    return np.asarray(at @ ((np.arange(order) + 0.5)[:, None] * of.T * weights))
-
-
-# --- nodes for one target ---------------------------------------------------------------------------
-
-_STEP = 1e-6
-"""Half the width of the difference quotient for a target's density, as a fraction of its interval."""
-
-_FINE = 16
-"""Number of Gauss-Legendre nodes in each section of an interval, for a target."""
-
-_BISECTIONS = 100
-
-
 def resolving_nodes(profile: Profile, edges: FloatArray) -> tuple[FloatArray, FloatArray, npt.NDArray[np.intp]]:
-    """Return nodes and weights for integrals between `edges`, and the index of each node's interval: shape [M] each.
+    """Return nodes and weights for integrals of a target between `edges`, and each node's interval: shape [M] each.
 
     The intervals are cut at quantiles of the profile's mass: evenly spaced levels, and levels that approach 0 and 1
     geometrically. That resolves an average over a few of thousands of steps, and finds the edges of a window up to
@@ -263,24 +235,20 @@ def resolving_nodes(profile: Profile, edges: FloatArray) -> tuple[FloatArray, Fl
     """
     geometric = np.exp2(-np.arange(1.0, 50.0))
     levels = np.unique(np.concatenate((np.linspace(0, 1, 65)[1:-1], geometric, 1 - geometric)))
-    cuts = np.unique(np.concatenate((edges, _quantiles(profile, levels, float(edges[0]), float(edges[-1])))))
+    if isinstance(profile, PowerFunction):
+        quantiles = np.clip(profile.t * (1 - levels) ** (1 / (profile.gamma + 1)), edges[0], edges[-1])
+    else:
+        low, quantiles = np.full(levels.size, edges[0]), np.full(levels.size, edges[-1])
+        for _ in range(_BISECTIONS):
+            middle = (low + quantiles) / 2
+            above = profile.tail(middle) > levels
+            low, quantiles = np.where(above, middle, low), np.where(above, quantiles, middle)
+    cuts = np.unique(np.concatenate((edges, quantiles)))
     abscissae, weights = _gauss(_FINE)
     half = np.diff(cuts)[:, None] / 2
     points = (cuts[:-1, None] + half) + half * abscissae
     interval = np.searchsorted(edges, cuts[:-1], side="right") - 1
-    return points.reshape(-1), (half * weights).reshape(-1), np.repeat(interval, _FINE)
-
-
-def _quantiles(profile: Profile, levels: FloatArray, begin: float, end: float) -> FloatArray:
-    """Return the times in [begin, end] from which on the tail is at most each of the levels: shape of `levels`."""
-    if isinstance(profile, PowerFunction):
-        return np.clip(profile.t * (1 - levels) ** (1 / (profile.gamma + 1)), begin, end)
-    low, high = np.full(levels.size, begin), np.full(levels.size, end)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        above = profile.tail(middle) > levels
-        low, high = np.where(above, middle, low), np.where(above, high, middle)
-    return high
+    return points.ravel(), (half * weights).ravel(), np.repeat(interval, _FINE)
 
 
 @lru_cache
@@ -331,13 +299,6 @@ class Motion:
         count = t if steps is None else float(steps.clock.step_at(t))
         return cls(np.array([0.0, t]), np.array([variance / count]), np.zeros(1))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Motion) and all(
-            np.array_equal(a, b) for a, b in zip(vars(self).values(), vars(other).values(), strict=True)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
     def on(self, edges: FloatArray, alone: Sequence[float] = ()) -> tuple[FloatArray, FloatArray]:
         """Return walk and noise on intervals, each within one segment: [K + 1] to [K] each.
 
@@ -368,6 +329,9 @@ class Motion:
         return replace(self, walk=(1 - share) * self.walk, noise=self.noise + share * walked * spacing / 3)
 
 
+# --- the fit ---------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class PairDistance:
     """A measured squared distance between two averages, above 0, and the part of it that comes from rounding."""
@@ -377,16 +341,6 @@ class PairDistance:
     squared: float
     rounding: float
 
-    @property
-    def same_profile(self) -> bool:
-        """Whether both are one power function up to rounding, so that no motion explains a distance."""
-        a, b = self.later, self.earlier
-        if not (isinstance(a, PowerFunction) and isinstance(b, PowerFunction)):
-            return False
-        return abs(a.gamma - b.gamma) <= 1e-6 * (a.gamma + 1) and a.t - b.t <= 1e-9 * a.t
-
-
-# --- the fit ---------------------------------------------------------------------------------------
 
 MOST_SEGMENTS = 64
 """Limit of the number of segments; of more snapshot times, several share a segment."""
@@ -399,7 +353,6 @@ _FIRST, _UPDATES = (1.0, 0.1), 1000
 """First walk, and first noise or scatter, each relative to what would explain the distances alone, and the number of
 updates of a fit. Of 120 averages of checkpoints, all were within 2 of the predicted error, with a first noise of 1 or
 0.01 99 %, and with 100 updates in place of 300 to 3,000 93 %."""
-
 
 _UNSHOWN = 1e-20
 """Influence of a segment on the distances, relative to the largest, that comes from rounding alone: eps squared."""
@@ -427,8 +380,8 @@ def fit_motion(
     Arguments:
         start: time of the first update.
         times: snapshot times; those after `start` bound the segments.
-        distances: at least one, none of them with `same_profile`. With enough distances noise is fitted, too: it makes
-            successive intervals differ more than a walk does.
+        distances: at least one, none of one profile. With enough distances noise is fitted, too: it makes successive
+            intervals differ more than a walk does.
         steps: of the run; None if unknown.
         may_have_noise: False where all distances carry the same information about an interval.
         ordinary: times of ordinary averages beside which checkpoints stand. With any, checkpoints may scatter, in one
@@ -444,31 +397,29 @@ def fit_motion(
     kinds = [walks, noises] if may_have_noise and len(distances) >= _DISTANCES_FOR_NOISE * segments else [walks]
     influence, rounding = np.hstack(kinds)[explained], rounding[explained]
     walk, noise = unknowns = np.zeros((2, segments))
-    scatter = None
-    if influence.any():
-        # The same walk everywhere, as large as the distances are in the mean, and far less noise.
-        parts = zip(_FIRST, np.hsplit(influence, len(kinds)), strict=False)
-        levels = [share / max(part.sum(axis=1).mean(), 1e-300) for share, part in parts]
-        x, scattered, share = np.repeat(levels, segments), np.zeros_like(influence), 0.0
-        if len(ordinary):
-            scattered[:, :segments], share = (scatters * _spacing(edges, ordinary, steps))[explained], _FIRST[1]
-        rows = influence + share * scattered
+    if not influence.any():
+        return Motion(edges, walk, noise)
+    # The same walk everywhere, as large as the distances are in the mean, and far less noise.
+    parts = zip(_FIRST, np.hsplit(influence, len(kinds)), strict=False)
+    x = np.repeat([share / max(part.sum(axis=1).mean(), 1e-300) for share, part in parts], segments)
+    spacing = spacing_of(edges, ordinary, steps)
+    scattered, share = np.zeros_like(influence), _FIRST[1] if len(ordinary) else 0.0
+    scattered[:, :segments] = (scatters * spacing)[explained]
+    rows = influence + share * scattered
+    for _ in range(_UPDATES):
         total = rows.sum(axis=0)
-        for _ in range(_UPDATES):
-            weights = np.maximum(rows @ x + rounding, 1e-12) ** -2
-            change = np.sqrt(np.divide(weights @ rows, total, out=np.ones_like(total), where=total > 0))
-            if share and (each := scattered @ x).any():
-                share *= np.sqrt(weights @ each / each.sum())
-                rows = influence + share * scattered
-                total = rows.sum(axis=0)
-            x *= change
-        # A segment that no distance shows, as that before the first update, moves as its neighbours do.
-        fitted = zip(unknowns, np.split(x, len(kinds)), np.split(influence.sum(axis=0), len(kinds)), strict=False)
-        for kind, values, size in fitted:
-            shown = np.flatnonzero(size > _UNSHOWN * size.max())
-            kind[:] = np.interp(np.arange(segments), shown, values[shown])
-        scatter = share * walk * _spacing(edges, ordinary, steps) if len(ordinary) else None
-    return Motion(edges, walk, noise, scatter)
+        weights = np.maximum(rows @ x + rounding, 1e-12) ** -2
+        change = np.sqrt(np.divide(weights @ rows, total, out=np.ones_like(total), where=total > 0))
+        if share and (each := scattered @ x).any():
+            share *= np.sqrt(weights @ each / each.sum())
+            rows = influence + share * scattered
+        x *= change
+    # A segment that no distance shows, as that before the first update, moves as its neighbours do.
+    fitted = zip(unknowns, np.split(x, len(kinds)), np.split(influence.sum(axis=0), len(kinds)), strict=False)
+    for kind, values, size in fitted:
+        shown = np.flatnonzero(size > _UNSHOWN * size.max())
+        kind[:] = np.interp(np.arange(segments), shown, values[shown])
+    return Motion(edges, walk, noise, share * walk * spacing if len(ordinary) else None)
 
 
 def _segments(edges: FloatArray, times: npt.ArrayLike) -> npt.NDArray[np.intp]:
@@ -476,7 +427,7 @@ def _segments(edges: FloatArray, times: npt.ArrayLike) -> npt.NDArray[np.intp]:
     return np.clip(np.searchsorted(edges, times) - 1, 0, edges.size - 2)
 
 
-def _spacing(edges: FloatArray, times: Sequence[float], steps: Steps | None) -> FloatArray:
+def spacing_of(edges: FloatArray, times: Sequence[float], steps: Steps | None) -> FloatArray:
     """Return the steps from one of the times to the next on each segment: shape [segments]."""
     count = np.bincount(_segments(edges, np.unique(times)), minlength=edges.size - 1)
     return np.asarray(np.diff(edges if steps is None else steps.clock.step_at(edges)) / np.maximum(count, 1))
@@ -501,18 +452,17 @@ def influences(
     nodes = Nodes(edges, list(place), steps)
     first = np.searchsorted(nodes.edges, edges[:-1])
     segment = np.searchsorted(first, nodes.interval, side="right") - 1
-    squared, rounding = np.array([(each.squared, each.rounding) for each in distances]).T
+    tails, masses = nodes.tails(list(place)), nodes.masses(list(place))
     walk, noise, scatter = np.zeros((3, len(distances), edges.size - 1))
-    for kind, values in ((walk, nodes.tails(list(place))), (noise, nodes.masses(list(place)))):
-        for row, (later, earlier) in enumerate(pairs):
+    for row, (each, (later, earlier)) in enumerate(zip(distances, pairs, strict=True)):
+        for kind, values in ((walk, tails), (noise, masses)):
             squares = (values[:, later] - values[:, earlier]) ** 2
-            kind[row] = np.bincount(segment, nodes.weight * squares, edges.size - 1) / squared[row]
-    for row, each in enumerate(distances):
-        if not walk[row].any():
-            continue  # an average that is a copy of the checkpoint
-        points = [profile.t for profile in (each.later, each.earlier) if isinstance(profile, Point)]
-        np.add.at(scatter[row], _segments(edges, points), 1 / each.squared)
-    return walk, noise, scatter, np.minimum(rounding / squared, 1.0)
+            kind[row] = np.bincount(segment, nodes.weight * squares, edges.size - 1) / each.squared
+        if walk[row].any():  # else an average that is a copy of the checkpoint
+            points = [profile.t for profile in (each.later, each.earlier) if isinstance(profile, Point)]
+            np.add.at(scatter[row], _segments(edges, points), 1 / each.squared)
+    rounding = np.array([min(each.rounding / each.squared, 1.0) for each in distances])
+    return walk, noise, scatter, rounding
 
 
 def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:
@@ -562,16 +512,20 @@ class Sketch:
         The projected columns are the averages, relative to the weights of the first window.
         """
         tails = np.stack([profile.tail(self.edges) for profile in profiles], axis=1)
-        within = np.stack(
-            [profile.tail(self._within).reshape(-1, _POINTS).mean(axis=1) for profile in profiles], axis=1
-        )
+        place = (np.arange(_POINTS) + 0.5) / _POINTS
+        times = (self.edges[:-1, None] + np.diff(self.edges)[:, None] * place).ravel()
+        within = np.stack([profile.tail(times).reshape(-1, _POINTS).mean(axis=1) for profile in profiles], axis=1)
         bend = within - (tails[1:] + tails[:-1]) / 2
-        seen = np.diff(self.means, axis=0).T @ tails[1:-1] + self._steady.T @ bend
+        seen = np.diff(self.means, axis=0).T @ tails[1:-1] + (self._across * self._inner[:, None]).T @ bend
+        # G, a parabola within a window, has the mean square departure 6/5 b^2 from its line. Noise of n folds of
+        # variance s adds 12 s / n, for b = 1.
+        walk = np.sqrt(6 / 5 * self._inner * self._squares)
+        noise = np.sqrt(12 * self._beyond / np.maximum(self.folds - 1, 1))
         # Noise may be equal in all windows, as of weights that alternate: then its contributions add up.
-        aligned = self._noise @ bend
+        aligned = noise @ bend
         # The mass of the first update lies on one value, not on the mean of its window.
         first = np.sqrt(self.spread[0]) * tails[0]
-        return seen, np.vstack((np.hypot(self._walk, self._noise)[:, None] * bend, aligned, first))
+        return seen, np.vstack((np.hypot(walk, noise)[:, None] * bend, aligned, first))
 
     def of_shared_means(
         self, profiles: Sequence[PowerFunction], largest: float, updates: FloatArray
@@ -613,16 +567,14 @@ class Sketch:
         edges = _joined(self.edges[np.diff(self.edges, prepend=-np.inf) > 0])
         if edges.size < 2:
             return Motion(np.array([self.edges[0] / 2, self.edges[0]]), np.zeros(1), np.zeros(1))
+        misses = self._misses
+        if misses.any():  # scaled up as if the main direction had been an average one
+            main = np.linalg.svd(misses, full_matrices=False)[2][:1]
+            misses = (misses - misses @ main.T @ main) * np.sqrt(misses.shape[1] / (misses.shape[1] - 1))
         counts = np.diff(edges if steps is None else steps.clock.step_at(edges))
         ends = np.searchsorted(self.edges[1:], edges[1:], side="right")
-        squares = self._squares_of(_beyond_main_direction(self._misses))
-        return Motion(edges, np.diff(np.append(0.0, np.cumsum(squares))[ends], prepend=0.0) / counts, 0 * counts)
-
-    @cached_property
-    def _within(self) -> FloatArray:
-        """Times within the windows: shape [K * _POINTS]."""
-        place = (np.arange(_POINTS) + 0.5) / _POINTS
-        return (self.edges[:-1, None] + np.diff(self.edges)[:, None] * place).ravel()
+        squares = np.append(0.0, np.cumsum(self._squares_of(misses)))[ends]
+        return Motion(edges, np.diff(squares, prepend=0.0) / counts, 0 * counts)
 
     @cached_property
     def _inner(self) -> FloatArray:
@@ -641,28 +593,9 @@ class Sketch:
         return np.asarray(np.gradient(self.means, self._middle, axis=0) * np.diff(self.edges)[:, None])
 
     @cached_property
-    def _steady(self) -> FloatArray:
-        return self._across * self._inner[:, None]
-
-    @cached_property
-    def _walk(self) -> FloatArray:
-        """Size of the unseen part of a walk, for b = 1: shape [K].
-
-        G, a parabola within a window, has the mean square departure 6/5 b^2 from its line.
-        """
-        return np.sqrt(6 / 5 * self._inner * self._squares)
-
-    @cached_property
-    def _squares(self) -> FloatArray:
-        """Squared length of a walk across each window: shape [K]."""
-        return self._squares_of(self._misses)
-
-    def _squares_of(self, misses: FloatArray) -> FloatArray:
-        """Return the squared lengths that misses stand for; the first and the last window are like their neighbours."""
-        squares = np.sum(misses**2, axis=1)
-        if len(self.means) < 3:
-            return np.full(len(self.means), squares.sum())
-        return np.pad(squares, 1, mode="edge")
+    def _beyond(self) -> FloatArray:
+        """The part of each window's spread that is not steady motion: shape [K]."""
+        return np.asarray(np.maximum(self.spread - self._inner * np.sum(self._across**2, axis=1) / 12, 0.0))
 
     @cached_property
     def _misses(self) -> FloatArray:
@@ -677,22 +610,16 @@ class Sketch:
         return np.asarray(2 * (self.means[1:-1] - line))
 
     @cached_property
-    def _noise(self) -> FloatArray:
-        """Size of the unseen part of noise, for b = 1: squared, 12 s / n for n folds of variance s: shape [K]."""
-        return np.asarray(np.sqrt(12 * self._beyond / np.maximum(self.folds - 1, 1)))
+    def _squares(self) -> FloatArray:
+        """Squared length of a walk across each window: shape [K]."""
+        return self._squares_of(self._misses)
 
-    @cached_property
-    def _beyond(self) -> FloatArray:
-        """The part of each window's spread that is not steady motion: shape [K]."""
-        return np.asarray(np.maximum(self.spread - self._inner * np.sum(self._across**2, axis=1) / 12, 0.0))
-
-
-def _beyond_main_direction(rows: FloatArray) -> FloatArray:
-    """Return rows of projections, [K, D], without their main direction, scaled up as if it had been an average one."""
-    if not rows.any():
-        return rows
-    main = np.linalg.svd(rows, full_matrices=False)[2][:1]
-    return np.asarray((rows - rows @ main.T @ main) * np.sqrt(rows.shape[1] / (rows.shape[1] - 1)))
+    def _squares_of(self, misses: FloatArray) -> FloatArray:
+        """Return the squared lengths that misses stand for; the first and the last window are like their neighbours."""
+        squares = np.sum(misses**2, axis=1)
+        if len(self.means) < 3:
+            return np.full(len(self.means), squares.sum())
+        return np.pad(squares, 1, mode="edge")
 
 
 # --- stored averages ----------------------------------------------------------------------------------
@@ -709,10 +636,7 @@ values are evenly distributed, the mean square of m in [1, 2) is 3 / (2 ln 2).
 
 @dataclass(frozen=True)
 class Distance:
-    """The squared Euclidean distance between an average and another one of the same run, of the profile `other`.
-
-    `rounding` is the part of `squared` that the roundings of stored copies cause.
-    """
+    """The squared distance of an average from the one of the profile `other`, and the part of it from roundings."""
 
     other: StoredProfile
     squared: float
@@ -862,42 +786,38 @@ def measured_prior(
     The order of the averages affects only the order of the arrays. `sketch` covers the path up to the last average;
     `uneven` is that of `Prior`.
     """
+    profiles = [average.profile for average in averages]
     measured = [average.measurements for average in averages if average.measurements is not None]
     if not measured or len(measured) < len(averages):
-        return assumed_prior([average.profile for average in averages])
+        return assumed_prior(profiles)
     norm = np.array([measurements.norm for measurements in measured])
-    counts = np.array([average.roundings for average in averages])
-    arithmetic = norm * np.array([(ROUNDING * average.eps) ** 2 for average in averages]) * counts
-    inherited = np.array([average.inherited for average in averages])
-    profiles = [average.profile for average in averages]
+    rounding = np.array([measurements.rounding for measurements in measured])
+    counts, eps = np.array([(average.roundings, average.eps) for average in averages]).T
+    arithmetic = norm * (ROUNDING * eps) ** 2 * counts
     in_order = sorted(range(len(averages)), key=lambda i: _order_of(profiles[i]))
     steps = averages[in_order[-1]].steps
-    found = [] if sketch else _distances([(profiles[i], measured[i], arithmetic[i]) for i in in_order])
-    distances, doubt = [distance for distance in found if not distance.same_profile], 0.0
+    distances = [] if sketch else _distances([(profiles[i], measured[i], arithmetic[i]) for i in in_order])
+    doubt = 0.0
     if sketch is not None:
         motion = sketch.motion(steps)
     elif distances:
-        times = [profile.t for profile in profiles]
         # Other libraries' averages of one time take the mean of the same weights in late intervals: with noise in place
         # of a walk, combinations were up to 28 times as far off.
         discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
-        start = min(average.start for average in averages)
         # An average that takes in one value of many has mass on single steps, whose noise is not that of a mean.
         every = all(isinstance(p, Point) or (isinstance(p, OrdinaryEMA) and p.settings["every"] == 1) for p in profiles)
         beside = discrete if every and any(isinstance(p, Point) for p in profiles) else []
+        start, times = min(average.start for average in averages), [profile.t for profile in profiles]
         fitted = fit_motion(start, times, distances, steps, not discrete, beside)
         doubt = _doubt(fitted, distances, steps)
-        motion = fitted.with_forgotten(_spacing(fitted.edges, discrete, steps))
+        motion = fitted.with_forgotten(spacing_of(fitted.edges, discrete, steps))
     else:
         motion = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
     # Weights that are all 0 have distances, but all of these are 0.
     still = not norm.any() and any(measurements.distances for measurements in measured)
-    rounding = np.array([measurements.rounding for measurements in measured])
-    return Prior(
-        motion, rounding, arithmetic, norm,
-        MEASURED if distances or still or sketch is not None else ASSUMED, steps,
-        doubt, sketch, *_shared(averages, inherited, rounding, sketch), uneven,
-    )  # fmt: skip
+    source = MEASURED if distances or still or sketch is not None else ASSUMED
+    shared, passed_on = _shared(averages, rounding, sketch)
+    return Prior(motion, rounding, arithmetic, norm, source, steps, doubt, sketch, shared, passed_on, uneven)
 
 
 def misfit(averages: Sequence[StoredAverage]) -> float:
@@ -905,10 +825,8 @@ def misfit(averages: Sequence[StoredAverage]) -> float:
 
     Return nan with fewer than two distances above 0, and infinity where no motion can explain them.
     """
-    measured = [
-        (average.profile, average.measurements, 0.0) for average in averages if average.measurements is not None
-    ]
-    distances = [distance for distance in _distances(measured) if not distance.same_profile]
+    measured = [(one.profile, one.measurements, 0.0) for one in averages if one.measurements is not None]
+    distances = _distances(measured)
     if len(distances) < 2:
         return math.nan
     steps, start, times = averages[0].steps, min(average.start for average in averages), [p.t for p, _, _ in measured]
@@ -936,13 +854,14 @@ def _doubt(motion: Motion, distances: Sequence[PairDistance], steps: Steps | Non
 
 
 def _shared(
-    averages: Sequence[StoredAverage], inherited: FloatArray, rounding: FloatArray, sketch: Sketch | None
+    averages: Sequence[StoredAverage], rounding: FloatArray, sketch: Sketch | None
 ) -> tuple[FloatArray | None, FloatArray | None]:
     """Return `Prior.shared`, from inherited errors and from means that profiles share, and `Prior.passed_on`."""
     powers = {i: average.profile for i, average in enumerate(averages) if isinstance(average.profile, PowerFunction)}
     tracked, profiles = list(powers), list(powers.values())
     gammas, times = np.array([p.gamma for p in profiles]), np.array([p.t for p in profiles])
     rows, passed_on = [np.zeros((0, len(tracked)))], np.zeros((len(averages), len(averages)))
+    inherited = np.array([average.inherited for average in averages])
     if inherited.any():
         order = np.argsort(times, kind="stable")
         ordered = np.array(tracked)[order]
@@ -967,19 +886,25 @@ def _order_of(profile: StoredProfile) -> tuple[float, float, float]:
 
 
 def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> list[PairDistance]:
-    """Return the measured distance of each pair of averages; if a pair has several records, the last one."""
+    """Return the measured distance of each pair of averages; if a pair has several records, the last one.
+
+    Pairs of one power function, up to rounding, are left out: no motion explains their distance.
+    """
     distances: dict[tuple[tuple[float, ...], ...], PairDistance] = {}
-    floor = 1e-18 * max(measurements.norm for _, measurements, _ in averages)
+    floor = 1e-18 * max((measurements.norm for _, measurements, _ in averages), default=0.0)
     for profile, measurements, arithmetic in averages:
         for distance in measurements.distances:
             earlier, later = sorted((profile, distance.other), key=_order_of)
+            keys = (t, gamma, _), (other_t, other_gamma, _) = _order_of(later), _order_of(earlier)
+            if t - other_t <= _EQUAL * t and abs(gamma - other_gamma) < 1e-6 * (gamma + 1):
+                continue
             # The partner may have been deleted; its arithmetic has about the same variance.
             noise = distance.rounding + 2 * arithmetic
             # A distance below the errors is only known to be small.
             squared = max(distance.squared, noise, floor)
             if squared > 0:
                 # A gamma that was computed elsewhere may differ in its last bits.
-                pair = tuple((t, round(gamma, 9), half) for t, gamma, half in map(_order_of, (later, earlier)))
+                pair = tuple((t, round(gamma, 9), half) for t, gamma, half in keys)
                 distances[pair] = PairDistance(later, earlier, squared, noise)
     return list(distances.values())
 
@@ -1003,7 +928,6 @@ _FAR = 12.0
 _LARGEST = 0.99
 """Correlation of the errors of two copies without motion between them. With 1, coefficients of opposite signs could
 cancel errors whose sizes differ a little, and grow without bound."""
-
 
 _SLOWEST, _TABULATED = 1e-4, 512
 """The slowest class of elements, and the number of distances at which the correlation is evaluated."""
@@ -1052,11 +976,8 @@ def inherited_factor(
     are the same: the second result R has the shares, R_ij of copy i in average j. The rest arose from copies that are
     gone; B^T B is its covariance, with B the first result, [2 n, n].
 
-    Arguments:
-        inherited: variances of what was inherited: shape [n].
-        rounding: variances of the roundings of the stored copies: shape [n].
-        gamma: exponents: shape [n].
-        times: in ascending order: shape [n].
+    Arguments are the variances of what was inherited and of the stored copies' roundings, exponents, and the times in
+    ascending order: shape [n] each.
     """
     factor, passed_on = np.zeros((2, times.size, times.size))
     for profile in (np.flatnonzero(gamma == exponent) for exponent in np.unique(gamma)):

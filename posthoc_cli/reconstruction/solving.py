@@ -139,12 +139,15 @@ class LeastSquares:
     def __init__(self, factor: FloatArray, size: float = 0.0) -> None:
         self._q, r = np.linalg.qr(factor)
         limit = np.finfo(np.float64).eps * max(factor.shape)
-        inverse = _inverse(r, limit, size) if r.shape[0] == r.shape[1] else None
-        if inverse is None:
+        try:
+            self.inverse = np.asarray(np.linalg.inv(r))
+            condition = np.abs(r).sum(axis=0).max(initial=size) * np.abs(self.inverse).sum(axis=0).max(initial=0.0)
+        except np.linalg.LinAlgError:  # singular, or fewer rows than columns
+            condition = np.inf
+        if not limit * condition < 1:
             left, sizes, right = np.linalg.svd(r, full_matrices=False)
             kept = sizes > limit * sizes.max(initial=size)
-            self._q, inverse = self._q @ left[:, kept], right[kept].T / sizes[kept]
-        self.inverse = inverse
+            self._q, self.inverse = self._q @ left[:, kept], right[kept].T / sizes[kept]
 
     def solve(self, goals: FloatArray) -> FloatArray:
         """Return the solutions for goals, [rows, goals]: shape [columns, goals]."""
@@ -160,20 +163,10 @@ class LeastSquares:
         return np.asarray(np.sum(self._q**2, axis=1))
 
 
-def _inverse(r: FloatArray, limit: float, size: float) -> FloatArray | None:
-    """Return the inverse of a triangle; None if its least direction is below `limit` of the largest, or of `size`."""
-    try:
-        inverse = np.asarray(np.linalg.inv(r), dtype=np.float64)
-    except np.linalg.LinAlgError:
-        return None
-    largest = np.abs(r).sum(axis=0).max(initial=size)
-    return inverse if limit * largest * np.abs(inverse).sum(axis=0).max(initial=0.0) < 1 else None
-
-
 # --- the problem
 
 _LEAST_LEFT = 0.1
-"""Lower limit of the share of a residual that remains after a solution, see `_left_out`."""
+"""Lower limit of the share of a residual that remains after a solution."""
 
 _NO_ROUNDING = 1e-30
 """Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is far larger."""
@@ -211,12 +204,12 @@ class Goals:
     """Targets as columns of the least-squares problem of minimum variance.
 
     Attributes:
-        targets: the profiles.
+        stored: the column and the snapshot of each target that is a stored power function.
         columns: expected rows, then measured ones: shape [rows, targets].
         unreachable: the part of each expected squared error that no coefficients change: shape [targets].
     """
 
-    targets: Sequence[Profile]
+    stored: Sequence[tuple[int, int]]
     columns: FloatArray
     unreachable: FloatArray
 
@@ -240,22 +233,20 @@ class Problem:
         start = min(float(prior.motion.edges[0]), t)
         self._nodes = Nodes(np.clip(np.concatenate((prior.motion.edges, times, [t])), start, t), snapshots, prior.steps)
         alone = [p.t if isinstance(p, Point) else p.t_first for p in snapshots if isinstance(p, Point | Discrete)]
-        walk, noise = prior.motion.on(self._nodes.edges, alone)
-        self._walk, self._noise = walk, noise
+        self._walk, self._noise = prior.motion.on(self._nodes.edges, alone)
         # The rows of the expected error; with a sketch the mean of expected and measured errors is minimised.
         self._half = np.sqrt(0.5) if prior.sketch is not None else 1.0
         self._root_walk, self._root_noise = (
-            self._half * np.sqrt(self._nodes.weight * each[self._nodes.interval]) for each in (walk, noise)
+            self._half * np.sqrt(self._nodes.weight * each[self._nodes.interval]) for each in (self._walk, self._noise)
         )
         self._expected = self._root_walk[:, None] * self._nodes.tails(snapshots)
-        if noise.any():
+        if self._noise.any():
             rows = self._root_noise[:, None] * self._nodes.masses(snapshots)
             self._expected = np.vstack((self._expected, rows))
         # The measured error, whose rows are the expected ones if there is no sketch: seen and unseen.
-        self._seen, self._unseen = (self._expected, np.zeros((0, len(snapshots))))
-        if prior.sketch is not None:
-            self._seen, self._unseen = prior.sketch.measured(snapshots)
-        self._factor = np.vstack((self._expected, *self._halved_sketch(self._seen, self._unseen), self._errors))
+        self._sketched = () if prior.sketch is None else prior.sketch.measured(snapshots)
+        self._seen = self._sketched[0] if self._sketched else self._expected
+        self._factor = np.vstack((self._expected, *(self._half * rows for rows in self._sketched), self._errors))
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """Return the targets as columns of the problem, the argument of the other methods."""
@@ -268,13 +259,11 @@ class Problem:
                 rows.append(self._root_noise * mass)
                 unreachable[k] += self._noise @ missed
             if self._prior.sketch is not None:
-                rows += (each[:, 0] for each in self._halved_sketch(*self._prior.sketch.measured([target])))
+                rows += (self._half * each[:, 0] for each in self._prior.sketch.measured([target]))
             column = np.concatenate(rows)
             columns[: column.size, k] = column
-        return Goals(targets, columns, self._half**2 * unreachable)
-
-    def _halved_sketch(self, seen: FloatArray, unseen: FloatArray) -> list[FloatArray]:
-        return [] if self._prior.sketch is None else [self._half * seen, self._half * unseen]
+        powers = ((k, self._place.get(target)) for k, target in enumerate(targets) if isinstance(target, PowerFunction))
+        return Goals([(k, row) for k, row in powers if row is not None], columns, self._half**2 * unreachable)
 
     def solve(self, targets: Sequence[Profile], method: str) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return coefficients, [snapshots, targets], profile errors and predicted errors, [targets] each."""
@@ -289,10 +278,7 @@ class Problem:
         total = solution.sum(axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):
             columns = np.where((total > 0) & (total < np.inf), solution / total, np.nan)
-        stored = [
-            (k, self._place[p]) for k, p in enumerate(targets) if isinstance(p, PowerFunction) and p in self._place
-        ]
-        for column, row in stored:
+        for column, row in goals.stored:
             columns[:, column] = np.arange(columns.shape[0]) == row  # the exact solution without rounding
         if method == METHODS[0]:
             optimal = self.optimum(goals)
@@ -309,7 +295,7 @@ class Problem:
         # || sum_i c_i p_i - p || / || p ||, from the parts outside and inside the span of polynomials.
         missed = norms + np.sum((factor @ columns - profiles) ** 2, axis=0)
         errors = np.sqrt(missed / (norms + np.sum(profiles**2, axis=0)))
-        for column, row in stored:
+        for column, row in goals.stored:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0
         return columns, errors, self.relative(expected, columns, goals)
@@ -318,9 +304,8 @@ class Problem:
         """Return the coefficients of least expected error; the coefficients of each target sum to 1."""
         others = self._problem.solve(goals.columns - self._factor[:, -1:])
         solution = np.vstack((others, 1 - others.sum(axis=0)))
-        for column, target in enumerate(goals.targets):
-            row = self._place.get(target) if isinstance(target, PowerFunction) else None
-            if row is not None and self._prior.rounding[row] <= _NO_ROUNDING * self._prior.norm[row]:
+        for column, row in goals.stored:
+            if self._prior.rounding[row] <= _NO_ROUNDING * self._prior.norm[row]:
                 solution[:, column] = np.arange(len(self._stored)) == row
         return np.asarray(solution)
 
@@ -328,7 +313,8 @@ class Problem:
         """Return E |error|^2 of targets, each with its column of coefficients of sum 1: shape [2, targets].
 
         The rows are the parts from motion and from rounding. The former is measured if there is a sketch, otherwise
-        expected and widened by the doubt. Of coefficients that were `solved` for, residuals are scaled by `_left_out`.
+        expected and widened by the doubt. Each residual of coefficients that were `solved` for is scaled to what it
+        would be if the solution had left its row out.
         """
         missed = self._factor @ coefficients - goals.columns
         first, last = len(self._expected), len(self._factor) - len(self._errors)
@@ -336,7 +322,9 @@ class Problem:
             beyond = max(0.0, self._prior.doubt - _SURE)
             motion = (goals.unreachable + np.sum(missed[:last] ** 2, axis=0)) * np.exp(2 * _WIDENING * beyond)
         else:
-            measured = missed[first:last] / (self._left_out[first:last, None] if solved else 1.0)
+            measured = missed[first:last]
+            if solved:
+                measured = measured / np.maximum(1 - self._problem.leverage[first:last, None], _LEAST_LEFT)
             motion = np.sum(measured**2, axis=0) / self._half**2
         return np.stack((motion, np.sum(missed[last:] ** 2, axis=0)))
 
@@ -364,7 +352,7 @@ class Problem:
         motion, of all coefficients alike if it has one direction; rounding is known. The optimal ones must be better
         either way, by the standard deviation of a squared length that D numbers show, sqrt(2 / D).
         """
-        every = np.arange(len(goals.targets))
+        every = np.arange(optimal.shape[1])
         alone = np.eye(len(self._stored))[:, self._newest]
         others = np.stack((published, *(np.repeat(column[:, None], every.size, axis=1) for column in alone.T)))
         squares = self.expected_squares(optimal, goals, solved=True)
@@ -421,14 +409,9 @@ class Problem:
         return LeastSquares(self._factor[:, :-1] - self._factor[:, -1:])
 
     @cached_property
-    def _left_out(self) -> FloatArray:
-        """The residual of each row, relative to its residual if the solution had left the row out."""
-        return np.maximum(1 - self._problem.leverage, _LEAST_LEFT)
-
-    @cached_property
     def _rounding(self) -> FloatArray:
         """A root of the covariance of the stored copies' errors: shape [n or more, n]."""
-        rows = np.vstack((self._seen, self._unseen))
+        rows = np.vstack(self._sketched or (self._expected,))
         squared = np.sum(rows**2, axis=0)
         apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
         separate = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart, self._prior.uneven)

@@ -62,11 +62,6 @@ SINGLE_NAME = "model.safetensors"
 _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 
-SAME_COEFFICIENT = 1e-6
-"""The tolerance for coefficients of one plan, relative to the largest: processors round differently. It is far below
-the rounding of float16 snapshots."""
-
-
 @dataclass(frozen=True)
 class Used:
     """A snapshot that an output was made from."""
@@ -107,39 +102,15 @@ class OutputInfo:
         return {"kind": "output", "format": FORMAT, **vars(self)}
 
 
-def output_difference(found: OutputInfo, wanted: OutputInfo) -> str | None:
-    """Return how an output differs from the wanted one in run, target, time or method; None if it does not."""
-    for name, word in (("run_id", "run"), ("profile", "target"), ("t", "t"), ("method", "method")):
-        values = getattr(found, name), getattr(wanted, name)
-        if values[0] != values[1]:
-            actual, expected = (f"{v:,.12g}" if isinstance(v, float) else str(v)[:60] for v in values)
-            return f"its {word} is {actual}, not {expected}"
-    return None
-
-
-def same_coefficients(found: OutputInfo, wanted: OutputInfo) -> bool:
-    """Return whether two outputs have equally many snapshots and the same coefficients."""
-    pairs = [[used.coefficient for used in info.snapshots if used.coefficient] for info in (found, wanted)]
-    most = SAME_COEFFICIENT * max((abs(c) for c in pairs[1]), default=0.0)
-    return len(pairs[0]) == len(pairs[1]) and all(abs(a - b) <= most for a, b in zip(*pairs, strict=True))
-
-
 def decode_output(file: TensorFile) -> OutputInfo:
     """Return the checked content of an output; raise FileFormatError, naming the key, if it is invalid."""
     return decode(file, "output", OutputInfo)
 
 
-_OF_TRAINING = ("ss_", "modelspec.")
-
-
-def training_metadata(file: TensorFile, with_hashes: bool = False) -> dict[str, str]:
-    """Return the metadata that kohya's scripts keep about a training; `with_hashes` includes hashes of the tensors."""
-    kept = (*_OF_TRAINING, "sshs_") if with_hashes else _OF_TRAINING
-    return {
-        name: value
-        for name, value in file.metadata.items()
-        if name.startswith(kept) and (with_hashes or not name.startswith("modelspec.hash"))
-    }
+def training_metadata(file: TensorFile) -> dict[str, str]:
+    """Return the metadata that kohya's scripts keep about a training, without hashes of tensors, which may change."""
+    kept = {name: value for name, value in file.metadata.items() if name.startswith(("ss_", "modelspec."))}
+    return {name: value for name, value in kept.items() if not name.startswith("modelspec.hash")}
 
 
 @dataclass(frozen=True)
@@ -239,14 +210,15 @@ def check_indexed(file: TensorFile, names: list[str] | None) -> None:
 
 def check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
     """Raise MismatchError unless the metadata of two shards is of one output, or both have none."""
+    problem = ""
     if info is None or found is None:
-        difference = "only one of them is of a synthesis" if info is not found else None
-    else:
-        difference = output_difference(found, info)
-        if difference is None and not same_coefficients(found, info):
-            difference = "its coefficients differ"
-    if difference is not None:
-        raise MismatchError(f"{first} and {other} are not of one model", difference)
+        problem = "only one of them is of a synthesis" if info is not found else ""
+    elif differing := [name for name in ("run_id", "profile", "t", "method") if vars(info)[name] != vars(found)[name]]:
+        problem = f"they differ in {differing[0]}"
+    elif [used.file for used in info.snapshots] != [used.file for used in found.snapshots]:
+        problem = "they are made of other snapshots"
+    if problem:
+        raise MismatchError(f"{first} and {other} are not of one model", problem)
 
 
 # --- descriptions

@@ -40,17 +40,22 @@ class Records:
         self._path, self._question = folder / TRIALS, json.loads(json.dumps(question))
 
     def read(self) -> list[Trial]:
-        """Return the successful trials of this question, the last of repeated ones; skip all other lines."""
+        """Return the successful trials of this question, the last of repeated ones; skip all other lines.
+
+        The file may hold any values.
+        """
         trials = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
             try:
                 entry = json.loads(line)
                 if entry["question"] == self._question:
                     trial = Trial(**entry["trial"])
-                    trials[trial.x, trial.seed] = trial
+                    numbers: Any = (trial.x, trial.value, trial.standard_error or 0.0)
+                    if isinstance(trial.seed, int) and all(abs(number) < 1e300 for number in numbers):
+                        trials[trial.x, trial.seed] = trial
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-        return [trial for trial in trials.values() if _is_measured(trial)]
+        return [*trials.values()]
 
     def append(self, trial: Trial) -> None:
         """Append a trial durably to the file; raise a WriteError if that fails."""
@@ -65,12 +70,6 @@ class Records:
                 files.system.fsync(descriptor)
             finally:
                 files.system.close(descriptor)
-
-
-def _is_measured(trial: Trial) -> bool:
-    """Return whether a trial from a file, which may hold any values, has a usable metric."""
-    numbers = (trial.x, trial.value, trial.standard_error or 0.0)
-    return isinstance(trial.seed, int) and all(isinstance(n, int | float) and abs(n) < 1e300 for n in numbers)
 
 
 @dataclass(eq=False)
@@ -137,8 +136,7 @@ class Sweep:
             raw = raw_records.read()
             if has_raw(self.run, self.t):
                 seeds = sorted(set(range(self.repeats)) - {trial.seed for trial in raw})
-                for trial in self._measure([(0.0, seed) for seed in seeds], lambda _: Mean(1), raw_records):
-                    raw.append(trial)
+                raw += self._measure([(0.0, seed) for seed in seeds], lambda _: Mean(1), raw_records)
             records = Records(self.out, settings | {"searched": axis.kind})
             search = Search(
                 axis, records.read(), minimize=self.minimize, budget=self.budget,

@@ -27,9 +27,9 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, PostHocError, check_count
-from posthoc_cli.profiles import SHAPES, FloatArray, Point
+from posthoc_cli.profiles import FloatArray, Point
 from posthoc_cli.run import Run
-from posthoc_cli.targets import Beta, Decay, HalfLife, Mean, SigmaRel, Target, Window, parse_numbers
+from posthoc_cli.targets import SHAPES, Beta, Decay, HalfLife, Mean, SigmaRel, Target, Window, parse_numbers
 
 RAW = "raw"
 """The target of trials of raw weights, which are not an average."""
@@ -540,16 +540,7 @@ class SweepReport:
         return self.found.axis.target(self.found.best)
 
     def __repr__(self) -> str:
-        estimate = f"{self.metric} {self.found.mean:.6g} ± {self.found.standard_error:.2g} (estimate)"
-        unmeasured = "not measured, since neither a checkpoint nor a tracker with its model has them"
-        raw = f"raw weights {unmeasured if self.raw is None else f'{self.raw:.6g}'}"
-        return f"SweepReport({self.best.title}: {estimate}, {len(self.trials)} trials; {self.stopped}; {raw})"
-
-    def _repr_html_(self) -> str:
-        """Return the picture of the sweep, for a notebook."""
-        from posthoc_cli import plots
-
-        return plots.as_file(functools.partial(plots.sweep_figure, self.to_dict()), ".svg").decode().partition("?>")[2]
+        return f"SweepReport({', '.join(f'{name}: {text}' for name, text in answer(self.to_dict()).items())})"
 
     @property
     def raw(self) -> float | None:

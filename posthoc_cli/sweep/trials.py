@@ -44,11 +44,8 @@ class MissingMetricError(TrialError):
 def measure(words: Sequence[str], folder: Path, log: Path, metric: Metric) -> tuple[float, float | None]:
     """Run a command, and return its metric and the standard error of that, if any.
 
-    Arguments:
-        words: the words of the command line.
-        folder: the existing folder of the trial, where files with the metric may be.
-        log: the path of the logs of standard output and error, without the endings .out and .err.
-        metric: where the metric is.
+    `folder` is where files with the metric may be; `log` the path of the logs of standard output and error, without the
+    endings .out and .err.
 
     Raises:
         TrialError: the command failed, or gave no metric.
@@ -60,7 +57,9 @@ def measure(words: Sequence[str], folder: Path, log: Path, metric: Metric) -> tu
         _run(words, out, err)
         return metric.read(out, folder)
     except TrialError as error:
-        raise type(error)(f"{error}{_end_of_logs(err, out)}") from error
+        texts = (" ".join(_read_tail(path, _END_OF_LOG).split()) for path in (err, out))
+        text = next(filter(None, texts), "")
+        raise type(error)(f"{error}: {printable(text)}" if text else f"{error}, and wrote nothing") from error
 
 
 def _run(words: Sequence[str], out: Path, err: Path) -> None:
@@ -102,13 +101,6 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     finally:
         send(signal.SIGKILL)
         process.wait()
-
-
-def _end_of_logs(*paths: Path) -> str:
-    """Return the end of the first log that is not empty, for a message."""
-    texts = (" ".join(_read_tail(path, _END_OF_LOG).split()) for path in paths)
-    text = next(filter(None, texts), "")
-    return f": {printable(text)}" if text else ", and wrote nothing"
 
 
 # --- metrics
@@ -158,47 +150,42 @@ class Metric:
 
     def _printed(self, text: str) -> tuple[float, float | None]:
         """Return the metric from the last line that is a number, or the last JSON object with the key."""
-        found: float | tuple[dict[str, Any], str] | None = None
+        found: tuple[dict[str, Any], str] | float | None = None
         names: list[str] = []
         begin = end = 0
         for line in text.splitlines(keepends=True):
             start, begin = begin, begin + len(line)
             if start < end:
                 continue  # within a JSON value
-            number = _number(line.strip())
-            if number is not None:
+            if (number := _number(line.strip())) is not None:
                 found = number
                 continue
             value, end = _json_at(text, start + len(line) - len(line.lstrip()))
             if self.key is not None and isinstance(value, dict):
-                held = _holder(value, self.key)
-                if isinstance(held, tuple):
-                    found = held
-                else:
-                    names += held
-        if isinstance(found, tuple):
-            return _pair(*found)
-        if found is not None:
-            return _finite(found), None
-        wanted = "a number" if self.key is None else f"a number or a JSON object with {shown(self.key)}"
-        raise MissingMetricError(f"no line of its output is {wanted}{_listed(names)}")
+                holder, name = _holder(value, self.key)
+                names += holder if name is None else ()
+                found = found if name is None else (holder, name)
+        if found is None:
+            wanted = "a number" if self.key is None else f"a number or a JSON object with {shown(self.key)}"
+            raise MissingMetricError(f"no line of its output is {wanted}{_listed(names)}")
+        return _pair(*found) if isinstance(found, tuple) else (_finite(found), None)
 
     @staticmethod
     def _stored(folder: Path, pattern: str, key: str) -> tuple[float, float | None]:
-        """Return the metric from the newest matching file that has the key; an error is about the newest file."""
-        paths = [path for path in folder.rglob("*") if path.relative_to(folder).match(pattern) and path.is_file()]
-        reasons = []
-        for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path), reverse=True):
-            try:
-                held = _holder(json.loads(path.read_text(encoding="utf-8-sig")), key)
-            except (ValueError, RecursionError) as error:
-                reasons.append(f"{path.name} cannot be read: {error}")
-                continue
-            if isinstance(held, tuple):
-                return _pair(*held)
-            reasons.append(f"{path.name} has no member {shown(key)}{_listed(held)}")
-        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        raise MissingMetricError(next(iter(reasons), f"there is no {pattern} in its folder{_listed(names)}"))
+        """Return the metric from the newest matching file."""
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        matching = [path for path in paths if path.relative_to(folder).match(pattern)]
+        if not matching:
+            names = [str(path.relative_to(folder)) for path in paths]
+            raise MissingMetricError(f"there is no {pattern} in its folder{_listed(names)}")
+        newest = max(matching, key=lambda path: (path.stat().st_mtime_ns, path))
+        try:
+            holder, name = _holder(json.loads(newest.read_text(encoding="utf-8-sig")), key)
+        except (ValueError, RecursionError) as error:
+            raise MissingMetricError(f"{newest.name} cannot be read: {error}") from error
+        if name is None:
+            raise MissingMetricError(f"{newest.name} has no member {shown(key)}{_listed([*holder])}")
+        return _pair(holder, name)
 
 
 def _read_tail(path: Path, count: int) -> str:
@@ -219,23 +206,19 @@ def _json_at(text: str, start: int) -> tuple[Any, int]:
     return (value, end) if _REST_OF_LINE.match(text, end) else (None, 0)
 
 
-def _holder(value: Any, key: str) -> tuple[dict[str, Any], str] | list[str]:
+def _holder(value: Any, key: str) -> tuple[dict[str, Any], str | None]:
     """Return the object that has the member of a dotted key, and the member's name; names may contain dots themselves.
 
-    If no object has it, return the names in the nearest one.
+    If no object has it, return the nearest one and None.
     """
-    if not isinstance(value, dict):
-        return []
-    if key in value:
-        return value, key
-    nearest = list(value)
-    for name in value:
-        if key.startswith(f"{name}."):
-            found = _holder(value[name], key[len(name) + 1 :])
-            if isinstance(found, tuple):
-                return found
-            nearest = found
-    return nearest
+    nearest = value if isinstance(value, dict) else {}
+    if key in nearest:
+        return nearest, key
+    for name in [name for name in nearest if key.startswith(f"{name}.")]:
+        nearest, found = _holder(value[name], key[len(name) + 1 :])
+        if found is not None:
+            return nearest, found
+    return nearest, None
 
 
 def _pair(values: dict[str, Any], name: str) -> tuple[float, float | None]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from html import escape
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MOST_BARS = 16
 POOR_ERROR = 0.01
 """The predicted error above which planning logs a warning."""
 
@@ -88,18 +86,6 @@ class Plan:
         ]
         more = f" and {len(each) - 5} more" if len(each) > 5 else ""
         return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {', '.join(each[:5])}{more})"
-
-    def _repr_html_(self) -> str:
-        """Return a table of the first target's coefficients as bars, for notebooks; if many, only the largest."""
-        column = self.reconstruction.coefficients[:, 0]
-        most = float(np.abs(column).max()) or 1.0
-        rows = [
-            f"<tr><td>{escape(self.sources[index].name)}</td><td>{column[index]:+.4f}</td>"
-            f"<td><div style='height: 0.8em; width: {10 * abs(column[index]) / most:.3f}em; "
-            f"background: {'#0072B2' if column[index] >= 0 else '#D55E00'}'></div></td></tr>"
-            for index in sorted(np.argsort(-np.abs(column))[:_MOST_BARS].tolist())
-        ]
-        return f"<p>{escape(repr(self))}</p><table>{''.join(rows)}</table>"
 
     @property
     def choice(self) -> str | None:
@@ -205,12 +191,6 @@ class Plan:
     def nbytes(self) -> int:
         """Number of bytes of each output."""
         return sum(entry.nbytes for entry in self.entries.values())
-
-    def only(self, targets: Sequence[int]) -> Plan:
-        """Return the plan for some of the targets, given by index."""
-        columns = [column for target in targets for column in self.columns[target].values()]
-        reconstruction = self.reconstruction.of(targets=columns)
-        return replace(self, targets=tuple(self.targets[i] for i in targets), reconstruction=reconstruction)
 
     def predicted_error(self, target: int) -> float | None:
         """Return the expected relative L2 error of a target's output weights, for `Groups` the largest of the groups.

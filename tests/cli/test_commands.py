@@ -184,18 +184,3 @@ def test_shards_become_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
         assert_same_tensors(load_file(made), load_file(single))
         reports = [{**ema("info", path, "--json").json, "path": "", "bytes": 0} for path in (made, single)]
         assert reports[0] == reports[1]
-
-
-def test_a_folder_of_outputs_is_exported_into_a_folder(ema: Ema, run: Path, tmp_path: Path) -> None:
-    make_averages(ema, run, tmp_path / "averages")
-    options = ("export", tmp_path / "averages", "--out", tmp_path / "new", "--dtype", "bf16", "--layout", "pt")
-    result = ema(*options)
-    assert result.code == 0
-    assert result.out.startswith("wrote 3 models, 24 tensors, ")
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {f"sigma_rel-{s}.pt" for s in (0.1, 0.15, 0.2)}
-    loaded = torch.load(tmp_path / "new" / "sigma_rel-0.15.pt", weights_only=True)
-    expected = load_file(tmp_path / "averages" / "sigma_rel-0.15.safetensors")
-    assert torch.equal(loaded["0.weight"], expected["0.weight"].bfloat16())
-    assert "already exists" in ema(*options).error
-    assert ema(*options, "--overwrite").code == 0
-    assert "3 models need a folder" in ema("export", tmp_path / "averages", "--out", tmp_path / "x.pt").error

@@ -20,8 +20,7 @@ from ema_command import Ema, run_ema, unmeasured_environment
 from factories import RUN_ID, contents, write_snapshot, write_tensors
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli.demo import prepare
-from posthoc_cli.errors import OutputExistsError, WriteError
+from posthoc_cli.errors import WriteError
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.outputs import Used, decode_output
 from posthoc_cli.snapshots.tensorfile import read_file
@@ -36,41 +35,19 @@ def precious(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["out.safetensors", "out.pt", "out.png", "out.csv"])
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pt", "out.png"])
 def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_with_overwrite(
     ema: Ema, run: Path, tmp_path: Path, precious: Path, name: str
 ) -> None:
     out = tmp_path / name
     out.symlink_to(precious)
     plot = ("error-plot", run, "--out", out)
-    command = plot if name.endswith(("png", "csv")) else ("synthesize", run, "--sigma-rel", "0.1", "--out", out)
+    command = plot if name.endswith("png") else ("synthesize", run, "--sigma-rel", "0.1", "--out", out)
     assert "already exists" in ema(*command).error
     assert out.is_symlink()
     assert ema(*command, "--overwrite").code == 0
     assert not out.is_symlink()
     assert precious.read_bytes() == b"mine"
-
-
-INDEX_NAME = "model.safetensors.index.json"
-SHARDED = ("--sigma-rel", "0.1", "--layout", "sharded", "--max-shard-size", "60", "--overwrite", "--out")
-
-
-@pytest.mark.parametrize("name", [INDEX_NAME, "model-00001-of-00002.safetensors"])
-def test_links_among_shards_are_replaced_themselves_and_directories_are_refused(
-    ema: Ema, run: Path, tmp_path: Path, precious: Path, name: str
-) -> None:
-    folder, keep = tmp_path / "out", tmp_path / "other" / name / "mine"
-    folder.mkdir()
-    (folder / name).symlink_to(precious)
-    assert ema("synthesize", run, *SHARDED, folder).code == 0
-    assert (folder / INDEX_NAME).exists()
-    assert not any(path.is_symlink() for path in folder.iterdir())
-    assert precious.read_bytes() == b"mine"
-    keep.parent.mkdir(parents=True)
-    keep.write_bytes(b"mine")
-    assert f"already exists, and holds {name!r}" in ema("synthesize", run, *SHARDED, tmp_path / "other").error
-    assert keep.read_bytes() == b"mine"
-    assert [path.name for path in keep.parent.parent.iterdir()] == [name]
 
 
 def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, precious: Path) -> None:
@@ -85,17 +62,6 @@ def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, preci
             DirectoryLock(tmp_path)
         lock.unlink()
     assert not absent.exists()
-    assert precious.read_bytes() == b"mine"
-
-
-@pytest.mark.parametrize("name", ["snapshots", "sweep"])
-def test_a_demo_removes_nothing_through_a_link(tmp_path: Path, precious: Path, name: str) -> None:
-    link = tmp_path / "demo" / name
-    prepare(tmp_path / "demo", overwrite=False)
-    shutil.rmtree(link, ignore_errors=True)
-    link.symlink_to(precious.parent)
-    with pytest.raises(OutputExistsError, match=f"{name}: is a symbolic link"):
-        prepare(tmp_path / "demo", overwrite=True)
     assert precious.read_bytes() == b"mine"
 
 
@@ -137,16 +103,6 @@ def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tm
         assert "\\u65e5\\u672c" in forked.check(code, *arguments).out
 
 
-def test_a_command_with_a_closed_stdin_does_not_ask(run: Path) -> None:
-    code = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, '-m', 'posthoc_cli', *sys.argv[1:]])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "prune", str(run), "--keep", "3"],
-        capture_output=True, text=True, check=False, env=unmeasured_environment(),
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("ema: error: --yes: is needed without a terminal")
-
-
 def test_long_texts_of_an_output_are_cut(ema: Ema, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.safetensors"
     ema("synthesize", run, "--sigma-rel", "0.1", "--out", out)
@@ -170,8 +126,7 @@ tracker.close()
 for line in (
     "synthesize run --sigma-rel 0.1 --out a.safetensors", "synthesize run --sigma-rel 0.1 --out a.pt",
     "synthesize run --sigma-rel 0.1 --layout sharded --max-shard-size 20 --out shards",
-    "export a.safetensors --out c.safetensors", "error-plot run --out a.png", "error-plot run --out a.csv",
-    "error-plot run --out a.svg",
+    "export a.safetensors --out c.safetensors", "error-plot run --out a.png", "error-plot run --out a.svg",
     "plan --steps 1000 --params 10 --like run --out a.pdf",
 ):
     sys.argv = ["ema", *line.split()]
@@ -191,7 +146,7 @@ def test_nothing_of_the_user_the_host_or_the_environment_is_in_a_file(tmp_path: 
     words = ["home-of-somebody", "secret-host", "secret-user", "s3cret", str(tmp_path), sys.prefix]
     words += [word for word in (socket.gethostname(), getpass.getuser()) if len(word) >= 8]  # shorter: chance matches
     made = contents(home)
-    assert {Path(name).suffix for name in made} >= {".safetensors", ".pt", ".png", ".svg", ".pdf", ".csv", ".json"}
+    assert {Path(name).suffix for name in made} >= {".safetensors", ".pt", ".png", ".svg", ".pdf", ".json"}
     for name, content in made.items():
         picture = [b"Date", b"Matplotlib v"] if name.endswith((".png", ".svg", ".pdf")) else []
         for word in (*map(str.encode, words), *picture):

@@ -62,7 +62,7 @@ def place(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         save_file({"w": np.ones(3, np.float32)}, place / f"{model}.safetensors")
     (place / "m.pt").write_bytes(pickle.dumps({"w": 1}))
     (place / "broken.safetensors").write_bytes(b"no header")
-    for name in ("text", "there.safetensors", "there.png", "there.csv", "other/notes.txt"):
+    for name in ("text", "there.safetensors", "there.png", "other/notes.txt"):
         (place / name).write_text("precious")
     return place
 
@@ -88,17 +88,6 @@ def test_wrong_input_is_one_line_and_changes_nothing(
         MESSAGES.write_text(f"{head}\n\n{cases}")
     else:
         assert found == expected
-
-
-def test_a_folder_of_runs_names_them(ema: Ema, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("first", "second"):
-        shutil.copytree(place / "run", tmp_path / "runs" / name)
-    (tmp_path / "runs" / "notes.txt").touch()
-    monkeypatch.chdir(tmp_path)
-    making = ["synthesize", "runs", "--sigma-rel", "0.1", "--out", "x.pt"]
-    for command in (making, ["error-plot", "runs", "--json"], ["info", "runs"], ["report", "runs"]):
-        said = "runs: contains runs, but no snapshots itself: first, second; name one of them"
-        assert ema(*command).error == said
 
 
 def test_no_error_of_the_library_names_an_option_or_a_command() -> None:

@@ -66,65 +66,12 @@ def test_an_output_is_replaced_only_with_overwrite_and_a_snapshot_never(ema: Ema
     out, before = tmp_path / "m.safetensors", contents(run)
     out.write_text("precious")
     arguments = ("synthesize", run, "--sigma-rel", "0.15", "--out")
-    for option, said in (("--json", "already exists"), ("--skip-existing", "`overwrite` to replace it")):
-        assert said in ema(*arguments, out, option).error
-        assert out.read_text() == "precious"
+    assert "already exists; choose another name, or `overwrite`" in ema(*arguments, out).error
+    assert out.read_text() == "precious"
     assert ema(*arguments, out, "--overwrite").code == 0
     assert load_file(out)
     assert "is a snapshot of a run" in ema(*arguments, sorted(run.glob("*.safetensors"))[3], "--overwrite").error
     assert contents(run) == before
-
-
-def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path) -> None:
-    for folder, widths in (("some", "0.05,0.15"), ("all", "0.05,0.10,0.15")):
-        assert ema("synthesize", run, "--sigma-rel", widths, "--out", tmp_path / folder).code == 0
-    widths = ("synthesize", run, "--sigma-rel", "0.05,0.10,0.15", "--out", tmp_path / "some")
-    report = ema(*widths, "--skip-existing", "--json").json
-    assert [target["skipped"] for target in report["targets"]] == [True, False, True]
-    assert all(target["seconds"] > 0 for target in report["targets"])
-    assert contents(tmp_path / "some").keys() == contents(tmp_path / "all").keys()
-    for path in (tmp_path / "some").iterdir():
-        torch.testing.assert_close(load_file(path), load_file(tmp_path / "all" / path.name), rtol=1e-6, atol=5e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "said", "name"),
-    [
-        (("--sigma-rel", "0.12"), "its target is sigma_rel 0.12, not sigma_rel 0.15", "m.safetensors"),
-        (("--dtype", "float32"), "its tensor '2.weight' is F32 of shape [2, 3], not F16 of shape [2, 3]", "m"),
-    ],
-)
-def test_an_output_of_another_plan_is_not_skipped(
-    ema: Ema, run: Path, tmp_path: Path, options: tuple[str, str], said: str, name: str
-) -> None:
-    layout = ("--layout", "sharded") if name == "m" else ()
-    base = ("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / name, *layout)
-    assert ema(*base, *options).code == 0
-    before = contents(tmp_path)
-    refused = ema(*base, "--skip-existing")
-    assert f"is another output: {said}; choose another name, or `overwrite` to replace it" in refused.error
-    assert ema(*base, *options, "--skip-existing").code == 0
-    assert contents(tmp_path) == before
-
-
-def test_an_output_of_other_snapshots_or_damaged_or_without_a_header_is_not_skipped(
-    ema: Ema, run: Path, tmp_path: Path
-) -> None:
-    out, folder = tmp_path / "m.safetensors", tmp_path / "m"
-    base = ("synthesize", run, "--sigma-rel", "0.15", "--out")
-    shards = (*base, folder, "--layout", "sharded", "--max-shard-size", "40")
-    for command in ((*base, out), shards):
-        assert (ema(*command).code, ema(*command, "--skip-existing").code) == (0, 0)
-    flip_bit(out)
-    assert "m.safetensors: " in ema(*base, out, "--skip-existing").error
-    flip_bit(out)
-    sorted(folder.glob("*.safetensors"))[-1].unlink()
-    assert "00004.safetensors: cannot be opened" in ema(*shards, "--skip-existing").error
-    sorted(run.glob("*.safetensors"))[8].unlink()
-    refused = ema(*base, out, "--skip-existing")
-    assert "is another output: its snapshots or their coefficients are others" in refused.error
-    assert ema(*base, tmp_path / "m.pt").code == 0
-    assert "does not say which average it holds" in ema(*base, tmp_path / "m.pt", "--skip-existing").error
 
 
 def test_a_missing_snapshot_is_reported_and_averages_can_still_be_made(ema: Ema, run: Path) -> None:
@@ -157,31 +104,6 @@ def test_every_kind_at_once_each_into_a_file_of_its_name(ema: Ema, run: Path, tm
     made = dict(synthesize(plan_synthesis(disk_sources(run), [*targets.values()])))
     for index, target in enumerate(report):
         assert_same_tensors(load_file(target["output"]), {name: values[index] for name, values in made.items()})
-
-
-def test_the_table_shows_the_error_of_every_target_and_the_last_line_the_largest(
-    ema: Ema, run: Path, tmp_path: Path
-) -> None:
-    targets = ["--sigma-rel", "0.15", "--target", "beta:0.99", "--target", "window:500"]
-    arguments = ["synthesize", run, *targets, "--method", "paper"]
-    lines = ema(*arguments, "--out", tmp_path / "averages").out.splitlines()
-    names = ["predicted error", "profile error"]
-    first = next(index for index, line in enumerate(lines) if line.startswith("target"))
-    assert re.split(r" {2,}", lines[first]) == ["target", *names, "output"]
-    rows = [re.split(r" {2,}", line) for line in lines[first + 1 : first + 4]]
-    assert [row[0] for row in rows] == ["sigma_rel 0.15", "beta:0.99", "window:500"]
-    assert [row[-1] for row in rows] == [
-        f"{name}.safetensors" for name in ("sigma_rel-0.15", "beta-0.99", "window-500")
-    ]
-    report = ema(*arguments, "--dry-run", "--json").json
-    errors = [name.replace(" ", "_") for name in names]
-    for row, target in zip(rows, report["targets"], strict=True):
-        assert row[1:-1] == [f"{100 * target[error]:.2g} %" for error in errors]
-    worst = {name: max(t[error] for t in report["targets"]) for name, error in zip(names, errors, strict=True)}
-    said = ", ".join(f"{name} up to {100 * error:.2g} %" for name, error in worst.items())
-    assert lines[-1].startswith(f"made 3 averages at t = 2,000 from 40 snapshots, {said}, 128 B each, in ")
-    assert lines[-1].endswith(f": {tmp_path / 'averages'}")
-    assert len({line.index(" %") for line in lines[first + 1 : first + 4]}) == 1  # aligned
 
 
 def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema: Ema, tmp_path: Path) -> None:

@@ -21,9 +21,7 @@ from posthoc_cli.profiles import (
     Profile,
     StoredProfile,
     ema_pytorch_profile,
-    emulated_decay,
     gamma_from_sigma_rel,
-    uniform_average,
 )
 from posthoc_cli.reconstruction import (
     METHODS,
@@ -37,6 +35,7 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     reconstruct,
 )
+from posthoc_cli.targets import Between, Decay
 
 STEPS, ELEMENTS = 4000, 400
 STEP_CLOCK = Steps(Clock.of_steps())
@@ -104,7 +103,9 @@ def even_prior(count: int, t: float, noise: float = 0.0) -> Prior:
 @pytest.mark.parametrize("kind", ["even", "cosine", "noisy"])
 @pytest.mark.parametrize("count", [8, 64])
 def test_errors_from_checkpoints_alone_are_predicted(kind: str, count: int) -> None:
-    actual, predicted = errors([points(count)], walk(kind), [*TARGETS, uniform_average(STEPS / 2, STEPS)])
+    actual, predicted = errors(
+        [points(count)], walk(kind), [*TARGETS, Between(STEPS / 2, STEPS).profile(STEPS, Clock.of_steps(), 1.0)]
+    )
     ratios = actual / predicted
     assert np.all((ratios > 0.6) & (ratios < 1.5)), ratios
 
@@ -181,8 +182,8 @@ def sums_of_coefficients(stored: Sequence[Point], target: Profile, t: float) -> 
 @pytest.mark.parametrize(
     ("target", "times"),
     [
-        (uniform_average(0.0, 1000.0), [100.0, 150.0, 400.0, 410.0, 1000.0]),
-        (emulated_decay(600.0, 1000.0, "linear"), [600.0, 650.0, 700.0, 900.0, 1000.0]),
+        (Between(0, 1000).profile(1000, Clock.of_steps(), 1.0), [100.0, 150.0, 400.0, 410.0, 1000.0]),
+        (Decay("linear", 0.4).profile(1000, Clock.of_steps(), 1.0), [600.0, 650.0, 700.0, 900.0, 1000.0]),
     ],
 )
 def test_sums_of_coefficients_are_the_means_of_the_tail_between_checkpoints(
@@ -209,7 +210,8 @@ def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape: str, d: Callable
     """
     steps, start = 600, 400
     stored = [Point(float(t)) for t in range(start - 20, steps + 1)]
-    sums, predicted = sums_of_coefficients(stored, emulated_decay(float(start), float(steps), shape), float(steps))
+    target = Decay(shape, (start, steps)).profile(steps, Clock.of_steps(), 1.0)
+    sums, predicted = sums_of_coefficients(stored, target, float(steps))
     assert sums[:21] == pytest.approx(1, abs=1e-9)
     assert sums[21:] == pytest.approx(d(np.arange(steps - start) / (steps - start)), abs=1e-9)
     assert predicted < 1e-6

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 
-from posthoc_cli.profiles import Clock, PowerFunction, Profile, classical_average, step_window, uniform_average
+from posthoc_cli.profiles import Clock, PowerFunction, Profile
 from posthoc_cli.reconstruction import (
     METHODS,
     Motion,
@@ -26,6 +26,7 @@ from posthoc_cli.reconstruction import (
     relative_width,
 )
 from posthoc_cli.reconstruction.motion import FEW
+from posthoc_cli.targets import Beta, Between, Window
 
 T = 1000.0
 START = 3.0
@@ -79,10 +80,10 @@ def expected_square(
     ("target", "kinks"),
     [
         (power(0.1, T), ()),
-        (classical_average(0.99, T, STEPS, START), ()),
-        (classical_average(0.5, T, STEPS, START), ()),
-        (step_window(150, T, STEPS), (850.0,)),
-        (uniform_average(200.0, 620.0), (200.0, 620.0)),
+        (Beta(0.99).profile(T, STEPS, START), ()),
+        (Beta(0.5).profile(T, STEPS, START), ()),
+        (Window(150).profile(T, STEPS, START), (850.0,)),
+        (Between(200, 620).profile(T, STEPS, START), (200.0, 620.0)),
     ],
     ids=["power", "beta 0.99", "beta 0.5", "window", "span"],
 )
@@ -104,9 +105,9 @@ def test_the_width_of_a_profile_is_its_standard_deviation() -> None:
     for sigma_rel in (0.02, 0.1, 0.28):
         for t in (T, 1e-3):
             assert relative_width(power(sigma_rel, t), t) == pytest.approx(sigma_rel, rel=1e-9)
-    assert relative_width(uniform_average(200, 620), T) == pytest.approx(0.42 / 12**0.5, rel=1e-9)
+    assert relative_width(Between(200, 620).profile(T, STEPS, START), T) == pytest.approx(0.42 / 12**0.5, rel=1e-9)
     exponential = -1 / np.log(0.9) / T
-    assert relative_width(classical_average(0.9, T, STEPS), T) == pytest.approx(exponential, rel=1e-6)
+    assert relative_width(Beta(0.9).profile(T, STEPS, 0.0), T) == pytest.approx(exponential, rel=1e-6)
 
 
 # --- the optimum -----------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def test_the_assumed_motion_is_an_even_walk_of_a_quarter_of_the_weights_norm() -
     arrays = np.array([prior.rounding, prior.arithmetic, prior.norm])
     np.testing.assert_array_equal(arrays, np.multiply.outer([3e-3**2, 0, 1], np.ones(4)))
     assert (prior.source, prior.steps) == ("assumed", None)
-    assert prior.motion == even_motion(0.0, 400.0, 0.25**2 / 400)
+    assert (prior.motion.edges.tolist(), prior.motion.walk.tolist()) == ([0.0, 400.0], [0.25**2 / 400])
 
 
 def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion() -> None:

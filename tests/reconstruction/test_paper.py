@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate
 
-from posthoc_cli.profiles import PowerFunction, uniform_average
+from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import check_method, reconstruct
+from posthoc_cli.targets import Between
 
 T = 100_000.0
 TARGETS = (0.01, 0.05, 0.07, 0.15, 0.20, 0.28)
@@ -126,7 +127,7 @@ def test_misuse_is_named() -> None:
     target, later = power_functions((10.0, 11.0), (0.05,))
     with refused("snapshots", "at least one"):
         reconstruct([], [target])
-    for wanted, t in ((target, None), (uniform_average(1, 5), 10.0)):
+    for wanted, t in ((target, None), (Between(1, 5).profile(5.0, Clock.of_steps(), 1.0), 10.0)):
         with refused("snapshots", "at or before"):
             reconstruct([later], [wanted], t=t)
     for wrong in (0.15, [0.15], None, np.ones(2)):
