@@ -448,7 +448,7 @@ def _check_import(manifest: Manifest) -> Verification:
     """Check that the files that an import refers to are unchanged since the import."""
     reports = []
     for path in manifest.files:
-        report = FileReport(path, path, "checkpoint", state=UNCHECKED)
+        report = FileReport(path, "checkpoint", UNCHECKED)
         try:
             manifest.check_file(path)
         except FileFormatError as error:

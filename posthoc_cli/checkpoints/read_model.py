@@ -299,7 +299,7 @@ def _of_shards(index: Path) -> IndexedCheckpoint:
     """Return the index of a model in shards."""
     tensors: dict[Keys, Find] = {}
     values: dict[str, Any] = {}
-    for name, listed in decode_index(index, ENDINGS).shards.items():
+    for name, listed in decode_index(index, ENDINGS).items():
         shard = _of_file(index.parent / name)
         missing = [tensor for tensor in listed if (tensor,) not in shard.tensors]
         if missing:
