@@ -340,8 +340,7 @@ def profile(
     """Convert between sigma_rel and a classical beta.
 
     A classical EMA, average <- beta average + (1 - beta) weights, corresponds to the power function that has the same
-    mean age after --steps: beta / (1 - beta) steps. The largest sigma_rel is 0.2887, the uniform average; a table
-    with a beta for sigma_rel 0.40 is wrong.
+    mean age after --steps: beta / (1 - beta) steps. The largest sigma_rel is 0.2887, the uniform average.
     """
     from posthoc_cli.profiles import convert
 
