@@ -344,10 +344,11 @@ class PendingFile:
 
         A file for an object store is uploaded, and exists in the store when the upload is complete.
         """
-        if is_url(self.path):
-            self._send()
-            return
         with reported_as_write_error(self.path):
+            if is_url(self.path):
+                _upload(self.temporary, self.path, create=not self._overwrite)
+                self.discard()
+                return
             system.fsync(self.descriptor)
             replaces = self._overwrite and os.path.lexists(self.path)
             linked = self._take_name()
@@ -362,16 +363,6 @@ class PendingFile:
                     with suppress(OSError):
                         system.unlink(self.path)
                 raise
-
-    def _send(self) -> None:
-        from posthoc_cli.remote import store
-
-        with reported_as_write_error(self.path):
-            try:
-                store.put(str(self.path), self.temporary, create=not self._overwrite)
-            except FileExistsError as error:
-                raise _exists(self.path) from error
-        self.discard()
 
     def discard(self) -> None:
         """Remove the temporary file if it exists. The next call completes one that a signal interrupted."""
@@ -443,15 +434,10 @@ class PendingFolder:
 
     def send(self) -> None:
         """Upload the complete files to the store, those that lead to others last, and remove them here."""
-        from posthoc_cli.remote import store
-
         complete = [file for file in self.temporary.rglob("*") if file.is_file()]
         for file in sorted(complete, key=lambda file: (file.suffix == ".json", file.name == ".metadata", file)):
             target = self.path / file.relative_to(self.temporary)
-            try:
-                store.put(str(target), file)
-            except FileExistsError as error:
-                raise _exists(target) from error
+            _upload(file, target)
             self._uploaded.append(target)
             system.unlink(file)
 
@@ -495,6 +481,15 @@ class PendingFolder:
         self.discard()
         if isinstance(error, WriteError):
             error.subject = error.subject.replace(str(self.temporary), str(self.path))
+
+
+def _upload(file: Path, target: Path, create: bool = True) -> None:
+    from posthoc_cli.remote import store
+
+    try:
+        store.put(str(target), file, create=create)
+    except FileExistsError as error:
+        raise _exists(target) from error
 
 
 def _sync(path: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,11 +31,8 @@ from posthoc_cli.synthesis.engine import (
     COLUMNS,
     Options,
     Sums,
-    Tile,
-    Writer,
     check_device,
     synthesize,
-    synthesize_into,
 )
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
@@ -154,38 +151,6 @@ def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: o
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-@pytest.mark.parametrize("setting", ["float32_matmul_precision", "fp32_precision"])
-def test_no_matrix_product_is_made_while_the_program_allows_coarser_ones(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch, setting: str
-) -> None:
-    """As with TF32; the program changes torch's setting during a synthesis."""
-    make, multiply, tiles, products = engine.Maker.make, engine.multiply, itertools.count(), list[bool]()
-    plan, is_allowed = plan_of(mixed), False
-    matmul = None if setting == "float32_matmul_precision" else pytest.importorskip("torch.backends.mkldnn").matmul
-    before = matmul and matmul.fp32_precision
-
-    def allow(now: bool) -> None:
-        nonlocal is_allowed
-        is_allowed = now
-        if matmul is None:
-            torch.set_float32_matmul_precision("high" if now else "highest")
-        else:
-            matmul.fp32_precision = "bf16" if now else before
-
-    def change_and_make(*arguments: Any) -> None:
-        allow(next(tiles) % 2 == 1)
-        make(*arguments)
-
-    monkeypatch.setattr(engine, "multiply", lambda *factors: (products.append(is_allowed), multiply(*factors)))
-    monkeypatch.setattr(engine.Maker, "make", change_and_make)
-    try:
-        assert_sums(synthesize(plan, Options(workers=1)), exact_sums(plan))
-    finally:
-        allow(False)
-    assert next(tiles) > 3
-    assert set(products) == {False}
-
-
 # --- dtypes ----------------------------------------------------------------------------------------
 
 
@@ -297,69 +262,6 @@ def test_an_error_in_one_thread_stops_the_others_within_a_chunk(mixed: Path, mon
 # --- streams of an accelerator ---------------------------------------------------------------------
 
 
-class Streams:
-    """Outputs of a device whose streams only log what happens, in place of those of `Maker`."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.writers: list[Writer] = []  # kept, so that no id is used twice
-        self.log: list[tuple[str, object]] = []
-        self.outputs = [*[SimpleNamespace(open_tile=lambda _: lambda _: None)] * (len(TARGETS) - 1), self]
-        make = engine.Maker.make
-
-        def with_stream(maker: engine.Maker, *arguments: object) -> None:
-            maker._stream = SimpleNamespace(
-                wait_event=lambda event: self.log.append(("wait", event)),
-                synchronize=lambda: self.log.append(("synchronize", threading.get_ident())),
-            )
-            self.log.append(("make", id(arguments[1][-1])))  # type: ignore[index]
-            make(maker, *arguments)  # type: ignore[arg-type]
-
-        def caller_event(_: torch.device) -> int:
-            assert threading.current_thread() is threading.main_thread()
-            self.log.append(("event", len(self.log)))
-            return len(self.log) - 1
-
-        monkeypatch.setattr(engine.Maker, "make", with_stream)
-        monkeypatch.setattr(engine, "caller_event", caller_event)
-        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-
-    def open_tile(self, _: Tile) -> Writer:
-        self.writers.append(lambda _: None)
-        self.log.append(("open", id(self.writers[-1])))
-        return self.writers[-1]
-
-
-def test_a_tile_is_made_after_all_that_the_caller_did_before_opening_it(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its memory may still be used by the caller's stream."""
-    streams = Streams(monkeypatch)
-    tiles = list(synthesize_into(plan_of(mixed), streams.outputs, Options(workers=1)))
-    log = streams.log
-    opened = {what: log[index + 1] for index, (kind, what) in enumerate(log) if kind == "open"}
-    made = [(what, log[index + 1 :]) for index, (kind, what) in enumerate(log) if kind == "make"]
-    assert len(opened) == len(made) == len(tiles)
-    for writer, rest in made:
-        assert opened[writer] == ("event", next(what for kind, what in rest if kind == "wait"))
-
-
-def test_no_thread_leaves_work_in_progress_when_an_error_stops_it(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The receiver of the error frees the memory that the streams write."""
-    streams = Streams(monkeypatch)
-
-    def fail(*_: object) -> None:
-        streams.log.append(("fail", threading.get_ident()))
-        raise NonFiniteError("w", "an error")
-
-    monkeypatch.setattr(Sums, "result", fail)
-    with pytest.raises(NonFiniteError, match="an error"):
-        list(synthesize_into(plan_of(mixed), streams.outputs, Options(workers=3)))
-    failed = [(index, what) for index, (kind, what) in enumerate(streams.log) if kind == "fail"]
-    assert failed
-    for index, thread in failed:
-        assert ("synchronize", thread) in streams.log[index:]
-
-
 @needs_cuda
 def test_threads_make_sums_on_the_callers_current_device() -> None:
     """Each thread has a current device; in a new thread it is the first one."""
@@ -466,21 +368,6 @@ def test_a_model_is_filled_in_its_own_memory_and_a_damaged_snapshot_is_refused(t
     flip_bit(max(tmp_path.glob("*.safetensors")))
     with pytest.raises(FileFormatError, match="damaged"):
         tracker.load_into(model, 0.28)
-
-
-def test_a_model_on_meta_is_filled_and_keeps_its_ties(tmp_path: Path) -> None:
-    """Also under names that the run does not have."""
-    tracker = tracked(tmp_path)
-    with torch.device("meta"):
-        model = Net()
-        model.three = torch.nn.Linear(3, 3, bias=False)
-        model.three.weight = model.one.weight
-        model.register_buffer("again", model.count)
-    with pytest.warns(RuntimeWarning, match="on meta still, since no average fills them: mask;"):
-        tracker.load_into(model, 0.15)
-    assert model.one.weight is model.two.weight is model.three.weight
-    assert model.one.weight.requires_grad
-    assert model.again is model.count
 
 
 @pytest.mark.parametrize("way", ["load_into", "model"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from factories import random_walk, write_run
 from safetensors.torch import load_file
 from snapshots.recorded import failing, record
 
-from posthoc_cli import PostHocEMA, disk_sources
+from posthoc_cli import PostHocEMA
 from posthoc_cli import run as run_module
-from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction import Measurements
-from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots import sources
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
@@ -34,31 +31,6 @@ def remove_one(plan: Plan) -> Plan:
     """Delete one of the plan's snapshots, not the newest, as a writer that thins does."""
     plan.sources[len(plan.sources) // 2].path.unlink()  # type: ignore[attr-defined]
     return plan
-
-
-def test_a_plan_whose_snapshot_vanishes_is_made_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record(tmp_path, 20, checkpoint_every=2)
-    removals, plans = iter([True, True, False, *[True] * 5]), list[Plan]()
-
-    def make() -> Plan:
-        plans.append(plan_synthesis(disk_sources(tmp_path), [0.15]))
-        return remove_one(plans[-1]) if next(removals) else plans[-1]
-
-    def use(plan: Plan) -> Plan:
-        for source in plan.sources:
-            with source:
-                pass
-        return plan
-
-    with caplog.at_level(logging.WARNING):
-        assert with_consistent_plan(make, use) is plans[2]
-    assert [len(plan.sources) for plan in plans] == [20, 19, 18]
-    assert sum("planning again" in record.getMessage() for record in caplog.records) == 2
-    monkeypatch.setattr(run_module, "ATTEMPTS", 5)
-    with pytest.raises(VanishedError, match="no such file"):
-        with_consistent_plan(make, use)
 
 
 @pytest.fixture

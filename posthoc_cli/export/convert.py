@@ -31,7 +31,6 @@ from posthoc_cli.export.layouts import (
     in_turn,
     layout_of,
     nbytes,
-    open_model,
     open_outputs,
     plain,
 )
@@ -41,11 +40,11 @@ from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import (
     OutputInfo,
     Used,
-    check_alike,
     decode_output,
     index_of,
     model_files,
     models_at,
+    read_model,
     training_metadata,
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, running_statistics
@@ -188,21 +187,24 @@ def _of_source(source: Source) -> _Tensors:
     return {name: _Tensor(source, own, tensors[own].dtype, tensors[own].role) for name, own in names.items()}
 
 
+def _open_model(stack: ExitStack, path: Path) -> Sequence[TensorFile | Snapshot]:
+    """Open the files of a model until the stack ends."""
+    opened = [read_snapshot(path)] if is_parts_folder(path) else read_model(path)
+    return [stack.enter_context(file) for file in opened]
+
+
 def _read_model(stack: ExitStack, source: Path) -> tuple[_Tensors, OutputInfo | None, dict[str, str]]:
     """Return the tensors of a model, its header as an output, and what kohya's scripts keep about the training."""
-    opened: Sequence[TensorFile | Snapshot]
-    opened = [stack.enter_context(read_snapshot(source))] if is_parts_folder(source) else open_model(stack, source)
-    index = index_of(source)
-    tensors, infos = _Tensors(), list[tuple[Path, OutputInfo | None]]()
+    opened, index = _open_model(stack, source), index_of(source)
+    tensors, infos = _Tensors(), list[OutputInfo | None]()
     for file in opened:
         in_file, info = _read_file(file, source.name if index is None else index.parent.name)
-        infos.append((file.path, info))
-        check_alike(*infos[0], *infos[-1])
+        infos.append(info)
         if twice := in_file.keys() & tensors.keys():
             raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
         tensors |= in_file
     kept = training_metadata(opened[0]) if len(opened) == 1 and isinstance(opened[0], TensorFile) else {}
-    return tensors, infos[0][1] if infos else None, kept
+    return tensors, infos[0], kept
 
 
 def _read_file(file: TensorFile | Snapshot, model: str) -> tuple[_Tensors, OutputInfo | None]:
@@ -243,9 +245,7 @@ def _rename(tensors: _Tensors, prefix: str, strip: str) -> _Tensors:
 def _read_base(stack: ExitStack, base: Path, own: _Tensors) -> _Tensors:
     """Return the tensors that only the base has; tensors in both must have the same shape."""
     tensors = _Tensors()
-    opened: Sequence[TensorFile | Snapshot]
-    opened = [stack.enter_context(read_snapshot(base))] if is_parts_folder(base) else open_model(stack, base)
-    for file in opened:
+    for file in _open_model(stack, base):
         for name, entry in file.entries.items():
             tensors[name] = _Tensor(file, name, entry.dtype, "other")
             if name in own:

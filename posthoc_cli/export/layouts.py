@@ -28,13 +28,12 @@ from posthoc_cli.errors import (
     MismatchError,
     NonFiniteError,
     OutputExistsError,
-    VanishedError,
     WriteError,
     check_word,
 )
 from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
-from posthoc_cli.snapshots.outputs import INDEX_NAME, check_indexed, encode_index, model_files
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, TensorFileWriter, read_file, tensor_bytes
+from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFileWriter, read_file, tensor_bytes
 from posthoc_cli.synthesis.engine import Options, TensorOutput, Tile, Writer, holds
 from posthoc_cli.targets import Target
 
@@ -136,29 +135,26 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     target. A folder of shards holds one model, so several targets get a folder each within it.
 
     Raises:
-        InvalidValueError: two targets would have the same path, or a target cannot fill in the pattern.
+        InvalidValueError: two targets would have the same path.
     """
     unknown = [name for name in re.findall(r"\{\w*\}", out) if name not in (_SIGMA_REL, _TARGET)]
     if unknown:
         raise InvalidValueError("out", f"{unknown[0]} is not known; must be {_SIGMA_REL} or {_TARGET}", value=out)
     path, pattern, folder = files.expanded(files.given_path("out", out)), out, None
+    files.check_writable("out", path)
     if _SIGMA_REL not in out and _TARGET not in out:
         is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
         if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
             return [path], None
         if not is_folder and path.suffix in (SUFFIX, *PICKLES):
-            place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
-            example = f"a name with {place} in it, such as {path.stem}-{place}{path.suffix}"
+            example = f"a name with {_TARGET} in it, such as {path.stem}-{_TARGET}{path.suffix}"
             raise InvalidValueError("out", f"{len(targets)} targets need a folder, or {example}", value=out)
-        if path.exists() and not path.is_dir():
-            raise InvalidValueError("out", "is no folder", "name a file with its ending, or a folder", value=out)
         pattern, folder = str(path / f"{_TARGET}{suffix_of(layout)}"), path
     taken: dict[Path, Target] = {}
     for target in targets:
-        if _SIGMA_REL in pattern and target.sigma_rel is None:
-            raise InvalidValueError("out", f"{target.title} has no sigma_rel", f"write {_TARGET} for it", value=out)
-        name = target.label if target.sigma_rel is None else f"sigma_rel-{target.sigma_rel!r}"
-        made = files.expanded(pattern.replace(_SIGMA_REL, repr(target.sigma_rel)).replace(_TARGET, name))
+        width = target.label if target.sigma_rel is None else repr(target.sigma_rel)
+        name = target.label if target.sigma_rel is None else f"sigma_rel-{width}"
+        made = files.expanded(pattern.replace(_SIGMA_REL, width).replace(_TARGET, name))
         if made in taken:
             both = f"{taken[made].title} and {target.title} would both become {made}"
             raise InvalidValueError("out", f"{both}; a profile is named after its file", "rename one", value=out)
@@ -182,18 +178,6 @@ def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
         if not holds(dtype, torch.stack(bounds)):
             raise NonFiniteError(where, f"{dtype} cannot hold its largest value")
     return tensor.to(dtype)
-
-
-def open_model(stack: ExitStack, path: Path) -> list[TensorFile]:
-    """Open the files of a model until the stack ends, and check that each holds the tensors that the index says."""
-    opened = []
-    try:
-        for file_path, names in model_files(path).items():
-            opened.append(stack.enter_context(read_file(file_path)))
-            check_indexed(opened[-1], names)
-    except VanishedError as error:  # which callers would take for a snapshot that was thinned away meanwhile
-        raise FileFormatError(error.subject, error.reason) from error
-    return opened
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:

@@ -53,23 +53,18 @@ class RemoteBytes:
 
     Attributes:
         tag: the store's tag of the content; may be empty.
+        stamp: a value that differs for other content; every request checks it.
     """
 
     def __init__(self, path: Path) -> None:
         self._url = str(path)
-        start, self._info = store.get(self._url, 0, START)
-        self.size, self.tag = self._info.size, self._info.tag
+        start, info = store.get(self._url, 0, START)
+        self.size, self.tag = self.stamp = info.size, info.tag
         self._ahead: Ahead | None = None
         self._lock = threading.Lock()
         self._small: dict[int, memoryview] = {0: start}
         self._long: dict[int, tuple[Future[memoryview], int]] = {}
         """The pieces requested ahead, each with the number of its bytes that were not read yet."""
-
-    @property
-    def stamp(self) -> tuple[int, str]:
-        """A value that changes when the object is replaced; with a tag every request has checked it."""
-        info = self._info if self.tag else store.head(self._url)
-        return info.size, info.tag or str(info.modified)
 
     def read_ahead(self, ahead: Ahead, begin: int) -> None:
         """Request the bytes from an offset on, and from now on those after what is read."""

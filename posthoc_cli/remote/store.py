@@ -1,8 +1,7 @@
 """URLs as paths, requests to object stores, and their errors in one line.
 
-`obstore` makes the requests to S3, Google's and Azure's stores and web servers, and retries those that may succeed
-later. Credentials and endpoints come from the environment, under the names that the stores' own tools use. The secret
-parts of a URL, a user or a query, are kept in `_SECRETS`: only the request itself sees them.
+`obstore` makes the requests to S3, Google's and Azure's stores, and retries those that may succeed later. Credentials
+and endpoints come from the environment, under the names that the stores' own tools use.
 
 A failed request raises an OSError: a FileNotFoundError, a FileExistsError of `put`, or else a `RemoteError`, whose text
 holds nothing of what was sent.
@@ -13,7 +12,6 @@ from __future__ import annotations
 import errno
 import fnmatch
 import glob
-import mmap
 import os
 import re
 import stat
@@ -22,14 +20,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path, PosixPath
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from posthoc_cli.errors import InvalidValueError, MissingDependencyError, PostHocError, RemoteError
 
-Result = TypeVar("Result")
-
-SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
+SCHEMES = ("s3", "gs", "az", "hf")
 
 CLIENT = {"timeout": "60s", "connect_timeout": "5s"}
 """Timeouts of one request; the first includes its body."""
@@ -40,9 +36,6 @@ RETRIES: dict[str, Any] = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
 """Retries of a request whose failure may be temporary: 17 seconds of waiting in all."""
-
-_SECRETS: dict[str, tuple[str, str]] = {}
-"""The user with a password, and the query, of each URL of a web server, by the URL without them."""
 
 
 class ObjectInfo(NamedTuple):
@@ -57,28 +50,26 @@ class ObjectInfo(NamedTuple):
 
 
 def shown_url(text: str) -> str:
-    """Return a URL without its secret parts, which are kept; `text` may be what a Path made of it, with one slash.
+    """Return the URL that a text names, which may be what a Path made of it, with one slash.
 
     Raises:
-        InvalidValueError: its scheme is unknown, or it holds credentials that cannot be used.
+        InvalidValueError: its scheme is unknown, or it holds credentials, which the error does not show.
     """
     scheme, _, rest = text.partition(":")
     host, slash, path = rest.strip("/").partition("/")
-    scheme, user, query, is_web = scheme.lower(), "", "", scheme.lower() in ("http", "https")
+    scheme, user = scheme.lower(), ""
     if scheme != "hf":  # whose revisions are behind an @
         user, _, host = host.rpartition("@")
-    if is_web or scheme not in SCHEMES:
-        path, _, query = path.partition("?")
+    if scheme not in SCHEMES:
+        path = path.partition("?")[0]
     shown = f"{scheme}://{host}{slash}{path}".rstrip("/")
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise InvalidValueError(shown, f"is a URL of an unknown kind; must be a path, or begin with one of {known}")
     if not host:
-        raise InvalidValueError(shown, "must name a bucket, a host or a repository")
-    if user and not is_web:
+        raise InvalidValueError(shown, "must name a bucket or a repository")
+    if user:
         raise InvalidValueError(shown, "holds credentials, which are read from the environment only")
-    if user or query:
-        _SECRETS[shown] = (user, query)
     return shown
 
 
@@ -87,37 +78,29 @@ def endpoint() -> str:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
-def _place(url: str, nbytes: int = 0) -> tuple[Any, str]:
-    """Return the store of a URL, with its secrets, and the key in it; a request has time for a body of `nbytes`."""
+def _place(url: str) -> tuple[Any, str]:
+    """Return the store of a URL and the key in it."""
     scheme, _, rest = url.partition("://")
-    host, _, key = rest.partition("/")
+    bucket, _, key = rest.partition("/")
     with request_errors(url, "opened"):
         if scheme == "hf":
             from posthoc_cli.remote import hub
 
             return hub, rest
-        above = [known for known in _SECRETS if f"{url}/".startswith(f"{known}/")]  # a query is sent below its URL, too
-        user, query = _SECRETS[max(above, key=len)] if above else ("", "")
-        root = f"{scheme}://{user}{'@' * bool(user)}{host}/{'?' * bool(query)}{query}"
-        minutes = nbytes // (60 * _SLOWEST)
-        store = _opened(root, endpoint(), 60 * (1 + minutes) if minutes else 0)
-        return store, unquote(key) if scheme.startswith("http") else key
+        return _opened(f"{scheme}://{bucket}/", endpoint()), key
 
 
 @lru_cache(maxsize=64)
-def _opened(root: str, endpoint: str, seconds: int) -> Any:
-    """Return the store at a URL, whose requests may take `seconds`; 0 for the timeout of `CLIENT`."""
-    scheme = urlsplit(root).scheme
+def _opened(bucket: str, endpoint: str) -> Any:
+    """Return the store of a bucket."""
     try:
-        from obstore.store import HTTPStore, from_url
+        from obstore.store import from_url
     except ImportError:
-        reason = f"obstore is needed for {scheme}:// and is not installed"
+        reason = f"obstore is needed for {bucket} and is not installed"
         raise MissingDependencyError("obstore", reason, 'pip install "posthoc-cli[remote]"') from None
-    client: Any = CLIENT | ({"timeout": f"{seconds}s"} if seconds else {})
-    if scheme == "http" or (scheme == "s3" and endpoint.startswith("http:")):
-        client["allow_http"] = True
-    make: Any = HTTPStore if scheme in ("http", "https") else from_url
-    return make(root, client_options=client, retry_config=RETRIES)
+    allowed = {"allow_http": True} if bucket.startswith("s3:") and endpoint.startswith("http:") else {}
+    options: Any = {"client_options": CLIENT | allowed, "retry_config": RETRIES}
+    return from_url(bucket, **options)
 
 
 # --- paths
@@ -161,7 +144,7 @@ class RemotePath(PosixPath):
             except OSError as error:
                 # Where listing is not permitted, a missing object is "denied".
                 is_denied = isinstance(error, RemoteError)
-                if str(self).startswith("http") or (is_denied and error.errno != errno.EACCES):
+                if is_denied and error.errno != errno.EACCES:
                     raise
                 with suppress(RemoteError) if is_denied else nullcontext():
                     self._known = "folder" if listed(str(self)) else None
@@ -181,9 +164,9 @@ class RemotePath(PosixPath):
             return False
 
     def is_dir(self, **_: Any) -> bool:
-        """Return whether objects lie below the path; a web server has no folders."""
+        """Return whether objects lie below the path."""
         try:
-            return not str(self).startswith("http") and self._ask() is None
+            return self._ask() is None
         except FileNotFoundError:
             return False
 
@@ -275,7 +258,7 @@ def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, Obje
     """Return the bytes `begin` to `end` of an object, fewer at its end; with a tag only if it still has that tag."""
     store, key = _place(url)
     options: dict[str, Any] = {"range": (begin, end)}
-    if tag and not tag.startswith("W/"):  # a weak tag never matches
+    if tag:
         options["if_match"] = tag
     try:
         with request_errors(url):
@@ -295,49 +278,29 @@ def revisions(url: str) -> list[str]:
         return list(store.revisions(key))
 
 
-_ONE_REQUEST = 5_000 * 1024 * 1024
-"""Bytes that every store accepts in one request."""
-
 _PART, _MOST_PARTS = 8 * 1024 * 1024, 9_000
 """Least bytes of a part of a multipart upload, and the largest number of parts; S3 accepts 10,000."""
-
-_SLOWEST = 500_000
-"""Bytes a second for which the timeout of a request allows."""
 
 
 def put(url: str, data: bytes | Path, *, create: bool = True) -> None:
     """Write an object, complete or not at all.
 
-    With `create`, raise a FileExistsError if the object exists, in one conditional request; a RemoteError with ENOTSUP
-    says that the store has none. `obstore` has no conditional multipart upload: for a new file above 5,000 MiB it is
-    checked before that the object does not exist.
+    With `create`, raise a FileExistsError if the object exists. Up to 8 MiB are sent by one conditional request, which
+    the store refuses then; a RemoteError with ENOTSUP says that the store has none. `obstore` has no conditional
+    multipart upload: for more it is checked before that the object does not exist.
     """
     size = data.stat().st_size if isinstance(data, Path) else len(data)
-    store, key = _place(url, size)
-    content: Any = data
-    options: dict[str, Any] = {"chunk_size": _part_bytes(size), "max_concurrency": 4}
-    if create and size <= _ONE_REQUEST:
-        content = _mapped(data) if isinstance(data, Path) else data
+    store, key = _place(url)
+    options: dict[str, Any] = {"chunk_size": max(_PART, -(-size // _MOST_PARTS)), "max_concurrency": 4}
+    if create and size <= _PART:
+        data = data.read_bytes() if isinstance(data, Path) else data
         options = {"mode": "create", "use_multipart": False}
     elif create:
         with suppress(FileNotFoundError):
             head(url)
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url)
     with request_errors(url, "written"):
-        store.put(key, content, **options)
-
-
-def _part_bytes(size: int) -> int:
-    return max(_PART, -(-size // _MOST_PARTS))
-
-
-def _mapped(path: Path) -> Any:
-    """Return the content of a file that nobody shortens meanwhile; the system drops its pages where memory is short."""
-    with path.open("rb") as file:
-        try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError):  # an empty file, or a file system without mapping
-            return file.read()
+        store.put(key, data, **options)
 
 
 def delete(url: str) -> None:
@@ -361,19 +324,14 @@ _REASONS = (
     ("status code: 416 ", errno.ERANGE, "it is shorter than the range asked for", ""),
     ("<Code>(NoSuchBucket|ContainerNotFound)<", errno.EIO, "there is no such bucket or container", ""),
     ("status code: 404", errno.ENOENT, "", ""),
-    (r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential",
+    (r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential|MissingAccount",
      errno.EACCES, "no credentials were found", _ACCESS),
-    ("MissingAccount", errno.EACCES, "no account is named", "set AZURE_STORAGE_ACCOUNT_NAME"),
-    ("OpenCredentials|DecodeCredentials|InvalidAccessKey {", errno.EACCES, "the credentials cannot be read", _ACCESS),
-    ("<Code>(ExpiredToken|TokenRefreshRequired)<", errno.EACCES, "the credentials have expired", "renew them"),
-    ("<Code>(InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken)<",
-     errno.EACCES, "the credentials are not accepted", _ACCESS),
+    ("status code: 401|OpenCredentials|DecodeCredentials|InvalidAccessKey|ExpiredToken|TokenRefresh|InvalidToken"
+     "|SignatureDoesNotMatch", errno.EACCES, "the credentials are missing, expired or not accepted", _ACCESS),
     ("<Code>RequestTimeTooSkewed<", errno.EACCES, "the clock of this machine is wrong", "set it"),
     ("<Code>(AuthorizationHeaderMalformed|PermanentRedirect)<|status code: 301|redirect without LOCATION",
      errno.EIO, "the bucket is in another region", "set AWS_REGION"),
-    ("status code: 401", errno.EACCES, "the credentials are missing or not accepted", _ACCESS),
     ("status code: 403|<Code>AccessDenied<", errno.EACCES, "access is denied", ""),
-    ("status code: 405", errno.EIO, "the server does not list folders or take files", "name a file"),
     ("status code: 412", errno.ESTALE, "was replaced while it was being used", "run again"),
     ("status code: (429|503)|<Code>SlowDown<",
      errno.EIO, "the store asks for fewer requests, or is not available", "try again later"),
@@ -382,8 +340,7 @@ _REASONS = (
     (r"status code: (\d{3})(?:.*<Code>(\w{1,60})<)?", errno.EIO, r"the server answers \1 \2", ""),
     (r"<Code>(\w{1,60})<", errno.EIO, r"the server answers \1", ""),
     ("^ValueError", errno.EIO, "the store does not accept this name", ""),
-    ("Connect|dns error", errno.EIO, "no connection to the server", "check the URL, the endpoint and the network"),
-    ("Timeout|timed out", errno.EIO, "the server did not answer in time", ""),
+    ("Connect|dns error|Timeout|timed out", errno.EIO, "no answer of the server", "check the URL and the network"),
     ("", errno.EIO, "the connection was lost, or the answer is incomplete", ""),
 )  # fmt: skip
 """Patterns of error texts, the first match decides: each with the errno, the reason and what to do."""

@@ -15,7 +15,7 @@ import socket
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -93,11 +93,6 @@ class Directory:
         return [path for path in self.entries if is_snapshot_name(path) and path.suffix != SUFFIX]
 
     @property
-    def parts_folders(self) -> list[Path]:
-        """The folders of parts, whatever their names: setting one aside may have added a number to its name."""
-        return [path for path in self.entries if path.suffix != SUFFIX and is_parts_folder(path)]
-
-    @property
     def leftovers(self) -> list[Path]:
         """The temporary files of interrupted writes, or of writes in progress."""
         return [path for path in self.entries if files.is_temporary(path.name)]
@@ -111,8 +106,8 @@ class Directory:
     def superseded(self) -> int:
         """The number of snapshots that were set aside; 0 if their folder cannot be read."""
         with suppress(DirectoryError):
-            superseded = list_folder(self.path / SUPERSEDED)
-            return len(superseded.files) + len(superseded.parts_folders)
+            entries = list_folder(self.path / SUPERSEDED).entries
+            return sum(not path.name.startswith(".") for path in entries)
         return 0
 
 
@@ -122,22 +117,22 @@ def is_import(path: str | Path) -> bool:
     return manifest.is_file() if files.is_url(manifest) else os.path.lexists(manifest)
 
 
+_NO_DIRECTORY: dict[type[OSError], str] = {
+    FileNotFoundError: "no such directory",
+    NotADirectoryError: "is not a directory",
+}
+
+
 def list_directory(directory: Path) -> Directory:
     """List a directory; raise DirectoryError if it does not exist, is not a directory, or cannot be read."""
-    subject, hint = str(directory), NAME_A_RUN
     try:
         return Directory(directory, tuple(sorted(files.system.list(directory))))
     except RemoteError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        if isinstance(error, FileNotFoundError):
-            reason = "no such directory"
-        elif isinstance(error, NotADirectoryError):
-            reason = "is not a directory"
-        else:
-            why = getattr(error, "strerror", None) or str(error)
-            subject, reason, hint = repr(subject), f"cannot be read: {why.lower()}", ""
-        raise DirectoryError(subject, reason, hint) from error
+    except OSError as error:
+        if known := _NO_DIRECTORY.get(type(error)):
+            raise DirectoryError(directory, known, NAME_A_RUN) from error
+        raise DirectoryError(directory, f"cannot be read: {(error.strerror or str(error)).lower()}") from error
 
 
 def list_folder(folder: Path) -> Directory:
@@ -152,14 +147,30 @@ def list_folder(folder: Path) -> Directory:
         raise
 
 
+Read = Callable[[Path], Snapshot | FileFormatError | None]
+"""What reads the header of a snapshot or a part; None for another kind of file, or one that no longer exists."""
+
+
+def _read(path: Path) -> Snapshot | FileFormatError | None:
+    try:
+        file = read_file(path)
+        return None if file.kind in (None, "output") else decode_snapshot(file)
+    except FileFormatError as error:
+        return None if files.is_absent(path) else error
+
+
 def inspect_directory(directory: Path) -> Directory:
     """Read the headers of all snapshots in a directory, continuing after errors; raise errors of `list_directory`."""
-    listing = list_directory(directory)
+    return inspected(list_directory(directory))
+
+
+def inspected(listing: Directory, read: Read = _read) -> Directory:
+    """Return a listing with what the headers in it say."""
     snapshots: list[Snapshot] = []
     problems: list[PostHocError] = []
     notes: list[str] = []
     incomplete: dict[Path, str] = {}
-    for result in _snapshots_in(listing.files):
+    for result in _results(listing.files, read):
         if isinstance(result, FileFormatError):
             problems.append(result)
         elif result.part is None:
@@ -168,7 +179,7 @@ def inspect_directory(directory: Path) -> Directory:
             notes.append(f"{result.name}: is a part of a snapshot, outside the folder of the others; not read")
     for folder in listing.folders:
         try:
-            content = read_folder(folder)
+            content = read_folder(folder, read)
         except PostHocError as error:
             if not files.is_absent(folder):
                 problems.append(error)
@@ -186,16 +197,7 @@ def inspect_directory(directory: Path) -> Directory:
     )
 
 
-def _snapshots_in(paths: Sequence[Path]) -> Iterator[Snapshot | FileFormatError]:
-    """Yield the snapshots and parts among files, and an error for each unreadable file that still exists."""
-
-    def read(path: Path) -> Snapshot | FileFormatError | None:
-        try:
-            file = read_file(path)
-            return None if file.kind in (None, "output") else decode_snapshot(file)
-        except FileFormatError as error:
-            return None if files.is_absent(path) else error
-
+def _results(paths: Sequence[Path], read: Read) -> Iterator[Snapshot | FileFormatError]:
     return filter(None, in_turn(read, paths, any(map(files.is_url, paths))))
 
 
@@ -210,14 +212,11 @@ def read_snapshot(path: Path) -> Snapshot:
 def find_snapshots(directory: Path) -> list[Snapshot]:
     """Read the snapshots of a run like `read_directory`; return none for a missing or empty directory."""
     try:
-        content = inspect_directory(directory)
+        return _checked(inspect_directory(directory))
     except DirectoryError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return []
         raise
-    if content.problems:
-        raise content.problems[0]
-    return list(content.snapshots)
 
 
 def read_directory(directory: Path) -> list[Snapshot]:
@@ -228,9 +227,9 @@ def read_directory(directory: Path) -> list[Snapshot]:
         FileFormatError: a file in it is damaged.
         MismatchError: two files do not belong together; both are named.
     """
-    if found := find_snapshots(directory):
+    content = inspect_directory(directory)
+    if found := _checked(content):
         return found
-    content = inspect_directory(directory)  # for the reason
     foreign = [path.name for path in content.entries if path.suffix in (SUFFIX, *PICKLES)]
     reason, hint = "no snapshots here", NAME_A_RUN
     if content.incomplete:
@@ -241,6 +240,13 @@ def read_directory(directory: Path) -> list[Snapshot]:
     elif foreign:
         reason += f"; {foreign[0]} is not a snapshot of this package"
     raise DirectoryError(directory, reason, hint)
+
+
+def _checked(content: Directory) -> list[Snapshot]:
+    """Return the snapshots in a directory; raise the first of its problems."""
+    if content.problems:
+        raise content.problems[0]
+    return list(content.snapshots)
 
 
 # --- snapshots of several parts
@@ -264,10 +270,10 @@ def is_parts_folder(path: Path) -> bool:
     return bool(are_parts) and all(are_parts) and not listing.folders
 
 
-def read_folder(folder: Path) -> Snapshot | str:
+def read_folder(folder: Path, read: Read = _read) -> Snapshot | str:
     """Read the parts in a folder and join them, see `joined`; the text is empty if it is not a folder of parts."""
     parts: list[Snapshot] = []
-    for result in _snapshots_in(list_folder(folder).files):
+    for result in _results(list_folder(folder).files, read):
         if isinstance(result, FileFormatError):
             raise result
         parts.append(result)

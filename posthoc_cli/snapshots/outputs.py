@@ -113,30 +113,21 @@ def training_metadata(file: TensorFile) -> dict[str, str]:
     return {name: value for name, value in kept.items() if not name.startswith("modelspec.hash")}
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """The content of an index: the tensors in each file, sorted by file name, and the total size if recorded."""
+def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, list[str]]:
+    """Return the tensors of each shard that an index names, by file name; shards have these endings.
 
-    shards: dict[str, list[str]]
-    total_size: int | None
-
-
-def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> ShardIndex:
-    """Return the checked index of a sharded model, whose shards have these endings and are in the index's folder."""
-    content = parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index")
-    weight_map = content.get("weight_map")
+    Raises FileFormatError, also if a name does not refer to a visible file in the index's folder on every system.
+    """
+    weight_map = parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index").get("weight_map")
     if not isinstance(weight_map, dict):
         raise FileFormatError(path, "is not an index of shards: it has no weight_map")
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
         if not (isinstance(name, str) and is_plain_name(name, endings)):
-            raise FileFormatError(
-                path, f"tensor {shown(tensor)}: {shown(name)} is not the name of a file in its folder"
-            )
+            reason = f"tensor {shown(tensor)}: {shown(name)} is not the name of a file in its folder"
+            raise FileFormatError(path, reason)
         shards.setdefault(name, []).append(tensor)
-    metadata = content.get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return ShardIndex(dict(sorted(shards.items())), total if type(total) is int else None)
+    return dict(sorted(shards.items()))
 
 
 def encode_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
@@ -159,7 +150,7 @@ def model_files(path: Path) -> dict[Path, list[str] | None]:
     """Return the files of a model or snapshot, each with the tensors that an index names; None without an index."""
     index = index_of(path)
     if index is not None:
-        return {index.parent / name: names for name, names in decode_index(index).shards.items()}
+        return {index.parent / name: names for name, names in decode_index(index).items()}
     if is_parts_folder(path):
         return dict.fromkeys(list_folder(path).files)
     return {path / SINGLE_NAME if path.is_dir() else path: None}
@@ -201,14 +192,27 @@ def models_at(path: Path) -> list[Path]:
     raise DirectoryError(path, problem, hint)
 
 
-def check_indexed(file: TensorFile, names: list[str] | None) -> None:
-    """Raise FileFormatError, naming the shard and the tensor, if a shard lacks a tensor that its index names."""
-    missing = set(names or ()) - file.entries.keys()
-    if missing:
-        raise FileFormatError(file.path, f"tensor {shown(min(missing))} is not in it, as the index says")
+def read_model(path: Path) -> list[TensorFile]:
+    """Read the headers of a model's files.
+
+    Raises:
+        FileFormatError: a file is damaged or missing, or lacks a tensor that its index names.
+        MismatchError: the files are of different outputs.
+    """
+    read, outputs = list[TensorFile](), list[tuple[Path, OutputInfo | None]]()
+    for file_path, names in model_files(path).items():
+        file = read_file(file_path)
+        if missing := set(names or ()) - file.entries.keys():
+            raise FileFormatError(file_path, f"tensor {shown(min(missing))} is not in it, as the index says")
+        read.append(file)
+        outputs.append((file_path, decode_output(file) if file.kind == "output" else None))
+        _check_alike(*outputs[0], *outputs[-1])
+    if not read:
+        raise FileFormatError(path, "is an index that names no file")
+    return read
 
 
-def check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
+def _check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
     """Raise MismatchError unless the metadata of two shards is of one output, or both have none."""
     problem = ""
     if info is None or found is None:
@@ -255,12 +259,7 @@ def describe(path: Path) -> Description:
 
 
 def _of_model(path: Path) -> Description:
-    shards = []
-    for file, names in model_files(path).items():
-        shards.append(read_file(file))
-        check_indexed(shards[-1], names)
-    if not shards:
-        raise FileFormatError(path, "is an index that names no file")
+    shards = read_model(path)
     is_sharded, kinds = index_of(path) is not None, {shard.kind for shard in shards}
     if kinds == {"snapshot"} and not is_sharded:
         return _of_snapshot(decode_snapshot(shards[0]))
@@ -268,14 +267,12 @@ def _of_model(path: Path) -> Description:
     sizes = _counts([shard.entries for shard in shards]) | {"bytes": sum(shard.nbytes for shard in shards)}
     if kinds != {"output"}:
         return {"kind": "safetensors", **place, **sizes}
-    outputs = [decode_output(shard) for shard in shards]
-    for shard, output in zip(shards, outputs, strict=True):
-        check_alike(shards[0].path, outputs[0], shard.path, output)
-    notice = statistics_notice(name for output in outputs for name in output.copies)
+    output = decode_output(shards[0])
+    notice = statistics_notice(output.copies)
     return {
-        "kind": "output", **place, "run": outputs[0].run_id,
-        **_fields(outputs[0], "profile sigma_rel gamma t t_unit method profile_error predicted_error"),
-        "snapshots": [vars(used) for used in outputs[0].snapshots], **sizes, "notes": [notice] if notice else [],
+        "kind": "output", **place, "run": output.run_id,
+        **_fields(output, "profile sigma_rel gamma t t_unit method profile_error predicted_error"),
+        "snapshots": [vars(used) for used in output.snapshots], **sizes, "notes": [notice] if notice else [],
     }  # fmt: skip
 
 

@@ -121,72 +121,45 @@ def plan_pruning(
     if keep is not None and check_count("keep", keep) > most:
         existing = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
         raise InvalidValueError("keep", f"{existing} a profile; nothing was deleted", value=keep)
-    errors = _Errors(snapshots, sigma_range)
-    if max_error is not None and errors.before.worst > max_error:
+    everyone = [snapshot.profile for snapshot in snapshots]
+    needed = _needed(everyone)
+    used = sorted({*thinned_subset(everyone, keep=keep or 1), *needed})
+    beyond = _spread_out([index for index in range(len(snapshots)) if index not in {*used}])
+    chosen = [snapshots[index] for index in used]
+    profiles, prior, staying = [s.profile for s in chosen], source_prior(chosen), [used.index(i) for i in needed]
+    before = forecast(profiles, prior, sigma_range)
+    if max_error is not None and before.worst > max_error:
         raise InexactError(
             "max_error",
             f"all {len(snapshots)} snapshots together have a predicted error of up to "
-            f"{errors.before.worst:.2g} for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go",
+            f"{before.worst:.2g} for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go",
             value=f"{max_error:g}",
         )
-    gone = errors.deletion_order(keep or 1)
-    bound = math.inf if max_error is None else max_error / _MARGIN
-    if max_size is not None:
-        gone = gone[: _enough_bytes(snapshots, gone, max_size)]
-    if max_error is not None:  # the errors grow with the number of deletions
-        gone = gone[: bisect_left(range(1, len(gone) + 1), True, key=lambda n: errors.without(gone[:n]).worst > bound)]
-    exchanged = errors.exchanged(gone)
-    size = file_bytes([snapshots[index] for index in errors.left(exchanged)])
-    fits = max_size is None or size <= max_size  # headers of later snapshots are longer
-    if fits and (max_error is None or errors.without(exchanged).worst <= bound):
-        gone = exchanged
-    kept, deleted = (tuple(snapshots[index] for index in chosen) for chosen in (errors.left(gone), gone))
-    return Pruning(kept, deleted, errors.before, errors.without(gone) if gone else errors.before, errors.prior.source)
 
+    def left(gone: Sequence[int]) -> list[int]:
+        return [place for place in range(len(chosen)) if place not in gone]
 
-class _Errors:
-    """The expected errors from subsets of a directory's snapshots, given as indices; `before` are those from all."""
-
-    def __init__(self, snapshots: Sequence[Snapshot], sigma_range: tuple[float, float]) -> None:
-        self._snapshots, self._sigma_range = snapshots, sigma_range
-        self._profiles = [snapshot.profile for snapshot in snapshots]
-        self._needed = _needed(self._profiles)
-        self._used = sorted({*thinned_subset(self._profiles), *self._needed})
-        self.prior = source_prior([snapshots[index] for index in self._used])
-        self.before = forecast([self._profiles[index] for index in self._used], self.prior, sigma_range)
-
-    def without(self, gone: Sequence[int]) -> ErrorCurve:
-        """Return the error curve after deletions."""
-        left = self.left(gone)
-        chosen = [left[place] for place in thinned_subset([self._profiles[index] for index in left])]
-        if set(chosen) <= set(self._used):
-            prior = self.prior.of([self._used.index(index) for index in chosen])
-        else:
-            prior = replace(source_prior([self._snapshots[index] for index in chosen]), motion=self.prior.motion)
-        after = forecast([self._profiles[index] for index in chosen], prior, self._sigma_range)
+    def without(gone: Sequence[int]) -> ErrorCurve:
+        after = forecast([profiles[place] for place in left(gone)], prior.of(left(gone)), sigma_range)
         # The expected distance cannot decrease, but the norm that it is relative to is estimated from fewer averages.
-        return replace(after, predicted_error=np.maximum(after.predicted_error, self.before.predicted_error))
+        return replace(after, predicted_error=np.maximum(after.predicted_error, before.predicted_error))
 
-    def deletion_order(self, keep: int) -> list[int]:
-        """Return the snapshots that may be deleted, the least needed first, so that `keep` of each profile remain."""
-        profiles = self._profiles
-        staying = {*thinned_subset(profiles, keep=keep), *self._needed}
-        order = _spread_out([index for index in range(len(profiles)) if index not in staying])
-        if staying == set(self._used):
-            used = [profiles[index] for index in self._used]
-            removable = removal_order(used, self.prior, range(len(used)), keep, _needed(used), self._sigma_range)
-            order += [self._used[index] for index in removable]
-        return order
-
-    def exchanged(self, gone: list[int]) -> list[int]:
-        """Return better deletions of the same number by exchanges; the same ones if not all snapshots are used."""
-        if len(self._used) < len(self._profiles):
-            return gone
-        return exchanged(self._profiles, self.prior, self.left(gone), gone, self._needed, self._sigma_range)
-
-    def left(self, gone: Sequence[int]) -> list[int]:
-        """Return the remaining snapshots after deletions."""
-        return sorted(set(range(len(self._profiles))) - set(gone))
+    # Places in `chosen`, the least needed first. The errors grow with the number of deletions.
+    gone = removal_order(profiles, prior, range(len(chosen)), keep or 1, staying, sigma_range)
+    bound = math.inf if max_error is None else max_error / _MARGIN
+    if max_error is not None:
+        gone = gone[: bisect_left(range(1, len(gone) + 1), True, key=lambda n: without(gone[:n]).worst > bound)]
+    if max_size is not None:
+        count = _enough_bytes(snapshots, [*beyond, *(used[place] for place in gone)], max_size)
+        beyond, gone = beyond[:count], gone[: max(count - len(beyond), 0)]
+    better = exchanged(profiles, prior, left(gone), gone, staying, sigma_range)
+    fits = max_size is None or file_bytes([chosen[place] for place in left(better)]) <= max_size
+    if fits and (max_error is None or without(better).worst <= bound):  # headers of later snapshots are longer
+        gone = better
+    deleted = [*beyond, *(used[place] for place in gone)]
+    kept = tuple(snapshots[index] for index in range(len(snapshots)) if index not in {*deleted})
+    after = without(gone) if gone else before
+    return Pruning(kept, tuple(snapshots[index] for index in deleted), before, after, prior.source)
 
 
 def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> Pruning:

@@ -29,7 +29,6 @@ and by any number of threads. The header, which holds the checksums, is laid out
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import math
 import os
@@ -78,9 +77,6 @@ _SUMS_AT = _DIGITS.stop + len(b'","ema":"{\\"sums\\":\\"')
 
 _PIECE = 8
 """Blocks that are read by one request, and verified while they are in the processor's cache."""
-
-_MOST_DIGITS = 4_300
-"""The largest number of digits of an integer: Python's own default limit since 3.10.7, which users may lift."""
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """The first bytes of pickles and of archives written by torch.save."""
@@ -362,10 +358,6 @@ class _Shared:
         self.reordered: tuple[str, npt.NDArray[np.uint8]] | None = None
 
 
-_Span = tuple[str, int, int]
-"""The name of a tensor and the begin and end of some of its bytes, blocks of it."""
-
-
 @dataclass(frozen=True, eq=False)
 class TensorFile:
     """A file of tensors, each at a known place. As a context manager it stays open; else it is opened for each read.
@@ -523,51 +515,31 @@ class TensorFile:
     def examine(self, progress: Callable[[int], object]) -> tuple[dict[str, FileFormatError], list[str]]:
         """Read every byte, on several threads; return the damaged tensors, and those that hold nan or infinity."""
         damaged, nonfinite = dict[str, FileFormatError](), dict[str, None]()
+        blocks = [
+            (name, begin)
+            for name, entry in sorted(self.entries.items(), key=lambda item: item[1].begin)
+            for begin in range(0, entry.nbytes, BLOCK * ITEM_BYTES[entry.dtype])
+        ]
         with self, ThreadPoolExecutor(THREADS, "ema-verify") as pool:
-            results: Any = pool.map(self._examine_piece, _pieces(self.entries))
-            with closing(results):  # which cancels the pieces that were not begun
-                for nbytes, errors, bad in results:
-                    damaged |= errors
-                    nonfinite |= dict.fromkeys(bad)
+            results: Any = pool.map(self._examine_block, blocks)
+            with closing(results):  # which cancels the blocks that were not begun
+                for (name, _), (nbytes, error, is_bad) in zip(blocks, results, strict=True):
+                    damaged |= {name: error} if error else {}
+                    nonfinite |= {name: None} if is_bad else {}
                     progress(nbytes)
         return damaged, [*nonfinite]
 
-    def _examine_piece(self, spans: Sequence[_Span]) -> tuple[int, dict[str, FileFormatError], list[str]]:
-        """Read consecutive spans; return their size, and what `examine` returns."""
-        nbytes, at = sum(end - begin for _, begin, end in spans), 0
-        view = np.empty(nbytes, np.uint8).data
-        damaged, nonfinite = dict[str, FileFormatError](), []
+    def _examine_block(self, block: tuple[str, int]) -> tuple[int, FileFormatError | None, bool]:
+        """Read a block; return its size, the error if it is damaged, and whether it holds nan or infinity."""
+        name, begin = block
+        entry = self.entries[name]
+        view = np.empty(min(BLOCK * ITEM_BYTES[entry.dtype], entry.nbytes - begin), np.uint8).data
         try:
-            self._fill(spans[0][0], self.entries[spans[0][0]].begin + spans[0][1], view)
+            self._fill(name, entry.begin + begin, view)
+            self.check(name, begin, view)
         except FileFormatError as error:
-            return nbytes, dict.fromkeys((name for name, _, _ in spans), error), []
-        for name, begin, end in spans:
-            part = view[at : at + end - begin]
-            at += len(part)
-            try:
-                self.check(name, begin, part)
-            except FileFormatError as error:
-                damaged[name] = error
-            if holds_nonfinite(part, self.entries[name].dtype):
-                nonfinite.append(name)
-        return nbytes, damaged, nonfinite
-
-
-def _pieces(entries: Mapping[str, Entry]) -> Iterator[list[_Span]]:
-    """Yield the payload in order, in lists of consecutive spans of about a block in total."""
-    batch: list[_Span] = []
-    size = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
-        block = BLOCK * ITEM_BYTES[entry.dtype]
-        for begin in range(0, entry.nbytes, block):
-            end = min(begin + block, entry.nbytes)
-            if size + end - begin > block:
-                yield batch
-                batch, size = [], 0
-            batch.append((name, begin, end))
-            size += end - begin
-    if batch:
-        yield batch
+            return len(view), error, False
+        return len(view), None, holds_nonfinite(view, entry.dtype)
 
 
 def _runs(entries: Sequence[Entry]) -> Iterator[tuple[int, int, int, int]]:
@@ -588,18 +560,6 @@ def _runs(entries: Sequence[Entry]) -> Iterator[tuple[int, int, int, int]]:
 # --- headers
 
 
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Pause Python's cyclic garbage collector: it would scan all objects again and again while a table grows."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def read_file(path: Path) -> TensorFile:
     """Read the header of a safetensors file, and check all that can be checked without the payload."""
     with OpenedFile(path) as file:
@@ -610,7 +570,7 @@ def decode_file(file: OpenedFile) -> TensorFile:
     """Return what the header of an opened safetensors file says, checked."""
     start = _read_start(file)
     checksum = start[_DIGITS].decode(errors="replace") if start.startswith(_START, 8) else ""
-    with _faults_of(file.path), _without_collection():
+    with _faults_of(file.path):
         _require(not checksum or checksum == _checksum(start), _DAMAGED)
         _check_count(start.count(b'"dtype"'))  # before all of them are parsed
         raw = parse_object(file.path, start[8:], "header")
@@ -677,39 +637,38 @@ def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, E
     _check_count(len(raw))  # escaped keys were not counted before
     found: list[tuple[int, int, str, Entry]] = []
     for name, value in raw.items():
-        problem, begin, end, entry = _decode_entry(value, start)
-        if problem:
-            raise ValueError(f"tensor {shown(name)}: {problem}")
-        found.append((begin, end, name, entry))
+        try:
+            entry = _decode_entry(value, start)
+        except ValueError as error:
+            raise ValueError(f"tensor {shown(name)}: {error}") from None
+        found.append((entry.begin, entry.nbytes, name, entry))
     found.sort()
-    position = 0
-    for begin, end, name, _ in found:
+    position = start
+    for begin, size, name, _ in found:
         if begin != position:
-            raise ValueError(f"tensor {shown(name)}: begins at {begin:,} where {position:,} was due")
-        position = end
-    state = "truncated" if nbytes < start + position else "too long"
-    _require(start + position == nbytes, f"{state}: has {nbytes:,} bytes, its header says {start + position:,}")
+            raise ValueError(f"tensor {shown(name)}: begins at {begin - start:,} where {position - start:,} was due")
+        position += size
+    state = "truncated" if nbytes < position else "too long"
+    _require(position == nbytes, f"{state}: has {nbytes:,} bytes, its header says {position:,}")
     return {name: entry for _, _, name, entry in found}
 
 
-def _decode_entry(value: Any, start: int) -> tuple[str, int, int, Entry]:
-    """Return what is wrong with an entry of a header, if anything, its begin and end in the payload, and the tensor."""
-    problem, entry = "its header entry is malformed", Entry("", ())
+def _decode_entry(value: Any, start: int) -> Entry:
+    """Return a tensor of a header whose payload begins at `start`; raise ValueError if it is invalid."""
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        sizes = (begin, end, *shape)
-        is_entry = len(value) == 3 and {*map(type, sizes)} == {int} and type(shape) is list and min(sizes) >= 0
+        is_entry = len(value) == 3 and isinstance(shape, list) and is_sizes([begin, end, *shape])
     except (TypeError, KeyError, ValueError):
-        return problem, 0, 0, entry
+        is_entry = False
     # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
-    if is_entry and len(shape) <= 64 and math.prod(filter(None, shape)) < 2**60:
-        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            problem = f"dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}"
-        elif end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-            problem = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
-        else:
-            problem, entry = "", Entry(dtype, tuple(shape), start + begin)
-    return problem, begin, end, entry
+    if not is_entry or len(shape) > 64 or math.prod(filter(None, shape)) >= 2**60:
+        raise ValueError("its header entry is malformed")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ValueError(f"dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}")
+    entry = Entry(dtype, tuple(shape), start + begin)
+    if end - begin != entry.nbytes:
+        raise ValueError(f"{end - begin:,} bytes do not make {dtype} of shape {shape}")
+    return entry
 
 
 def _decode_sums(sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -729,14 +688,14 @@ def is_sizes(value: Any) -> bool:
 
 
 def parse_json(path: Path, data: bytes | str, what: str) -> Any:
-    """Parse strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits."""
+    """Parse strict JSON: no duplicate keys, no NaN, no zero bytes, no text that is not Unicode."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         objects = text.count("{") + text.count("[")  # each takes 64 bytes of memory
         _require(objects <= len(text) // 8 + 1000, "holds more objects than its length explains")
         value = _DECODER.decode(text)
-        if "\\u" in text:  # only escapes can produce invalid text
-            _check_text(value)
+        if "\\u" in text:  # only escapes can produce such text
+            _check_text(compact(value))
         return value
     except (ValueError, RecursionError) as error:
         raise FileFormatError(path, f"damaged {what}: {str(error)[:200]}") from error
@@ -760,27 +719,17 @@ def _refuse(constant: str) -> None:
     _require(False, f"{constant} is not JSON")
 
 
-def _short_int(digits: str) -> int:
-    """Parse an integer of limited length: a very long one would take hours if Python's own limit is lifted."""
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"a number of {len(digits):,} digits")
-    return int(digits)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+
+_NO_TEXT = re.compile(r"[\ud800-\udfff]|\\u0000")
+"""Lone surrogates and escaped zero bytes."""
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_short_int)
-
-
-def _check_text(value: Any) -> None:
-    """Refuse lone surrogates and zero bytes, which escapes can express."""
-    stack = [("", value)]
-    while stack:
-        key, node = stack.pop()
-        if isinstance(node, dict):
-            stack += [*((name, name) for name in node), *node.items()]
-        elif isinstance(node, list):
-            stack += [(key, item) for item in node]
-        elif isinstance(node, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in node):
-            raise ValueError(f"{shown(key)}: {shown(node)} is not Unicode text, or has a zero byte")
+def _check_text(text: str) -> None:
+    """Raise ValueError if a name or value in compact JSON has a zero byte or is not Unicode."""
+    if bad := _NO_TEXT.search(text):
+        near = ascii(text[max(0, bad.start() - 40) : bad.end() + 40])
+        raise ValueError(f"a name or value has a zero byte or is no Unicode text: {near}")
 
 
 def compact(value: object) -> str:
@@ -875,15 +824,12 @@ class TensorFileWriter:
         stamp = status.st_size, status.st_mtime_ns
         return TensorFile(self.path, self._entries, stamp, sums, {}, self._metadata, self._content, checksum)
 
-    def discard(self) -> None:
-        """Remove what was written; do nothing after `commit`."""
-        self._file.discard()
-
     def __enter__(self) -> TensorFileWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.discard()
+        """Remove what was written; do nothing after `commit`."""
+        self._file.discard()
 
 
 def encode_header(
@@ -902,19 +848,16 @@ def encode_header(
         offsets = [entry.begin, entry.begin + entry.nbytes]
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
     written = compact(header)
-    if bad := _NO_TEXT.search(written):
-        near = ascii(written[max(0, bad.start() - 40) : bad.end() + 40])
-        raise InvalidValueError("header", f"a name or value has a zero byte or is no Unicode text: {near}")
+    try:
+        _check_text(written)
+    except ValueError as error:
+        raise InvalidValueError("header", str(error)) from None
     text = written.encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise InvalidValueError("header", f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
     start = len(text).to_bytes(8, "little") + text
     return start[: _DIGITS.start] + _checksum(start).encode() + start[_DIGITS.stop :]
-
-
-_NO_TEXT = re.compile(r"[\ud800-\udfff]|\\u0000")
-"""Lone surrogates and escaped zero bytes, which readers refuse."""
 
 
 def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -974,12 +917,7 @@ def holds_nonfinite(data: memoryview, dtype: str) -> bool:
     """Return whether little-endian numbers of a dtype (a safetensors name) include nan or infinity.
 
     Without the sign, the bit patterns of floating-point numbers are in the order of the numbers, non-finite ones last.
-    Read as signed integers, the positive numbers are the largest, in this order; read as unsigned integers, the
-    negative numbers are. Comparing the two maxima with the first non-finite number therefore suffices, without a copy.
     """
     item, nonfinite = DTYPES[dtype].nbytes, DTYPES[dtype].first_nonfinite
-    if not nonfinite or not len(data):
-        return False
-    sign = 1 << (8 * item - 1)
-    signed = np.frombuffer(data, f"<i{item}")
-    return int(signed.max()) >= nonfinite or int(signed.view(f"<u{item}").max()) >= sign | nonfinite
+    bits = np.frombuffer(data, f"<u{item}")
+    return bool(nonfinite and np.any(bits & bits.dtype.type((1 << (8 * item - 1)) - 1) >= nonfinite))

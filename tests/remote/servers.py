@@ -27,7 +27,6 @@ class Server(ThreadingHTTPServer):
         sent: total bytes of the bodies.
         fault: called with the number of a request and its handler; returns whether it has answered.
         latency: seconds before each answer.
-        has_tags: whether answers have the tag of the content.
     """
 
     daemon_threads = True
@@ -35,7 +34,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.asked, self.sent, self.latency, self.has_tags = folder, list[str](), 0, 0.0, True
+        self.folder, self.asked, self.sent, self.latency = folder, list[str](), 0, 0.0
         self.fault: Callable[[int, Any], bool] = lambda _number, _handler: False
         self.lock = threading.Lock()
 
@@ -92,8 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if wanted else 200)
         if wanted:
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
-        tagged = [("ETag", tag)] * self.server.has_tags
-        for name, value in (("Content-Length", end - begin), *tagged, ("Accept-Ranges", "bytes")):
+        for name, value in (("Content-Length", end - begin), ("ETag", tag), ("Accept-Ranges", "bytes")):
             self.send_header(name, str(value))
         self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
         self.end_headers()

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pytest
 import safetensors
 import safetensors.numpy
 import safetensors.torch
@@ -25,7 +24,6 @@ from hypothesis import strategies as st
 
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.reconstruction import Measurements
-from posthoc_cli.snapshots.outputs import OutputInfo, Used, decode_output
 from posthoc_cli.snapshots.snapshot import TrackingSchedule, decode_snapshot
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import read_file
@@ -192,16 +190,6 @@ def test_the_metadata_of_a_snapshot_is_read_back_exactly(
         file = read_file(path)
     assert decode_snapshot(file) == info
     assert known or optional.keys().isdisjoint(file.content)
-
-
-@pytest.mark.parametrize("predicted_error", [None, 1.5e-4])
-def test_the_metadata_of_an_output_is_read_back_exactly(tmp_path: Path, predicted_error: float | None) -> None:
-    info = OutputInfo(
-        RUN_ID, "sigma_rel 0.15", 0.15, exact_gamma(0.15), 1e15 / 3, "tokens", "paper", 1e-3, predicted_error,
-        (Used("a.safetensors", 1 / 3), Used("b.safetensors", -2e-17)), ("norm.running_mean",),
-    )  # fmt: skip
-    write_tensors(tmp_path / "x.safetensors", {}, info, overwrite=False)
-    assert decode_output(read_file(tmp_path / "x.safetensors")) == info
 
 
 def test_names_that_imitate_the_format_do_no_harm(tmp_path: Path) -> None:

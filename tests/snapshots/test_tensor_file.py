@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -180,21 +179,6 @@ def refused(folder: Path, match: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("names", "metadata", "message"),
-    [
-        (["__metadata__"], {}, "__metadata__"),
-        (["x" * 10_000, "half \ud800 a pair"], {}, r"half .*ud800"),
-    ],
-)  # fmt: skip
-def test_headers_that_readers_refuse_are_not_written(
-    tmp_path: Path, names: list[str], metadata: dict[str, str], message: str
-) -> None:
-    entries = {name: Entry("U8", (1,)) for name in names}
-    with refused(tmp_path, message), TensorFileWriter(tmp_path / "x", entries, {}, metadata):
-        pass
-
-
-@pytest.mark.parametrize(
     ("name", "where"), [("a\0", {}), ("a", {"aliases": {"b\0": "a"}}), ("a", {"left_out": ("b\0",)})]
 )
 def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(
@@ -214,15 +198,3 @@ def test_a_replaced_output_is_a_new_file_and_open_readers_keep_the_old_one(tmp_p
 
 
 # --- tensors to bytes and back, bit for bit
-
-
-def test_the_bytes_are_row_major_whatever_the_memory_is_and_copied_only_then() -> None:
-    grid = torch.arange(6, dtype=torch.int16).reshape(2, 3)
-    expected = struct.pack("<6h", 0, 3, 1, 4, 2, 5)
-    assert bytes(tensor_bytes(grid.T)) == expected
-    assert bytes(tensor_bytes(grid.repeat(1, 2)[:, :3].T)) == expected
-    assert bytes(tensor_bytes(torch.tensor(7, dtype=torch.int16).expand(2))) == struct.pack("<2h", 7, 7)
-    assert bytes(tensor_bytes(torch.nn.Parameter(torch.tensor([1.0])))) == struct.pack("<f", 1.0)
-    view = np.frombuffer(tensor_bytes(grid), np.int16)
-    grid[0, 1] = 9
-    assert view[1] == 9

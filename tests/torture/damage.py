@@ -36,11 +36,14 @@ def examine(path: Path) -> Content:
     Raises:
         PostHocError: naming the file.
     """
-    for report in verify(path).files:
+    found = verify(path)
+    for report in found.files:
         if not report.is_fine:
             raise FileFormatError(report.path, report.detail)
+    if found.problems:
+        raise FileFormatError(path, found.problems[0])
     content: Content = {}
-    for shard in [path.parent / name for name in decode_index(path).shards] if path.name == INDEX_NAME else [path]:
+    for shard in [path.parent / name for name in decode_index(path)] if path.name == INDEX_NAME else [path]:
         with read_file(shard) as file:
             if file.kind not in DECODERS:
                 raise FileFormatError(shard, f"its kind is {str(file.kind)[:40]!r}")

@@ -1,4 +1,4 @@
-"""Files of a web server, and repositories of the Hub, read by its own client."""
+"""Repositories of the Hub, read by its own client."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ema_command import Ema
 from remote.servers import Server, serving
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
-from posthoc_cli.remote.store import remote_path
 
 STEPS = (1000, 3000, 512000)
 
@@ -35,27 +33,6 @@ def served(tmp_path: Path) -> Iterator[Server]:
     (tmp_path / "served/org/model-160m/main").mkdir()
     with serving(tmp_path / "served") as server:
         yield server
-
-
-def test_a_file_of_a_web_server_is_read_by_ranges(served: Server, ema: Ema) -> None:
-    file = f"{served.url}/org/model-160m/step1000/model.safetensors"
-    assert ema("info", file, "--json").json["path"] == file
-    path = remote_path(file)
-    assert path.is_file() and not path.is_dir() and path.stat().st_size > 480_000
-    assert ema("info", f"{served.url}/org").error.endswith("no such file or directory")
-    with pytest.raises(FileNotFoundError):
-        list(remote_path(f"{served.url}/org").iterdir())
-
-
-def test_the_secrets_of_a_url_are_sent_and_never_shown(served: Server, ema: Ema) -> None:
-    address = served.url.removeprefix("http://")
-    shown = f"{served.url}/org/model-160m/step1000"
-    for name, code in (("model.safetensors", 0), ("none.safetensors", 2)):
-        served.asked.clear()
-        done = ema("info", f"http://user:topsecret@{address}/org/model-160m/step1000/{name}?signature=topsecret%2F1")
-        assert done.code == code and "topsecret" not in done.out + done.err
-        assert f"{shown}/{name}" in done.out + done.err
-        assert served.asked and all("?signature=topsecret%2F1" in line for line in served.asked)
 
 
 def test_revisions_of_a_repository_are_checkpoints_of_a_run(served: Server, tmp_path: Path) -> None:
