@@ -449,7 +449,7 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     longest = 1 - 2 / (steps + 1)
     if not 0 < beta < longest:
         reason = f"after {steps:,} steps beta must lie in (0, {longest:.7g}), below the mean age of the uniform average"
-        raise InvalidValueError("betas", reason, value=f"{beta!r}")
+        raise InvalidValueError("target", reason, value=f"beta:{beta!r}")
     from scipy.optimize import brentq  # slow to import
 
     age = beta / (1 - beta)

@@ -351,12 +351,7 @@ def profile(
     count = options.parse_count(steps or "1000", "--steps")
     widths = parse_numbers(_COMMON_WIDTHS if sigma_rel is None else sigma_rel, "--sigma-rel") if target is None else []
     betas = [] if target is None else _betas(target)
-    try:
-        rows = convert(count, widths, betas)
-    except InvalidValueError as error:
-        if target is None or error.subject != "betas":
-            raise
-        raise bad("--target", target, error.reason) from error
+    rows = convert(count, widths, betas)
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
         return
