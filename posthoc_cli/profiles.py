@@ -5,14 +5,14 @@ weights of the network after each step. Its profile is its `tail`: tail(s) is th
 start and 0 from `t` on. The weights of step k have the mass tail(step k-1) - tail(step k). A tail is also what
 multiplies updates: sum_k w_k theta_k = theta_0 + sum_k tail(step k-1) (theta_k - theta_k-1).
 
-Below: the power function, which runs track; averages over known times, which other programs store; the formulas that a
-user may ask for; the clock of a run; and how updates are folded into tracked averages.
+Below: the power function, which runs track; averages over known times, which other programs store; the clock of a run;
+and how updates are folded into tracked averages. `targets` has the profiles that a user may ask for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -403,23 +403,6 @@ class OrdinaryEMA(Discrete):
             rule.longer(1 + self._rule.uncertainty).profile(step, **counts) if self._rule.uncertainty else self,
             replace(rule, copies=rule.copies + late).profile(step, **counts) if late > 0 else self,
         )
-
-
-# --- what a user may ask for ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Formula:
-    """A profile given by its tail in closed form, for times from 0 to the time of the average."""
-
-    formula: Callable[[FloatArray], FloatArray]
-    t: float
-
-    def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the mass after `s`."""
-        times = np.asarray(s, dtype=np.float64)
-        inside = np.clip(self.formula(np.clip(times, 0.0, self.t)), 0.0, 1.0)
-        return np.where(times < 0, 1.0, np.where(times >= self.t, 0.0, inside))
 
 
 # --- classical averages of the same mean age --------------------------------------------------------

@@ -16,12 +16,12 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word
 from posthoc_cli.profiles import (
     Clock,
     FloatArray,
-    Formula,
     Point,
     PowerFunction,
     Profile,
@@ -40,6 +40,20 @@ SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
     "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
 }
 """The multiplier d(x) at the fraction x of a decay, from 1 down to 0."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A profile given by its tail in closed form, for times from 0 to the time of the average."""
+
+    formula: Callable[[FloatArray], FloatArray]
+    t: float
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Return the mass after `s`."""
+        times = np.asarray(s, dtype=np.float64)
+        inside = np.clip(self.formula(np.clip(times, 0.0, self.t)), 0.0, 1.0)
+        return np.where(times < 0, 1.0, np.where(times >= self.t, 0.0, inside))
 
 
 @dataclass(frozen=True)
