@@ -530,7 +530,7 @@ class DirectoryLock:
 
 
 _DIED = "died without releasing it; taken over"
-_UNSEEN = "has not released it, and holds no lock that can be seen here; taken over: make sure that it is not running any more"
+_UNSEEN = "has not released it, and holds no lock seen here; taken over: make sure that it is not running any more"
 
 
 def _holder(descriptor: int) -> tuple[int, str] | None:
