@@ -58,6 +58,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 """The file name of a model in one file."""
 
+
 @dataclass(frozen=True)
 class Used:
     """A snapshot that an output was made from."""
