@@ -133,7 +133,7 @@ class Plan:
 
     @cached_property
     def columns_of(self) -> dict[str, tuple[int, ...]]:
-        """The column of each target by tensor; an InvalidValueError if a tensor is in no group, or a group is empty."""
+        """The column of each target by tensor; an InvalidValueError if a tensor is in no group."""
         found = {}
         for name, aliases in self.names.items():
             groups = [
@@ -144,11 +144,6 @@ class Plan:
                 reason, hint = f"tensor {shown(name)} matches no group", "add '*=0.1' for the rest"
                 raise InvalidValueError("group", reason, hint, value=", ".join(self.columns[groups.index(None)]))
             found[name] = tuple(columns[glob] for columns, glob in zip(self.columns, groups, strict=True) if glob)
-        used = {column for columns in found.values() for column in columns}
-        for glob in (glob for columns in self.columns for glob, column in columns.items() if column not in used):
-            examples = ", ".join(map(shown, list(self.names)[:3]))
-            reason = f"matches no tensor that is not in a group before it; there are {examples}"
-            raise InvalidValueError("group", reason, value=repr(glob))
         return found
 
     def passes(self) -> list[Plan]:
@@ -297,7 +292,12 @@ def plan_synthesis(
         coarse=frozenset(n for source in usable for n, entry in source.entries.items() if ITEM_BYTES[entry.dtype] < 4),
     )  # fmt: skip
     plan = replace(plan, output_rounding=_output_rounding(plan))
-    plan.passes()  # raises an error if the groups do not fit the tensors
+    if any(target.kind == "groups" for target in wanted):
+        used = {column for columns in plan.columns_of.values() for column in columns}
+        for glob in (glob for columns in plan.columns for glob, column in columns.items() if column not in used):
+            examples = ", ".join(map(shown, list(plan.names)[:3]))
+            reason = f"matches no tensor that is not in a group before it; there are {examples}"
+            raise InvalidValueError("group", reason, value=repr(glob))
     if max_error is not None:
         _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, Candidate("", snapshots, prior))
