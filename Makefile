@@ -35,7 +35,8 @@ $(READY): pyproject.toml Makefile
 	@touch $(READY)
 
 demo: $(READY)
-	$(BIN)/ema demo --out ema-demo --overwrite
+	rm -rf ema-demo
+	$(BIN)/ema demo --out ema-demo
 
 test: lint types unit
 
@@ -87,7 +88,7 @@ wheel: dist
 	rm -rf $(VENV)-wheel
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" dist/*.whl
-	cd $(VENV)-wheel && bin/ema guide && bin/ema demo --steps 1000 --overwrite
+	cd $(VENV)-wheel && bin/ema guide && bin/ema demo --steps 1000
 
 compat:
 	$(MAKE) wheel PYTHON=python3.10 TORCH=torch==2.4.0

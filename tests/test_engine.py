@@ -370,21 +370,6 @@ def test_a_model_is_filled_in_its_own_memory_and_a_damaged_snapshot_is_refused(t
         tracker.load_into(model, 0.28)
 
 
-def test_a_model_on_meta_is_filled_and_keeps_its_ties(tmp_path: Path) -> None:
-    """Also under names that the run does not have."""
-    tracker = tracked(tmp_path)
-    with torch.device("meta"):
-        model = Net()
-        model.three = torch.nn.Linear(3, 3, bias=False)
-        model.three.weight = model.one.weight
-        model.register_buffer("again", model.count)
-    with pytest.warns(RuntimeWarning, match="on meta still, since no average fills them: mask;"):
-        tracker.load_into(model, 0.15)
-    assert model.one.weight is model.two.weight is model.three.weight
-    assert model.one.weight.requires_grad
-    assert model.again is model.count
-
-
 @pytest.mark.parametrize("way", ["load_into", "model"])
 def test_a_value_that_a_model_of_float16_cannot_hold_is_refused(tmp_path: Path, way: str) -> None:
     model, tracker = Net().half(), tracked(tmp_path, scale=1e6)

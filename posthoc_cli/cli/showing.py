@@ -138,7 +138,7 @@ def audit(
 ) -> None:
     """Find which decay an average really has.
 
-    Compares averages with the weights in the same checkpoints, from one to the next, on a sample of a million elements.
+    Compares averages with the weights in the same checkpoints, from one to the next, on a sample of 100,000 elements.
     Shows the decay of each interval, and what is wrong: a wrong sign, an update per microbatch, an average that does
     not move or that was restarted at a resume. For a tracker's snapshots it shows the sigma_rel.
 
@@ -340,8 +340,7 @@ def profile(
     """Convert between sigma_rel and a classical beta.
 
     A classical EMA, average <- beta average + (1 - beta) weights, corresponds to the power function that has the same
-    mean age after --steps: beta / (1 - beta) steps. The largest sigma_rel is 0.2887, the uniform average; a table
-    with a beta for sigma_rel 0.40 is wrong.
+    mean age after --steps: beta / (1 - beta) steps. The largest sigma_rel is 0.2887, the uniform average.
     """
     from posthoc_cli.profiles import convert
 

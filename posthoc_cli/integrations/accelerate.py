@@ -40,7 +40,19 @@ def prepare(
 
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     places = _prepared.setdefault(accelerator, [])
-    number = _free_place(places, bare)
+    number = len(places)
+    # A place in checkpoints is free of the same model's tracker, or else of one that is closed or has lost its model.
+    for index, (tracker, other, earlier_hooks) in sorted(enumerate(places), key=lambda one: one[1][1]() is not bare):
+        earlier, of_model = tracker(), other()
+        if of_model is bare or of_model is None or earlier is None or earlier.closed:
+            number = index
+            earlier_hooks.close()
+            if earlier is not None and not earlier.closed:  # as when a notebook's cell runs again
+                log.warning(
+                    "%s: this tracker is closed, as another one of its model replaces it", earlier.checkpoint_dir
+                )
+                earlier.close()
+            break
 
     def save(models: object, weights: object, folder: str) -> None:
         write_state(ema, folder, model, number)
@@ -60,23 +72,3 @@ _Place = tuple[ref[PostHocEMA], ref[torch.nn.Module], ExitStack]
 """A tracker, its bare model, and the hooks that put it into checkpoints."""
 
 _prepared: WeakKeyDictionary[Accelerator, list[_Place]] = WeakKeyDictionary()
-
-
-def _free_place(places: list[_Place], bare: torch.nn.Module) -> int:
-    """Return a new tracker's index in checkpoints: that of the same model's tracker, else a free one, else a new one.
-
-    A model has an earlier tracker when a notebook's cell runs again, perhaps with another directory. The earlier
-    tracker is closed, and checkpoints no longer save or load it.
-    """
-    trackers = [tracker() for tracker, *_ in places]
-    models = [model() for _, model, _ in places]
-    same = [number for number, model in enumerate(models) if model is bare]
-    free = [n for n, tracker in enumerate(trackers) if tracker is None or tracker.closed or models[n] is None]
-    number = next(iter(same + free), len(places))
-    if number < len(places):
-        earlier, (*_, hooks) = trackers[number], places[number]
-        if earlier is not None and not earlier.closed:
-            log.warning("%s: this tracker is closed, as another one of its model replaces it", earlier.checkpoint_dir)
-            earlier.close()
-        hooks.close()
-    return number

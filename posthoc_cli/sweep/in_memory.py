@@ -69,7 +69,7 @@ def sweep(
         good = good_range(stored) if low is None or high is None else Axis("sigma_rel", low, high)
         axis = Axis("sigma_rel", good.low if low is None else low, good.high if high is None else high)
     check_counts(repeats, budget, axis)
-    if model is None and (notice := statistics_notice(newest.copies)):
+    if notice := statistics_notice(newest.copies):
         warn(notice)
     is_tracked = model is not None and tracker is not None and tracker.tracks(model)
     averages = functools.partial(_average, stored, tracker, model, is_tracked)
@@ -98,7 +98,7 @@ def _average(
     run: Run, tracker: PostHocEMA | None, model: torch.nn.Module | None, is_tracked: bool, length: float
 ) -> Iterator[tuple[Any, float | None]]:
     """Yield the argument of the metric, and the predicted error of the average; the length 0 means the raw weights."""
-    from posthoc_cli.tracker.filling import swapped_in, warn_of_statistics
+    from posthoc_cli.tracker.filling import swapped_in
 
     if model is not None and tracker is not None and (length or is_tracked):
         # Without a length the model keeps its weights, and is only put into eval mode.
@@ -108,8 +108,6 @@ def _average(
     weights = tracker.state_dict(sigma_rel=length) if tracker and length else run.average(length or Mean(1))
     with nullcontext() if model is None else swapped_in(model, weights):
         yield (weights if model is None else model), weights.predicted_error if length else None
-        if model is not None:
-            warn_of_statistics(model, weights, run.sources[-1].copies)
 
 
 def _checked(result: Any) -> tuple[float, float | None]:

@@ -12,23 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.tracker.model import unwrapped
 
 Update = Callable[[torch.nn.Module, float | None], None]
+ModelRef = weakref.ref[torch.nn.Module]
 
 _BY_HAND = "leave attach out, and call ema.update_(model) after each step that was taken"
-
-
-class WeakModel:
-    """A weak reference to a model and to the model inside its wrappers, which may outlive a temporary wrapper."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._wrapper, self._bare = weakref.ref(model), weakref.ref(unwrapped(model))
-
-    def __call__(self) -> torch.nn.Module | None:
-        """Return the model, bare where its wrapper no longer exists; None where neither does."""
-        model = self._wrapper()
-        return self._bare() if model is None else model
 
 
 class Attachment:
@@ -42,14 +30,15 @@ class Attachment:
 
     Attributes:
         steps: the number of steps that were counted.
+        is_updating: whether the tracker is being updated by such a step.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, update: Update, model: WeakModel, t: Callable[[], float] | None
+        self, optimizer: torch.optim.Optimizer, update: Update, model: ModelRef, t: Callable[[], float] | None
     ) -> None:  # fmt: skip
         self.steps = 0
         self._optimizer, self._update, self._model, self._t = weakref.ref(optimizer), update, model, t
-        self._is_updating = False
+        self.is_updating = False
         # A compiled step must not trace file operations and counters.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._handle = optimizer.register_step_post_hook(hook)
@@ -65,19 +54,13 @@ class Attachment:
         """The optimizer, or None once the tracker is detached or the optimizer no longer exists."""
         return self._optimizer() if self._is_attached else None
 
-    def check_caller(self) -> None:
-        """Raise a NotReadyError if the user's own code calls `update_`: each step would be counted twice."""
-        if self.optimizer is not None and not self._is_updating:
-            reason = "this tracker is attached to an optimizer and is updated by its steps"
-            raise NotReadyError("update_", reason, "leave out either this call or attach(), or detach() first")
-
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         try:
             if _has_changed_weights(optimizer):
                 model = self._model()
                 if model is None:
                     raise NotReadyError("attach", "the model that this tracker was made with no longer exists")
-                self._is_updating = True
+                self.is_updating = True
                 self.steps += 1
                 self._update(model, None if self._t is None else self._t())
         except BaseException:
@@ -86,11 +69,11 @@ class Attachment:
                 vars(optimizer).pop(name, None)
             raise
         finally:
-            self._is_updating = False
+            self.is_updating = False
 
 
 def attach(
-    update: Update, directory: Path, unit: str, optimizer: object, model: WeakModel | None,
+    update: Update, directory: Path, unit: str, optimizer: object, model: ModelRef | None,
     t: Callable[[], float] | None, before: Attachment | None,
 ) -> Attachment:  # fmt: skip
     """Attach a directory's tracker to an optimizer, in place of `before` and of another tracker of the directory."""

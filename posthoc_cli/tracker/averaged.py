@@ -1,17 +1,14 @@
-"""The average that a tracker is asked for, made by one process, or by several that make the call together.
+"""The average that several processes ask for together.
 
-A tracked length at the present time is a copy of the live average; any other is planned from the live averages and the
-snapshots. Of several processes the first one makes the `Recipe` and sends it. Of replicas it also makes the average;
-of a sharded model each process makes the chunks that it owns, from the boxes of the snapshots that it needs. Other
-holders of the same elements receive them from their owner, tensor by tensor. An error in one process is raised in all
-of them before a model has changed.
+The first process plans it, and sends the plan. Of replicas it also makes the average; of a sharded model each process
+makes the chunks that it owns, from the boxes of the snapshots that it needs. Other holders of the same elements receive
+them from their owner, tensor by tensor. An error in one process is raised in all of them before a model has changed.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +16,13 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
-from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, NonFiniteError, VanishedError
-from posthoc_cli.reconstruction import ROUNDING
-from posthoc_cli.run import Wanted, Weights
+from posthoc_cli.dtypes import torch_dtype
+from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, VanishedError
+from posthoc_cli.run import Wanted, Weights, make_weights
 from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot, sum_of_parts
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.snapshots.sources import ElementRange, Source
+from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import Entry
-from posthoc_cli.synthesis.engine import holds, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model import TrackedModel, named_tensors
@@ -38,106 +33,48 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One average to be made: of the sources of a plan or, without a plan, a copy of a live average.
+class SentPlan:
+    """A plan as the first process sends it to others, which may hold other tensors, or none.
 
     Attributes:
+        plan: without its sources, and without its target, which may be a user's object.
+        sources: name and checksum of each source.
         entries: dtype and complete shape of each tensor, by its stored name.
         names: all names of each tensor, its stored name first.
-        sources: the averages that it is made from.
         errors: the predicted error and the profile error.
-        plan: its coefficients; None for a copy.
     """
 
+    plan: Plan
+    sources: Sequence[tuple[str, str]]
     entries: Mapping[str, Entry]
     names: Mapping[str, Sequence[str]]
-    sources: Sequence[Source]
     errors: tuple[float | None, float]
-    plan: Plan | None = None
 
     @classmethod
-    def planned(cls, sources: Sequence[Source], wanted: Wanted, **asked: Any) -> Recipe:
-        """Return the recipe of a target; the arguments are those of `plan_synthesis`."""
-        plan = logged(plan_synthesis(sources, [wanted], **asked))
+    def of(cls, plan: Plan) -> SentPlan:
+        """Return what is sent of a plan."""
         entries = {name: Entry(plan.output_dtype(name), plan.newest.entries[name].shape) for name in plan.tensors}
-        return cls(entries, plan.names, plan.sources, (plan.predicted_error(0), plan.profile_error(0)), plan)
-
-    @classmethod
-    def of_live(cls, source: Source, dtype: torch.dtype | str | None = None) -> Recipe:
-        """Return the recipe of a copy. Its error: what a resumed run has inherited, its arithmetic, and the dtype."""
-        stored = parse_dtype(dtype)
-        assert isinstance(source, LiveSource)
-        names = {name: [name] for name in source.tensors}
-        for alias, name in source.aliases.items():
-            names[name].append(alias)
-        entries, elements, squares = dict[str, Entry](), 0, 0.0
-        for name, tensor in source.tensors.items():
-            is_weight = tensor.role == "average"
-            entries[name] = entry = Entry((stored if is_weight else None) or tensor.dtype, source.entries[name].shape)
-            elements += entry.size * is_weight
-            squares += entry.size * is_weight * (ROUNDING * EPS.get(entry.dtype, 0.0)) ** 2
-        norm = source.measurements.norm if source.measurements else 0.0
-        inherited = math.sqrt(source.inherited / norm) if norm else 0.0
-        average = source.average()
-        arithmetic = ROUNDING * average.eps * math.sqrt(average.roundings)
-        error = math.hypot(inherited, arithmetic, math.sqrt(squares / max(elements, 1)))
-        said = f"predicted error {error:.2g}" if inherited else "exact"
-        log.info(
-            "%saverage of sigma_rel %g at t = %.12g: %s", "" if inherited else "live ", source.sigma_rel, source.t, said
-        )
-        return cls(entries, names, [source], (error, 0.0))
-
-    def made(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the tensors of this process under all of their names, on the host."""
-        if self.plan is not None:
-            yield from ((name, value) for name, (value,) in synthesize(self.plan))
-            return
-        (live,) = self.sources
-        assert isinstance(live, LiveSource)
-        for name, (_, shape, *_) in live.entries.items():
-            (exact,) = live.read([ElementRange(name, 0, math.prod(shape))])
-            is_held = live.tensors[name].role == "copy"
-            value = exact.to(torch_dtype(self.entries[name].dtype), copy=is_held).view(shape)
-            if exact.is_floating_point() and not holds(value.dtype, exact):
-                reason = f"{value.dtype} cannot hold its largest value, {float(exact.abs().max()):.6g}"
-                raise NonFiniteError(f"tensor {name!r}", reason, "take float32 or bfloat16")
-            yield from ((alias, value) for alias in self.names[name])
-
-    def weights(self) -> Weights:
-        """Make the average in memory."""
-        made = dict(self.made())
-        weights = Weights((name, made[name]) for names in self.names.values() for name in names if name in made)
-        weights.predicted_error, weights.profile_error = self.errors
-        return weights
-
-    def sent(self) -> Recipe:
-        """Return the recipe as other processes can receive it: of its sources only their names and checksums."""
-        known: Any = [(source.name, source.identity) for source in self.sources]
-        plan = self.plan and replace(self.plan, sources=(), targets=())  # targets may be a user's objects
-        return replace(self, sources=known, plan=plan)
+        sources = [(source.name, source.identity) for source in plan.sources]
+        errors = plan.predicted_error(0), plan.profile_error(0)
+        return cls(replace(plan, sources=(), targets=()), sources, entries, plan.names, errors)
 
 
-def plan_possible(sources: Sequence[Source], wanted: Mapping[str, Target]) -> tuple[Plan | None, dict[str, str]]:
-    """Plan several averages, and say why others cannot be made yet, such as a window longer than the run so far."""
-    refusals: dict[str, str] = {}
-    try:
-        return logged(plan_synthesis(sources, [*wanted.values()])), refusals
-    except InvalidValueError:
-        for label, target in wanted.items():
-            try:
-                plan_synthesis(sources, [target])
-            except InvalidValueError as error:
-                refusals[label] = str(error)
-    possible = [target for label, target in wanted.items() if label not in refusals]
-    return (logged(plan_synthesis(sources, possible)) if possible else None), refusals
+def plan_possible(sources: Sequence[Source], wanted: Mapping[str, Target]) -> tuple[dict[str, Plan], dict[str, str]]:
+    """Plan averages by label, and say why others cannot be made yet, such as a window longer than the run so far."""
+    plans, refusals = dict[str, Plan](), dict[str, str]()
+    for label, target in wanted.items():
+        try:
+            plans[label] = plan_synthesis(sources, [target])
+        except InvalidValueError as error:
+            refusals[label] = str(error)
+    return plans, refusals
 
 
 def logged(plan: Plan) -> Plan:
-    """Log the predicted errors of a plan."""
-    for index, target in enumerate(plan.targets):
-        error = plan.predicted_error(index)
-        predicted = "unknown" if error is None else f"{error:.2g}"
-        log.info("average of %s at t = %.12g: predicted error %s", target.title, plan.t, predicted)
+    """Log the predicted error of a plan of one target."""
+    error = plan.predicted_error(0)
+    predicted = "unknown" if error is None else f"{error:.2g}"
+    log.info("average of %s at t = %.12g: predicted error %s", plan.targets[0].title, plan.t, predicted)
     if plan.choice is not None:
         log.info("made from %s", plan.choice)
     return plan
@@ -189,13 +126,12 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
 @torch.inference_mode(False)
 @torch.no_grad()
 def exchanged(
-    group: Group, recipe: Recipe, wanted: Wanted, live: Mapping[str, Source], tracked: TrackedModel,
+    group: Group, sent: SentPlan, wanted: Wanted, live: Mapping[str, Source], tracked: TrackedModel,
     model: torch.nn.Module | None, directory: Path,
 ) -> Weights:  # fmt: skip
     """Return all that this process holds of an average, under all names, on the host, after exchanging it.
 
     Arguments:
-        recipe: as the first process has sent it.
         live: the live averages in this process, by name: of its chunks of a sharded `model`; in the first one of others
             all.
     """
@@ -206,7 +142,7 @@ def exchanged(
         reshard(model)  # so that this process holds its chunks
         tensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
         holders = tracked.members.holders
-        boxes = {name: tracked.box(name) for name in recipe.entries if name in tracked.chunks}
+        boxes = {name: tracked.box(name) for name in sent.entries if name in tracked.chunks}
         makes_any = bool(boxes)
 
     def make() -> Weights:
@@ -216,20 +152,18 @@ def exchanged(
                 where = "spread over the processes in another way than when tracked"
                 reason = f"is missing in the model, of another shape, or {where}"
                 raise ModelMismatchError(f"tensor {name!r}", reason)
-        known: Any = recipe.sources
-        sources = [live.get(name) or _read_again(directory / name, checksum) for name, checksum in known]
-        plan = recipe.plan and replace(recipe.plan, sources=tuple(sources), targets=(as_target(wanted),), boxes=boxes)
-        if plan is not None and holders is not None:
-            plan = replace(plan, subset=frozenset(boxes))
-        return replace(recipe, sources=sources, plan=plan).weights()
+        sources = tuple(live.get(name) or _read_again(directory / name, checksum) for name, checksum in sent.sources)
+        subset = None if holders is None else frozenset(boxes)
+        plan = replace(sent.plan, sources=sources, targets=(as_target(wanted),), boxes=boxes, subset=subset)
+        return make_weights(plan)
 
     own, weights = group.together(make if makes_any else Weights), Weights()
-    for name, entry in recipe.entries.items():
+    for name, entry in sent.entries.items():
         shape = held_part(tensors[name]).shape if name in tensors else entry.shape
         value = own[name] if name in own else torch.empty(shape, dtype=torch_dtype(entry.dtype))
         group.exchange(value, group.ranks if holders is None else holders.get(name, ()))
-        weights.update(dict.fromkeys(recipe.names[name], value))
-    weights.predicted_error, weights.profile_error = recipe.errors
+        weights.update(dict.fromkeys(sent.names[name], value))
+    weights.predicted_error, weights.profile_error = sent.errors
     return weights
 
 

@@ -39,7 +39,7 @@ class CallGuard:
     """Admits one call at a time to a tracker, from the process that made the tracker, until the tracker is closed."""
 
     def __init__(self, directory: Path) -> None:
-        self.closed, self.caller = False, 0
+        self.closed, self._caller = False, 0
         self._directory, self._process, self._lock = directory, os.getpid(), threading.Lock()
 
     def check_process(self) -> None:
@@ -68,9 +68,10 @@ class CallGuard:
         """Return the lock to hold during a call; raise a NotReadyError if another call, begun earlier, is running."""
         self.check_process()
         if self._lock.locked():
-            in_handler = self.caller == threading.get_ident()
+            in_handler = self._caller == threading.get_ident()
             who = "this thread, interrupted by a signal handler, is" if in_handler else "another thread is"
             raise NotReadyError(name, f"{who} calling the tracker", "call update_ from one thread, after every step")
+        self._caller = threading.get_ident()
         return self._lock
 
 
@@ -223,7 +224,10 @@ def end_threads() -> None:
 
 def _run_jobs(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
     """Run queued jobs until None arrives. Of threads started at the same moment, one takes the vacancy; others end."""
-    _limit_torch_to_one_thread()
+    # `torch.set_num_threads(1)` would also change all threads that start later. Asking torch for the number makes torch
+    # set OpenMP's for this thread, which it does once.
+    torch.get_num_threads()
+    _openmp().limit(limits=1)
     while True:
         try:
             vacancy.pop()
@@ -288,15 +292,6 @@ class ThreadPool:
 
 SINGLE_THREAD = ThreadPool(1)
 """A pool of the calling thread alone."""
-
-
-def _limit_torch_to_one_thread() -> None:
-    """Make torch use one thread for the operations of the calling thread.
-
-    `torch.set_num_threads(1)` would also change all threads that start later.
-    """
-    torch.get_num_threads()  # makes torch set OpenMP's number of threads for this thread, which it does once
-    _openmp().limit(limits=1)
 
 
 @lru_cache

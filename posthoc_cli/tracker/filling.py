@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 from types import TracebackType
@@ -10,8 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, warn
-from posthoc_cli.snapshots.snapshot import running_statistics, statistics_notice
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors, swapped
 from posthoc_cli.tracker.processes import held_part, is_fsdp, is_fully_sharded, is_sharded, reshard
 
@@ -41,23 +40,18 @@ class WithStatement(Generic[Entered]):
 
 
 def targets_of(
-    model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: object = None, meta: bool = False
+    model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: object = None
 ) -> dict[str, NamedTensor]:
-    """Return the model's tensors of these names and, in this process, shapes.
+    """Return the model's tensors of these names and, in this process, shapes; an error names one that cannot be loaded.
 
-    Arguments:
-        dtype: dtypes other than the model's that its tensors are to take, for messages; None to keep its own.
-        meta: accept tensors without values.
-
-    Raises:
-        ModelMismatchError, InvalidValueError: a tensor cannot be loaded; the message names it.
+    `dtype` names dtypes other than the model's that its tensors are to take; None to keep its own.
     """
     tensors = {tensor.name: tensor for tensor in named_tensors(check_model(model))}
     for name, shape in shapes.items():
         if name not in tensors:
             raise ModelMismatchError(f"tensor {name!r}", "is in the averaged weights, but the model has no such tensor")
         tensor = tensors[name].tensor
-        if tensor.is_meta and not meta:
+        if tensor.is_meta:
             raise InvalidValueError("tensor", *ON_META, value=f"{name!r}")
         held = list(held_part(tensor).shape)
         if held != list(shape):
@@ -73,11 +67,11 @@ def targets_of(
 
 @torch.no_grad()
 def check_weights(
-    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True, meta: bool = False
+    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True
 ) -> dict[str, NamedTensor]:
     """Return the model's tensors that `weights` are for, see `targets_of`; a NonFiniteError names one out of range."""
     dtypes = None if own_dtypes else ", ".join(sorted({str(value.dtype) for value in weights.values()})) or None
-    targets = targets_of(model, {name: tuple(value.shape) for name, value in weights.items()}, dtypes, meta)
+    targets = targets_of(model, {name: tuple(value.shape) for name, value in weights.items()}, dtypes)
     for name, target in targets.items() if own_dtypes else ():
         check_fits(name, weights[name], target.tensor.dtype)
     return targets
@@ -128,43 +122,17 @@ def _is_writable(tensor: torch.Tensor) -> bool:
     )
 
 
-def fill(
-    model: torch.nn.Module, names: Collection[str], weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool,
-    device: torch.device,
-) -> None:  # fmt: skip
-    """Load weights of these names, known to fit, one by one; the model's tensors on `meta` are created on `device`.
+def fill(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool) -> None:
+    """Load weights, whose names and shapes are known to fit, one by one.
 
     An error of `weights`, or a value that the model's dtype cannot hold, leaves the tensors before it filled.
     """
     with torch.inference_mode(False), torch.no_grad():
-        _materialise(model, {*names}, device)
-        targets = {tensor.name: tensor for tensor in named_tensors(model)}
+        targets = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
         for name, value in weights:
             if own_dtypes:
-                check_fits(name, value, targets[name].tensor.dtype)
-            _load(targets[name].tensor, value, own_dtypes)
-    left = [*{id(tensor.tensor): tensor.name for tensor in named_tensors(model) if tensor.tensor.is_meta}.values()]
-    if left:
-        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
-        warn(
-            f"on meta still, since no average fills them: {', '.join(left[:10])}{more}; give them values before the "
-            "model is used"
-        )
-
-
-def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device) -> None:
-    """Create on `device` the tensors on `meta` that will be filled; tied tensors stay tied under all names."""
-    on_meta = (named.tensor for named in named_tensors(model) if named.tensor.is_meta and named.name in filled)
-    old = {id(tensor): tensor for tensor in on_meta}
-    new = {key: torch.empty_like(tensor, device=device) for key, tensor in old.items()}
-    for key, tensor in old.items():
-        if isinstance(tensor, torch.nn.Parameter):
-            new[key] = torch.nn.Parameter(new[key], tensor.requires_grad)
-    for module in model.modules():
-        for named in (module.named_parameters, module.named_buffers):
-            for name, value in [*named(recurse=False, remove_duplicate=False)]:
-                if id(value) in new:
-                    setattr(module, name, new[id(value)])
+                check_fits(name, value, targets[name].dtype)
+            _load(targets[name], value, own_dtypes)
 
 
 # --- for a block
@@ -248,20 +216,3 @@ def _restorer(
             tensor.grad = gradients[1]
 
     return restore
-
-
-# --- BatchNorm
-
-
-def warn_of_statistics(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], copies: Collection[str]) -> bool:
-    """Warn, and return True, if a model still has the running statistics that are copies in averaged weights."""
-    notice = statistics_notice(copies)
-    if notice is None:
-        return False
-    tensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
-    for name in running_statistics(copies):
-        present = held_part(tensors[name])
-        if not torch.equal(present, weights[name].to(present.device, present.dtype)):
-            return False  # the statistics were recomputed
-    warn(notice)
-    return True

@@ -73,14 +73,10 @@ class Subset(Elements):
                 begin = end
             return np.asarray(self.scales * sums)
 
-    def squared(self, values: Values, others: Values | None = None) -> float:
-        """Return the squared norm of all tensors together, or their squared distance from `others`."""
-        return float(self.sums(values, others).sum())
-
     def measured(self, average: Values, stored: Values | None = None) -> Measurements | None:
         """Return the measurements of an average that is stored with these values; None if its norm is not finite."""
-        norm = self.squared(average)
-        rounding = 0.0 if stored is None else self.squared(average, stored)
+        norm = float(self.sums(average).sum())
+        rounding = 0.0 if stored is None else float(self.sums(average, stored).sum())
         return Measurements(norm, rounding) if math.isfinite(norm) else None
 
 
@@ -128,7 +124,10 @@ class Sketcher:
         self._projection = xxhash.xxh3_64_intdigest(identity.encode()) >> 1
         self._sketch: Sketch | None = None
         self._values = subset.buffers()
-        factors = np.repeat(np.sqrt(subset.scales), np.diff(subset.edges)) * _signs(int(subset.edges[-1]), part)
+        # Random signs, the same in every run, and others for each part.
+        numbers = np.arange(subset.edges[-1], dtype=np.uint64) + (np.uint64(part) << np.uint64(40))
+        signs = np.where(_hashed(~numbers) >> np.uint64(63), np.float32(1), np.float32(-1))
+        factors = np.repeat(np.sqrt(subset.scales), np.diff(subset.edges)) * signs
         split = torch.split(torch.from_numpy(factors), subset.counts)
         self._factors = [factor.to(buffer) for factor, buffer in zip(split, self._values, strict=True)]
         self._pending: list[tuple[float, float, bool, list[torch.Tensor]]] = []
@@ -152,15 +151,11 @@ class Sketcher:
         """Take in a tile of a window's mean, or of a value."""
         self.subset.take(tile, values, self._values)
 
-    def end_window(self, t: float) -> None:
-        """End a window at time `t`; all tiles of its mean have been taken in."""
-        self._add(t, 1.0, True)
-
     def end_value(self, gammas: Sequence[float], t: float, is_last: bool) -> None:
         """Add the values at time `t`, whose tiles have been taken in, to a window, and end it if due or `is_last`."""
         begin, before = self._begin, self._t
         share = new_value_share(gammas[0], before, t) / new_value_share(gammas[0], begin, t)
-        self._add(t, share, is_last or sketched_window_ends(gammas, begin, before, t))
+        self.end_window(t, share, is_last or sketched_window_ends(gammas, begin, before, t))
 
     def path(self, t: float | None = None) -> PathSketch | None:
         """Return the path so far; an open window is a last one of no folds, see `closed`.
@@ -175,7 +170,8 @@ class Sketcher:
             sketch = _with_window(sketch, self._t, self._open, 0.0)
         return None if sketch is None else PathSketch(self._projection, sketch)
 
-    def _add(self, t: float, share: float, ends: bool) -> None:
+    def end_window(self, t: float, share: float = 1.0, ends: bool = True) -> None:
+        """End a window at time `t`, all tiles of whose mean, or of a value with a share in it, have been taken in."""
         self._t, self._begin = t, t if ends else self._begin
         self._pending.append((t, share, ends, self._project()))
         if len(self._pending) >= _PENDING:
@@ -264,9 +260,3 @@ def _halved(sketch: Sketch, begin: int = 0) -> Sketch:
 
 _NUMBER = (_hashed(np.arange(ROW, dtype=np.uint64)) % np.uint64(NUMBERS)).astype(np.int64)
 """The index of the number that each column is added to: shape [ROW]."""
-
-
-def _signs(count: int, part: int) -> Values:
-    """Return random signs, the same in every run, and others for each part."""
-    numbers = np.arange(count, dtype=np.uint64) + (np.uint64(part) << np.uint64(40))
-    return np.asarray(np.where(_hashed(~numbers) >> np.uint64(63), np.float32(1), np.float32(-1)))

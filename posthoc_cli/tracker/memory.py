@@ -186,10 +186,6 @@ TilePart = torch.Tensor | tuple[torch.Tensor, int, int]
 """A flat tensor, or a tensor that is not contiguous with a range of its elements in row-major order."""
 
 
-def _tile_part(tensor: torch.Tensor, begin: int, end: int) -> TilePart:
-    return tensor.view(-1)[begin:end] if tensor.is_contiguous() else (tensor, begin, end)
-
-
 def _current(part: TilePart) -> torch.Tensor:
     """Return the values of a part as they are now, flat; values that are not contiguous are copied."""
     if isinstance(part, torch.Tensor):
@@ -218,8 +214,12 @@ class LayoutReader:
     def of_tensors(cls, layout: Layout, tensors: Mapping[str, torch.Tensor], threads: int = 1) -> LayoutReader:
         """Return a reader of tensors by name."""
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
-        parts = [[_tile_part(detached[name], *ends) for name, *ends in ranges] for ranges in ranges_of(layout)]
-        return cls(layout, parts, threads)
+
+        def part(name: str, begin: int, end: int) -> TilePart:
+            tensor = detached[name]
+            return tensor.view(-1)[begin:end] if tensor.is_contiguous() else (tensor, begin, end)
+
+        return cls(layout, [[part(*piece) for piece in ranges] for ranges in ranges_of(layout)], threads)
 
     @classmethod
     def of_host(cls, host: HostTensors, threads: int = 1) -> LayoutReader:

@@ -31,20 +31,13 @@ AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
 
 ON_META = (
     "is on the meta device and has no values",
-    "PostHocEMA.from_path(checkpoint_dir).load_into(model, sigma_rel=...) fills a model with an average, "
-    "load_state_dict(assign=True) with any values",
+    "model.load_state_dict(ema.state_dict(sigma_rel=...), assign=True) gives it those of an average",
 )
 """Reason and hint for a tensor without values."""
 
 _CHANGED = "begin a new directory for the changed model"
-_OTHER_DTYPE = (
-    "convert the model before the tracker is made; or compute in half precision with torch.autocast, which does not "
-    "change parameters"
-)
-_NEW_SHAPE = (
-    "if modules give their buffers a shape at the first batch, as fake quantization does, run one batch through the "
-    "model before the tracker is made, or leave such buffers out with exclude=, by name or glob"
-)
+_OTHER_DTYPE = "convert the model before the tracker is made; or use torch.autocast, which does not change parameters"
+_FROZEN_TOO = "make the tracker with include='*', which tracks frozen parameters, too"
 
 
 @dataclass(frozen=True)
@@ -164,40 +157,24 @@ class TrackedModel:
         return {name: torch_dtype(tensor.dtype) for name, tensor in tensors if (tensor.role == "copy") == copied}
 
     def check(self, found: TrackedModel) -> None:
-        """Raise a ModelMismatchError that names the tensor unless names, shapes, dtypes and roles are the same."""
-        for name in (*self.tensors, *found.tensors):
-            if (name in self.tensors) != (name in found.tensors):
-                raise ModelMismatchError(f"tensor {name!r}", *self._why_missing_or_new(name, found))
-        kept = {"average": "averaged", "statistic": "averaged as a running statistic", "copy": "copied"}
-        for name, tensor in found.tensors.items():
-            own, shape, expected = self.tensors[name], list(found.shapes[name]), list(self.shapes[name])
-            now, before, hint = "", "", ""
-            if shape != expected:
-                now, before = f"has the shape {shape}", f"had {expected}"
-                if tensor.role == own.role == "copy":
-                    hint = _NEW_SHAPE
-            elif tensor.role != own.role:
-                now, before = f"is {kept[tensor.role]} now", f"was {kept[own.role]}"
-            elif tensor.dtype != own.dtype:
-                now, before = f"is {torch_dtype(tensor.dtype)}", f"was {torch_dtype(own.dtype)}"
-                hint = _OTHER_DTYPE
-            if now:
-                raise ModelMismatchError(f"tensor {name!r}", f"{now}, and {before} when tracking began", hint)
-        for alias in self.aliases.keys() | found.aliases.keys():
-            if self.aliases.get(alias) != found.aliases.get(alias):
-                raise ModelMismatchError(f"tensor {alias!r}", "is not tied to the tensor that it was tied to")
+        """Raise a ModelMismatchError that names a tensor whose name, shape, dtype, role or tie is not the same."""
+        for name in dict.fromkeys((*self.tensors, *self.aliases, *found.tensors, *found.aliases)):
+            was, now = self._described(name), found._described(name)
+            if now != was:
+                without = name in found.frozen or (name in self.left_out and name in found.tensors)
+                dtypes = {each.tensors[name].dtype for each in (self, found) if name in each.tensors}
+                hint = _FROZEN_TOO if without else _OTHER_DTYPE if len(dtypes) == 2 else ""
+                raise ModelMismatchError(f"tensor {name!r}", f"is {now}, and was {was} when tracking began", hint)
 
-    def _why_missing_or_new(self, name: str, found: TrackedModel) -> tuple[str, str]:
-        """Return the reason why only one of the models has a tensor, and a hint."""
-        frozen_too = "make the tracker with include='*', which tracks frozen parameters, too"
-        if name in found.frozen:
-            return "is tracked, but does not require gradients any more", frozen_too
-        if name in self.tensors:
-            return "is tracked, but the model has no such tensor to track", ""
-        if name in self.left_out:
-            reason = "requires gradients now, but was left out when tracking began, since it did not then"
-            return reason, frozen_too
-        return "is in the model, but was not when tracking began", ""
+    def _described(self, name: str) -> str:
+        """Return all about a tensor that must not change, as a text."""
+        if name in self.aliases:
+            return f"tied to {self.aliases[name]!r}"
+        if name not in self.tensors:
+            return "left out, as it requires no gradients" if name in self.frozen else "not tracked"
+        tensor = self.tensors[name]
+        kind = {"average": "averaged", "statistic": "averaged as a running statistic", "copy": "copied"}[tensor.role]
+        return f"{kind}, {torch_dtype(tensor.dtype)} of shape {list(self.shapes[name])}"
 
 
 def check_model(model: torch.nn.Module) -> torch.nn.Module:

@@ -29,7 +29,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -67,7 +66,7 @@ from posthoc_cli.tracker.snapshotter import (
     measured_now,
     stage,
 )
-from posthoc_cli.tracker.state import Settings, StateInfo, Tracking, TrainingProgress, pack_state
+from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +104,6 @@ class Pipeline:
     Attributes:
         tracking: the tracker's state after the last update; only jobs of the averages' thread change it.
         snapshotter: writes the snapshots; None until the tracker is the directory's writer.
-        is_restored: whether a checkpoint of the model was loaded since the last call of `update_`.
     """
 
     def __init__(self, settings: Settings, tracking: Tracking, device: str | None = None) -> None:
@@ -114,7 +112,6 @@ class Pipeline:
             raise InvalidValueError("device", reason, value=f"{device!r}")
         self.tracking = tracking
         self.snapshotter: Snapshotter | None = None
-        self.is_restored = False
         self._settings, self._device = settings, device
         self._is_async: bool | None = None  # whether updates return before they are done; known at the first update
         self._counted = tracking.progress
@@ -131,22 +128,16 @@ class Pipeline:
         self._write_monitor = BackpressureMonitor("snapshots (checkpoint_every)")
         _pipelines.add(self)
 
-    @property
-    def written(self) -> int:
-        """The number of times with snapshots that were written."""
-        return 0 if self.snapshotter is None else self.snapshotter.written[0]
-
     def figures(self) -> dict[str, float]:
         """Return the memory held, and measurements of the last written snapshots; see `PostHocEMA.metrics`."""
         reader = None if self._values is None else self._values[1]
         holders = [self.tracking.averages, self._copier, *(self._host_memory or ()), reader]
         held = {"bytes": float(sum(holder.nbytes for holder in holders if holder is not None))}
-        if self.snapshotter is None or not self.snapshotter.written[0]:
+        writer, monitor = self.snapshotter, self._write_monitor
+        if writer is None or not writer.times_written:
             return held
-        monitor = self._write_monitor
-        distances = {f"distance_{sigma_rel:g}": value for sigma_rel, value in self.snapshotter.distances().items()}
-        figures = {"bytes": self.snapshotter.written[1], "seconds": monitor.job_seconds, "waited": monitor.wait_seconds}
-        return held | distances | {f"snapshot_{name}": float(value) for name, value in figures.items()}
+        figures = {"bytes": writer.nbytes, "seconds": monitor.job_seconds, "waited": monitor.wait_seconds}
+        return held | {f"snapshot_{name}": float(value) for name, value in figures.items()}
 
     @property
     def progress(self) -> TrainingProgress:
@@ -440,44 +431,19 @@ def _open_snapshotter(directory: Path, settings: Settings, members: Members) -> 
         try:
             return snapshotter_class(directory, settings, members)
         except LockedError:
-            if not _close_writers(directory):
+            earlier = [p for p in list(_pipelines) if p._process == os.getpid() and p.writes_to(directory)]
+            if not earlier:
                 raise
+            for pipeline in earlier:  # such as a notebook cell's
+                said = "an earlier tracker of this process is closed: this one continues in its place"
+                log.warning("%s: %s", directory, said)
+                hint = "continue with that one, or give each tracker its own directory"
+                pipeline.refuse(NotReadyError(directory, "a later tracker has taken the place of this one", hint))
+                pipeline.end()
+                pipeline.close()
             return snapshotter_class(directory, settings, members)
     except WriteError as error:  # a WriteError of `update_` would mean that the call has done its work
         raise DirectoryError(error.subject, error.reason, error.hint) from error
-
-
-def _writers(directory: Path) -> list[Pipeline]:
-    """Return the pipelines of this process that write, or wrote, to a directory."""
-    return [p for p in list(_pipelines) if p._process == os.getpid() and p.writes_to(directory)]
-
-
-def state_of_tracker(directory: Path, tensors: ModelTensors) -> dict[str, Any] | None:
-    """Return the state of an open tracker of this process that writes averages of these very tensors to a directory."""
-    averaged = tensors.averaged
-    for pipeline in _writers(directory):
-        is_usable = pipeline.tracking.averages.exist and not (pipeline._has_ended or pipeline.is_restored)
-        if pipeline._values is None or not is_usable:
-            continue
-        own = pipeline._values[0].averaged
-        if own.keys() == averaged.keys() and all(own[name].is_set_to(averaged[name]) for name in own):
-            pipeline.flush()
-            exact = pipeline.read_exactly()
-            exact = replace(exact, snapshots=pipeline.snapshotter.checksums if pipeline.snapshotter else frozenset())
-            return pack_state(exact, StateInfo.of(exact, pipeline._settings.t_unit))
-    return None
-
-
-def _close_writers(directory: Path) -> bool:
-    """Close trackers of this process, such as a notebook cell's, that write to a directory; return whether any did."""
-    writers = _writers(directory)
-    for pipeline in writers:
-        log.warning("%s: an earlier tracker of this process is closed: this one continues in its place", directory)
-        hint = "continue with that one, or give each tracker its own directory"
-        pipeline.refuse(NotReadyError(directory, "a later tracker has taken the place of this one", hint))
-        pipeline.end()
-        pipeline.close()
-    return bool(writers)
 
 
 def wait_for_writers(directory: Path, last_too: bool = False) -> None:

@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
-import threading
 import types
 import weakref
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -33,7 +30,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import numpy as np
 import torch
 
-from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
+from posthoc_cli.dtypes import parse_dtype, torch_dtype
 from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
@@ -43,18 +40,27 @@ from posthoc_cli.errors import (
     shown,
     warn,
 )
-from posthoc_cli.planning import Candidate, Schedule, error_curve
-from posthoc_cli.reconstruction import ROUNDING, check_method
-from posthoc_cli.run import Run, Wanted, Weights, as_targets, with_consistent_plan
-from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.planning import Candidate, error_curve
+from posthoc_cli.reconstruction import check_method
+from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
+from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.path import are_equal, encode_path, joined_paths, places, squared_distance
-from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection
+from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection, statistics_notice
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
-from posthoc_cli.synthesis.engine import check_device
+from posthoc_cli.synthesis.engine import synthesize
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import resuming
-from posthoc_cli.tracker.attach import Attachment, WeakModel, attach
-from posthoc_cli.tracker.averaged import Recipe, as_dtensors, exchanged, joined, plan_possible, run_snapshots
+from posthoc_cli.tracker.attach import Attachment, attach
+from posthoc_cli.tracker.averaged import (
+    SentPlan,
+    as_dtensors,
+    exchanged,
+    joined,
+    logged,
+    plan_possible,
+    run_snapshots,
+)
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import CallGuard
 from posthoc_cli.tracker.filling import (
@@ -63,7 +69,6 @@ from posthoc_cli.tracker.filling import (
     fill,
     swapped_in,
     targets_of,
-    warn_of_statistics,
 )
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
@@ -78,7 +83,7 @@ from posthoc_cli.tracker.model import (
     nonfinite_name,
     unwrapped,
 )
-from posthoc_cli.tracker.pipeline import Pipeline, state_of_tracker, wait_for_writers
+from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
 from posthoc_cli.tracker.processes import Group, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.snapshotter import LiveSource
@@ -128,7 +133,7 @@ class PostHocEMA:
             except ModelMismatchError as error:
                 hint = f"the run in {self.checkpoint_dir} is of another model; use its model, or another directory"
                 raise error if error.hint else error.with_hint(hint) from None
-        self._model = None if model is None else WeakModel(model)
+        self._model = None if model is None else weakref.ref(unwrapped(model))
         self._pipeline = Pipeline(settings, tracking, device)
         # For a tracker that nobody closes. `end` must not wait for a thread: garbage may be collected in that thread.
         weakref.finalize(self, self._pipeline.end).atexit = False
@@ -140,6 +145,7 @@ class PostHocEMA:
         self._warned_of: set[str] = set()
         self._calls = CallGuard(directory)
         self._has_begun = False  # whether this process is a writer, or knows the writers
+        self._is_restored = False  # whether a checkpoint of the model was loaded since the last call of `update_`
         members.keeps(model, directory)
         self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
         self._weights = start.weights if self._has_state else ()  # at a given step or in a loaded state
@@ -163,10 +169,8 @@ class PostHocEMA:
     ) -> PostHocEMA:  # fmt: skip
         """Return a tracker for a new run, or with `resume` for an existing one. The first `update_` begins to write.
 
-        For two profiles of float32 or bfloat16 parameters it holds 16 bytes a parameter, 4 more from the first float16
-        snapshots on, and for averages on the host one more copy of the model, see `metrics`. Among replicas in several
-        processes the first one, of the model's DistributedDataParallel or of all, keeps and writes the averages; the
-        others only count steps. Of a sharded model each process keeps and writes its part.
+        Of replicas in several processes the first one keeps and writes the averages, and the others only count steps;
+        of a sharded model each process keeps and writes its part. `metrics` tells the memory.
 
         Arguments:
             model: the model to track, wrapped or bare: names are those of the bare model.
@@ -175,26 +179,24 @@ class PostHocEMA:
             update_every, update_after_step: averages are updated at multiples of the first, after the second.
             checkpoint_every: snapshots are due at its multiples; it must be a multiple of update_every, whose default
                 of 10 is else reduced to their common divisor, with a warning.
-            max_checkpoints: number of snapshots to keep of each profile: those that reconstruction needs most for the
-                lengths between the tracked ones. None keeps all.
+            max_checkpoints: number of snapshots to keep of each profile, those that matter most; None keeps all.
             checkpoint_dtype: dtype of stored averages, float32 where values do not fit; None for each parameter's.
             t_unit: the unit of `t`, if you pass your own clock to `update_`.
-            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the update and warn. Both
-                leave the averages unchanged, except for some last digits of the mean of the last updates.
-            include: globs on names, such as "decoder.*": only matching tensors are tracked, also those that require no
-                gradients. None: all but parameters that require no gradients.
-            exclude: globs on names of tensors to leave out.
+            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the update and warn; the
+                averages stay, except for some last digits of the mean of the last updates.
+            include, exclude: globs on names, such as "decoder.*": only tensors that match the first, also those that
+                require no gradients, and none that match the second. By default all that require gradients.
             buffers: "statistics" to average BatchNorm's running statistics and copy other buffers, with their values at
                 the time of the average; "copy" all of them; or "average" floating-point ones like parameters.
             device: "model" for averages on the parameters' devices, updated by the training thread; "cpu" for averages
                 on the host, updated by a background thread, with the same bits; None for "cpu" where a parameter is
                 on an accelerator.
-            resume: "auto" to continue the directory's run of this model, if it holds one, from the newest snapshots at
-                whose time the network had the model's weights, exactly or as float16 or bfloat16. Restore the model's
-                checkpoint first: for any other weights the first `update_` raises an error, unless `load_state_dict`
-                was called. A number to continue from the snapshots of that call of `update_`, whatever the weights.
-                None for a new run, or to continue exactly where a tracker of this process writes averages of this
-                very model to the directory, as when a notebook's cell runs again.
+            resume: "auto" to continue the directory's run, if it holds one, from the newest snapshots at whose time the
+                network had the model's weights, exactly or as float16 or bfloat16: restore the model first, since for
+                any other weights the first `update_` raises an error, unless `load_state_dict` was called. A number
+                to continue from the snapshots of that call of `update_`, whatever the weights. None for a new run, or
+                to continue exactly from an open tracker of this very model and directory, as of a notebook's cell that
+                runs again.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -208,26 +210,27 @@ class PostHocEMA:
         )  # fmt: skip
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         directory = resuming.check_path(checkpoint_dir)
-        in_group = is_first_of_group(model) is not None
-        earlier = None
-        if resume in (None, "auto") and not in_group:  # a notebook's cell that is run again continues exactly
-            earlier = state_of_tracker(directory, collect_tensors(model, selection))
-            resume = resume if earlier is None else "auto"
-        wait_for_writers(directory, last_too=earlier is None)
-        stored = [] if resume is None else resuming.stored_to_resume(directory, resume)
+        earlier = _open_tracker(model, directory) if resume in (None, "auto") else None
+        state = None if earlier is None else earlier.state_dict()
+        resume = resume if state is None else "auto"
+        wait_for_writers(directory, last_too=state is None)
+        if isinstance(resume, bool | str) and resume != "auto":
+            reason = "must be 'auto', a call of update_ that has snapshots, or None"
+            raise InvalidValueError("resume", reason, value=f"{resume!r}")
+        step = None if isinstance(resume, str) else resume  # an existing run may be absent only without a step
+        stored = [] if resume is None else find_snapshots(directory) if step is None else read_directory(directory)
         if stored:
             settings = replace(settings, selection=selection.resumed(stored[-1].roles))
         tensors = collect_tensors(model, settings.selection)
         if tensors.chunks or is_first_of_group(model) is not False:
             resuming.check_directory(directory, is_new=resume is None)
         tracked = TrackedModel.of_model(tensors)
-        found = None if resume is None else resuming.find_run(directory, stored, settings, tracked, resume)
-        tracking, step = found or (Tracking.new(secrets.token_hex(16), tracked, settings.sigma_rels), None)
+        tracking, step = resuming.begin(directory, stored, settings, tracked, step)
         tracking = _with_members(tracking, model, tensors, settings, directory)
         start = Start(directory, settings, step, stored)
         tracker = cls(parts=(directory, settings, tracking, model, device, start))
-        if earlier is not None:
-            tracker.load_state_dict(earlier)
+        if state is not None:
+            tracker.load_state_dict(state)
         return tracker
 
     @classmethod
@@ -237,16 +240,9 @@ class PostHocEMA:
     ) -> PostHocEMA:  # fmt: skip
         """Return a tracker of the run in a directory, with its settings: to synthesize from, or to continue tracking.
 
-        Tracking continues at the first `update_`, as with `resume="auto"` of `from_model`: from values rounded to the
-        snapshots' dtype (float16: 2e-4 relative). To continue exactly, use `load_state_dict`; with other settings, use
-        `from_model`. The call waits for due snapshots of other trackers of this process.
-
-        Arguments:
-            checkpoint_dir: a directory with snapshots.
-            model: the model to continue with, or to fill; this call checks its tensors against the snapshots.
-            step: continue from the snapshots of this call of `update_`, whatever the model's weights; later snapshots
-                are moved to the folder `superseded` when tracking begins.
-            device: see `from_model`.
+        Tracking continues as with `resume="auto"` of `from_model`, or from the snapshots of a `step`, whatever the
+        weights; later ones are moved to the folder `superseded` at the first `update_`. The model's tensors are checked
+        against the snapshots. The call waits for due snapshots of other trackers of this process.
 
         Raises:
             DirectoryError, FileFormatError, MismatchError, ModelMismatchError: the directory or the model is unfit.
@@ -322,25 +318,24 @@ class PostHocEMA:
 
         Raises:
             NonFiniteError, ModelMismatchError: a parameter holds nan or infinity, or the model has changed. The
-                averages stay unchanged, and the call counts. Where a background thread updates the averages, the next
-                call raises the NonFiniteError.
+                averages stay, and the call counts. An average on the host raises the NonFiniteError at the next call.
             WriteError: an earlier snapshot could not be written. Raised once; this call has done its work.
             NotReadyError: the tracker is closed, attached, in use, or belongs to another process; or the model holds
                 averaged weights.
-            LockedError, MismatchError, ModelMismatchError, DirectoryError, FileFormatError: at the first call: the
-                directory has another writer, holds another run, is damaged, or lacks a profile to resume from; or the
-                model is not on the path of the run to be resumed. The call has had no effect.
+            others: at the first call, which then has no effect: the directory has another writer or another run, or is
+                damaged, or no snapshot has the model's weights.
         """
         check_model(model)
-        if self._attachment is not None:
-            self._attachment.check_caller()
+        attached = self._attachment
+        if attached is not None and attached.optimizer is not None and not attached.is_updating:
+            reason = "this tracker is attached to an optimizer and is updated by its steps"
+            raise NotReadyError("update_", reason, "leave out either this call or attach(), or detach() first")
         if is_swapped(model):
             reason = "the model holds averaged weights now"
             raise NotReadyError("update_", reason, "call it outside `with ema.model(...)`")
         grad_mode = torch.is_grad_enabled()
         try:
             with self._calls.lock("update_"):
-                self._calls.caller = threading.get_ident()
                 self._advance(model, t)
         finally:  # a signal handler can raise just before torch.no_grad() restores the mode
             torch.set_grad_enabled(grad_mode)
@@ -351,19 +346,9 @@ class PostHocEMA:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
 
         A step that a GradScaler skips does not count. `optimizer.step()` raises the errors of `update_`. Trackers of
-        several directories may be attached to one optimizer; of one directory the last one is. Steps of other
-        optimizers do not count: after replacing one, `detach` and attach again. `close` logs how many steps counted.
-
-        Arguments:
-            optimizer: the optimizer that trains the model, also accelerate's; of several, the one that steps last.
-            t: returns the training time on your own clock, such as `lambda: images_seen`; None for steps.
-
-        Returns:
-            A handle whose `remove()` detaches the tracker, as `detach()` does.
-
-        Raises:
-            InvalidValueError: not an optimizer, a second one, a tracker without model, or no `t` for this run's clock.
-            NotReadyError: this tracker is closed.
+        several directories may be attached to one optimizer; of one directory the last one is. Of several optimizers
+        take the one that steps last. `t` returns the training time on your own clock, such as `lambda: images_seen`.
+        The handle's `remove()` detaches the tracker, as `detach()` does.
         """
         self._calls.check_open()
         unit, before = self.settings.t_unit, self._attachment
@@ -378,8 +363,8 @@ class PostHocEMA:
     def on_snapshot(self, callback: Callable[[Any], None]) -> None:
         """Register `callback(ema)`, called once for all profiles when new snapshots are durable.
 
-        The thread that calls `update_` calls it within its next `update_` or `close`, which raises the callback's
-        errors after its own work is done. Processes that write no snapshots never call it.
+        The training's thread calls it in its next `update_` or `close`, which raises its errors after its own work.
+        Processes that write no snapshots never call it.
         """
         if not callable(callback):
             raise InvalidValueError("on_snapshot", "must be given a function of the tracker", value=shown(callback))
@@ -391,10 +376,6 @@ class PostHocEMA:
         Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from that checkpoint.
         Between two updates it takes in the model's weights first. The snapshot is marked as off the schedule; thinning
         drops it when five later times have snapshots.
-
-        Raises:
-            NotReadyError: there was no update yet, the tracker is closed, or the model holds averaged weights.
-            WriteError, NonFiniteError: see `flush`.
         """
         self._calls.check_open()
         model, progress = self._tracked_model(), self._pipeline.progress
@@ -426,27 +407,19 @@ class PostHocEMA:
         self._members.check()
 
     def metrics(self, sigma_rels: Wanted | Sequence[Wanted] = ()) -> dict[str, float]:
-        """Return figures for a logger, at almost no cost: without computing on tensors, and without waiting.
+        """Return figures for a logger, without computing on tensors, and without waiting.
 
-        Arguments:
-            sigma_rels: one or more lengths or other targets whose predicted errors are wanted; the headers of the
-                snapshots on disk are read for them.
-
-        Returns:
-            `step` and `t`; `bytes`, the memory that the tracker holds, on the host and on accelerators. For the last
-            snapshots: `distance_0.05`, ..., the distance of each tracked average from the weights, relative to its
-            norm; `snapshot_bytes`; `snapshot_seconds`, the time it took to write them in the background;
-            `snapshot_waited`, the seconds that the training waited before. `predicted_error_0.15`, ...: for each wanted
-            length that the run is long enough for, the expected relative error at the newest snapshot.
+        `step` and `t`; `bytes`, the memory of the tracker on all devices; of the last snapshots `snapshot_bytes`,
+        `snapshot_seconds`, the time that writing took in the background, and `snapshot_waited`, that training waited
+        before; and for each of these lengths or targets that the run is long enough for `predicted_error_0.15`, the
+        expected relative error at the newest snapshot.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         figures = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
         snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
-        plan, _ = plan_possible(snapshots, wanted) if snapshots else (None, {})
-        if plan is not None:
-            errors = {target.label: plan.predicted_error(index) for index, target in enumerate(plan.targets)}
-            figures |= {f"predicted_error_{label}": error for label, error in errors.items() if error is not None}
-        return figures
+        plans, _ = plan_possible(snapshots, wanted if snapshots else {})
+        errors = {label: plan.predicted_error(0) for label, plan in plans.items()}
+        return figures | {f"predicted_error_{label}": error for label, error in errors.items() if error is not None}
 
     def model(
         self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
@@ -457,12 +430,10 @@ class PostHocEMA:
         A tracked length, without `t` or `step`, is the current average: exact, and from memory. Others are made of it
         and of snapshots. After the block weights, buffers, train or eval mode and device are as before, also on an
         error. Meanwhile the model's raw weights are kept in host memory. Blocks may be nested. The arguments are those
-        of `state_dict`, except that without `dtype` the weights take the model's dtypes. To keep averaged weights, save
-        them within the block, or use `ema.state_dict(sigma_rel=...)`.
+        of `state_dict`, except that without `dtype` the weights take the model's dtypes.
 
         In a group of processes all that have made a tracker of this directory make the call, between the same two calls
-        of `update_`. Of a sharded model each process fills the chunks that it holds; no complete tensor is made. An
-        error in one process is raised in all. A tracker that only one process has made needs no other.
+        of `update_`; an error in one is raised in all. Of a sharded model each process fills the chunks that it holds.
 
         Raises:
             NotReadyError: no average exists yet.
@@ -482,19 +453,10 @@ class PostHocEMA:
         return WithStatement(partial(self._filled, model, make, own_dtypes))
 
     def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, WithStatement[Module]]:
-        """Return a context manager like that of `model` for each of several lengths, made when its block is entered.
+        """Return by label ("0.15", "decay-linear-20%") blocks like that of `model`, each made when it is entered.
 
-        In a group of processes all make the call, and enter the blocks in their order.
-
-        Arguments:
-            sigma_rels: lengths, or other targets as in `state_dict`, or their text forms, such as "decay:linear:20%".
-
-        Returns:
-            The context managers by the targets' labels, such as "0.15" and "decay-linear-20%". Targets that the run is
-            too short for, such as a window of more steps, are left out, with a warning.
-
-        Raises:
-            InvalidValueError, NotReadyError, RankError: an argument, and see `model`.
+        Targets that the run is too short for, such as a window of more steps, are left out, with a warning. In a group
+        of processes all make the call, and enter the blocks in their order.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         group, refusals = self._callers(check_model(model), f"models({', '.join(wanted)})"), dict[str, str]()
@@ -531,14 +493,11 @@ class PostHocEMA:
             t, step: time of the average, or its number of calls; by default that of a live tracker, or the newest.
             dtype: dtype of the averages; None for each parameter's own.
             method: the solver, "minvar" or "paper"; None for the first.
-            full: for a sharded model, complete tensors in rank 0, gathered one by one, and none in other ranks.
+            full: for a sharded model, complete tensors in rank 0, gathered one by one, and none in other ranks; else
+                DTensors sharded like its parameters.
 
         Returns:
-            Copies of the tensors by name, on the CPU, with their `predicted_error`. For a sharded model, whose
-            processes all make the call, DTensors sharded like its parameters.
-
-        Raises:
-            InvalidValueError, NotReadyError, FileFormatError, MismatchError, RankError.
+            Copies of the tensors by name, on the CPU, with their `predicted_error`.
         """
         if sigma_rel is None:
             return self._own_state()
@@ -549,82 +508,56 @@ class PostHocEMA:
 
     def load_into(
         self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None, device: torch.device | str = "cpu",
+        dtype: Dtype = None, method: str | None = None,
     ) -> None:  # fmt: skip
-        """Fill a model with averaged weights permanently, on any device, also a model on `meta`.
+        """Fill a model with averaged weights permanently, in memory for one tensor. The arguments are those of `model`.
 
-        This needs memory for one tensor, in a group of processes for the weights that each process gets. Names, shapes
-        and `dtype` are checked before the first tensor is filled. Parameters stay the same objects, so that the
-        optimizer keeps its state, and later updates average the new weights: between two training steps this is the
-        switch of Switch EMA.
-
-        Arguments:
-            device: where to create the tensors on `meta` that an average fills; a warning names the others. Tensors on
-                `meta` of a sharded model are refused.
-
-        Raises:
-            ModelMismatchError, others: see `model` and `state_dict`; nothing has changed.
-            FileFormatError, NonFiniteError: a snapshot is damaged, or a value does not fit the model's dtype; the
-                tensors before it are filled.
+        Parameters stay the same objects, so that the optimizer keeps its state, and later updates average the new
+        weights: between two training steps this is the switch of Switch EMA. Names, shapes and `dtype` are checked
+        first; a damaged snapshot, or a value that does not fit the model's dtype, leaves the tensors before it filled.
         """
         own_dtypes, asked = dtype is None, _asked(t, step, dtype, method)
         group = self._callers(check_model(model), f"load_into({_described(sigma_rel, asked)})")
-        created_on, in_place = check_device(device), Weights()
+        in_place = Weights()
 
-        def fill_at_once(recipe: Recipe) -> Weights:
-            shapes = {alias: recipe.entries[name].shape for name in recipe.names for alias in recipe.names[name]}
-            targets_of(model, shapes, dtype, meta=True)
-            values = recipe.made()
+        def fill_at_once(plan: Plan) -> Weights:
+            targets_of(model, {name: entry.shape for name, entry in plan.entries.items()}, dtype)
+            values = ((name, value) for name, (value,) in synthesize(plan))
             with torch.inference_mode(False):
                 first = list(islice(values, 1))  # now all files are open, so that none can vanish
-            fill(model, shapes, chain(first, values), own_dtypes, created_on)
+            fill(model, chain(first, values), own_dtypes)
             return in_place
 
         weights = self._average(group, model, sigma_rel, fill_at_once, **asked)
         if weights is not in_place:
-            accepts_meta = not self._members.is_chunked
-            group.together(lambda: check_weights(model, weights, own_dtypes, accepts_meta))
-            fill(model, weights, weights.items(), own_dtypes, created_on)
+            group.together(lambda: check_weights(model, weights, own_dtypes))
+            fill(model, weights.items(), own_dtypes)
 
     def reconstruction_error(
         self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
     ) -> Figure:
-        """Return a figure of reconstruction error against sigma_rel, of the averages or, before any, of the schedule.
-
-        `sigma_range` is the lowest and highest sigma_rel, `method` the solver; None for the default one.
-        """
+        """Return a figure of reconstruction error against sigma_rel, from the lowest to the highest of a range."""
         from posthoc_cli import plots
 
         def candidate_of(sources: list[Source]) -> Candidate:
-            if sources:
-                last = max(source.t for source in sources)
-                chosen, _ = chosen_up_to(sources, last)
-                of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
-                label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
-                return Candidate(label, [source.profile for source in chosen], source_prior(chosen))
-            schedule = self.settings.schedule
-            every, count = schedule.checkpoint_every, schedule.max_checkpoints or 20
-            rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
-            return Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
+            last = max(source.t for source in self._some(sources))
+            chosen, _ = chosen_up_to(sources, last)
+            of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
+            label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
+            return Candidate(label, [source.profile for source in chosen], source_prior(chosen))
 
         candidate, _ = self._in_first(self._members.keepers("reconstruction_error()"), candidate_of)
         curve = error_curve(candidate, sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly from a tracker's own state, which `state_dict()` returned.
+        """Continue exactly from a tracker's own state, which `state_dict()` returned. An error changes nothing.
 
         Snapshots that are later than the state, or of another attempt that continued from an earlier state, are moved
-        to the folder `superseded`. From now on this tracker's settings hold, such as another `update_every` or
-        `checkpoint_every`, or fewer `sigma_rels`; every profile stays exact. An error changes nothing. Where the
-        model has other weights than the network had at that step, as after lost steps, the first `update_` warns, and
-        later predicted errors contain the distance. For a sharded model all processes make the call; each loads the
+        to the folder `superseded`. This tracker's settings hold, such as another `update_every`, or fewer
+        `sigma_rels`. Where the model has other weights than the network had at that step, the first `update_` warns,
+        and later predicted errors contain the distance. For a sharded model all processes make the call; each loads the
         chunks that it owns, also from complete tensors.
-
-        Raises:
-            InvalidValueError, ModelMismatchError, NonFiniteError: not a tracker's state, or one that does not fit.
-            LockedError, MismatchError: another writer, or another run, has the directory.
-            RankError: another process failed.
         """
         self._calls.check_open()
         if not (self._has_state or state):
@@ -647,7 +580,6 @@ class PostHocEMA:
                     snapshotter.continue_from(loaded)  # sets aside snapshots that are not of the state's training
 
         with self._calls.lock("load_state_dict"):
-            self._calls.caller = threading.get_ident()
             loaded = group.together(unpack)
             group.first_then_others(become_writer)
             self._pipeline.set(loaded)
@@ -706,7 +638,7 @@ class PostHocEMA:
             self._members.check()
         # Errors of background work since the last call; they stay pending if this call fails itself.
         self._pending = self._take_error()
-        self._pipeline.is_restored = False
+        self._is_restored = False
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
         keeps = self._members.keeps(model, self.checkpoint_dir)
@@ -768,7 +700,8 @@ class PostHocEMA:
 
     def _run_callbacks(self) -> None:
         """Call the callbacks if snapshots have become durable."""
-        written = self._pipeline.written
+        writer = self._pipeline.snapshotter
+        written = 0 if writer is None else writer.times_written
         if written != self._reported:
             self._reported = written
             for callback in self._callbacks:
@@ -796,9 +729,9 @@ class PostHocEMA:
         group, now = self._members.keepers("update_" if is_first_call else "this tracker"), self._pipeline.tracking
         if self._sample is None:
             group.together(lambda: self._note_weights(model))
-        sample = dict(ChainMap(*group.from_all(self._sample or {})))
+        values = resuming.sample_of_all(group, self._sample or {})
         writes = self._members.keeps(model, self.checkpoint_dir)
-        chosen = self._start.choose(now, sample, group, writes, is_first_call)
+        chosen = self._start.choose(now, values, group, writes, is_first_call)
         if chosen is not now:
             self._pipeline.set(chosen)
 
@@ -811,10 +744,9 @@ class PostHocEMA:
         group, now = self._members.keepers("update_"), self._pipeline.tracking
         recorded, tracked = np.array(self._weights, np.float32), now.tracked
         present = group.together(lambda: self._watch.sample(model, tracked))
-        known = [resuming.in_order(ChainMap(*group.from_all(one))) for one in (self._sample or {}, present)]
-        shapes = tracked.complete_shapes
+        known = [resuming.sample_of_all(group, one) for one in (self._sample or {}, present)]
         gaps = [
-            0.0 if are_equal(one, recorded) else squared_distance(one, recorded, shapes)
+            0.0 if are_equal(one, recorded) else squared_distance(one, recorded, tracked.complete_shapes)
             for one in known
             if len(one) == len(recorded)
         ]
@@ -882,7 +814,7 @@ class PostHocEMA:
         if model is not None and not self._pipeline.tracking.resumes and not is_swapped(model):
             with suppress(ModelMismatchError):
                 own = self._watch.sample(model, tracked)
-        values = resuming.in_order(ChainMap(*group.from_all(own)))
+        values = resuming.sample_of_all(group, own)
         is_known = len(values) == len(places(tracked.complete_shapes)) and bool(np.isfinite(values).all())
         return tuple(values.tolist()) if is_known else ()
 
@@ -891,36 +823,36 @@ class PostHocEMA:
     @contextmanager
     def _filled(self, model: Module, make: Callable[[], Weights], own_dtypes: bool = True) -> Iterator[Module]:
         """Give the model the weights that `make` returns, and warn, once, of running statistics that are copies."""
-        weights = make()
-        with swapped_in(model, weights, own_dtypes):
+        with swapped_in(model, make(), own_dtypes):
+            notice = statistics_notice(self._pipeline.tracking.tracked.dtypes(copied=True))
+            if notice is not None and self._is_first_warning("statistics"):
+                warn(notice)
             yield model
-            if "statistics" not in self._warned_of:
-                copies = self._pipeline.tracking.tracked.dtypes(copied=True)
-                self._warned_of |= {"statistics"} if warn_of_statistics(model, weights, copies) else set()
 
     def _average(
         self, group: Group, model: torch.nn.Module | None, wanted: Wanted,
-        use: Callable[[Recipe], Weights] = Recipe.weights, *, dtype: Dtype = None, **asked: Any,
+        use: Callable[[Plan], Weights] = make_weights, **asked: Any,
     ) -> Weights:  # fmt: skip
         """Return an average, of a sharded `model` the chunks of it that this process holds; before any, raw weights.
 
         A tracked length at the present time is the live average alone. A process that is alone makes it by `use`.
         """
         if not group.from_first(lambda: self.has_average):
-            return self._raw_weights(model, dtype)
+            return self._raw_weights(model, asked.get("dtype"))
         tracking, target, live = self._pipeline.tracking, as_target(wanted), None
         if target.sigma_rel is not None and not (tracking.resumes or {"t", "step"} & asked.keys()):
             live = self.settings.tracked_index(target.sigma_rel)
 
-        def recipe(sources: list[Source]) -> Recipe:
+        def plan(sources: list[Source]) -> Plan:
+            some = self._some(sources)
             if live is not None:
-                return Recipe.of_live(self._some(sources)[live], dtype)
-            return Recipe.planned(self._some(sources), wanted, dtype=dtype, **asked)
+                return logged(plan_synthesis([some[live]], [some[live].sigma_rel], **asked))
+            return logged(plan_synthesis(some, [wanted], **asked))
 
         if group.is_alone and not self._members.is_chunked:
-            return with_consistent_plan(lambda: recipe(self._sources(live is not None)), use)
+            return with_consistent_plan(lambda: plan(self._sources(live is not None)), use)
         return with_consistent_plan(
-            lambda: self._in_first(group, lambda sources: recipe(sources).sent(), live is not None),
+            lambda: self._in_first(group, lambda sources: SentPlan.of(plan(sources)), live is not None),
             lambda found: exchanged(group, found[0], wanted, found[1], tracking.tracked, model, self.checkpoint_dir),
         )
 
@@ -1050,10 +982,21 @@ _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDict
 """The trackers that were made with a model, by the bare model."""
 
 
+def _open_tracker(model: torch.nn.Module, directory: Path) -> PostHocEMA | None:
+    """Return the open tracker that writes averages of a model with its present weights to a directory, if any."""
+    if is_first_of_group(model) is not None:
+        return None
+    for tracker in [*_trackers.get(unwrapped(model), WeakSet[PostHocEMA]())]:
+        is_usable = not (tracker.closed or tracker._calls.is_forked or tracker._is_restored)
+        if is_usable and tracker._pipeline.tracking.averages.exist and tracker._pipeline.writes_to(directory):
+            return tracker
+    return None
+
+
 def _note_restored(model: torch.nn.Module, _: object) -> None:
     """Handle the end of the model's `load_state_dict`; a function of the module, so that models can be pickled."""
     for tracker in [*_trackers.get(model, ())]:
-        tracker._pipeline.is_restored = True
+        tracker._is_restored = True
         resumes = tracker._pipeline.tracking.resumes
         if (resumes or tracker._weights) and not tracker.closed:
             tracker._note_weights(model)

@@ -8,7 +8,6 @@ directory; no later update waits for another process. Replicas meet when average
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import sys
@@ -56,15 +55,6 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
-def check_torch() -> None:
-    """Raise an InvalidValueError if this torch has no public DTensor."""
-    from torch.distributed import tensor
-
-    if not hasattr(tensor, "DTensor"):
-        hint = "install 2.5 or newer"
-        raise InvalidValueError("torch", "is too old for sharded models", hint, value=torch.__version__)
-
-
 def reshard(model: torch.nn.Module) -> None:
     """Restore the sharded parameters of a `fully_shard` model: a forward pass without backward leaves some complete."""
     for module in filter(is_fully_sharded, model.modules()):
@@ -94,19 +84,15 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     sharded: Any = like
+    # A storage of the tensor's size: torch cannot stage or deepcopy DTensors of others. `torch.set_default_device` puts
+    # a copy on another device.
+    if local.device.type == "cpu" and local.numel():
+        local = torch.from_numpy(local.reshape(-1).view(torch.uint8).numpy()).view(local.dtype)
     dtensor = DTensor.from_local(
-        _with_own_storage(local).view(sharded.to_local().shape), sharded.device_mesh, sharded.placements,
+        local.view(sharded.to_local().shape), sharded.device_mesh, sharded.placements,
         run_check=False, shape=sharded.shape, stride=row_major(sharded.shape),
     )  # fmt: skip
     return dtensor.cpu()  # `from_local` has moved it to the mesh's device
-
-
-def _with_own_storage(local: torch.Tensor) -> torch.Tensor:
-    """Return the same memory with a storage of the tensor's size: torch cannot stage or deepcopy DTensors of others."""
-    if local.device.type != "cpu" or not local.numel():  # torch.set_default_device puts a copy on another device
-        return local
-    values = torch.from_numpy(local.reshape(-1).view(torch.uint8).numpy())
-    return values.view(local.dtype).view(local.shape)
 
 
 def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | None]:
@@ -117,8 +103,11 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | N
     """
     if not is_sharded(tensor):
         return tensor.detach(), None
-    check_torch()
-    from torch.distributed.tensor import Shard
+    try:
+        from torch.distributed.tensor import Shard
+    except ImportError:
+        hint = "install 2.5 or newer"
+        raise InvalidValueError("torch", "is too old for sharded models", hint, value=torch.__version__) from None
 
     dtensor: Any = tensor
     for axis, placement in enumerate(dtensor.placements):
@@ -188,15 +177,11 @@ class Group:
 
     def from_all_at(self, step: int, t: float, value: Result) -> list[Result]:
         """Return the value of each process, by rank; raise a RankError that names a process at another step or t."""
-        times, values = zip(*self.from_all(((step, t), value)), strict=True)
-        first, t_first = times[0]
-        for rank, (other, t_other) in enumerate(times):
-            if other != first:
-                hint = "make this call in every process between the same two calls of update_"
-                raise RankError(f"rank {rank}", f"is at step {other} of update_, and rank 0 at step {first}", hint)
-            if t_other != t_first:
-                reason = f"is at t = {t_other:,.12g} at step {other}, and rank 0 at t = {t_first:,.12g}"
-                raise RankError(f"rank {rank}", reason, "pass the same t to update_ in every process")
+        times, values = zip(*self.from_all((f"step {step:,}, t = {t:,.12g}", value)), strict=True)
+        for rank, now in enumerate(times):
+            if now != times[0]:
+                hint = "make this call in every process between the same two calls of update_, with the same t"
+                raise RankError(f"rank {rank}", f"is at {now}, and rank 0 at {times[0]}", hint)
         return [*values]
 
     def together(self, work: Callable[[], Result]) -> Result:
@@ -285,12 +270,6 @@ class Rendezvous:
         self._calls = 0
         store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
 
-    @classmethod
-    def of_replicas(cls, directory: Path, keeps: bool) -> Rendezvous:
-        """Return the meeting point of one directory's trackers: of the first, second, ... that each process makes."""
-        name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-        return cls(_new_store(name), keeps, f"make it in every process, with a tracker of {directory}")
-
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or makes another one."""
         self._calls += 1
@@ -370,7 +349,9 @@ class Members:
             self.is_keeper = is_first_of_group(model)
         keeps = self.is_keeper is not False
         if self._replicas is None and model is not None and _is_initialized() and dist.get_world_size() > 1:
-            self._replicas = Rendezvous.of_replicas(directory, keeps)
+            # The first, second, ... tracker of a directory that each process makes meet.
+            hint = f"make it in every process, with a tracker of {directory}"
+            self._replicas = Rendezvous(_new_store(_digest(str(directory))), keeps, hint)
         return keeps
 
     def owned(self, names: Set[str]) -> Set[str]:
@@ -430,8 +411,9 @@ class ShardOwners(Members):
         self._store = _new_store("members")
         hint = "call from_model, from_path or update_ in every process, with the same arguments"
         self._rendezvous = Rendezvous(self._store, self.rank == 0, hint)
+        # By name, a hash that identifies a chunk in all processes.
         held = {
-            name: _digest(name, tuple(tensor.shape), chunks.get(name))
+            name: _digest(repr((name, chunks.get(name), tuple(tensor.shape))))
             for name, tensor in tensors.items()
             if tensor.numel() or name not in chunks or not math.prod(chunks[name].shape)
         }
@@ -533,7 +515,5 @@ def _new_store(name: str) -> Store:
     return PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
 
 
-def _digest(name: str, shape: tuple[int, ...], chunk: Chunk | None) -> str:
-    """Return a hash that identifies a chunk of a tensor in all processes."""
-    position = [] if chunk is None else [chunk.shape, chunk.offset, shape]
-    return hashlib.sha256(json.dumps([name, position]).encode()).hexdigest()[:16]
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +30,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.profiles import ClockRecorder, new_value_share
 from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
 from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_directory
-from posthoc_cli.snapshots.path import (
-    Floats,
-    are_equal,
-    decode_sample,
-    path_of_part,
-    squared_distance,
-)
+from posthoc_cli.snapshots.path import Floats, are_equal, decode_sample, path_of_part, squared_distance
 from posthoc_cli.snapshots.snapshot import Snapshot, recorded_weights
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import plan_synthesis
@@ -42,20 +38,13 @@ from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.memory import FlatTensors
 from posthoc_cli.tracker.model import TrackedModel
 from posthoc_cli.tracker.processes import Group
-from posthoc_cli.tracker.state import (
-    Settings,
-    Tracking,
-    TrainingProgress,
-    check_profiles,
-    host_layout,
-)
+from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, check_profiles, host_layout
 
 log = logging.getLogger(__name__)
 
 _MOST_NAMED = 20
 
-_MOST_MISSING = 0.01
-"""The largest predicted error of an average that is reconstructed to resume from."""
+_MOST_MISSING = 0.01  # the largest predicted error of an average that is reconstructed to resume from
 
 
 class Start:
@@ -75,11 +64,8 @@ class Start:
         self.weights: tuple[float, ...] = () if recorded is None else tuple(recorded.tolist())
         self._directory, self._settings, self._stored = directory, settings, stored
         self._newest = stored[-1].step if stored else 0
-        self._said: int | None = None  # the call that was logged
 
-    def choose(
-        self, now: Tracking, sample: Mapping[int, float], group: Group, writes: bool, is_first_call: bool
-    ) -> Tracking:
+    def choose(self, now: Tracking, values: Floats, group: Group, writes: bool, is_first_call: bool) -> Tracking:
         """Return the tracking that resumes from the newest call with the model's weights, for all processes alike.
 
         When the tracker is made, or the model restored, any other model is left as it is; at the first call of
@@ -87,14 +73,14 @@ class Start:
         """
         # A process that only counts must not see which snapshots the writer sets aside meanwhile.
         stored = find_snapshots(self._directory) if writes else self._stored
-        values = in_order(sample)
 
         def find() -> tuple[int | None, int]:
             same = (step for step, weights in recorded_weights(stored).items() if are_equal(values, weights))
             return max(same, default=None), stored[-1].step
 
         found, newest = group.from_first(find)
-        if is_first_call and group.leads and writes and (found is None or newest > self._newest):
+        leads, has_advanced = group.leads and writes, newest > self._newest
+        if is_first_call and leads and (found is None or has_advanced):
             DirectoryLock(self._directory).release()  # a training that is still running here is the better reason
         if is_first_call and found is None:
             steps = [*recorded_weights(stored)] or [newest]
@@ -103,18 +89,16 @@ class Start:
             reason = f"its weights are those of no snapshot of the run in {self._directory} ({times}; {compared})"
             hint = f"{ways_to_resume(steps[-1])}; for a new run name another directory"
             raise ModelMismatchError("model", reason, hint)
-        if is_first_call and newest > self._newest:
+        if is_first_call and has_advanced:
             reason = f"has advanced from step {self._newest:,} to {newest:,} since this tracker was made"
             raise MismatchError(self._directory, reason, "restore the model and make the tracker again")
         self.step, self._newest = None if found == newest else found, newest
-        if found is None or found == self._said:
+        if found is None:
             return now
-        self._said = found
-        if group.leads and writes:
-            text, level = f"continuing at step {found:,}, where the network had the model's weights", logging.INFO
-            if self.step is not None:
-                text, level = f"{text}; later snapshots, up to step {newest:,}, will be set aside", logging.WARNING
-            log.log(level, "%s: %s", self._directory, text)
+        if is_first_call and leads and found < newest:
+            text = f"continuing at step {found:,}, where the network had the model's weights"
+            text += f"; later snapshots, up to step {newest:,}, will be set aside"
+            log.warning("%s: %s", self._directory, text)
         resumed = resumed_tracking(snapshots_until(stored, self.step), self._settings.sigma_rels)
         return replace(now, progress=resumed.progress)
 
@@ -125,17 +109,10 @@ class Start:
         return _load(self._directory, self._settings.sigma_rels, now.tracked, self.step)
 
 
-def in_order(sample: Mapping[int, float]) -> Floats:
-    """Return the values of a sample in the order of their numbers."""
+def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:
+    """Return the values of a sample, of which each process has some by number."""
+    sample = ChainMap(*group.from_all(dict(own)))
     return np.array([sample[number] for number in sorted(sample)], np.float32)
-
-
-def stored_to_resume(directory: Path, resume: str | int) -> Sequence[Snapshot]:
-    """Return the snapshots in a directory to be resumed. With "auto", a directory without any is no error."""
-    if isinstance(resume, bool | str) and resume != "auto":
-        reason = "must be 'auto', a call of update_ that has snapshots, or None"
-        raise InvalidValueError("resume", reason, value=f"{resume!r}")
-    return find_snapshots(directory) if resume == "auto" else read_directory(directory)
 
 
 def check_path(path: str | Path) -> Path:
@@ -161,22 +138,21 @@ def check_directory(directory: Path, is_new: bool) -> None:
         raise MismatchError(directory, reason, hint)
 
 
-def find_run(
-    directory: Path, stored: Sequence[Snapshot], settings: Settings, tracked: TrackedModel, resume: str | int
-) -> tuple[Tracking, int | None] | None:
-    """Return the run to resume in a directory with these snapshots, and the call to resume from; None without any."""
+def begin(
+    directory: Path, stored: Sequence[Snapshot], settings: Settings, tracked: TrackedModel, step: int | None
+) -> tuple[Tracking, int | None]:
+    """Return a new run or, if there are snapshots, their run at a `step` or at the newest, and the step to begin at."""
     if not stored:
-        return None
+        return Tracking.new(secrets.token_hex(16), tracked, settings.sigma_rels), None
     newest, schedule, sigma_rels = stored[-1], settings.schedule, settings.sigma_rels
     if newest.t_unit != settings.t_unit:
         reason = f"the run in {directory} counts {shown(newest.t_unit)}"
         raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
     check_profiles(newest.sigma_rels, sigma_rels)
     is_first = newest.step <= schedule.update_after_step + schedule.checkpoint_every
-    if resume == "auto" and is_first and len(stored) < len(sigma_rels):
+    if step is None and is_first and len(stored) < len(sigma_rels):
         # The run was killed while it wrote its first snapshots: they are set aside when it begins again.
         return Tracking.new(newest.run_id, tracked, sigma_rels, resumes=True), 0
-    step = None if isinstance(resume, str) else resume
     return resumed_tracking(snapshots_until(stored, step, "resume"), sigma_rels), step
 
 
@@ -228,23 +204,13 @@ def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, s
     )
     boxes = tracked.boxes() or {}
     with newest:
-        copies = {
-            name: newest.tensor(name, boxes.get(name))
-            for name, tensor in tracked.tensors.items()
-            if tensor.role == "copy"
-        }
+        copies = {name: newest.tensor(name, boxes.get(name)) for name in tracked.dtypes(copied=True)}
     standing = Standing(
-        newest.t,
-        newest.step,
-        newest.t_first,
-        newest.max_interval,
-        newest.updates,
-        folded_t=newest.t,
-        inherited=inherited,
-    )
-    averages = Averages(
-        tuple(sigma_rels), standing, kept, copies, known_path=path_of_part(newest.sketch, tracked.members.part)
-    )
+        newest.t, newest.step, newest.t_first, newest.max_interval, newest.updates,
+        folded_t=newest.t, inherited=inherited,
+    )  # fmt: skip
+    path = path_of_part(newest.sketch, tracked.members.part)
+    averages = Averages(tuple(sigma_rels), standing, kept, copies, known_path=path)
     progress = TrainingProgress.resumed(ClockRecorder.of_knots(newest.clock_pairs))
     known = frozenset(snapshot.identity for snapshot in snapshots)
     return Tracking(newest.run_id, progress, tracked, averages, snapshots=known)
@@ -259,10 +225,7 @@ def _reconstruct(
         DirectoryError: the predicted error is above 1 %.
     """
     plan = plan_synthesis(snapshots, [sigma_rel], dtype=torch.float32)
-    predicted, at = (
-        plan.predicted_error(0),
-        f"sigma_rel {sigma_rel:g} has no snapshot at step {snapshots[-1].step:,}",
-    )
+    predicted, at = plan.predicted_error(0), f"sigma_rel {sigma_rel:g} has no snapshot at step {snapshots[-1].step:,}"
     if predicted is None or predicted > _MOST_MISSING:
         error = "an unknown error" if predicted is None else f"an error of {percent(predicted)}"
         reason = f"{at}, and would be reconstructed with {error}; at most {percent(_MOST_MISSING)} is accepted"

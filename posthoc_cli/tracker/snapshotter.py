@@ -41,7 +41,7 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.path import decode_sample, encode_path, encode_sample, squared_distance
+from posthoc_cli.snapshots.path import decode_sample, encode_path, encode_sample
 from posthoc_cli.snapshots.snapshot import Snapshot, read_one
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFileWriter, tensor_bytes
@@ -161,7 +161,7 @@ class Snapshotter:
     """The one writer of a directory, from its construction until `close`; makes the directory if it is missing.
 
     Attributes:
-        written: the number of times with snapshots that were written, and the bytes of the last snapshots.
+        times_written, nbytes: the number of times with snapshots that were written, and the bytes of the last ones.
 
     Raises:
         LockedError: another writer holds the directory.
@@ -171,14 +171,18 @@ class Snapshotter:
 
     def __init__(self, directory: Path, settings: Settings, members: Members) -> None:
         self.directory = directory
-        self.written = (0, 0)
+        self.times_written = self.nbytes = 0
         self._settings, self._members = settings, members
         self._leads = members.rank == 0
         with files.reported_as_write_error(directory):
             files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
-        if not self._leads:
-            _check_shared(directory)
+        until = time.monotonic() + PATIENCE
+        while not (directory / LOCK_NAME).exists():  # a network file system may show rank 0's file late
+            if time.monotonic() > until:
+                reason = "is not the directory of that name in which rank 0 writes"
+                raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
+            time.sleep(0.1)
         try:
             if self._leads:
                 remove_leftovers(directory)
@@ -199,19 +203,6 @@ class Snapshotter:
     def checksums(self) -> frozenset[str]:
         """Header checksums of the stored snapshots that are complete."""
         return frozenset(snapshot.identity for snapshot in self._complete())
-
-    def distances(self) -> dict[float, float]:
-        """Return each average's distance from the model when it was last stored, relative to its norm, by sigma_rel.
-
-        It is estimated from the sample in the header, see `snapshots.path`.
-        """
-        distances = {}
-        for sigma_rel, newest in {snapshot.sigma_rel: snapshot for snapshot in self._stored}.items():
-            weights, average = decode_sample(newest.sample)
-            shapes = {name: newest.entries[name].shape for name in newest.averages}
-            if len(weights) and (norm := squared_distance(average, 0 * average, shapes)):
-                distances[sigma_rel] = math.sqrt(squared_distance(weights, average, shapes) / norm)
-        return distances
 
     def check_run(self, run_id: str) -> None:
         """Raise a MismatchError if the directory holds snapshots of another run."""
@@ -235,13 +226,7 @@ class Snapshotter:
         if moved := set_aside(others) if self._leads else []:
             names = ", ".join(path.name for path in moved[:2]) + f" and {len(moved) - 2:,} more" * (len(moved) > 2)
             what = f"{len(moved):,} snapshot{'s' * (len(moved) > 1)}, later or of another attempt"
-            log.warning(
-                "training continues from t = %s: %s, moved to %s: %s",
-                f"{t:,.12g}",
-                what,
-                moved[0].parent,
-                names,
-            )
+            log.warning("training continues from t = %.12g: %s, moved to %s: %s", t, what, moved[0].parent, names)
         self._stored = own
 
     def is_behind(self, tracking: Tracking, at_end: bool = False) -> bool:
@@ -256,44 +241,35 @@ class Snapshotter:
         return behind
 
     def record(self, state: Tracking, staged: StagedAverages, is_due: bool = True) -> None:
-        """Write the snapshots of one time, and thin.
+        """Write the snapshots of one time durably, and thin; none if an average is not finite.
 
-        `staged` are the averages of `state`. Without `is_due` only averages that are not stored yet are written.
+        `staged` are the averages of `state`. Without `is_due` only averages that are not stored yet are written. After
+        skipped updates one that is due may be stored already: then it is not written again. Snapshots on the schedule
+        are written as if none existed off the schedule.
         """
-        standing = state.averages.standing
-        if is_due or not self._holds(standing.t):
-            off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
-            try:
-                if files.is_absent(self.directory):
-                    reason = f"was deleted: the averages of step {standing.step} are lost"
-                    raise WriteError(self.directory, reason, errno=errno.ENOENT)
-                made = headers(self._settings, state, staged.measurements, off_schedule)
-                infos = zip(made, staged.samples, strict=True)
-                self.write([replace(info, sample=sample) for info, sample in infos], staged, state.averages.copies)
-                self._thin()
-            except PostHocError as error:
-                self._members.announce_failure(error)
-                raise
-
-    def write(self, infos: Sequence[Snapshot], staged: StagedAverages, copies: Mapping[str, torch.Tensor]) -> None:
-        """Write the snapshots of one time durably; none if an average is not finite.
-
-        After skipped updates, an average that is due may be stored already: then it is not written again. Snapshots on
-        the schedule are written as if none existed off the schedule.
-        """
-        due = [not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule) for info in infos]
+        standing, copies = state.averages.standing, state.averages.copies
+        off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
+        due = [not self._has(standing.t, one, scheduled=not off_schedule) for one in state.averages.sigma_rels]
         if not any(due):
             return
-        for bad in filter(None, staged.nonfinite):
-            raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
-        for name, copy in copies.items():
-            if copy.is_floating_point() and bool(copy.isnan().any()):
-                log.warning("tensor %r holds nan, and is copied unchanged", name)
-        nbytes = 0
-        for index, (info, is_due) in enumerate(zip(infos, due, strict=True)):
-            if is_due:
-                nbytes += self._write_one(info, staged, index, copies)
-        self.written = (self.written[0] + 1, nbytes)
+        try:
+            if files.is_absent(self.directory):
+                reason = f"was deleted: the averages of step {standing.step} are lost"
+                raise WriteError(self.directory, reason, errno=errno.ENOENT)
+            for bad in filter(None, staged.nonfinite):
+                raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
+            for name, copy in copies.items():
+                if copy.is_floating_point() and bool(copy.isnan().any()):
+                    log.warning("tensor %r holds nan, and is copied unchanged", name)
+            nbytes = 0
+            for index, info in enumerate(headers(self._settings, state, staged.measurements, off_schedule)):
+                if due[index]:
+                    nbytes += self._write_one(replace(info, sample=staged.samples[index]), staged, index, copies)
+            self.times_written, self.nbytes = self.times_written + 1, nbytes
+            self._thin()
+        except PostHocError as error:
+            self._members.announce_failure(error)
+            raise
 
     def _complete(self) -> list[Snapshot]:
         return self._stored
@@ -319,7 +295,10 @@ class Snapshotter:
                 files.make_directory(path.parent)
         kept = [snapshot for snapshot in self._stored if snapshot.path != path]
         # The path may hold a snapshot of the same average off the schedule, or a part of an earlier training's process.
-        replaces = len(kept) < len(self._stored) or (info.part is not None and _is_of_earlier_session(path, info))
+        replaces = len(kept) < len(self._stored)
+        if info.part is not None and not replaces:
+            with suppress(FileFormatError):  # there is no readable part
+                replaces = read_one(path).session < info.session
         with TensorFileWriter(path, entries, info.encoded(), info.for_dcp, replaces) as writer:
             for names, flats in staged.flats(index):
                 if len(flats) == 1:
@@ -351,10 +330,6 @@ class PartSnapshotter(Snapshotter):
     The process with rank 0 has the directory's lock, and thins.
     """
 
-    def distances(self) -> dict[float, float]:
-        """Return no distances: each process has measured only its own part."""
-        return {}
-
     def _complete(self) -> list[Snapshot]:
         """Return the snapshots whose parts are complete, of those that this process has written a part of."""
         own = {(part.t, part.sigma_rel) for part in self._stored}
@@ -374,16 +349,6 @@ class PartSnapshotter(Snapshotter):
         self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
 
 
-def _check_shared(directory: Path) -> None:
-    """Raise a DirectoryError unless this process sees rank 0's lock file; a network file system may show it late."""
-    until = time.monotonic() + PATIENCE
-    while not (directory / LOCK_NAME).exists():
-        if time.monotonic() > until:
-            reason = "is not the directory of that name in which rank 0 writes"
-            raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
-        time.sleep(0.1)
-
-
 def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
     """Return whether a snapshot's sample of its average equals a state's values, as far as this process has them."""
     averages, sampled = state.averages, state.tracked.sampled
@@ -394,13 +359,6 @@ def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
     own = averages.read(averages.sigma_rels.index(snapshot.sigma_rel), ranges)
     values = np.array([float(value) for value in own], np.float32)
     return len(recorded) > max(sampled, default=-1) and np.array_equal(recorded[list(sampled)], values)
-
-
-def _is_of_earlier_session(path: Path, own: Snapshot) -> bool:
-    """Return whether the path holds a part of an earlier session of the training."""
-    with suppress(FileFormatError):  # there is no readable part
-        return read_one(path).session < own.session
-    return False
 
 
 # --- what is stored of averages

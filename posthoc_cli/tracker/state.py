@@ -143,21 +143,16 @@ class TrainingProgress:
             raise InvalidValueError("t", reason, "pass it at every call or at none")
         if t is None and unit != "steps":
             raise InvalidValueError("t", f"this run counts {unit}", "pass t= at every call of update_")
-        time = float(step) if t is None else _number(t)
+        try:
+            time = math.nan if isinstance(t, str) else float(step if t is None else t)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            time = math.nan
         if not EARLIEST <= time <= LATEST or time <= self.t:
             within = f"must lie between {EARLIEST:g} and {LATEST:g}"
             reason = f"{within}, and be larger than at the last call, {self.t:,.12g} {unit}"
             raise InvalidValueError("t", reason, value=f"{time:.12g}")
         updated = step if settings.update_is_due(step) else self.updated
         return TrainingProgress(self.clock.add(step, time), t is not None, updated)
-
-
-def _number(t: float) -> float:
-    """Return `t` as a float; nan if it is not a number."""
-    try:
-        return math.nan if isinstance(t, str) else float(t)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return math.nan
 
 
 @dataclass(frozen=True)

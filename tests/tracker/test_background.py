@@ -46,13 +46,13 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Hold the writing of snapshots while the event is clear."""
-    gate, real = threading.Event(), Snapshotter.write
+    gate, real = threading.Event(), Snapshotter.record
 
-    def write(recorder: Snapshotter, *arguments: Any) -> None:
+    def record(recorder: Snapshotter, *arguments: Any) -> None:
         assert gate.wait(60)
         real(recorder, *arguments)
 
-    monkeypatch.setattr(Snapshotter, "write", write)
+    monkeypatch.setattr(Snapshotter, "record", record)
     yield gate
     gate.set()
 

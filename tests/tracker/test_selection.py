@@ -107,7 +107,7 @@ def test_a_tied_tensor_is_stored_under_its_selected_name(tmp_path: Path) -> None
     model[2].weight = model[0].weight
     tracked(model, tmp_path / "both")
     model[2].weight = model[1].weight
-    with pytest.raises(ModelMismatchError, match=r"'2\.weight': is not tied to the tensor that it was tied to"):
+    with pytest.raises(ModelMismatchError, match=r"'2\.weight': is .*, and was tied to "):
         PostHocEMA.from_path(tmp_path / "both", model)
 
 
@@ -121,7 +121,7 @@ def test_floating_point_buffers_can_be_averaged_as_parameters_are(tmp_path: Path
     for name in ("1.running_mean", "0.weight"):
         expected = exact_average([state[name] for state in states], 0.28, range(1, 7))
         np.testing.assert_allclose(weights[name], expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ModelMismatchError, match="is copied now, and was averaged when tracking began"):
+    with pytest.raises(ModelMismatchError, match=r"is copied, .*, and was averaged, .* when tracking began"):
         PostHocEMA.from_model(network(), tmp_path, **SETTINGS, buffers="copy", resume="auto")
 
 

@@ -146,7 +146,7 @@ with PostHocEMA.from_model(model, folder / "images", **options) as ema:
     ema.state_dict(0.15)
 """
     for result in run_group(TRAINED + code, 2, tmp_path, "fsdp"):
-        assert "RankError: rank 1: is at t = 41 at step 4, and rank 0 at t = 40; pass the same t" in result.err
+        assert "RankError: rank 1: is at step 4, t = 41, and rank 0 at step 4, t = 40; make" in result.err
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
