@@ -293,8 +293,8 @@ def plan_synthesis(
     )  # fmt: skip
     plan = replace(plan, output_rounding=_output_rounding(plan))
     if any(target.kind == "groups" for target in wanted):
-        used = {column for columns in plan.columns_of.values() for column in columns}
-        for glob in (glob for columns in plan.columns for glob, column in columns.items() if column not in used):
+        filled = {column for columns in plan.columns_of.values() for column in columns}
+        for glob in (glob for columns in plan.columns for glob, column in columns.items() if column not in filled):
             examples = ", ".join(map(shown, list(plan.names)[:3]))
             reason = f"matches no tensor that is not in a group before it; there are {examples}"
             raise InvalidValueError("group", reason, value=repr(glob))
