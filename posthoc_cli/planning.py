@@ -270,7 +270,7 @@ EVENLY = "the network moves evenly"
 
 @dataclass(frozen=True)
 class Candidate:
-    """Snapshots of a run or of a schedule.
+    """Snapshots of a run.
 
     Attributes:
         label: name in a legend.
@@ -285,14 +285,6 @@ class Candidate:
     prior: Prior
     clock: Clock = field(default_factory=Clock.of_steps)
     t_first: float = 1.0
-
-    @classmethod
-    def of_schedule(cls, schedule: Schedule) -> Candidate:
-        """Return the snapshots that a schedule will leave, if the network moves evenly; of very many some."""
-        label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
-        snapshots = schedule.snapshots()
-        snapshots = [snapshots[index] for index in thinned_subset(snapshots)]
-        return cls(label, snapshots, assumed_prior(snapshots, schedule.rounding, Motion.even(schedule.steps)))
 
     @property
     def assumption(self) -> str:
