@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ from posthoc_cli.dtypes import DTYPES, EPS, WORDS
 from posthoc_cli.errors import InvalidValueError, brief, check_count, check_number, printable
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
-    Clock,
     FloatArray,
     PowerFunction,
+    Profile,
     StoredProfile,
     check_sigma_rel,
     gamma_from_sigma_rel,
@@ -42,7 +42,6 @@ from posthoc_cli.reconstruction import (
     relative_width,
     thinned_subset,
 )
-from posthoc_cli.targets import Target
 
 USEFUL_RANGE = (0.05, 0.28)
 """The default range of sigma_rel for which thinning keeps snapshots."""
@@ -269,30 +268,6 @@ EVENLY = "the network moves evenly"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """Snapshots of a run.
-
-    Attributes:
-        label: name in a legend.
-        snapshots: profiles of the snapshots.
-        prior: prior of these snapshots.
-        clock: steps over training time.
-        t_first: time of the first update.
-    """
-
-    label: str
-    snapshots: Sequence[StoredProfile]
-    prior: Prior
-    clock: Clock = field(default_factory=Clock.of_steps)
-    t_first: float = 1.0
-
-    @property
-    def assumption(self) -> str:
-        """The assumption of the predicted errors, in words that follow "if"; empty if the motion was measured."""
-        return EVENLY if self.prior.source == ASSUMED else ""
-
-
-@dataclass(frozen=True)
 class ErrorPoint:
     """Errors, as in `ErrorCurve`, of one target; `sigma_rel` is its standard deviation / t."""
 
@@ -389,35 +364,38 @@ def _range_text(low: float, high: float) -> str:
 
 
 def error_curve(
-    candidate: Candidate,
+    label: str,
+    snapshots: Sequence[StoredProfile],
+    prior: Prior,
     sigma_range: tuple[float, float] = (0.01, 0.2886),
     t: float | None = None,
     method: str | None = None,
-    others: Sequence[Target] = (),
+    others: Mapping[str, Profile] | None = None,
 ) -> ErrorCurve:
     """Return the reconstruction error over a range of sigma_rel.
 
     Arguments:
-        candidate: the snapshots, of which those after `t` are not used.
+        label: the name of the snapshots in a legend.
+        snapshots: the profiles of the snapshots, of which those after `t` are not used.
+        prior: of all these snapshots.
         sigma_range: lowest and highest sigma_rel, both included.
         t: time of the targets; by default that of the last snapshot.
         method: "minvar" or "paper"; by default the first.
-        others: further targets.
+        others: further profiles at that time, by their titles.
     """
     low, high = check_sigma_range(sigma_range)
-    t = time_between(candidate.snapshots, t)
-    among = [index for index, profile in enumerate(candidate.snapshots) if profile.t <= t]
-    usable, prior = [candidate.snapshots[index] for index in among], candidate.prior.of(among)
+    t, others = time_between(snapshots, t), others or {}
+    among = [index for index, profile in enumerate(snapshots) if profile.t <= t]
+    usable, assumption = [snapshots[index] for index in among], EVENLY if prior.source == ASSUMED else ""
     tracked = _tracked(usable)
     inside = [s for s in tracked if low <= s <= high]
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, _POINTS), inside))), low, high)
-    profiles = [target.profile(t, candidate.clock, candidate.t_first) for target in others]
-    _, profile_error, predicted = Problem(usable, prior, t).solve([*powers(grid, t), *profiles], check_method(method))
-    predicted, n = _zero_if_nan(predicted), grid.size
-    titles, widths = (target.title for target in others), (relative_width(profile, t) for profile in profiles)
-    points = tuple(map(ErrorPoint, titles, widths, profile_error[n:].tolist(), predicted[n:].tolist()))
-    label = f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label
-    return ErrorCurve(label, t, grid, profile_error[:n], predicted[:n], tracked, points, candidate.assumption)
+    problem, n = Problem(usable, prior.of(among), t), grid.size
+    _, profile_error, predicted = problem.solve([*powers(grid, t), *others.values()], check_method(method))
+    predicted, widths = _zero_if_nan(predicted), (relative_width(profile, t) for profile in others.values())
+    points = tuple(map(ErrorPoint, others, widths, profile_error[n:].tolist(), predicted[n:].tolist()))
+    label = f"{label}, if {assumption}" if assumption else label
+    return ErrorCurve(label, t, grid, profile_error[:n], predicted[:n], tracked, points, assumption)
 
 
 def forecast(

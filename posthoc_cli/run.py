@@ -32,7 +32,6 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import (
     EVENLY,
     USEFUL_RANGE,
-    Candidate,
     ErrorCurve,
     PlanReport,
     error_curve,
@@ -320,13 +319,15 @@ class Run:
         the tensors is read if headers have no measurements.
         """
         sources = self.sources
-        usable, later = chosen_up_to(sources, time_between([source.profile for source in sources], t))
+        t = time_between([source.profile for source in sources], t)
+        usable, later = chosen_up_to(sources, t)
         last, known = usable[-1].t, [*usable, *later]
         found = counted(sources, len(usable), sum(source.t <= last for source in sources))
         label = f"{self.directory}: {found} up to {last:,.12g} {sources[0].t_unit}"
-        profiles, first = [source.profile for source in known], min(source.t_first for source in sources)
-        candidate = Candidate(label, profiles, source_prior(known), run_clock(sources), first)
-        return error_curve(candidate, sigma_range, t=t, method=method, others=as_targets(others))
+        clock, first = run_clock(sources), min(source.t_first for source in sources)
+        wanted = {target.title: target.profile(t, clock, first) for target in as_targets(others)}
+        profiles = [source.profile for source in known]
+        return error_curve(label, profiles, source_prior(known), sigma_range, t, method, wanted)
 
     # --- maintenance
 

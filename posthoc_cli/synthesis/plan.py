@@ -23,9 +23,9 @@ from posthoc_cli.errors import (
     percent,
     shown,
 )
-from posthoc_cli.planning import Candidate, check_within, error_curve
-from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
-from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
+from posthoc_cli.planning import check_within, error_curve
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.outputs import OutputInfo, Used
 from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.sources import Source, TrackedTensor, by_time, chosen_up_to, counted, run_clock, source_prior
@@ -300,7 +300,7 @@ def plan_synthesis(
             raise InvalidValueError("group", reason, value=repr(glob))
     if max_error is not None:
         _check_errors(plan, max_error)
-    _warn_of_poor_targets(plan, Candidate("", snapshots, prior))
+    _warn_of_poor_targets(plan, snapshots, prior)
     return plan
 
 
@@ -371,21 +371,22 @@ def _check_errors(plan: Plan, max_error: float) -> None:
             raise InexactError(target.title, reason, "the error curve shows what these snapshots can make")
 
 
-def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
+def _warn_of_poor_targets(plan: Plan, snapshots: Sequence[StoredProfile], prior: Prior) -> None:
     """Log the targets with a predicted error above POOR_ERROR, and the sigma_rels with a smaller one."""
     errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
     poor = [index for index, error in enumerate(errors) if error > POOR_ERROR]
     if not poor:
         return
     titles = [target.title for index, target in enumerate(separate(plan.targets)) if index in poor]
-    below = error_curve(candidate, t=plan.t, method=plan.method).ranges_text(POOR_ERROR)
+    curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
+    below = curve.ranges_text(POOR_ERROR)
     log.warning(
         "%s: predicted error %s%s from the %s up to t = %s%s; %s",
         ", ".join(titles[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
         "up to " * (len(poor) > 1),
         percent(float(errors[poor].max())),
-        counted(plan.sources, sum(profile.t <= plan.t for profile in candidate.snapshots)),
+        counted(plan.sources, sum(profile.t <= plan.t for profile in snapshots)),
         f"{plan.t:,.12g}",
-        f", if {candidate.assumption}" if candidate.assumption else "",
+        f", if {curve.assumption}" if curve.assumption else "",
         f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %",
     )

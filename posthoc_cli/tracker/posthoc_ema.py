@@ -40,7 +40,7 @@ from posthoc_cli.errors import (
     shown,
     warn,
 )
-from posthoc_cli.planning import Candidate, error_curve
+from posthoc_cli.planning import ErrorCurve, error_curve
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
@@ -539,15 +539,15 @@ class PostHocEMA:
         """Return a figure of reconstruction error against sigma_rel, from the lowest to the highest of a range."""
         from posthoc_cli import plots
 
-        def candidate_of(sources: list[Source]) -> Candidate:
+        def curve_of(sources: list[Source]) -> ErrorCurve:
             last = max(source.t for source in self._some(sources))
             chosen, _ = chosen_up_to(sources, last)
             of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
             label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
-            return Candidate(label, [source.profile for source in chosen], source_prior(chosen))
+            profiles = [source.profile for source in chosen]
+            return error_curve(label, profiles, source_prior(chosen), sigma_range, method=method)
 
-        candidate, _ = self._in_first(self._members.keepers("reconstruction_error()"), candidate_of)
-        curve = error_curve(candidate, sigma_range, method=method)
+        curve, _ = self._in_first(self._members.keepers("reconstruction_error()"), curve_of)
         return plots.error_figure([curve], profile_error=method == "paper")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
