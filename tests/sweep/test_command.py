@@ -132,20 +132,6 @@ def test_a_trial_that_fails_is_reported_and_has_no_value(run: Run, tmp_path: Pat
     assert (tmp_path / "out" / f"{failed.log}.err").exists()
 
 
-def test_a_summary_counts_trials_and_json_is_the_result_alone(ema: Ema, run: Run, tmp_path: Path) -> None:
-    command = "sh -c 'echo $1; [ $1 != 0.2 ]' sh {sigma_rel} {weights}"
-    options = ["--sigma-rel", "0.05,0.1,0.15,0.2", "--minimize", "--out", tmp_path / "out"]
-    done = ema("sweep", run.directory, "--run", command, *options)
-    assert " 3 averages in 4 trials, 1 of which failed" in done.out
-    (line,) = done.err.splitlines()
-    assert Path(line.rpartition("see ")[2]).exists()
-    done = ema("sweep", run.directory, "--run", f"{command} again", *options, "--json")
-    assert done.json == json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert [line.partition(",")[0] for line in done.err.splitlines()] == [
-        "sigma_rel 0.05", "sigma_rel 0.1", "sigma_rel 0.15", "ema: warning: sigma_rel 0.2",
-    ]  # fmt: skip
-
-
 def test_a_metric_that_is_always_the_same_is_an_error_and_writes_no_best(run: Run, tmp_path: Path) -> None:
     with refused("the sweep", "every trial has the same metric, 5; does the evaluation use", kind=PostHocError):
         swept(run, tmp_path / "out", "sh -c 'echo 5' {weights}", axis=GRID)
