@@ -439,7 +439,7 @@ class Search:
             PostHocError: too few trials have succeeded.
         """
         first = first_batch(self.axis)
-        wanted = self._missing(first)
+        wanted = [(v, seed) for v in first for seed in range(self._repeats) if seed not in self._seeds(v)]
         while True:
             self._all += measure(wanted)
             self.found = self._estimate(min(3, len(first)))
@@ -453,10 +453,6 @@ class Search:
     def _seeds(self, value: float) -> set[int]:
         """Return the seeds of the trials of a value."""
         return {trial.seed for trial in self.trials if trial.x == value}
-
-    def _missing(self, values: Sequence[float]) -> list[tuple[float, int]]:
-        """Return the pairs of given values and seeds that have not been measured."""
-        return [(v, seed) for v in values for seed in range(self._repeats) if seed not in self._seeds(v)]
 
     @property
     def _left(self) -> int:
