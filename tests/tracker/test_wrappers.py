@@ -151,14 +151,6 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
     assert_same_tensors(values_of(wrapped, tmp_path / "loaded"), weights)
 
 
-def test_a_wrapper_around_a_model_with_averaged_weights_is_no_update(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        tracker.update_(model)
-        with tracker.model(model, sigma_rel=0.28), pytest.raises(NotReadyError, match="holds averaged weights"):
-            tracker.update_(torch.nn.DataParallel(model))
-
-
 def test_a_model_under_fsdp_keeps_its_dtypes(tmp_path: Path, one_process: None) -> None:
     with pytest.raises(InvalidValueError, match=r"the model: FSDP has laid its parameters .*use_orig_params=True"):
         PostHocEMA.from_model(fsdp(network(), use_orig_params=False), tmp_path)
