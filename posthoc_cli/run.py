@@ -6,6 +6,7 @@ import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,18 +15,15 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.import_files import Manifest, read_manifest
 from posthoc_cli.checkpoints.open_run import (
     describe_checkpoints,
-    describe_file,
     disk_sources,
     holds_checkpoints,
     is_glob,
     list_checkpoints,
-    open_checkpoints,
 )
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
-    InvalidValueError,
     PostHocError,
     VanishedError,
     check_count,
@@ -43,7 +41,7 @@ from posthoc_cli.planning import (
 )
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.resources import ProgressBar, no_bar, parse_bytes
-from posthoc_cli.snapshots.directory import PICKLES, is_import, read_directory
+from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, list_directory, read_directory
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
@@ -201,36 +199,24 @@ class Run:
     def info(self) -> dict[str, Any]:
         """Return a description of the directory and its problems, from headers: see `describe`.
 
-        For checkpoints see `describe_checkpoints`, or `describe_file` if their step is not known. Checkpoints next to
-        snapshots are under "checkpoints", outputs next to checkpoints under "outputs". For an import, "refers_to",
-        "files" and "settings" describe the imported files.
+        For checkpoints see `describe_checkpoints`; those next to snapshots are under "checkpoints".
         """
+        place = self.directory
         if self.also is not None:
             checkpoints = [source for source in self.sources if isinstance(source, Checkpoint)]
-            return describe(self.directory) | {"checkpoints": list_checkpoints(checkpoints)}
-        if is_import(self.directory):
-            described = describe_checkpoints(self.directory, open_checkpoints(self.directory))
-            return described | read_manifest(self.directory).describe()
-        own = None
-        is_foreign = is_glob(self.directory) or (self.directory.suffix in PICKLES and self.directory.is_file())
-        if not is_foreign:
-            try:
-                own = describe(self.directory)
-            except DirectoryError:
-                if not holds_checkpoints(self.directory):
-                    raise
-            if own and own["kind"] not in ("outputs", "safetensors"):
-                return own
+            return describe(place) | {"checkpoints": list_checkpoints(checkpoints)}
+        if is_import(place) or is_glob(place):
+            return describe_checkpoints(place)
+        listed = list_directory(place) if place.is_dir() else None
+        is_own = listed is not None and any(map(is_snapshot_name, (*listed.files, *listed.folders)))
+        if is_own or not holds_checkpoints(place):
+            return describe(place)
         try:
-            described = describe_checkpoints(self.directory, open_checkpoints(self.directory))
-        except PostHocError as error:
-            if own is not None:
-                return own  # outputs, or models of other programs that are not checkpoints of one run
-            if isinstance(error, InvalidValueError) and error.subject == str(self.directory):
-                return describe_file(self.directory)  # only its step is not known
+            return describe_checkpoints(place)
+        except PostHocError:
+            with suppress(PostHocError):
+                return describe(place)  # outputs, or models of other programs that are not checkpoints of one run
             raise
-        outputs = [output for output in (own or {}).get("outputs", ()) if output["kind"] != "safetensors"]
-        return described | ({"outputs": outputs} if outputs else {})
 
     # --- averages
 

@@ -8,10 +8,11 @@ how far it has moved between two checkpoints gives the time of the restart.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,22 +20,17 @@ import numpy as np
 from posthoc_cli.checkpoints.audit_decay import (
     PIECES,
     Fit,
+    Intervals,
+    Mask,
     Model,
     PowerModel,
-    Products,
-    Sample,
     Series,
     WarmModel,
     argmin,
     choose_pieces,
-    followed_since,
-    interval_residuals,
     misfit,
-    products_of,
-    read_sample,
+    read_series,
     refine,
-    residuals,
-    series_of,
 )
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import RAMP_UP, DecayRule, FloatArray, OrdinaryEMA, Point, gamma_from_sigma_rel
@@ -136,6 +132,11 @@ class Audit:
         return f"Audit({self.text})"
 
     @property
+    def spacing(self) -> float:
+        """The median time between two checkpoints."""
+        return float(np.median([interval.end - interval.begin for interval in self.intervals] or [1.0]))
+
+    @property
     def is_bad(self) -> bool:
         """Whether the verdict names a fault."""
         return self.verdict in BAD
@@ -158,11 +159,8 @@ class _Note(NamedTuple):
     def __str__(self) -> str:
         if self.at is None:
             return self.what
-        return (
-            f"{self.what} at {self.at:,.0f}, as the settings say"
-            if self.said
-            else f"{self.what} near step {self.at:,.0f}"
-        )
+        near, source = (" at", ", as the settings say") if self.said else (" near step", "")
+        return f"{self.what}{near} {self.at:,.0f}{source}"
 
 
 _STILL, _NOT_BEGUN, _BEGINS, _AGAIN = "was not updated", "not begun", "begins", "began again"
@@ -173,11 +171,11 @@ class _Case:
     """An average to be judged: `tensors` are the names of the pieces, `restarts` the times that settings say.
 
     Masks of pieces are `used`, whose weights move, `still` and `equal`, whose average stands still or equals the
-    weights, and `kept`, which do neither. `notes` are by interval; those with a note show no decay.
+    weights, and `kept`, which do neither; `rows` are the intervals of these. `notes` are by interval; those with a note
+    show no decay.
     """
 
     name: str
-    products: Sequence[Products]
     series: Series
     tensors: Sequence[str]
     model: Model
@@ -186,25 +184,24 @@ class _Case:
     counts_calls: bool = False
 
     def __post_init__(self) -> None:
-        moved = np.array([products.gram[:, 2, 2] > 0 for products in self.products])
-        same = np.array([products.same for products in self.products])
-        copied = np.array([products.copied for products in self.products])
-        self.used = moved.any(axis=0)
-        self.still = ((same >= _ALL) | ~moved).all(axis=0) & self.used
-        self.equal = ((copied[:, 1] >= _ALL) | ~moved).all(axis=0) & self.used
-        self.kept = self.used & ~(self.still | self.equal)
-        self.notes: dict[int, _Note] = {}
+        intervals = self.series.intervals
+        moved = intervals.gram[..., 2, 2] > 0
+        same, copied = self.series.same >= _ALL, self.series.copied >= _ALL
+        self.used: Mask = np.asarray(moved.any(axis=0))
+        self.still: Mask = (same | ~moved).all(axis=0) & self.used
+        self.equal: Mask = (copied[1:] | ~moved).all(axis=0) & self.used
+        self.kept: Mask = self.used & ~(self.still | self.equal)
+        self.rows = intervals.of_pieces(self.kept)
+        self.end = float(intervals.end[-1])
+        stands = moved.any(axis=1) & (same | ~moved).all(axis=1)
+        self.notes = {index: _Note(_STILL) for index in np.flatnonzero(stands).tolist()}
         for index, row in enumerate(moved):
-            if row.any() and (same[index][row] >= _ALL).all():
-                self.notes[index] = _Note(_STILL)
-        for index, row in enumerate(moved):
-            if index in self.notes or not (copied[index, 0][row] >= _ALL).all():
+            if index in self.notes or not copied[index, row].all():
                 break
-            self.notes[index] = _Note(_NOT_BEGUN if (copied[index, 1][row] >= _ALL).all() else _BEGINS)
+            self.notes[index] = _Note(_NOT_BEGUN if copied[index + 1, row].all() else _BEGINS)
         for restart in self.restarts:
-            for index, products in enumerate(self.products):
-                if products.begin <= restart < products.end:
-                    self.notes[index] = _Note(_AGAIN, restart, said=True)
+            for index in np.flatnonzero((intervals.begin <= restart) & (restart < intervals.end)).tolist():
+                self.notes[index] = _Note(_AGAIN, restart, said=True)
 
     def times(self, what: str) -> tuple[float, ...]:
         """Return the found times of the notes of a kind."""
@@ -213,24 +210,11 @@ class _Case:
         )
 
     @property
-    def lost(self) -> tuple[str, ...]:
-        """Names of the tensors that have a piece which stands still or equals the weights."""
-        return tuple(dict.fromkeys(np.array(self.tensors)[self.still | self.equal].tolist()))
-
-    def fit(self, model: Model) -> Fit:
-        """Return the fit of a model to the usable intervals."""
-        return Fit(model, [self.rows[i] for i in self.usable])
-
-    @cached_property
-    def rows(self) -> list[Products]:
-        """The Gram matrices of the kept pieces, by interval."""
-        return [products.select(self.kept) for products in self.products]
-
-    @property
     def usable(self) -> list[int]:
         """Indexes of intervals without a note; if all have one, of those in which weights and average move."""
+        moves = self.rows.gram[..., 2, 2].any(axis=1)
         idle = [i for i, note in self.notes.items() if note.what == _STILL]
-        moving = [i for i in range(len(self.rows)) if self.rows[i].gram[:, 2, 2].any() and i not in idle]
+        moving = [i for i in np.flatnonzero(moves).tolist() if i not in idle]
         return [i for i in moving if i not in self.notes] or moving
 
     @property
@@ -250,19 +234,27 @@ def _explain(case: _Case) -> tuple[Fit, tuple[Fit, ...]]:
     starts: dict[int, float] = {}
     fit, rivals = _best_fit(case, ())
     for _ in range(2):  # an average that restarted repeats its warm-up, too
-        found = {index: _locate_start(fit, case.rows[index])[0] for index in begins} | _find_restarts(case, fit)
+        found = {index: _locate_start(fit, case.rows[[index]])[0] for index in begins} | _find_restarts(case, fit)
         if not found.keys() - starts.keys():
             break
         starts |= found
         case.notes |= {index: _Note(_BEGINS, time) for index, time in found.items()}
         fit, rivals = _best_fit(case, tuple(sorted(starts.values())))
-        for _ in range(3 * isinstance(fit.model, WarmModel | PowerModel)):
+        for _ in range(3 * isinstance(fit.model, WarmModel | PowerModel)):  # by all later intervals
             for index in starts:
-                starts[index] = _locate_warm_start(fit, case.rows[index], sorted({*starts.values()} - {starts[index]}))
-            fit = case.fit(replace(fit.model, starts=(0.0, *sorted(starts.values()))))  # type: ignore[call-arg]
+                others = {*starts.values()} - {starts[index]}
+                times = np.linspace(case.rows.begin[index], case.rows.end[index], 51)
+                starts[index] = argmin(functools.partial(_cost_of_start, fit, others), times)
+            model = replace(fit.model, starts=(0.0, *sorted(starts.values())))
+            fit = Fit(model, case.rows[case.usable])
     for index, time in starts.items():  # no checkpoint shows an average before the first interval
         case.notes[index] = _Note(_BEGINS if index in (0, *begins) else _AGAIN, time)
     return fit, rivals
+
+
+def _cost_of_start(fit: Fit, others: AbstractSet[float], time: float) -> float:
+    """Return the residual of an average that began again at a time, and at other ones."""
+    return fit.cost(replace(fit.model, starts=(0.0, *sorted({*others, time}))), fit.value)
 
 
 _RULES = (
@@ -278,79 +270,64 @@ def _best_fit(case: _Case, starts: tuple[float, ...]) -> tuple[Fit, tuple[Fit, .
     A path that turns back, or slows down, looks like another rule: the likelihoods decide. Among rules that are alike,
     and make the same averages, it is the first one.
     """
+    rows = case.rows[case.usable]
     if case.model.value is not None or case.model.what != "decay":
-        return case.fit(case.model), ()
+        return Fit(case.model, rows), ()
     every, all_starts = case.model.every, (0.0, *sorted({*starts, *case.restarts}))
-    warm = [WarmModel(None, every, rule, all_starts) for rule in _RULES]
-    fits = [case.fit(model) for model in (case.model, *warm, PowerModel(None, every, all_starts))]
+    warm = [WarmModel(None, every, all_starts, rule) for rule in _RULES]
+    fits = [Fit(model, rows) for model in (case.model, *warm, PowerModel(None, every, all_starts))]
     least = min(fit.misfit for fit in fits)
     fits = [fit for fit in fits if fit.misfit < least + _FAR]
     if len(fits) == 1:
         return fits[0], ()
     found = [misfit(fit, case.series, case.kept, *case.stretch) for fit in fits]
     limit = min(cost for cost, _ in found) + _ALIKE
-    alike = [(fit, value) for fit, (cost, value) in zip(fits, found, strict=True) if cost <= limit]
-    tails = [_tails(fit.model, value, case.products) for fit, value in alike]
-    others = [fit for (fit, _), tail in zip(alike, tails, strict=True) if np.abs(tail - tails[0]).max() > _SAME]
-    return alike[0][0], tuple(others)
+    alike = [(fit, _tails(fit.model, value, case.series.times))
+             for fit, (cost, value) in zip(fits, found, strict=True) if cost <= limit]  # fmt: skip
+    (best, tails), *others = alike
+    return best, tuple(fit for fit, other in others if np.abs(other - tails).max() > _SAME)
 
 
-def _tails(model: Model, value: float, intervals: Sequence[Products]) -> FloatArray:
+def _tails(model: Model, value: float, times: FloatArray) -> FloatArray:
     """Return the mass before each checkpoint in the averages of all checkpoints: [checkpoints, checkpoints]."""
-    ends = np.array([intervals[0].begin, *(products.end for products in intervals)])
-    forgotten = model.forgotten(value, ends)
+    forgotten = model.forgotten(value, times)
     return np.tril(np.exp(np.minimum(forgotten - forgotten[:, None], 0.0)))
 
 
 def _find_restarts(case: _Case, fit: Fit) -> dict[int, float]:
     """Return the times at which the average restarted from the weights, by interval."""
     restarts: dict[int, float] = {}
-    if case.model.what != "decay" or len(fit.products) < 3:
+    usable = case.usable
+    if case.model.what != "decay" or len(usable) < 3:
         return restarts
-    kept, joint_residuals = fit.kept, fit.residuals(fit.value)
-    for index, products, share, joint_residual in zip(case.usable, fit.products, kept, joint_residuals, strict=True):
-        if share < _SHORTEST or index in case.notes:
+    rows = fit.intervals
+    kept, joint = rows.factors(fit.model, fit.value)[0], (rows.residuals(fit.model, fit.value) * rows.scale).sum(axis=1)
+    for at, index in enumerate(usable):
+        if kept[at] < _SHORTEST or index in case.notes:
             continue
-        alone, limit = Fit(fit.model, [products]), _CLEARLY * (joint_residual @ products.scale)
-        own_residual = alone.residuals(alone.value)[0] @ products.scale
-        if own_residual < limit:  # either another decay or a restart explains the interval
-            time, residual = _locate_start(fit, products)
-            if residual @ products.scale < min(limit, 1.5 * own_residual):
+        row, limit = rows[[at]], _CLEARLY * joint[at]
+        own = float((row.residuals(fit.model, Fit(fit.model, row).value) * row.scale).sum())
+        if own < limit:  # either another decay or a restart explains the interval
+            time, residual = _locate_start(fit, row)
+            if residual < min(limit, 1.5 * own):
                 restarts[index] = time
     return restarts
 
 
-def _locate_start(fit: Fit, products: Products) -> tuple[float, FloatArray]:
-    """Return the time in an interval at which the average started from the weights, and each piece's residual."""
+def _locate_start(fit: Fit, row: Intervals) -> tuple[float, float]:
+    """Return the time in an interval at which the average started from the weights, and the scaled residual."""
 
-    def followed(share: float) -> float:
-        begin = products.begin + share * products.length
-        return share + (1 - share) * followed_since(fit.model, fit.value, begin, products.end) if share < 1 else 1.0
+    def left(time: float) -> FloatArray:
+        return row.residuals(replace(fit.model, starts=(0.0, time)), fit.value)
 
-    def cost(share: float) -> float:
-        return float(residuals(products.gram, 0.0, followed(share)) @ weights)
+    def cost(weights: FloatArray, time: float) -> float:
+        return float((left(time) * weights).sum())
 
-    weights = products.scale
+    weights, times = row.scale, np.linspace(row.begin[0], row.end[0], 51)
     for _ in range(3):
-        share = argmin(cost, np.linspace(0, 1, 51))
-        left = residuals(products.gram, 0.0, followed(share))
-        weights = 1 / np.maximum(left, 1e-2 / products.scale)
-    return products.begin + share * products.length, left
-
-
-def _locate_warm_start(fit: Fit, products: Products, others: Sequence[float]) -> float:
-    """Return the time in an interval at which an average and its warm-up restarted, from all later intervals."""
-
-    def cost(time: float) -> float:
-        model = replace(fit.model, starts=(0.0, *sorted([*others, time])))  # type: ignore[call-arg]
-        return float((fit.residuals(fit.value, model) * fit.weights).sum())
-
-    return argmin(cost, np.linspace(products.begin, products.end, 51))
-
-
-def _without_claim(model: Model) -> Model:
-    """Return the family of power functions, or of constant decays, without a claimed value."""
-    return PowerModel() if model.what == "sigma_rel" else Model(None, model.every)
+        time = argmin(functools.partial(cost, weights), times)
+        weights = 1 / np.maximum(left(time), 1e-2 / row.scale)
+    return time, cost(row.scale, time)
 
 
 # --- verdicts
@@ -370,7 +347,8 @@ _AWAY = "the average moves away from the weights, as if the sign of its update w
 def _judge(case: _Case) -> Audit:
     """Return the audit of an average from its intervals."""
     claimed = None if case.model.value is None else case.model.parameter(case.model.value)
-    base = Audit(case.name, "", "", case.model.what, claimed=claimed)
+    elements = sum(values.shape[1] for values in case.series.values)
+    base = Audit(case.name, "", "", case.model.what, claimed=claimed, elements=elements)
     if not case.used.any():
         return replace(base, verdict="undetermined", text="the weights stand still between these checkpoints")
     for mask, verdict in ((case.still, "does not move"), (case.equal, "equals the weights")):
@@ -379,52 +357,45 @@ def _judge(case: _Case) -> Audit:
     if not case.usable:
         return replace(base, verdict="undetermined", text="in no interval do both the weights and the average move")
     fit, rivals = _explain(case)
-    value, uncertainty = refine(fit, case.series, case.kept, *case.stretch)
-    found, rising = _final_parameter(fit.model, value, case.products[-1].end)
+    model = fit.model
+    value, sigma = refine(fit, case.series, case.kept, *case.stretch)
+    found, rising = _final_parameter(model, value, case.end)
     audit = replace(
         base,
-        what=fit.model.what,
+        what=model.what,
         found=found,
-        length=None if rising else fit.model.length(value),
-        uncertainty=None if rising else uncertainty,
-        warm_up=fit.model.warm_up,
+        length=None if rising else model.length(value),
+        uncertainty=None if rising else sigma,
+        warm_up=model.warm_up,
         starts=case.times(_BEGINS) + case.times(_AGAIN),
         is_late=bool(case.times(_BEGINS)),
-        intervals=tuple(_interval(case.rows[i], fit, str(case.notes.get(i, ""))) for i in range(len(case.rows))),
+        intervals=tuple(_interval(case.rows[[i]], fit, str(case.notes.get(i, ""))) for i in range(len(case.rows.end))),
     )
     if rivals:
         choices = tuple(_in_words(each.model, each.value) for each in (fit, *rivals))
         text = f"the files show it about equally as {', and as '.join(choices)}"
         return replace(audit, verdict="undetermined", text=text, found=None, choices=choices)
-    fault = next(_faults(case, fit, value, uncertainty, audit.intervals), None)
-    return replace(audit, **fault) if fault else _compare_lengths(audit, case, fit, value)
-
-
-def _faults(
-    case: _Case, fit: Fit, value: float, uncertainty: float, intervals: Sequence[Interval]
-) -> Iterator[dict[str, Any]]:
-    """Yield the fields of a verdict for each fault that no average of any length has, the gravest first."""
     if restarts := case.times(_AGAIN):
         near = " and ".join(f"{time:,.0f}" for time in restarts)
         text = f"began again from the weights near step {near}: the average was lost, or reset, at a resume"
-        decay, rising = _final_parameter(fit.model, value, case.products[-1].end)
-        text += f"; its decay is {decay:.7g} " + ("at the end, still rising" if rising else f"(± {uncertainty:.1%})")
-        yield {"verdict": "began again", "text": text}
-    unexplained = [interval.unexplained for interval in intervals if not interval.note]
-    if value <= 0 or (fit.model.what == "decay" and unexplained and np.median(unexplained) > _FOREIGN):
-        yield {"verdict": "undetermined", "text": _AWAY if value <= 0 else _UNEXPLAINED, "found": None}
-    if lost := case.lost:
-        count = len(set(case.tensors))
+        text += f"; its decay is {found:.7g} " + ("at the end, still rising" if rising else f"(± {sigma:.1%})")
+        return replace(audit, verdict="began again", text=text)
+    unexplained = [interval.unexplained for interval in audit.intervals if not interval.note]
+    if value <= 0 or (model.what == "decay" and unexplained and np.median(unexplained) > _FOREIGN):
+        return replace(audit, verdict="undetermined", text=_AWAY if value <= 0 else _UNEXPLAINED, found=None)
+    lost = tuple(dict.fromkeys(np.array(case.tensors)[case.still | case.equal].tolist()))
+    if lost:
         how = "are not followed" if case.still.any() else "are copied"
         named = ", ".join(lost[:3]) + f" and {len(lost) - 3} more" * (len(lost) > 3)
-        text = f"{len(lost)} of {count} tensors {how}, while the others are averaged: {named}"
-        yield {"verdict": "some tensors", "text": text, "tensors": lost}
+        text = f"{len(lost)} of {len(set(case.tensors))} tensors {how}, while the others are averaged: {named}"
+        return replace(audit, verdict="some tensors", text=text, tensors=lost)
+    return _compare_lengths(audit, case, model, value)
 
 
-def _compare_lengths(audit: Audit, case: _Case, fit: Fit, value: float) -> Audit:
+def _compare_lengths(audit: Audit, case: _Case, model: Model, value: float) -> Audit:
     """Return the audit with the verdict on the found length, against the claimed one if there is a claim."""
-    model, sigma, unit = fit.model, audit.uncertainty or 0.0, case.unit
-    length, spacing = model.length(value), min(case.rows[i].length for i in case.usable)
+    sigma, unit, rows = audit.uncertainty or 0.0, case.unit, case.rows[case.usable]
+    length, spacing = model.length(value), float((rows.end - rows.begin).min())
     claimed = None if model.value is None else model.length(model.value)
     if model.what == "decay" and max(length, claimed or 0.0) < _SHORTEST * spacing:
         closer = f"checkpoints closer than {max(1, (claimed or length) / _SHORTEST):,.0f} {unit} would show it"
@@ -433,7 +404,7 @@ def _compare_lengths(audit: Audit, case: _Case, fit: Fit, value: float) -> Audit
     if sigma > _VAGUE and (claimed is None or abs(math.log(length / claimed)) < _BEYOND_DOUBT * sigma):
         text = f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
         return replace(audit, verdict="undetermined", text=text, found=None)
-    reached, rising = _final_parameter(model, value, case.products[-1].end)
+    reached, rising = _final_parameter(model, value, case.end)
     shown = f"{model.what} {reached:.7g}, a time constant of {length:,.4g} {unit} (± {sigma:.1%})"
     if model.what == "sigma_rel":
         shown = f"sigma_rel {reached:.4g} (± {sigma:.1%})"
@@ -478,18 +449,18 @@ def _final_parameter(model: Model, value: float, end: float) -> tuple[float, boo
     return min(parameter, last), model.value is None and parameter > last + 1e-9
 
 
-def _interval(products: Products, fit: Fit, note: str) -> Interval:
+def _interval(row: Intervals, fit: Fit, note: str) -> Interval:
     """Return the findings of one interval alone; a warm-up as the constant decay that forgets as much."""
-    model, begin, end = fit.model, products.begin, products.end
-    plain = _without_claim(model)
-    found = plain.length(Fit(plain, [products]).value) if products.gram[:, 2, 2].any() else math.nan
+    model, (begin,), (end,) = fit.model, row.begin.tolist(), row.end.tolist()
+    plain = PowerModel() if model.what == "sigma_rel" else Model(None, model.every)
+    found = plain.length(Fit(plain, row).value) if row.gram[..., 2, 2].any() else math.nan
     claimed = None
     if model.value is not None:
         forgotten = float(np.diff(model.forgotten(model.value, np.array([begin, end])))[0])
         is_width = model.what == "sigma_rel"
-        claimed = model.length(model.value) if is_width else plain.length(forgotten / products.length)
-    moved = products.gram[:, 0, 0] + products.gram[:, 1, 1] - 2 * products.gram[:, 0, 1]
-    left = max(float(interval_residuals(model, fit.value, products).sum()), 0.0)
+        claimed = model.length(model.value) if is_width else plain.length(forgotten / (end - begin))
+    moved = row.gram[..., 0, 0] + row.gram[..., 1, 1] - 2 * row.gram[..., 0, 1]
+    left = max(float(row.residuals(model, fit.value).sum()), 0.0)
     return Interval(begin, end, found, claimed, math.sqrt(left / max(float(moved.sum()), 1e-300)), note)
 
 
@@ -527,18 +498,19 @@ def _audit_checkpoints(sources: Sequence[Source], claimed: float | None, every: 
         if not isinstance(source.profile, Point) and source.t in weights:
             by_width.setdefault(source.sigma_rel, []).append(source)
     for width, averages in sorted(by_width.items()):
-        if len(averages) > 1:
-            first, name = averages[0], f"sigma_rel {width:g}" if width else ""
-            pieces = choose_pieces({name: math.prod(first.entries[name].shape) for name in first.averages})
-            before = max((t for t in weights if t < first.t), default=None)
-            is_absent = before is not None and len(averages) == sum(t > before for t in weights)
-            pairs = [(weights[before],) * 2] if before is not None and is_absent and _may_begin(first, before) else []
-            pairs += [(weights[average.t], average) for average in averages]
-            samples = (read_sample(*pair, pieces) for pair in pairs)
-            model, starts = _claim(averages, width, claimed, every)
-            updates = getattr(averages[-1], "updates", None)
-            calls = updates is not None and updates.counts_calls and getattr(model, "decay", DecayRule(0.5)).stride == 1
-            yield from _audit_samples(samples, name, [name for name, *_ in pieces], model, starts, first.t_unit, calls)
+        if len(averages) < 2:
+            continue
+        first, name = averages[0], f"sigma_rel {width:g}" if width else ""
+        pieces = choose_pieces({name: first.entries[name].size for name in first.averages})
+        pairs = [(weights[average.t], average) for average in averages]
+        before = max((t for t in weights if t < first.t), default=None)
+        if before is not None and len(averages) == sum(t > before for t in weights) and _may_begin(first, before):
+            pairs = [(weights[before],) * 2, *pairs]
+        model, starts = _claim(averages, width, claimed, every)
+        updates = getattr(averages[-1], "updates", None)
+        calls = updates is not None and updates.counts_calls and getattr(model, "decay", DecayRule(0.5)).stride == 1
+        series, names = read_series(pairs, pieces), [name for name, *_ in pieces]
+        yield _judge(_Case(name, series, names, model, starts, first.t_unit, calls))
 
 
 def _may_begin(first: Source, before: float) -> bool:
@@ -569,40 +541,21 @@ def _claim(
     settings = {name: value for name, value in settings.items() if name not in ("updates", "first")}
     if settings.get("warm_up") or settings.get("copies", 0) > 1:
         starts = (float(first[0] - every), *restarts)
-        return WarmModel(1.0, every, DecayRule(**settings), starts), restarts
+        return WarmModel(1.0, every, starts, DecayRule(**settings)), restarts
     return Model(-math.log(decay) / every, every), restarts
 
 
 def _audit_snapshots(snapshots: Sequence[Snapshot]) -> Iterator[Audit]:
     """Yield the audit of each tracked average, from the samples of weights and average in the headers."""
     last = snapshots[-1]
-    shapes = {name: last.entries[name].shape for name in last.averages}
-    names = [name for name, _ in places(shapes)]
+    names = [name for name, _ in places({name: last.entries[name].shape for name in last.averages})]
     cuts = np.array_split(np.arange(len(names)), min(PIECES, len(names)))
     for width in sorted({one.sigma_rel for one in snapshots}):
-        samples = []
-        for snapshot in snapshots:
-            if snapshot.sigma_rel == width and snapshot.sample:
-                weights, average = (values.astype(np.float64) for values in decode_sample(snapshot.sample))
-                if len(weights) == len(names):
-                    parts = [[values[cut] for cut in cuts] for values in (weights, average)]
-                    samples.append(Sample(snapshot.t, parts[0], parts[1], np.zeros(len(cuts))))
-        model = PowerModel(gamma_from_sigma_rel(width) + 1)
-        yield from _audit_samples(samples, f"sigma_rel {width:g}", [names[cut[0]] for cut in cuts], model)
-
-
-def _audit_samples(
-    samples: Iterable[Sample], name: str, tensors: Sequence[str], model: Model, starts: tuple[float, ...] = (),
-    unit: str = "steps", counts_calls: bool = False,
-) -> Iterator[Audit]:  # fmt: skip
-    """Yield the audit of an average if there are two samples or more; keep only a part of each in memory."""
-    products: list[Products] = []
-    kept: list[Sample] = []
-    last = None
-    for sample in samples:
-        products += [products_of(last, sample)] if last else []
-        kept.append(sample.thinned())
-        last = sample
-    if last and products:
-        audit = _judge(_Case(name, products, series_of(kept), tensors, model, starts, unit, counts_calls))
-        yield replace(audit, elements=sum(map(len, last.average)))
+        read = [(one.t, decode_sample(one.sample)) for one in snapshots if one.sigma_rel == width and one.sample]
+        read = [(t, sample) for t, sample in read if len(sample[0]) == len(names)]
+        if len(read) > 1:
+            rows = np.array([*(weights for _, (weights, _) in read), *(average for _, (_, average) in read)])
+            times, rounding = np.array([t for t, _ in read]), np.zeros((len(read), len(cuts)))
+            series = Series(times, [rows[:, cut] for cut in cuts], rounding)
+            model = PowerModel(gamma_from_sigma_rel(width) + 1)
+            yield _judge(_Case(f"sigma_rel {width:g}", series, [names[cut[0]] for cut in cuts], model))

@@ -44,8 +44,8 @@ from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.profiles import POWER, DecayRule, FloatArray, sigma_rel_from_gamma
 from posthoc_cli.snapshots.sources import Source, expected_rounding
 
-_MOST_ELEMENTS, _MOST_ELEMENTS_IN_SERIES = 1_000_000, 30_000
-"""Largest number of elements in the sample of one checkpoint, and in that of a `Series`."""
+_MOST_ELEMENTS, _MOST_INDEPENDENT = 100_000, 30_000
+"""Largest number of elements in the sample, and of those that count as independent of each other."""
 
 PIECES = 32
 """Smallest number of pieces of tensors in a sample of enough elements."""
@@ -80,25 +80,9 @@ _STEP = 0.01
 _UNLIKE = 0.01
 """Uncertainty for other kinds of paths, relative to interval / length / sqrt(number of checkpoints)."""
 
+Mask = npt.NDArray[np.bool_]
 
-# --- samples of checkpoints
-
-
-@dataclass
-class Sample:
-    """Elements of the weights and of the average at one time, [elements] by piece; squared rounding error by piece."""
-
-    t: float
-    weights: list[FloatArray]
-    average: list[FloatArray]
-    rounding: FloatArray
-
-    def thinned(self) -> Sample:
-        """Return a sample of at most about `_MOST_ELEMENTS_IN_SERIES` of the elements."""
-        every = -(-sum(values.size for values in self.weights) // _MOST_ELEMENTS_IN_SERIES)
-        sizes = [len(values) / len(values[::every]) for values in self.weights]
-        weights, average = ([values[::every] for values in pieces] for pieces in (self.weights, self.average))
-        return Sample(self.t, weights, average, self.rounding / sizes)
+# --- a sample of all checkpoints
 
 
 def choose_pieces(sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
@@ -119,68 +103,65 @@ def choose_pieces(sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
     return pieces
 
 
-def read_sample(weights: Source, average: Source, pieces: Sequence[tuple[str, int, int]]) -> Sample:
-    """Return the sample of these pieces; raise NonFiniteError for nan or infinity."""
-    read = []
-    for source in (weights, average):
-        with source:
-            read.append([source.values(*piece) for piece in pieces])
-        for values, (name, *_) in zip(read[-1], pieces, strict=True):
-            if not np.isfinite(values).all():
-                raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
-    dtypes = [average.entries[name].dtype for name, *_ in pieces]
-    rounding = [expected_rounding(values, dtype, "F32") for values, dtype in zip(read[1], dtypes, strict=True)]
-    return Sample(average.t, read[0], read[1], np.array(rounding))
-
-
-@dataclass
-class Products:
-    """Sums of products in one interval, by piece: Gram matrices of y, d, v, and the variance of rounding in them.
-
-    `gram` is [pieces, 3, 3], without that variance; `rounding` [pieces]; `same` the share of elements of the average
-    that are equal at both times, [pieces]; `copied` of those that equal the weights, at begin and end, [2, pieces].
-    """
-
-    begin: float
-    end: float
-    gram: FloatArray
-    rounding: FloatArray
-    same: FloatArray
-    copied: FloatArray
-
-    @property
-    def length(self) -> float:
-        """The time between the checkpoints."""
-        return self.end - self.begin
-
-    @property
-    def scale(self) -> FloatArray:
-        """Factors that make each piece's residual at most about 1, also if the piece stands still: [pieces]."""
-        return np.asarray(1 / np.einsum("pii->p", self.gram).clip(1e-300))
-
-    def select(self, kept: npt.NDArray[np.bool_]) -> Products:
-        """Return the products of the pieces in a mask."""
-        selected = (self.gram[kept], self.rounding[kept], self.same[kept], self.copied[:, kept])
-        return Products(self.begin, self.end, *selected)
+def read_series(pairs: Sequence[tuple[Source, Source]], pieces: Sequence[tuple[str, int, int]]) -> Series:
+    """Return these pieces of weights and averages of the same times; raise NonFiniteError for nan or infinity."""
+    rounding = np.zeros((len(pairs), len(pieces)))
+    rows: list[list[FloatArray]] = [[], []]
+    for at, pair in enumerate(pairs):
+        for source, read in zip(pair, rows, strict=True):
+            with source:
+                held = [source.values(*piece) for piece in pieces]
+            for each, (name, *_) in zip(held, pieces, strict=True):
+                if not np.isfinite(each).all():
+                    raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
+            read.append(np.concatenate(held).astype(np.float32))
+        dtypes = [source.entries[name].dtype for name, *_ in pieces]
+        rounding[at] = [expected_rounding(each, dtype, "F32") for each, dtype in zip(held, dtypes, strict=True)]
+    ends = np.cumsum([end - begin for _, begin, end in pieces])[:-1]
+    values = np.split(np.array(rows[0] + rows[1]), ends, axis=1)
+    return Series(np.array([average.t for _, average in pairs]), values, rounding)
 
 
 @dataclass
 class Series:
-    """Some elements of each piece at n times: of the weights, then of the averages, [2 n, elements].
+    """Elements of the weights and of an average at n times, by piece of a tensor.
 
-    `rounding` is the variance of their rounding, [pieces, 2 n].
+    Attributes:
+        times: [n].
+        values: of each piece, of the weights, then of the averages: [2 n, elements].
+        rounding: the squared rounding error of each piece of the averages: [n, pieces].
     """
 
     times: FloatArray
-    values: list[npt.NDArray[np.float32]]
+    values: Sequence[npt.NDArray[np.floating]]
     rounding: FloatArray
 
-    def elements(self, pieces: npt.NDArray[np.bool_]) -> int:
-        """Return the number of elements in the pieces of a mask."""
-        return sum(values.shape[1] for values in compress(self.values, pieces))
+    @cached_property
+    def intervals(self) -> Intervals:
+        """The Gram matrices between successive times, without the variance of rounding in them."""
+        grams = []
+        for values in self.values:
+            x, e = np.split(values.astype(np.float64), 2)
+            rows = np.stack([e[1:] - x[:-1], e[:-1] - x[:-1], x[1:] - x[:-1]], axis=1)
+            grams.append(rows @ rows.swapaxes(1, 2))
+        gram, before, after = np.array(grams).swapaxes(0, 1), self.rounding[:-1], self.rounding[1:]
+        gram[..., 0, 0] = np.maximum(gram[..., 0, 0] - after, 0)
+        gram[..., 1, 1] = np.maximum(gram[..., 1, 1] - before, 0)
+        return Intervals(self.times[:-1], self.times[1:], gram, before + after)
 
-    def covariance(self, pieces: npt.NDArray[np.bool_], first: int, last: int) -> tuple[FloatArray, FloatArray, int]:
-        """Return S of the differences to the weights at `first`, its part from rounding, and the number of elements.
+    @property
+    def same(self) -> FloatArray:
+        """The share of elements of the average that are equal at successive times: [intervals, pieces]."""
+        n = len(self.times)
+        return np.asarray(np.array([(values[n + 1 :] == values[n:-1]).mean(axis=1) for values in self.values]).T)
+
+    @property
+    def copied(self) -> FloatArray:
+        """The share of elements of the average that equal the weights: [n, pieces]."""
+        return np.asarray(np.array([np.equal(*np.split(values, 2)).mean(axis=1) for values in self.values]).T)
+
+    def covariance(self, pieces: Mask, first: int, last: int) -> tuple[FloatArray, FloatArray]:
+        """Return S of the differences to the weights at `first`, and its part from rounding.
 
         It is over the checkpoints in [first, last). The elements of each piece are divided by their root mean square.
         """
@@ -190,40 +171,62 @@ class Series:
         apart[np.arange(2 * count - 1), rows] = 1
         apart[:, first] -= 1
         total, rounding, elements = np.zeros((2 * count - 1,) * 2), np.zeros(2 * n), 0
-        for values, variances in compress(zip(self.values, self.rounding, strict=True), pieces):
+        for values, errors in compress(zip(self.values, self.rounding.T, strict=True), pieces):
             moved = apart @ values
             gram = moved @ moved.T
             scale = max(float(np.trace(gram)), 1e-300) / moved.shape[1]
             total += gram / scale
-            rounding += variances * moved.shape[1] / scale
+            rounding[n:] += errors / scale
             elements += moved.shape[1]
-        return total / elements, apart * rounding / elements @ apart.T, elements
+        return total / elements, apart * rounding / elements @ apart.T
 
 
-def products_of(a: Sample, b: Sample) -> Products:
-    """Return the sums of products between two checkpoints."""
-    grams, same, copied = [], [], []
-    for x, e, later_x, later_e in zip(a.weights, a.average, b.weights, b.average, strict=True):
-        rows = np.array([later_e - x, e - x, later_x - x])
-        grams.append(rows @ rows.T)
-        same.append(np.mean(later_e == e))
-        copied.append((np.mean(e == x), np.mean(later_e == later_x)))
-    rounding = np.array([b.rounding, a.rounding])
-    gram = np.array(grams)
-    gram[:, 0, 0] = np.maximum(gram[:, 0, 0] - rounding[0], 0)
-    gram[:, 1, 1] = np.maximum(gram[:, 1, 1] - rounding[1], 0)
-    return Products(a.t, b.t, gram, rounding.sum(axis=0), np.array(same), np.array(copied).T)
+@dataclass
+class Intervals:
+    """Sums of products between checkpoints, by interval and piece: Gram matrices of y, d and v.
 
+    `begin` and `end` are [intervals], `gram` [intervals, pieces, 3, 3], `rounding`, its variance, [intervals, pieces].
+    """
 
-def series_of(samples: Sequence[Sample]) -> Series:
-    """Return the samples of all checkpoints as a series."""
-    values = [
-        np.array([*(at.weights[piece] for at in samples), *(at.average[piece] for at in samples)], np.float32)
-        for piece in range(len(samples[0].weights))
-    ]
-    sizes = np.array([elements.shape[1] for elements in values])
-    rounding = np.array([sample.rounding / sizes for sample in samples])
-    return Series(np.array([sample.t for sample in samples]), values, np.vstack([0 * rounding, rounding]).T)
+    begin: FloatArray
+    end: FloatArray
+    gram: FloatArray
+    rounding: FloatArray
+    _times: dict[float, FloatArray] = field(default_factory=dict)
+
+    def __getitem__(self, rows: Sequence[int]) -> Intervals:
+        return Intervals(self.begin[rows], self.end[rows], self.gram[rows], self.rounding[rows])
+
+    def of_pieces(self, kept: Mask) -> Intervals:
+        """Return the intervals with the pieces in a mask."""
+        return Intervals(self.begin, self.end, self.gram[:, kept], self.rounding[:, kept])
+
+    @property
+    def scale(self) -> FloatArray:
+        """Factors that make each residual at most about 1, also if a piece stands still: [intervals, pieces]."""
+        return np.asarray(1 / np.einsum("ipjj->ip", self.gram).clip(1e-300))
+
+    def factors(self, model: Model, value: float) -> tuple[FloatArray, FloatArray]:
+        """Return B and s of each interval for a value of a model: [intervals] each.
+
+        The tail is computed at the times of at most `_POINTS` updates in each interval.
+        """
+        if (times := self._times.get(model.every)) is None:
+            begin, length = self.begin[:, None], (self.end - self.begin)[:, None]
+            counts = np.maximum(length / model.every, 1) if model.every else np.full(length.shape, _POINTS)
+            points = int(min(counts.max(), _POINTS))
+            updates = (np.arange(points) + 0.5) * (counts / points) - 0.5
+            times = np.hstack([begin + updates * (length / counts), begin, self.end[:, None]])
+            self._times[model.every] = times
+        forgotten = model.forgotten(value, times.ravel()).reshape(times.shape)
+        kept = np.exp(np.minimum(forgotten[:, :-1] - forgotten[:, -1:], _MOST_GROWTH))
+        return kept[:, -1], 1 - kept[:, :-1].mean(axis=1)
+
+    def residuals(self, model: Model, value: float) -> FloatArray:
+        """Return the squared norms of y - B d - s v, [intervals, pieces]."""
+        gram, (b, s) = self.gram, (each[:, None] for each in self.factors(model, value))
+        squares = gram[..., 0, 0] + b * b * gram[..., 1, 1] + s * s * gram[..., 2, 2]
+        return np.asarray(squares - 2 * (b * gram[..., 0, 1] + s * gram[..., 0, 2] - b * s * gram[..., 1, 2]))
 
 
 # --- models of an average
@@ -231,15 +234,25 @@ def series_of(samples: Sequence[Sample]) -> Series:
 
 @dataclass(frozen=True)
 class Model:
-    """A family of averages with one free value, here the rate of a constant decay; `value` is the claimed one."""
+    """A family of averages with one free value, which begin again from the weights at each of the `starts`.
+
+    Here it is the rate of a constant decay. `value` is the claimed one, and `every` the time between updates.
+    """
 
     value: float | None = None
     every: float = 1.0
+    starts: tuple[float, ...] = (0.0,)
     what = "decay"
     warm_up = ""
 
     def forgotten(self, value: float, t: FloatArray) -> FloatArray:
         """Return -log of the share that remains of an earlier mass, at each time, up to a constant."""
+        starts = np.array(self.starts)
+        last = np.maximum(np.searchsorted(starts, t, "right") - 1, 0)
+        return np.asarray(self.forgotten_since(value, t - starts[last]) + _EVERYTHING * last)
+
+    def forgotten_since(self, value: float, t: FloatArray) -> FloatArray:
+        """Return the same at times since the last start."""
         return value * t
 
     def length(self, value: float) -> float:
@@ -250,27 +263,24 @@ class Model:
         """Return the decay of one update."""
         return 1 - self.every / self.length(value)
 
-    def grid(self, products: Sequence[Products]) -> FloatArray:
+    def grid(self, intervals: Intervals) -> FloatArray:
         """Return the values to try: lengths from 1/100 of the least interval to 100 times the run, of both signs."""
-        span = products[-1].end - products[0].begin
-        shortest = max(min(interval.length for interval in products) / 100, self.every / 20)
+        span = intervals.end[-1] - intervals.begin[0]
+        shortest = max(float((intervals.end - intervals.begin).min()) / 100, self.every / 20)
         rates = np.geomspace(0.01 / span, 1 / shortest, 60)
         return np.concatenate((-rates[::-1], [0.0], rates))
 
 
 @dataclass(frozen=True)
 class PowerModel(Model):
-    """A power function, which begins again at each of the `starts`; the free value is gamma + 1."""
+    """A power function; the free value is gamma + 1."""
 
     every: float = 0.0
-    starts: tuple[float, ...] = (0.0,)
     what = "sigma_rel"
 
-    def forgotten(self, value: float, t: FloatArray) -> FloatArray:
+    def forgotten_since(self, value: float, t: FloatArray) -> FloatArray:
         """Override `Model`."""
-        starts = np.array(self.starts)
-        last = np.maximum(np.searchsorted(starts, t, "right") - 1, 0)
-        return np.asarray(value * np.log(np.maximum(t - starts[last], self.every or 1e-300)) + _EVERYTHING * last)
+        return np.asarray(value * np.log(np.maximum(t, self.every or 1e-300)))
 
     def length(self, value: float) -> float:
         """Return the sigma_rel."""
@@ -278,21 +288,20 @@ class PowerModel(Model):
 
     parameter = length
 
-    def grid(self, _: Sequence[Products]) -> FloatArray:
+    def grid(self, _: Intervals) -> FloatArray:
         """Override `Model`."""
         return np.geomspace(1.0, 2000.0, 60)
 
 
 @dataclass(frozen=True)
 class WarmModel(Model):
-    """A decay with a warm-up, which begins again at each of the `starts`.
+    """A decay with a warm-up.
 
     The free value is the rate after the warm-up. For a claimed decay it is a factor of what each update forgets, k for
     an average that is updated k times a step.
     """
 
-    decay: DecayRule = field(default_factory=lambda: DecayRule(0.5))
-    starts: tuple[float, ...] = (0.0,)
+    decay: DecayRule = DecayRule(0.5)  # noqa: RUF009 - it is frozen
 
     @property
     def warm_up(self) -> str:  # type: ignore[override]
@@ -300,28 +309,26 @@ class WarmModel(Model):
         number = f":{self.decay.power:g}" * (self.decay.warm_up == "power" and self.decay.power != POWER)
         return self.decay.warm_up + number
 
-    def forgotten(self, value: float, t: FloatArray) -> FloatArray:
+    def forgotten_since(self, value: float, t: FloatArray) -> FloatArray:
         """Override `Model`."""
-        starts = np.array(self.starts)
-        last = np.maximum(np.searchsorted(starts, t, "right") - 1, 0)
-        numbers = (t - starts[last]) / self.every
+        numbers = t / self.every
         most = 1 << int(numbers.max() + 1).bit_length()
         if self.value is not None:
             places, logs, _ = _warming(self.decay, most)
-            return np.asarray(value * np.interp(numbers, places, logs) + _EVERYTHING * last)
+            return np.asarray(value * np.interp(numbers, places, logs))
         places, logs, slowing = _warming(replace(self.decay, decay=1 - 1e-12), most)
         reached = int(np.searchsorted(slowing, -value * self.every))
         rising = np.interp(np.minimum(numbers, reached), places, logs)
-        return np.asarray(rising + np.maximum(numbers - reached, 0) * value * self.every + _EVERYTHING * last)
+        return np.asarray(rising + np.maximum(numbers - reached, 0) * value * self.every)
 
     def length(self, value: float) -> float:
         """Override `Model`."""
         rate = value if self.value is None else -math.log(self.decay.decay) / self.every * value
         return super().length(rate)
 
-    def grid(self, products: Sequence[Products]) -> FloatArray:
+    def grid(self, intervals: Intervals) -> FloatArray:
         """Override `Model`."""
-        rates = super().grid(products)
+        rates = super().grid(intervals)
         return rates[rates > 0] if self.value is None else rates * self.length(1.0)
 
 
@@ -340,81 +347,34 @@ class Fit:
     """The value of a model with the smallest residuals; `weights` are inverse residuals, [intervals, pieces]."""
 
     model: Model
-    products: Sequence[Products]
+    intervals: Intervals
 
     def __post_init__(self) -> None:
-        begin, end = (np.array([getattr(products, name) for products in self.products]) for name in ("begin", "end"))
-        self.times = _points(self.model, begin, end)
-        self.grid = self.model.grid(self.products)
-        self.gram = np.array([products.gram for products in self.products])
-        self.rounding = np.array([products.rounding for products in self.products])
-        moved = self.gram[..., 0, 0] + self.gram[..., 2, 2]
+        gram, grid = self.intervals.gram, self.model.grid(self.intervals)
+        moved = gram[..., 0, 0] + gram[..., 2, 2]
         least_moved = 1e-20 * moved.max() + 1e-300  # above 0 also for a piece that stands still
         self.weights = 1 / np.maximum(moved, least_moved)
-        floor = 1e-4 * self.gram[..., 2, 2] + least_moved
-        self.value = self._best(self.grid)
+        floor = 1e-4 * gram[..., 2, 2] + least_moved
+        self.value = self._best(grid)
         for _ in range(3):
-            self.weights = 1 / np.maximum(np.maximum(self.residuals(self.value), 0) + self.rounding, floor)
-            self.value = self._best(self.value * _NEAR if self.value > 0 else self.grid)
+            self.weights = 1 / np.maximum(self._left(), floor)
+            self.value = self._best(self.value * _NEAR if self.value > 0 else grid)
 
-    @property
-    def kept(self) -> FloatArray:
-        """B of every interval."""
-        return factors(self.model, self.value, self.times)[0]
-
-    def residuals(self, value: float, model: Model | None = None) -> FloatArray:
-        """Return the squared norms of y - B d - s v, [intervals, pieces], of this model or of another one."""
-        kept, followed = factors(model or self.model, value, self.times)
-        return residuals(self.gram, kept[:, None], followed[:, None])
+    def _left(self) -> FloatArray:
+        return np.maximum(self.intervals.residuals(self.model, self.value), 0) + self.intervals.rounding
 
     def _best(self, grid: FloatArray) -> float:
         """Return the value with the smallest weighted residuals."""
-        return argmin(lambda value: float((self.residuals(value) * self.weights).sum()), grid)
+        return argmin(lambda value: self.cost(self.model, value), grid)
+
+    def cost(self, model: Model, value: float) -> float:
+        """Return the weighted residuals of a model."""
+        return float((self.intervals.residuals(model, value) * self.weights).sum())
 
     @cached_property
     def misfit(self) -> float:
         """The mean logarithm of the pieces' residuals, summed over the intervals; to compare models."""
-        left = np.maximum(self.residuals(self.value), 0) + self.rounding
-        return float(np.log(np.maximum(left, 1e-300)).mean(axis=1).sum())
-
-
-def _points(model: Model, begin: FloatArray, end: FloatArray) -> FloatArray:
-    """Return the times of at most `_POINTS` updates in each interval, then its begin and end: [intervals, points]."""
-    counts = np.maximum((end - begin) / model.every, 1) if model.every else np.full(end.size, _POINTS)
-    points = int(min(counts.max(), _POINTS))
-    updates = (np.arange(points) + 0.5) * (counts / points)[:, None] - 0.5
-    return np.hstack([begin[:, None] + updates * ((end - begin) / counts)[:, None], begin[:, None], end[:, None]])
-
-
-def factors(model: Model, value: float, times: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return B and s of intervals with these `_points`, for a value: [intervals] each."""
-    forgotten = model.forgotten(value, times.ravel()).reshape(times.shape)
-    kept = np.exp(np.minimum(forgotten[:, :-1] - forgotten[:, -1:], _MOST_GROWTH))
-    return kept[:, -1], 1 - kept[:, :-1].mean(axis=1)
-
-
-def _factors_between(model: Model, value: float, begin: float, end: float) -> tuple[FloatArray, FloatArray]:
-    """Return B and s of one interval: [1] each."""
-    return factors(model, value, _points(model, np.array([begin]), np.array([end])))
-
-
-def interval_residuals(model: Model, value: float, products: Products) -> FloatArray:
-    """Return the squared norms of y - B d - s v in one interval: [pieces]."""
-    return residuals(products.gram, *_factors_between(model, value, products.begin, products.end))
-
-
-def followed_since(model: Model, value: float, begin: float, end: float) -> float:
-    """Return s of an average that starts from the weights at `begin`."""
-    if isinstance(model, WarmModel | PowerModel):
-        model = replace(model, starts=(begin,))
-    return float(_factors_between(model, value, begin, end)[1][0])
-
-
-def residuals(gram: FloatArray, kept: npt.ArrayLike, followed: npt.ArrayLike) -> FloatArray:
-    """Return the squared norms of y - B d - s v, from the Gram matrices of y, d and v."""
-    b, s = np.asarray(kept), np.asarray(followed)
-    squares = gram[..., 0, 0] + b * b * gram[..., 1, 1] + s * s * gram[..., 2, 2]
-    return np.asarray(squares - 2 * (b * gram[..., 0, 1] + s * gram[..., 0, 2] - b * s * gram[..., 1, 2]))
+        return float(np.log(np.maximum(self._left(), 1e-300)).mean(axis=1).sum())
 
 
 def argmin(cost: Callable[[float], float], grid: FloatArray) -> float:
@@ -500,14 +460,14 @@ def _misfit(matrices: FloatArray, covariance: FloatArray, rounding: FloatArray, 
     return float(np.linalg.slogdet(total)[1] + np.trace(np.linalg.solve(total, covariance)))
 
 
-def misfit(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int) -> tuple[float, float]:
+def misfit(fit: Fit, series: Series, pieces: Mask, first: int, last: int) -> tuple[float, float]:
     """Return -2 log of a model's likelihood for each element, near the value of a fit, and the best value."""
     cost = _cost(fit, series, pieces, max(first, last - _MOST_CHECKPOINTS), last, rounds=_FEW_ROUNDS)
     found = minimize_scalar(cost, bounds=(-0.7, 0.7), method="bounded", options={"xatol": 0.01})
-    return float(found.fun) / series.elements(pieces), fit.value * math.exp(found.x)
+    return float(found.fun), fit.value * math.exp(found.x)
 
 
-def refine(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int) -> tuple[float, float]:
+def refine(fit: Fit, series: Series, pieces: Mask, first: int, last: int) -> tuple[float, float]:
     """Return the value that explains the checkpoints in [first, last) together, and its length's relative uncertainty.
 
     The uncertainty has four parts: twice that of the likelihood; half the difference to paths without lasting motion;
@@ -518,7 +478,8 @@ def refine(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, 
     first = max(first, last - _MOST_CHECKPOINTS)
     cost = _cost(fit, series, pieces, first, last)
     log = _minimize(cost, 1e-4)
-    curvature = cost(log - _STEP) + cost(log + _STEP) - 2 * cost(log)
+    elements = min(sum(values.shape[1] for values in compress(series.values, pieces)), _MOST_INDEPENDENT)
+    curvature = elements * (cost(log - _STEP) + cost(log + _STEP) - 2 * cost(log))
     sigma = _STEP * math.sqrt(2 / max(curvature, 1e-9))
     motion = (_minimize(_cost(fit, series, pieces, first, last, with_motion=False, rounds=_SOME_ROUNDS)) - log) / 2
     half, change = (last - first) // 2, 0.0
@@ -534,15 +495,15 @@ def refine(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, 
 
 
 def _cost(
-    fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], begin: int, end: int, *, with_motion: bool = True,
+    fit: Fit, series: Series, pieces: Mask, begin: int, end: int, *, with_motion: bool = True,
     rounds: int = _ROUNDS,
 ) -> Callable[[float], float]:  # fmt: skip
-    """Return the function that gives -2 log of the likelihood for log(value / value of the fit)."""
-    covariance, rounding, elements = series.covariance(pieces, begin, end)
+    """Return the function that gives -2 log of the likelihood for each element, for log(value / value of the fit)."""
+    covariance, rounding = series.covariance(pieces, begin, end)
     paths = _Paths(fit.model, series.times[begin:end], covariance, with_motion)
 
     def cost(log: float) -> float:
-        return elements * _misfit(paths.matrices(fit.value * math.exp(log)), covariance, rounding, rounds)
+        return _misfit(paths.matrices(fit.value * math.exp(log)), covariance, rounding, rounds)
 
     return cost
 

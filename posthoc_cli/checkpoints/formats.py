@@ -60,6 +60,7 @@ from posthoc_cli.profiles import (
     Discrete,
     Point,
     PowerFunction,
+    StoredProfile,
     ema_pytorch_profile,
     gamma_from_sigma_rel,
 )
@@ -71,96 +72,116 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a checkpoint holds: an average, the weights under the same names, or one of them alone.
+
+    Attributes:
+        averaged, weights: tensors by their names; empty if the checkpoint has none.
+        updates: how an ordinary EMA was updated; its profile follows in `Checkpoint.with_settings`.
+        profile, sigma_rel: of another average, the profile at a step, and the width that its user asked for.
+        t_unit: what the steps count.
+        asks, asks_with_decay: settings that must be given, or must be if a decay is, and the reason.
+    """
+
+    averaged: Tensors = field(default_factory=dict)
+    weights: Tensors = field(default_factory=dict)
+    updates: Updates | None = None
+    profile: Callable[[int], StoredProfile] | None = None
+    sigma_rel: float = 0.0
+    t_unit: str = "steps"
+    asks: dict[str, str] = field(default_factory=dict)
+    asks_with_decay: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> Tensors:
+        """The average, with the weights' tensors that it lacks."""
+        return {name: self.averaged.get(name, find) for name, find in self.weights.items()} or self.averaged
+
+
+@dataclass(frozen=True)
 class Kind:
     """A kind of checkpoints.
 
     Attributes:
-        read: returns the sources in a checkpoint, from its path, index, step and the settings; ordinary EMAs without
-            their profiles, see `Checkpoint.with_settings`.
-        is_in: returns whether a checkpoint is of this kind, from its path and index; called only if the name fits.
+        find: returns what a checkpoint of this kind holds, else None; called only if the name fits.
         name: pattern of its files' names, with a group for the step; None if they may have any name.
-        form: the pattern in words.
         of_name: number of steps that 1 in the name counts.
-        needs: required settings, which the files do not hold.
-        takes: optional settings, in addition to the selection of tensors.
+        takes: settings in addition to the selection of tensors.
         check: compares the settings with the tensors of all checkpoints and returns the result in a line; raises an
             InvalidValueError that names better settings.
     """
 
-    read: Callable[[Path, IndexedCheckpoint, int, ImportSettings], list[Checkpoint]]
-    is_in: Callable[[Path, IndexedCheckpoint], bool] = lambda *_: True
+    find: Callable[[IndexedCheckpoint, ImportSettings], Found | None]
     name: re.Pattern[str] | None = None
-    form: str = ""
     of_name: int = 1
-    needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     check: Callable[[Sequence[Checkpoint], ImportSettings], str] | None = None
 
-    def step(self, path: Path, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
-        """Return the step of a checkpoint; 0 before the training. For arguments and errors see `step_of`."""
-        match = self.name and self.name.fullmatch(path.name)
-        if match is None:
-            is_ema = "steps_per_epoch" in self.takes or settings.ema_decay is not None
-            per_epoch = settings.steps_per_epoch or 0 if is_ema else None
-            return step_of(path, indexed, settings.step_from, by_word, per_epoch)
-        number = self.of_name * int(match["step"])
-        return checked_step(path, number) if number else 0
 
-    def is_named(self, path: Path) -> bool:
-        """Return whether a file's name fits this kind."""
-        return self.name is None or self.name.fullmatch(path.name) is not None
-
-
-def kind_of(path: Path, indexed: IndexedCheckpoint, settings: ImportSettings) -> str:
-    """Return the kind of a checkpoint: the given one, or the first of `TABLE` whose name and content fit.
+def recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str, Found]:
+    """Return the kind of a checkpoint, the given one or the first of `TABLE` that fits, and what it holds.
 
     Raises:
-        FileFormatError: its name does not fit the given kind.
+        FileFormatError: it is not of the given kind.
         InvalidValueError: a setting that its files do not hold is missing.
     """
-    name = (
-        settings.kind
-        or ("ema" if settings.average or settings.weights else None)
-        or next(name for name, kind in TABLE.items() if kind.is_named(path) and kind.is_in(path, indexed))
-    )
-    if not TABLE[name].is_named(path):
-        raise FileFormatError(path, f"is not named as files of {name} are: {TABLE[name].form}")
-    missing = [needed for needed in TABLE[name].needs if not getattr(settings, needed)]
-    if missing and settings.given:
-        reason = f"must be given: files of {name}, such as {path.name}, do not hold it"
-        raise InvalidValueError(missing[0], reason)
-    if missing:
-        reason = f"is of {name}, whose files do not hold {' and '.join(missing)}"
-        raise InvalidValueError(path, reason, "give them to an import")
-    return name
+    path = indexed.path
+    given = settings.kind or ("ema" if settings.average or settings.weights else None)
+    for name in [given] if given else TABLE:
+        kind = TABLE[name]
+        if (kind.name is None or kind.name.fullmatch(path.name)) and (found := kind.find(indexed, settings)):
+            return name, found
+    raise FileFormatError(path, f"is no file of {given}")
+
+
+def step_in(kind: str, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
+    """Return the step of a checkpoint of a kind; 0 before the training. For arguments and errors see `step_of`."""
+    pattern, takes = TABLE[kind].name, TABLE[kind].takes
+    if pattern and (match := pattern.fullmatch(indexed.path.name)):
+        number = TABLE[kind].of_name * int(match["step"])
+        return checked_step(indexed.path, number) if number else 0
+    is_ema = "steps_per_epoch" in takes or settings.ema_decay is not None
+    return step_of(indexed, settings.step_from, by_word, settings.steps_per_epoch or 0 if is_ema else None)
+
+
+def read_found(
+    kind: str, found: Found, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
+) -> list[Checkpoint]:
+    """Return the sources in a checkpoint: the weights, the average, or both.
+
+    Raises:
+        InvalidValueError: a setting is missing, or does not fit.
+        FileFormatError: the average and the weights are of different models.
+    """
+    path = indexed.path
+    for name, reason in (found.asks | (found.asks_with_decay if settings.ema_decay is not None else {})).items():
+        if getattr(settings, name) is None:
+            raise InvalidValueError(name, f"must be given{reason}")
+    if found.updates and len(settings.sigma_rels) > 1:
+        given = names_in([f"{sigma_rel:g}" for sigma_rel in settings.sigma_rels])
+        raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}", value=given)
+    if found.updates and found.t_unit == "images":  # names count thousands, rounded down
+        every = settings.update_every or found.updates.every
+        step = -(-step // every) * every
+    if found.weights and (others := sorted(found.averaged.keys() - found.weights.keys())):
+        reason = f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"
+        raise FileFormatError(path, reason)
+    tensors, point = settings.select(found.complete), Point(float(step))
+    make = functools.partial(make_checkpoint, path, step=step, kind=kind, t_unit=found.t_unit)
+    made = [make({name: found.weights[name] for name in tensors}, profile=point)] if found.weights else []
+    if found.averaged:
+        profile = found.profile(step) if found.profile else point
+        made.append(make(tensors, profile=profile, sigma_rel=found.sigma_rel, updates=found.updates))
+    return made
 
 
 def check_used(settings: ImportSettings, kinds: Collection[str]) -> None:
     """Raise InvalidValueError if a given setting does not apply to checkpoints of these kinds."""
-    known = {"kind", "prefix", "include", "exclude", *(n for kind in kinds for n in TABLE[kind].needs)}
+    known = {"kind", "prefix", "include", "exclude"}
     for name, value in settings.given.items():
         if name not in known and not any(name in TABLE[kind].takes for kind in kinds):
             text = ",".join(f"{each:.12g}" for each in value) if isinstance(value, list) else str(value)
             raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", value=text)
-
-
-# --- weights
-
-_TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
-
-
-def _read_weights(path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> list[Checkpoint]:
-    tensors = settings.select(indexed.model_tensors(settings.prefix))
-    return [make_checkpoint(path, tensors, Point(float(step)), step)]
-
-
-def _titan_averages(indexed: IndexedCheckpoint) -> Tensors:
-    """Return the averages by the names of their tensors."""
-    return {
-        match[1]: find
-        for keys, find in indexed.tensors.items()
-        if (match := _TITAN_EMA.fullmatch(".".join(keys[1:] if keys[0] == "ema_optimizer" else keys)))
-    }
 
 
 # --- ema-pytorch and pytorch-posthoc-ema: averages by number, whose settings are not in their files
@@ -168,34 +189,34 @@ def _titan_averages(indexed: IndexedCheckpoint) -> Tensors:
 DEFAULT_UPDATE_AFTER_STEP = 100
 """The default of `pytorch-posthoc-ema`."""
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
-_NUMBERED_FORM = "<number>.<step>.pt, or <number>_<step>.safetensors"
 _COUNTERS = ("initted", "step")
 """Tensors of these libraries that are not of the model."""
 _INNER = "ema_model."
 """Prefix of names in files of `ema-pytorch`."""
 
 
-def _is_numbered(inner: bool, _: Path, indexed: IndexedCheckpoint) -> bool:
-    """Return whether a checkpoint has a counter of these libraries, and names with or without the inner prefix."""
-    return (_COUNTERS[0],) in indexed.tensors and inner is any(keys[0].startswith(_INNER) for keys in indexed.tensors)
-
-
-def _read_numbered(
-    library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
-) -> list[Checkpoint]:
-    """Return an average that one of these libraries stored."""
-    match, inner = _NUMBERED.fullmatch(path.name), _INNER if library == "ema-pytorch" else ""
-    number = int(match["number"]) if match else 0
-    if number >= len(settings.sigma_rels):
+def _find_numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
+    path, inner = indexed.path, _INNER if library == "ema-pytorch" else ""
+    has_inner = any(keys[0].startswith(_INNER) for keys in indexed.tensors)
+    match = _NUMBERED.fullmatch(path.name)
+    if match is None or (_COUNTERS[0],) not in indexed.tensors or bool(inner) is not has_inner:
+        return None
+    for needed in ("sigma_rels", "update_every"):
+        if not getattr(settings, needed):
+            reason = f"must be given to an import: files of {library}, such as {path.name}, do not hold it"
+            raise InvalidValueError(needed, reason)
+    if (number := int(match["number"])) >= len(settings.sigma_rels):
         given = names_in([f"{sigma_rel:g}" for sigma_rel in settings.sigma_rels])
         reason = f"must be one for each average; {path.name} is of number {number}, counted from 0"
         raise InvalidValueError("sigma_rels", reason, value=given)
     if library == "posthoc-ema":
-        _check_update_after_step(path, indexed, step, settings.update_after_step)
+        _check_update_after_step(indexed, int(match["step"]), settings.update_after_step)
+    tensors = indexed.model_tensors(settings.prefix or inner)
     width, every = settings.sigma_rels[number], settings.update_every or 1
-    profile = _numbered_profile(library, gamma_from_sigma_rel(width), step, settings, every)
-    tensors = settings.select(indexed.model_tensors(settings.prefix or inner), _COUNTERS)
-    return [make_checkpoint(path, tensors, profile, step, library, sigma_rel=width)]
+    return Found(
+        {name: find for name, find in tensors.items() if name not in _COUNTERS}, sigma_rel=width,
+        profile=lambda step: _numbered_profile(library, gamma_from_sigma_rel(width), step, settings, every),
+    )  # fmt: skip
 
 
 def _numbered_profile(library: str, gamma: float, step: int, settings: ImportSettings, update_every: int) -> Discrete:
@@ -206,7 +227,7 @@ def _numbered_profile(library: str, gamma: float, step: int, settings: ImportSet
     return ema_pytorch_profile(gamma, step, update_every, max(after, 1))
 
 
-def _check_update_after_step(path: Path, indexed: IndexedCheckpoint, step: int, given: int | None) -> None:
+def _check_update_after_step(indexed: IndexedCheckpoint, step: int, given: int | None) -> None:
     """Raise InvalidValueError if the number of calls that `pytorch-posthoc-ema` counted contradicts the setting."""
     value = DEFAULT_UPDATE_AFTER_STEP if given is None else given
     counted = indexed.number("step")
@@ -217,7 +238,7 @@ def _check_update_after_step(path: Path, indexed: IndexedCheckpoint, step: int, 
     if abs(counted - expected) <= counted * eps / 2:
         return
     right_value = f"{'about ' * (counted * eps >= 1)}{step - counted + 1:,.12g}"
-    reason = f"does not fit the files, whose default is {DEFAULT_UPDATE_AFTER_STEP}: {path.name} has counted"
+    reason = f"does not fit the files, whose default is {DEFAULT_UPDATE_AFTER_STEP}: {indexed.path.name} has counted"
     reason += f" {counted:,.12g} of {step:,} calls, as {right_value} makes it"
     raise InvalidValueError("update_after_step", reason, value=value)
 
@@ -286,25 +307,16 @@ def _misfits_by_interval(
     return misfits
 
 
-def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
-    return Kind(
-        functools.partial(_read_numbered, library), functools.partial(_is_numbered, inner), _NUMBERED,
-        _NUMBERED_FORM, needs=("sigma_rels", "update_every"), takes=takes,
-        check=functools.partial(_check_numbered, library),
-    )  # fmt: skip
+def _numbered(library: str, *takes: str) -> Kind:
+    find, check = functools.partial(_find_numbered, library), functools.partial(_check_numbered, library)
+    return Kind(find, _NUMBERED, takes=("sigma_rels", "update_every", *takes), check=check)
 
 
 # --- ordinary EMAs
 
 
-@dataclass(frozen=True)
-class _FoundEMA:
-    """An ordinary EMA in a checkpoint, and the weights under the same names; empty if the checkpoint has none."""
-
-    averaged: Tensors
-    weights: Tensors = field(default_factory=dict)
-    updates: Updates = field(default_factory=Updates)
-    t_unit: str = "steps"
+_Finder = Callable[[IndexedCheckpoint], Found | None]
+_TITAN_EMA = re.compile(r"(?:ema_optimizer\.)*state\.(.+)\.ema_params")
 
 
 def _model_tensors(indexed: IndexedCheckpoint, average: Keys) -> Tensors:
@@ -337,7 +349,7 @@ def _first_copies(count: int | None) -> Updates:
     return Updates({"copies": 1}, count, from_first=True)
 
 
-def _diffusers(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _diffusers(indexed: IndexedCheckpoint) -> Found | None:
     config = {key.removeprefix("ema."): value for key, value in indexed.values.items() if key.startswith("ema.")}
     updates = _as_count(config.get("optimization_step"))
     if updates is None or not isinstance(config.get("decay"), float):
@@ -346,47 +358,54 @@ def _diffusers(indexed: IndexedCheckpoint) -> _FoundEMA | None:
     rule = {"decay": config["decay"], "warm_up": warm_up, "copies": 1 + int(config.get("update_after_step") or 0)}
     rule |= {name: float(config[name]) for name in ("inv_gamma", "power") if name in config}
     rule["least"] = float(config.get("min_decay") or 0.0)
-    return _FoundEMA(indexed.under("ema"), indexed.under("model"), Updates(rule, updates))
+    return Found(indexed.under("ema"), indexed.under("model"), Updates(rule, updates))
 
 
-def _timm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
-    averaged = indexed.under("state_dict_ema")
-    return _FoundEMA(averaged, indexed.under("state_dict"), _first_copies(None)) if averaged else None
+def _under_keys(average: str, weights: str, count: Keys = (), inner: str = "") -> _Finder:
+    """Return the finder of a library that stores both under fixed keys, the weights with an inner prefix."""
+
+    def find(indexed: IndexedCheckpoint) -> Found | None:
+        averaged, of_model = indexed.under(average), _without_prefix(indexed.under(weights), inner)
+        updates = _as_count(indexed.number(*count)) if averaged and of_model and count else None
+        is_found = averaged and of_model and (updates or not count)
+        return Found(averaged, of_model, _first_copies(updates)) if is_found else None
+
+    return find
 
 
-def _lightning(indexed: IndexedCheckpoint) -> _FoundEMA | None:
-    weights, averaged = indexed.under("current_model_state"), indexed.under("state_dict")
-    updates = _as_count(indexed.number("averaging_state", "n_averaged"))
-    return _FoundEMA(averaged, weights, _first_copies(updates)) if weights and averaged and updates else None
-
-
-def _averaged_model(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _averaged_model(indexed: IndexedCheckpoint) -> Found | None:
     for parent in _parents(indexed, "n_averaged"):
         averaged = _without_prefix(indexed.under(*parent), "module.")
         if averaged and (updates := _as_count(indexed.number(*parent, "n_averaged"))):
-            return _FoundEMA(averaged, _model_tensors(indexed, parent), _first_copies(updates))
+            return Found(averaged, _model_tensors(indexed, parent), _first_copies(updates))
     return None
 
 
-def _torchtitan(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _torchtitan(indexed: IndexedCheckpoint) -> Found | None:
     """The update at `start_step` + n `update_every` keeps 2**(-1 / (0.05 n)), or another `half_life_fraction`."""
-    averaged = _titan_averages(indexed)
+    averaged = {
+        match[1]: find for keys, find in indexed.tensors.items() if (match := _TITAN_EMA.fullmatch(".".join(keys)))
+    }
     rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
-    return _FoundEMA(averaged, indexed.model_tensors(), Updates(rule, at_start=True)) if averaged else None
+    return Found(averaged, indexed.model_tensors(), Updates(rule, at_start=True)) if averaged else None
 
 
-def _ema_pytorch(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _ema_pytorch(indexed: IndexedCheckpoint) -> Found | None:
     for parent in _parents(indexed, "initted"):
         group = indexed.under(*parent)
         averaged, weights = _without_prefix(group, "ema_model."), _without_prefix(group, "online_model.")
         calls = _as_count(indexed.number(*parent, "step"))
         if averaged and calls:
             updates = Updates({"warm_up": "power"}, calls, from_first=True, counts_calls=True)
-            return _FoundEMA(averaged, weights or _model_tensors(indexed, parent), updates)
+            asks = {
+                name: f": {indexed.path.name} does not say it; the default of the library is {usual}"
+                for name, usual in (("update_every", 10), ("update_after_step", 100))
+            }
+            return Found(averaged, weights or _model_tensors(indexed, parent), updates, asks_with_decay=asks)
     return None
 
 
-def _lit_ema(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _lit_ema(indexed: IndexedCheckpoint) -> Found | None:
     for parent in [(), *((name,) for name in indexed.groups())]:
         group = indexed.under(*parent)
         stored = _without_prefix(group, "model_ema.")
@@ -401,12 +420,12 @@ def _lit_ema(indexed: IndexedCheckpoint) -> _FoundEMA | None:
                 averaged = {full_names[name]: find for name, find in stored.items()}
                 value, count = (indexed.number(*parent, f"model_ema.{n}") for n in ("decay", "num_updates"))
                 rule = {"decay": round(float(value), 7), "warm_up": "ratio" if count >= 0 else ""}
-                return _FoundEMA(averaged, weights, Updates(rule, _as_count(count)))
+                return Found(averaged, weights, Updates(rule, _as_count(count)))
         raise FileFormatError(indexed.path, f"holds an EMA of {shown(next(iter(stored)))}, and no such weights")
     return None
 
 
-def _torch_ema(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _torch_ema(indexed: IndexedCheckpoint) -> Found | None:
     for parent in _parents(indexed, "decay"):
         listed = indexed.under(*parent, PARAMETERS)
         if not listed:
@@ -423,21 +442,15 @@ def _torch_ema(indexed: IndexedCheckpoint) -> _FoundEMA | None:
             averaged[name] = find
         updates = _as_count(indexed.number(*parent, "num_updates"))
         rule = {"decay": float(indexed.number(*parent, "decay")), "warm_up": "ratio" if updates else ""}
-        return _FoundEMA(averaged, weights, Updates(rule, updates))
+        return Found(averaged, weights, Updates(rule, updates))
     return None
-
-
-def _mmengine(indexed: IndexedCheckpoint) -> _FoundEMA | None:
-    weights, averaged = _without_prefix(indexed.under("ema_state_dict"), "module."), indexed.under("state_dict")
-    updates = _as_count(indexed.number("ema_state_dict", "steps"))
-    return _FoundEMA(averaged, weights, _first_copies(updates)) if weights and averaged else None
 
 
 _EDM_FILE = re.compile(r"network-snapshot-(?P<step>\d{1,20})\.pkl")
 _EDM_OPTIONS = "training_options.json"
 
 
-def _edm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _edm(indexed: IndexedCheckpoint) -> Found | None:
     path = indexed.path
     averaged = indexed.under("ema") or indexed.under("G_ema")
     match = _EDM_FILE.fullmatch(path.name)
@@ -463,29 +476,34 @@ def _edm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
         rule |= {"warm_up": "ramp-up", "power": float(share)}
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
-    return _FoundEMA(averaged, weights, Updates(rule, None, int(batch)), "images")
+    unsaid = f", the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
+    unclear = f", ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
+    return Found(
+        averaged, weights, Updates(rule, None, int(batch)), t_unit="images",
+        asks={} if batch else {"update_every": unsaid}, asks_with_decay={} if options else {"ema_warmup": unclear},
+    )  # fmt: skip
 
 
-FINDERS: dict[str, Callable[[IndexedCheckpoint], _FoundEMA | None]] = {
+FINDERS: dict[str, _Finder] = {
     "torchtitan": _torchtitan,
     "diffusers-ema": _diffusers,
-    "timm": _timm,
-    "lightning-ema": _lightning,
+    "timm": _under_keys("state_dict_ema", "state_dict"),
+    "lightning-ema": _under_keys("state_dict", "current_model_state", ("averaging_state", "n_averaged")),
     "averaged-model": _averaged_model,
     "ema-pytorch-ema": _ema_pytorch,
     "lit-ema": _lit_ema,
     "torch-ema": _torch_ema,
-    "mmengine": _mmengine,
+    "mmengine": _under_keys("state_dict", "ema_state_dict", ("ema_state_dict", "steps"), "module."),
     "edm": _edm,
 }
 """A function for each library that returns its EMA in a checkpoint, or None; in the order of the calls."""
 
 
-def _find(library: str, indexed: IndexedCheckpoint) -> _FoundEMA | None:
+def _find(library: str, indexed: IndexedCheckpoint) -> Found | None:
     """Return the EMA that a library stored, or None; raise FileFormatError if its settings are not such numbers."""
     try:
         found = FINDERS[library](indexed)
-        rule = found.updates.rule if found else {}
+        rule = found.updates.rule if found and found.updates else {}
         if rule.get("inv_gamma", 1.0) <= 0 or rule.get("power", 1.0) < 0:
             raise ValueError("its warm-up never begins")
     except (TypeError, ValueError, OverflowError) as error:
@@ -496,7 +514,7 @@ def _find(library: str, indexed: IndexedCheckpoint) -> _FoundEMA | None:
 # --- any other trainer: two sets of tensors with the same names, one of whose keys says that it is the average
 
 
-def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED) -> _FoundEMA | None:
+def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED) -> Found | None:
     """Return the average and the weights in a checkpoint, by their keys, or by prefixes of the names in one set.
 
     The average is the set whose key has a word for it, the weights are a set next to it with the same names and shapes;
@@ -509,7 +527,7 @@ def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED
     wanted, given = (_named_set(indexed, sets, text) for text in (settings.average, settings.weights))
     pairs = _pairs(sets, [wanted] if wanted else None, given)
     if wanted and not pairs:
-        return _FoundEMA(sets[wanted])
+        return Found(sets[wanted])
     unclear = [*pairs] if len(pairs) > 1 else next(iter(pairs.values()), [])
     if len(unclear) > 1:
         reason = f"which of its sets of tensors is the {'average' if len(pairs) > 1 else 'model'} is unclear: "
@@ -517,10 +535,10 @@ def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED
         hint = "name the average by `average`, or both by `average` and `weights` in an import"
         raise FileFormatError(indexed.path, reason + listed, hint)
     for key, (weights,) in pairs.items():
-        return _FoundEMA(sets[key], sets[weights])
+        return Found(sets[key], sets[weights])
     models = [name for name in indexed.groups() if not name.startswith(NOT_WEIGHTS) and name != "opt"]
     is_alone = len(models) == 1 and AVERAGE_WORD.search(models[0])
-    return _FoundEMA(indexed.under(models[0])) if is_alone else None
+    return Found(indexed.under(models[0])) if is_alone else None
 
 
 def _pairs(
@@ -582,69 +600,33 @@ def _are_alike(averaged: Tensors, weights: Tensors) -> bool:
     return all(tensor_shape(find()) == tensor_shape(weights[name]()) for name, find in averaged.items())
 
 
-_EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
-"""Pattern in the name of a file or folder whose tensors are an ordinary EMA."""
-NAMED_DECAY = re.compile(r"ema_(0\.\d+)_")
+_NAMED_DECAY = re.compile(r"ema_(0\.\d+)_")
 """Pattern of the decay in names of guided-diffusion, such as `ema_0.9999_000050.pt` next to `model000050.pt`."""
 
 
 def named_decay(path: Path) -> float | None:
     """Return the decay in the name of an average's file."""
-    match = NAMED_DECAY.match(path.name)
+    match = _NAMED_DECAY.match(path.name)
     return float(match[1]) if match else None
 
 
-def is_named_average(path: Path, settings: ImportSettings) -> bool:
-    """Return whether the setting `average` is a glob of the names of files, of which this is one."""
-    return bool(settings.average) and fnmatchcase(path.name, str(settings.average))
+def _find_any(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
+    """Return two sets of tensors, or one in a file that a name or the settings call an average."""
+    if (found := _without_prefixes(indexed, _two_sets(indexed, settings), settings)) is not None:
+        return replace(found, updates=Updates())
+    if not (settings.kind or settings.average or settings.weights or AVERAGE_WORD.search(indexed.path.name)):
+        return None
+    decay = named_decay(indexed.path)
+    return Found(indexed.model_tensors(settings.prefix), updates=Updates({} if decay is None else {"decay": decay}))
 
 
-def _read_ordinary(
-    library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
-) -> list[Checkpoint]:
-    """Return the average that a library stored, or an average alone, and the weights if the checkpoint has them."""
-    if is_named_average(path, settings):
-        settings = replace(settings, average=None)
-    found = _two_sets(indexed, settings) if library == "ema" else _find(library, indexed)
-    is_alone = library == "ema" and found is None
-    if is_alone:
-        decay = named_decay(path)
-        updates = Updates({} if decay is None else {"decay": decay})
-        found = _FoundEMA(indexed.model_tensors(settings.prefix), updates=updates)
-    if found is None:
-        raise FileFormatError(path, f"holds no EMA of {library}")
-    averaged, weights = (
-        tensors if is_alone else _without_prefix(tensors, settings.prefix)
-        for tensors in (found.averaged, found.weights)
-    )
+def _without_prefixes(indexed: IndexedCheckpoint, found: Found | None, settings: ImportSettings) -> Found | None:
+    if found is None or not settings.prefix:
+        return found
+    averaged, weights = (_without_prefix(tensors, settings.prefix) for tensors in (found.averaged, found.weights))
     if not averaged:
-        raise FileFormatError(path, f"no tensor's name begins with {settings.prefix!r}")
-    every = settings.update_every or found.updates.every
-    if not every:
-        reason = f"must be given, the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
-        raise InvalidValueError("update_every", reason)
-    if found.t_unit == "images":  # names count thousands, rounded down
-        if settings.ema_decay is not None and "warm_up" not in found.updates.rule | settings.rule(every):
-            reason = f"must be given, ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
-            raise InvalidValueError("ema_warmup", reason)
-        step = -(-step // every) * every
-    if found.updates.counts_calls and settings.ema_decay is not None:
-        for name, usual in (("update_every", 10), ("update_after_step", 100)):
-            if getattr(settings, name) is None:
-                raise InvalidValueError(
-                    name, f"must be given: {path.name} does not say it; the default of the library is {usual}"
-                )
-    if weights and (others := sorted(averaged.keys() - weights.keys())):
-        reason = f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"
-        raise FileFormatError(path, reason)
-    average = settings.select({name: averaged.get(name, find) for name, find in weights.items()} or averaged)
-    make = functools.partial(make_checkpoint, path, profile=Point(float(step)), step=step, kind=library,
-                             t_unit=found.t_unit)  # fmt: skip
-    if len(settings.sigma_rels) > 1:
-        given = names_in([f"{sigma_rel:g}" for sigma_rel in settings.sigma_rels])
-        raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}", value=given)
-    made = [make(tensors={name: weights[name] for name in average})] if weights else []
-    return [*made, make(tensors=average, updates=found.updates)]
+        raise FileFormatError(indexed.path, f"no tensor's name begins with {settings.prefix!r}")
+    return replace(found, averaged=averaged, weights=weights)
 
 
 _EMA_TAKES = (
@@ -655,10 +637,10 @@ _EMA_TAKES = (
 
 def _ordinary(library: str, **fields: Any) -> Kind:
 
-    def is_in(_: Path, indexed: IndexedCheckpoint) -> bool:
-        return _find(library, indexed) is not None
+    def find(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
+        return _without_prefixes(indexed, _find(library, indexed), settings)
 
-    return Kind(functools.partial(_read_ordinary, library), is_in, takes=_EMA_TAKES, **fields)
+    return Kind(find, takes=_EMA_TAKES, **fields)
 
 
 def stored_in(path: Path, weights: bool = False, average: str | None = None) -> Checkpoint:
@@ -672,25 +654,24 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
     """
     indexed = index_checkpoint(path)
     sets = _sets_of_tensors(indexed)
-    pairs = _pairs(sets)
-    found = None if average else next(filter(None, (_find(library, indexed) for library in FINDERS)), None)
     if average and (key := _named_set(indexed, sets, average)):
         others = _pairs(sets, [key]).get(key, [])
-        found = _FoundEMA(sets[key], sets[others[0]] if len(others) == 1 else {})
-    if weights:
-        models = {key for others in pairs.values() for key in others}
-        tensors = found.weights if found else sets[models.pop()] if len(models) == 1 else {}
-        return make_checkpoint(path, tensors or indexed.model_tensors(), Point(1.0), 1)
-    found = found or _two_sets(indexed)
-    if found is not None:
-        tensors = {name: found.averaged.get(name, find) for name, find in found.weights.items()} or found.averaged
+        found: Found | None = Found(sets[key], sets[others[0]] if len(others) == 1 else {})
     else:
-        alone = [key for key in sets if AVERAGE_WORD.search(key[-1])]
-        if len(alone) != 1 and not _EMA_NAME.search(path.name):
-            keys = names_in([".".join(key) for key in sets if len(key) == 1])
-            reason = f"holds no average that its keys name ({keys})" if keys else "holds no average that a key names"
-            raise FileFormatError(path, reason, "name its key by `average`, or say `weights` for the raw ones")
-        tensors = indexed.under(*alone[0]) if len(alone) == 1 else indexed.model_tensors()
+        found = next(filter(None, (_find(library, indexed) for library in FINDERS)), None)
+    alone = [key for key in sets if AVERAGE_WORD.search(key[-1])]
+    if weights:
+        models = {key for others in _pairs(sets).values() for key in others}
+        tensors = found.weights if found else sets[models.pop()] if len(models) == 1 else {}
+        tensors = tensors or indexed.model_tensors()
+    elif found := found or _two_sets(indexed):
+        tensors = found.complete
+    elif len(alone) == 1 or AVERAGE_WORD.search(path.name):
+        tensors = sets[alone[0]] if len(alone) == 1 else indexed.model_tensors()
+    else:
+        keys = names_in([".".join(key) for key in sets if len(key) == 1])
+        reason = f"holds no average that its keys name ({keys})" if keys else "holds no average that a key names"
+        raise FileFormatError(path, reason, "name its key by `average`, or say `weights` for the raw ones")
     return make_checkpoint(path, tensors, Point(1.0), 1)
 
 
@@ -698,29 +679,25 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
 
 _EDM2 = re.compile(r"(?:network-snapshot|edm2(?:-[a-z0-9]+)+)-(?P<step>\d{1,20})-(?P<width>\d*\.\d+)\.pkl")
 
-_EDM2_FORM = "network-snapshot-<images in thousands>-<width>.pkl, or edm2-<model>-<images in thousands>-<width>.pkl"
 
-
-def _read_edm2(path: Path, indexed: IndexedCheckpoint, images: int, settings: ImportSettings) -> list[Checkpoint]:
-
-    match = _EDM2.fullmatch(path.name)
+def _find_edm2(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
+    match = _EDM2.fullmatch(indexed.path.name)
     width = float(match["width"]) if match else 0.0
-    profile = PowerFunction.from_sigma_rel(width, images)
-    tensors = settings.select(indexed.model_tensors(settings.prefix, "ema"))
-    return [make_checkpoint(path, tensors, profile, images, "edm2", "images", width)]
+    tensors = indexed.model_tensors(settings.prefix, "ema")
+    return Found(
+        tensors, profile=functools.partial(PowerFunction.from_sigma_rel, width), sigma_rel=width, t_unit="images"
+    )
 
 
 TABLE = {
-    "edm2": Kind(_read_edm2, name=_EDM2, form=_EDM2_FORM, of_name=1000),
-    "ema-pytorch": _numbered("ema-pytorch", True, ()),
-    "posthoc-ema": _numbered("posthoc-ema", False, ("update_after_step",)),
+    "edm2": Kind(_find_edm2, _EDM2, of_name=1000),
+    "ema-pytorch": _numbered("ema-pytorch"),
+    "posthoc-ema": _numbered("posthoc-ema", "update_after_step"),
     **{name: _ordinary(name) for name in FINDERS},
-    "edm": _ordinary("edm", name=_EDM_FILE, form="network-snapshot-<images in thousands>.pkl", of_name=1000),
-    "ema": Kind(
-        functools.partial(_read_ordinary, "ema"),
-        lambda path, indexed: bool(_EMA_NAME.search(path.name)) or _two_sets(indexed) is not None,
-        takes=(*_EMA_TAKES, "average", "weights"),
+    "edm": _ordinary("edm", name=_EDM_FILE, of_name=1000),
+    "ema": Kind(_find_any, takes=(*_EMA_TAKES, "average", "weights")),
+    "checkpoints": Kind(
+        lambda indexed, settings: Found(weights=indexed.model_tensors(settings.prefix)), takes=("step_from",)
     ),
-    "checkpoints": Kind(_read_weights, takes=("step_from",)),
-}  # fmt: skip
+}
 """Every kind, in the order in which a file is tried; the last one, `checkpoints`, is for weights."""

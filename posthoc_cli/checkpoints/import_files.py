@@ -21,15 +21,14 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.formats import TABLE
+from posthoc_cli.checkpoints.formats import TABLE, read_found, recognise
 from posthoc_cli.checkpoints.read_model import CONFIG, EMA_ENDING, index_checkpoint, model_in, sets_in
 from posthoc_cli.checkpoints.read_step import checked_step
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
@@ -53,11 +52,6 @@ class Manifest:
     checkpoints: tuple[tuple[Path, str, int], ...]
     files: dict[Path, tuple[int, str]]
 
-    @property
-    def real_origin(self) -> str:
-        """The origin as a URL or an absolute path without links."""
-        return str(self.origin) if files.is_url(self.origin) else os.path.realpath(self.origin)
-
     def check_file(self, path: Path) -> None:
         """Raise FileFormatError if a file is missing, or is not the one that was imported."""
         nbytes, identity = self.files[path]
@@ -76,12 +70,12 @@ class Manifest:
         """Return the checkpoints; raise FileFormatError if a file is not the one that was imported."""
         for path in self.files:
             self.check_file(path)
-        checkpoints = [
-            checkpoint.with_settings(self.settings)
-            for path, kind, step in self.checkpoints
-            for checkpoint in TABLE[kind].read(path, index_checkpoint(path), step, self.settings)
-        ]
-        for part in chain.from_iterable(checkpoint.files for checkpoint in checkpoints):
+        checkpoints: list[Checkpoint] = []
+        for path, kind, step in self.checkpoints:
+            indexed, settings = index_checkpoint(path), replace(self.settings, kind=kind)
+            found = recognise(indexed, settings)[1]
+            checkpoints += [one.with_settings(settings) for one in read_found(kind, found, indexed, step, settings)]
+        for part in (part for checkpoint in checkpoints for part in checkpoint.files):
             if self.files.get(part.path, (0, ""))[1] != part.checksum:
                 raise FileFormatError(part.path, f"was replaced since {self.folder} was imported", _AGAIN)
         return checkpoints
@@ -108,8 +102,8 @@ def make_manifest(folder: Path, origin: Path, settings: ImportSettings, checkpoi
     return Manifest(folder, origin, settings, tuple(listed.values()), identities)
 
 
-def _encode(manifest: Manifest) -> bytes:
-    """Return the content of the manifest's file."""
+def _values(manifest: Manifest) -> dict[str, Any]:
+    """Return the content of the manifest's file, without its checksum."""
     folder = manifest.folder
 
     def relative(path: Path) -> str:
@@ -120,14 +114,13 @@ def _encode(manifest: Manifest) -> bytes:
             raise InvalidValueError(repr(text), "its name is no valid text", "rename it") from None
         return text
 
-    values = {
+    return {
         **_FORMAT,
         "from": relative(manifest.origin),
         "settings": manifest.settings.given,
         "checkpoints": [[relative(path), kind, step] for path, kind, step in manifest.checkpoints],
-        "files": {relative(path): identity for path, identity in manifest.files.items()},
+        "files": {relative(path): [*identity] for path, identity in manifest.files.items()},
     }
-    return (json.dumps(values | {"checksum": _checksum(values)}, indent=1) + "\n").encode()
 
 
 def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
@@ -137,23 +130,23 @@ def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
         OutputExistsError: the folder holds something else; without `overwrite` also if it is another import.
         WriteError: the system refused.
     """
-    out, content = manifest.folder, _encode(manifest)
+    out, values = manifest.folder, _values(manifest)
     if exists := is_import(out):
         with suppress(FileFormatError):  # a damaged manifest is replaced
             present = read_manifest(out)
-            if _encode(present) == content:
+            before = _values(present)
+            if before == values:
                 return False
-            reason = ""
+            reason = "" if before["from"] == values["from"] else f"is an import of {present.origin}"
             if present.settings.without_findings != manifest.settings.without_findings:
                 reason = "has other settings"
-            elif present.real_origin != manifest.real_origin:
-                reason = f"is an import of {present.origin}"
             if reason and not overwrite:
                 raise OutputExistsError(out, reason, "choose another name, or `overwrite` to replace it")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(out, "already exists, and holds something else", "choose another name")
+    content = json.dumps(values | {"checksum": _checksum(values)}, indent=1) + "\n"
     with files.new_directory(out):
-        files.write_atomically(out / MANIFEST, content, overwrite=exists)
+        files.write_atomically(out / MANIFEST, content.encode(), overwrite=exists)
     return True
 
 

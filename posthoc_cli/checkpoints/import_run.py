@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import Audit, audit_sources
 from posthoc_cli.checkpoints.formats import TABLE
@@ -94,7 +92,11 @@ def import_checkpoints(
         if not files.is_url(origin):
             reason = "is a URL, and would refer to files of this machine"
             raise InvalidValueError("out", reason, "upload the files, and import them by URL", value=target)
-    found = _open_foreign(origin, given)
+    if is_import(origin):
+        raise DirectoryError(origin, "is an import", "import the files that it was made of")
+    if origin.is_dir() and inspect_directory(origin).snapshots:
+        raise DirectoryError(origin, "holds snapshots of a tracker, which need no import")
+    found = open_checkpoints(origin, given, unclaimed=True)
     if given.update_after_step and all(isinstance(one.profile, Point) or is_copy(one) for one in found):
         reason = f"is not before the last checkpoint, of step {found[-1].step:,}: no average has begun"
         raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
@@ -115,15 +117,6 @@ def import_checkpoints(
     return Import(tuple(found), target, tuple(checks), written, dry_run)
 
 
-def _open_foreign(origin: Path, settings: ImportSettings) -> list[Checkpoint]:
-    """Return other programs' checkpoints, also EMAs of unknown decay; raise DirectoryError for this package's files."""
-    if is_import(origin):
-        raise DirectoryError(origin, "is an import", "import the files that it was made of")
-    if origin.is_dir() and inspect_directory(origin).snapshots:
-        raise DirectoryError(origin, "holds snapshots of a tracker, which need no import")
-    return open_checkpoints(origin, settings, unclaimed=True)
-
-
 def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:
     """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about it."""
     # Some files may say their decay, of which all have the same.
@@ -136,8 +129,7 @@ def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[I
     if audit.choices:
         raise InvalidValueError("ema_decay", f"must be given: {audit.text}", "say one of them, also its warm-up")
     sigma, is_power = audit.uncertainty or 0.0, audit.what == "sigma_rel"
-    spacing = float(np.median([interval.end - interval.begin for interval in audit.intervals] or [1.0]))
-    limit = _VAGUE * (1 if audit.found is None or is_power else (1 + spacing * (1 - audit.found)) ** 2)
+    limit = _VAGUE * (1 if audit.found is None or is_power else (1 + audit.spacing * (1 - audit.found)) ** 2)
     if audit.verdict not in ("found", "began again") or audit.found is None or sigma > limit:
         vague = " the files show it too vaguely:" * (audit.verdict == "found")
         hint = "say which width or decay the EMAs have"
@@ -165,14 +157,11 @@ def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
     """Return the settings with the starts that an audit found, unless they say any."""
     if not audit.starts or given.ema_restarts or given.update_after_step is not None:
         return given
-    first, *others = starts = sorted(map(round, audit.starts))
-    spacing = float(np.median([interval.end - interval.begin for interval in audit.intervals]))
-    late = (
-        {"update_after_step": first, "ema_restarts": tuple(others)}
-        if audit.is_late
-        else {"ema_restarts": tuple(starts)}
-    )
-    return replace(given, ema_late=round(_LATE * spacing), **late)
+    starts = tuple(sorted(map(round, audit.starts)))
+    late = round(_LATE * audit.spacing)
+    if audit.is_late:
+        return replace(given, ema_late=late, update_after_step=starts[0], ema_restarts=starts[1:])
+    return replace(given, ema_late=late, ema_restarts=starts)
 
 
 _VAGUE = 0.05

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import logging
-import math
 import os
 import re
 from collections import Counter
@@ -23,13 +22,13 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.formats import NAMED_DECAY, TABLE, check_used, is_named_average, kind_of, named_decay
+from posthoc_cli.checkpoints.formats import check_used, named_decay, read_found, recognise, step_in
 from posthoc_cli.checkpoints.import_files import read_manifest
 from posthoc_cli.checkpoints.read_model import (
-    AVERAGE_WORD,
-    ENDINGS,
-    NOT_WEIGHTS,
+    SHARD,
+    IndexedCheckpoint,
     index_checkpoint,
+    may_be_weights,
     model_in,
     names_in,
     sets_in,
@@ -39,17 +38,13 @@ from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettin
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, shown
 from posthoc_cli.profiles import OrdinaryEMA, Point
-from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, read_directory
-from posthoc_cli.snapshots.outputs import describe_tensors
+from posthoc_cli.snapshots.directory import PICKLES, is_import, is_snapshot_name, read_directory
+from posthoc_cli.snapshots.outputs import describe, describe_tensors
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source, by_time, run_clock
 
 log = logging.getLogger(__name__)
 
-_NO_MODEL = re.compile(r"-\d{5}-of-\d{5}\.|^opt\d")
-"""Pattern in the names of shards, and of optimizers beside guided-diffusion's `model000050.pt`."""
-_ANY_DECAY = 0.999
-"""Placeholder for an unknown decay."""
 _COMPARED = 1024
 """Number of elements of a tensor that are compared to recognise a duplicate."""
 _CHOOSE = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
@@ -61,7 +56,7 @@ def open_checkpoints(
     """Return the checkpoints in a directory, or of a glob, by time. Read only headers, indexes and pickles.
 
     Ordinary EMAs of unknown decay are left out with a warning. With `unclaimed` they are included, so that an audit
-    can find their decay: `info.decay` is 0, and the profile a placeholder.
+    can find their decay.
 
     Raises:
         DirectoryError: no checkpoint was found.
@@ -71,13 +66,25 @@ def open_checkpoints(
     path = files.expanded(place)
     if is_import(path):
         return checked_run(read_manifest(path).read())
-    paths = _of_one_average(_candidates(place), settings)
-    by_word = next((path.name for path in paths if named_step(path).by_word), "")
-    by_name = any(is_named_average(path, settings) for path in paths)
-    of_key = replace(settings, average=None) if by_name else settings
-    read = [
-        one for path in paths for one in _read(path, settings if is_named_average(path, settings) else of_key, by_word)
-    ]
+    indexes = map(index_checkpoint, _of_one_average(_candidates(place), settings))
+    return _as_run(place, [indexed for indexed in indexes if not _is_output(indexed)], settings, unclaimed)
+
+
+def _is_output(indexed: IndexedCheckpoint) -> bool:
+    return indexed.values.get("ema.format") == "output"
+
+
+def _as_run(
+    place: str | Path, indexes: Sequence[IndexedCheckpoint], settings: ImportSettings, unclaimed: bool
+) -> list[Checkpoint]:
+    by_word = next((one.path.name for one in indexes if named_step(one.path).by_word), "")
+    read: list[Checkpoint] = []
+    for indexed in indexes:
+        kind, found = recognise(indexed, settings)
+        if step := step_in(kind, indexed, settings, by_word):
+            read += read_found(kind, found, indexed, step, settings)
+        else:
+            log.warning("%s: left out, as its weights are those before the training, of step 0", indexed.path)
     if not read:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
@@ -86,10 +93,9 @@ def open_checkpoints(
         hint = "if all files are averages, say kind 'ema'; else name the average's key by `average`"
         raise InvalidValueError("ema_decay", reason, hint, value=settings.ema_decay)
     check_used(settings, {one.kind for one in read})
-    default_decay = _ANY_DECAY if unclaimed else 0.0
-    checkpoints = [one.with_settings(settings, default_decay) for one in read]
+    checkpoints = [one.with_settings(settings) for one in read]
     if settings.update_every is None and (every := _common_interval(checkpoints)):
-        checkpoints = [one.with_settings(replace(settings, update_every=every), default_decay) for one in read]
+        checkpoints = [one.with_settings(replace(settings, update_every=every)) for one in read]
     left_out = [] if unclaimed else [one for one in checkpoints if not one.is_known]
     if len(left_out) == len(checkpoints):
         reason = "holds EMAs, and neither their decay nor weights next to them"
@@ -102,19 +108,17 @@ def open_checkpoints(
 
 
 def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:
-    """Return the files without those of other averages, where names have several decays, or settings name files.
+    """Return the files without those of other averages, where names have several decays.
 
     Raises:
         InvalidValueError: no setting says which average is meant.
     """
-    if any(is_named_average(path, settings) for path in paths):
-        return [path for path in paths if is_named_average(path, settings) or not AVERAGE_WORD.search(path.name)]
     decays = {path: decay for path in paths if (decay := named_decay(path)) is not None}
     if len({*decays.values()}) < 2:
         return paths
     if settings.ema_decay not in decays.values():
-        choices = " or ".join(sorted({f"'{NAMED_DECAY.match(path.name)[0]}*'" for path in decays}))  # type: ignore[index]
-        raise InvalidValueError("average", f"must be given: the files are of several averages, {choices}")
+        choices = " or ".join(f"{decay:g}" for decay in sorted({*decays.values()}))
+        raise InvalidValueError("ema_decay", f"must be given: the files are of several averages, {choices}")
     return [path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay]
 
 
@@ -140,19 +144,6 @@ def _common_interval(checkpoints: Sequence[Checkpoint]) -> int | None:
             hint = f"other files count one in {every:,}; say update_every, and ema_restarts if the EMA began again"
             raise MismatchError(both, reason, hint)
     return every
-
-
-def _read(path: Path, settings: ImportSettings, by_word: str) -> list[Checkpoint]:
-    """Return the checkpoints in a file or folder; none from an output of this package, or from step 0."""
-    indexed = index_checkpoint(path)
-    if indexed.values.get("ema.format") == "output":
-        return []
-    kind = TABLE[kind_of(path, indexed, settings)]
-    step = kind.step(path, indexed, settings, by_word)
-    if not step:
-        log.warning("%s: left out, as its weights are those before the training, of step 0", path)
-        return []
-    return kind.read(path, indexed, step, settings)
 
 
 def disk_sources(directory: str | Path, also: str | Path | None = None, unclaimed: bool = False) -> list[Source]:
@@ -221,8 +212,7 @@ def _candidates(place: str | Path) -> list[Path]:
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
-    loose = [entry for entry in entries if entry.name.endswith(ENDINGS) and not _NO_MODEL.search(entry.name)]
-    loose = [entry for entry in loose if not entry.name.startswith(NOT_WEIGHTS)]
+    loose = [entry for entry in entries if may_be_weights(entry.name) and not SHARD.search(entry.name)]
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to folders, no file is one.
     return folders if not loose or any(re.search(r"\d", folder.name) for folder in folders) else loose
 
@@ -250,7 +240,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     kept: dict[tuple[float, str], Checkpoint] = {}
     for other in by_time(checkpoints):
         one = kept.setdefault((other.t, other.holds), other)
-        if one is not other and not _is_duplicate(one, other):
+        if one is not other and not _are_equal(one, other):
             reason = f"are both of step {one.t:,.12g}"
             raise MismatchError(f"{one.path} and {other.path}", reason, "name the files of one run by a glob")
     weights = {one.t for one in kept.values() if isinstance(one.profile, Point)}
@@ -269,13 +259,13 @@ def is_copy(one: Checkpoint) -> bool:
     return isinstance(one.profile, OrdinaryEMA) and one.profile.times[0] == one.profile.t
 
 
-def _is_duplicate(one: Checkpoint, other: Checkpoint) -> bool:
+def _are_equal(one: Checkpoint, other: Checkpoint) -> bool:
     """Return whether two checkpoints have the same values among the first elements of each tensor."""
-    sizes = [{name: math.prod(source.entries[name].shape) for name in source.averages} for source in (one, other)]
-    if sizes[0] != sizes[1]:
+    sizes, others = ({name: each.entries[name].size for name in each.averages} for each in (one, other))
+    if sizes != others:
         return False
     with one, other:
-        ranges = [(name, 0, min(size, _COMPARED)) for name, size in sizes[0].items()]
+        ranges = [(name, 0, min(size, _COMPARED)) for name, size in sizes.items()]
         return all(np.array_equal(one.values(*each), other.values(*each), equal_nan=True) for each in ranges)
 
 
@@ -347,14 +337,27 @@ def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
 # --- for JSON
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return the tensors and sizes of one checkpoint, without its time, for JSON; its kind is "checkpoint"."""
-    one = make_checkpoint(path, index_checkpoint(path).model_tensors(), Point(1.0), 1)
-    return {"kind": "checkpoint", "path": str(path), **describe_tensors(one), "bytes": one.file_bytes}
+def describe_checkpoints(place: Path) -> dict[str, Any]:
+    """Return times, tensors and sizes from the indexes of files alone, for JSON; the kind is "checkpoints".
 
-
-def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Return times, tensors and sizes from the indexes of files alone, for JSON; the kind is "checkpoints"."""
+    It is "checkpoint" for a file whose step is not known. Outputs next to the checkpoints are under "outputs"; for an
+    import, "refers_to", "files" and "settings" describe the imported files.
+    """
+    more: dict[str, Any] = {}
+    if is_import(place):
+        manifest = read_manifest(place)
+        checkpoints, more = checked_run(manifest.read()), manifest.describe()
+    else:
+        indexes = [*map(index_checkpoint, _of_one_average(_candidates(place), UNSPECIFIED))]
+        if outputs := [describe(indexed.path) for indexed in indexes if _is_output(indexed)]:
+            more = {"outputs": outputs}
+        try:
+            checkpoints = _as_run(place, [one for one in indexes if not _is_output(one)], UNSPECIFIED, False)
+        except InvalidValueError:
+            if place.suffix not in PICKLES or place != indexes[0].path:
+                raise
+            one = make_checkpoint(place, indexes[0].model_tensors(), Point(1.0), 1)
+            return {"kind": "checkpoint", "path": str(place), **describe_tensors(one), "bytes": one.file_bytes}
     newest = checkpoints[-1]
     return {
         "kind": "checkpoints",
@@ -364,6 +367,7 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
         **describe_tensors(newest),
         "bytes": sum(one.file_bytes for one in checkpoints),
         "checkpoints": list_checkpoints(checkpoints),
+        **more,
     }
 
 

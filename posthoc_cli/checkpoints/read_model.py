@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +55,8 @@ NOT_WEIGHTS = (
 )  # fmt: skip
 """Prefixes of the names of files and groups that do not hold the model."""
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_OPTIMIZER = re.compile(r"opt\d")
+"""Pattern of an optimizer beside guided-diffusion's `model000050.pt`."""
 AVERAGE_WORD = re.compile(r"(?<![a-z])(?:ema\d*|averaged?|avg|shadow|polyak)(?![a-z])", re.IGNORECASE)
 """Pattern of a key, prefix or name that says that its tensors are an average."""
 MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
@@ -168,18 +170,21 @@ class IndexedCheckpoint:
 def index_checkpoint(path: Path) -> IndexedCheckpoint:
     """Return the index of a checkpoint; raise FileFormatError if it cannot be read."""
     if not path.is_dir():
-        return _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path)
-    if sets := sets_in(path):
+        found = _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path)
+    elif sets := sets_in(path):
         models = {key: index_checkpoint(place).model_tensors() for key, place in sets.items()}
         return IndexedCheckpoint(path, {(key, name): find for key in models for name, find in models[key].items()})
-    model = model_in(path)
-    if model is None:
+    elif (model := model_in(path)) is None:
         raise FileFormatError(path, "holds no weights: no safetensors, .bin or .pt file, and no .metadata")
-    if model.name == DCP_METADATA:
-        return _of_distributed(model)
-    if model.name.endswith(EMA_ENDING) and model.is_dir() and model != path:
-        return _of_average(path, model)
-    return _of_chunks(path) if model == path else index_checkpoint(model)
+    elif model == path:
+        found = _of_chunks(path)
+    elif model.name == DCP_METADATA:
+        found = _of_distributed(model)
+    elif model.name.endswith(EMA_ENDING) and model.is_dir():
+        found = _of_average(path, model)
+    else:
+        found = index_checkpoint(model)
+    return replace(found, path=path)
 
 
 def sets_in(folder: Path) -> dict[str, Path]:
@@ -198,6 +203,11 @@ def sets_in(folder: Path) -> dict[str, Path]:
     weights = model_in(folder, skip=[entry.name for entry in averages.values()])
     others = {entry.name: entry for entry in folders if entry.name not in averages}
     return averages | ({"model": weights} if weights else others)
+
+
+def may_be_weights(name: str) -> bool:
+    """Return whether a file has a name as of weights, also of a shard."""
+    return name.endswith(ENDINGS) and not name.startswith(NOT_WEIGHTS) and not _OPTIMIZER.match(name)
 
 
 def _is_of_diffusers(folder: Path) -> bool:
@@ -227,7 +237,7 @@ def model_in(folder: Path, skip: Collection[str] = ()) -> Path | None:
             entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in skip
         )
     indexes = [name for name in names if name.endswith(INDEX_ENDING)]
-    weights = [name for name in names if name.endswith(ENDINGS) and not name.startswith(NOT_WEIGHTS)]
+    weights = [name for name in names if may_be_weights(name)]
     for ending in (SUFFIX, ""):  # safetensors before pickles
         listed = [name for name in indexes if name.endswith(f"{ending}{INDEX_ENDING}")]
         single = [name for name in weights if name.endswith(ending or ENDINGS)]
@@ -260,11 +270,6 @@ def _of_average(folder: Path, average: Path) -> IndexedCheckpoint:
     return IndexedCheckpoint(folder, tensors, {f"ema.{key}": value for key, value in settings.items()})
 
 
-def _one_chunk(path: Path, identity: Identity, tensor: Entry) -> list[FoundChunk]:
-    """Return a tensor as one chunk."""
-    return [FoundChunk(path, identity, tensor, Box.full(tensor.shape))]
-
-
 def _of_file(path: Path) -> IndexedCheckpoint:
     """Return the index of a file that is no snapshot or state; the values include the metadata of safetensors."""
     values: dict[str, Any] = {}
@@ -281,7 +286,7 @@ def _of_file(path: Path) -> IndexedCheckpoint:
     tensors: dict[Keys, Find] = {}
     for keys, value in content.items():
         if isinstance(value, Entry):
-            tensors[keys] = functools.partial(_one_chunk, path, identity, value)
+            tensors[keys] = functools.partial(list, [FoundChunk(path, identity, value, Box.full(value.shape))])
         elif isinstance(value, Node):
             tensors[keys] = functools.partial(_refuse, path, keys, value)
         else:
@@ -378,10 +383,7 @@ class _ChunkFiles:
             offset: Any = key.get("offset") or ()
             if isinstance(key.get("fqn"), str) and is_sizes(offset):
                 self._places[key["fqn"], tuple(offset)] = _state(place)
-        self._check_apart()
-
-    def _check_apart(self) -> None:
-        """Raise FileFormatError if objects share bytes: reading many would take the square of their number."""
+        # If objects shared bytes, reading many would take the square of their number.
         ranges: list[tuple[Any, Any, Any]] = []
         for place in self._places.values():
             name, begin, nbytes = map(place.get, ("relative_path", "offset", "length"))

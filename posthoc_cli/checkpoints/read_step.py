@@ -1,8 +1,7 @@
 """The step of a checkpoint: from a pattern of the user's, its content, or its name; or why none of them has it.
 
-A number in a name is read with its digit groups, decimals, exponent and unit: `step=1_000`, `1,000`, `1.5k`, `1e5`,
-`2M-steps`. It is the step if a word says so, or if it is the only number. A number that could mean something else is
-refused: a wrong step would put weights at a wrong time without notice.
+A number in a name is the step if a word says so, or if it is the only one, and if it is of plain digits: `1_000`,
+`1.5k` or a date may mean something else, and a wrong step would put weights at a wrong time without notice.
 """
 
 from __future__ import annotations
@@ -23,34 +22,38 @@ _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _MOST_DIGITS = 19
+_NUMBER = re.compile(
+    r"((?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:_[0-9]{3})+)|[0-9]+)(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)([kmb]?)", re.I
+)
 
-_PLAIN = r"(?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:_[0-9]{3})+)(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:e\+?[0-9]{1,2}(?![0-9]))?"
-_NUMBER = re.compile(rf"({_PLAIN})([kmb]?)", re.IGNORECASE)
-_TOKEN = rf"(?P<number>{_PLAIN})(?P<unit>[a-z]*)(?P<more>[.,]?[0-9])?"
-_STRONG = r"(?:steps?|iter(?:ation)?s?)"
-_BEFORE = re.compile(
-    rf"(?<![a-z])(?:(?P<strong>{_STRONG})|checkpoints?|ckpts?)(?P<apart>[=_.\- ]*){_TOKEN}", re.IGNORECASE
-)
-_AFTER = re.compile(
-    rf"(?<![0-9.,])(?P<number>{_PLAIN})(?P<unit>[kmb]?)(?P<apart>[_\- ]?)(?P<strong>{_STRONG})(?![a-z]|[=_.\- ]*[0-9])",
-    re.IGNORECASE,
-)
-_ALONE = re.compile(rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float|bfloat)[_.\-]?)?{_TOKEN}", re.IGNORECASE)
-_DATE = re.compile(r"(?<![0-9])(?:19|20)[0-9]{2}([-_.]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12][0-9]|3[01])(?![0-9])")
+_MORE = r"(?P<more>(?:[.,_-][0-9]+)+|[a-z]+)?"
+"""What follows digits that are only a part of a number, or have a unit."""
+_STEP = r"(?:steps?|iter(?:ation)?s?)"
+_MARKED = [
+    re.compile(rf"(?<![a-z]){_STEP}[=_.\- ]*(?P<number>[0-9]+){_MORE}", re.I),
+    re.compile(
+        rf"(?<![0-9])(?<![0-9][.,_-])(?P<number>[0-9]+)(?P<more>[kmb])?[_\- ]?{_STEP}(?![a-z]|[=_.\- ]*[0-9])", re.I
+    ),
+]
+_CHECKPOINT = re.compile(rf"(?<![a-z])(?:checkpoint|ckpt)s?[=_.\- ]*(?P<number>[0-9]+){_MORE}", re.I)
+_ALONE = re.compile(rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float)[_.\-]?)?(?P<number>[0-9]+){_MORE}", re.I)
+_DATE = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])")
+_FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")
+"""A number in a name that is no step, such as a decay or a loss."""
 
 
 class Reading(NamedTuple):
-    """The step in a name, which may be no whole number, or the doubt about it; neither if the name has none.
+    """The step in a name, or the doubt about it; neither if the name has none.
 
     `by_word` is whether a word such as step marks the number.
     """
 
-    step: float | None = None
+    step: int | None = None
     doubt: str = ""
     by_word: bool = False
 
 
-def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None, by_word: str, per_epoch: int | None) -> int:
+def step_of(indexed: IndexedCheckpoint, step_from: str | None, by_word: str, per_epoch: int | None) -> int:
     """Return the step of a checkpoint, if given by a search for `step_from` in its path.
 
     Arguments:
@@ -60,37 +63,33 @@ def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None, by_wo
     Raises:
         InvalidValueError: neither path, content nor name has the step.
     """
+    path = indexed.path
     if step_from is not None:
         match = re.search(step_from, str(path))
         number = None if match is None else read_number(match[1] or "")
         if number is None:
             raise InvalidValueError("step_from", f"finds no number in {path}", value=step_from)
         return checked_step(path, number)
-    step = _trainer_step(path) or indexed.step
+    state, step = path / _TRAINER_STATE, None
+    if path.is_dir() and state.is_file():
+        step = parse_object(state, read_small_file(state, _MOST_STATE), "state of a Trainer").get("global_step")
+    step = (step if type(step) is int else None) or indexed.step
     if step is None:
         named = named_step(path)
         epoch = indexed.values.get("epoch")
         if per_epoch is not None and type(epoch) is int and named.step in (None, epoch, epoch + 1):
-            return checked_step(path, (epoch + 1) * per_epoch or _optimizer_step(path, indexed, epoch))
-        if named.doubt or named.step is None:
-            doubt = f": {named.doubt}" * bool(named.doubt)
-            raise InvalidValueError(path, f"neither its content nor its name tells its step{doubt}", _HINT)
+            if not per_epoch:
+                reason = f"must be given: {path.name} holds its epoch, {epoch} counted from 0, and not its step"
+                raise InvalidValueError("steps_per_epoch", reason)
+            return checked_step(path, (epoch + 1) * per_epoch)
+        if named.step is None:
+            reason = f"neither its content nor its name tells its step{': ' * bool(named.doubt)}{named.doubt}"
+            raise InvalidValueError(path, reason, _HINT)
         if by_word and not named.by_word:
             reason = f"its name has no word such as step at its number, as {shown(by_word)} has"
             raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
         step = named.step
     return checked_step(path, step) if step else 0
-
-
-def _optimizer_step(path: Path, indexed: IndexedCheckpoint, epoch: int) -> float:
-    """Return the number of updates that an optimizer has counted."""
-    counted = [value for name, value in indexed.values.items() if name.endswith(".step") and ".state." in name]
-    counted += [count for keys in indexed.tensors if keys[-1] == "step" and "state" in keys
-                if (count := indexed.number(*keys))]  # fmt: skip
-    if not counted:
-        reason = f"must be given: {path.name} holds its epoch, {epoch} counted from 0, and not its step"
-        raise InvalidValueError("steps_per_epoch", reason)
-    return float(max(counted))
 
 
 def checked_step(path: Path, step: float) -> int:
@@ -110,43 +109,21 @@ def named_step(path: Path) -> Reading:
     for ending in ENDINGS:
         stem = stem.removesuffix(ending)
     has_number = re.search("[0-9]", stem) is not None
-    name = stem if has_number else path.parent.name
-    matches = [*_BEFORE.finditer(name), *_AFTER.finditer(name)]
-    matches = [match for match in matches if match["strong"]] or matches
+    name = _FRACTION.sub("", stem if has_number else path.parent.name)
+    marked = [match for pattern in _MARKED for match in pattern.finditer(name)]
+    matches = marked or [*_CHECKPOINT.finditer(name)]
     by_word = bool(matches)
     if has_number and not matches:
-        matches = [match for match in _ALONE.finditer(name) if not match["number"].startswith("0.")]  # such as a decay
-    return _interpret(name, matches[0], by_word) if len(matches) == 1 else Reading()
-
-
-def _interpret(name: str, match: re.Match[str], by_word: bool) -> Reading:
-    """Return the step that a match of a number in a name means, or why it may mean something else."""
-    parts = match.groupdict("")
-    number, unit, token = parts["number"], parts["unit"].lower(), match[0]
-    is_sure = bool(parts.get("strong"))
-    date = next((date for date in _DATE.finditer(name) if date.start() <= match.start("number") < date.end()), None)
-    if not is_sure and parts.get("other"):
-        return Reading(doubt=f"{token!r} is no step")
-    if date is not None and (date[1] or not is_sure):
-        return Reading(doubt=f"{date[0]!r} may be a date")
-    if "_" in number and "=" not in parts.get("apart", ""):
-        return Reading(doubt=f"{number!r} may be one number or several")
-    if parts.get("more") and unit in _UNITS:
-        return Reading(doubt=f"{number + parts['unit'] + parts['more']!r} is no number")
-    if unit not in _UNITS and (unit[0] in "kmbgt" or unit == "e" or not by_word):
-        return Reading(doubt=f"{number + parts['unit']!r} has another unit than k, M or B")
-    if unit == "b" and not is_sure:
-        return Reading(doubt=f"{number + parts['unit']!r} may be the size of the model")
-    return Reading(read_number(number + (unit if unit in _UNITS else "")), by_word=by_word)
-
-
-def _trainer_step(path: Path) -> float | None:
-    """Return the step in the state of a transformers Trainer; None if there is none."""
-    state = path / _TRAINER_STATE
-    if not (path.is_dir() and state.is_file()):
-        return None
-    step = parse_object(state, read_small_file(state, _MOST_STATE), "state of a Trainer").get("global_step")
-    return step if type(step) is int else None
+        matches = [*_ALONE.finditer(name)]
+    if len(matches) != 1:
+        return Reading()
+    parts = matches[0].groupdict("")
+    number = parts["number"]
+    if parts.get("other") or parts["more"]:
+        return Reading(doubt=f"{parts.get('other', '') + number + parts['more']!r} may be something else")
+    if not marked and _DATE.fullmatch(number):
+        return Reading(doubt=f"{number!r} may be a date")
+    return Reading(int(number) if len(number) <= _MOST_DIGITS else None, by_word=by_word)
 
 
 def read_number(text: str) -> float | None:

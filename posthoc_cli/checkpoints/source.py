@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import xxhash
 
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.read_model import FoundChunk, Tensors, tensor_shape
 from posthoc_cli.checkpoints.read_step import read_number
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, InvalidValueError, brief, check_count, check_word, shown
+from posthoc_cli.errors import FileFormatError, InvalidValueError, brief, shown
 from posthoc_cli.profiles import (
     POWER,
     POWER_FUNCTION,
@@ -35,12 +35,28 @@ from posthoc_cli.profiles import (
     sigma_rel_from_gamma,
 )
 from posthoc_cli.reconstruction import Steps, StoredAverage
-from posthoc_cli.snapshots.snapshot import check_globs, make_selection
-from posthoc_cli.snapshots.sources import Source, TrackedTensor
+from posthoc_cli.snapshots.snapshot import Count, check_globs, converted, kinds_of, make_selection
+from posthoc_cli.snapshots.sources import Rule, Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
+
+_ANY_DECAY = 0.999
+"""Placeholder for an unknown decay."""
+
+_Kind = Annotated[str, Rule(f"one of {', '.join(KINDS)}", lambda kind: kind in KINDS)]
+_Pattern = Annotated[str, Rule(
+    r"a regular expression with one group, for the step, such as 'step(\d+)'", lambda text: _groups(text) == 1
+)]  # fmt: skip
+_Restarts = Annotated[tuple[int, ...], Rule("steps, above 0", lambda steps: 0 not in steps)]
+
+
+def _groups(pattern: str) -> int:
+    try:
+        return re.compile(pattern).groups
+    except re.error:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -67,58 +83,39 @@ class ImportSettings:
         average, weights: the key or prefix of the average's tensors in a file, and of the weights', such as "ema".
     """
 
-    kind: str | None = None
-    step_from: str | None = None
+    kind: _Kind | None = None
+    step_from: _Pattern | None = None
     prefix: str = ""
-    include: str | Iterable[str] | None = None
-    exclude: str | Iterable[str] | None = None
-    sigma_rels: Sequence[float] = ()
-    update_every: int | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    sigma_rels: tuple[float, ...] = ()
+    update_every: Count | None = None
     update_after_step: int | None = None
-    ema_decay: float | str | None = None
+    ema_decay: Any = None
     ema_warmup: str | None = None
-    ema_restarts: Sequence[int] = ()
+    ema_restarts: _Restarts = ()
     ema_uncertainty: float | None = None
     ema_late: int | None = None
-    steps_per_epoch: int | None = None
+    steps_per_epoch: Count | None = None
     average: str | None = None
     weights: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind is not None:
-            check_word("kind", self.kind, KINDS)
-        for name in ("sigma_rels", "ema_restarts"):
-            if isinstance(given := getattr(self, name), Iterable):
-                vars(self)[name] = tuple(given)
-        restarts = self.ema_restarts
-        are_steps = isinstance(restarts, tuple) and all(type(step) is int and step > 0 for step in restarts)
-        for name, is_valid, required in (
-            ("sigma_rels", isinstance(self.sigma_rels, tuple), "a list of widths"),
-            ("ema_restarts", are_steps, "steps, above 0"),
-            ("prefix", isinstance(self.prefix, str), "a text"),
-            *((name, isinstance(getattr(self, name), str | None), "a text") for name in ("average", "weights")),
-        ):
-            if not is_valid:
-                raise InvalidValueError(name, f"must be {required}", value=brief(getattr(self, name)))
+        globs = make_selection(self.include, self.exclude, "copy")
+        vars(self).update(include=globs.include, exclude=globs.exclude)
+        for name, kind in kinds_of(ImportSettings).items():
+            value = getattr(self, name)
+            try:
+                vars(self)[name] = converted(tuple(value) if isinstance(value, list | np.ndarray) else value, kind)
+            except ValueError as error:
+                raise InvalidValueError(name, str(error).partition(", not ")[0], value=brief(value)) from None
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel, "sigma_rels")
-        for name, least in (("update_every", 1), ("update_after_step", 0), ("steps_per_epoch", 1), ("ema_late", 0)):
-            if (value := getattr(self, name)) is not None:
-                check_count(name, value, least)
         DecayRule(**{"decay": 0.5, **self.rule()})
         if self.sigma_rels and self.ema_decay is not None:
             raise InvalidValueError(
                 "ema_decay", "is another rule than sigma_rels: give one of them", value=self.ema_decay
             )
-        groups = 0
-        with suppress(re.error, TypeError):
-            groups = 1 if self.step_from is None else re.compile(self.step_from).groups
-        if groups != 1:
-            reason = r"must be a regular expression with one group, for the step, such as 'step(\d+)'"
-            raise InvalidValueError("step_from", reason, value=self.step_from or "")
-        selection = make_selection(self.include, self.exclude, "copy")
-        plain = {"include": selection.include, "exclude": selection.exclude}
-        vars(self).update(plain)
 
     def rule(self, every: float = 1.0) -> dict[str, Any]:
         """Return the given arguments of `DecayRule` for an ordinary EMA that is updated at this interval."""
@@ -159,12 +156,10 @@ class ImportSettings:
     @property
     def without_findings(self) -> ImportSettings:
         """The settings without a decay and starts that an import found: with more files it finds others."""
-        settings = self
-        if self.ema_late is not None:
-            settings = replace(settings, update_after_step=None, ema_restarts=(), ema_late=None)
-        if self.ema_uncertainty is not None:
-            settings = replace(settings, ema_decay=None, ema_warmup=None, sigma_rels=(), ema_uncertainty=None)
-        return settings
+        late = {"update_after_step": None, "ema_restarts": (), "ema_late": None}
+        decay = {"ema_decay": None, "ema_warmup": None, "sigma_rels": (), "ema_uncertainty": None}
+        unset: dict[str, Any] = {} if self.ema_late is None else late
+        return replace(self, **unset | ({} if self.ema_uncertainty is None else decay))
 
     def select(self, tensors: Tensors, ignored: Collection[str] = ()) -> Tensors:
         """Return the tensors that `include` and `exclude` select, without the ignored names."""
@@ -202,14 +197,12 @@ class Updates:
     counts_calls: bool = False
     at_start: bool = False
 
-    def profile(self, path: Path, step: int, settings: ImportSettings, default_decay: float) -> OrdinaryEMA | None:
-        """Return the profile at a step, with the default decay if none is known; None if that is 0."""
+    def profile(self, path: Path, step: int, settings: ImportSettings) -> OrdinaryEMA:
+        """Return the profile at a step, that of `_ANY_DECAY` if none is known."""
         every, after, count = settings.update_every or self.every, settings.update_after_step or 0, self.count
         said = settings.rule(every)
         of_file = {} if "decay" in said and self.rule.get("decay") == UNLIMITED else self.rule  # another kind of rule
-        rule = {"decay": default_decay} | of_file | said
-        if not rule["decay"]:
-            return None
+        rule = {"decay": _ANY_DECAY} | of_file | said
         if restart := max((restart for restart in settings.ema_restarts if restart < step), default=0):
             rule |= {"copies": 0, "late": settings.ema_late or 0}
             first, count = restart + every, (step - restart) // every
@@ -253,23 +246,20 @@ class Checkpoint(Source):
         updates: updates of an ordinary EMA; None for other tensors.
     """
 
-    word = "checkpoint"
+    word, sketch, sample, measurements = "checkpoint", "", "", None
     path: Path
     files: tuple[TensorFile, ...] = field(compare=False)
     entries: Mapping[str, Entry]
     profile: StoredProfile
     step: int
-    t_unit: str
     tensors: dict[str, TrackedTensor]
     aliases: dict[str, str]
+    t_unit: str = "steps"
     sigma_rel: float = 0.0
     decay: float = 0.0
     run_id: str = ""
     left_out: tuple[str, ...] = ()
-    measurements: None = None
-    sketch: str = ""
-    sample: str = ""
-    kind: str = ""
+    kind: str = "checkpoints"
     label: str = ""
     updates: Updates | None = None
 
@@ -326,14 +316,14 @@ class Checkpoint(Source):
         """The size of its tensors."""
         return sum(tensor.nbytes for tensor in self.entries.values())
 
-    def with_settings(self, settings: ImportSettings, default_decay: float = 0.0) -> Checkpoint:
+    def with_settings(self, settings: ImportSettings) -> Checkpoint:
         """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine.
 
-        If neither says the decay, `decay` is 0, and the profile that of the default decay, or unchanged for 0.
+        If neither says the decay, `decay` is 0, and the profile a placeholder.
         """
-        profile = self.updates and self.updates.profile(self.path, self.step, settings, default_decay)
-        if not (self.updates and profile):
+        if self.updates is None:
             return self
+        profile = self.updates.profile(self.path, self.step, settings)
         if settings.ema_decay is None and not settings.sigma_rels and "decay" not in self.updates.rule:
             return replace(self, profile=profile, decay=0.0, sigma_rel=0.0)
         rule = profile.settings
@@ -349,17 +339,8 @@ class Checkpoint(Source):
         return xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
 
 
-def make_checkpoint(
-    path: Path,
-    tensors: Tensors,
-    profile: StoredProfile,
-    step: int,
-    kind: str = "checkpoints",
-    t_unit: str = "steps",
-    sigma_rel: float = 0.0,
-    updates: Updates | None = None,
-) -> Checkpoint:
-    """Return a checkpoint of these tensors; `sigma_rel` is the width that the user of another library asked for.
+def make_checkpoint(path: Path, tensors: Tensors, profile: StoredProfile, step: int, **fields: Any) -> Checkpoint:
+    """Return a checkpoint of these tensors, with further fields of `Checkpoint`.
 
     Raises:
         FileFormatError: a tensor's name is not possible in a model, or its chunks have several dtypes.
@@ -397,9 +378,7 @@ def make_checkpoint(
         name: TrackedTensor("average" if spec.dtype in EPS and name not in copied else "copy", spec.dtype)
         for name, spec in specs.items()
     }
-    return Checkpoint(
-        path, tuple(held), specs, profile, step, t_unit, roles, aliases, sigma_rel, kind=kind, updates=updates
-    )
+    return Checkpoint(path, tuple(held), specs, profile, step, roles, aliases, **fields)
 
 
 def _is_of_spectral_norm(name: str, names: Collection[str]) -> bool:

@@ -138,7 +138,7 @@ def audit(
 ) -> None:
     """Find which decay an average really has.
 
-    Compares averages with the weights in the same checkpoints, from one to the next, on a sample of a million elements.
+    Compares averages with the weights in the same checkpoints, from one to the next, on a sample of 100,000 elements.
     Shows the decay of each interval, and what is wrong: a wrong sign, an update per microbatch, an average that does
     not move or that was restarted at a resume. For a tracker's snapshots it shows the sigma_rel.
 

@@ -40,11 +40,9 @@ def log_error(found: float | None, decay: float) -> float:
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "constant": {}, "falling": {"falls": True}, "sgd": {"rate": 1e-2, "optimizer": "SGD"},
-    "falling sgd": {"falls": True, "rate": 1e-2, "optimizer": "SGD"},
 }  # fmt: skip
 HEALTHY = [
-    ("constant", 0.98, torch.float32), ("falling", 0.995, torch.float16), ("sgd", 0.999, torch.float32),
-    ("falling sgd", 0.99, torch.float16), ("constant", 0.99, torch.bfloat16),
+    ("falling", 0.995, torch.float16), ("sgd", 0.999, torch.float32), ("constant", 0.99, torch.bfloat16),
 ]  # fmt: skip
 
 

@@ -16,7 +16,6 @@ from ema_command import Ema
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, Run, import_checkpoints
-from posthoc_cli.sweep import sweep
 
 STEPS, ELEMENTS = 400, 3000
 SETTINGS: dict[str, Any] = {"step_from": r"at(\d+)", "prefix": "net.", "exclude": "skip.*"}
@@ -78,26 +77,6 @@ def test_a_sweep_and_its_page_name_what_to_repeat(
     assert ema(*shlex.split(again), "--sigma-rel", "0.1,0.15,0.2").code == 0
 
 
-def test_a_sweep_in_python_takes_a_run(run: Path) -> None:
-    model = torch.nn.Module()
-    model.w = torch.nn.Parameter(torch.zeros(ELEMENTS))
-    source = Run(run / "own")
-
-    def norm(averaged: Any) -> float:
-        assert averaged is model
-        return float(averaged.w.detach().norm())
-
-    swept = sweep(source, norm, model=model, values=[0.1, 0.2])
-    raw, *averages = [trial.value for trial in swept.trials]
-    last = torch.load(run / "ck" / f"v2-at{STEPS}.pt", weights_only=True)["state_dict"]["net.w"]
-    assert raw == pytest.approx(float(last.norm()), rel=1e-6)
-    assert averages == [float(source.average(x)["w"].norm()) for x in (0.1, 0.2)]
-    assert all(trial.predicted_error for trial in swept.trials[1:])
-    assert not model.w.any()
-    plain = sweep(source, lambda weights: float(weights["w"].norm()), values=[0.1, 0.2])
-    assert [trial.value for trial in plain.trials] == [raw, *averages]
-
-
 def test_checkpoints_are_combined_with_snapshots_or_replace_them(ema: Ema, run: Path, tmp_path: Path) -> None:
     also = ["--checkpoints", run / "own"]
     curve = ("--sigma-range", "0.01:0.1", "--json")
@@ -130,12 +109,12 @@ def test_a_setting_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "archives", "transformers", "distributed"])
+@pytest.mark.parametrize("layout", ["safetensors", "distributed"])
 def test_care_is_for_own_files(layout: str, write: Callable[[str], Path], ema: Ema) -> None:
     folder = write(layout)
     before = sorted(path.name for path in folder.rglob("*"))
     no_checksums = f"{folder}: holds checkpoints of other programs, which have no checksums"
-    if layout in ("archives", "distributed"):
+    if layout == "distributed":
         assert no_checksums in ema("verify", folder).error
     else:
         assert "0 intact" in ema("verify", folder).out

@@ -80,7 +80,6 @@ OPCODES = {
     "long number": b"\x80\x04\x8b" + (2**31 - 1).to_bytes(4, "little"),
     "many digits": b"I" + b"9" * 100_000 + b"\n.",
     "no end": b"\x80\x04" + b"N" * 1000,
-    "no stack": b"\x80\x04\x85.",
     "no mark": b"\x80\x04Nt.",
     "no memo": b"\x80\x04h\x07.",
     "unknown opcode": b"\x80\x04\xff.",
@@ -89,7 +88,6 @@ OPCODES = {
     "nested": b"\x80\x04" + b"(" * 200_000 + b"t" * 200_000 + b".",
     "nested lists": b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",
     "itself": b"\x80\x04]q\x00h\x00a.",
-    "doubled": b"\x80\x04" + _DOUBLED + b".",
     "doubled key": b"\x80\x04}" + _DOUBLED + b"Ns.",
     "doubled dicts": b"\x80\x04}" + b"".join(
         b"q\x00}(\x8c\x01ah\x00\x8c\x01bh\x00u" for _ in range(60)
@@ -106,17 +104,14 @@ OPCODES = {
         b"ccollections\nOrderedDict\n", b"](" + b"".join(b"M%c\x00K\x01\x86" % i for i in range(256)) * 200 + b"e\x85"
     ),
     "many members of a set": b"\x80\x04" + _MANY_CALLS % (b"cbuiltins\nset\n", b"](" + b"N" * 100_000 + b"e\x85"),
-    "far memo": b"\x80\x04Nr\xff\xff\xff\xff.",
     "calls itself": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x00N](h\x00Nh\x01Neq\x01NtR.".replace(
         b"N](h\x00Nh\x01Neq\x01N", b"(h\x00N]q\x01(h\x00Nh\x01NeN"
     ),
     "lone surrogate": b"\x80\x04}\x8c\x01w\x8c\x03\xed\xa0\x80s.",
     "persistent": b"\x80\x04\x8c\x01xQ.",
     "attributes of a name": b"\x80\x04cos\nsystem\n}(\x8c\x01xNub.",
-    "call of a text": b"\x80\x04\x8c\x01x)R.",
     "tensor of nothing": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))\x89NtR.",
     "big-endian": b"".join(pickle.dumps(one) for one in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": False})),
-    "a text filled": b"\x80\x04\x8c\x01xNNs.",
     "tensor of a text": b"\x80\x04ctorch.storage\n_load_from_bytes\n\x8c\x01x\x85R.",
     "long tuple as a key": b"\x80\x04(" + b"K\x01" * 8_000 + b"tq\x00}(" + b"h\x00N" * 8_000 + b"u.",
     "empty dicts": b"\x80\x04(" + b"}" * 3_000_000 + b"l.",
@@ -275,14 +270,6 @@ def test_a_tensor_without_a_name_is_refused(tmp_path: Path) -> None:
     assert read(tmp_path) == f"{tmp_path / 'step1.pt'}: holds no tensors with names"
 
 
-def test_a_configuration_must_be_an_object(tmp_path: Path) -> None:
-    average = tmp_path / "checkpoint-1" / "unet_ema"
-    average.mkdir(parents=True)
-    save_file({"w": torch.ones(3)}, average / "model.safetensors")
-    (average / "config.json").write_text("[]")
-    assert read(tmp_path) == f"{average}/config.json: damaged configuration: must be a JSON object"
-
-
 SETTINGS: dict[str, Any] = {
     "decay": {"decay": "much"}, "pair": {"decay": torch.ones(2)}, "updates": {"num_updates": float("inf")},
     "power": {"power": "x"}, "inv_gamma": {"inv_gamma": 0}, "min_decay": {"min_decay": [1]},
@@ -376,15 +363,15 @@ def test_a_header_of_empty_objects_is_refused_before_it_is_parsed(tmp_path: Path
         tracemalloc.stop()
 
 
-def test_ten_thousand_files(tmp_path: Path) -> None:
+def test_two_thousand_files(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "step1.safetensors")
     data = (tmp_path / "step1.safetensors").read_bytes()
-    for step in range(2, 10_001):
+    for step in range(2, 2001):
         (tmp_path / f"step{step}.safetensors").write_bytes(data)
     started = time.process_time()
     sources = Run(tmp_path).sources
-    assert (len(sources), sources[-1].step) == (10_000, 10_000)
-    assert time.process_time() - started < 60
+    assert (len(sources), sources[-1].step) == (2000, 2000)
+    assert time.process_time() - started < 20
 
 
 def test_the_command_says_one_line_and_writes_nothing(ema: Ema, tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ def test_a_file_can_be_described_without_its_step(tmp_path: Path) -> None:
     assert (described["kind"], described["tensors"], described["parameters"]) == ("checkpoint", 1, 6)
 
 
-@pytest.mark.parametrize("folder", ["exp2024", "ck5", "20240101"])
-def test_a_number_of_another_folder_is_no_step(folder: str, tmp_path: Path) -> None:
+def test_a_number_of_another_folder_is_no_step(tmp_path: Path) -> None:
+    folder = "exp2024"
     filled(tmp_path / folder, 100, 200)
     (tmp_path / folder / "step200.pt").rename(tmp_path / folder / "best.pt")
     with pytest.raises(errors.InvalidValueError, match=r"best.pt: neither .* import with `step_from`"):
@@ -228,7 +228,7 @@ class Listed(list[int]):
 Pair = namedtuple("Pair", "a b")
 
 
-@pytest.mark.parametrize("protocol", range(1, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", [1, 2, pickle.HIGHEST_PROTOCOL])
 def test_objects_of_any_class_may_accompany_the_weights(protocol: int, tmp_path: Path) -> None:
     """Pickles have frames (protocol 4) and bytes outside of frames (over 64 KiB)."""
     objects = [
@@ -293,10 +293,9 @@ def test_a_file_that_changes_is_an_error(tmp_path: Path) -> None:
     assert [one.t for one in run.sources] == [2, 3]
 
 
-@pytest.mark.parametrize("value", [torch.ones(600, 500), torch.ones(600, 500).t()], ids=["in order", "transposed"])
-def test_a_file_that_shrinks_is_an_error(tmp_path: Path, value: torch.Tensor) -> None:
+def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "model-100.pt"
-    torch.save({"w": value}, path)
+    torch.save({"w": torch.ones(600, 500).t()}, path)
     (source,) = Run(tmp_path).sources
     with pytest.raises(errors.FileFormatError, match="'w': the file became shorter"), source:
         os.truncate(path, 5000)
@@ -406,12 +405,10 @@ def test_an_average_is_written_for_torch_distributed(tmp_path: Path, ema: Ema) -
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("size", [1_200_000, 5])
-def test_the_file_of_a_nan_is_named_wherever_it_is(size: int, tmp_path: Path) -> None:
-    """The file is named even if no sample has the element: in a large tensor, or among small ones."""
+def test_the_file_of_a_nan_is_named_wherever_it_is(tmp_path: Path) -> None:
+    """The file is named even if no sample has the element."""
     for step in (1, 2):
-        tensors = {name: torch.full((size,), float(step)) for name in ("v", "w", "x")}
-        tensors["large"] = torch.full((2_000_000,), float(step))
+        tensors = {name: torch.full((1_200_000,), float(step)) for name in ("v", "w", "x")}
         if step == 1:
             tensors["w"][3] = float("nan")
         save_file(tensors, tmp_path / f"step{step}.safetensors")
