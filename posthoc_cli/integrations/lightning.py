@@ -33,7 +33,7 @@ class PostHocWeightAveraging(Callback):
     """Tracks averages in `Trainer(callbacks=[PostHocWeightAveraging("run/ema", validate=0.15)])`.
 
     Each batch after which an optimizer has stepped counts once. With `validate`, validation within `fit` runs with
-    that average, and checkpoints hold it as `state_dict`, and the raw weights as `current_model_state`. Every checkpoint
+    that average; checkpoints hold it as `state_dict`, and the raw weights as `current_model_state`. Every checkpoint
     holds the tracker's exact state. See the guide `trainers`.
 
     Arguments:

@@ -461,7 +461,7 @@ class PostHocEMA:
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         group, refusals = self._callers(check_model(model), f"models({', '.join(wanted)})"), dict[str, str]()
         if group.from_first(lambda: self.has_average):
-            refusals, _ = self._in_first(group, lambda sources: plan_possible(self._some(sources), wanted)[1])
+            refusals, _ = self._in_first(group, lambda sources: plan_possible(sources, wanted)[1])
         for label, reason in refusals.items() if self.keeps_averages else ():
             if self._is_first_warning(label):
                 log.warning("%s; there is no average of it at step %d", reason, self.step)
@@ -540,7 +540,7 @@ class PostHocEMA:
         from posthoc_cli import plots
 
         def candidate_of(sources: list[Source]) -> Candidate:
-            last = max(source.t for source in self._some(sources))
+            last = max(source.t for source in sources)
             chosen, _ = chosen_up_to(sources, last)
             of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
             label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
@@ -844,10 +844,9 @@ class PostHocEMA:
             live = self.settings.tracked_index(target.sigma_rel)
 
         def plan(sources: list[Source]) -> Plan:
-            some = self._some(sources)
             if live is not None:
-                return logged(plan_synthesis([some[live]], [some[live].sigma_rel], **asked))
-            return logged(plan_synthesis(some, [wanted], **asked))
+                return logged(plan_synthesis([sources[live]], [sources[live].sigma_rel], **asked))
+            return logged(plan_synthesis(sources, [wanted], **asked))
 
         if group.is_alone and not self._members.is_chunked:
             return with_consistent_plan(lambda: plan(self._sources(live is not None)), use)
@@ -874,7 +873,7 @@ class PostHocEMA:
         return weights
 
     def _sources(self, live_only: bool = False, live: Sequence[LiveSource] | None = None) -> list[Source]:
-        """Return the live averages, and unless `live_only` the snapshots of others up to their time."""
+        """Return the live averages, and unless `live_only` the snapshots of others up to their time; at least one."""
         resumes, start = self._pipeline.tracking.resumes, self._start.step
         if live is None:
             if not (resumes or self.keeps_averages):
@@ -882,23 +881,17 @@ class PostHocEMA:
                 hint = "read the snapshots on disk with a new PostHocEMA.from_path(directory), before any update_ of it"
                 raise NotReadyError(reason, hint)
             live = self._live()
-        if live_only:
-            return [*live]
         last = start if resumes and start is not None else math.inf
         now, profiles = live[0].t if live else math.inf, {source.sigma_rel for source in live}
-        stored = [s for s in run_snapshots(self.checkpoint_dir, self.run_id) if s.step <= last]
-        return [*live, *(s for s in stored if s.t < now or (s.t == now and s.sigma_rel not in profiles))]
+        stored = [] if live_only else run_snapshots(self.checkpoint_dir, self.run_id)
+        until = (s for s in stored if s.step <= last and (s.t < now or (s.t == now and s.sigma_rel not in profiles)))
+        if not (sources := [*live, *until]):
+            raise NotReadyError("no average yet", f"{self.settings.first_update(self.step)}, so far {self.step:,}")
+        return sources
 
     def _live(self) -> list[LiveSource]:
         self.flush()
         return self._pipeline.live()
-
-    def _some(self, sources: list[Source]) -> list[Source]:
-        """Return the sources, of which there must be one."""
-        if not sources:
-            reason = f"{self.settings.first_update(self.step)}, so far {self.step:,}"
-            raise NotReadyError("no average yet", reason)
-        return sources
 
     def _in_first(
         self, group: Group, work: Callable[[list[Source]], Result], live_only: bool = False
