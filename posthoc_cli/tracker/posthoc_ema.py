@@ -222,10 +222,9 @@ class PostHocEMA:
         if stored:
             settings = replace(settings, selection=selection.resumed(stored[-1].roles))
         tensors = collect_tensors(model, settings.selection)
-        if tensors.chunks or is_first_of_group(model) is not False:
+        if tensors.tracked.chunks or is_first_of_group(model) is not False:
             resuming.check_directory(directory, is_new=resume is None)
-        tracked = TrackedModel.of_model(tensors)
-        tracking, step = resuming.begin(directory, stored, settings, tracked, step)
+        tracking, step = resuming.begin(directory, stored, settings, tensors.tracked, step)
         tracking = _with_members(tracking, model, tensors, settings, directory)
         start = Start(directory, settings, step, stored)
         tracker = cls(parts=(directory, settings, tracking, model, device, start))
@@ -869,7 +868,7 @@ class PostHocEMA:
         wanted = None if stored is None else torch_dtype(stored)
         weights = Weights((name, value.to("cpu", wanted, copy=True)) for name, value in tensors.averaged.items())
         weights |= {name: value.to("cpu", copy=True) for name, value in tensors.copied.items()}
-        weights |= {alias: weights[name] for alias, name in tensors.aliases.items()}
+        weights |= {alias: weights[name] for alias, name in tensors.tracked.aliases.items()}
         return weights
 
     def _sources(self, live_only: bool = False, live: Sequence[LiveSource] | None = None) -> list[Source]:
@@ -885,7 +884,8 @@ class PostHocEMA:
         now, profiles = live[0].t if live else math.inf, {source.sigma_rel for source in live}
         stored = [] if live_only else run_snapshots(self.checkpoint_dir, self.run_id)
         until = (s for s in stored if s.step <= last and (s.t < now or (s.t == now and s.sigma_rel not in profiles)))
-        if not (sources := [*live, *until]):
+        sources: list[Source] = [*live, *until]
+        if not sources:
             raise NotReadyError("no average yet", f"{self.settings.first_update(self.step)}, so far {self.step:,}")
         return sources
 
@@ -943,18 +943,18 @@ def _with_members(
     tracking: Tracking, model: torch.nn.Module, tensors: ModelTensors, settings: Settings, directory: Path
 ) -> Tracking:
     """Return `tracking`, of a sharded model for the part that this process keeps, after a rendezvous of all."""
-    if not tensors.chunks:
+    if not tensors.tracked.chunks:
         return tracking
     if tracking.resumes:
-        tracking.tracked.check(TrackedModel.of_model(tensors))
+        tracking.tracked.check(tensors.tracked)
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
     left_out = ("schedule", "selection", "only_trainable")  # the last one says whether there is an `include`
     options = {name: str(value) for name, value in values.items() if name not in left_out}
     start = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to resume": start}
-    members = ShardOwners(tensors.averaged | tensors.copied, tensors.chunks, options, tracking.run_id, mesh_of(model))
-    everywhere = TrackedModel.of_model(tensors).complete_shapes
-    part = replace(TrackedModel.of_model(tensors.of(members), members), everywhere=everywhere)
+    held, chunks = tensors.averaged | tensors.copied, tensors.tracked.chunks
+    members = ShardOwners(held, chunks, options, tracking.run_id, mesh_of(model))
+    part = replace(tensors.of(members).tracked, everywhere=tensors.tracked.complete_shapes)
     return replace(tracking, run_id=members.run_id, tracked=part)
 
 

@@ -323,7 +323,7 @@ def test_an_adapter_has_the_names_that_peft_saves(kind: str, wrap) -> None:  # t
     tensors = collect_tensors(wrap(model), Selection())
     assert set(tensors.averaged) == set(get_peft_model_state_dict(model, save_embedding_layers=False))
     assert not tensors.copied
-    assert "base_model.model.middle.base_layer.weight" in tensors.left_out
+    assert "base_model.model.middle.base_layer.weight" in tensors.tracked.left_out
 
 
 @PEFTS
