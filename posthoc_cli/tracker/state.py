@@ -206,7 +206,11 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
     def packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: as_dtensor(value, dtensors[name]) if dtensors else value for name, value in tensors.items()}
 
-    means = kept.means_of_profiles(averages.standing.shared)
+    first, is_shared = kept.mean[0].views, averages.standing.shared  # the first mean may serve all profiles
+    means = [
+        {name: first[name] if is_shared and view.dtype == torch.float32 else view for name, view in mean.views.items()}
+        for mean in kept.mean
+    ]
     entries: dict[str, Any] = json.loads(json.dumps(asdict(info)))  # tuples become lists; numbers stay exact
     return (
         {"version": STATE_VERSION}
