@@ -316,28 +316,26 @@ class ModelWatch:
 
     def __init__(self, selection: Selection, members: Members) -> None:
         self._selection, self._members = selection, members
-        self._cached: tuple[weakref.ref[torch.nn.Module], _ModelFingerprint, ModelTensors] | None = None
-        self._checked: tuple[ModelTensors, TrackedModel] | None = None
+        self._cached: tuple[weakref.ref[torch.nn.Module], TrackedModel, _ModelFingerprint, ModelTensors] | None = None
 
-    def tensors(self, model: torch.nn.Module) -> ModelTensors:
-        """Return the model's tensors: the same object as in the last call unless the model has changed."""
+    def tensors(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
+        """Return the model's tensors: the same object as in the last call unless the model has changed.
+
+        Raise a ModelMismatchError unless they are the tracked ones.
+        """
         if self._cached is not None:
-            cached, fingerprint, found = self._cached
-            if cached() is model and fingerprint.is_same():
+            cached, known, fingerprint, found = self._cached
+            if cached() is model and known is tracked and fingerprint.is_same():
                 return found
         self._cached = None
         found = self._collect(model)
-        self._cached = weakref.ref(model), _ModelFingerprint(model), found  # weak: the tracker may outlive the model
+        try:
+            tracked.check(found.tracked)
+        except ModelMismatchError as error:
+            raise error.with_hint(_CHANGED) from None
+        # Weak: the tracker may outlive the model.
+        self._cached = weakref.ref(model), tracked, _ModelFingerprint(model), found
         return found
-
-    def check(self, tensors: ModelTensors, tracked: TrackedModel) -> None:
-        """Raise a ModelMismatchError unless these are the tracked tensors."""
-        if self._checked is None or self._checked[0] is not tensors or self._checked[1] is not tracked:
-            try:
-                tracked.check(tensors.tracked)
-            except ModelMismatchError as error:
-                raise error.with_hint(_CHANGED) from None
-            self._checked = tensors, tracked
 
     def check_model(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
         """Return the model's tensors, or raise a ModelMismatchError unless they are the tracked ones, frozen or not."""

@@ -666,10 +666,8 @@ class PostHocEMA:
 
     def _take_in(self, model: torch.nn.Module, progress: TrainingProgress) -> None:
         """Queue the model's values for the averages, or skip the update as `on_nonfinite` says."""
-        tracked = self._pipeline.tracking.tracked
         try:
-            tensors = self._watch.tensors(model)
-            self._watch.check(tensors, tracked)
+            tensors = self._watch.tensors(model, self._pipeline.tracking.tracked)
         except PostHocError:
             self._pipeline.skip(progress, writes=False)
             raise
