@@ -5,6 +5,8 @@ Pure NumPy; nothing here reads a file, so that schedules can be compared before 
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
-from posthoc_cli.errors import InvalidValueError, brief, check_count, check_number
+from posthoc_cli.errors import InvalidValueError, brief, check_count, check_number, printable
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     Clock,
@@ -297,11 +299,6 @@ class Candidate:
         """The assumption of the predicted errors, in words that follow "if"; empty if the motion was measured."""
         return EVENLY if self.prior.source == ASSUMED else ""
 
-    def up_to(self, t: float) -> tuple[list[StoredProfile], Prior]:
-        """Return the snapshots at or before `t`, and their prior."""
-        usable = [index for index, profile in enumerate(self.snapshots) if profile.t <= t]
-        return [self.snapshots[i] for i in usable], self.prior.of(usable)
-
 
 @dataclass(frozen=True)
 class ErrorPoint:
@@ -417,7 +414,8 @@ def error_curve(
     """
     low, high = check_sigma_range(sigma_range)
     t = time_between(candidate.snapshots, t)
-    usable, prior = candidate.up_to(t)
+    among = [index for index, profile in enumerate(candidate.snapshots) if profile.t <= t]
+    usable, prior = [candidate.snapshots[index] for index in among], candidate.prior.of(among)
     tracked = _tracked(usable)
     inside = [s for s in tracked if low <= s <= high]
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, _POINTS), inside))), low, high)
@@ -451,6 +449,27 @@ def _tracked(snapshots: Sequence[StoredProfile]) -> tuple[float, ...]:
 def _zero_if_nan(predicted_error: FloatArray) -> FloatArray:
     """Return the errors with 0 in place of nan: weights of norm 0 are exact."""
     return np.nan_to_num(predicted_error, nan=0.0)
+
+
+_FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spreadsheets
+
+
+def to_csv(curves: Sequence[ErrorCurve]) -> str:
+    """Return curves with their further targets as a table, in which no spreadsheet reads a label as a formula."""
+
+    def cell(label: str) -> str:
+        return "'" * (label.lstrip()[:1] in _FORMULAS) + printable(label)
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["curve", "t", "target", "sigma_rel", "predicted_error", "profile_error"])
+    for curve in curves:
+        columns = (curve.sigma_rels.tolist(), curve.profile_error.tolist(), curve.predicted_error.tolist())
+        points = [ErrorPoint("sigma_rel", *numbers) for numbers in zip(*columns, strict=True)]
+        for point in (*points, *curve.others):
+            errors = finite(point.predicted_error), point.profile_error
+            writer.writerow([cell(curve.label), curve.t, cell(point.label), point.sigma_rel, *errors])
+    return text.getvalue()
 
 
 def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:

@@ -154,6 +154,36 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
     return figure
 
 
+def audit_figure(audit: dict[str, Any]) -> Figure:
+    """Draw the length of an average in each interval of the training, and the claimed length as a line.
+
+    A band shows the length of all intervals together. `audit` is the `to_dict` of an audit.
+    """
+    intervals = audit["intervals"]
+    claimed, length, sigma = intervals[0]["claimed"], audit["length"] or 0.0, audit["uncertainty"] or 0.0
+    lengths = [abs(each["found"]) for each in intervals]
+    figure = _figure(_WIDTH, 4.2)
+    axes = figure.add_subplot()
+    if audit["found"] is not None and 0 < length < math.inf and sigma <= 1:
+        label = f"found in all together: {length:,.4g}"
+        band = length / math.exp(sigma), length * math.exp(sigma)
+        axes.axhspan(*band, color=COLOURS[0], alpha=0.2, linewidth=0, label=label)
+    begins, ends = [each["begin"] for each in intervals], [each["end"] for each in intervals]
+    axes.hlines(lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label="found in each interval")
+    if claimed is not None:
+        axes.axhline(claimed, color=COLOURS[1], linestyle="--", linewidth=1.6, label=f"claimed: {claimed:,.4g}")
+    axes.set_yscale("log")
+    shown = [value for value in (*lengths, claimed) if value is not None and 0 < value < math.inf]
+    if shown:
+        axes.set_ylim(min(shown) / 1.5, max(shown) * 2.5)  # room for the legend
+    _round_ticks(axes.yaxis)
+    axes.set_ylabel("time constant (steps)" if audit["what"] == "decay" else "sigma_rel")
+    axes.set_xlabel("training time")
+    axes.set_title(_plain(f"{audit['name']}: " * bool(audit["name"]) + audit["verdict"]), fontsize=12)
+    _finish(axes)
+    return figure
+
+
 def _figure(width: float, height: float) -> Figure:
     """Return an empty figure; sizes are in inches."""
     left, bottom = _MARGIN / width, _MARGIN / height

@@ -5,14 +5,14 @@ weights of the network after each step. Its profile is its `tail`: tail(s) is th
 start and 0 from `t` on. The weights of step k have the mass tail(step k-1) - tail(step k). A tail is also what
 multiplies updates: sum_k w_k theta_k = theta_0 + sum_k tail(step k-1) (theta_k - theta_k-1).
 
-Below: the power function, which runs track; averages over known times, which other programs store; the formulas that a
-user may ask for; the clock of a run; and how updates are folded into tracked averages.
+Below: the power function, which runs track; averages over known times, which other programs store; the clock of a run;
+and how updates are folded into tracked averages. `targets` has the profiles that a user may ask for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -405,23 +405,6 @@ class OrdinaryEMA(Discrete):
         )
 
 
-# --- what a user may ask for ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Formula:
-    """A profile given by its tail in closed form, for times from 0 to the time of the average."""
-
-    formula: Callable[[FloatArray], FloatArray]
-    t: float
-
-    def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the mass after `s`."""
-        times = np.asarray(s, dtype=np.float64)
-        inside = np.clip(self.formula(np.clip(times, 0.0, self.t)), 0.0, 1.0)
-        return np.where(times < 0, 1.0, np.where(times >= self.t, 0.0, inside))
-
-
 # --- classical averages of the same mean age --------------------------------------------------------
 
 
@@ -449,17 +432,16 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     longest = 1 - 2 / (steps + 1)
     if not 0 < beta < longest:
         reason = f"after {steps:,} steps beta must lie in (0, {longest:.7g}), below the mean age of the uniform average"
-        raise InvalidValueError("betas", reason, value=f"{beta!r}")
+        raise InvalidValueError("target", reason, value=f"beta:{beta!r}")
     from scipy.optimize import brentq  # slow to import
 
     age = beta / (1 - beta)
     # The mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
     largest = steps * (2 + max(0.0, -math.log(age))) * 2
-
-    def excess(log_x: float) -> float:
-        return mean_age(math.expm1(log_x), steps) - age
-
-    return sigma_rel_from_gamma(math.expm1(brentq(excess, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14)))
+    found = brentq(
+        lambda log_x: mean_age(math.expm1(log_x), steps) - age, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14
+    )
+    return sigma_rel_from_gamma(math.expm1(found))
 
 
 def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float] = ()) -> list[dict[str, float]]:

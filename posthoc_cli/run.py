@@ -275,7 +275,7 @@ class Run:
 
         Arguments:
             targets, t, step, method, max_error, dtype: see `plan_synthesis`.
-            out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; may be None in a dry run.
+            out: a file, or a folder for a file per target; may be None in a dry run.
             progress: opens a progress bar.
             options: the fields of `export.layouts.OutputOptions`: device, layout, overwrite, dry_run, like, ...
 

@@ -16,12 +16,12 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word
 from posthoc_cli.profiles import (
     Clock,
     FloatArray,
-    Formula,
     Point,
     PowerFunction,
     Profile,
@@ -40,6 +40,20 @@ SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
     "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
 }
 """The multiplier d(x) at the fraction x of a decay, from 1 down to 0."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A profile given by its tail in closed form, for times from 0 to the time of the average."""
+
+    formula: Callable[[FloatArray], FloatArray]
+    t: float
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Return the mass after `s`."""
+        times = np.asarray(s, dtype=np.float64)
+        inside = np.clip(self.formula(np.clip(times, 0.0, self.t)), 0.0, 1.0)
+        return np.where(times < 0, 1.0, np.where(times >= self.t, 0.0, inside))
 
 
 @dataclass(frozen=True)
@@ -347,6 +361,10 @@ def _half_lives(text: str, accepted: str) -> list[Target]:
     return [*map(HalfLife, _numbers(text, accepted))]
 
 
+def _spans(text: str, accepted: str) -> list[Target]:
+    return [Between(*_ends(part, accepted)) for part in text.split(",")]
+
+
 def _decays(text: str, accepted: str) -> list[Target]:
     """Return the decays of `linear:20%`, `linear:10%,20%`, `linear:5%:50%:5%` or `linear:50000:80000`."""
     shape, _, parts = text.partition(":")
@@ -367,35 +385,15 @@ def _ends(text: str, accepted: str) -> tuple[float, float]:
     return float(_decimal(start, accepted)), float(_decimal(end, accepted))
 
 
+_MANY = "a list such as 5,10 or a range START:STOP:STEP"
+
 KINDS = {
-    "beta": Kind(
-        "beta:0.9999", "a number, a list such as 0.999,0.9999 or a range such as 0.99:0.999:0.003", _each(Beta)
-    ),
-    "half-life": Kind(
-        "half-life:5000",
-        "a number of steps or a share such as 5%, a list such as 500,1000 or a range such as 500:2000:500",
-        _half_lives,
-    ),
-    "window": Kind(
-        "window:1000",
-        "a whole number of steps, a list such as 500,1000 or a range such as 500:2000:500",
-        _each(Window, is_whole=True),
-    ),
-    "between": Kind(
-        "between:50000:80000",
-        "START:END, two training times, such as 50000:80000",
-        lambda text, accepted: [Between(*_ends(part, accepted)) for part in text.split(",")],
-    ),
-    "last": Kind(
-        "last:10",
-        "a whole number of checkpoints, a list such as 5,10 or a range such as 5:20:5",
-        _each(Mean, is_whole=True),
-    ),
-    "decay": Kind(
-        "decay:linear:20%",
-        f"decay:SHAPE:PART with a shape of {', '.join(SHAPES)}, and 20%, a list, a range or START:END",
-        _decays,
-    ),
+    "beta": Kind("beta:0.9999", f"a number, {_MANY}", _each(Beta)),
+    "half-life": Kind("half-life:5000", f"a number of steps or a share such as 5%, {_MANY}", _half_lives),
+    "window": Kind("window:1000", f"a whole number of steps, {_MANY}", _each(Window, is_whole=True)),
+    "between": Kind("between:50000:80000", "START:END, two training times, such as 50000:80000", _spans),
+    "last": Kind("last:10", f"a whole number of checkpoints, {_MANY}", _each(Mean, is_whole=True)),
+    "decay": Kind("decay:linear:20%", f"SHAPE:PART with a shape of {', '.join(SHAPES)}, and 20%, {_MANY}", _decays),
 }
 """The kinds of targets other than sigma_rel that a text can name."""
 

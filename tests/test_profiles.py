@@ -113,7 +113,7 @@ def test_the_shortest_trainings_have_a_mean_age() -> None:
     # After two steps the mean age is (1/2)**(gamma + 1), here 1/4, as is beta / (1 - beta).
     assert sigma_rel_from_classical_beta(0.2, 2) == pytest.approx(18**-0.5, rel=1e-12)
     for steps in (1, 3):  # after three steps it is the uniform average's
-        with refused("betas", "must lie in"):
+        with refused("target", "must lie in"):
             sigma_rel_from_classical_beta(0.5, steps)
 
 

@@ -98,7 +98,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "ema profile --target beta:0.9999 --steps 100000",
     ),
     making.import_: ("ema import old --sigma-rels 0.05,0.28 --update-every 10 --out run",),
-    showing.audit: ("ema audit checkpoints --claimed 0.9999",),
+    showing.audit: ("ema audit checkpoints --claimed 0.9999 --out audit.png",),
     making.demo: ("ema demo --out ema-demo",),
     showing.guide: ("ema guide training",),
 }

@@ -31,12 +31,7 @@ def synthesize(
     group: list[str] = options.TARGETS(
         [], metavar="GLOB=SIGMA_REL", help="The length of tensors by name: 'unet.up.*=0.12'. The first match counts."
     ),
-    out: str | None = options.OUTPUT(
-        None,
-        "--out",
-        "-o",
-        help="A file; a folder, for a file per target; or a name with {sigma_rel} or {target} in it.",
-    ),
+    out: str | None = options.OUTPUT(None, "--out", "-o", help="A file; or a folder, for a file per target."),
     dtype: options.Dtype = options.DTYPE,
     layout: options.Layout | None = options.LAYOUT,
     max_shard_size: str | None = options.MAX_SHARD_SIZE,

@@ -15,7 +15,7 @@ from typer import Argument
 from posthoc_cli import files, resources
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, check_alone, check_word
-from posthoc_cli.planning import ErrorCurve
+from posthoc_cli.planning import ErrorCurve, to_csv
 from posthoc_cli.report.facts import facts
 from posthoc_cli.targets import bad, parse_numbers, parse_targets
 
@@ -134,6 +134,8 @@ def audit(
     claimed: float | None = options.RUN(
         None, metavar="DECAY", show_default="from the files or the import", help="The decay that it should have."
     ),
+    out: Path | None = options.PICTURE,
+    overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
 ) -> None:
     """Find which decay an average really has.
@@ -144,12 +146,21 @@ def audit(
 
     Exit code 1 if an average is not what it claims to be.
     """
+    picture = options.new_picture(out, overwrite)
     audits = options.open_run(directory, directory=False).audit(claimed)
+    if not audits[0].intervals:
+        picture = None  # there is nothing to draw
+    if picture is not None:
+        from posthoc_cli import plots
+
+        output.write_picture(lambda: plots.audit_figure(audits[0].to_dict()), picture, overwrite)
     if as_json:
         output.print_json({"audits": [audit.to_dict() for audit in audits]})
     else:
         for audit in audits:
             _print_audit(audit.to_dict())
+        if picture is not None:
+            output.print_line(f"wrote {picture}")
     if any(audit.is_bad for audit in audits):
         raise typer.Exit(1)
 
@@ -210,7 +221,9 @@ def error_plot(
     directories: list[str] = Argument(
         [], metavar="DIR", help="Directories of snapshots or of checkpoints, or globs of checkpoints."
     ),
-    out: Path | None = options.PICTURE,
+    out: Path | None = options.OUTPUT(
+        None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf; or the curves as a table: .csv."
+    ),
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
     target: list[str] = options.TARGETS([], metavar="TARGET", help="Also this average: window:1000. Repeatable."),
@@ -230,12 +243,14 @@ def error_plot(
     from posthoc_cli import plots
 
     if out is None and not as_json:
-        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or add --json")
-    path = options.new_picture(out, overwrite)
+        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf) or a table (.csv), or add --json")
+    path = None if out is None else files.new_file(out, (*plots.PICTURES, ".csv"), overwrite)
     targets, ends = options.parse_targets(None, target), options.parse_sigma_range(sigma_range)
     runs = options.open_runs(directories, checkpoints)
     curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
-    if path is not None:
+    if path is not None and path.suffix == ".csv":
+        files.write_atomically(path, to_csv(curves).encode(), overwrite)
+    elif path is not None:
         output.write_picture(lambda: plots.error_figure(curves, method == "paper"), path, overwrite)
     if as_json:
         output.print_json({"curves": [curve.to_dict() for curve in curves]})
@@ -351,12 +366,7 @@ def profile(
     count = options.parse_count(steps or "1000", "--steps")
     widths = parse_numbers(_COMMON_WIDTHS if sigma_rel is None else sigma_rel, "--sigma-rel") if target is None else []
     betas = [] if target is None else _betas(target)
-    try:
-        rows = convert(count, widths, betas)
-    except InvalidValueError as error:
-        if target is None or error.subject != "betas":
-            raise
-        raise bad("--target", target, error.reason) from error
+    rows = convert(count, widths, betas)
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
         return

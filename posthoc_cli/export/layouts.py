@@ -42,7 +42,6 @@ LAYOUTS = {"safetensors": (SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"
 
 DEFAULT_SHARD_SIZE = "5GB"
 PICKLES = LAYOUTS["pt"]
-_SIGMA_REL, _TARGET = "{sigma_rel}", "{target}"
 
 
 @dataclass(frozen=True)
@@ -131,35 +130,28 @@ def suffix_of(layout: str | None) -> str:
 def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[list[Path], Path | None]:
     """Return the path of each target's output, and the folder to create for them if `out` names one.
 
-    `out` is a pattern with `{sigma_rel}` or `{target}` to fill in, a file (for one target), or a folder with a file per
-    target. A folder of shards holds one model, so several targets get a folder each within it.
+    `out` is a file (for one target), or a folder with a file per target. A folder of shards holds one model, so several
+    targets get a folder each within it.
 
     Raises:
         InvalidValueError: two targets would have the same path.
     """
-    unknown = [name for name in re.findall(r"\{\w*\}", out) if name not in (_SIGMA_REL, _TARGET)]
-    if unknown:
-        raise InvalidValueError("out", f"{unknown[0]} is not known; must be {_SIGMA_REL} or {_TARGET}", value=out)
-    path, pattern, folder = files.expanded(files.given_path("out", out)), out, None
+    path = files.expanded(files.given_path("out", out))
     files.check_writable("out", path)
-    if _SIGMA_REL not in out and _TARGET not in out:
-        is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
-        if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
-            return [path], None
-        if not is_folder and path.suffix in (SUFFIX, *PICKLES):
-            example = f"a name with {_TARGET} in it, such as {path.stem}-{_TARGET}{path.suffix}"
-            raise InvalidValueError("out", f"{len(targets)} targets need a folder, or {example}", value=out)
-        pattern, folder = str(path / f"{_TARGET}{suffix_of(layout)}"), path
+    is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
+    if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
+        return [path], None
+    if not is_folder and path.suffix in (SUFFIX, *PICKLES):
+        raise InvalidValueError("out", f"{len(targets)} targets need a folder", value=out)
     taken: dict[Path, Target] = {}
     for target in targets:
-        width = target.label if target.sigma_rel is None else repr(target.sigma_rel)
-        name = target.label if target.sigma_rel is None else f"sigma_rel-{width}"
-        made = files.expanded(pattern.replace(_SIGMA_REL, width).replace(_TARGET, name))
+        name = target.label if target.sigma_rel is None else f"sigma_rel-{target.sigma_rel!r}"
+        made = path / f"{name}{suffix_of(layout)}"
         if made in taken:
             both = f"{taken[made].title} and {target.title} would both become {made}"
             raise InvalidValueError("out", f"{both}; a profile is named after its file", "rename one", value=out)
         taken[made] = target
-    return [*taken], folder
+    return [*taken], path
 
 
 # --- tensors that go into outputs --------------------------------------------------------------------

@@ -239,14 +239,18 @@ class Problem:
         self._root_walk, self._root_noise = (
             self._half * np.sqrt(self._nodes.weight * each[self._nodes.interval]) for each in (self._walk, self._noise)
         )
-        self._expected = self._root_walk[:, None] * self._nodes.tails(snapshots)
-        if self._noise.any():
-            rows = self._root_noise[:, None] * self._nodes.masses(snapshots)
-            self._expected = np.vstack((self._expected, rows))
+        self._expected = self._expected_rows(snapshots)
         # The measured error, whose rows are the expected ones if there is no sketch: seen and unseen.
         self._sketched = () if prior.sketch is None else prior.sketch.measured(snapshots)
         self._seen = self._sketched[0] if self._sketched else self._expected
         self._factor = np.vstack((self._expected, *(self._half * rows for rows in self._sketched), self._errors))
+
+    def _expected_rows(self, profiles: Sequence[Profile]) -> FloatArray:
+        """Return the columns of stored profiles in the expected error."""
+        rows = self._root_walk[:, None] * self._nodes.tails(profiles)
+        if not self._noise.any():
+            return rows
+        return np.vstack((rows, self._root_noise[:, None] * self._nodes.masses(profiles)))
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """Return the targets as columns of the problem, the argument of the other methods."""
@@ -430,11 +434,8 @@ class Problem:
         rows = [self._rounding]
         for others in zip(*(p.others if isinstance(p, OrdinaryEMA) else (p, p) for p in self._stored), strict=True):
             if any(other is not stored for other, stored in zip(others, self._stored, strict=True)):
-                changed = [self._root_walk[:, None] * (self._nodes.tails(others) - self._nodes.tails(self._stored))]
-                if self._noise.any():
-                    masses = self._nodes.masses(others) - self._nodes.masses(self._stored)
-                    changed.append(self._root_noise[:, None] * masses)
-                rows.append(np.asarray(np.linalg.qr(np.vstack(changed) / self._half, mode="r")))
+                changed = (self._expected_rows(others) - self._expected) / self._half
+                rows.append(np.asarray(np.linalg.qr(changed, mode="r")))
         return np.vstack(rows)
 
 

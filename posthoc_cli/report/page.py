@@ -18,7 +18,15 @@ import jinja2
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, printable, shown
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    PostHocError,
+    percent,
+    printable,
+    shown,
+)
 from posthoc_cli.report.facts import summary
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.tensorfile import read_small_file
@@ -91,7 +99,7 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
             "axis": str(result["axis"]),
             **answer(result),
             "picture": _picture(partial(plots.sweep_figure, result)),
-            "rows": [_cells(trial) for trial in _trials(result)],
+            "rows": _rows(result),
             "logs": urllib.parse.quote(os.path.relpath(folder.resolve(), out.resolve().parent)),
         }
         part["commands"] += _commands(part["run"], result)
@@ -103,26 +111,22 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
     return swept
 
 
-def _trials(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the trials and the estimated best one of a sweep, by length."""
+def _rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the trials and the estimated best one of a sweep, by length, as texts."""
     best = {
         "target": f"best: {result['best']['target']}", "x": float(result["best"][result["axis"]]), "seed": "",
         "value": result["estimate"], "standard_error": result["standard_error"], "predicted_error": None,
         "seconds": None, "error": "estimate", "log": "",
     }  # fmt: skip
-    return sorted([*result["trials"], best], key=lambda trial: (trial["x"], trial["target"]))
-
-
-def _cells(trial: dict[str, Any]) -> dict[str, Any]:
-    exact, seconds = trial["predicted_error"], trial["seconds"]
-    numbers = [_number(trial[key]) for key in ("value", "standard_error")]
-    error = "–" if exact is None else f"{100 * exact:.2g} %"
-    cells = [str(trial["target"]), trial["seed"], *numbers, error, "–" if seconds is None else f"{seconds:.1f}"]
-    return {"cells": cells, "best": trial["seed"] == "", "error": trial["error"] or "", "log": str(trial["log"])}
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.6g}"
+    number = "{:.6g}".format
+    formats = {"value": number, "standard_error": number, "predicted_error": percent, "seconds": "{:.1f}".format}
+    rows = []
+    for trial in sorted([*result["trials"], best], key=lambda trial: (trial["x"], trial["target"])):
+        numbers = ["–" if trial[key] is None else form(trial[key]) for key, form in formats.items()]
+        cells = [str(trial["target"]), trial["seed"], *numbers]
+        error, log = trial["error"] or "", str(trial["log"])
+        rows.append({"cells": cells, "best": trial["seed"] == "", "error": error, "log": log})
+    return rows
 
 
 def _picture(draw: Callable[[], Figure]) -> str:

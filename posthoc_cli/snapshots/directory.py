@@ -337,13 +337,11 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     """Return the snapshot of these parts; raise the errors of `joined` if their chunks are not complete tensors."""
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     boxes = [{name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()} for part in parts]
-    holders: dict[str, list[int]] = defaultdict(list)
-    for index, part in enumerate(parts):
-        for name in part.chunks:
-            holders[name].append(index)
-    entries = {}
-    for name, held in holders.items():
-        entries[name] = _joined_entry(folder, name, [(parts[index], boxes[index][name]) for index in held])
+    holders: dict[str, list[tuple[Snapshot, Box]]] = defaultdict(list)
+    for part, held in zip(parts, boxes, strict=True):
+        for name, box in held.items():
+            holders[name].append((part, box))
+    entries = {name: _joined_entry(folder, name, of_tensor) for name, of_tensor in holders.items()}
     shapes = {name: entries[name].shape for name, tensor in tensors.items() if tensor.role == "average"}
     samples = []
     for part, held_boxes in zip(parts, boxes, strict=True):
@@ -502,9 +500,9 @@ class DirectoryLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if _holder(os.pread(descriptor, 1_000, 0)) is None:
+            if _holder(descriptor) is None:
                 time.sleep(0.05)  # it may just be writing its name
-            holder = _holder(os.pread(descriptor, 1_000, 0))
+            holder = _holder(descriptor)
             name = f"another tracker of this process ({own[0]})" if holder == own else _named(holder)
             reason = f"{name} is writing here"
             raise LockedError(directory, reason, "close that tracker, or take another directory") from None
@@ -514,15 +512,11 @@ class DirectoryLock:
             is_locked = False
             why = (error.strerror or str(error)).lower()
             log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
-        text = os.pread(descriptor, 1_000, 0)
-        holder = _holder(text)
-        if text and holder is None:
+        if holder := _holder(descriptor):
+            died = is_locked and holder[1] == own[1]
+            log.warning("%s: %s %s", directory, _named(holder), _DIED if died else _UNSEEN)
+        elif os.fstat(descriptor).st_size:
             raise WriteError(directory / LOCK_NAME, "is not a lock: it has content", "move it away")
-        if holder and is_locked and holder[1] == own[1]:
-            log.warning("%s: %s died without releasing it; taken over", directory, _named(holder))
-        elif holder:
-            what = "%s: %s has not released it, and holds no lock that can be seen here; taken over: make sure that it"
-            log.warning(f"{what} is not running any more", directory, _named(holder))
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"host": own[1], "process": own[0]}).encode(), 0)
 
@@ -533,10 +527,14 @@ class DirectoryLock:
         self.release()
 
 
-def _holder(text: bytes) -> tuple[int, str] | None:
+_DIED = "died without releasing it; taken over"
+_UNSEEN = "has not released it, and holds no lock seen here; taken over: make sure that it is not running any more"
+
+
+def _holder(descriptor: int) -> tuple[int, str] | None:
     """Return the process and the host that a lock names; None if it names none."""
     try:
-        holder = json.loads(text)
+        holder = json.loads(os.pread(descriptor, 1_000, 0))
         return int(holder["process"]), str(holder["host"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,8 +57,6 @@ INDEX_NAME = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 """The file name of a model in one file."""
-
-_SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -172,24 +169,18 @@ def is_model_folder(path: Path) -> bool:
 def models_at(path: Path) -> list[Path]:
     """Return the models at a path: the path itself, or those in a folder of several, by name.
 
-    Raises DirectoryError for a folder without models, with shards but no index, or with the snapshots of a run.
+    Raises DirectoryError for a folder without models, or with the snapshots of a run.
     """
     if not path.is_dir() or is_model_folder(path) or is_parts_folder(path):
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
-    shards = [match for entry in entries if (match := _SHARD.fullmatch(entry.name))]
     models = [entry for entry in entries if entry.suffix == SUFFIX or is_model_folder(entry) or is_parts_folder(entry)]
-    if shards:
-        problem = f"{len(shards)} of {int(shards[0][1])} shards of a model are there, and no index"
-        hint = "run again the job that makes them"
-    elif not models:
-        problem = "holds no snapshots, outputs or models"
+    if any(map(is_snapshot_name, models)):
+        raise DirectoryError(path, "holds the snapshots of a run", "name one of them, or make an average of them")
+    if not models:
         hint = "name a .safetensors file, an index of shards, or a folder of these"
-    elif any(map(is_snapshot_name, models)):
-        problem, hint = "holds the snapshots of a run", "name one of them, or make an average of them"
-    else:
-        return models
-    raise DirectoryError(path, problem, hint)
+        raise DirectoryError(path, "holds no snapshots, outputs or models", hint)
+    return models
 
 
 def read_model(path: Path) -> list[TensorFile]:

@@ -404,22 +404,16 @@ class TensorFile:
             if not self._shared.users:
                 file = OpenedFile(self.path)
                 try:
-                    self._check_same(file)
+                    # The header identifies a file whose blocks are verified, also if it was copied over itself.
+                    is_same = self.sums and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
+                    if not is_same and file.stamp != self.stamp:
+                        raise FileFormatError(self.path, "was replaced while it was being used", "run again")
                 except BaseException:
                     file.close()
                     raise
                 self._shared.file = file
             self._shared.users += 1
         return self
-
-    def _check_same(self, file: OpenedFile) -> None:
-        """Raise FileFormatError unless the opened file is the one whose header was read.
-
-        The header identifies a file whose blocks are verified, also if it was copied over itself.
-        """
-        is_same = self.sums and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
-        if not is_same and file.stamp != self.stamp:
-            raise FileFormatError(self.path, "was replaced while it was being used", "run again")
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Close the file; raise FileFormatError if it has no checksums and was changed meanwhile."""

@@ -542,6 +542,12 @@ class SweepReport:
     def __repr__(self) -> str:
         return f"SweepReport({', '.join(f'{name}: {text}' for name, text in answer(self.to_dict()).items())})"
 
+    def _repr_html_(self) -> str:
+        """Return the picture of the sweep, for a notebook."""
+        from posthoc_cli import plots
+
+        return plots.as_file(functools.partial(plots.sweep_figure, self.to_dict()), ".svg").decode().partition("?>")[2]
+
     @property
     def raw(self) -> float | None:
         """The mean metric of the raw weights; None if they were not measured."""

@@ -70,7 +70,7 @@ class Sums:
         # Initialized to zero: nan in the padding of a shorter chunk would slow down the arithmetic.
         self._totals = torch.zeros(targets, chunk, dtype=wide, device=device)
         self._values = torch.zeros(self._slot_count, chunk, dtype=wide, device=device)
-        self._weights = torch.full((chunk,), 2.0**-20, dtype=wide, device=device)
+        self.weights = torch.full((chunk,), 2.0**-20, dtype=wide, device=device)
         self._size = self._padded = -1  # not 0, which is the size of an empty chunk
 
     def start(self, size: int) -> None:
@@ -102,13 +102,6 @@ class Sums:
     def result(self) -> torch.Tensor:
         """Return the sums, shape [targets, size]; they are valid until the next `start`."""
         return self._totals[:, : self._size]
-
-    def surely_finite(self) -> bool:
-        """Return whether all sums are known to be finite; False also if the test itself overflows.
-
-        The test is a weighted sum over all elements, which reads them once, at the speed of memory.
-        """
-        return bool(torch.mv(self.result(), self._weights[: self._size]).isfinite().all())
 
 
 def multiply(matrix: torch.Tensor, values: torch.Tensor, sums: torch.Tensor, first: bool) -> None:
@@ -299,7 +292,11 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
     wide = "F32" if device.type == "mps" else None  # mps has no float64
     size = ONE_TARGET if len(plan.targets) == 1 else BLOCK
     tiles = deque((part, tile) for part in plan.passes() for tile in cut_tiles(part, size, wide))
-    least = _least_threads(len(plan.sources)) if is_remote and options.workers is None else 1
+    least = 1
+    if is_remote and options.workers is None:
+        from posthoc_cli.remote.ranges import MOST_AHEAD
+
+        least = REMOTE_THREADS if len(plan.sources) <= MOST_AHEAD else READING_THREADS
     workers = min(max(least, worker_count(options.workers)), max(1, len(tiles)))
     local, stop, torch_threads = threading.local(), threading.Event(), torch.get_num_threads()
     queue: deque[Future[Tile]] = deque()
@@ -324,7 +321,9 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
                 if tiles and len(queue) < 2 * workers:
                     part, tile = tiles.popleft()
                     writers = [output.open_tile(tile) for output in outputs]
-                    queue.append(pool.submit(work, part, tile, writers, caller_event(device)))
+                    # Recorded after all work so far in the calling thread's stream.
+                    ready: Any = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+                    queue.append(pool.submit(work, part, tile, writers, ready))
                     continue
                 tile = queue.popleft().result()
                 if options.progress is not None:
@@ -337,12 +336,6 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(torch_threads)  # the workers' setting is also that of threads that begin later
-
-
-def _least_threads(sources: int) -> int:
-    from posthoc_cli.remote.ranges import MOST_AHEAD
-
-    return REMOTE_THREADS if sources <= MOST_AHEAD else READING_THREADS
 
 
 Writer = Callable[[torch.Tensor], object]
@@ -399,11 +392,6 @@ def check_device(device: torch.device | str) -> torch.device:
     available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     available += ["mps"] * torch.backends.mps.is_available()
     raise InvalidValueError("device", reason, f"choose from auto, {', '.join(available)}", value=f"{str(device)!r}")
-
-
-def caller_event(device: torch.device) -> Any:
-    """Record an event after all work so far in the calling thread's stream on a device; None for the CPU."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 class Stopped(Exception):  # noqa: N818
@@ -476,14 +464,17 @@ class Maker:
         result = sums.result()
         if smallest is not None:  # extrapolating coefficients can make a small variance zero or negative
             result.copy_(result.maximum(smallest / 2))
-        if not sums.surely_finite() or result.dtype != torch_dtype(tile.dtype):
+        # A weighted sum reads all elements once, at the speed of memory; it may overflow itself.
+        is_finite = bool(torch.mv(result, sums.weights[: tile.size]).isfinite().all())
+        if not is_finite or result.dtype != torch_dtype(tile.dtype):
             try:
                 check_finite(tile, result)
             except NonFiniteError:
                 self._check_checkpoints(tile)
                 raise
         for total, write in zip(result, writers, strict=True):
-            write(self._cast(total, tile.dtype))
+            is_cast = total.dtype == torch_dtype(tile.dtype)
+            write(total if is_cast else self._buffer(tile.dtype, total.numel()).copy_(total))
 
     def _check_checkpoints(self, tile: Tile) -> None:
         """Raise a NonFiniteError that names the checkpoint with non-finite values in a tile, if there is one.
@@ -500,9 +491,6 @@ class Maker:
                     raise NonFiniteError(
                         getattr(source, "path", source.name), f"tensor {name!r}: holds nan or infinity"
                     )
-
-    def _cast(self, total: torch.Tensor, dtype: str) -> torch.Tensor:
-        return total if total.dtype == torch_dtype(dtype) else self._buffer(dtype, total.numel()).copy_(total)
 
     def _buffer(self, dtype: str, size: int) -> torch.Tensor:
         if dtype not in self._buffers or self._buffers[dtype].numel() < size:

@@ -131,30 +131,28 @@ class Plan:
             for target in self.targets
         ]
 
-    def columns_of(self, name: str) -> tuple[int, ...]:
-        """Return the column of each target for a tensor, or raise an InvalidValueError if it is in no group."""
-        chosen = []
-        for columns in self.columns:
-            glob = next((glob for glob in columns if any(fnmatchcase(alias, glob) for alias in self.names[name])), None)
-            if glob is None:
-                hint = "add '*=0.1' for the rest"
-                reason = f"tensor {shown(name)} matches no group"
-                raise InvalidValueError("group", reason, hint, value=", ".join(columns))
-            chosen.append(columns[glob])
-        return tuple(chosen)
-
-    @property
-    def has_groups(self) -> bool:
-        """Whether coefficients may differ between tensors."""
-        return any(target.kind == "groups" for target in self.targets)
+    @cached_property
+    def columns_of(self) -> dict[str, tuple[int, ...]]:
+        """The column of each target by tensor; an InvalidValueError if a tensor is in no group."""
+        found = {}
+        for name, aliases in self.names.items():
+            groups = [
+                next((glob for glob in columns if any(fnmatchcase(alias, glob) for alias in aliases)), None)
+                for columns in self.columns
+            ]
+            if None in groups:
+                reason, hint = f"tensor {shown(name)} matches no group", "add '*=0.1' for the rest"
+                raise InvalidValueError("group", reason, hint, value=", ".join(self.columns[groups.index(None)]))
+            found[name] = tuple(columns[glob] for columns, glob in zip(self.columns, groups, strict=True) if glob)
+        return found
 
     def passes(self) -> list[Plan]:
         """Return plans with one column per target, each for some of the tensors, which together make all tensors."""
-        if not self.has_groups:
+        if not any(target.kind == "groups" for target in self.targets):
             return [self]
         subsets: dict[tuple[int, ...], list[str]] = {}
-        for name in self.tensors:
-            subsets.setdefault(self.columns_of(name), []).append(name)
+        for name, columns in self.columns_of.items():
+            subsets.setdefault(columns, []).append(name)
         separated = separate(self.targets)
         return [
             replace(
@@ -294,8 +292,12 @@ def plan_synthesis(
         coarse=frozenset(n for source in usable for n, entry in source.entries.items() if ITEM_BYTES[entry.dtype] < 4),
     )  # fmt: skip
     plan = replace(plan, output_rounding=_output_rounding(plan))
-    if plan.has_groups:
-        check_groups(plan)
+    if any(target.kind == "groups" for target in wanted):
+        filled = {column for columns in plan.columns_of.values() for column in columns}
+        for glob in (glob for columns in plan.columns for glob, column in columns.items() if column not in filled):
+            examples = ", ".join(map(shown, list(plan.names)[:3]))
+            reason = f"matches no tensor that is not in a group before it; there are {examples}"
+            raise InvalidValueError("group", reason, value=repr(glob))
     if max_error is not None:
         _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, Candidate("", snapshots, prior))
@@ -345,16 +347,6 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     before, after = max(s for s in times if s < step), min(s for s in times if s > step)
     reason = f"lies between the snapshots at {before:,} and {after:,}"
     raise InvalidValueError("step", reason, f"take one of them, or give t in {sources[0].t_unit}", value=step)
-
-
-def check_groups(plan: Plan) -> None:
-    """Raise an InvalidValueError if a tensor is in no group, or a group is empty."""
-    used = {column for name in plan.tensors for column in plan.columns_of(name)}
-    for glob, column in (pair for columns in plan.columns for pair in columns.items()):
-        if column not in used:
-            examples = ", ".join(map(shown, list(plan.names)[:3]))
-            reason = f"matches no tensor that is not in a group before it; there are {examples}"
-            raise InvalidValueError("group", reason, value=repr(glob))
 
 
 def _output_rounding(plan: Plan) -> float:

@@ -183,9 +183,10 @@ def test_snapshots_of_a_tracker(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, ema: Ema) -> None:
     run = write(tmp_path / "x", train(), lambda _, e, x: DECAY**8 * e + (1 - DECAY**8) * x)
-    done = ema("audit", run, "--claimed", DECAY)
+    done = ema("audit", run, "--claimed", DECAY, "--out", tmp_path / "a.png")
     assert done.code == 1
     assert "too short: " in done.out
+    assert (tmp_path / "a.png").stat().st_size > 10_000
     done = ema("audit", write(tmp_path / "y", train(), averaged(DECAY)), "--json")
     (found,) = done.json["audits"]
     assert found["verdict"] == "found"

@@ -56,9 +56,9 @@ def place(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for name, harm in HARMS.items():
         shutil.copytree(_recorded_run, place / name)
         harm(place / name / "0000000000000300-0.28.safetensors")
-    for folder in ("empty", "foreign", "parts", "other"):
+    for folder in ("empty", "foreign", "other"):
         (place / folder).mkdir()
-    for model in ("model", "foreign/model", "parts/model-00001-of-00003"):
+    for model in ("model", "foreign/model"):
         save_file({"w": np.ones(3, np.float32)}, place / f"{model}.safetensors")
     (place / "m.pt").write_bytes(pickle.dumps({"w": 1}))
     (place / "broken.safetensors").write_bytes(b"no header")

@@ -99,7 +99,7 @@ def test_the_number_of_options_is_limited() -> None:
     }
     assert counts["synthesize"] <= 22
     assert counts["sweep"] <= 13
-    assert sum(counts.values()) <= 101
+    assert sum(counts.values()) <= 103
 
 
 def test_help_of_a_command_and_the_version(ema: Ema) -> None:

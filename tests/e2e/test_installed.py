@@ -114,7 +114,7 @@ def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
     forked.check(forked.EMA, "info", "run/ema", cwd=tmp_path)
     made = ema(
         "synthesize", "run/ema", "--sigma-rel", "0.05,0.15", "--target", "beta:0.99", "--target", "window:500", "--out",
-        "ema-{target}.safetensors", "--max-error", "1%", "--json", cwd=tmp_path,
+        "averages", "--max-error", "1%", "--json", cwd=tmp_path,
     )  # fmt: skip
     assert (made.returncode, made.stderr) == (0, "")
     targets = json.loads(made.stdout)["targets"]
@@ -128,7 +128,7 @@ def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
         "window:500": seen[-50:].mean(axis=0),
     }
     assert [target["target"] for target in targets] == [*truths]
-    files = {name: tmp_path / f"ema-{re.sub('[ :]', '-', name)}.safetensors" for name in truths}
+    files = {name: tmp_path / "averages" / f"{re.sub('[ :]', '-', name)}.safetensors" for name in truths}
     found = {name: load_file(file)["weight"] for name, file in files.items()}
     for target in targets:
         name = target["target"]
@@ -138,7 +138,7 @@ def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
     assert distance(found["beta:0.99"], classical_average(path[9:], 0.99)) <= 5e-3
     assert distance(found["window:500"], path[-500:].mean(axis=0)) <= 5e-3
     forked.check(forked.EMA, "error-plot", "run/ema", "--out", "error.svg", cwd=tmp_path)
-    forked.check(forked.EMA, "export", "ema-sigma_rel-0.15.safetensors", "--out", "ema.pt", cwd=tmp_path)
+    forked.check(forked.EMA, "export", "averages/sigma_rel-0.15.safetensors", "--out", "ema.pt", cwd=tmp_path)
     torch.nn.Linear(8, 8).load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True))
 
 

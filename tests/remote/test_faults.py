@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from factories import random_walk, write_run
 from remote.servers import Server, serving
 
 from posthoc_cli import Run
-from posthoc_cli.errors import PostHocError
 from posthoc_cli.remote import store
 
 LARGE = {"large": (700, 600), "small": (7,)}
@@ -138,27 +136,6 @@ def test_with_permission_to_read_and_not_to_list_a_file_is_read(served: Server, 
     assert ema("info", file).code == 0
     assert "all intact" in ema("verify", file).out
     assert ema("verify", f"{RUN}/none.safetensors").error.endswith("access is denied")
-
-
-def test_an_object_that_is_replaced_meanwhile_is_an_error(served: Server, tmp_path: Path) -> None:
-    total, begun = requests_of_a_synthesis(served, tmp_path / "sound.safetensors"), time.time_ns()
-    refused = []
-    for number in range(total, total // 2, -6):
-
-        def replace(_: Any, number: int = number) -> bool:
-            for file in (served.folder / "bucket/run").iterdir():
-                os.utime(file, ns=(begun, begun + 10**9 * number))
-            return False
-
-        served.fault = once(number, replace)
-        try:
-            requests_of_a_synthesis(served, tmp_path / "again.safetensors")
-            (tmp_path / "again.safetensors").unlink()
-        except PostHocError as error:
-            assert "was replaced while it was being used; run again" in str(error)
-            refused.append(number)
-        assert [path.name for path in tmp_path.iterdir()] == ["sound.safetensors"]
-    assert total in refused
 
 
 def test_without_credentials_or_a_server_the_error_says_what_to_do(

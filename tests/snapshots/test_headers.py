@@ -106,7 +106,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(
     path=st.sampled_from([("a",), ("a", "dtype"), ("a", "shape"), ("a", "data_offsets"), ("new",)]), value=json_values
 )

@@ -160,7 +160,7 @@ def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
     caplog.clear()
     first = DirectoryLock(tmp_path)
     second = DirectoryLock(tmp_path)
-    assert "holds no lock that can be seen here" in caplog.records[-1].getMessage()
+    assert "holds no lock seen here" in caplog.records[-1].getMessage()
     second.release()
     first.release()
 

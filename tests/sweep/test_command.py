@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
 from ema_command import Ema
-from forked import EMA, Forked
+from forked import Forked
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, Run
@@ -293,18 +292,6 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_measured(run: Run, tmp_path: Pa
     assert json.loads(line)["trial"]["x"] == 0.05
 
 
-def test_a_sweep_that_is_ended_by_sigterm_ends_its_trial(run: Run, tmp_path: Path) -> None:
-    """`timeout` and batch systems send this signal."""
-    command = shell(f"echo $$ > {tmp_path}/hangs; sleep 60")
-    options = ["--sigma-rel", "0.05,0.1,0.2", "--minimize", "--out", tmp_path / "out"]
-    with Forked(EMA, "sweep", run.directory, "--run", command, *options) as process:
-        wait_for(tmp_path / "hangs", process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
-    assert gone(tmp_path / "hangs")
-    assert names(tmp_path / "out") == {"logs", ".ema.lock"}
-
-
 def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_path: Path) -> None:
     """The trial then writes to its old folder and log, not to those of the repeated trial."""
     go, out = tmp_path / "go", tmp_path / "out"
@@ -404,12 +391,6 @@ def test_a_trial_gets_a_copy_of_a_model_folder(run: Run, tmp_path: Path) -> None
 def test_in_python_arguments_are_checked(run: Run, subject: str, reason: str, arguments: dict[str, Any]) -> None:
     with refused(subject, reason):
         sweep(run, **{"metric": lambda _: 1.0, **({"values": LENGTHS} if subject == "metric" else {}), **arguments})
-
-
-def test_in_python_lengths_may_be_numpys(run: Run, tmp_path: Path) -> None:
-    """They become usual numbers in the file of the result."""
-    sweep(run, lambda weights: weights["a"].norm(), low=np.float32(0.0625), high=0.25).write(tmp_path)
-    assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["x"] == 0.0625
 
 
 def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_restored(run: Run, tmp_path: Path) -> None:
