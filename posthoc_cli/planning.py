@@ -286,14 +286,6 @@ class Candidate:
     clock: Clock = field(default_factory=Clock.of_steps)
     t_first: float = 1.0
 
-    @classmethod
-    def of_schedule(cls, schedule: Schedule) -> Candidate:
-        """Return the snapshots that a schedule will leave, if the network moves evenly; of very many some."""
-        label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
-        snapshots = schedule.snapshots()
-        snapshots = [snapshots[index] for index in thinned_subset(snapshots)]
-        return cls(label, snapshots, assumed_prior(snapshots, schedule.rounding, Motion.even(schedule.steps)))
-
     @property
     def assumption(self) -> str:
         """The assumption of the predicted errors, in words that follow "if"; empty if the motion was measured."""

@@ -126,7 +126,8 @@ def test_few_snapshots_are_thinned_exactly_as_they_arrive() -> None:
 
 def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() -> None:
     schedule = Schedule((0.05, 0.10), 10_000, 500)
-    curve = error_curve(Candidate.of_schedule(schedule), (0.02, 0.28))
+    snapshots = schedule.snapshots()
+    curve = error_curve(Candidate("planned", snapshots, assumed_prior(snapshots)), (0.02, 0.28))
     assert (curve.tracked, curve.t, curve.assumption) == ((0.05, 0.1), 10_000, "the network moves evenly")
     assert (curve.sigma_rels[0], curve.sigma_rels[-1]) == (0.02, 0.28)
     for tracked in curve.tracked:
