@@ -350,7 +350,11 @@ def _first_copies(count: int | None) -> Updates:
 
 
 def _diffusers(indexed: IndexedCheckpoint) -> Found | None:
-    config = {key.removeprefix("ema."): value for key, value in indexed.values.items() if key.startswith("ema.")}
+    groups = [name for name in indexed.groups() if name.endswith("_ema")]
+    if len(groups) != 1:
+        return None
+    prefix = f"{groups[0]}."
+    config = {key.removeprefix(prefix): value for key, value in indexed.values.items() if key.startswith(prefix)}
     updates = _as_count(config.get("optimization_step"))
     if updates is None or not isinstance(config.get("decay"), float):
         return None
@@ -358,7 +362,8 @@ def _diffusers(indexed: IndexedCheckpoint) -> Found | None:
     rule = {"decay": config["decay"], "warm_up": warm_up, "copies": 1 + int(config.get("update_after_step") or 0)}
     rule |= {name: float(config[name]) for name in ("inv_gamma", "power") if name in config}
     rule["least"] = float(config.get("min_decay") or 0.0)
-    return Found(indexed.under("ema"), indexed.under("model"), Updates(rule, updates))
+    weights = indexed.under(groups[0].removesuffix("_ema")) or indexed.under("model")
+    return Found(indexed.under(groups[0]), weights, Updates(rule, updates))
 
 
 def _under_keys(average: str, weights: str, count: Keys = (), inner: str = "") -> _Finder:

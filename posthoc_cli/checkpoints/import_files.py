@@ -29,7 +29,7 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import TABLE, read_found, recognise
-from posthoc_cli.checkpoints.read_model import CONFIG, EMA_ENDING, index_checkpoint, model_in, sets_in
+from posthoc_cli.checkpoints.read_model import CONFIG, index_checkpoint, model_in, sets_in
 from posthoc_cli.checkpoints.read_step import checked_step
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError
@@ -92,9 +92,8 @@ def make_manifest(folder: Path, origin: Path, settings: ImportSettings, checkpoi
     for path in listed:  # the index or configuration of a folder, too
         for place in [*sets_in(path).values()] or [path] if path.is_dir() else []:
             model = model_in(place) if place.is_dir() else place
-            if model and model.name.endswith(EMA_ENDING):
-                model /= CONFIG
-            paths |= {model} if model and model.is_file() else set()
+            config = place / CONFIG if place != path else None
+            paths |= {each for each in (model, config) if each and each.is_file()}
     identities = {}
     for path in sorted(paths):
         with OpenedFile(path) as file:

@@ -298,17 +298,11 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
         pair = f"{newest.path} and {one.path}"
         if not isinstance(one.profile, Point):
             raise MismatchError(pair, "are averages of two libraries", "open one of them")
-        for name, tensor in newest.tensors.items():
-            expected, found = newest.entries[name], one.entries.get(name)
-            if found is None:
-                reason = f"are of different models: {one.name} has no {shown(name)}"
-            elif found.shape != expected.shape:
-                reason = f"have shapes {list(expected.shape)} and {list(found.shape)} of tensor {shown(name)}"
-            elif tensor.role == "average" and found.dtype not in EPS:
-                reason = f"do not match: tensor {shown(name)} is not of floating-point numbers in the latter"
-            else:
-                continue
+        if lacking := newest.tensors.keys() - one.entries.keys():
+            reason = f"are of different models: {one.name} has no {names_in(sorted(lacking))}"
             raise MismatchError(pair, reason, _CHOOSE)
+        if (difference := _tensors_differ(newest, one)) is not None:
+            raise MismatchError(pair, difference, _CHOOSE)
         shared = {name: getattr(newest, name) for name in ("run_id", "t_unit", "tensors", "aliases", "left_out")}
         converted.append(replace(one, profile=Point(float(clock.time_at(one.step))), **shared))
     return converted
@@ -324,11 +318,16 @@ def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
     if first.aliases != other.aliases:
         tied = sorted(first.aliases.keys() ^ other.aliases.keys()) or sorted(first.aliases)
         return f"differ in what {shown(tied[0])} is tied to"
+    return _tensors_differ(first, other)
+
+
+def _tensors_differ(first: Source, other: Source) -> str | None:
+    """Return how a tensor of the first source differs in the other one, as a phrase; None if none does."""
     for name, entry in first.entries.items():
         found = other.entries[name]
         if entry.shape != found.shape:
             return f"have shapes {list(entry.shape)} and {list(found.shape)} of tensor {shown(name)}"
-        if first.tensors[name].role != other.tensors[name].role:
+        if (entry.dtype in EPS) != (found.dtype in EPS):
             words = [DTYPES[dtype].torch_name for dtype in (entry.dtype, found.dtype)]
             return f"do not match: tensor {shown(name)} is of {words[0]} and of {words[1]}"
     return None

@@ -46,8 +46,6 @@ from posthoc_cli.snapshots.tensorfile import (
 ENDINGS = (SUFFIX, *PICKLES, ".pth.tar")
 DCP_METADATA = ".metadata"
 INDEX_ENDING = ".index.json"
-EMA_ENDING = "_ema"
-"""Ending of the folder of an average that diffusers wrote; its weights are in the folder without this ending."""
 CONFIG = "config.json"
 NOT_WEIGHTS = (
     "optimizer", "optim", "scheduler", "lr_scheduler", "rng", "random_state", "scaler", "training_args",
@@ -173,15 +171,19 @@ def index_checkpoint(path: Path) -> IndexedCheckpoint:
         found = _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path)
     elif sets := sets_in(path):
         models = {key: index_checkpoint(place).model_tensors() for key, place in sets.items()}
-        return IndexedCheckpoint(path, {(key, name): find for key in models for name, find in models[key].items()})
+        tensors: dict[Keys, Find] = {(key, name): find for key in models for name, find in models[key].items()}
+        values: dict[str, Any] = {}
+        for key, place in sets.items():
+            if (config := place / CONFIG).is_file():  # where diffusers keeps the settings of an average
+                settings = parse_object(config, read_small_file(config, _MOST_CONFIG), "configuration")
+                values |= {f"{key}.{name}": value for name, value in settings.items()}
+        return IndexedCheckpoint(path, tensors, values)
     elif (model := model_in(path)) is None:
         raise FileFormatError(path, "holds no weights: no safetensors, .bin or .pt file, and no .metadata")
     elif model == path:
         found = _of_chunks(path)
     elif model.name == DCP_METADATA:
         found = _of_distributed(model)
-    elif model.name.endswith(EMA_ENDING) and model.is_dir():
-        found = _of_average(path, model)
     else:
         found = index_checkpoint(model)
     return replace(found, path=path)
@@ -194,7 +196,7 @@ def sets_in(folder: Path) -> dict[str, Path]:
     """
     with named_on_error(folder, "read"):
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    folders = [entry for entry in entries if entry.is_dir() and not _is_of_diffusers(entry) and _one_model_in(entry)]
+    folders = [entry for entry in entries if entry.is_dir() and _one_model_in(entry)]
     files = [entry for entry in entries if entry.name.endswith((*ENDINGS, INDEX_ENDING))]
     found = {entry.name.split(".")[0]: entry for entry in (*files, *folders) if not SHARD.search(entry.name)}
     averages = {key: entry for key, entry in found.items() if AVERAGE_WORD.search(key)}
@@ -208,10 +210,6 @@ def sets_in(folder: Path) -> dict[str, Path]:
 def may_be_weights(name: str) -> bool:
     """Return whether a file has a name as of weights, also of a shard."""
     return name.endswith(ENDINGS) and not name.startswith(NOT_WEIGHTS) and not _OPTIMIZER.match(name)
-
-
-def _is_of_diffusers(folder: Path) -> bool:
-    return folder.name.endswith(EMA_ENDING) and (folder / CONFIG).is_file()
 
 
 def _one_model_in(folder: Path) -> bool:
@@ -249,25 +247,8 @@ def model_in(folder: Path, skip: Collection[str] = ()) -> Path | None:
             return folder
         if len(listed or single) > 1:
             raise FileFormatError(folder, f"holds several models: {names_in(listed or single)}", "name one by a glob")
-    averages = [name for name in names if _is_of_diffusers(folder / name)]
-    if len(averages) > 1:
-        raise FileFormatError(folder, f"holds several averages: {names_in(averages)}", "move all but one elsewhere")
-    if averages:
-        return folder / averages[0]
     inner = [folder / name for name in names if name.startswith("pytorch_model_fsdp")]  # accelerate's sharded models
     return inner[0] / DCP_METADATA if inner and (inner[0] / DCP_METADATA).is_file() else None
-
-
-def _of_average(folder: Path, average: Path) -> IndexedCheckpoint:
-    """Return the index of diffusers' average as the group "ema", and of its weights as the group "model"."""
-    config = average / CONFIG
-    settings = parse_object(config, read_small_file(config, _MOST_CONFIG), "configuration")
-    tensors: dict[Keys, Find] = {}
-    weights = folder / average.name.removesuffix(EMA_ENDING)
-    for group, inner in (("model", weights), ("ema", average)):
-        if inner.is_dir():
-            tensors |= {(group, *keys): find for keys, find in index_checkpoint(inner).tensors.items()}
-    return IndexedCheckpoint(folder, tensors, {f"ema.{key}": value for key, value in settings.items()})
 
 
 def _of_file(path: Path) -> IndexedCheckpoint:

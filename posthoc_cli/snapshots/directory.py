@@ -337,13 +337,11 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     """Return the snapshot of these parts; raise the errors of `joined` if their chunks are not complete tensors."""
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     boxes = [{name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()} for part in parts]
-    holders: dict[str, list[int]] = defaultdict(list)
-    for index, part in enumerate(parts):
-        for name in part.chunks:
-            holders[name].append(index)
-    entries = {}
-    for name, held in holders.items():
-        entries[name] = _joined_entry(folder, name, [(parts[index], boxes[index][name]) for index in held])
+    holders: dict[str, list[tuple[Snapshot, Box]]] = defaultdict(list)
+    for part, held in zip(parts, boxes, strict=True):
+        for name, box in held.items():
+            holders[name].append((part, box))
+    entries = {name: _joined_entry(folder, name, of_tensor) for name, of_tensor in holders.items()}
     shapes = {name: entries[name].shape for name, tensor in tensors.items() if tensor.role == "average"}
     samples = []
     for part, held_boxes in zip(parts, boxes, strict=True):

@@ -329,7 +329,7 @@ def test_checkpoints_are_combined_with_snapshots(tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidValueError, match="are added to the snapshots of a tracker"):
         _ = Run(tmp_path / "own", also=tmp_path / "ema").sources
     for weight, reason in (
-        (torch.ones(2, 2), "have shapes"), (torch.ones(20, 30, dtype=torch.int64), "is not of floating-point numbers"),
+        (torch.ones(2, 2), "have shapes"), (torch.ones(20, 30, dtype=torch.int64), "is of float16 and of int64"),
         (None, "has no 'weight'"),
     ):  # fmt: skip
         for path in (tmp_path / "own").iterdir():
