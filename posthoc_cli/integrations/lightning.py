@@ -33,15 +33,14 @@ class PostHocWeightAveraging(Callback):
     """Tracks averages in `Trainer(callbacks=[PostHocWeightAveraging("run/ema", validate=0.15)])`.
 
     Each batch after which an optimizer has stepped counts once. With `validate`, validation within `fit` runs with
-    that average, and checkpoints hold it as `state_dict`, and the raw weights as `current_model_state`; checkpoints of
-    `ModelParallelStrategy` hold the raw weights. Every checkpoint holds the tracker's exact state.
+    that average; checkpoints hold it as `state_dict`, and the raw weights as `current_model_state`. Every checkpoint
+    holds the tracker's exact state. See the guide `trainers`.
 
     Arguments:
         checkpoint_dir: the directory for the snapshots.
         validate: the average for validation and checkpoints, a sigma_rel or a text such as "decay:linear:20%"; None
-            for the raw weights. With a list, the raw weights are validated, and each average in one more pass, which
-            other callbacks do not see, with metrics such as `ema_0.15_val_loss`; checkpoints hold the average whose
-            metric `ModelCheckpoint` monitors, or raw weights if there is none or training is too short for it.
+            for the raw weights. With a list, the raw weights are validated, and each average in one more pass, with
+            metrics such as `ema_0.15_val_loss`; checkpoints hold the average whose metric `ModelCheckpoint` monitors.
         copy_at_end: copy that average into the module when training ends.
         update_every_n_steps: steps between two updates of the averages; override `should_update` for other rules.
         update_starting_at_step, update_starting_at_epoch: there is no update before both.

@@ -29,20 +29,15 @@ class PostHocCallback(TrainerCallback):
     """Tracks averages in a trainer: `Trainer(..., callbacks=[PostHocCallback("run/ema")])`.
 
     Each step that the optimizer has taken counts. A checkpoint of the trainer holds the tracker's exact state, and
-    `train(resume_from_checkpoint=...)` continues from it; from a checkpoint outside `output_dir` it continues as
-    `from_model(resume="auto")` does. The tracker is closed when training ends.
-
-    With `evaluate`, add the callback by `PostHocCallback("run/ema", evaluate=0.15).install(trainer)`, since a trainer
-    does not pass itself to its callbacks. Installed callbacks also log the tracker's figures after each snapshot.
+    `train(resume_from_checkpoint=...)` continues from it. The tracker is closed when training ends. See the guide
+    `trainers`; with `evaluate`, add the callback by `PostHocCallback("run/ema", evaluate=0.15).install(trainer)`.
 
     Arguments:
         checkpoint_dir: the directory for the snapshots.
-        evaluate: an average to evaluate too, a sigma_rel or a text such as "decay:linear:20%"; None for none. Each
-            evaluation runs a second time with averaged weights, whose metrics have the prefix `eval_ema`. With one of
-            them as `metric_for_best_model`, checkpoints hold the averaged model, and `load_best_model_at_end` loads it.
-            Before the first update the raw weights are evaluated and saved. Other callbacks see one evaluation with the
-            metrics of both. Each of a list is evaluated, with prefixes such as `eval_ema_decay-linear-20%`; an average
-            is left out while training is too short for it.
+        evaluate: an average to evaluate too, a sigma_rel or a text such as "decay:linear:20%", or a list. Each
+            evaluation runs again with averaged weights, whose metrics have the prefix `eval_ema`, of a list
+            `eval_ema_0.15`. With one of them as `metric_for_best_model`, checkpoints hold the averaged model, and
+            `load_best_model_at_end` loads it. Before the first update the raw weights are evaluated and saved.
         folders: save the model with that average in each checkpoint, as the folder `ema` for `from_pretrained`; of a
             list each, as `ema_0.15`.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.

@@ -142,7 +142,7 @@ def exchanged(
         reshard(model)  # so that this process holds its chunks
         tensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
         holders = tracked.members.holders
-        boxes = {name: tracked.box(name) for name in sent.entries if name in tracked.chunks}
+        boxes = {name: tracked.box(name) for name in sent.entries if name in tracked.tensors}
         makes_any = bool(boxes)
 
     def make() -> Weights:

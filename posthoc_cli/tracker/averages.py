@@ -58,7 +58,6 @@ EXPONENT = 0x7F80_0000
 MOST_UNDONE = 3 / 4
 """The largest share of a new value in a mean that may be undone: roundings grow by 1 / (1 - share)."""
 
-
 GOLDEN = (math.sqrt(5) - 1) / 2
 """The inverse of the golden ratio, whose multiples, modulo 1, are the most evenly spread for any number of them."""
 
@@ -136,13 +135,6 @@ class AverageTensors:
         """Return a tile of the means in use: one a profile, or the first alone."""
         means = [mean.flats[tile.bucket][tile.where] for mean in self.mean]
         return means[:1] if shared and means[0].dtype != torch.float64 else means
-
-    def means_of_profiles(self, shared: bool) -> list[dict[str, torch.Tensor]]:
-        """Return the means by name, one dict a profile, also where the first one serves all."""
-        wide = {name for name, view in self.mean[0].views.items() if view.dtype == torch.float64}
-        return [
-            {n: (mean if not shared or n in wide else self.mean[0]).views[n] for n in mean.views} for mean in self.mean
-        ]
 
     def copied(self, layout: Layout) -> AverageTensors:
         """Return a copy in another layout of the same names."""

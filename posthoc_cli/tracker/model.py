@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from posthoc_cli.snapshots.snapshot import Selection, Snapshot, running_statisti
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Chunk
 from posthoc_cli.tracker.processes import Members, is_fsdp, is_sharded, local_part, local_tensors, reshard
+
+Result = TypeVar("Result")
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes for which torch has no arithmetic
 AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
@@ -41,42 +43,19 @@ _FROZEN_TOO = "make the tracker with include='*', which tracks frozen parameters
 
 
 @dataclass(frozen=True)
-class ModelTensors:
-    """The tensors of a model's state, by the name they are stored under.
+class TrackedModel:
+    """The tracked tensors of a model, by the name they are stored under, as far as they must not change during a run.
 
     Attributes:
-        averaged: floating-point parameters, running statistics, and buffers that the user wants averaged.
-        copied: other persistent buffers and parameters, and tensors that the user wants copied.
+        tensors: role and dtype of each. Averaged are floating-point parameters, BatchNorm's running statistics, and
+            buffers that the user wants averaged; copied are other persistent buffers and parameters.
+        shapes: the shape of each, or of the part that this process holds.
         aliases: further names of these tensors (tied parameters) -> the stored name.
         left_out: names in the model's state that are not tracked.
         frozen: names in `left_out` of parameters that require no gradient.
         chunks: for each tensor of which this process holds only a part, see `processes`, the part's position.
-        statistics: names of the averaged tensors that are running statistics.
-    """
-
-    averaged: dict[str, torch.Tensor]
-    copied: dict[str, torch.Tensor]
-    aliases: dict[str, str]
-    left_out: tuple[str, ...]
-    frozen: frozenset[str] = frozenset()
-    chunks: dict[str, Chunk] = field(default_factory=dict)
-    statistics: frozenset[str] = frozenset()
-
-    def of(self, members: Members) -> ModelTensors:
-        """Return the tensors that this process averages and writes."""
-        names = members.owned(self.averaged.keys() | self.copied.keys())
-        averaged, copied = ({n: t for n, t in kind.items() if n in names} for kind in (self.averaged, self.copied))
-        aliases = {alias: name for alias, name in self.aliases.items() if name in names}
-        chunks = {name: chunk for name, chunk in self.chunks.items() if name in names}
-        return replace(self, averaged=averaged, copied=copied, aliases=aliases, chunks=chunks)
-
-
-@dataclass(frozen=True)
-class TrackedModel:
-    """The tracked tensors of a model: the entries of a snapshot's header that must not change during a run.
-
-    If several processes (`members`) track one sharded model, these are the tensors and chunks that this process owns,
-    and `everywhere` has the complete shapes of all averages.
+        members: the processes that track the model; of a sharded one these are the tensors that this process owns.
+        everywhere: then the complete shapes of all averages.
     """
 
     tensors: dict[str, TrackedTensor]
@@ -87,20 +66,6 @@ class TrackedModel:
     chunks: dict[str, Chunk] = field(default_factory=dict)
     members: Members = field(default_factory=Members)
     everywhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def of_model(cls, found: ModelTensors, members: Members | None = None) -> TrackedModel:
-        """Return the entries for a model in memory."""
-        roles = dict.fromkeys(found.averaged, "average") | dict.fromkeys(found.statistics, "statistic")
-        averaged = {n: TrackedTensor(roles[n], stored_name(t.dtype, n)) for n, t in found.averaged.items()}
-        copied = {name: TrackedTensor("copy", stored_name(t.dtype, name)) for name, t in found.copied.items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in (found.averaged | found.copied).items()}
-        members = members or Members()
-        if not members.is_chunked:  # chunks have no owners yet: describe the complete model
-            shapes |= {name: chunk.shape for name, chunk in found.chunks.items()}
-        complete = {name: Chunk(shape, (0,) * len(shape)) for name, shape in shapes.items()}
-        chunks = complete | found.chunks if members.is_chunked else {}
-        return cls(averaged | copied, shapes, found.aliases, found.left_out, found.frozen, chunks, members)
 
     @classmethod
     def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
@@ -124,7 +89,7 @@ class TrackedModel:
     @property
     def complete_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The complete shapes of all averages, including those of other processes."""
-        return self.everywhere or {name: self.shapes[name] for name in self.weights}
+        return self.everywhere or {name: self.complete_shape(name) for name in self.weights}
 
     @property
     def weights(self) -> list[str]:
@@ -174,7 +139,34 @@ class TrackedModel:
             return "left out, as it requires no gradients" if name in self.frozen else "not tracked"
         tensor = self.tensors[name]
         kind = {"average": "averaged", "statistic": "averaged as a running statistic", "copy": "copied"}[tensor.role]
-        return f"{kind}, {torch_dtype(tensor.dtype)} of shape {list(self.shapes[name])}"
+        described = f"{kind}, {torch_dtype(tensor.dtype)} of shape {list(self.complete_shape(name))}"
+        if self.members.is_chunked and name in self.chunks:
+            described += f", of which this process has {list(self.shapes[name])} at {list(self.chunks[name].offset)}"
+        return described
+
+
+@dataclass(frozen=True)
+class ModelTensors:
+    """The tensors of a model that this process holds, averaged and copied ones, and what is tracked of them."""
+
+    averaged: dict[str, torch.Tensor]
+    copied: dict[str, torch.Tensor]
+    tracked: TrackedModel
+
+    def of(self, members: Members) -> ModelTensors:
+        """Return the tensors that this process averages and writes."""
+        everything = self.tracked
+        names = members.owned(everything.tensors.keys())
+
+        def own(named: Mapping[str, Result]) -> dict[str, Result]:
+            return {name: value for name, value in named.items() if name in names}
+
+        aliases = {alias: name for alias, name in everything.aliases.items() if name in names}
+        tracked = replace(
+            everything, tensors=own(everything.tensors), shapes=own(everything.shapes), aliases=aliases,
+            chunks=own(everything.chunks), members=members,
+        )  # fmt: skip
+        return ModelTensors(own(self.averaged), own(self.copied), tracked)
 
 
 def check_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -211,8 +203,8 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     Raises:
         InvalidValueError: nothing to average, or a tensor that cannot be averaged or stored, by name.
     """
-    averaged: dict[str, torch.Tensor] = {}
-    copied: dict[str, torch.Tensor] = {}
+    held: dict[str, torch.Tensor] = {}
+    tracked: dict[str, TrackedTensor] = {}
     aliases: dict[str, str] = {}
     left_out: list[str] = []
     frozen: set[str] = set()
@@ -222,7 +214,6 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     tensors = named_tensors(model)
     # A tied parameter is one tensor with several names, any of which may be selected.
     copy_only = {id(entry.tensor) for entry in tensors if selection.copies(entry.name)}
-    statistics: set[str] = set()
     running = running_statistics(entry.name for entry in tensors if not entry.is_parameter)
     for entry in tensors:
         name, tensor = entry.name, entry.tensor
@@ -246,19 +237,25 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             aliases[name] = stored
             continue
         _check_dense(name, tensor)
-        local, chunk = local_part(name, tensor)
+        held[name], chunk = local_part(name, tensor)
         is_statistic = name in running and selection.buffers == "statistics" and tensor.dtype in AVERAGED_DTYPES
-        (averaged if not is_copied and (is_statistic or _is_averaged(entry, selection)) else copied)[name] = local
-        if is_statistic and not is_copied:
-            statistics.add(name)
+        role = "copy"
+        if not is_copied and (is_statistic or _is_averaged(entry, selection)):
+            role = "statistic" if is_statistic else "average"
+        tracked[name] = TrackedTensor(role, stored_name(tensor.dtype, name))
         if chunk is not None:
             chunks[name] = chunk
-    if not averaged.keys() - statistics:
+    if all(one.role != "average" for one in tracked.values()):
         reason, hint = "none of floating-point values requires gradients", "include='*' takes frozen ones, too"
         if not frozen and (selection.include or selection.exclude):
             reason, hint = "include and exclude leave none", ""
         raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
-    return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen), chunks, frozenset(statistics))
+    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+    averaged = {name: tensor for name, tensor in held.items() if tracked[name].role != "copy"}
+    copied = {name: tensor for name, tensor in held.items() if name not in averaged}
+    ordered = {name: tracked[name] for name in (*averaged, *copied)}
+    known = TrackedModel(ordered, shapes, aliases, tuple(left_out), frozenset(frozen), chunks)
+    return ModelTensors(averaged, copied, known)
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -319,33 +316,31 @@ class ModelWatch:
 
     def __init__(self, selection: Selection, members: Members) -> None:
         self._selection, self._members = selection, members
-        self._cached: tuple[weakref.ref[torch.nn.Module], _ModelFingerprint, ModelTensors] | None = None
-        self._checked: tuple[ModelTensors, TrackedModel] | None = None
+        self._cached: tuple[weakref.ref[torch.nn.Module], TrackedModel, _ModelFingerprint, ModelTensors] | None = None
 
-    def tensors(self, model: torch.nn.Module) -> ModelTensors:
-        """Return the model's tensors: the same object as in the last call unless the model has changed."""
+    def tensors(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
+        """Return the model's tensors: the same object as in the last call unless the model has changed.
+
+        Raise a ModelMismatchError unless they are the tracked ones.
+        """
         if self._cached is not None:
-            cached, fingerprint, found = self._cached
-            if cached() is model and fingerprint.is_same():
+            cached, known, fingerprint, found = self._cached
+            if cached() is model and known is tracked and fingerprint.is_same():
                 return found
         self._cached = None
         found = self._collect(model)
-        self._cached = weakref.ref(model), _ModelFingerprint(model), found  # weak: the tracker may outlive the model
+        try:
+            tracked.check(found.tracked)
+        except ModelMismatchError as error:
+            raise error.with_hint(_CHANGED) from None
+        # Weak: the tracker may outlive the model.
+        self._cached = weakref.ref(model), tracked, _ModelFingerprint(model), found
         return found
-
-    def check(self, tensors: ModelTensors, tracked: TrackedModel) -> None:
-        """Raise a ModelMismatchError unless these are the tracked tensors."""
-        if self._checked is None or self._checked[0] is not tensors or self._checked[1] is not tracked:
-            try:
-                tracked.check(TrackedModel.of_model(tensors, self._members))
-            except ModelMismatchError as error:
-                raise error.with_hint(_CHANGED) from None
-            self._checked = tensors, tracked
 
     def check_model(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
         """Return the model's tensors, or raise a ModelMismatchError unless they are the tracked ones, frozen or not."""
         found = self._collect(model, tracked.known_names)
-        tracked.check(TrackedModel.of_model(found, self._members))
+        tracked.check(found.tracked)
         return found
 
     def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float]:

@@ -9,14 +9,10 @@ A value has at most six forms from `update_` to a file:
 5. the average in the storage dtype, on the host (`StagedAverages`);
 6. the bytes of the file (`TensorFileWriter`).
 
-Each step works tile by tile, see `memory`, while a tile stays in the cache; the elements for measurements, for the
-sample of the weights and for the sketch of their path are selected in the same pass.
-
-Only jobs of the first thread change and read averages, one job at a time. So each reader sees the averages of one
-update, whichever thread it calls from, and no exception of a signal handler can stop an update halfway. The counters
-change with the averages, see `Tracking`.
-
-Snapshots are written in the background, and large updates by a pool of threads, see `background.ThreadPool`.
+Each step works tile by tile, see `memory`, while a tile stays in the cache, and in a pool of threads; the elements for
+measurements, for the sample of the weights and for the sketch of their path are selected in the same pass. Only jobs of
+the first thread change and read averages, one at a time, so that no exception of a signal handler can stop an update
+halfway; the counters change with the averages, see `Tracking`.
 """
 
 from __future__ import annotations

@@ -222,10 +222,9 @@ class PostHocEMA:
         if stored:
             settings = replace(settings, selection=selection.resumed(stored[-1].roles))
         tensors = collect_tensors(model, settings.selection)
-        if tensors.chunks or is_first_of_group(model) is not False:
+        if tensors.tracked.chunks or is_first_of_group(model) is not False:
             resuming.check_directory(directory, is_new=resume is None)
-        tracked = TrackedModel.of_model(tensors)
-        tracking, step = resuming.begin(directory, stored, settings, tracked, step)
+        tracking, step = resuming.begin(directory, stored, settings, tensors.tracked, step)
         tracking = _with_members(tracking, model, tensors, settings, directory)
         start = Start(directory, settings, step, stored)
         tracker = cls(parts=(directory, settings, tracking, model, device, start))
@@ -461,7 +460,7 @@ class PostHocEMA:
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         group, refusals = self._callers(check_model(model), f"models({', '.join(wanted)})"), dict[str, str]()
         if group.from_first(lambda: self.has_average):
-            refusals, _ = self._in_first(group, lambda sources: plan_possible(self._some(sources), wanted)[1])
+            refusals, _ = self._in_first(group, lambda sources: plan_possible(sources, wanted)[1])
         for label, reason in refusals.items() if self.keeps_averages else ():
             if self._is_first_warning(label):
                 log.warning("%s; there is no average of it at step %d", reason, self.step)
@@ -540,7 +539,7 @@ class PostHocEMA:
         from posthoc_cli import plots
 
         def candidate_of(sources: list[Source]) -> Candidate:
-            last = max(source.t for source in self._some(sources))
+            last = max(source.t for source in sources)
             chosen, _ = chosen_up_to(sources, last)
             of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
             label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
@@ -667,10 +666,8 @@ class PostHocEMA:
 
     def _take_in(self, model: torch.nn.Module, progress: TrainingProgress) -> None:
         """Queue the model's values for the averages, or skip the update as `on_nonfinite` says."""
-        tracked = self._pipeline.tracking.tracked
         try:
-            tensors = self._watch.tensors(model)
-            self._watch.check(tensors, tracked)
+            tensors = self._watch.tensors(model, self._pipeline.tracking.tracked)
         except PostHocError:
             self._pipeline.skip(progress, writes=False)
             raise
@@ -844,10 +841,9 @@ class PostHocEMA:
             live = self.settings.tracked_index(target.sigma_rel)
 
         def plan(sources: list[Source]) -> Plan:
-            some = self._some(sources)
             if live is not None:
-                return logged(plan_synthesis([some[live]], [some[live].sigma_rel], **asked))
-            return logged(plan_synthesis(some, [wanted], **asked))
+                return logged(plan_synthesis([sources[live]], [sources[live].sigma_rel], **asked))
+            return logged(plan_synthesis(sources, [wanted], **asked))
 
         if group.is_alone and not self._members.is_chunked:
             return with_consistent_plan(lambda: plan(self._sources(live is not None)), use)
@@ -870,11 +866,11 @@ class PostHocEMA:
         wanted = None if stored is None else torch_dtype(stored)
         weights = Weights((name, value.to("cpu", wanted, copy=True)) for name, value in tensors.averaged.items())
         weights |= {name: value.to("cpu", copy=True) for name, value in tensors.copied.items()}
-        weights |= {alias: weights[name] for alias, name in tensors.aliases.items()}
+        weights |= {alias: weights[name] for alias, name in tensors.tracked.aliases.items()}
         return weights
 
     def _sources(self, live_only: bool = False, live: Sequence[LiveSource] | None = None) -> list[Source]:
-        """Return the live averages, and unless `live_only` the snapshots of others up to their time."""
+        """Return the live averages, and unless `live_only` the snapshots of others up to their time; at least one."""
         resumes, start = self._pipeline.tracking.resumes, self._start.step
         if live is None:
             if not (resumes or self.keeps_averages):
@@ -882,23 +878,18 @@ class PostHocEMA:
                 hint = "read the snapshots on disk with a new PostHocEMA.from_path(directory), before any update_ of it"
                 raise NotReadyError(reason, hint)
             live = self._live()
-        if live_only:
-            return [*live]
         last = start if resumes and start is not None else math.inf
         now, profiles = live[0].t if live else math.inf, {source.sigma_rel for source in live}
-        stored = [s for s in run_snapshots(self.checkpoint_dir, self.run_id) if s.step <= last]
-        return [*live, *(s for s in stored if s.t < now or (s.t == now and s.sigma_rel not in profiles))]
+        stored = [] if live_only else run_snapshots(self.checkpoint_dir, self.run_id)
+        until = (s for s in stored if s.step <= last and (s.t < now or (s.t == now and s.sigma_rel not in profiles)))
+        sources: list[Source] = [*live, *until]
+        if not sources:
+            raise NotReadyError("no average yet", f"{self.settings.first_update(self.step)}, so far {self.step:,}")
+        return sources
 
     def _live(self) -> list[LiveSource]:
         self.flush()
         return self._pipeline.live()
-
-    def _some(self, sources: list[Source]) -> list[Source]:
-        """Return the sources, of which there must be one."""
-        if not sources:
-            reason = f"{self.settings.first_update(self.step)}, so far {self.step:,}"
-            raise NotReadyError("no average yet", reason)
-        return sources
 
     def _in_first(
         self, group: Group, work: Callable[[list[Source]], Result], live_only: bool = False
@@ -950,18 +941,18 @@ def _with_members(
     tracking: Tracking, model: torch.nn.Module, tensors: ModelTensors, settings: Settings, directory: Path
 ) -> Tracking:
     """Return `tracking`, of a sharded model for the part that this process keeps, after a rendezvous of all."""
-    if not tensors.chunks:
+    if not tensors.tracked.chunks:
         return tracking
     if tracking.resumes:
-        tracking.tracked.check(TrackedModel.of_model(tensors))
+        tracking.tracked.check(tensors.tracked)
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
     left_out = ("schedule", "selection", "only_trainable")  # the last one says whether there is an `include`
     options = {name: str(value) for name, value in values.items() if name not in left_out}
     start = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to resume": start}
-    members = ShardOwners(tensors.averaged | tensors.copied, tensors.chunks, options, tracking.run_id, mesh_of(model))
-    everywhere = TrackedModel.of_model(tensors).complete_shapes
-    part = replace(TrackedModel.of_model(tensors.of(members), members), everywhere=everywhere)
+    held, chunks = tensors.averaged | tensors.copied, tensors.tracked.chunks
+    members = ShardOwners(held, chunks, options, tracking.run_id, mesh_of(model))
+    part = replace(tensors.of(members).tracked, everywhere=tensors.tracked.complete_shapes)
     return replace(tracking, run_id=members.run_id, tracked=part)
 
 

@@ -44,7 +44,7 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.path import decode_sample, encode_path, encode_sample
 from posthoc_cli.snapshots.snapshot import Snapshot, read_one
 from posthoc_cli.snapshots.sources import ElementRange
-from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFileWriter, tensor_bytes
+from posthoc_cli.snapshots.tensorfile import Box, Chunk, Entry, TensorFileWriter, tensor_bytes
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.measuring import Subset
@@ -114,6 +114,7 @@ def headers(
     """Return the headers of snapshots of a state's averages, one a profile."""
     averages, standing, tracked = state.averages, state.averages.standing, state.tracked
     knots, members = state.progress.clock.knots_until(standing.step, standing.t), tracked.members
+    chunks = {n: Chunk(tracked.complete_shape(n), tracked.box(n).offset) for n in tracked.boxes() or ()}
     sketch = encode_path(averages.known_path)
     return [
         Snapshot(
@@ -122,7 +123,7 @@ def headers(
             t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
             tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
             selection=settings.selection, skip_nonfinite=settings.on_nonfinite == "skip", updates=standing.updates,
-            inherited=inherited, off_schedule=off_schedule, measurements=measured, sketch=sketch, chunks=tracked.chunks,
+            inherited=inherited, off_schedule=off_schedule, measurements=measured, sketch=sketch, chunks=chunks,
             part=members.part, mesh=members.mesh, session=members.session,
         )
         for sigma_rel, gamma, inherited, measured in zip(

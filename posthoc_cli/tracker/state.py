@@ -206,7 +206,11 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
     def packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: as_dtensor(value, dtensors[name]) if dtensors else value for name, value in tensors.items()}
 
-    means = kept.means_of_profiles(averages.standing.shared)
+    first, is_shared = kept.mean[0].views, averages.standing.shared  # the first mean may serve all profiles
+    means = [
+        {name: first[name] if is_shared and view.dtype == torch.float32 else view for name, view in mean.views.items()}
+        for mean in kept.mean
+    ]
     entries: dict[str, Any] = json.loads(json.dumps(asdict(info)))  # tuples become lists; numbers stay exact
     return (
         {"version": STATE_VERSION}
@@ -307,20 +311,18 @@ def _check_names(tensors: Mapping[str, Any], expected: Mapping[str, object], tra
 
 def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtype: torch.dtype) -> torch.Tensor:
     """Return the part of a tensor of a state that this process owns, after checking it."""
-    subject, expected_tensor, stored = f"tensor {name!r}", tracked.tensors[name], tensors[name]
-    shape = tuple(stored.shape)
-    if shape != (expected := tracked.complete_shape(name)):
-        raise ModelMismatchError(subject, f"has the shape {list(shape)} in the state, {list(expected)} in the model")
+    subject, stored = f"tensor {name!r}", tensors[name]
+    expected = f"{dtype} of shape {list(tracked.complete_shape(name))}"
+    if (found := f"{stored.dtype} of shape {list(stored.shape)}") != expected:
+        model = torch_dtype(tracked.tensors[name].dtype)
+        raise ModelMismatchError(subject, f"is {found} in the state, not {expected}; the model's is {model}")
     (local, held), wanted = held_box(name, stored), tracked.box(name)
     if held.intersection(wanted) != wanted:
         reason = "is sharded over the processes in another way in the state than in the model"
         raise ModelMismatchError(subject, reason, "let torch.distributed.checkpoint load it, which reshards it")
     starts = [begin - first for begin, first in zip(wanted.offset, held.offset, strict=True)]
     tensor = local[tuple(slice(at, at + size) for at, size in zip(starts, wanted.shape, strict=True))]
-    if tensor.dtype != dtype:
-        model = torch_dtype(expected_tensor.dtype)
-        raise ModelMismatchError(subject, f"is {tensor.dtype} in the state, not {dtype}; the model's is {model}")
-    if expected_tensor.role != "copy" and nonfinite_name({name: tensor}) is not None:
+    if tracked.tensors[name].role != "copy" and nonfinite_name({name: tensor}) is not None:
         raise NonFiniteError(subject, "the state's average of it holds nan or infinity")
     return tensor
 

@@ -265,28 +265,6 @@ def test_a_training_that_waits_gets_one_warning_with_the_times(
         now[0] -= 3  # the job runs in the background
 
 
-ENDS = """
-import sys, threading, torch
-from concurrent.futures import thread
-from posthoc_cli import PostHocEMA
-from posthoc_cli.tracker.copying import ModelCopy
-real = ModelCopy.arrived
-def late(*arguments):
-    while not thread._shutdown:  # the interpreter has begun to end
-        threading.Event().wait(0.01)
-    return real(*arguments)
-model = torch.nn.Linear(2, 2)
-tracker = PostHocEMA.from_model(model, sys.argv[1], device="cpu", update_every=1, checkpoint_every=1)
-ModelCopy.arrived = late
-tracker.update_(model)
-"""
-
-
-def test_a_process_that_ends_before_its_averages_are_updated_writes_their_snapshots(tmp_path: Path) -> None:
-    assert forked.check(ENDS, tmp_path).err == ""
-    assert times(tmp_path) == {1}
-
-
 FORKS = """
 import os, signal, sys, torch
 from posthoc_cli import PostHocEMA

@@ -186,35 +186,6 @@ def test_a_live_average_is_exact_also_for_parameters_in_half_precision(tmp_path:
     assert np.abs(found - exact_average(values, 0.28, range(1, 9))).max() < 8 * 2**-23
 
 
-def test_evaluating_averages_at_every_step_does_not_change_the_training(tmp_path: Path) -> None:
-    plain, run = trained(tmp_path / "plain", 40), Run(tmp_path / "evaluated")
-    for number in range(40):
-        run.train(1)
-        if run.tracker.step >= 3:
-            before = run.everything()
-            run.model.train(number % 2 == 0)
-            with run.tracker.model(run.model, sigma_rel=0.15) as averaged, torch.no_grad():
-                assert not averaged.training
-                averaged(X)
-            with run.tracker.model(run.model, 0.05) as averaged, torch.no_grad():
-                averaged(X)
-            assert run.model.training == (number % 2 == 0)
-            assert all_equal(run.everything(), before)
-            run.model.train()
-    assert all_equal(run.everything(), plain.everything())
-
-
-def test_blocks_of_both_kinds_may_be_nested(tmp_path: Path) -> None:
-    run = trained(tmp_path, 20)
-    before = run.everything()
-    with run.tracker.model(run.model, 0.05):
-        outer = run.now()["0.weight"]
-        with run.tracker.model(run.model, sigma_rel=0.2), run.tracker.model(run.model, 0.28):
-            assert run.error(0.28) < 1e-6
-        assert np.array_equal(run.now()["0.weight"], outer)
-    assert all_equal(run.everything(), before)
-
-
 def test_switching_to_the_average_between_steps(tmp_path: Path) -> None:
     run = trained(tmp_path, 20)
     states = [v.clone() for state in run.optimizer.state.values() for v in state.values()]
@@ -229,30 +200,6 @@ def test_switching_to_the_average_between_steps(tmp_path: Path) -> None:
     assert run.tracker.step == 40
     with run.tracker.model(run.model, 0.28):
         assert run.error(0.28) < 1e-6
-
-
-def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(zip(X.split(16), Y.split(16), strict=True))
-
-
-def test_statistics_measured_in_a_block_are_those_of_the_averaged_weights_and_end_with_it(tmp_path: Path) -> None:
-    run = trained(tmp_path, 50)
-    run.model[1].eval()
-    before, modes = run.everything(), [module.training for module in run.model.modules()]
-    with run.tracker.model(run.model, sigma_rel=0.2) as averaged:
-        torch.optim.swa_utils.update_bn(batches(), averaged)
-        assert not any(module.training for module in averaged.modules())
-        assert averaged[1].momentum == 0.1
-        weight, bias = (p.detach().double() for p in averaged[0].parameters())
-        hidden = X.double() @ weight.T + bias
-        means = torch.stack([part.mean(0) for part in hidden.split(16)])
-        variances = torch.stack([part.var(0) for part in hidden.split(16)])
-        # Float32 sums over 6 inputs and 16 rows of numbers of size 1: some tens of roundings of 6e-8.
-        assert torch.allclose(averaged[1].running_mean.double(), means.mean(0), rtol=1e-5, atol=1e-5)
-        assert torch.allclose(averaged[1].running_var.double(), variances.mean(0), rtol=1e-5, atol=1e-5)
-        assert averaged[1].num_batches_tracked == 4
-    assert all_equal(run.everything(), before)
-    assert [module.training for module in run.model.modules()] == modes
 
 
 def test_a_model_made_in_inference_mode_is_refused_in_one_line(tmp_path: Path) -> None:

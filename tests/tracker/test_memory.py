@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import forked
@@ -112,38 +111,3 @@ def test_measurements_of_a_subset_are_those_of_all_elements(
         assert sampled.norm == pytest.approx(exact.norm, rel=off)
         assert sampled.norm != exact.norm
         assert sampled.rounding == pytest.approx(exact.rounding, rel=2 * off)  # larger in each binade
-
-
-# --- queries
-
-
-@pytest.mark.parametrize("device", ["cpu", "model"])
-@pytest.mark.parametrize("wanted", [0.05, 0.12])
-def test_a_query_reads_the_averages_of_one_update_while_others_are_taken_in(
-    tmp_path: Path, device: str, wanted: float
-) -> None:
-    """All elements are one number at each step, and so in every average."""
-    model = torch.nn.ParameterList([torch.zeros(2**20), torch.zeros(3)])
-    running = threading.Event()
-
-    def go_on() -> None:
-        running.set()
-        for step in range(6, 86):
-            for parameter in model:
-                parameter.data.fill_(step)
-            ema.update_(model)
-
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5, device=device) as ema:
-        for _ in range(5):
-            ema.update_(model)
-        training, found = threading.Thread(target=go_on), []
-        training.start()
-        running.wait()
-        while training.is_alive():
-            weights = ema.state_dict(wanted, dtype=torch.float32)
-            numbers = {*weights["0"].unique().tolist(), *weights["1"].tolist()}
-            assert len(numbers) == 1
-            found += numbers
-        training.join()
-    assert len({*found}) > 1
-    assert found == sorted(found)

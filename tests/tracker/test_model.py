@@ -143,19 +143,6 @@ def test_a_buffer_with_nan_is_copied_and_named(tmp_path: Path, caplog: pytest.Lo
         tracker.update_(model)
 
 
-def test_a_model_without_any_elements_has_averages(tmp_path: Path) -> None:
-    empty = {"none": torch.empty(0, 3), "columns": torch.empty(5, 0, dtype=torch.float64)}
-    model = torch.nn.ParameterDict({name: torch.nn.Parameter(value) for name, value in empty.items()})
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2) as tracker:
-        for _ in range(4):
-            tracker.update_(model)
-        weights = tracker.state_dict(sigma_rel=0.15)
-        assert_same_tensors(weights, empty)
-        assert weights["columns"].dtype == torch.float64
-        with tracker.model(model, sigma_rel=0.1), tracker.model(model, 0.28):
-            pass
-
-
 class BodyError(Exception):
     pass
 

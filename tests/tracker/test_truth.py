@@ -135,10 +135,3 @@ def test_other_averages_of_these_snapshots_are_near_the_truth(
         predicted = plan.predicted_error(index)
         assert predicted < 0.01
         assert 0.3 < error / predicted < 2
-    # The recursion of an ordinary EMA at every step agrees with the formula above.
-    if stride == 1:
-        average = run.weights[0].astype(np.float64)
-        for weights in run.weights[1:]:
-            average += (1 - 0.999) * (weights - average)
-        found = flat(PostHocEMA.from_path(folder).state_dict(Beta(0.999)))
-        assert relative_error(found, average) < 2 * (plan.predicted_error(0) or 0)

@@ -259,20 +259,6 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()  # making a tracker locks and writes nothing
 
 
-def test_snapshots_are_thinned_and_never_the_oldest_first(tmp_path: Path) -> None:
-    model, settings = Scalar(), {"update_every": 1, "checkpoint_every": 1, "max_checkpoints": 4}
-    with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **settings) as tracker:
-        for _ in range(21):
-            tracker.update_(model)
-    for sigma_rel in SIGMA_RELS:
-        times = [s.t for s in read_directory(tmp_path) if s.sigma_rel == sigma_rel]
-        # Nothing moves, so that thinning depends on the distances in time alone.
-        assert len(times) == 4
-        assert times[-1] == 21
-        assert times[0] <= 2
-        assert max(np.diff(times)) <= 2 * 20 / 3
-
-
 def test_thinning_spares_the_newest_five_times(tmp_path: Path) -> None:
     """A training may be continued from any of its own checkpoints of that time."""
     model = Scalar()
@@ -308,17 +294,14 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
         ({"update_every": 4, "checkpoint_every": 1005}, "checkpoint_every 1005: must be a multiple of update_every 4"),
         ({"update_every": 0}, "update_every 0"),
         ({"sigma_rels": 0.1}, "sigma_rels 0.1: must be a sequence"),
-        ({"sigma_rels": "0.05"}, "sigma_rels '0.05': must be a sequence"),
         ({"sigma_rels": ("abc",)}, "sigma_rel 'abc': must be a number, and lie in"),
         ({"t_unit": "a\nb"}, "t_unit"),
-        ({"update_every": True}, "update_every True"),
         ({"update_after_step": -1}, "update_after_step -1"),
         ({"max_checkpoints": 0}, "max_checkpoints 0"),
         ({"sigma_rels": ()}, "must be a sequence of different numbers"),
         ({"sigma_rels": (0.05, 0.05)}, "must be a sequence of different numbers"),
         ({"sigma_rels": (0.05, 0.3)}, "sigma_rel 0.3: must lie in"),
         ({"checkpoint_dtype": "int8"}, "dtype 'int8': must be one of"),
-        ({"t_unit": ""}, "t_unit"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite 'ignore'"),
         ({"device": "cuda"}, "device 'cuda': must be 'cpu'"),
     ],

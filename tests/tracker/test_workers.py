@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -139,23 +136,3 @@ def test_reading_changes_no_later_bit(tmp_path: Path, begin: int) -> None:
             sets = {f"{k} {key}": tensors for k in ("high", "mean") for key, tensors in state[k].items()}
             states.append({f"{kind} {name}": tensor for kind, own in sets.items() for name, tensor in own.items()})
     assert_same_tensors(*states)
-
-
-def test_the_end_of_the_process_waits_until_threads_have_freed_their_objects() -> None:
-    """A thread that frees a tensor while the interpreter shuts down aborts the process: exit code 134."""
-    code = """
-        import time
-        from posthoc_cli.tracker.background import Worker
-        class Large:
-            def __del__(self):
-                time.sleep(1)
-                print("freed", flush=True)
-        def make():
-            time.sleep(0.2)  # until only the thread refers to the job
-            return Large()
-        worker = Worker("large")
-        worker.submit(make)
-        time.sleep(0.4)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert done.stdout == "freed\n"

@@ -151,14 +151,6 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
     assert_same_tensors(values_of(wrapped, tmp_path / "loaded"), weights)
 
 
-def test_a_wrapper_around_a_model_with_averaged_weights_is_no_update(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        tracker.update_(model)
-        with tracker.model(model, sigma_rel=0.28), pytest.raises(NotReadyError, match="holds averaged weights"):
-            tracker.update_(torch.nn.DataParallel(model))
-
-
 def test_a_model_under_fsdp_keeps_its_dtypes(tmp_path: Path, one_process: None) -> None:
     with pytest.raises(InvalidValueError, match=r"the model: FSDP has laid its parameters .*use_orig_params=True"):
         PostHocEMA.from_model(fsdp(network(), use_orig_params=False), tmp_path)
@@ -331,7 +323,7 @@ def test_an_adapter_has_the_names_that_peft_saves(kind: str, wrap) -> None:  # t
     tensors = collect_tensors(wrap(model), Selection())
     assert set(tensors.averaged) == set(get_peft_model_state_dict(model, save_embedding_layers=False))
     assert not tensors.copied
-    assert "base_model.model.middle.base_layer.weight" in tensors.left_out
+    assert "base_model.model.middle.base_layer.weight" in tensors.tracked.left_out
 
 
 @PEFTS
