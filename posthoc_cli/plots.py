@@ -177,9 +177,11 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     if shown:
         axes.set_ylim(min(shown) / 1.5, max(shown) * 2.5)  # room for the legend
     _round_ticks(axes.yaxis)
-    axes.set_ylabel("time constant (steps)" if audit["what"] == "decay" else "sigma_rel")
+    of_decay = audit["what"] == "decay"
+    axes.set_ylabel("time constant (steps)" if of_decay else "sigma_rel")
     axes.set_xlabel("training time")
-    axes.set_title(_plain(f"{audit['name']}: " * bool(audit["name"]) + audit["verdict"]), fontsize=12)
+    title = f"{'Time constant' if of_decay else 'sigma_rel'} of the average {audit['name']}".rstrip()
+    axes.set_title(_plain(title + f": {audit['verdict']}" * (audit["verdict"] != "found")), fontsize=12)
     _finish(axes)
     return figure
 

@@ -10,9 +10,68 @@ from pathlib import Path
 from forked import Forked
 
 from posthoc_cli import Run
+from posthoc_cli.snapshots.directory import find_snapshots
 from torture import Tally
-from torture.training import remove_half_begun, wrong_output
+from torture.training import damaged_files, remove_half_begun, wrong_output
 from torture.training import wrong_snapshots as wrong
+
+# --- trainings killed and resumed by their own script
+
+STEPS = 40
+TRAIN = f"""
+import sys, torch
+from pathlib import Path
+from torture.training import train
+torch.set_num_threads(1)
+settings = {{"update_every": 2, "checkpoint_every": 4, "max_checkpoints": int(sys.argv[2]) or None}}
+train(Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **settings)
+"""
+"""A training with snapshots of 120 kB."""
+
+
+def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
+    """Kill trainings 1,000 times in total; each is killed at random moments until it completes."""
+    tally, chance, times = Tally(), random.Random(seed), max(1, round(1_000 * share))
+    directory, right, seconds = folder / "killed", {}, 0.0
+    for most in (0, 3):
+        seconds = -time.monotonic()
+        (unkilled := Forked(TRAIN, folder / f"unkilled-{most}", most)).wait()
+        seconds += time.monotonic()
+        assert unkilled.wait() == 0, unkilled.communicate()
+        right[most] = _headers(folder / f"unkilled-{most}")
+    while tally.tried < times:
+        most, is_killed = chance.choice((0, 3)), True
+        while is_killed:
+            training = Forked(TRAIN, directory, most)
+            if is_killed := tally.tried < times:
+                tally.tried += 1
+                time.sleep(chance.uniform(0, 1.2 * seconds))
+                is_killed = training.poll() is None
+                training.kill()
+            code, (_, err) = training.wait(), training.communicate()
+            where = f"kill {tally.tried}, max_checkpoints={most}"
+            tally.lost += [f"{where}: {line}" for line in damaged_files(directory)]
+            if code and not is_killed:
+                tally.missed.append(f"{where}: the resumed process ended with {code}: {err[-500:]}")
+        now, names = _headers(directory), set(right[most])
+        if most:  # thinning may have removed snapshots before a kill
+            names = {name for name in names if name.startswith(f"{STEPS:016d}")}
+        lost = [f"{name} is missing" for name in names - now.keys()]
+        other = [name for name in now.keys() & right[most].keys() if now[name] != right[most][name]]
+        lost += [f"{name} has another header" for name in other]
+        tally.lost += [f"{where}: {line}" for line in (*lost, *wrong(directory))]
+        shutil.rmtree(directory)
+    return tally
+
+
+def _headers(directory: Path) -> dict[str, dict[str, object]]:
+    """Return the headers by file name, without what differs in a run that continues from rounded averages."""
+    unlike = {"run_id", "measurements", "motion", "inherited", "sample", "sketch", "path", "files", "entries"}
+    found = {snapshot.path.name: vars(snapshot) for snapshot in find_snapshots(directory)}
+    return {name: {key: value for key, value in header.items() if key not in unlike} for name, header in found.items()}
+
+
+# --- trainings, readers and prunings in one directory
 
 TRAIN_ON = """
 import logging, sys, time, warnings

@@ -29,13 +29,13 @@ UNIT = 2.0**-24
 
 
 class Network(torch.nn.Module):
-    """A network of two parameters, of 16 and of 3 elements, and a buffer."""
+    """A network of two parameters, with 4 `rows` and with 3 elements, and a buffer."""
 
     count: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = 4) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(4, 4))
+        self.weight = torch.nn.Parameter(torch.zeros(rows, 4))
         self.bias = torch.nn.Parameter(torch.zeros(3))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
@@ -102,33 +102,35 @@ def remove_half_begun(directory: Path) -> None:
 
 
 def train(
-    directory: Path, until: int, save_at: Collection[int], note: Callable[..., None], **settings: object
-) -> list[str]:
+    directory: Path, until: int, save_at: Collection[int], note: Callable[..., None] | None = None, rows: int = 4,
+    **settings: object,
+) -> list[str]:  # fmt: skip
     """Resume the run in a directory and train to step `until`; return the errors of writing that training survived.
 
     Arguments:
         save_at: steps at which the tracker's state is saved.
-        note: called with the durable files at every second step.
+        note: called with the durable files at every second step; None: nothing waits for the disk.
     """
-    network, errors = Network(), []
+    network, errors = Network(rows), []
     remove_half_begun(directory)
     tracker = begin(directory, network, **settings)
+    note_durable = (lambda: note("durable", contents(directory))) if note else lambda: None
     try:
         for step in range(tracker.step + 1, until + 1):
             network.go_to(step)
             try:
                 tracker.update_(network)
-                if step % 2 == 0:
+                if step % 2 == 0 and note:
                     tracker.flush()
-                    note("durable", contents(directory))
+                    note_durable()
             except WriteError as error:
                 errors.append(str(error))
             if step in save_at:
                 save_state(tracker, directory / STATE)
-                note("durable", contents(directory))
+                note_durable()
     finally:
         tracker.close()
-    note("durable", contents(directory))
+    note_durable()
     return errors
 
 
@@ -159,6 +161,11 @@ def problems(path: Path) -> list[str]:
     """Return the problems that `ema verify` finds in a directory or a file."""
     found = verify(path)
     return [*found.problems, *(f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine)]
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Return a line for each damaged safetensors file below a folder."""
+    return [line for path in folder.rglob("*.safetensors") for line in problems(path)]
 
 
 def wrong_output(path: Path) -> list[str]:
