@@ -20,7 +20,7 @@ from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import sources
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.tracker import averaged
+from posthoc_cli.tracker import posthoc_ema
 
 
 def average(folder: Path) -> torch.Tensor:
@@ -42,7 +42,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         plan = real(*arguments, **options)
         return plan if removed else removed.append(remove_one(plan)) or plan  # type: ignore[func-returns-value]
 
-    monkeypatch.setattr(averaged, "plan_synthesis", plan_and_remove)
+    monkeypatch.setattr(posthoc_ema, "plan_synthesis", plan_and_remove)
     monkeypatch.setattr(run_module, "plan_synthesis", plan_and_remove)
     return removed
 
