@@ -299,9 +299,8 @@ class Pipeline:
     def as_writer(self, directory: Path, run_id: str) -> Iterator[Snapshotter]:
         """Be the directory's writer in the block and afterwards; if the block fails, only if it was before."""
         before = snapshotter = self.snapshotter
-        members = self.tracking.tracked.members
         try:
-            snapshotter = before or _open_snapshotter(directory, self._settings, members)
+            snapshotter = before or _open_snapshotter(directory, self._settings, self.tracking.tracked.members)
             snapshotter.check_run(run_id)
             self.snapshotter = snapshotter
             yield snapshotter
@@ -310,7 +309,6 @@ class Pipeline:
                 self.snapshotter = None
                 snapshotter.close()
             raise
-        members.is_keeper = True
 
     def refuse(self, error: NotReadyError) -> None:
         """Make later calls raise `error`; work that is already queued is done."""
