@@ -96,8 +96,7 @@ class Start:
             text = f"continuing at step {found:,}, where the network had the model's weights"
             text += f"; later snapshots, up to step {newest:,}, will be set aside"
             log.warning("%s: %s", self._directory, text)
-        resumed = resumed_tracking(snapshots_until(stored, self.step), self._settings.sigma_rels)
-        return replace(now, progress=resumed.progress)
+        return replace(now, progress=_progress_at(snapshots_until(stored, self.step)[-1]))
 
     def read(self, now: Tracking) -> Tracking:
         """Read the state to resume from out of the directory."""
@@ -171,9 +170,12 @@ def ways_to_resume(step: int) -> str:
 def resumed_tracking(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> Tracking:
     """Return the tracking at the newest time with snapshots."""
     last = snapshots[-1]
-    clock = ClockRecorder.of_knots(last.clock_pairs)
     tracking = Tracking.new(last.run_id, TrackedModel.of_snapshot(last), sigma_rels, resumes=True)
-    return replace(tracking, progress=TrainingProgress.resumed(clock))
+    return replace(tracking, progress=_progress_at(last))
+
+
+def _progress_at(snapshot: Snapshot) -> TrainingProgress:
+    return TrainingProgress.resumed(ClockRecorder.of_knots(snapshot.clock_pairs))
 
 
 def snapshots_until(snapshots: Sequence[Snapshot], step: int | None, argument: str = "step") -> Sequence[Snapshot]:
@@ -216,9 +218,8 @@ def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, s
     )  # fmt: skip
     path = path_of_part(newest.sketch, tracked.members.part)
     averages = Averages(tuple(sigma_rels), standing, kept, copies, known_path=path)
-    progress = TrainingProgress.resumed(ClockRecorder.of_knots(newest.clock_pairs))
     known = frozenset(snapshot.identity for snapshot in snapshots)
-    return Tracking(newest.run_id, progress, tracked, averages, snapshots=known)
+    return Tracking(newest.run_id, _progress_at(newest), tracked, averages, snapshots=known)
 
 
 def _reconstruct(

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from groups import check_group
+from groups import check_group, truth
 from integrations.truth import distance, recorded
 from integrations.truth import exact as discrete_average
 from safetensors.torch import load_file
-from tracker.runs import as_if_killed, contents, times, tracked_error
+from tracker.runs import as_if_killed, assert_near, contents, times, tracked_error
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import ModelMismatchError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.path import decode_sample
@@ -395,3 +395,6 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(
     for out in check_group(SHARDED, ranks[1], tmp_path, kinds[1], 1_000, 0, 1_001, -1):
         assert "are those of no snapshot of the run" in out
     check_group(SHARDED, ranks[1], tmp_path, kinds[1], 9, 8, 16, 8)
+    for width in (0.1, 0.2):
+        exact = truth(width, [*range(2, 17, 2)])
+        assert_near(Run(tmp_path / "run").average(width, t=16), exact, within=2e-6)

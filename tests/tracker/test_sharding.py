@@ -10,7 +10,6 @@ from groups import SETTINGS, Net, alone, check_group, move, run_group, train, tr
 from tracker.runs import assert_near
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.snapshot import decode_snapshot
 from posthoc_cli.snapshots.tensorfile import Box, cover_problem, read_file
 
@@ -320,31 +319,6 @@ if rank == 1:
     _, out = check_group(code, 2, tmp_path)
     assert out.startswith("RankError rank 0: did not make this call")
     assert "from_model" in out
-
-
-RESUME = """
-model = spread(Net(), arguments[0])
-first, last = int(arguments[1]), int(arguments[2])
-if first > 1:
-    move(model, first - 1)
-with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
-    assert ema.step == first - 1
-    train(model, first, last, ema)
-"""
-
-
-@pytest.mark.parametrize(
-    ("kinds", "ranks"), [(("fsdp", "fsdp"), (3, 2)), (("fsdp", "tp"), (2, 2)), (("tp", "single"), (2, 1))]
-)
-def test_a_run_resumes_with_another_arrangement_of_processes(
-    kinds: tuple[str, str], ranks: tuple[int, int], tmp_path: Path
-) -> None:
-    check_group(RESUME, ranks[0], tmp_path, kinds[0], 1, 8)
-    check_group(RESUME, ranks[1], tmp_path, kinds[1], 9, 12)
-    newest = read_directory(tmp_path / "run")[-1]
-    assert newest.measurements is not None
-    for width in (0.1, 0.2):
-        assert_near(Run(tmp_path / "run").average(width, t=12), truth(width, [2, 4, 6, 8, 10, 12]), within=2e-6)
 
 
 @pytest.mark.cuda
