@@ -11,7 +11,7 @@ import torch
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors, swapped
-from posthoc_cli.tracker.processes import held_part, is_fsdp, is_fully_sharded, is_sharded, reshard
+from posthoc_cli.tracker.processes import held_part, is_fully_sharded, is_sharded, reshard
 
 
 def targets_of(
@@ -34,7 +34,7 @@ def targets_of(
             if is_sharded(tensor):
                 reason = "is sharded over processes, and this tracker was made before that, or without the model"
             raise ModelMismatchError(f"tensor {name!r}", reason)
-    keeps = any(is_fsdp(module) or is_fully_sharded(module) for module in model.modules())
+    keeps = any(map(is_fully_sharded, model.modules()))
     if dtype is not None and (keeps or any(is_sharded(entry.tensor) for entry in tensors.values())):
         raise InvalidValueError("dtype", "a sharded model keeps the dtypes it has", "leave dtype out", value=dtype)
     return {name: tensors[name] for name in shapes}

@@ -1,7 +1,7 @@
 """The tensors of a model: their names, which are averaged, copied or left out, and whether they match those of a run.
 
-Names do not depend on wrappers. `torch.compile`, DataParallel, DistributedDataParallel, FSDP and activation
-checkpointing insert a child between a module and its tensors' names. Such a child is recognised by its parent's type,
+Names do not depend on wrappers. `torch.compile`, DataParallel, DistributedDataParallel and activation checkpointing
+insert a child between a module and its tensors' names. Such a child is recognised by its parent's type,
 never by its name: a user's module may have a child called `module`. Tensors of a PEFT adapter have the names under
 which PEFT saves and loads them.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -24,7 +24,7 @@ from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.snapshot import Selection, Snapshot, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Chunk
-from posthoc_cli.tracker.processes import Members, is_fsdp, is_sharded, local_part, local_tensors, reshard
+from posthoc_cli.tracker.processes import Members, held_box, is_sharded, local_tensors, reshard
 
 Value = TypeVar("Value")
 
@@ -230,7 +230,9 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             aliases[name] = stored
             continue
         _check_values(entry)
-        held[name], chunk = local_part(name, tensor)
+        held[name], box = held_box(name, tensor)
+        if is_sharded(tensor):
+            chunks[name] = Chunk(tuple(tensor.shape), box.offset)
         role = "copy"
         if not is_copied and tensor.dtype in AVERAGED_DTYPES:
             if name in running and selection.buffers == "statistics":
@@ -238,8 +240,6 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             elif entry.is_parameter or selection.buffers == "average":
                 role = "average"
         tracked[name] = TrackedTensor(role, stored_name(tensor.dtype, name))
-        if chunk is not None:
-            chunks[name] = chunk
     if all(one.role != "average" for one in tracked.values()):
         reason, hint = "none of floating-point values requires gradients", "include='*' takes frozen ones, too"
         if not frozen and (selection.include or selection.exclude):
@@ -395,7 +395,6 @@ _WRAPPERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel"),
     ("torch._dynamo.eval_frame", "OptimizedModule"),
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"),
-    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
 )
 """The module and the name of each wrapper class. A wrapper has one child, the module that it wraps."""
 
@@ -424,11 +423,13 @@ class NamedTensor(NamedTuple):
 def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     """Return the parameters, then the buffers, in the order of the modules, tied names included.
 
-    Raises:
-        InvalidValueError: FSDP (version 1) has sharded the model, or flattened its parameters into one.
+    An InvalidValueError refuses a model in a wrapper of FSDP (version 1).
     """
-    modules = list(_named_modules(model))
-    _check_unsharded(modules)
+    modules, fsdp = list(_named_modules(model)), sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(one.module, fsdp.FullyShardedDataParallel) for one in modules):
+        raise InvalidValueError(
+            "model", "FSDP1 lays parameters end to end", "use fully_shard or DistributedDataParallel"
+        )
     tensors = [
         NamedTensor(_join(path, key), _join(raw, key), parameter, True)
         for path, raw, module in modules
@@ -471,19 +472,6 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     while (child := wrapped_child(model)) is not None:
         model = model.get_submodule(child)
     return model
-
-
-def _check_unsharded(modules: Iterable[NamedModule]) -> None:
-    """Raise an InvalidValueError if FSDP (version 1) has sharded or flattened parameters."""
-    for path, _, module in modules:
-        if is_fsdp(module):
-            from torch.distributed.fsdp import FlatParameter, ShardingStrategy
-
-            is_flat = any(isinstance(parameter, FlatParameter) for parameter in module.parameters())
-            if is_flat or module.sharding_strategy != ShardingStrategy.NO_SHARD:
-                reason = f"FSDP has laid its parameters end to end ({module.sharding_strategy})"
-                hint = "use fully_shard, DistributedDataParallel, or FSDP with NO_SHARD and use_orig_params=True"
-                raise InvalidValueError(f"module {path!r}" if path else "the model", reason, hint)
 
 
 def _join(path: str, key: str) -> str:

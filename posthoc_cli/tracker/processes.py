@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -51,12 +50,6 @@ def is_fully_sharded(module: torch.nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
-def is_fsdp(module: torch.nn.Module) -> bool:
-    """Return whether a module is a wrapper of FSDP (version 1); `fully_shard` wraps nothing."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # a class that nobody has imported wraps nothing
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
-
-
 def reshard(model: torch.nn.Module) -> None:
     """Restore the sharded parameters of a `fully_shard` model: a forward pass without backward leaves some complete."""
     for module in filter(is_fully_sharded, model.modules()):
@@ -71,24 +64,16 @@ def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def held_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements of a tensor that this process holds, sharing their memory."""
-    return local_part("", tensor)[0] if is_sharded(tensor) else tensor
+    return held_box("", tensor)[0] if is_sharded(tensor) else tensor
 
 
 def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
-    """Return the elements of a tensor that this process holds, and their box in the complete tensor."""
-    local, chunk = local_part(name, tensor)
-    shape = tuple(local.shape)
-    return local, Box.full(shape) if chunk is None else chunk.box(shape)
+    """Return the elements of a tensor that this process holds, sharing their memory, and their box in the tensor.
 
-
-def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | None]:
-    """Return the elements of a tensor that this process holds, sharing their memory, and their chunk; None for all.
-
-    Raises:
-        InvalidValueError: this process's elements are no box of the tensor; names the tensor and its placement.
+    An InvalidValueError names a tensor of which this process's elements are no box.
     """
     if not is_sharded(tensor):
-        return tensor.detach(), None
+        return tensor.detach(), Box.full(tuple(tensor.shape))
     try:
         from torch.distributed.tensor import Shard
     except ImportError:
@@ -113,7 +98,7 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | N
     with torch.no_grad():
         local = dtensor.to_local()
     (chunk,) = dtensor.__create_chunk_list__()
-    return local.detach().view(tuple(chunk.sizes)), Chunk(tuple(dtensor.shape), tuple(chunk.offsets))
+    return local.detach().view(tuple(chunk.sizes)), Box(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
 def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -456,15 +441,14 @@ def is_in_group() -> bool:
 def is_first_of_group(model: torch.nn.Module | None) -> bool:
     """Return whether this process keeps and writes the averages of a model.
 
-    The first process of the group in which DistributedDataParallel, or FSDP without sharding, holds the model keeps
-    them. For a model without wrapper it is the first of all processes: training scripts may make their tracker before
-    they wrap the model, and the processes must not all write to one directory.
+    The first process of the group in which DistributedDataParallel holds the model keeps them. For a model without
+    wrapper it is the first of all processes: training scripts may make their tracker before they wrap the model.
     """
     if not is_in_group():
         return True
     ddp, modules = torch.nn.parallel.DistributedDataParallel, () if model is None else model.modules()
-    replicated = (module for module in modules if is_fsdp(module) or isinstance(module, ddp))
-    return dist.get_rank(getattr(next(replicated, None), "process_group", None)) <= 0
+    wrapper = next((module for module in modules if isinstance(module, ddp)), None)
+    return dist.get_rank(getattr(wrapper, "process_group", None)) <= 0
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
