@@ -315,10 +315,9 @@ class PostHocEMA:
     def attach(self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None) -> Attachment:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
 
-        A step that a GradScaler skips does not count. `optimizer.step()` raises the errors of `update_`. Trackers of
-        several directories may be attached to one optimizer; of one directory the last one is. Of several optimizers
-        take the one that steps last. `t` returns the training time on your own clock, such as `lambda: images_seen`.
-        The handle's `remove()` detaches the tracker, as `detach()` does.
+        A step that a GradScaler skips does not count. `optimizer.step()` raises the errors of `update_`. Of several
+        optimizers take the one that steps last. `t` returns the training time on your own clock, such as
+        `lambda: images_seen`. The handle's `remove()` detaches the tracker, as `detach()` does.
         """
         self._calls.check_open()
         unit, before = self.settings.t_unit, self._attachment
@@ -331,10 +330,9 @@ class PostHocEMA:
             self._attachment.remove()
 
     def on_snapshot(self, callback: Callable[[Any], None]) -> None:
-        """Register `callback(ema)`, called once for all profiles when new snapshots are durable.
+        """Register `callback(ema)`, called once for all profiles when new snapshots of this process are durable.
 
         The training's thread calls it in its next `update_` or `close`, which raises its errors after its own work.
-        Processes that write no snapshots never call it.
         """
         if not callable(callback):
             raise InvalidValueError("on_snapshot", "must be given a function of the tracker", value=shown(callback))
@@ -344,8 +342,7 @@ class PostHocEMA:
         """Write a snapshot of every profile now unless the newest ones hold this call; wait until it is durable.
 
         Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from that checkpoint.
-        Between two updates it takes in the model's weights first. The snapshot is marked as off the schedule; thinning
-        drops it when five later times have snapshots.
+        Between two updates it takes in the model's weights first. Thinning spares it until five later times have some.
         """
         self._calls.check_open()
         model, progress = self._tracked_model(), self._pipeline.progress
@@ -518,11 +515,10 @@ class PostHocEMA:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly from a tracker's own state, which `state_dict()` returned. An error changes nothing.
 
-        Snapshots that are later than the state, or of another attempt that continued from an earlier state, are moved
-        to the folder `superseded`. This tracker's settings hold, such as another `update_every`, or fewer
-        `sigma_rels`. Where the model has other weights than the network had at that step, the first `update_` warns,
-        and later predicted errors contain the distance. For a sharded model all processes make the call; each loads the
-        chunks that it owns, also from complete tensors.
+        Later snapshots, or those of another attempt that continued from an earlier state, move to the folder
+        `superseded`. This tracker's settings hold, such as another `update_every`, or fewer `sigma_rels`. Where the
+        model has other weights than the network had then, the first `update_` warns, and later predicted errors contain
+        the distance. For a sharded model all processes make the call, also with a state of complete tensors.
         """
         self._calls.check_open()
         now = self._pipeline.tracking
@@ -555,10 +551,9 @@ class PostHocEMA:
                 self._sample = self._watch.sample(model, loaded.tracked)
 
     def close(self) -> None:
-        """Write a last snapshot if one is missing, `flush`, release the directory, and detach.
+        """Write a last snapshot if there were updates since the newest, `flush`, release the directory, and detach.
 
-        The last snapshot is that of `snapshot`. The averages can still be read. The end of a `with` block or of the
-        process does the same.
+        The averages can still be read. The end of a `with` block or of the process does the same.
         """
         if self._attachment is not None and self._attachment.optimizer is not None:
             counted = self._attachment.steps

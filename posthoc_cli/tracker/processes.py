@@ -126,10 +126,7 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class Group:
     """Processes that make one call together, or one process that makes it alone.
 
-    Attributes:
-        rank: rank of this process.
-        ranks: ranks of all of them. The first makes the plan and, among replicas, the averages.
-        device: device of tensors that they exchange.
+    The first of `ranks` makes the plan and, among replicas, the averages; tensors are exchanged on `device`.
     """
 
     rank: int = 0
@@ -163,11 +160,9 @@ class Group:
         return [*values]
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Do work in every process, and return its result; if one process fails, all raise an error before they return.
+        """Do work in every process, and return its result; if one fails, all raise its error or a RankError with it.
 
-        Raises:
-            VanishedError: in all processes, if nothing else went wrong in any of them; they may try again.
-            RankError: another process failed; names it.
+        If nothing else went wrong in any of them, all raise a VanishedError: they may try again.
         """
         if self.is_alone:
             return work()
@@ -186,22 +181,12 @@ class Group:
         return result
 
     def from_first(self, work: Callable[[], Result]) -> Result:
-        """Do work in the first process; return its result, or raise its error, in every process."""
+        """Do work in the first process; return its result in every process, or raise errors as `together` does."""
         if self.is_alone:
             return work()
-        outcome: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self.leads:
-            try:
-                outcome[0] = work()
-            except Exception as error:  # noqa: BLE001  raised again below, when the other processes know
-                failure, is_ours = error, isinstance(error, PostHocError)
-                outcome[1] = error if is_ours else RankError(f"rank {self.rank}", _describe(error))
-        dist.broadcast_object_list(outcome, self.ranks[0])
-        if failure or outcome[1]:
-            raise failure or outcome[1]
-        result: Result = outcome[0]
-        return result
+        sent: list[list[Result]] = [self.together(lambda: [work()] if self.leads else [])]
+        dist.broadcast_object_list(sent, self.ranks[0])
+        return sent[0][0]
 
     def first_then_others(self, work: Callable[[], Result]) -> Result:
         """Do work in the first process, then in the others, and return its result; an error in one is raised in all."""
@@ -234,10 +219,10 @@ THIS_PROCESS = Group()
 
 
 class Rendezvous:
-    """A meeting point for trackers of several processes, which gather when a call needs all of them.
+    """A meeting point for trackers of several processes, of which the one that `keeps` averages leads.
 
     They meet in the store, so that an error can name a process that does not make the call; a collective operation
-    would wait for it in silence. The tracker that `keeps` averages leads.
+    would wait for it in silence.
     """
 
     def __init__(self, name: str, keeps: bool, hint: str) -> None:

@@ -159,9 +159,8 @@ class TrainingProgress:
 class Tracking:
     """The complete state of a tracker; replaced in one assignment, so that its fields are always consistent.
 
-    Attributes:
-        resumes: whether the averages are still to be loaded from the directory.
-        snapshots: in a state to continue from, the header checksums of the snapshots written until its time.
+    `resumes` says whether the averages are still to be loaded from the directory; in a state to continue from,
+    `snapshots` are the header checksums of the snapshots written until its time.
     """
 
     run_id: str
