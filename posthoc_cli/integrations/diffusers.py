@@ -55,7 +55,12 @@ class PostHocEMAModel:
     @property
     def cur_decay_value(self) -> float | None:
         """The decay of the last step, for scripts that log it; None before the first step."""
-        return self.get_decay(self.optimization_step) if self.optimization_step else None
+        return self.decay if self.optimization_step else None
+
+    @property
+    def decay(self) -> float:
+        """The decay of the last step; 0 before the first."""
+        return self.get_decay(self.optimization_step)
 
     def get_decay(self, optimization_step: int) -> float:
         """Return the decay of a step, counted from 1: that of the power function."""

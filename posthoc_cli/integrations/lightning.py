@@ -60,8 +60,7 @@ class PostHocWeightAveraging(Callback):
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Return whether to call `update_` after a step, or at the end of an epoch; override it for other rules.
 
-        One of the arguments is passed, counted from 0. The averages have the right profile for any rule: each update
-        covers the time since the last one. `update_every_n_steps` counts the calls of `update_`.
+        One of the arguments is passed, counted from 0. Each update covers the time since the last one.
         """
         return (
             step_idx is not None

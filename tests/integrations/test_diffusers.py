@@ -52,7 +52,7 @@ def test_a_script_resumes_exactly_through_its_save_hooks(tmp_path: Path) -> None
     shadow = dict(zip(dict(resumed.bare.named_parameters()), resumed.ema_model.shadow_params, strict=True))
     assert distance(shadow, exact(complete.weights, 0.2)) < 1e-6
     assert resumed.ema_model.optimization_step == 10
-    assert resumed.ema_model.get_decay(10) == decay
+    assert resumed.ema_model.get_decay(10) == resumed.ema_model.decay == decay
     resumed.ema_model.load_state_dict(resumed.ema_model.state_dict())
     assert resumed.ema_model.ema.step == 10
     with pytest.raises(NotReadyError, match="tracks no model"):
