@@ -259,13 +259,13 @@ class Rendezvous:
     def is_alone(self) -> bool:
         """Return whether no other process makes a tracker within `GRACE`."""
         began = time.monotonic()
-        while self._absent("made") and time.monotonic() - began < GRACE:
+        while not self._is_set("made") and time.monotonic() - began < GRACE:
             time.sleep(0.02)
         return len(self._absent("made")) == self._world - 1
 
     def _wait_for_all(self, prefix: str) -> None:
         began, pause, warned = time.monotonic(), 0.001, False
-        while self._absent(prefix) or self._absent("made"):
+        while not (self._is_set(prefix) and self._is_set("made")):
             if time.monotonic() - began > (LIMIT if warned else WARNING):
                 absent = " and ".join(f"rank {rank}" for rank in self._absent(prefix))
                 if warned:
@@ -275,12 +275,13 @@ class Rendezvous:
             time.sleep(pause)
             pause = min(1.5 * pause, 0.1)
 
+    def _is_set(self, prefix: str) -> bool:
+        """Return whether every process has set a key, by one request."""
+        return bool(self.store.check([f"{prefix}/{rank}" for rank in range(self._world)]))
+
     def _absent(self, prefix: str) -> list[int]:
-        """Return the ranks of processes that have not set a key."""
-        ranks = range(self._world)
-        if self.store.check([f"{prefix}/{rank}" for rank in ranks]):
-            return []
-        return [rank for rank in ranks if not self.store.check([f"{prefix}/{rank}"])]
+        """Return the ranks of processes that have not set a key, by a request each."""
+        return [rank for rank in range(self._world) if not self.store.check([f"{prefix}/{rank}"])]
 
 
 class Members:
