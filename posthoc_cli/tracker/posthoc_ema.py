@@ -48,17 +48,8 @@ from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import as_target
-from posthoc_cli.tracker import resuming
+from posthoc_cli.tracker import averaged, resuming
 from posthoc_cli.tracker.attach import Attachment, attach
-from posthoc_cli.tracker.averaged import (
-    as_dtensors,
-    exchanged,
-    joined,
-    logged,
-    plan_possible,
-    run_snapshots,
-    to_send,
-)
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import CallGuard
 from posthoc_cli.tracker.filling import check_weights, fill, swapped_in, targets_of
@@ -379,8 +370,8 @@ class PostHocEMA:
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         figures = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
-        snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
-        plans, _ = plan_possible(snapshots, wanted if snapshots else {})
+        snapshots = averaged.run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
+        plans, _ = averaged.plan_possible(snapshots, wanted if snapshots else {})
         errors = {label: plan.predicted_error(0) for label, plan in plans.items()}
         return figures | {f"predicted_error_{label}": error for label, error in errors.items() if error is not None}
 
@@ -425,7 +416,7 @@ class PostHocEMA:
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         group, refusals = self._callers(check_model(model), f"models({', '.join(wanted)})"), dict[str, str]()
         if group.from_first(lambda: self.has_average):
-            refusals, _ = self._in_first(group, lambda sources: plan_possible(sources, wanted)[1])
+            refusals, _ = self._in_first(group, lambda sources: averaged.plan_possible(sources, wanted)[1])
         for label, reason in refusals.items() if self.keeps_averages else ():
             if self._is_first_warning(label):
                 log.warning("%s; there is no average of it at step %d", reason, self.step)
@@ -466,7 +457,7 @@ class PostHocEMA:
         model, asked = self._chunked_model(), _asked(t, step, dtype, method)
         group = self._callers(model, f"state_dict({_described(sigma_rel, asked)})")
         weights = self._average(group, model, sigma_rel, **asked)
-        return weights if model is None else as_dtensors(weights, model)
+        return weights if model is None else averaged.as_dtensors(weights, model)
 
     def load_into(
         self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
@@ -778,14 +769,16 @@ class PostHocEMA:
 
         def plan(sources: list[Source]) -> Plan:
             if live is not None:
-                return logged(plan_synthesis([sources[live]], [sources[live].sigma_rel], **asked))
-            return logged(plan_synthesis(sources, [wanted], **asked))
+                return averaged.logged(plan_synthesis([sources[live]], [sources[live].sigma_rel], **asked))
+            return averaged.logged(plan_synthesis(sources, [wanted], **asked))
 
         if group.is_alone and not self._members.is_chunked:
             return with_consistent_plan(lambda: plan(self._sources(live is not None)), use)
         return with_consistent_plan(
-            lambda: self._in_first(group, lambda sources: to_send(plan(sources)), live is not None),
-            lambda found: exchanged(group, found[0], wanted, found[1], tracking.tracked, model, self.checkpoint_dir),
+            lambda: self._in_first(group, lambda sources: averaged.to_send(plan(sources)), live is not None),
+            lambda found: averaged.exchanged(
+                group, found[0], wanted, found[1], tracking.tracked, model, self.checkpoint_dir
+            ),
         )
 
     @torch.inference_mode(False)
@@ -816,7 +809,7 @@ class PostHocEMA:
             live = self._live()
         last = start if resumes and start is not None else math.inf
         now, profiles = live[0].t if live else math.inf, {source.sigma_rel for source in live}
-        stored = [] if live_only else run_snapshots(self.checkpoint_dir, self.run_id)
+        stored = [] if live_only else averaged.run_snapshots(self.checkpoint_dir, self.run_id)
         until = (s for s in stored if s.step <= last and (s.t < now or (s.t == now and s.sigma_rel not in profiles)))
         sources: list[Source] = [*live, *until]
         if not sources:
@@ -841,7 +834,7 @@ class PostHocEMA:
             own, progress = group.together(self._live), self._pipeline.progress
             local = {source.name: source for source in own}
             parts = group.from_all_at(progress.step, progress.t, [source.header for source in own])
-            live = [joined(profile) for profile in zip(*filter(None, parts), strict=True)]
+            live = [averaged.joined(profile) for profile in zip(*filter(None, parts), strict=True)]
 
         def in_first() -> Result:
             sources = self._sources(live_only, live)
