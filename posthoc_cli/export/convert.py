@@ -153,7 +153,7 @@ class _Tensor(NamedTuple):
         return self.own if wanted is None or self.role in ("statistic", "copy") or self.own not in EPS else wanted
 
     def read(self, dtype: str) -> torch.Tensor:
-        """Return it in a dtype; raise a NonFiniteError if it is a nan or infinite average, or too large for the dtype."""
+        """Return it in a dtype; raise a NonFiniteError for a nan or infinite average, or a too small dtype."""
         tensor, wanted = self.file.tensor(self.name), torch_dtype(dtype)
         values = tensor.float() if tensor.element_size() == 1 else tensor  # torch lacks functions for 8-bit dtypes
         reason = ""
