@@ -370,7 +370,7 @@ def prune(
     dry_run: bool = options.HOW(False, "--dry-run", help="Show what would be deleted; delete nothing."),
     sigma_range: str = options.SIGMA_RANGE,
     as_json: bool = options.JSON,
-) -> None:
+) -> int:
     """Delete the snapshots that matter least.
 
     Shows which snapshots would be deleted and the predicted error over the range without them, then asks. The newest
@@ -384,11 +384,9 @@ def prune(
     error = options.optional(options.parse_max_error, max_error)
     ends = options.parse_sigma_range(sigma_range)
     run = Run(options.existing(directory, directory=True))
-    alternative = "; --dry-run shows what would be deleted"
-    if as_json and not (yes or dry_run):
-        raise InvalidValueError("--json", "cannot ask before files are changed", f"add --yes{alternative}")
-    if not (yes or dry_run or sys.stdin.isatty()):
-        raise InvalidValueError("--yes", f"is needed without a terminal{alternative}")
+    if not (yes or dry_run) and (as_json or not sys.stdin.isatty()):
+        reason = "is needed with --json, and without a terminal that could answer"
+        raise InvalidValueError("--yes", reason, "--dry-run shows what would be deleted")
 
     def agree(planned: Pruning) -> bool:
         if not as_json:
@@ -406,8 +404,7 @@ def prune(
         if dry_run or not done["gone"]:
             _print_prune(done, ends)
         _print_end(done, dry_run)
-    if done["gone"] and not (done["deleted"] or dry_run):
-        raise typer.Exit(1)
+    return int(bool(done["gone"]) and not (done["deleted"] or dry_run))
 
 
 def _print_prune(found: dict[str, Any], sigma_range: tuple[float, float]) -> None:
