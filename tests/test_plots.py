@@ -91,17 +91,6 @@ def swept(widths: tuple[float, float], raw: float | None) -> Figure:
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("widths", [(0.025, 0.275), (0.1, 0.11), (700, 61_000)])
-def test_ticks_of_a_sweep_are_round(widths: tuple[float, float]) -> None:
-    figure = swept(widths, None)
-    figure.draw_without_rendering()
-    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
-    assert 3 <= len(ticks) <= 8
-    for tick in ticks:
-        digits = f"{float(tick.replace(',', '')):e}".partition("e")[0].rstrip("0.")
-        assert len(digits) <= 4 if widths[1] < 1.2 * widths[0] else digits in ("1", "1.5", "2", "3", "5", "7"), ticks
-
-
 @pytest.mark.parametrize(("raw", "inside"), [(3.9, True), (2.7, True), (9.0, False)])
 def test_the_metric_of_raw_weights_is_within_the_axes_unless_far_away(raw: float, inside: bool) -> None:
     axes = swept((0.025, 0.275), raw).axes[0]
