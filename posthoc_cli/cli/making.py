@@ -448,7 +448,7 @@ def demo(
     count = options.parse_count(steps, "--steps", "8000, 8e3 or 8K")
     say = output.print_note if as_json else output.print_line
     out = files.expanded(files.local_path("--out", out))
-    output.show(run(out, count, say, output.progress_bar(unit="steps")).to_dict(), as_json, _print_demo)
+    output.show(run(out, count, say, output.progress_bar(unit="steps")), as_json, _print_demo)
 
 
 def _print_demo(found: dict[str, Any]) -> None:
