@@ -278,18 +278,16 @@ def test_an_existing_output_is_replaced_only_with_overwrite(tmp_path: Path, layo
     assert_same_tensors(load_output(out), WEIGHTS)
 
 
-@pytest.mark.parametrize(("old_size", "new_size"), [("60", "100"), ("100", "5GB"), ("5GB", "60")])
-def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(
-    tmp_path: Path, old_size: str, new_size: str
-) -> None:
+def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_path: Path) -> None:
     """Some libraries look for model.safetensors before an index, others for the index first."""
-    out = tmp_path / "out"
-    old = {f"old{k}": torch.full((10,), float(k)) for k in range(6)}
-    export_file(write_output(tmp_path / "old.safetensors", old, ()), out, max_shard_size=old_size)
-    export_file(write_output(tmp_path / "new.safetensors"), out, max_shard_size=new_size, overwrite=True)
-    export_file(tmp_path / "new.safetensors", tmp_path / "fresh", max_shard_size=new_size)
-    assert tree(out) == tree(tmp_path / "fresh")
-    assert_same_tensors(load_output(out), WEIGHTS)
+    out, new = tmp_path / "out", write_output(tmp_path / "new.safetensors")
+    old = write_output(tmp_path / "old.safetensors", {f"old{k}": torch.full((10,), float(k)) for k in range(6)}, ())
+    for old_size, new_size in (("60", "100"), ("100", "5GB"), ("5GB", "60")):
+        export_file(old, out, max_shard_size=old_size, overwrite=True)
+        export_file(new, out, max_shard_size=new_size, overwrite=True)
+        export_file(new, tmp_path / new_size, max_shard_size=new_size)
+        assert tree(out) == tree(tmp_path / new_size)
+        assert_same_tensors(load_output(out), WEIGHTS)
 
 
 @pytest.mark.parametrize("layout", ["sharded", "dcp"])

