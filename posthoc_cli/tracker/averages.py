@@ -205,12 +205,15 @@ class Averages:
                 sampled.take(tile, value, sample)
             if sketcher is not None and not before.shared:
                 sketcher.take(tile, value)
-            (fold if folds else interpolate)(tile, value, thread)
+            if folds:
+                fold(tile, value, thread)
+            else:
+                interpolate(tile, value, factors)
 
-        def interpolate(tile: Tile, value: torch.Tensor, _: int) -> None:
-            for own, factor in zip(tensors.means(tile, before.shared), factors, strict=False):
+        def interpolate(tile: Tile, value: torch.Tensor, weights: Sequence[float]) -> None:
+            for own, weight in zip(tensors.means(tile, before.shared), weights, strict=False):
                 if before.window:
-                    torch.lerp(own, value, factor, out=own)
+                    torch.lerp(own, value, weight, out=own)
                 else:
                     own.copy_(value)
 
@@ -237,15 +240,12 @@ class Averages:
                 take(tile, value, thread)
                 taken.append(tile)
 
-        def undo(tile: Tile, thread: int) -> None:
-            for own, factor in zip(tensors.means(tile, before.shared), factors, strict=False):
-                torch.lerp(own, values.values(tile, thread), factor / (factor - 1), out=own)
-
         taken = list[Tile]()
         if not checks_first:
             pool.each(take_if_small, values.tiles)
             if (name := values.nonfinite_name(norms)) is not None:
-                pool.each(undo, taken)
+                undo = [factor / (factor - 1) for factor in factors]
+                pool.each(lambda tile, thread: interpolate(tile, values.values(tile, thread), undo), taken)
                 return name
         others = {*values.tiles}.difference(taken)
         pool.each(lambda tile, thread: take(tile, values.values(tile, thread), thread), others)

@@ -29,24 +29,11 @@ from weakref import WeakSet
 
 import torch
 
-from posthoc_cli.errors import (
-    DirectoryError,
-    LockedError,
-    NonFiniteError,
-    NotReadyError,
-    WriteError,
-    check_word,
-)
+from posthoc_cli.errors import DirectoryError, LockedError, NonFiniteError, NotReadyError, WriteError, check_word
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.background import (
-    SINGLE_THREAD,
-    DeviceStreams,
-    ThreadPool,
-    Worker,
-    end_threads,
-)
+from posthoc_cli.tracker.background import SINGLE_THREAD, DeviceStreams, ThreadPool, Worker, end_threads
 from posthoc_cli.tracker.copying import ModelCopier
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import Layout, Reader, on_host

@@ -18,14 +18,7 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
-from posthoc_cli.errors import (
-    DirectoryError,
-    FileFormatError,
-    MismatchError,
-    NonFiniteError,
-    PostHocError,
-    WriteError,
-)
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError, PostHocError, WriteError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.directory import (
     LOCK_NAME,

@@ -22,7 +22,7 @@ from tracker.runs import contents, scheduled, step, times, train, wait_for_write
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import background
+from posthoc_cli.tracker import background, memory
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
 
@@ -301,7 +301,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("device", ["cpu", "model"])
-def test_tensors_that_were_replaced_are_followed(tmp_path: Path, change: str, device: str) -> None:
+def test_tensors_that_were_replaced_are_followed(
+    tmp_path: Path, change: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles are small, so that each has a part of a tensor whose elements are not in row-major order."""
+    monkeypatch.setattr(memory, "TILE", 8)
     model = network()
     with PostHocEMA.from_model(model, tmp_path / "changed", device=device, **SETTINGS) as tracker:
         train(model, tracker, 1, 6)

@@ -197,20 +197,6 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
     assert bool(device.training.work) == (not device.free)
 
 
-def test_tiles_are_row_major_whatever_the_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "TILE", 7)
-    turned = torch.arange(5 * 6 * 2.0).reshape(6, 5, 2).transpose(0, 1)
-    tensors = {
-        "a": torch.arange(3.0),
-        "turned": turned,
-        "b": torch.arange(50.0).reshape(5, 10),
-        "scalar": torch.ones(()),
-    }
-    reader = Reader.of_tensors(tensors)
-    found = torch.cat([reader.values(tile).clone() for tile in reader.tiles])
-    assert torch.equal(found, torch.cat([tensor.reshape(-1) for tensor in tensors.values()]))
-
-
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

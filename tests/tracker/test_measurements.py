@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import WriteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import memory
+from posthoc_cli.tracker import measuring, memory
 
 Tensors = dict[str, torch.Tensor]
 Exact = dict[tuple[float, float], Tensors]
@@ -115,6 +115,32 @@ def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path, mo
         tracker.snapshot()
         exact |= {(tracker.t, s): tracker.state_dict(s, dtype="float64") for s in (0.05, 0.28)}
         check(tmp_path, exact)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-5])
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_measurements_of_a_subset_are_those_of_all_elements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float, stored: str
+) -> None:
+    """Steps are from far above the rounding to far below it. Sums of n squares of normal numbers have a relative
+    standard error of (2 / n)^(1/2); LayerNorm's weights among others make it larger: four times that is allowed."""
+    found = []
+    for most in (2**20, 2_000):
+        monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", most)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.LayerNorm(200), torch.nn.Linear(200, 300))
+        options = SETTINGS | {"checkpoint_dtype": stored}
+        with PostHocEMA.from_model(model, tmp_path / str(most), **options) as ema:
+            for number in range(1, 31):
+                for parameter in model.parameters():
+                    parameter.data.mul_(1 - 1 / (10 + number)).add_(torch.randn(parameter.shape), alpha=size)
+                ema.update_(model)
+        found.append([snapshot.measurements for snapshot in read_directory(tmp_path / str(most))])
+    off = 4 * (2 / 2_000) ** 0.5
+    for exact, sampled in zip(*found, strict=True):
+        assert sampled.norm == pytest.approx(exact.norm, rel=off)
+        assert sampled.norm != exact.norm
+        assert sampled.rounding == pytest.approx(exact.rounding, rel=2 * off)  # larger in each binade
 
 
 @pytest.mark.cuda
