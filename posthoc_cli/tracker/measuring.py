@@ -59,8 +59,7 @@ class Elements:
 
 def joined(buffers: Sequence[torch.Tensor]) -> Values:
     """Return the values of all buckets, on the host: shape [elements]."""
-    parts = [buffer.cpu().numpy() for buffer in buffers]
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
+    return np.concatenate([np.empty(0, np.float32), *(buffer.cpu().numpy() for buffer in buffers)])
 
 
 class Subset(Elements):
@@ -167,11 +166,11 @@ class Sketcher:
 
     def resume(self, path: PathSketch) -> bool:
         """Continue a path, and return True, if it is of the same projection; a last window of no folds is open."""
-        is_same = path.projection == self._projection
-        if is_same:
-            self._sketch, self._open = _without_open(path.sketch)
-            self._begin, self._t = float(self._sketch.edges[-1]), float(path.sketch.edges[-1])
-        return is_same
+        if path.projection != self._projection:
+            return False
+        self._sketch, self._open = _without_open(path.sketch)
+        self._begin, self._t = float(self._sketch.edges[-1]), float(path.sketch.edges[-1])
+        return True
 
     def take(self, tile: Tile, values: torch.Tensor) -> None:
         """Take in a tile of a window's mean, or of a value."""

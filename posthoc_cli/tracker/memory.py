@@ -35,23 +35,22 @@ _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)  # norms of ordin
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors of one device and dtype, end to end; `bounds` are 0 and the end of each tensor, in elements."""
+    """Tensors of one device and dtype, end to end."""
 
     device: torch.device
     dtype: torch.dtype
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    bounds: tuple[int, ...]
 
     @property
     def wide(self) -> torch.dtype:
         """The dtype of averages: in half precision, an average with a decay of 0.9999 would never move."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @property
+    @cached_property
     def size(self) -> int:
         """The number of elements."""
-        return self.bounds[-1]
+        return sum(map(math.prod, self.shapes))
 
     @property
     def tile(self) -> int:
@@ -61,7 +60,8 @@ class Bucket:
     @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
         """The begin and the end of each tensor, in elements, by name."""
-        return dict(zip(self.names, pairwise(self.bounds), strict=True))
+        ends = [0, *accumulate(map(math.prod, self.shapes))]
+        return dict(zip(self.names, pairwise(ends), strict=True))
 
 
 Layout = tuple[Bucket, ...]
@@ -81,10 +81,7 @@ def buckets_of(tensors: Mapping[str, tuple[torch.device, torch.dtype, tuple[int,
     shapes: dict[tuple[torch.device, torch.dtype], dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, (device, dtype, shape) in tensors.items():
         shapes[device, dtype][name] = shape
-    return tuple(
-        Bucket(*key, tuple(named), tuple(named.values()), (0, *accumulate(map(math.prod, named.values()))))
-        for key, named in shapes.items()
-    )
+    return tuple(Bucket(*key, tuple(named), tuple(named.values())) for key, named in shapes.items())
 
 
 def on_host(layout: Layout) -> Layout:

@@ -9,10 +9,9 @@ A value has at most six forms from `update_` to a file:
 5. the average in the storage dtype, on the host (`StagedAverage`);
 6. the bytes of the file (`TensorFileWriter`).
 
-Each step works tile by tile, see `memory`, while a tile stays in the cache, and in a pool of threads; the elements for
-measurements, for the sample of the weights and for the sketch of their path are selected in the same pass. Only jobs of
-the first thread change and read averages, one at a time, so that no exception of a signal handler can stop an update
-halfway; the counters change with the averages, see `Tracking`.
+Each step works tile by tile, see `memory`, and selects the elements for measurements, for the sample of the weights and
+for the sketch of their path in the same pass. Only jobs of the first thread change and read averages, one at a time, so
+that no exception of a signal handler can stop an update halfway; the counters change with them, see `Tracking`.
 """
 
 from __future__ import annotations

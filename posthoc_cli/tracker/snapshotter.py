@@ -80,11 +80,10 @@ class LiveSource(Snapshot):
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
         """Fill `out` with complete tensors, end to end."""
-        at = 0
         for values in self.read([ElementRange(name, 0, self.entries[name].size) for name in names]):
             data = tensor_bytes(values)
-            out[at : at + len(data)] = data
-            at += len(data)
+            out[: len(data)] = data
+            out = out[len(data) :]
 
 
 class LiveAverages:
@@ -111,8 +110,10 @@ class LiveAverages:
         def read(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
             return self._call(lambda: self._values(index, ranges))
 
-        own = [{"entries": self._entries, "read": partial(read, index)} for index in range(len(self._headers))]
-        return [LiveSource(**vars(header) | more) for header, more in zip(self._headers, own, strict=True)]
+        return [
+            LiveSource(**vars(header) | {"entries": self._entries, "read": partial(read, index)})
+            for index, header in enumerate(self._headers)
+        ]
 
     def copy(self) -> None:
         """Copy the averages, once; called in the thread that changes them, before it does."""
@@ -121,6 +122,7 @@ class LiveAverages:
             held.update(zip([one.name for one in missing], self._read(index, missing), strict=True))
 
     def _values(self, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+        """Return ranges of the average of an index, and of copies."""
         held = self._held[index]
         values = iter(self._read(index, [one for one in ranges if one.name not in held]))
         return [held[name].reshape(-1)[i:j] if name in held else next(values) for name, i, j in ranges]
