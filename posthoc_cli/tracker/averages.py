@@ -14,10 +14,9 @@ rounding error; n folds leave (n / (2 gamma + 3))^(1/2) of them. A mean is not d
 by less than a digit an update, the mean lags behind by up to half a window's motion, 4e-6 of the weight at most.
 
 Where `WINDOW` updates take less than a thousandth of training, the mean of the first profile, of the largest gamma,
-serves all, and the others rest. The weights of another gamma' differ from it within a window of relative length L by
-(gamma - gamma') L: noise of variance w leaves ((gamma - gamma') L)^2 / 12 of its share in the average, drift
-(gamma - gamma') L^2 / 12 of the path. The newest value enters each profile's mean with that profile's share, so that
-windows of one or two are exact.
+serves all, and the others rest. Within a window of relative length L the weights of another gamma' differ from it by
+(gamma - gamma') L: noise leaves ((gamma - gamma') L)^2 / 12 of its variance's share in the average, drift
+(gamma - gamma') L^2 / 12 of the path. The newest value enters each mean with the profile's own share.
 
 Relative L2 error against sums in float64, sigma_rel 0.05 / 0.1 / 0.28, 1,000 elements (scripts/long_runs.py has more):
 
@@ -137,8 +136,6 @@ class Averages:
     """Averages of the same tensors with several profiles, in ascending order. One thread at a time may work on them.
 
     Attributes:
-        tensors: None before the first update.
-        copies: the copied tensors at the last update; never changed in place.
         sample: the model's values of a snapshot's sample at the last update, one tensor a bucket; None if unknown.
         sketcher: gets the tiles of every value, or of each window's mean where one serves all profiles.
         known_path: the path that `sketcher` continues, or in a copy for reading the path at that time.
@@ -146,8 +143,8 @@ class Averages:
 
     sigma_rels: tuple[float, ...]
     standing: Standing
-    tensors: AverageTensors | None = None
-    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tensors: AverageTensors | None = None  # before the first update
+    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)  # at the last update; never changed in place
     sample: Sequence[torch.Tensor] | None = None
     sketcher: Sketcher | None = None
     known_path: PathSketch | None = None
@@ -180,9 +177,8 @@ class Averages:
     ) -> str | None:  # fmt: skip
         """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values - averages).
 
-        The averages move to the layout of `values` if it has changed; `copies` replace the earlier ones. The `sampled`
-        elements of the values are kept in `sample`, and `sketcher` replaces the earlier one. If a value is nan
-        or infinite, nothing changes, and the first tensor with such a value is returned.
+        The averages move to the layout of `values` if it has changed; the other arguments replace earlier ones. If a
+        value is nan or infinite, nothing changes, and the first tensor with such a value is returned.
         """
         before, gammas, limits = self.standing, self.gammas, self._limits
         self._limits = []  # after an update that is refused or fails, the next one checks all values first
@@ -263,10 +259,7 @@ class Averages:
 
     @torch.no_grad()
     def values(self, tile: Tile, profile: int, thread: int = 0) -> torch.Tensor:
-        """Return a tile of an average, flat: rounded once to float32, or float64 if its parameters are.
-
-        The memory is the thread's scratch: it may be written to, and is valid until the thread's next call.
-        """
+        """Return a tile of an average, flat, rounded once, in scratch that is valid until the thread's next call."""
         tensors, standing, result = self.tensors, self.standing, self._scratch_of(tile, thread)[0]
         assert tensors is not None
         high = tensors.high[profile].tile(tile)

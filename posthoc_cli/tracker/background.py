@@ -128,10 +128,7 @@ class Worker:
 
     The thread also ends when the worker is garbage-collected, and it does not keep the process alive: call `wait` for
     jobs that must finish. `concurrent.futures` would refuse new jobs while the process ends, even those that running
-    jobs submit, and holds locks.
-
-    Attributes:
-        job_seconds, wait_seconds: how long the last submitted job took, and the training's wait before it.
+    jobs submit, and holds locks. `job_seconds` is how long the last submitted job took, `wait_seconds` the wait before.
     """
 
     def __init__(self, name: str) -> None:
@@ -162,8 +159,7 @@ class Worker:
     def call(self, work: Callable[[], Result]) -> Result:
         """Queue `work`, wait for it, and return its result or raise its error.
 
-        If a signal handler raises an exception during the wait, work that has not begun is withdrawn; otherwise the
-        exception continues when the work is done.
+        An exception that a signal handler raises meanwhile withdraws work that has not begun, or waits for its end.
         """
         job = Job(work)
         try:
@@ -227,8 +223,7 @@ _threads: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job[object] | 
 def end_threads() -> None:
     """End the threads of all workers when their jobs are done.
 
-    A thread that still freed tensors while the interpreter shuts down would abort the process: it can no longer take
-    the interpreter's lock, and torch's C++ code cannot be unwound.
+    A thread that frees tensors while the interpreter shuts down aborts the process: torch's C++ code is not unwound.
     """
     for thread, queue in list(_threads.items()):
         while thread.is_alive():

@@ -190,10 +190,7 @@ class Sketcher:
             self._fetch()
 
     def path(self, t: float | None = None) -> PathSketch | None:
-        """Return the path so far; an open window is a last one of no folds, see `closed`.
-
-        With `t`, the tiles that have been taken in are those of a last window that ends then.
-        """
+        """Return the path so far, an open window as a last one of no folds, or closed by the tiles taken in at `t`."""
         self._fetch()
         sketch = self._sketch
         if t is not None:

@@ -166,10 +166,7 @@ TilePart = torch.Tensor | tuple[torch.Tensor, slice]
 
 
 class Reader:
-    """A reader of a layout's tensors, tile by tile, in up to `threads` threads. It holds views of the tensors, no copy.
-
-    `parts` are those of each tile, in order, on the bucket's device.
-    """
+    """Reads a layout's tensors by tile in up to `threads` threads: views, no copies; `parts` are those of each tile."""
 
     def __init__(self, layout: Layout, parts: Sequence[Sequence[TilePart]], threads: int = 1) -> None:
         self.layout, self.tiles, self._parts = layout, tiles_of(layout), parts
@@ -209,10 +206,7 @@ class Reader:
         return flat if flat.dtype == scratch.dtype else scratch.copy_(flat)
 
     def norms(self, pool: ThreadPool = SINGLE_THREAD) -> list[float]:
-        """Return the norm of each tile's values: not finite if a value is not, or if squares overflow.
-
-        Waits for an accelerator once a bucket.
-        """
+        """Return each tile's norm: not finite if a value is not, or if squares overflow. Waits once a bucket."""
         norms = [torch.empty(0)] * len(self.tiles)
 
         def measure(tile: Tile, thread: int) -> None:

@@ -115,8 +115,8 @@ class Pipeline:
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> NonFiniteError | None:
         """Take in a model's values, and have snapshots written if they are due; call `wait_for_turn` first.
 
-        `tensors` must be the same object while the model is unchanged. Return the error of an update that is left out;
-        an asynchronous update keeps its error for `take_error`.
+        `tensors` must be the same object while the model is unchanged. Return the error of an update that is left out,
+        unless it is asynchronous: see `take_error`.
         """
         self._check_open()  # a signal handler may have closed the tracker since the call began
         if self._is_async is None:

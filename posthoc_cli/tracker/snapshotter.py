@@ -87,10 +87,7 @@ class LiveSource(Snapshot):
 
 
 class LiveAverages:
-    """The averages of one update, read in place until the next update, which has them copied first.
-
-    `read` must be called in the thread that changes the averages, as by `call`.
-    """
+    """The averages of one update, read in place until the next, which has them copied; `call` runs `read` safely."""
 
     def __init__(
         self, layout: Layout, headers: Sequence[Snapshot], copies: Mapping[str, torch.Tensor], read: ReadRanges,
@@ -241,8 +238,7 @@ class Snapshotter:
     def record(self, state: Tracking, staged: Sequence[StagedAverage], is_due: bool = True) -> None:
         """Write the snapshots of one time durably, and thin; none if an average is not finite.
 
-        `staged` are the averages of `state`. Without `is_due` only averages that are not stored yet are written. After
-        skipped updates one that is due may be stored already: then it is not written again. Snapshots on the schedule
+        Averages that are stored already, as after skipped updates, are not written again; but snapshots on the schedule
         are written as if none existed off the schedule.
         """
         standing, copies = state.averages.standing, state.averages.copies
@@ -415,10 +411,7 @@ class StagedAverage:
 
 @torch.no_grad()
 def stage(storage: StorageLayout, averages: Averages, pool: ThreadPool = SINGLE_THREAD) -> list[StagedAverage]:
-    """Round the averages as they are now into `storage.memory`: complete when the current stream is.
-
-    Results do not depend on the pool's threads.
-    """
+    """Round the averages as they are now into `storage.memory`: complete when the current stream is."""
     subset, memory, tiles, ranges = storage.subset, storage.memory, tiles_of(storage.layout), ranges_of(storage.layout)
     measured, samples = ([elements.buffers() for _ in memory] for elements in (subset, storage.sample))
     norms = [[torch.empty(0)] * len(tiles) for _ in memory]
@@ -487,10 +480,9 @@ def _stored_in_other_dtypes(
 
 
 def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
-    """Return whether the squared rounding error of a tensor of this squared norm is that of ordinary values.
+    """Return whether a squared rounding error is that of ordinary values: at most eps / 2 relative.
 
-    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative; more if a value becomes infinite,
-    or if all values are about as small as the dtype's subnormal numbers.
+    It is larger if a value becomes infinite, or if all values are about as small as the dtype's subnormal numbers.
     """
     return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
 
