@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from checking import assert_same_tensors, load_output
-from factories import RUN_ID, contents, refuse_for_space, write_snapshot
+from factories import RUN_ID, contents, write_snapshot
 from safetensors.torch import load_file
+from snapshots.recorded import failing
 
-from posthoc_cli import Run, disk_sources, files
+from posthoc_cli import Run, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
-from posthoc_cli.export.layouts import nbytes
-from posthoc_cli.export.writing import divide
-from posthoc_cli.synthesis.plan import plan_synthesis
 
 INDEX_NAME = "model.safetensors.index.json"
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -83,17 +82,6 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
     assert_same_tensors(load_output(tmp_path / "one"), load_file(tmp_path / "one.safetensors"))
 
 
-def test_shards_have_nearly_equal_bytes_and_are_never_empty(run: Path) -> None:
-    entries = plan_synthesis(disk_sources(run), [0.1]).entries
-    for parts in (1, 2, 3, 7, 1000):
-        division = divide(entries, parts)
-        assert [name for shard in division.values() for name in shard] == [*entries]
-        assert all(division.values())
-        loads = [nbytes(shard) for shard in division.values()]
-        assert max(loads) <= sum(loads) / parts + max(entry.nbytes for entry in entries.values())
-    assert len(divide(entries, 3)) == 3
-
-
 def test_an_existing_model_is_replaced_only_with_overwrite_and_other_files_never(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(run, out, size=30_000)
@@ -110,15 +98,12 @@ def test_an_existing_model_is_replaced_only_with_overwrite_and_other_files_never
 
 
 @pytest.mark.parametrize(("operation", "exists"), [("fsync", False), ("link", False), ("rename", True)])
-def test_a_failure_leaves_what_was_there(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, exists: bool
-) -> None:
+def test_a_failure_leaves_what_was_there(run: Path, tmp_path: Path, operation: str, exists: bool) -> None:
     out = tmp_path / "out"
     if exists:
         write(run, out)
     before = contents(out) if exists else {}
-    monkeypatch.setattr(files.system, operation, refuse_for_space)
-    with pytest.raises(WriteError, match=f"{out}.*no space left"):
+    with failing(operation, errno.ENOSPC), pytest.raises(WriteError, match=f"{out}.*no space left"):
         write(run, out, 0.2, overwrite=True)
     assert (contents(out) if out.exists() else {}) == before
     assert not files.leftovers(tmp_path)
