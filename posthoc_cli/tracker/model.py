@@ -361,24 +361,20 @@ class _ModelFingerprint:
         self._objects = [*chain.from_iterable(map(dict.values, self._filled))]  # kept alive so that no id is reused
         self._tensors = [*model.parameters(), *model.buffers()]
         self._are_sharded = any(map(is_sharded, self._tensors))
-        local = self._local()
+        local, self._properties = self._read()
         self._views = [p.detach() if p.layout == torch.strided else None for p in local]
-        self._properties = self._read_properties(local)
 
     def is_same(self) -> bool:
         """Return whether nothing has changed; the memory of sparse tensors is not compared."""
-        local = self._local()
-        return self._properties == self._read_properties(local) and all(
+        local, properties = self._read()
+        return properties == self._properties and all(
             view is None or p.is_set_to(view) for p, view in zip(local, self._views, strict=True)
         )
 
-    def _local(self) -> Sequence[torch.Tensor]:
-        """Return the parts of the model's tensors that this process holds."""
-        return local_tensors(self._tensors) if self._are_sharded else self._tensors
-
-    def _read_properties(self, local: Sequence[torch.Tensor]) -> tuple[object, ...]:
-        """Return all compared properties except the tensors' memory."""
-        return (
+    def _read(self) -> tuple[Sequence[torch.Tensor], tuple[object, ...]]:
+        """Return the parts of the tensors that this process holds, and all compared properties except their memory."""
+        local = local_tensors(self._tensors) if self._are_sharded else self._tensors
+        return local, (
             [*map(len, self._registries)],
             [*chain.from_iterable(self._filled)],
             [*map(id, chain.from_iterable(map(dict.values, self._filled)))],
