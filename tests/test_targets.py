@@ -142,15 +142,6 @@ def test_the_mean_is_of_the_last_checkpoints() -> None:
         Mean(1).coefficients_of([PowerFunction(5.0, 10.0), PowerFunction(6.0, 10.0)])
 
 
-def test_weights_of_a_half_life_ago_count_half() -> None:
-    """On any clock."""
-    for clock, t in ((STEPS, 1e4), (IMAGES, 1e6)):
-        profile, now = HalfLife(2000).profile(t, clock, 1.0), clock.step_at(t)
-        then = clock.time_at(now - np.array([0, 2000, 4000]))
-        later = profile.tail(clock.time_at(now - np.array([1, 2001, 4001])))
-        assert (later - profile.tail(then))[1:] / (later - profile.tail(then))[0] == pytest.approx([0.5, 0.25])
-
-
 @pytest.mark.parametrize(
     ("text", "targets"),
     [
@@ -168,6 +159,10 @@ def test_weights_of_a_half_life_ago_count_half() -> None:
 )
 def test_a_text_names_targets(text: str, targets: list[Target]) -> None:
     assert parse_targets(text) == targets
+
+
+def test_a_half_life_in_steps_is_a_decay() -> None:
+    assert HalfLife(2000).beta == pytest.approx(0.5 ** (1 / 2000), rel=1e-15)
 
 
 @pytest.mark.parametrize(("share", "width"), [(0.05, 0.0629), (0.1, 0.1111)])

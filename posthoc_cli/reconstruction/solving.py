@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -87,8 +88,7 @@ def reconstruct(
     """Return the coefficients of the snapshots that reconstruct each target.
 
     Arguments:
-        snapshots: profiles of the stored averages (power functions, checkpoints, averages over known times), at least
-            one, distinct, none after `t`.
+        snapshots: profiles of the stored averages, at least one, distinct, none after `t`.
         targets: profiles. An array of coefficients, [snapshots], in place of a profile is used unchanged.
         method: "minvar", minimum variance, or "paper", the published one; by default the first.
         prior: of the snapshots; by default even motion without rounding.
@@ -130,10 +130,7 @@ class LeastSquares:
     """argmin_x || factor x - goals || with one factorisation for any number of goals.
 
     The directions of `factor` whose size is zero up to rounding are left out; `size` is that of the numbers whose
-    differences `factor` holds.
-
-    Attributes:
-        inverse: W with W W^T = (factor^T factor)^-1 on the other directions: shape [columns, rank].
+    differences `factor` holds. `inverse` is W with W W^T = (factor^T factor)^-1 on the other ones, [columns, rank].
     """
 
     def __init__(self, factor: FloatArray, size: float = 0.0) -> None:
@@ -188,19 +185,13 @@ _TIMES_ALONE = 16
 """Number of newest times whose snapshots are compared, each alone, with a reconstruction: where weights oscillate, an
 earlier one may be nearest (measured: 5 times nearer, for a sawtooth of 70 steps and snapshots of 100)."""
 
-_SURE = 0.25
-"""Doubt up to which the motion is trusted. For recorded runs it is 0.05 to 0.29, for oscillations 0.6 to 3."""
-
-_CAUTION = 6.0
-"""Each unit of doubt beyond `_SURE` makes a gain e**6 times less certain."""
-
-_WIDENING = 1.3
-"""Each unit of doubt beyond `_SURE` widens errors from motion by e**1.3 (measured: for oscillations in step with the
-snapshots they were up to 80 times off). A larger number would hold more often, and be too high more often."""
+_SURE, _CAUTION, _WIDENING = 0.25, 6.0, 1.3
+"""Doubt up to which the motion is trusted: for recorded runs it is 0.05 to 0.29, for oscillations 0.6 to 3. Each unit
+beyond makes a gain e**6 times less certain, and widens errors from motion by e**1.3 (measured: for oscillations in step
+with the snapshots they were up to 80 times off; a larger number would hold, and be too high, more often)."""
 
 
-@dataclass(frozen=True)
-class Goals:
+class Goals(NamedTuple):
     """Targets as columns of the least-squares problem of minimum variance.
 
     Attributes:
@@ -222,7 +213,6 @@ class Problem:
 
     def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
         self._stored, self._prior = snapshots, prior
-        self._place = {snapshot: row for row, snapshot in enumerate(snapshots)}
         times = np.array([profile.t for profile in snapshots])
         self._edges = np.unique(np.concatenate(([0.0, t], times)))
         distinct = self._edges[np.isin(self._edges, times)]
@@ -255,19 +245,20 @@ class Problem:
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """Return the targets as columns of the problem, the argument of the other methods."""
         columns, unreachable = np.zeros((self._factor.shape[0], len(targets))), np.zeros(len(targets))
+        kinds = [(False, self._walk, self._root_walk), (True, self._noise, self._root_noise)]
         for k, target in enumerate(targets):
-            tail, missed = self._nodes.goal_tails(target)
-            rows, unreachable[k] = [self._root_walk * tail], self._walk @ missed
-            if self._noise.any():
-                mass, missed = self._nodes.goal_masses(target)
-                rows.append(self._root_noise * mass)
-                unreachable[k] += self._noise @ missed
+            rows = []
+            for mass, sizes, roots in kinds[: 1 + bool(self._noise.any())]:
+                values, missed = self._nodes.goal(target, mass)
+                rows.append(roots * values)
+                unreachable[k] += sizes @ missed
             if self._prior.sketch is not None:
                 rows += (self._half * each[:, 0] for each in self._prior.sketch.measured([target]))
             column = np.concatenate(rows)
             columns[: column.size, k] = column
-        powers = ((k, self._place.get(target)) for k, target in enumerate(targets) if isinstance(target, PowerFunction))
-        return Goals([(k, row) for k, row in powers if row is not None], columns, self._half**2 * unreachable)
+        place = {snapshot: row for row, snapshot in enumerate(self._stored) if isinstance(snapshot, PowerFunction)}
+        stored = [(k, place[target]) for k, target in enumerate(targets) if target in place]
+        return Goals(stored, columns, self._half**2 * unreachable)
 
     def solve(self, targets: Sequence[Profile], method: str) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return coefficients, [snapshots, targets], profile errors and predicted errors, [targets] each."""
@@ -275,7 +266,7 @@ class Problem:
         nodes, factor, problem = self._published
         profiles, norms = np.zeros((factor.shape[0], len(targets))), np.zeros(len(targets))
         for k, target in enumerate(targets):
-            mass, missed = nodes.goal_masses(target)
+            mass, missed = nodes.goal(target, mass=True)
             profiles[:, k], norms[k] = np.sqrt(nodes.weight) * mass, missed.sum()
         # Algorithm 3 of the paper, divided by the sum; nan for a target without mass here.
         solution = problem.solve(profiles)
@@ -323,8 +314,8 @@ class Problem:
         missed = self._factor @ coefficients - goals.columns
         first, last = len(self._expected), len(self._factor) - len(self._errors)
         if self._prior.sketch is None:
-            beyond = max(0.0, self._prior.doubt - _SURE)
-            motion = (goals.unreachable + np.sum(missed[:last] ** 2, axis=0)) * np.exp(2 * _WIDENING * beyond)
+            widening = np.exp(2 * _WIDENING * max(0.0, self._prior.doubt - _SURE))
+            motion = (goals.unreachable + np.sum(missed[:last] ** 2, axis=0)) * widening
         else:
             measured = missed[first:last]
             if solved:
@@ -346,8 +337,7 @@ class Problem:
 
     def losses(self, targets: Sequence[Profile]) -> Losses:
         """Return the targets' squared errors as snapshots are lost."""
-        goals = self.goals(targets)
-        return Losses(self._factor, goals.columns, goals.unreachable)
+        return Losses(self._factor, *self.goals(targets)[1:])
 
     def _best_measured(self, optimal: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
         """Return the optimal coefficients if they are clearly better than others, else the best others, with squares.
@@ -528,15 +518,12 @@ def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, 
     return sorted(subset)
 
 
-# --- threads
-
-
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Limit NumPy's linear algebra to one thread within the block, since many small problems need no thread pool.
 
-    The setting is the process's, so that it limits other threads, too. A command sets OPENBLAS_NUM_THREADS instead,
-    which holds for all its solves; a library cannot, since NumPy reads the variable when it is first imported.
+    The setting is the process's. A command sets OPENBLAS_NUM_THREADS instead, which holds for all its solves; a library
+    cannot, since NumPy reads the variable when it is first imported.
     """
     with _openblas().limit(limits=1):
         yield
