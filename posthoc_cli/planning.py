@@ -133,10 +133,9 @@ def snapshots_to_drop(
 ) -> list[int]:
     """Return the indices of the snapshots to drop so that `keep` of each profile remain, in the order to drop.
 
-    First, always the snapshot goes whose loss raises the predicted error over `sigma_range`, at the time of the last
-    snapshot, least; among equals (where nothing moved) the one whose neighbours are closest together. Then exchanges
-    improve the rest, see `exchanged`. The last `spared` snapshots of each profile stay. Of very many snapshots, those
-    outside a subset (`thinned_subset`) go before all others.
+    Always the snapshot goes whose loss raises the predicted error over `sigma_range`, at the time of the last snapshot,
+    least; among equals (where nothing moved) the one whose neighbours are closest together. Then `exchanged` improves
+    the rest. The last `spared` snapshots of each profile stay. Of very many, those outside a `thinned_subset` go first.
     """
     left, gammas = list(range(len(snapshots))), {p.gamma for p in snapshots}
     newest = {i for gamma in gammas for i in _by_time(snapshots, left, gamma)[-spared:]}
@@ -163,7 +162,7 @@ def removal_order(
 ) -> list[int]:
     """Return which of the snapshots `among` to drop, the least needed first, until `keep` of each profile remain.
 
-    `among` and `needed`, the snapshots that must stay, are indices.
+    `needed` snapshots stay.
     """
     left = list(among)
     losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
@@ -197,7 +196,6 @@ def exchanged(
     """Return the snapshots to drop, in order, after exchanging dropped ones for kept ones of the same profile.
 
     Greedy drops do not always find the best set: a snapshot that was kept early may be of little use in the end.
-    `kept`, `dropped` (in the order to drop) and `needed`, the snapshots that must stay, are indices.
     """
     kept, order = list(kept), list(dropped)
     if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
@@ -269,13 +267,10 @@ class ErrorPoint:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Reconstruction error against sigma_rel, at one time.
+    """Relative L2 errors of the profile, and expected ones of the weights, against sigma_rel, for targets at time `t`.
 
     Attributes:
         label: snapshots and assumption, for a legend.
-        t: time of the targets.
-        profile_error: relative L2 error of the profile, at each of `sigma_rels`: shape [points].
-        predicted_error: expected relative L2 error of the weights: shape [points].
         tracked: sigma_rels of the snapshots.
         others: errors of further targets.
         assumption: of the predicted errors; empty if the motion was measured.
@@ -359,14 +354,10 @@ def error_curve(
     method: str | None = None,
     others: Mapping[str, Profile] | None = None,
 ) -> ErrorCurve:
-    """Return the reconstruction error over a range of sigma_rel.
+    """Return the reconstruction error over a range of sigma_rel, and of `others` by their titles.
 
-    Arguments:
-        label: the name of the snapshots in a legend.
-        snapshots: the profiles of the snapshots, of which those after `t` are not used.
-        prior: of all these snapshots.
-        t: time of the targets; by default that of the last snapshot.
-        others: further profiles at that time, by their titles.
+    Targets are at `t`, by default the time of the last snapshot; snapshots after it are not used. `label` is their name
+    in a legend, and `prior` that of all of them.
     """
     low, high = check_sigma_range(sigma_range)
     t, others = time_between(snapshots, t), others or {}
@@ -548,14 +539,11 @@ def propose(
     motion: Motion | None = None,
     rounding: Mapping[str, float] | None = None,
 ) -> list[Proposal]:
-    """Return the schedules of `NAMES` for a training.
+    """Return the schedules of `NAMES` for a training of so many steps, and averaged elements of the network.
 
-    Arguments:
-        steps: length of training.
-        params: averaged elements of the network.
-        sigma_range: range of the wanted averages; its ends are tracked, of a single profile its geometric mean.
-        motion: of the network over (0, steps], relative to its norm; None for even motion.
-        rounding: measured root mean square error of a stored average by dtype, in place of `relative_rounding`.
+    The ends of the range are tracked, of a single profile its geometric mean. `motion` is over (0, steps], relative to
+    the norm; None for even motion. `rounding` is the measured error of stored averages by dtype, in place of
+    `relative_rounding`.
     """
     for name, count in (("steps", steps), ("params", params)):
         check_number(name, check_count(name, count), lambda count: count <= 10**15, "be at most 1e15")

@@ -110,14 +110,12 @@ def sigma_rel_from_gamma(gamma: float) -> float:
 
 
 def new_value_share(gamma: float, t_prev: float, t: float) -> float:
-    """Return 1 - beta, the share of the new value in an update at time `t`.
+    """Return 1 - beta, the share of the new value in an update at time `t`; at the first one `t_prev` is 0.
 
     beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127). A chain of such
-    updates gives each value the power function's mass on the interval before it. At the first update `t_prev` is 0.
+    updates gives each value the power function's mass on the interval before it.
     """
-    if t_prev == 0:
-        return 1.0
-    return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t))
+    return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t)) if t_prev else 1.0
 
 
 @dataclass(frozen=True)
@@ -178,29 +176,21 @@ class Point:
 
 
 class Discrete:
-    """An average over weights at known times, sum_k masses_k theta(times_k), taken at time `t`.
+    """An average over weights at known times, sum_k masses_k theta(times_k), taken at time `t`, by default the last.
 
-    Attributes:
-        times: at least one, in ascending order, above 0 and at most `t`.
-        masses: at least 0, scaled to the sum 1: one for each of `times`.
-        t: by default the last of `times`.
+    `times` are ascending, above 0 and at most `t`; `masses` at least 0, and scaled to the sum 1.
     """
 
     def __init__(
         self, times: Sequence[float] | FloatArray, masses: Sequence[float] | FloatArray, t: float = 0.0
     ) -> None:
         self.times, mass = np.array(times, dtype=np.float64), np.array(masses, dtype=np.float64)
-        self.masses, self.t = mass / mass.sum(), float(t or self.times[-1])
+        self.jumps, self.masses, self.t = self.times, mass / mass.sum(), float(t or self.times[-1])
 
     @property
     def t_first(self) -> float:
         """The time of the earliest weights in the average."""
         return float(self.times[0])
-
-    @property
-    def jumps(self) -> FloatArray:
-        """The times at which the profile has mass."""
-        return self.times
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         """Return the mass after `s`."""
@@ -281,9 +271,9 @@ class DecayRule:
             arXiv 2312.02696 with power = gamma + 1. The first update that is no copy has n = 1.
         copies: number of initial updates that copy the weights.
         stride: increment of n per update, for libraries that count calls.
-        inv_gamma, power, least: parameters of the warm-up; `least` is a lower limit of the decay.
-        uncertainty: relative, of the time constant 1 / (1 - decay), if the decay was estimated; 0 if it is known.
-        late: steps by which the first update may be later, if its step was estimated; 0 if it is known.
+        least: lower limit of the decay.
+        uncertainty: relative, of the time constant 1 / (1 - decay), if the decay was estimated.
+        late: steps by which the first update may be later, if its step was estimated.
     """
 
     decay: float
@@ -357,8 +347,8 @@ def _kept_logs(decay: DecayRule, most: int) -> FloatArray:
 class OrdinaryEMA(Discrete):
     """The profile of an ordinary EMA at a step, from the product of the decays of its updates.
 
-    `times`, at which the intervals of a solver end, joins updates where that moves little mass, and leaves out those
-    with negligible mass. Tails are exact at any time, so that the common part of two successive averages cancels.
+    `times`, at which a solver's intervals end, joins updates where that moves little mass, and leaves out negligible
+    ones. Tails are exact at any time, so that the common part of two successive averages cancels.
     """
 
     def __init__(self, decay: DecayRule, step: int, updates: int, every: int, first: int) -> None:
@@ -401,8 +391,8 @@ class OrdinaryEMA(Discrete):
 def mean_age(gamma: float, steps: int) -> float:
     """Return the mean age, in steps, of the values in a power-function average updated at every step 1 .. `steps`.
 
-    It is sum_k w_k (T - k) with the discrete weights w, by partial summation sum_{j=1}^{T-1} (j/T)**(gamma+1). The
-    last 100,000 terms are added, those before by Euler-Maclaurin, which leaves out at most 1 / (6 T**2) of the age.
+    With the discrete weights w it is sum_k w_k (T - k) = sum_{j=1}^{T-1} (j/T)**(gamma+1). The last 100,000 terms are
+    added, those before by Euler-Maclaurin, which leaves out at most 1 / (6 T**2) of the age.
     """
     x, ages = gamma + 1, np.arange(1, min(steps, 100_001))
     age, before = float(np.sum(np.exp(x * np.log1p(-ages / steps)))), steps - 1 - len(ages)
@@ -431,9 +421,6 @@ def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float]
 
     Each has `sigma_rel` and `gamma`, the mean age of the averaged values and the standard deviation `std` of their
     times in steps, and `beta`, the decay of the classical EMA with the same mean age after `steps` steps.
-
-    Raises:
-        InvalidValueError: `steps` is not from 1 to 1e15, or a width or a decay is out of its range.
     """
     check_number("steps", steps, lambda count: 1 <= count <= 10**15, "be from 1 to 1e15")
     pairs: list[tuple[float, float | None]] = [(sigma_rel, None) for sigma_rel in sigma_rels]
@@ -454,10 +441,7 @@ def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float]
 class Clock:
     """A run's steps (calls of `update_`) over its training time, interpolated linearly from step 0 at time 0.
 
-    After the last known pair, steps are as long as just before it. The step clock is the identity.
-
-    Attributes:
-        steps, times: the known pairs, at least one, both ascending from above 0.
+    The known pairs are at least one, both ascending. After the last one, steps are as long as just before it.
     """
 
     steps: Sequence[float]
@@ -525,8 +509,8 @@ class ClockRecorder:
     def of_knots(cls, knots: Sequence[tuple[int, float]]) -> ClockRecorder:
         """Return a recorder that continues from the result of `knots_until`, at least one knot.
 
-        The interval of possible slopes is lost except for the mean slope, so that the last pair becomes a knot unless
-        later steps have exactly that length.
+        Of the possible slopes only the mean is known, so that the last pair becomes a knot unless later steps have
+        exactly that length.
         """
         *earlier, (step, t) = knots
         kept, tolerance = _with_room(earlier, TOLERANCE)
@@ -634,9 +618,9 @@ def sketched_window_ends(gammas: Sequence[float], begin: float, before: float, t
 def roundings(gamma: float, updates: int) -> float:
     """Return the number of independent roundings, each of the average's size, that remain in it after the updates.
 
-    Reading the average rounds once. A mean of n updates is rounded at each of them; the k-th rounding decays as k / n,
-    which leaves n / 3. If the mean covers most of the average, they decay as the average does, (s / t)^(gamma + 1),
-    which leaves `updates` / (2 gamma + 3). The average over many means reduces this by the sum of their squared masses
+    Reading the average rounds once. A mean of n updates is rounded at each; the k-th rounding decays as k / n, which
+    leaves n / 3. If the mean covers most of the average, they decay as the average does, (s / t)^(gamma + 1), which
+    leaves `updates` / (2 gamma + 3). The average over many means reduces this by the sum of their squared masses
     p(s) n dt, n dt integral p^2 ds = (gamma + 1)^2 / (2 gamma + 1) n / `updates`. Each fold rounds once more;
     `updates` / n / (2 gamma + 3) of these remain.
     """

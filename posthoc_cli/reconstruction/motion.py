@@ -118,32 +118,33 @@ class Nodes:
         by_time = (self._width * self._density[self._cells, None]).ravel()
         self.weight = np.append(by_time, np.full(listed.size, self._stride))
 
-    def tails(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return the mass of each stored profile after each node: shape [M, n]."""
-        return np.stack([np.append(p.tail(self._s), self._listed(p, self._before)) for p in profiles], axis=1)
+    def columns(self, profiles: Sequence[Profile], mass: bool) -> FloatArray:
+        """Return each stored profile's mass after each node, or its `mass` there per step, per time without a clock.
 
-    def masses(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return the mass of each stored profile per step, without a clock per time, at each node: shape [M, n]."""
+        The shape is [M, n].
+        """
         begin, end = self.edges[self._cells], self.edges[self._cells + 1]
         columns = []
         for profile in profiles:
-            if isinstance(profile, PowerFunction):
-                inside = profile.density(self._s)
+            if not mass:
+                inside = profile.tail(self._s)
+            elif isinstance(profile, PowerFunction):
+                inside = profile.density(self._s) / self._density[self.interval[: self._s.size]]
             else:
                 inside = np.repeat((profile.tail(begin) - profile.tail(end)) / (end - begin), self._order)
-            inside = inside / self._density[self.interval[: inside.size]]
-            columns.append(np.append(inside, self._listed_mass(profile)))
+                inside /= self._density[self.interval[: self._s.size]]
+            columns.append(np.append(inside, self._listed(profile, mass)))
         return np.stack(columns, axis=1)
 
     def goal(self, target: Profile, mass: bool) -> tuple[FloatArray, FloatArray]:
-        """Return a target's values for `masses` or `tails`, [M], and the integral of the square that they miss, [K].
+        """Return a target's values for `columns`, [M], and the integral of the square that they miss, [K].
 
         Values inside intervals are those of the nearest polynomial there: sum_j value_j l_j with Lagrange's l_j, which
         are orthogonal with squared norms `_width`, and with Legendre's P_k
         l_j(x) = w_j sum_k (2 k + 1) / 2 P_k(x_j) P_k(x).
         """
         if isinstance(target, PowerFunction) and target.gamma <= self._gamma and target.t in self.edges:
-            return (self.masses if mass else self.tails)([target])[:, 0], np.zeros(self.edges.size - 1)
+            return self.columns([target], mass)[:, 0], np.zeros(self.edges.size - 1)
         s, weights, home = _resolving_nodes(target, self.edges)
         inside = np.isin(home, self._cells)
         s, weights, home = s[inside], weights[inside], home[inside]
@@ -166,17 +167,13 @@ class Nodes:
         at_nodes = sums / self._width
         left = values - np.sum(lagrange * at_nodes[cells], axis=1)
         missed = np.bincount(home, left**2 * weights * density, self.edges.size - 1)
-        listed = self._listed_mass(target) if mass else self._listed(target, self._before)
-        return np.append(at_nodes.ravel(), listed), np.asarray(missed, dtype=np.float64)
+        return np.append(at_nodes.ravel(), self._listed(target, mass)), np.asarray(missed, dtype=np.float64)
 
-    def _listed_mass(self, profile: Profile) -> FloatArray:
-        """Return the mass of each listed update, per step."""
-        return (self._listed(profile, self._before) - self._listed(profile, self._after)) / (self._stride or 1.0)
-
-    def _listed(self, profile: Profile, s: FloatArray) -> FloatArray:
-        """Return the tail before or after each listed update; 0 for power functions that end before the update."""
+    def _listed(self, profile: Profile, mass: bool) -> FloatArray:
+        """Return what `columns` has of each listed update; 0 for power functions that end before the update."""
         end = profile.t * (1 + _EQUAL) if isinstance(profile, PowerFunction) else np.inf
-        return np.where(self._after <= end, profile.tail(s), 0.0)
+        before, after = (np.where(self._after <= end, profile.tail(s), 0.0) for s in (self._before, self._after))
+        return (before - after) / (self._stride or 1.0) if mass else before
 
 
 def _evenly_chosen(values: FloatArray, most: int) -> FloatArray:
@@ -224,10 +221,8 @@ _gauss = lru_cache(np.polynomial.legendre.leggauss)
 
 
 def relative_width(profile: Profile, t: float) -> float:
-    """Return the standard deviation of a profile within (0, t], as a fraction of `t`, mass at its start included.
-
-    With F = 1 - tail, by partial integration the mean is t - integral F and the mean square t^2 - 2 integral s F.
-    """
+    """Return the standard deviation of a profile within (0, t], as a fraction of `t`, mass at its start included."""
+    # With F = 1 - tail, by partial integration the mean is t - integral F and the mean square t^2 - 2 integral s F.
     points, weights, _ = _resolving_nodes(profile, np.array([0.0, t]))
     below = (1 - profile.tail(points)) * weights
     mean = t - float(below.sum())
@@ -260,15 +255,15 @@ class Motion:
 
     @classmethod
     def even(cls, t: float, variance: float = ASSUMED_STRETCH**2, steps: Steps | None = None) -> Motion:
-        """Return a constant walk of total `variance` over (0, t], relative to the squared norm, without noise."""
+        """Return a constant walk of total `variance` over (0, t], without noise."""
         count = t if steps is None else float(steps.clock.step_at(t))
         return cls(np.array([0.0, t]), np.array([variance / count]), np.zeros(1))
 
     def on(self, edges: FloatArray, alone: Sequence[float] = ()) -> tuple[FloatArray, FloatArray]:
-        """Return walk and noise on intervals, each within one segment: [K + 1] to [K] each.
+        """Return walk and noise on intervals, each within one segment; the outer segments extend: [K + 1] to [K] each.
 
-        The first and the last segment extend beyond their outer edges. The intervals that end at the times `alone` are
-        single steps with much of an average's mass, as of a checkpoint: there noise is the scatter of one value.
+        Intervals that end at the times `alone` are single steps with much of an average's mass, as of a checkpoint:
+        there noise is the scatter of one value.
         """
         middle = (edges[:-1] + edges[1:]) / 2
         segment = np.clip(np.searchsorted(self.edges, middle, side="right") - 1, 0, self.walk.size - 1)
@@ -344,14 +339,10 @@ def fit_motion(
 
     which never increases the sum. The proportion of scatter, in which the model is linear too, is updated alike.
 
-    Arguments:
-        start: time of the first update.
-        times: snapshot times; those after `start` bound the segments.
-        pairs: distances above 0, at least one, none of one profile. With enough of them noise is fitted, too: it makes
-            successive intervals differ more than a walk does.
-        may_have_noise: False where all distances carry the same information about an interval.
-        ordinary: times of ordinary averages beside which checkpoints stand. With any, checkpoints may scatter, in one
-            proportion to the walk from one such time to the next.
+    `start` is the time of the first update; the snapshots' `times` after it bound the segments. `pairs` are at least
+    one, above 0, none of one profile. With enough of them noise is fitted, too, unless all carry the same information
+    about an interval: it makes successive intervals differ more than a walk does. Beside `ordinary` averages, at these
+    times, checkpoints may scatter, in one proportion to the walk from one such time to the next.
     """
     edges = _evenly_chosen(np.unique([start, *(t for t in times if t > start)]), MOST_SEGMENTS + 1)
     if edges.size == 1:
@@ -391,17 +382,15 @@ def fit_motion(
 
 
 def influences(edges: FloatArray, pairs: Sequence[Pair], steps: Steps | None) -> tuple[FloatArray, ...]:
-    """Return the contributions to each measured distance, relative to it.
-
-    These are a walk, a noise and a scatter of intensity 1 on each segment between `edges` alone, [pairs, segments]
-    each, and rounding, [pairs].
+    """Return the contributions to each measured distance, relative to it: a walk, a noise and a scatter of intensity 1
+    on each segment between `edges` alone, [pairs, segments] each, and rounding, [pairs].
     """
     place: dict[StoredProfile, int] = {}
     columns = [[place.setdefault(p, len(place)) for p in (later, each.other)] for later, each in pairs]
     nodes = Nodes(edges, list(place), steps)
     first = np.searchsorted(nodes.edges, edges[:-1])
     segment = np.searchsorted(first, nodes.interval, side="right") - 1
-    tails, masses = nodes.tails(list(place)), nodes.masses(list(place))
+    tails, masses = (nodes.columns(list(place), mass) for mass in (False, True))
     walk, noise, scatter = np.zeros((3, len(pairs), edges.size - 1))
     for row, ((profile, each), (later, earlier)) in enumerate(zip(pairs, columns, strict=True)):
         for kind, values in ((walk, tails), (noise, masses)):
@@ -441,16 +430,13 @@ class Sketch:
         |error|^2 = |sum_k g_k m_k|^2 ~ |sum_k g_k x_k|^2 = |sum_k G_k (x_k+1 - x_k)|^2,    G = sum_i c_i tail_i - tail,
 
     with G at the ends of the windows. That assumes that G is linear within a window: the shorter the windows, the more
-    exact it is. Within window k, G departs from the line by b_k in the mean, and the motion there is inferred from its
-    neighbours. Steady motion, from the previous window to the next one, adds b_k times itself to the error. The rest is
-    unseen: motion that the neighbours do not predict, as of a walk, and the part of the window's spread that is not
-    steady motion, as of noise.
+    exact it is. Within window k, G departs from the line by b_k in the mean. Steady motion, from the previous window to
+    the next one, adds b_k times itself to the error. The rest is unseen: motion that the neighbours do not predict, as
+    of a walk, and the part of the window's spread that is not steady motion, as of noise.
 
-    Attributes:
-        edges: the time of the first update, then that of the last update in each window: shape [K + 1].
-        folds: the number of folds in each window: shape [K].
-        means: projected mean of each window: shape [K, D].
-        spread: mean squared distance of the folds' weights from their window's mean: shape [K].
+    `edges` are the times of the first update and of the last one in each window, [K + 1]; of each window `folds` is the
+    number of folds, [K], `means` the projected mean, [K, D], and `spread` the mean squared distance of the folds'
+    weights from it, [K].
     """
 
     edges: FloatArray
@@ -459,10 +445,7 @@ class Sketch:
     spread: FloatArray
 
     def measured(self, profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        """Return a column per profile whose combinations are errors: projected, [D, n], and unseen, [K + 2, n].
-
-        The projected columns are the averages, relative to the weights of the first window.
-        """
+        """Return a column per profile whose combinations are errors: projected, [D, n], and unseen, [K + 2, n]."""
         tails = np.stack([profile.tail(self.edges) for profile in profiles], axis=1)
         place = (np.arange(_POINTS) + 0.5) / _POINTS
         times = (self.edges[:-1, None] + np.diff(self.edges)[:, None] * place).ravel()
@@ -588,12 +571,9 @@ values are evenly distributed, the mean square of m in [1, 2) is 3 / (2 ln 2).
 
 @dataclass(frozen=True)
 class Measurements:
-    """The measurements of one stored average; for a large model estimates from one subset of the elements.
+    """The squared norms of an exact average and of what its stored copy differs by; estimates for a large model.
 
-    Attributes:
-        norm: squared norm of the exact average.
-        rounding: squared norm of the difference between the stored copy and the exact average.
-        distances: to other averages, where both were sampled from files; headers hold none.
+    `distances` are to other averages, where both were sampled from files; headers hold none.
     """
 
     norm: float
@@ -603,10 +583,9 @@ class Measurements:
 
 @dataclass(frozen=True)
 class StoredAverage:
-    """A stored average and its measurements.
+    """A stored average of so many updates, and its measurements.
 
     Attributes:
-        updates: number of updates in the average.
         eps: distance from 1 to the next number of the accumulator's dtype.
         inherited: expected squared error that remains from rounded snapshots from which the run was resumed.
         gammas: exponents of all profiles that share means with this one; empty if its means have its own weights.
@@ -653,7 +632,9 @@ class Prior:
         arithmetic: variance of each average from the arithmetic of its updates.
         norm: squared norm of each average.
         source: where the numbers come from: "measured" while training, "sampled" from the files, or "assumed".
-        doubt: how badly the motion explains the measured distances, see `_doubt`.
+        doubt: how badly the motion explains the distances: the root mean square of log(measured / expected). A walk
+            with noise explains those of ordinary training within a few per cent; if the path oscillates, or is smooth
+            between snapshots, some are many times larger than expected, and others smaller.
         shared: errors that averages have in common, as independent components: shape [n, components].
         passed_on: the share of the rounding error of copy i that average j inherited, since the run was resumed from
             the copy: shape [n, n].
@@ -692,27 +673,26 @@ class Prior:
         return replace(self, source=SAMPLED) if self.source == MEASURED else self
 
     def stretched(self, steps: float, t: float, norm: float) -> Motion:
-        """Return the motion of a run with `steps` steps that takes the path up to `t`, relative to a squared norm.
-
-        The increments over dn steps have the variance v dn, so that v shrinks as the number of steps grows. Densities
-        shrink, too, and integral w p^2 dn with them, so that w grows.
-        """
+        """Return the motion of a run with `steps` steps that takes the path up to `t`, relative to a squared norm."""
         motion = self.motion
         edges = motion.edges if self.steps is None else self.steps.clock.step_at(motion.edges)
         factor = steps / (t if self.steps is None else float(self.steps.clock.step_at(t)))
         # The new run moves from its start, even if the averages of this run began later.
         edges = np.concatenate(([0.0], edges[1:] * factor))
+        # Increments over dn steps have the variance v dn, so that v shrinks as the number of steps grows. Densities
+        # shrink, too, and integral w p^2 dn with them, so that w grows.
         return Motion(edges, motion.walk / (factor * norm), motion.noise * factor / norm)
 
 
 def assumed_prior(snapshots: Sequence[StoredProfile], rounding: float = 0.0, motion: Motion | None = None) -> Prior:
-    """Return the prior of planned or unmeasured snapshots, relative to the norm.
-
-    `rounding` is the root mean square error of a stored copy; `motion` is an even walk by default.
-    """
+    """Return the prior of planned or unmeasured snapshots, relative to the norm; `rounding` is root mean square."""
     ones = np.ones(len(snapshots))
     motion = motion or Motion.even(max(p.t for p in snapshots))
     return Prior(motion, rounding**2 * ones, 0 * ones, ones, ASSUMED)
+
+
+_NEGLIGIBLE = 1e-4
+"""Squared distance, relative to the largest one, below which its exact value hardly matters."""
 
 
 def measured_prior(
@@ -720,15 +700,13 @@ def measured_prior(
 ) -> Prior:
     """Return the prior from the measurements of a run's averages, or `assumed_prior` if any average has none.
 
-    The order of the averages affects only the order of the arrays. `sketch` covers the path up to the last average;
-    `uneven` is that of `Prior`.
+    The order of the averages affects only that of the arrays. `sketch` covers the path up to the last one.
     """
     profiles = [average.profile for average in averages]
     measured = [average.measurements for average in averages if average.measurements is not None]
     if not measured or len(measured) < len(averages):
         return assumed_prior(profiles)
-    norm = np.array([measurements.norm for measurements in measured])
-    rounding = np.array([measurements.rounding for measurements in measured])
+    norm, rounding = (np.array(each) for each in zip(*((m.norm, m.rounding) for m in measured), strict=True))
     counts, eps = np.array([(average.roundings, average.eps) for average in averages]).T
     arithmetic = norm * (ROUNDING * eps) ** 2 * counts
     in_order = sorted(range(len(averages)), key=lambda i: _order_of(profiles[i]))
@@ -746,7 +724,9 @@ def measured_prior(
         beside = discrete if every and any(isinstance(p, Point) for p in profiles) else []
         start, times = min(average.start for average in averages), [profile.t for profile in profiles]
         fitted, expected = fit_motion(start, times, pairs, steps, not discrete, beside)
-        doubt = _doubt(expected, np.array([each.squared for _, each in pairs]))
+        squares = np.array([each.squared for _, each in pairs])
+        least = _NEGLIGIBLE * squares.max()
+        doubt = float(np.sqrt(np.mean(np.log((squares * expected + least) / (squares + least)) ** 2))) / 2
         motion = fitted.with_forgotten(spacing_of(fitted.edges, discrete, steps))
     else:
         motion = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
@@ -758,9 +738,8 @@ def measured_prior(
 
 
 def misfit(averages: Sequence[StoredAverage]) -> float:
-    """Return how badly even the best motion explains the distances: the root mean square of log(measured / fitted).
-
-    Return nan with fewer than two distances above 0, and infinity where no motion can explain them.
+    """Return the root mean square of log(measured / expected) for the best motion; infinity where none explains the
+    distances, and nan with fewer than two of them.
     """
     measured = [(one.profile, one.measurements, 0.0) for one in averages if one.measurements is not None]
     pairs = _pairs(measured)
@@ -772,20 +751,6 @@ def misfit(averages: Sequence[StoredAverage]) -> float:
     _, expected = fit_motion(start, times, pairs, averages[0].steps)
     # Profiles that are equal have no distance, whatever the motion.
     return float(np.sqrt(np.mean(np.log(expected) ** 2))) if expected.all() else math.inf
-
-
-_NEGLIGIBLE = 1e-4
-"""Squared distance, relative to the largest one, below which its exact value hardly matters."""
-
-
-def _doubt(expected: FloatArray, measured: FloatArray) -> float:
-    """Return how badly a motion explains the distances: the root mean square of log(measured / expected).
-
-    A walk with noise explains the distances of ordinary training within a few per cent. If the path oscillates, or is
-    smooth between snapshots, some are many times larger than `expected` (relative to them), and others smaller.
-    """
-    least = _NEGLIGIBLE * measured.max()
-    return float(np.sqrt(np.mean(np.log((measured * expected + least) / (measured + least)) ** 2))) / 2
 
 
 def _shared(
@@ -871,8 +836,8 @@ def rounding_factor(
 ) -> FloatArray:
     """Return a matrix B such that B^T B is the covariance of the stored copies' errors: shape [n, n].
 
-    `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` holds the expected squared
-    distances of the averages, [n, n]; `uneven` is that of `Prior`.
+    `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` are expected squared
+    distances, [n, n].
     """
     root = np.sqrt(rounding)
     scale = root[:, None] * root
@@ -930,11 +895,11 @@ def inherited_factor(
 def error_after_rounding(error: float, rounding: float, spread: float, moved: float, share: float) -> float:
     """Return the expected squared error of an average that resumes from its stored copy, `error` before the rounding.
 
-    The values of a copy are representable in the storage dtype, so that the next rounding depends only on the
-    displacement from them: `share`, the mass of the values since the last resume, times the average's lag, of which the
-    same share is forgotten. Two consecutive displacements differ by 2 share times their square; where that is small,
-    the errors have one sign and add up. `rounding` is the squared error of the last rounding, `spread` its expectation
-    for arbitrary values; `moved` is the squared distance from the copy of the last resume.
+    A copy's values are representable in the storage dtype, so that the next rounding depends only on the displacement
+    from them: `share`, the mass of the values since the last resume, times the average's lag, of which the same share
+    is forgotten. Two consecutive displacements differ by 2 share times their square; where that is small, the errors
+    have one sign and add up. `rounding` is the last squared error, `spread` its expectation for arbitrary values, and
+    `moved` the squared distance from the copy of the last resume.
     """
     correlation = float(_correlation(np.array([2 * share * moved / spread]))[0]) if spread > 0 else 0.0
     return error + rounding + 2 * correlation * float(np.sqrt(error * rounding))

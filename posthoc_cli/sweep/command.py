@@ -46,12 +46,10 @@ class Records:
         for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
             try:
                 entry = json.loads(line)
-                if entry["question"] == self._question:
+                if entry["question"] == self._question and entry["trial"]["value"] is not None:
                     trial = Trial(**entry["trial"])
-                    numbers: Any = (trial.x, trial.value, trial.standard_error or 0.0)
-                    if isinstance(trial.seed, int) and all(abs(number) < 1e300 for number in numbers):
-                        trials[trial.x, trial.seed] = trial
-            except (ValueError, TypeError, KeyError, RecursionError):
+                    trials[trial.x, trial.seed] = trial
+            except (ValueError, TypeError, KeyError):
                 continue
         return [*trials.values()]
 

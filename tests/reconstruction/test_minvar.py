@@ -218,7 +218,7 @@ def test_a_rounding_that_averages_inherited_counts_in_each_of_them() -> None:
 
 
 @given(problems(), st.floats(1e-3, 1e6), st.floats(1e-6, 1e6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_units_of_time_and_of_weights_change_nothing(problem: Case, time: float, weights: float) -> None:
     """A walk has the unit of squares per time, noise that of squares times time."""
     snapshots, prior, target = problem
@@ -235,7 +235,7 @@ def test_units_of_time_and_of_weights_change_nothing(problem: Case, time: float,
 
 
 @given(problems(), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_target_that_is_stored_exactly_is_its_snapshot(problem: Case, data: st.DataObject) -> None:
     snapshots, prior, target = problem
     index = data.draw(st.sampled_from([i for i, p in enumerate(snapshots) if p.t == target.t]))
@@ -278,7 +278,7 @@ def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined() -> Non
 
 
 @given(problems(), st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_errors_after_losses_are_those_of_solving_without_the_lost(problem: Case, random: Any) -> None:
     """For the next loss of each remaining snapshot, after any number of losses."""
     snapshots, prior, target = problem
