@@ -380,7 +380,7 @@ def _targets_of(kind: str, text: str, accepted: str) -> list[Target]:
 
 
 def _ends(text: str, accepted: str) -> tuple[float, float]:
-    start, _, end = text.partition(":")
+    start, _, end = ("", "", "") if "%" in text else text.partition(":")  # times, no parts of training
     return float(_decimal(start, accepted)), float(_decimal(end, accepted))
 
 

@@ -80,8 +80,9 @@ def test_thinning_a_long_run_is_better_than_even_spacing(sigma_rels: tuple[float
     assert forecast(left, prior_of(left)).worst < forecast(even, prior_of(even)).worst
 
 
-@pytest.mark.parametrize("sigma_rel", [0.10, 0.05])
-@pytest.mark.parametrize("rates", [(1.0, 1.0), (1.0, 0.01), (0.01, 1.0)])
+@pytest.mark.parametrize(
+    ("sigma_rel", "rates"), [(0.10, (1.0, 1.0)), (0.05, (1.0, 1.0)), (0.10, (1.0, 0.01)), (0.05, (0.01, 1.0))]
+)
 def test_thinning_makes_nearly_the_best_choice_of_its_size(sigma_rel: float, rates: tuple[float, float]) -> None:
     """Compared with every choice of 3 of 16 snapshots with the newest among them."""
     snapshots = power_functions(range(1, 17), (sigma_rel,))

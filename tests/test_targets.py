@@ -83,6 +83,7 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
         (lambda: as_target("0.9"), "target", "for a decay of 0.9 per step use beta:0.9"),
         (lambda: as_target("half-life:70%"), "target", "target half-life:70%: must lie in (0, 69.31%)"),
         (lambda: as_target("between:50:20"), "target", "target between:50:20: must start at 0 or later"),
+        (lambda: as_target("between:5%:20%"), "target", "target between:5%:20%: must be START:END, two training times"),
         (lambda: Between(5, 2e6).profile(1e6, IMAGES, 1280.0), "target", "target between:5:2000000: ends after t"),
         (lambda: Between(0, 1e-300).profile(1e6, IMAGES, 1280.0), "target", "between:0:1e-300: must span at least"),
         (lambda: Window(10**4 + 1).profile(1e6, IMAGES, 1280.0), "target", "target window:10001: the run has 10,000"),

@@ -763,11 +763,10 @@ def _shared(
     rows, passed_on = [np.zeros((0, len(tracked)))], np.zeros((len(averages), len(averages)))
     inherited = np.array([average.inherited for average in averages])
     if inherited.any():
-        order = np.argsort(times, kind="stable")
-        ordered = np.array(tracked)[order]
-        factor, passed = inherited_factor(inherited[ordered], rounding[ordered], gammas[order], times[order])
-        passed_on[np.ix_(ordered, ordered)] = passed
-        rows.append(factor[:, np.argsort(order)])
+        factor, passed_on[np.ix_(tracked, tracked)] = inherited_factor(
+            inherited[tracked], rounding[tracked], gammas, times
+        )
+        rows.append(factor)
     largest = max((gamma for average in averages for gamma in average.gammas), default=0.0)
     steps = averages[-1].steps
     if sketch is not None and steps is not None and np.any(gammas < largest):
@@ -872,12 +871,13 @@ def inherited_factor(
     An average at t keeps the share (t_i / t)^(gamma + 1) of the error of an earlier average of its profile. If as much
     as the earlier one's rounding was added between the two, the run was resumed from that copy, and the rounding errors
     are the same: the second result R has the shares, R_ij of copy i in average j. The rest arose from copies that are
-    gone; B^T B is its covariance, with B the first result. Arguments are variances, exponents, and ascending times.
+    gone; B^T B is its covariance, with B the first result. Arguments are variances, exponents, and times.
     """
     factor, passed_on = np.zeros((2, times.size, times.size))
-    for profile in (np.flatnonzero(gamma == exponent) for exponent in np.unique(gamma)):
+    by_time = np.argsort(times, kind="stable")
+    for profile in (by_time[gamma[by_time] == exponent].tolist() for exponent in np.unique(gamma)):
         factor[profile[0], profile[0]] = np.sqrt(inherited[profile[0]])
-        for before, after in pairwise(profile.tolist()):
+        for before, after in pairwise(profile):
             share = (times[before] / times[after]) ** (gamma[after] + 1)
             kept, copied = share**2 * inherited[before], share**2 * rounding[before]
             part = share * np.sqrt(min(1.0, inherited[after] / kept)) if kept > 0 else 0.0

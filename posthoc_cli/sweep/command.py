@@ -153,20 +153,21 @@ class Sweep:
 
     def _check(self) -> None:
         """Raise an InvalidValueError that names an argument that cannot be used."""
-        value, reason, hint, cause = self.command or "(empty)", "", "", None
+        value, reason, hint = self.command or "(empty)", "", ""
         try:
             words = shlex.split(self.command)
         except ValueError as error:
-            words, reason, cause = [], f"cannot be split into words: {error}", error
-        if not reason and "{weights}" not in " ".join(words):
-            reason = "must contain {weights}, which becomes the path of the average"
-        elif not reason and self.metric.file is not None and "{dir}" not in self.command:
-            reason = "must contain {dir}, the folder that is searched for the file with the metric"
-        elif not reason and not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
-            value, reason = words[0], "its first word is neither a program on the PATH nor an executable file"
-            hint = "a script may need its interpreter first: python3"
+            reason = f"cannot be split into words: {error}"
+        else:
+            if not any("{weights}" in word for word in words):
+                reason = "must contain {weights}, which becomes the path of the average"
+            elif self.metric.file is not None and "{dir}" not in self.command:
+                reason = "must contain {dir}, the folder that is searched for the file with the metric"
+            elif not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
+                value, reason = words[0], "its first word is neither a program on the PATH nor an executable file"
+                hint = "a script may need its interpreter first: python3"
         if reason:
-            raise InvalidValueError("command", reason, hint, value=value) from cause
+            raise InvalidValueError("command", reason, hint, value=value)
         if self.out.exists() and not self.out.is_dir():
             raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
 
