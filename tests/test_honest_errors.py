@@ -261,11 +261,9 @@ def judged_files(
     return errors(found, truth), errors(published, truth), predicted
 
 
-@pytest.mark.parametrize("moved", [1e-6, 3e-5, 1e-4, 1e-2])
+@pytest.mark.parametrize("moved", [1e-6, 3e-5, 1e-4])
 def test_the_rounding_of_files_is_not_taken_for_motion(tmp_path: Path, moved: float) -> None:
-    """Where weights move less than float16 resolves, copies are rounded alike, and no combination is better than one;
-    if rounding counts as motion, predictions are half as large. In the last case motion dominates.
-    """
+    """The weights move less than float16 resolves; if rounding counts as motion, predictions are half as large."""
     random = np.random.default_rng(0)
     place = random.normal(size=SIZE)
     path = place + moved * np.cumsum(random.normal(size=(STEPS, SIZE)), axis=0) / STEPS**0.5
