@@ -285,7 +285,7 @@ class Run:
             InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, RankError.
         """
         from posthoc_cli.export.layouts import OutputOptions
-        from posthoc_cli.export.writing import Outputs, Ranks, write_shards
+        from posthoc_cli.export.writing import Outputs, Ranks
 
         wanted, asked, like = as_targets(targets), OutputOptions(**options), None
         if asked.like is not None:
@@ -300,7 +300,7 @@ class Run:
             with Ranks() as ranks:
                 with ranks.together():
                     planned = plan()
-                return write_shards(ranks, planned, outputs, progress)
+                return outputs.write(planned, progress, ranks)
         return with_consistent_plan(plan, functools.partial(outputs.write, progress=progress))
 
     # --- errors
