@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from factories import exact_weights
 
 from posthoc_cli import Run
 
@@ -82,9 +83,7 @@ def write(folder: Path, weights: np.ndarray, update: Average, dtype: torch.dtype
 
 def true_average(weights: np.ndarray, sigma_rel: float) -> np.ndarray:
     """Return the power function's sum over every step, in float64."""
-    roots = np.polynomial.Polynomial.fromroots([-2, -2, -3]) * sigma_rel**2 - np.polynomial.Polynomial([1, 1])
-    gamma = float(roots.roots().real.max())
-    return np.diff((np.arange(STEPS + 1) / STEPS) ** (gamma + 1)) @ weights
+    return exact_weights(sigma_rel, range(1, STEPS + 1)) @ weights
 
 
 def error_of(run: Run, sigma_rel: float = 0.15, prefix: str = "", weights: np.ndarray | None = None) -> Errors:
