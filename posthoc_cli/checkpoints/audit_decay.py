@@ -83,6 +83,12 @@ class Model:
         return not self.is_power and bool(self.rule.warm_up or self.rule.copies > 1)
 
     @property
+    def _rate(self) -> float:
+        """The rate of the value 1."""
+        is_factor = self.rises and self.claimed is not None
+        return -math.log(self.rule.decay) / self.every if is_factor else 1.0
+
+    @property
     def warm_up(self) -> str:
         """The warm-up, as `ImportSettings.ema_warmup` names it; empty without one."""
         usual = self.rule.warm_up != "power" or self.rule.power == POWER
@@ -122,9 +128,7 @@ class Model:
         """Return the time constant after a warm-up, or the sigma_rel."""
         if self.is_power:
             return sigma_rel_from_gamma(value - 1) if value > 1 else 12**-0.5
-        is_factor = self.rises and self.claimed is not None
-        rate = value * -math.log(self.rule.decay) / self.every if is_factor else value
-        return self.every / -math.expm1(-rate * self.every) if rate else math.inf
+        return self.every / -math.expm1(-value * self._rate * self.every) if value else math.inf
 
     def parameter(self, value: float) -> float:
         """Return the decay of one update after a warm-up, or the sigma_rel."""
@@ -145,8 +149,7 @@ class Model:
             return np.geomspace(1.0, 2000.0, 60)
         span = intervals.end[-1] - intervals.begin[0]
         shortest = max(float((intervals.end - intervals.begin).min()) / 100, self.every / 20)
-        rates = np.geomspace(0.01 / span, 1 / shortest, 60)
-        return rates * (self.length(1.0) if self.rises and self.claimed is not None else 1)
+        return np.geomspace(0.01 / span, 1 / shortest, 60) / self._rate
 
 
 @functools.lru_cache(maxsize=8)

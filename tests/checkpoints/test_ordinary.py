@@ -243,7 +243,7 @@ def test_an_ordinary_ema_makes_other_lengths(library: Callable[[Path], dict[str,
     assert len([one for one in run.sources if not isinstance(one.profile, Point)]) == len(TIMES)
     check(run)
     if library is not plain:
-        assert all("as claimed" in check for check in done.checks), done.checks
+        assert all("as claimed" in line for line in done.checks), done.checks
 
 
 def test_the_decay_is_found(tmp_path: Path, ema: Ema, caplog: pytest.LogCaptureFixture) -> None:
