@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench_synthesis import peak_memory, write_sparse_snapshots
 from checking import assert_same_tensors
 from factories import RUN_ID, flip_bit, write_snapshot
 from safetensors.torch import load_file
-from synthesis_cases import peak_memory, write_sparse_snapshots
 
 from posthoc_cli import Between, PostHocEMA, disk_sources
 from posthoc_cli.errors import FileFormatError, NonFiniteError, WriteError

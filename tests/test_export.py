@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from contextlib import nullcontext
@@ -17,7 +18,6 @@ from factories import (
     exact_gamma,
     flip_bit,
     read_snapshot,
-    refuse_for_space,
     write_sharded,
     write_snapshot,
     write_tensors,
@@ -25,7 +25,7 @@ from factories import (
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import call_number, failing
 
-from posthoc_cli import Run, files, resources
+from posthoc_cli import Run, resources
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -347,7 +347,7 @@ def test_a_folder_that_holds_other_files_is_not_replaced(
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("layout", OUTPUTS)
 def test_a_damaged_source_or_base_or_a_full_disk_leaves_all_files_as_they_were(
-    tmp_path: Path, layout: str, existing: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, layout: str, existing: bool
 ) -> None:
     out = tmp_path / OUTPUTS[layout]
     good = write_output(tmp_path / "good.safetensors", {"a": torch.zeros(10), "z": torch.ones(99)}, ())
@@ -360,8 +360,7 @@ def test_a_damaged_source_or_base_or_a_full_disk_leaves_all_files_as_they_were(
         with pytest.raises(FileFormatError, match=r"bad\.safetensors: tensor .* is damaged"):
             export_file(source, out, base=base, overwrite=existing, max_shard_size=SIZE.get(layout))
         assert tree(tmp_path) == before
-    monkeypatch.setattr(files.system, "write", refuse_for_space)
-    with pytest.raises(WriteError, match="no space left"):
+    with failing("write", errno.ENOSPC), pytest.raises(WriteError, match="no space left"):
         export_file(good, out, overwrite=existing)
     assert tree(tmp_path) == before
 
@@ -379,12 +378,9 @@ def test_an_interruption_of_a_pt_file_stays_an_interruption_and_leaves_nothing(t
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(files, "temporary_path", lambda _: tmp_path / "file/x")
-    with pytest.raises(WriteError, match=f"{tmp_path}/out: cannot be written: not a directory"):
+def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(tmp_path: Path, run: Run) -> None:
+    refused = pytest.raises(WriteError, match=f"{tmp_path}/out: cannot be written: no space left")
+    with failing("make_directory", errno.ENOSPC), refused:
         run.write(0.2, tmp_path / "out", layout="dcp")
 
 
