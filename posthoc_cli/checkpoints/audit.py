@@ -23,6 +23,7 @@ from posthoc_cli.snapshots.sources import ElementRange, Source, expected_roundin
 _MOST_ELEMENTS, _PIECES = 100_000, 32  # most elements in the sample; least pieces of tensors if it has enough elements
 _SLACK = 1.1  # largest factor between the found and the claimed length of an average that is as claimed
 _FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
+_AWAY = 0.7  # least cosine between the motion and the distance to the weights of an average that moves away from them
 _SHORTEST = 0.1  # smallest length that can be determined, as a share of the time between two checkpoints
 _ALL = 0.999  # share of equal elements that counts as all elements
 _CLEARLY = 0.5  # an explanation is clearly better if its residual is below this share of another one's
@@ -267,7 +268,9 @@ def _judge(case: _Case) -> Audit:
     if not fit.model.is_power and unexplained and np.median(unexplained) > _FOREIGN:
         text = "the weights at these checkpoints do not explain how the average moves between them: they forget faster"
         text += " than checkpoints are apart, or are of another run"
-        if (case.rows.gram[..., 0, 1] > case.rows.gram[..., 1, 1]).mean() > 0.5:
+        gram = case.rows.gram.sum(axis=1)
+        away, moved = gram[:, 0, 1] - gram[:, 1, 1], gram[:, 0, 0] + gram[:, 1, 1] - 2 * gram[:, 0, 1]
+        if np.median(away / np.sqrt((gram[:, 1, 1] * moved).clip(1e-300))) > _AWAY:
             text = "the average moves away from the weights, as if the sign of its update were wrong"
         return replace(audit, text=text)
     if lost := tuple(dict.fromkeys(np.array(case.tensors)[case.still | case.equal].tolist())):
