@@ -94,7 +94,7 @@ def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
     """700,000 empty tensors once took minutes."""
     text = b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(200_001))
     path = craft(tmp_path / "a.safetensors", b"{%b}" % text)
-    message = f"{path}: its header names 200,001 tensors; at most 200,000 are read"
+    message = f"{path}: its header names 200,001 tensors; at most 200,000 are allowed"
     with pytest.raises(FileFormatError, match=re.escape(message)):
         read_file(path)
 
