@@ -371,15 +371,10 @@ def ungrouped(lists: Mapping[str, Sequence[str]]) -> dict[str, TrackedTensor]:
     """Return the tensors of these lists of names by role and dtype; raise ValueError if they are invalid."""
     tensors = dict[str, TrackedTensor]()
     for words, names in lists.items():
-        tensors |= dict.fromkeys(names, _tracked(words))
+        role, _, dtype = words.partition(" ")
+        tensors |= dict.fromkeys(names, converted({"role": role, "dtype": dtype}, TrackedTensor))
     _check(len(tensors) == sum(map(len, lists.values())), "without a name twice", lists)
     return tensors
-
-
-@lru_cache
-def _tracked(words: str) -> TrackedTensor:
-    role, _, dtype = words.partition(" ")
-    return cast(TrackedTensor, converted({"role": role, "dtype": dtype}, TrackedTensor))
 
 
 def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
@@ -402,8 +397,7 @@ def decode(file: TensorFile, kind: str, form: type[T]) -> T:
     not signatures.
     """
     if file.kind != kind:
-        why = "has no header of it" if file.kind is None else f"its kind is {shown(file.kind)}"
-        problem = f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {why}"
+        problem = f"not {'an' if kind == 'output' else 'a'} {kind} of this package"
     elif (known := file.content.get("format")) != FORMAT:
         problem = f"its format is {shown(known)}; this release reads {FORMAT}"
     else:
@@ -421,13 +415,13 @@ def kinds_of(form: Any) -> dict[str, Any]:
 
 
 def converted(value: Any, kind: Any) -> Any:
-    """Convert a JSON value to an annotated type: lists to tuples or arrays, objects to dataclasses, by their fields.
+    """Convert a JSON value to an annotated type: lists to tuples, objects to dataclasses, by their fields.
 
     Raises ValueError, which says what is expected. Numbers must be finite and at least 0, and satisfy the annotation's
     `Rule`. Keys that a dataclass does not have are ignored: they come from later releases.
     """
     if kind in _PLAIN:
-        accepts, words, _ = _PLAIN[kind]
+        accepts, words = _PLAIN[kind]
         _check(accepts(value), words, value)
         return float(value) if kind is float else value
     if kind is Any:
@@ -442,32 +436,27 @@ def converted(value: Any, kind: Any) -> Any:
         return result
     if type(None) in args:
         return None if value is None else converted(value, args[0])
-    if origin is np.ndarray:
-        return np.array(converted(value, tuple[float, ...]), dtype=np.float64)
     if origin is tuple:
-        item, is_endless = args[0], args[-1] is ...
-        _, _, words = _PLAIN.get(item, ("", "", "lists or objects")) if is_endless else ("", "", str(len(args)))
-        _check(isinstance(value, list | tuple) and (is_endless or len(value) == len(args)), f"a list of {words}", value)
-        if is_endless and item in _PLAIN:
-            _check(all(map(_PLAIN[item][0], value)), f"a list of {words}", value)
-            return tuple(map(float, value)) if item is float else tuple(value)
-        return tuple(map(converted, value, [item] * len(value) if is_endless else args))
+        is_endless = args[-1] is ...
+        fits = isinstance(value, list | tuple) and (is_endless or len(value) == len(args))
+        _check(fits, "a list" if is_endless else f"a list of {len(args)}", value)
+        if is_endless and args[0] in _PLAIN:
+            accepts, words = _PLAIN[args[0]]
+            _check(all(map(accepts, value)), f"a list, each {words}", value)
+            return tuple(map(float, value)) if args[0] is float else tuple(value)
+        return tuple(map(converted, value, args[:1] * len(value) if is_endless else args))
     _check(isinstance(value, dict), "a JSON object", value)
-    if not is_dataclass(kind):
-        return {name: _member(value, name, args[1]) for name in value}
-    form: Any = kind
-    for each in fields(form):
+    form: Any = kind if is_dataclass(kind) else None
+    for each in fields(form) if form else ():
         if each.name not in value and each.default_factory is MISSING and (each.default is MISSING or each.default):
             raise ValueError(f"{each.name}: is missing")
-    members = {name: member for name, member in kinds_of(form).items() if name in value}
-    return form(**{name: _member(value, name, member) for name, member in members.items()})
-
-
-def _member(value: Mapping[str, Any], name: str, kind: Any) -> Any:
-    try:
-        return converted(value[name], kind)
-    except ValueError as error:
-        raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
+    result = {}
+    for name, member in (kinds_of(form) if form else dict.fromkeys(value, args[-1])).items():
+        try:
+            result |= {name: converted(value[name], member)} if name in value else {}
+        except ValueError as error:
+            raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
+    return form(**result) if form else result
 
 
 def _check(is_right: bool, words: str, value: Any) -> None:
@@ -480,14 +469,10 @@ def is_whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-_PLAIN: dict[Any, tuple[Callable[[Any], bool], str, str]] = {
-    bool: (lambda value: isinstance(value, bool), "true or false", "true or false"),
-    str: (lambda value: isinstance(value, str), "a string", "strings"),
-    int: (is_whole, "a whole number, at least 0", "whole numbers, at least 0"),
-    float: (
-        lambda value: is_number(value) and value >= 0,
-        "a finite number, at least 0",
-        "finite numbers, at least 0",
-    ),
+_PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    str: (lambda value: isinstance(value, str), "a string"),
+    int: (is_whole, "a whole number, at least 0"),
+    float: (lambda value: is_number(value) and value >= 0, "a finite number, at least 0"),
 }
-"""The plain types of JSON values, each with a test and its description in the singular and the plural."""
+"""The plain types of JSON values, each with a test and its description."""

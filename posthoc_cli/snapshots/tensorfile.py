@@ -194,20 +194,14 @@ def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
     Chunks of a mesh are the cells of a grid: each dimension is cut into intervals, and every combination occurs once.
     Chunks without elements are ignored.
     """
-    filled, size = [chunk for chunk in chunks if chunk.size], math.prod(shape)
-    if any(last > length for chunk in filled for last, length in zip(chunk.end, shape, strict=True)):
-        return "a chunk reaches beyond the tensor"
-    if not size:
-        return None if chunks else "has no chunk"
+    filled = [chunk for chunk in chunks if chunk.size]
     cuts = [sorted({(chunk.offset[axis], chunk.end[axis]) for chunk in filled}) for axis in range(len(shape))]
-    is_cut = all(
-        [0, *(end for _, end in cut)] == [*(begin for begin, _ in cut), length]
-        for length, cut in zip(shape, cuts, strict=True)
-    )
-    if is_cut and len({*filled}) == len(filled) == math.prod(map(len, cuts)):
+    is_covered = len({*filled}) == len(filled) == math.prod(len(cut) for cut in cuts)
+    for length, cut in zip(shape, cuts, strict=True):
+        is_covered = is_covered and [0, *(end for _, end in cut)] == [*(begin for begin, _ in cut), length]
+    if chunks and (is_covered or (not filled and 0 in shape)):
         return None
-    overlap = len({*filled}) < len(filled) or sum(chunk.size for chunk in filled) > size
-    return "chunks overlap" if overlap else "elements are missing"
+    return "its chunks do not hold each element exactly once"
 
 
 # --- opening files
@@ -351,7 +345,7 @@ class TensorFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     content: Mapping[str, Any] = field(default_factory=dict)
     checksum: str = ""
-    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)  # type: ignore[valid-type]
+    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
     _file: OpenedFile | None = field(default=None, init=False, repr=False)
     _users: int = field(default=0, init=False, repr=False)
     _reordered: tuple[str, npt.NDArray[np.uint8]] | None = field(default=None, init=False, repr=False)

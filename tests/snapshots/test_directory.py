@@ -244,7 +244,7 @@ def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -
     for make in (lambda: superseded.symlink_to(elsewhere), lambda: superseded.write_text("mine")):
         superseded.unlink(missing_ok=True)
         make()
-        with pytest.raises(DirectoryError, match=f"^{superseded}: is a link or no directory; .* move it away"):
+        with pytest.raises(DirectoryError, match=f"^{superseded}: is a link or no directory, .*; move it away"):
             set_aside(stored(tmp_path / "run"))
     assert times_in(tmp_path / "run") == [10, 20]
     superseded.unlink()

@@ -172,7 +172,7 @@ SNAPSHOT = {
         ('{"norm":-1,"rounding":0}', "norm: must be a finite number, at least 0, not -1"),
         ('{"norm":1e999,"rounding":0}', "norm: must be a finite number, at least 0, not inf"),
     ],
-    "sigma_rels": [("[]", "must be a list of numbers"), ("[true]", "must be a list of finite numbers")],
+    "sigma_rels": [("[]", "must be a list of numbers"), ("[true]", "must be a list, each a finite number")],
     "clock": [("[4,10]", "must be a list of 2"), (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000")],
     "kind": [('"output"', "profile: is missing"), ('"elsewhere"', "does not know 'elsewhere'")],
 }  # fmt: skip

@@ -231,7 +231,7 @@ class Watched(files.FileSystem):
 
     def does(self, name: str, *arguments: Any) -> Any:
         """Do the operation with this name."""
-        return None if name.startswith("fsync") else getattr(files.FileSystem, name)(self, *arguments)
+        return None if name.startswith("fsync") else getattr(super(), name)(*arguments)
 
     open_new, open, close, list = _watched("open_new"), _watched("open"), _watched("close"), _watched("list")
     read, write, fsync = _watched("read"), _watched("write"), _watched("fsync")
