@@ -63,22 +63,16 @@ STILL_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Directory:
-    """The names in a directory, sorted, and once its headers are read, what they say.
-
-    Attributes:
-        snapshots: complete snapshots by time, then sigma_rel.
-        problems: what is wrong: unreadable headers, and snapshots that contradict each other.
-        notes: lines about unusual entries.
-        incomplete: folders that lack parts of a snapshot, left by an interrupted training or still being written, each
-            with the parts that exist, in words.
-    """
+    """The names in a directory, sorted, and once its headers are read, what they say."""
 
     path: Path
     entries: tuple[Path, ...] = ()
-    snapshots: tuple[Snapshot, ...] = ()
-    problems: tuple[PostHocError, ...] = ()
-    notes: tuple[str, ...] = ()
-    incomplete: Mapping[Path, str] = field(default_factory=dict)
+    snapshots: tuple[Snapshot, ...] = ()  # complete ones, by time, then sigma_rel
+    problems: tuple[PostHocError, ...] = ()  # unreadable headers, and snapshots that contradict each other
+    notes: tuple[str, ...] = ()  # lines about unusual entries
+    incomplete: Mapping[Path, str] = field(
+        default_factory=dict
+    )  # folders that lack parts, with those they have in words
 
     @property
     def files(self) -> list[Path]:

@@ -176,51 +176,23 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
 class Snapshot(Source):
     """A snapshot: the content of its header, and the files that hold its tensors.
 
-    The header's "ema" is a JSON object of the attributes up to `session`, see `tensorfile`; those equal to their
-    defaults are left out, and unknown ones are ignored. Dataclasses are objects, tuples lists. Numbers are finite,
-    round-trip to the same float64 and, but for `gamma`, are not negative.
+    The header's "ema" is a JSON object of the fields up to `session`, see `tensorfile`; those equal to their defaults
+    are left out, and unknown ones are ignored. Dataclasses are objects, tuples lists. Numbers are finite, round-trip to
+    the same float64 and, but for `gamma`, are not negative. Some fields need more words than fit beside them:
 
-    Attributes:
-        run_id: 32 hexadecimal digits; equal in all snapshots of a run, and in no others.
-        sigma_rel: width of the profile, as the user gave it.
-        gamma: exponent of the profile.
-        sigma_rels: the widths of all profiles that the run tracks, increasing.
-        t: training time of the average.
-        t_unit: what `t` counts: "steps", "images", ...
-        step: number of `update_` calls up to `t`.
-        t_first: time of the first update; the profile's mass before it applies to the values of that time.
-        max_interval: the longest interval between two updates since `t_first`.
-        schedule: the tracker's settings; `sigma_range` is what snapshots are kept for.
-        tensors: the role of each tensor and its dtype in the model. "average": the weighted mean of a tensor;
-            "statistic": the same of BatchNorm's running mean or variance, which is not a weight; "copy": the value at
-            `t`. Averages may be stored in another dtype: `checkpoint_dtype`, or F32 if that cannot hold a value.
-            In the header: lists of names by role and dtype, such as {"average F32": ["w", "b"], "copy I64": ["n"]}.
-        aliases: further names of tensors, each with the name under which it is stored (tied parameters).
-        left_out: names in the model's state that the run does not track.
-        selection: which tensors the run tracks.
-        skip_nonfinite: whether the run skips updates with a nan or an infinity.
-        clock: pairs of a step and its time, both increasing, up to (step, t); at most 1,000. From step 0 at time 0 to
-            the first, and between two, all steps are equally long, up to a tolerance: half a step where 256 pairs
-            suffice for that. Empty if `t` is always the step.
-        updates: number of updates in the average.
-        inherited: expected squared norm of the error that remains in the average from the rounding of the snapshots
-            that the run was resumed from.
-        off_schedule: whether it lies between the times of the schedule (at the end of training, or on request). Later
-            snapshots on the schedule do not depend on it.
-        measurements: float64 sums over the elements of all averages in the file (not of statistics and copies), for a
-            large model estimated from a sample of elements. `norm` sums the squares of the exact average, `rounding`
-            those of (stored - exact).
-        sample: base64 of little-endian float32 values: for the elements that `path.places` names the network's values
-            at the last update, then as many of the exact average. A part has those in its chunks.
-        sketch: base64 of random projections of the network's path up to `t`, see `path`.
-        part: (3, 8) in the third of eight parts of a snapshot.
-        chunks: for each tensor of a part the shape of the complete tensor, and the place of the chunk's first element.
-        mesh: {"shape": [2, 4], "names": ["dp", "tp"] or null}: the device mesh, for information.
-        session: in a part: the start of the training process that wrote it, in nanoseconds of a clock; parts of
-            different sessions never form a snapshot.
-        path: the file, or the folder of the parts.
-        files: the files that hold the tensors, each with the boxes that it holds.
-        entries: dtype and complete shape of each stored tensor.
+    tensors: the role of each tensor and its dtype in the model. "average": the weighted mean of a tensor; "statistic":
+        the same of BatchNorm's running mean or variance, which is not a weight; "copy": the value at `t`. Averages may
+        be stored in another dtype: `checkpoint_dtype`, or F32 if that cannot hold a value. In the header: lists of
+        names by role and dtype, such as {"average F32": ["w", "b"], "copy I64": ["n"]}.
+    clock: pairs of a step and its time, both increasing, up to (step, t); at most 1,000. From step 0 at time 0 to the
+        first, and between two, all steps are equally long, up to a tolerance: half a step where 256 pairs suffice for
+        that. Empty if `t` is always the step.
+    measurements: float64 sums over the elements of all averages in the file (not of statistics and copies), for a large
+        model estimated from a sample. `norm` sums the squares of the exact average, `rounding` of (stored - exact).
+    sample: base64 of little-endian float32 values: for the elements that `path.places` names the network's values at
+        the last update, then as many of the exact average. A part has those in its chunks.
+    session: in a part the start of the training process that wrote it, in nanoseconds of a clock; parts of different
+        sessions never form a snapshot.
 
     A snapshot of a model that several processes hold in chunks is a folder with the name of the file, without the
     suffix. Each process that owns a chunk writes one file to it, `part-00003-of-00008.safetensors`, a snapshot of its
@@ -231,35 +203,35 @@ class Snapshot(Source):
     DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} sorted by name, and DCP_VERSION "1.0".
     """
 
-    run_id: RunId
-    sigma_rel: float
-    gamma: Annotated[float, ANY_SIGN]
-    sigma_rels: Widths
+    run_id: RunId  # 32 hexadecimal digits; equal in all snapshots of a run, and in no others
+    sigma_rel: float  # width of the profile, as the user gave it
+    gamma: Annotated[float, ANY_SIGN]  # exponent of the profile
+    sigma_rels: Widths  # of all profiles that the run tracks, increasing
     t: Time
-    t_unit: Unit
-    step: int
-    t_first: Time
-    max_interval: float
-    schedule: TrackingSchedule
+    t_unit: Unit  # what `t` counts: "steps", "images", ...
+    step: int  # number of `update_` calls up to `t`
+    t_first: Time  # of the first update; the profile's mass before it applies to the values of that time
+    max_interval: float  # the longest interval between two updates since `t_first`
+    schedule: TrackingSchedule  # the tracker's settings; `sigma_range` is what snapshots are kept for
     tensors: Tensors
-    aliases: dict[str, str] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-    selection: Selection | None = None
-    skip_nonfinite: bool = False
+    aliases: dict[str, str] = field(default_factory=dict)  # of tied parameters: further name -> stored name
+    left_out: tuple[str, ...] = ()  # names in the model's state that the run does not track
+    selection: Selection | None = None  # which tensors the run tracks
+    skip_nonfinite: bool = False  # whether the run skips updates with a nan or an infinity
     clock: Knots = ()
-    updates: int | None = None
-    inherited: float = 0.0
-    off_schedule: bool = False
+    updates: int | None = None  # number of updates in the average
+    inherited: float = 0.0  # expected squared norm of the error from the rounding of snapshots it was resumed from
+    off_schedule: bool = False  # written at the end or on request; later ones on the schedule do not depend on it
     measurements: Measurements | None = None
     sample: SampleText = ""
-    sketch: SketchText = ""
-    part: Part | None = None
-    chunks: dict[str, Chunk] = field(default_factory=dict)
-    mesh: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    sketch: SketchText = ""  # base64 of random projections of the network's path up to `t`, see `path`
+    part: Part | None = None  # (3, 8) in the third of eight parts
+    chunks: dict[str, Chunk] = field(default_factory=dict)  # of a part: each tensor's complete shape, and its place
+    mesh: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)  # {"shape": [2, 4], "names": ["dp", "tp"]}
     session: int = 0
-    path: Path = field(default_factory=Path, compare=False)
-    files: tuple[TensorFile, ...] = field(default=(), compare=False)
-    entries: Mapping[str, Entry] = field(default_factory=dict, compare=False)
+    path: Path = field(default_factory=Path, compare=False)  # the file, or the folder of the parts
+    files: tuple[TensorFile, ...] = field(default=(), compare=False)  # each with the boxes that it holds
+    entries: Mapping[str, Entry] = field(default_factory=dict, compare=False)  # dtype and complete shape
 
     @property
     def identity(self) -> str:

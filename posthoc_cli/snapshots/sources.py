@@ -94,43 +94,25 @@ class Source(ABC):
     """A stored average: a snapshot, a checkpoint of another program, or a live average. Any thread may read it.
 
     As a context manager it keeps its files open; they must be those whose headers were read.
-
-    Attributes:
-        path: the file or folder.
-        files: the files that together hold its tensors; none of a live average.
-        entries: the dtype and the shape of each stored tensor.
-        profile: a power function, one checkpoint (`Point`), or known times (`Discrete`).
-        run_id: 32 hexadecimal digits, the same for all sources of a run.
-        t: training time of the average.
-        t_unit: what `t` counts.
-        step: training step at `t`.
-        sigma_rel: the width that the average was tracked for; 0 for other averages.
-        t_first: the earliest time with mass in averages of the run, as far as this source shows.
-        tensors: role and model dtype of each stored tensor.
-        aliases: further names of tensors, each with the name under which the tensor is stored.
-        left_out: names in the model's state that were not tracked.
-        measurements: the measurements of the average; None if they must be estimated.
-        sketch: the path of the weights up to `t`, see `path.encode_path`; empty if unknown.
-        sample: elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown.
     """
 
     word = "snapshot"
-    path: Path
-    files: tuple[TensorFile, ...]
-    entries: Mapping[str, Entry]
-    profile: StoredProfile
-    run_id: str
+    path: Path  # the file or folder
+    files: tuple[TensorFile, ...]  # those that together hold its tensors; none of a live average
+    entries: Mapping[str, Entry]  # dtype and complete shape of each stored tensor
+    profile: StoredProfile  # a power function, one checkpoint (`Point`), or known times (`Discrete`)
+    run_id: str  # 32 hexadecimal digits, the same for all sources of a run
     t: float
     t_unit: str
     step: int
-    sigma_rel: float
-    t_first: float
+    sigma_rel: float  # the width that the average was tracked for; 0 for other averages
+    t_first: float  # the earliest time with mass in averages of the run, as far as this source shows
     tensors: dict[str, TrackedTensor]
-    aliases: dict[str, str]
-    left_out: tuple[str, ...]
-    measurements: Measurements | None
-    sketch: str
-    sample: str
+    aliases: dict[str, str]  # further names of tensors, each with the name under which the tensor is stored
+    left_out: tuple[str, ...]  # names in the model's state that were not tracked
+    measurements: Measurements | None  # None if they must be estimated
+    sketch: str  # the path of the weights up to `t`, see `path.encode_path`; empty if unknown
+    sample: str  # elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.t:,.12g})"

@@ -325,26 +325,16 @@ def in_turn(work: Callable[[S], T], things: Sequence[S], remote: bool) -> Iterat
 
 @dataclass(eq=False)
 class TensorFile:
-    """A file of tensors, each at a known place. As a context manager it stays open; else it is opened for each read.
-
-    Attributes:
-        entries: the tensors in the file, or the chunks of tensors.
-        stamp: its size, and a value that changes when it is written to.
-        sums: the checksums of each tensor's blocks, concatenated; empty for a file of another program.
-        boxes: the box of its tensor that each chunk holds; empty if all tensors are complete.
-        metadata: the strings in its header, without those of this package.
-        content: the JSON object of this package in its header, without the checksums of blocks.
-        checksum: what identifies the content: the checksum of its header, or for a checkpoint `sampled_identity`.
-    """
+    """A file of tensors, each at a known place. As a context manager it stays open; else it is opened for each read."""
 
     path: Path
-    entries: Mapping[str, Entry]
-    stamp: tuple[int, int | str]
-    sums: Mapping[str, str] = field(default_factory=dict)
-    boxes: Mapping[str, Box] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    content: Mapping[str, Any] = field(default_factory=dict)
-    checksum: str = ""
+    entries: Mapping[str, Entry]  # the tensors in the file, or the chunks of tensors
+    stamp: tuple[int, int | str]  # the file's size, and a value that changes when it is written to
+    sums: Mapping[str, str] = field(default_factory=dict)  # those of each tensor's blocks; empty if another program's
+    boxes: Mapping[str, Box] = field(default_factory=dict)  # what chunks hold; empty if all tensors are complete
+    metadata: Mapping[str, str] = field(default_factory=dict)  # the strings in its header, but for this package's
+    content: Mapping[str, Any] = field(default_factory=dict)  # this package's JSON object, without "sums"
+    checksum: str = ""  # identifies the content: the header's checksum, or for a checkpoint `sampled_identity`
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
     _file: OpenedFile | None = field(default=None, init=False, repr=False)
     _users: int = field(default=0, init=False, repr=False)

@@ -62,20 +62,14 @@ _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 
 @dataclass(frozen=True)
 class FileReport:
-    """The result of verifying a file.
-
-    Attributes:
-        what: the file in a few words.
-        detail: explains the `state`, or notes something unusual.
-        header: what a valid header says: a snapshot, or a part of one, or an output.
-    """
+    """The result of verifying a file."""
 
     path: Path
-    what: str = "unknown"
+    what: str = "unknown"  # the file in a few words
     state: str = INTACT
-    detail: str = ""
+    detail: str = ""  # explains the state, or notes something unusual
     nbytes: int = 0
-    header: Snapshot | OutputInfo | None = None
+    header: Snapshot | OutputInfo | None = None  # what a valid header says: a snapshot or a part of one, or an output
 
     @property
     def is_fine(self) -> bool:
