@@ -120,7 +120,5 @@ def test_pruning_first_deletes_what_no_reconstruction_uses_and_training_does_not
     pruned = plan_pruning(snapshots, keep=3)
     assert {s.path for s in pruned.to_delete[:60]} == set(outside)
     assert len(pruned.kept) == 6
-    # Any prefix of the deletions leaves an evenly thinned directory.
-    assert np.histogram([s.t for s in pruned.to_delete[:21]], bins=4, range=(0, 200))[0].min() >= 2
     kept = plan_pruning([s for s in snapshots if (s.t, s.sigma_rel) != (200.0, 0.28)], keep=1).kept
     assert {(s.t, s.sigma_rel) for s in kept} == {(200.0, 0.05), (195.0, 0.05), (195.0, 0.28)}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,15 +95,10 @@ except LockedError as error:
 # --- the holder's note
 
 
-def note(**changes: object) -> str:
-    """Return the note of a holder that was killed, or whose machine lost power."""
-    return json.dumps({"host": socket.gethostname(), "process": 2**22 + 1, **changes})
-
-
 @pytest.mark.parametrize(
     ("text", "holder"),
     [
-        (note(host="h\x1b[31m", process=7).encode(), r"process 7 on h\\x1b\[31m"),
+        (b'{"host":"h\\u001b[31m","process":7}', r"process 7 on h\\x1b\[31m"),
         *((text, "another process") for text in (b"", b"{", b"[]", b"{}", b'{"process":"x","host":1}', b"\xff")),
     ],
 )
@@ -122,13 +115,6 @@ def warned(directory: Path, caplog: pytest.LogCaptureFixture) -> str:
     (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
     assert (directory / LOCK_NAME).read_bytes() == b""
     return record.getMessage()
-
-
-def test_a_note_without_a_lock_is_taken_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The note is from before a reboot or, if locks are local to one host, from another host that may be running."""
-    (tmp_path / LOCK_NAME).write_text(note(host="node-7"))
-    message = f"{tmp_path}: taken over from process 4194305 on node-7: make sure that it is not running any more"
-    assert warned(tmp_path, caplog) == message
 
 
 # --- errors of the system
