@@ -189,7 +189,7 @@ def test_a_tracker_writes_to_no_url(url: str | Path, tmp_path: Path, monkeypatch
 
 UNKNOWN, SECRET = "is a URL of an unknown kind", "holds credentials"
 URLS = {
-    "file:///tmp/run": ("file:///tmp/run", UNKNOWN), "az+v2.1://a": (r"az\+v2.1://a", UNKNOWN),
+    "file:///tmp/run": ("file://tmp/run", UNKNOWN), "az+v2.1://a": (r"az\+v2.1://a", UNKNOWN),
     "ftp://user:secret@a/b?secret": ("ftp://a/b", UNKNOWN), "s3://key@": ("s3:", "must name a bucket"),
     "s3://key:secret@bucket/run": ("s3://bucket/run", SECRET),
 }  # fmt: skip
