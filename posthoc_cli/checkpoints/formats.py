@@ -38,6 +38,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from posthoc_cli.checkpoints.pickles import PARAMETERS, Keys
 from posthoc_cli.checkpoints.read_model import (
     AVERAGE_WORD,
     MODEL_GROUPS,
@@ -49,7 +50,6 @@ from posthoc_cli.checkpoints.read_model import (
     names_in,
     tensor_shape,
 )
-from posthoc_cli.checkpoints.read_pickle import PARAMETERS, Keys
 from posthoc_cli.checkpoints.read_step import checked_step, step_of
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, Updates, make_checkpoint
 from posthoc_cli.dtypes import EPS

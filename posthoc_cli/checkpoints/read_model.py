@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from posthoc_cli.checkpoints.read_pickle import Keys, Node, read_pickled, read_tensors
+from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled, read_tensors
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots.directory import PICKLES
