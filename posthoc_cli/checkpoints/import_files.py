@@ -28,10 +28,10 @@ from typing import Any
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.formats import TABLE, read_found, recognise
-from posthoc_cli.checkpoints.read_model import CONFIG, index_checkpoint, model_in, sets_in
-from posthoc_cli.checkpoints.read_step import checked_step
+from posthoc_cli.checkpoints.index import CONFIG, index_checkpoint, model_in, sets_in
+from posthoc_cli.checkpoints.layouts import TABLE, read_found, recognise
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
+from posthoc_cli.checkpoints.steps import checked_step
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError
 from posthoc_cli.snapshots.directory import MANIFEST, is_import
 from posthoc_cli.snapshots.snapshot import is_whole

@@ -22,9 +22,8 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.formats import check_used, named_decay, read_found, recognise, step_in
 from posthoc_cli.checkpoints.import_files import read_manifest
-from posthoc_cli.checkpoints.read_model import (
+from posthoc_cli.checkpoints.index import (
     SHARD,
     IndexedCheckpoint,
     index_checkpoint,
@@ -33,8 +32,9 @@ from posthoc_cli.checkpoints.read_model import (
     names_in,
     sets_in,
 )
-from posthoc_cli.checkpoints.read_step import named_step
+from posthoc_cli.checkpoints.layouts import check_used, named_decay, read_found, recognise, step_in
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
+from posthoc_cli.checkpoints.steps import named_step
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, shown
 from posthoc_cli.profiles import OrdinaryEMA, Point
@@ -66,8 +66,19 @@ def open_checkpoints(
     path = files.expanded(place)
     if is_import(path):
         return checked_run(read_manifest(path).read())
-    indexes = map(index_checkpoint, _of_one_average(_candidates(place), settings))
-    return _as_run(place, [indexed for indexed in indexes if not _is_output(indexed)], settings, unclaimed)
+    return _as_run(place, _indexes(place, settings), settings, unclaimed)
+
+
+def _indexes(place: str | Path, settings: ImportSettings) -> list[IndexedCheckpoint]:
+    """Return the indexes of the checkpoints at a place, and of outputs next to them."""
+    paths = _candidates(place)
+    decays = {path: decay for path in paths if (decay := named_decay(path)) is not None}
+    if len({*decays.values()}) > 1:  # guided-diffusion's averages
+        if settings.ema_decay not in decays.values():
+            choices = " or ".join(f"{decay:g}" for decay in sorted({*decays.values()}))
+            raise InvalidValueError("ema_decay", f"must be given: the files are of several averages, {choices}")
+        paths = [path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay]
+    return [*map(index_checkpoint, paths)]
 
 
 def _is_output(indexed: IndexedCheckpoint) -> bool:
@@ -77,9 +88,9 @@ def _is_output(indexed: IndexedCheckpoint) -> bool:
 def _as_run(
     place: str | Path, indexes: Sequence[IndexedCheckpoint], settings: ImportSettings, unclaimed: bool
 ) -> list[Checkpoint]:
-    by_word = next((one.path.name for one in indexes if named_step(one.path).by_word), "")
+    by_word = next((one.path.name for one in indexes if named_step(one.path).by_word and not _is_output(one)), "")
     read: list[Checkpoint] = []
-    for indexed in indexes:
+    for indexed in (one for one in indexes if not _is_output(one)):
         kind, found = recognise(indexed, settings)
         if step := step_in(kind, indexed, settings, by_word):
             read += read_found(kind, found, indexed, step, settings)
@@ -88,11 +99,12 @@ def _as_run(
     if not read:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
-    if settings.ema_decay is not None and settings.kind is None and {one.kind for one in read} == {"checkpoints"}:
+    kinds = {one.kind for one in read}
+    if settings.ema_decay is not None and settings.kind is None and kinds == {"checkpoints"}:
         reason = f"is for averages, and nothing in {read[0].path.name} says that its tensors are one"
         hint = "if all files are averages, say kind 'ema'; else name the average's key by `average`"
         raise InvalidValueError("ema_decay", reason, hint, value=settings.ema_decay)
-    check_used(settings, {one.kind for one in read})
+    check_used(settings, kinds)
     checkpoints = [one.with_settings(settings) for one in read]
     if settings.update_every is None and (every := _common_interval(checkpoints)):
         checkpoints = [one.with_settings(replace(settings, update_every=every)) for one in read]
@@ -107,42 +119,24 @@ def _as_run(
     return checked_run([one for one in checkpoints if unclaimed or one.is_known])
 
 
-def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:
-    """Return the files without those of other averages, where names have several decays.
-
-    Raises:
-        InvalidValueError: no setting says which average is meant.
-    """
-    decays = {path: decay for path in paths if (decay := named_decay(path)) is not None}
-    if len({*decays.values()}) < 2:
-        return paths
-    if settings.ema_decay not in decays.values():
-        choices = " or ".join(f"{decay:g}" for decay in sorted({*decays.values()}))
-        raise InvalidValueError("ema_decay", f"must be given: the files are of several averages, {choices}")
-    return [path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay]
-
-
 def _common_interval(checkpoints: Sequence[Checkpoint]) -> int | None:
     """Return the steps between updates that all EMAs have in common; None if each one alone shows the same number.
 
     Raises:
         MismatchError: their counts and steps fit no such number.
     """
-    averages = [(one.path, one.step, one.profile.settings) for one in by_time(checkpoints)
-                if isinstance(one.profile, OrdinaryEMA)]  # fmt: skip
-    if len({counted["every"] for *_, counted in averages}) < 2:
+    averages = [one for one in by_time(checkpoints) if isinstance(one.profile, OrdinaryEMA)]
+    counts = [one.profile.settings for one in averages if isinstance(one.profile, OrdinaryEMA)]
+    if len({count["every"] for count in counts}) < 2:
         return None
-    pairs = [
-        (f"{path} and {other}", later - step, after["updates"] - before["updates"])
-        for (path, step, before), (other, later, after) in pairwise(averages)
-        if after["updates"] > before["updates"]  # else the EMA restarted
-    ]
-    every = max(1, round(median(steps / updates for _, steps, updates in pairs))) if pairs else 1
-    for both, steps, updates in pairs:
-        if abs(steps - every * updates) > every:
-            reason = f"have counted {updates:,} updates of their EMAs in the {steps:,} steps between them"
+    updates = [after["updates"] - before["updates"] for before, after in pairwise(counts)]
+    moved = [(pair, count) for pair, count in zip(pairwise(averages), updates, strict=True) if count > 0]  # no restart
+    every = max(1, round(median((b.step - a.step) / count for (a, b), count in moved))) if moved else 1
+    for (a, b), count in moved:
+        if abs(b.step - a.step - every * count) > every:
+            reason = f"have counted {count:,} updates of their EMAs in the {b.step - a.step:,} steps between them"
             hint = f"other files count one in {every:,}; say update_every, and ema_restarts if the EMA began again"
-            raise MismatchError(both, reason, hint)
+            raise MismatchError(f"{a.path} and {b.path}", reason, hint)
     return every
 
 
@@ -155,8 +149,7 @@ def disk_sources(directory: str | Path, also: str | Path | None = None, unclaime
         unclaimed: include ordinary EMAs of unknown decay, see `open_checkpoints`.
 
     Raises:
-        DirectoryError, FileFormatError, MismatchError: as `read_directory` and `open_checkpoints` raise them.
-        InvalidValueError: as `open_checkpoints` raises it; or `also` is given, and there are no snapshots.
+        DirectoryError, FileFormatError, MismatchError, InvalidValueError: as `open_checkpoints` raises them.
     """
     snapshots = []
     if not (is_glob(directory) or is_import(directory)):
@@ -271,10 +264,9 @@ def _are_equal(one: Checkpoint, other: Checkpoint) -> bool:
 
 def _with_labels(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return the checkpoints with distinct labels, for coefficients and reports."""
-    paths = {one.path for one in checkpoints}
-    parent = files.as_path(os.path.commonpath([str(path.parent) for path in paths]))
-    are_distinct = len({path.name for path in paths}) == len(paths)
     counts = Counter(one.path for one in checkpoints)
+    parent = files.as_path(os.path.commonpath([str(path.parent) for path in counts]))
+    are_distinct = len({path.name for path in counts}) == len(counts)
     labelled = []
     for one in checkpoints:
         name = one.path.name if are_distinct else one.path.relative_to(parent).as_posix()
@@ -347,11 +339,11 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
         manifest = read_manifest(place)
         checkpoints, more = checked_run(manifest.read()), manifest.describe()
     else:
-        indexes = [*map(index_checkpoint, _of_one_average(_candidates(place), UNSPECIFIED))]
+        indexes = _indexes(place, UNSPECIFIED)
         if outputs := [describe(indexed.path) for indexed in indexes if _is_output(indexed)]:
             more = {"outputs": outputs}
         try:
-            checkpoints = _as_run(place, [one for one in indexes if not _is_output(one)], UNSPECIFIED, False)
+            checkpoints = _as_run(place, indexes, UNSPECIFIED, False)
         except InvalidValueError:
             if place.suffix not in PICKLES or place != indexes[0].path:
                 raise

@@ -19,7 +19,7 @@ from factories import contents
 
 from posthoc_cli import Run, errors, import_checkpoints
 from posthoc_cli.checkpoints import KINDS
-from posthoc_cli.checkpoints.formats import TABLE
+from posthoc_cli.checkpoints.layouts import TABLE
 
 Write = Callable[[str], Path]
 MANIFEST = "ema-import.json"
