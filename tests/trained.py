@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,3 +95,10 @@ def error_of(run: Run, sigma_rel: float = 0.15, prefix: str = "", weights: np.nd
     truth = true_average(train() if weights is None else weights, sigma_rel)
     assert made.predicted_error is not None
     return float(np.linalg.norm(vector - truth) / np.linalg.norm(truth)), made.predicted_error
+
+
+def check_error(run: Run, most: float = 2e-3, low: float = 0.3, high: float = 2.5, **options: Any) -> None:
+    """Check that an average is closer than `most` to the sum over every step, and about as far off as predicted."""
+    error, predicted = error_of(run, **options)
+    assert error < most
+    assert low < error / predicted < high

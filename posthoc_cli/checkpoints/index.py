@@ -142,10 +142,8 @@ class IndexedCheckpoint:
         """Return the tensors of the model by name; with a prefix, those that have it, by their names without it.
 
         The model is in the `group` if there is one of this name, else in the first of `MODEL_GROUPS`, also within the
-        only other group; else it consists of the tensors that are in no group, or it is the only group.
-
-        Raises:
-            FileFormatError: the model cannot be distinguished from the rest.
+        only other group; else it consists of the tensors that are in no group, or it is the only group. Raise
+        FileFormatError if it cannot be distinguished from the rest.
         """
         groups = self.groups()
         others = [name for name in groups if not name.startswith(_OTHER_GROUPS)]
@@ -166,12 +164,10 @@ class IndexedCheckpoint:
             return selected
         if not self.tensors:
             raise FileFormatError(self.path, "holds no tensors with names")
-        reason, hint = f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}", ""
+        reason = f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
         if prefix:
             reason = f"no tensor's name begins with {shown(prefix)}; it has {names_in([*named])}"
-        else:
-            hint = "import with `prefix`, such as 'model.'"
-        raise FileFormatError(self.path, reason, hint)
+        raise FileFormatError(self.path, reason, "" if prefix else "import with `prefix`, such as 'model.'")
 
 
 # --- files and folders
@@ -228,10 +224,7 @@ def may_be_weights(name: str) -> bool:
 def model_in(folder: Path, skip: Collection[str] = ()) -> Path | None:
     """Return the path of the weights in a folder: an index, a file, `.metadata`, or the folder itself if it has chunks.
 
-    Entries whose names are in `skip` are ignored.
-
-    Raises:
-        FileFormatError: there are several models, or the folder cannot be read.
+    Entries whose names are in `skip` are ignored. Raise FileFormatError if there are several models.
     """
     if (folder / DCP_METADATA).is_file():
         return folder / DCP_METADATA

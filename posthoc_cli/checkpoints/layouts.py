@@ -124,12 +124,7 @@ class Kind:
 
 
 def recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str, Found]:
-    """Return the kind of a checkpoint, the given one or the first of `TABLE` that fits, and what it holds.
-
-    Raises:
-        FileFormatError: it is not of the given kind.
-        InvalidValueError: a setting that its files do not hold is missing.
-    """
+    """Return the kind of a checkpoint, the given one or the first of `TABLE` that fits, and what it holds."""
     given = settings.kind or ("ema" if settings.average or settings.weights else None)
     for name in [given] if given else TABLE:
         kind = TABLE[name]
@@ -151,12 +146,7 @@ def step_in(kind: str, indexed: IndexedCheckpoint, settings: ImportSettings, by_
 def read_found(
     kind: str, found: Found, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
 ) -> list[Checkpoint]:
-    """Return the sources in a checkpoint: the weights, the average, or both.
-
-    Raises:
-        InvalidValueError: a setting is missing, or does not fit.
-        FileFormatError: the average and the weights are of different models.
-    """
+    """Return the sources in a checkpoint: the weights, the average, or both."""
     path = indexed.path
     for name, reason in {**found.asks, **(found.asks_with_decay if settings.ema_decay is not None else {})}.items():
         if getattr(settings, name) is None:
@@ -226,10 +216,8 @@ def _find_numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSet
 
 def _numbered_profile(library: str, width: float, step: int, settings: ImportSettings, every: int) -> Discrete:
     """Return the profile that one of these libraries really tracks."""
-    gamma = gamma_from_sigma_rel(width)
-    if library == "ema-pytorch":
-        return ema_pytorch_profile(gamma, step, every)
-    return ema_pytorch_profile(gamma, step, every, max(_update_after_step(settings), 1))
+    first = {} if library == "ema-pytorch" else {"first": max(_update_after_step(settings), 1)}
+    return ema_pytorch_profile(gamma_from_sigma_rel(width), step, every, **first)
 
 
 def _update_after_step(settings: ImportSettings) -> int:
@@ -268,10 +256,7 @@ _POOR = 1.0
 
 
 def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> str:
-    """Compare the measured distances between averages with those that each update_every would make.
-
-    With averages of one profile any value explains the distances. Raise InvalidValueError if another one fits better.
-    """
+    """Compare the measured distances between averages with those that each update_every would make."""
     given = settings.update_every or 1
     misfits = _misfits_by_interval(library, checkpoints, settings, given)
     if not misfits:
@@ -300,10 +285,8 @@ def _misfits_by_interval(
     if len(times) < 2 or len(sources) < 2 * len(times):
         return {}
     measured = sample_measurements(sources)
-    misfits = {}
-    for every in sorted({given, *_EVERY}):
-        if every > min(source.step for source in sources) and every != given:
-            continue
+    misfits, least_step = {}, min(source.step for source in sources)
+    for every in sorted({given, *(value for value in _EVERY if value <= least_step)}):
         profiles = {s.profile: _numbered_profile(library, s.sigma_rel, s.step, settings, every) for s in sources}
         averages = []
         for source, measurements in zip(sources, measured, strict=True):
@@ -519,10 +502,7 @@ def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | N
     """Return the average and the weights in a checkpoint, by their keys, or by prefixes of the names in one set.
 
     The average is the set whose key has a word for it, the weights are a set next to it with the same names and shapes;
-    or both are those that the settings name.
-
-    Raises:
-        FileFormatError: two sets may be the average, or the weights; or a set of that name is missing.
+    or both are those that the settings name. Raise FileFormatError if several may be meant.
     """
     sets = _sets_of_tensors(indexed)
     wanted, given = (_named_set(indexed, sets, text) for text in (settings.average, settings.weights))
@@ -620,11 +600,7 @@ def _find_any(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | N
 def stored_in(path: Path, weights: bool = False, average: str | None = None) -> Checkpoint:
     """Return the average that a training's checkpoint holds, as it is, or with `weights` its raw weights.
 
-    Arguments:
-        average: the key or prefix of the average's tensors, or a glob of it; by default the one whose key says it.
-
-    Raises:
-        FileFormatError: the checkpoint cannot be read, or nothing in it says that it is an average, or two do.
+    `average` is the key or prefix of the average's tensors, or a glob of it; by default the one whose key says it.
     """
     indexed, settings = index_checkpoint(path), ImportSettings()
     sets = _sets_of_tensors(indexed)

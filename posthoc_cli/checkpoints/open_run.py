@@ -120,11 +120,7 @@ def _as_run(
 
 
 def _common_interval(checkpoints: Sequence[Checkpoint]) -> int | None:
-    """Return the steps between updates that all EMAs have in common; None if each one alone shows the same number.
-
-    Raises:
-        MismatchError: their counts and steps fit no such number.
-    """
+    """Return the steps between updates that all EMAs have in common; None if each one alone shows the same number."""
     averages = [one for one in by_time(checkpoints) if isinstance(one.profile, OrdinaryEMA)]
     counts = [one.profile.settings for one in averages if isinstance(one.profile, OrdinaryEMA)]
     if len({count["every"] for count in counts}) < 2:
@@ -225,10 +221,8 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return checkpoints by time, as one run: with a common run id, and distinct names.
 
     Of duplicates, such as a file `last` or `best` next to numbered files, take the first by name. An average that
-    has not begun is a copy of the weights, and is left out next to them.
-
-    Raises:
-        MismatchError: two checkpoints are of different models, or of one time with different values; both are named.
+    has not begun is a copy of the weights, and is left out next to them. A MismatchError names the first two that are
+    of different models, or of one time with different values.
     """
     kept: dict[tuple[float, str], Checkpoint] = {}
     for other in by_time(checkpoints):
@@ -240,7 +234,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     ordered = _with_labels([one for one in kept.values() if one.t not in weights or not is_copy(one)])
     first = ordered[0]
     for one in ordered[1:]:
-        if (difference := _difference(first, one)) is not None:
+        if difference := _difference(first, one):
             raise MismatchError(f"{first.path} and {one.path}", difference, _CHOOSE)
     names = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
@@ -279,29 +273,25 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
     """Return checkpoints as sources of the run that wrote these snapshots, to be combined with them.
 
     Their steps become times of the run. Only the tensors of the newest snapshot are kept.
-
-    Raises:
-        MismatchError: a tensor is missing, has another shape, or cannot be averaged; or a checkpoint is an average.
     """
     newest = max(snapshots, key=lambda snapshot: snapshot.t)
     clock = run_clock(snapshots)
     converted = []
     for one in checkpoints:
-        pair = f"{newest.path} and {one.path}"
-        if not isinstance(one.profile, Point):
-            raise MismatchError(pair, "are averages of two libraries", "open one of them")
-        if lacking := newest.tensors.keys() - one.entries.keys():
-            reason = f"are of different models: {one.name} has no {names_in(sorted(lacking))}"
-            raise MismatchError(pair, reason, _CHOOSE)
-        if (difference := _tensors_differ(newest, one)) is not None:
-            raise MismatchError(pair, difference, _CHOOSE)
+        difference, hint = "are averages of two libraries", "open one of them"
+        if isinstance(one.profile, Point):
+            lacking, hint = sorted(newest.tensors.keys() - one.entries.keys()), _CHOOSE
+            difference = f"are of different models: {one.name} has no {names_in(lacking)}" if lacking else ""
+            difference = difference or _tensors_differ(newest, one)
+        if difference:
+            raise MismatchError(f"{newest.path} and {one.path}", difference, hint)
         shared = {name: getattr(newest, name) for name in ("run_id", "t_unit", "tensors", "aliases", "left_out")}
         converted.append(replace(one, profile=Point(float(clock.time_at(one.step))), **shared))
     return converted
 
 
-def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
-    """Return why two checkpoints cannot be of one run, as a phrase to follow their names; None if they can."""
+def _difference(first: Checkpoint, other: Checkpoint) -> str:
+    """Return why two checkpoints cannot be of one run, as a phrase to follow their names; empty if they can."""
     names = [{*one.entries, *one.aliases} for one in (first, other)]
     if differing := sorted(names[0] ^ names[1]):
         only = first if differing[0] in names[0] else other
@@ -313,8 +303,8 @@ def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
     return _tensors_differ(first, other)
 
 
-def _tensors_differ(first: Source, other: Source) -> str | None:
-    """Return how a tensor of the first source differs in the other one, as a phrase; None if none does."""
+def _tensors_differ(first: Source, other: Source) -> str:
+    """Return how a tensor of the first source differs in the other one, as a phrase; empty if none does."""
     for name, entry in first.entries.items():
         found = other.entries[name]
         if entry.shape != found.shape:
@@ -322,17 +312,16 @@ def _tensors_differ(first: Source, other: Source) -> str | None:
         if (entry.dtype in EPS) != (found.dtype in EPS):
             words = [DTYPES[dtype].torch_name for dtype in (entry.dtype, found.dtype)]
             return f"do not match: tensor {shown(name)} is of {words[0]} and of {words[1]}"
-    return None
+    return ""
 
 
 # --- for JSON
 
 
 def describe_checkpoints(place: Path) -> dict[str, Any]:
-    """Return times, tensors and sizes from the indexes of files alone, for JSON; the kind is "checkpoints".
+    """Return times, tensors and sizes from the indexes of files alone, for JSON.
 
-    It is "checkpoint" for a file whose step is not known. Outputs next to the checkpoints are under "outputs"; for an
-    import, "refers_to", "files" and "settings" describe the imported files.
+    The kind is "checkpoint" for a file whose step is not known. Outputs next to the checkpoints are under "outputs".
     """
     more: dict[str, Any] = {}
     if is_import(place):

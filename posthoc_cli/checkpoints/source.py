@@ -307,10 +307,7 @@ class Checkpoint(Source):
         return sum(tensor.nbytes for tensor in self.entries.values())
 
     def with_settings(self, settings: ImportSettings) -> Checkpoint:
-        """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine.
-
-        If neither says the decay, `decay` is 0, and the profile a placeholder.
-        """
+        """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine, if any."""
         if self.updates is None:
             return self
         profile = self.updates.profile(self.path, self.step, settings)
@@ -331,11 +328,7 @@ class Checkpoint(Source):
 
 
 def make_checkpoint(path: Path, tensors: Tensors, profile: StoredProfile, step: int, **fields: Any) -> Checkpoint:
-    """Return a checkpoint of these tensors, with further fields of `Checkpoint`.
-
-    Raises:
-        FileFormatError: a tensor's name is not possible in a model, or its chunks have several dtypes.
-    """
+    """Return a checkpoint of these tensors, with further fields of `Checkpoint`."""
     specs: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
     known: dict[tuple[Path, Entry], str] = {}
