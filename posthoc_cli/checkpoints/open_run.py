@@ -24,6 +24,7 @@ import xxhash
 from posthoc_cli import files
 from posthoc_cli.checkpoints.import_files import read_manifest
 from posthoc_cli.checkpoints.index import (
+    DCP_METADATA,
     SHARD,
     IndexedCheckpoint,
     index_checkpoint,
@@ -180,6 +181,7 @@ def holds_checkpoints(place: str | Path) -> bool:
 def _candidates(place: str | Path) -> list[Path]:
     """Return the files and folders that may each be a checkpoint."""
     path = files.expanded(place)
+    matches = [path]
     if is_glob(path):
         if files.is_url(path):
             from posthoc_cli.remote.store import matching
@@ -187,18 +189,13 @@ def _candidates(place: str | Path) -> list[Path]:
             matches = matching(path)
         else:
             matches = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - Path.glob takes no absolute patterns
-        if not matches:
-            raise DirectoryError(place, "no file or folder has such a name")
         for match in matches:
             if any(map(is_snapshot_name, match.glob("*"))):
                 raise DirectoryError(match, "holds snapshots of a tracker", "name this folder itself, not by a glob")
+    if not matches or (matches == [path] and not path.exists()):
+        raise DirectoryError(place, "no file or folder has such a name")
+    if matches != [path] or not path.is_dir() or (path / DCP_METADATA).is_file():
         return matches
-    if not path.is_dir():
-        if not path.exists():
-            raise DirectoryError(place, "no such file or directory")
-        return [path]
-    if (path / ".metadata").is_file():
-        return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
     loose = [entry for entry in entries if may_be_weights(entry.name) and not SHARD.search(entry.name)]
@@ -340,15 +337,10 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
             return {"kind": "checkpoint", "path": str(place), **describe_tensors(one), "bytes": one.file_bytes}
     newest = checkpoints[-1]
     return {
-        "kind": "checkpoints",
-        "path": str(place),
-        "run": newest.run_id,
-        **{key: getattr(newest, key) for key in ("t_unit", "t", "step")},
-        **describe_tensors(newest),
-        "bytes": sum(one.file_bytes for one in checkpoints),
-        "checkpoints": list_checkpoints(checkpoints),
-        **more,
-    }
+        "kind": "checkpoints", "path": str(place), "run": newest.run_id,
+        **{key: getattr(newest, key) for key in ("t_unit", "t", "step")}, **describe_tensors(newest),
+        "bytes": sum(one.file_bytes for one in checkpoints), "checkpoints": list_checkpoints(checkpoints), **more,
+    }  # fmt: skip
 
 
 def list_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
@@ -176,14 +176,13 @@ def _module_tensors(node: Node) -> dict[Any, Any] | None:
 
     The attributes of a module are its state, one of its arguments, or under `state` in one of these.
     """
+    parts = ("_parameters", "_buffers", "_modules")
     for value in (node.state, *node.arguments):
         for state in (value, value.get("state")) if isinstance(value, dict) else ():
-            if isinstance(state, dict) and {"_parameters", "_buffers", "_modules"} <= state.keys():
-                parts = [state[key] for key in ("_parameters", "_buffers", "_modules")]
+            if isinstance(state, dict) and all(isinstance(state.get(part), dict) for part in parts):
                 unsaved = state.get("_non_persistent_buffers_set")
-                names = [key for key in unsaved if isinstance(key, str)] if isinstance(unsaved, list) else []
-                content = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
-                return {key: value for key, value in content.items() if key not in names}
+                names = {key for key in unsaved if isinstance(key, str)} if isinstance(unsaved, list) else set()
+                return {key: value for part in parts for key, value in state[part].items() if key not in names}
     return None
 
 
@@ -296,7 +295,7 @@ def _unpickled(
 
 @dataclass
 class _Machine:
-    """The machine that a pickle is a program for: a stack, marks in it, and a memo, see the standard `pickletools`.
+    """The machine that a pickle is a program for, see the standard `pickletools`.
 
     `calls` are the functions in place of those that the pickle names; calls of other names make nodes.
     """
@@ -306,11 +305,11 @@ class _Machine:
     budget: _Budget
     calls: dict[str, Callable[..., Any]]
     locate: _Locate
+    stack: list[Any] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+    memo: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
         self.push = self.stack.append
 
     def run(self) -> Any:
@@ -387,8 +386,8 @@ _DO: dict[str, Callable[[_Machine, Any], object] | None] = {
     "TUPLE1": lambda m, _: m.push(tuple(m.last(1))), "TUPLE2": lambda m, _: m.push(tuple(m.last(2))),
     "TUPLE3": lambda m, _: m.push(tuple(m.last(3))),
     "EMPTY_DICT": lambda m, _: m.push({}), "DICT": lambda m, _: m.push(_dict_of(m.since_mark())),
-    "SETITEM": lambda m, _: (items := m.last(2), m.stack[-1].update(_dict_of(items))),
-    "SETITEMS": lambda m, _: (items := m.since_mark(), m.stack[-1].update(_dict_of(items))),
+    "SETITEM": lambda m, _: (items := _dict_of(m.last(2)), m.stack[-1].update(items)),
+    "SETITEMS": lambda m, _: (items := _dict_of(m.since_mark()), m.stack[-1].update(items)),
     "MARK": lambda m, _: m.marks.append(len(m.stack)), "POP_MARK": lambda m, _: m.since_mark(),
     "POP": lambda m, _: m.stack.pop(), "DUP": lambda m, _: m.push(m.stack[-1]),
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda m, index: m.push(m.memo[index])),
