@@ -149,7 +149,7 @@ def read_found(
     """Return the sources in a checkpoint: the weights, the average, or both."""
     path = indexed.path
     for name, reason in {**found.asks, **(found.asks_with_decay if settings.ema_decay is not None else {})}.items():
-        if getattr(settings, name) is None:
+        if getattr(settings, name) in (None, ()):
             raise InvalidValueError(name, f"must be given{reason}")
     if found.updates and len(settings.sigma_rels) > 1:
         _refuse_widths(settings, f"must be one, of the average in {path.name}")
@@ -198,20 +198,20 @@ def _find_numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSet
     match = _NUMBERED.fullmatch(path.name)
     if match is None or (_COUNTERS[0],) not in indexed.tensors or bool(inner) is not has_inner:
         return None
-    for needed in ("sigma_rels", "update_every"):
-        if not getattr(settings, needed):
-            reason = f"must be given to an import: files of {library}, such as {path.name}, do not hold it"
-            raise InvalidValueError(needed, reason)
+    tensors = {name: find for name, find in indexed.model_tensors(settings.prefix or inner).items()
+               if name not in _COUNTERS}  # fmt: skip
+    if not (settings.sigma_rels and settings.update_every):
+        unsaid = f" to an import: files of {library}, such as {path.name}, do not hold it"
+        return Found(tensors, asks={"sigma_rels": unsaid, "update_every": unsaid})
+    every = settings.update_every
     if (number := int(match["number"])) >= len(settings.sigma_rels):
         _refuse_widths(settings, f"must be one for each average; {path.name} is of number {number}, counted from 0")
     if library == "posthoc-ema":
         _check_update_after_step(indexed, int(match["step"]), settings)
-    tensors = indexed.model_tensors(settings.prefix or inner)
     width = settings.sigma_rels[number]
     return Found(
-        {name: find for name, find in tensors.items() if name not in _COUNTERS}, sigma_rel=width,
-        profile=lambda step: _numbered_profile(library, width, step, settings, settings.update_every or 1),
-    )  # fmt: skip
+        tensors, sigma_rel=width, profile=lambda step: _numbered_profile(library, width, step, settings, every)
+    )
 
 
 def _numbered_profile(library: str, width: float, step: int, settings: ImportSettings, every: int) -> Discrete:

@@ -19,8 +19,7 @@ from typing import Any
 import edm2_layout
 import pytest
 import torch
-from checkpoint_layouts import LAYOUTS, STEPS, distributed, filled
-from ema_command import Ema
+from checkpoint_layouts import LAYOUTS, distributed
 from safetensors.torch import save_file
 from torture.hostile import Bomb
 
@@ -364,16 +363,3 @@ def test_two_thousand_files(tmp_path: Path) -> None:
     sources = Run(tmp_path).sources
     assert (len(sources), sources[-1].step) == (2000, 2000)
     assert time.process_time() - started < 20
-
-
-def test_the_command_says_one_line_and_writes_nothing(ema: Ema, tmp_path: Path) -> None:
-    run, out = filled(tmp_path / "ck", *STEPS, size=2000), tmp_path / "out.safetensors"
-    (run / "notes.txt").write_text("not a checkpoint")
-    path = run / "step40.pt"
-    os.truncate(path, 5000)
-    result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
-    assert result.code == 1
-    assert f"{path}: cannot be read as tensors: a damaged or truncated archive" in result.error
-    result = ema("synthesize", "--checkpoints", run / "x*.pt", "--sigma-rel", "0.15", "--out", out)
-    assert result.error.endswith("no file or folder has such a name")
-    assert not out.exists()
