@@ -14,11 +14,8 @@ from checking import assert_same_tensors, load_output
 from factories import RUN_ID, contents, refuse_for_space, write_snapshot
 from safetensors.torch import load_file
 
-from posthoc_cli import Run, disk_sources, files
+from posthoc_cli import Run, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
-from posthoc_cli.export.layouts import nbytes
-from posthoc_cli.export.writing import divide
-from posthoc_cli.synthesis.plan import plan_synthesis
 
 INDEX_NAME = "model.safetensors.index.json"
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -81,17 +78,6 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
     write(run, tmp_path / "one", 0.1, size, dtype=dtype)
     Run(run).write(0.1, tmp_path / "one.safetensors", dtype=dtype)
     assert_same_tensors(load_output(tmp_path / "one"), load_file(tmp_path / "one.safetensors"))
-
-
-def test_shards_have_nearly_equal_bytes_and_are_never_empty(run: Path) -> None:
-    entries = plan_synthesis(disk_sources(run), [0.1]).entries
-    for parts in (1, 2, 3, 7, 1000):
-        division = divide(entries, parts)
-        assert [name for shard in division.values() for name in shard] == [*entries]
-        assert all(division.values())
-        loads = [nbytes(shard) for shard in division.values()]
-        assert max(loads) <= sum(loads) / parts + max(entry.nbytes for entry in entries.values())
-    assert len(divide(entries, 3)) == 3
 
 
 def test_an_existing_model_is_replaced_only_with_overwrite_and_other_files_never(run: Path, tmp_path: Path) -> None:

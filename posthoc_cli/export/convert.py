@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,17 +23,7 @@ from posthoc_cli.errors import (
     check_alone,
     shown,
 )
-from posthoc_cli.export.layouts import (
-    OutputOptions,
-    check_shape,
-    converted,
-    files_of,
-    in_turn,
-    layout_of,
-    nbytes,
-    open_outputs,
-    plain,
-)
+from posthoc_cli.export.layouts import Output, OutputOptions, check_shape, files_of, nbytes, write_outputs
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES as PICKLED
 from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
@@ -50,6 +40,7 @@ from posthoc_cli.snapshots.outputs import (
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, running_statistics
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile, file_size
+from posthoc_cli.synthesis.engine import holds
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ def export_file(
         raise DirectoryError(source.parent, f"holds {1 + len(more)} models", f"name one of them, such as {source.name}")
     wanted = parse_dtype(dtype)
     options = OutputOptions(layout=layout, overwrite=overwrite, max_shard_size=max_shard_size)
-    options.check_layout(out)
+    layout = options.layout_of(out)
     info, metadata = None, dict[str, str]()
     with ExitStack() as stack:
         if is_checkpoint:
@@ -130,16 +121,15 @@ def export_file(
         if info is not None:
             copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
             content = replace(info, copies=copies).encoded()
-        kind = layout_of(out, layout)
-        parts, others = files_of(kind, entries, options.shard_bytes)
-        with (
-            progress("exporting", total) as advance,
-            open_outputs([out], kind, parts, [(content, metadata)], others, overwrite) as (output,),
-        ):
-            for in_file in in_turn([output], parts):
-                for name, entry in in_file.items():
-                    output.write(name, tensors[name].read(entry.dtype))
-                    advance(entry.nbytes)
+        parts, others = files_of(layout, entries, options.shard_bytes)
+        advance = stack.enter_context(progress("exporting", total))
+
+        def fill(outputs: Sequence[Output], in_file: Mapping[str, Entry]) -> None:
+            for name, entry in in_file.items():
+                outputs[0].write(name, tensors[name].read(entry.dtype))
+                advance(entry.nbytes)
+
+        write_outputs([out], layout, parts, [(content, metadata)], fill, others, overwrite)
     return ExportReport(out, len(entries), len(entries) - own, nbytes(entries), time.perf_counter() - started)
 
 
@@ -163,11 +153,17 @@ class _Tensor(NamedTuple):
         return self.own if wanted is None or self.role in ("statistic", "copy") or self.own not in EPS else wanted
 
     def read(self, dtype: str) -> torch.Tensor:
-        """Return it in a dtype; raise a NonFiniteError for an average that is not finite."""
-        tensor, where = self.file.tensor(self.name), f"{self.file.path}: tensor {self.name!r}"
-        if self.role in ("average", "statistic") and not bool(plain(tensor).isfinite().all()):
-            raise NonFiniteError(where, "holds nan or infinity")
-        return converted(where, tensor, torch_dtype(dtype))
+        """Return it in a dtype; raise a NonFiniteError for a nan or infinite average, or a too small dtype."""
+        tensor, wanted = self.file.tensor(self.name), torch_dtype(dtype)
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # torch lacks functions for 8-bit dtypes
+        reason = ""
+        if self.role in ("average", "statistic") and not bool(values.isfinite().all()):
+            reason = "holds nan or infinity"
+        elif tensor.dtype != wanted and not holds(wanted, values.nan_to_num(0.0, 0.0, 0.0)):
+            reason = f"{wanted} cannot hold its largest value"
+        if reason:
+            raise NonFiniteError(f"{self.file.path}: tensor {self.name!r}", reason)
+        return tensor.to(wanted)
 
 
 _Tensors = dict[str, _Tensor]
@@ -196,15 +192,15 @@ def _open_model(stack: ExitStack, path: Path) -> Sequence[TensorFile | Snapshot]
 def _read_model(stack: ExitStack, source: Path) -> tuple[_Tensors, OutputInfo | None, dict[str, str]]:
     """Return the tensors of a model, its header as an output, and what kohya's scripts keep about the training."""
     opened, index = _open_model(stack, source), index_of(source)
-    tensors, infos = _Tensors(), list[OutputInfo | None]()
+    name = source.name if index is None else index.parent.name
+    tensors, info, kept = _Tensors(), None, dict[str, str]()
     for file in opened:
-        in_file, info = _read_file(file, source.name if index is None else index.parent.name)
-        infos.append(info)
+        in_file, info = _read_file(file, name)
         if twice := in_file.keys() & tensors.keys():
             raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
         tensors |= in_file
-    kept = training_metadata(opened[0]) if len(opened) == 1 and isinstance(opened[0], TensorFile) else {}
-    return tensors, infos[0], kept
+        kept = training_metadata(file) if len(opened) == 1 and isinstance(file, TensorFile) else {}
+    return tensors, info, kept
 
 
 def _read_file(file: TensorFile | Snapshot, model: str) -> tuple[_Tensors, OutputInfo | None]:
@@ -219,13 +215,10 @@ def _read_file(file: TensorFile | Snapshot, model: str) -> tuple[_Tensors, Outpu
             profile_error=0.0, predicted_error=None, snapshots=(Used(model, 1.0),),
         )  # fmt: skip
     info, roles = None, dict.fromkeys(file.entries, "other")
-    if file.kind == "output":
+    if file.kind is not None:
         info = decode_output(file)
         roles = dict.fromkeys(file.entries, "average") | dict.fromkeys(running_statistics(file.entries), "statistic")
         roles |= dict.fromkeys(info.copies, "copy")
-    elif file.kind is not None:
-        reason = f"its kind is {shown(file.kind)}: no weights, or of a later release"
-        raise FileFormatError(file.path, reason, "export a snapshot, or a synthesis")
     return {name: _Tensor(file, name, entry.dtype, roles[name]) for name, entry in file.entries.items()}, info
 
 

@@ -1,4 +1,4 @@
-"""Outputs of a synthesis: their layouts and names, whether they already exist, and how they are written."""
+"""Outputs of a synthesis: their layouts and names, and how they are written: each appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,6 @@ from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
     MismatchError,
-    NonFiniteError,
     OutputExistsError,
     WriteError,
     check_word,
@@ -34,13 +33,12 @@ from posthoc_cli.errors import (
 from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
 from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFileWriter, read_file, tensor_bytes
-from posthoc_cli.synthesis.engine import Options, TensorOutput, Tile, Writer, holds
+from posthoc_cli.synthesis.engine import Options, TensorOutput, Tile, Writer
 from posthoc_cli.targets import Target
 
 LAYOUTS = {"safetensors": (SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
 """The layouts of an output, each with the file name endings that it accepts; layouts without endings are folders."""
 
-DEFAULT_SHARD_SIZE = "5GB"
 PICKLES = LAYOUTS["pt"]
 
 
@@ -54,8 +52,7 @@ class OutputOptions(Options):
         max_shard_size: largest size of a shard in the sharded layout, such as "5GB", which is the default.
         overwrite: replace existing outputs.
         dry_run: plan only.
-        distributed: this is a process of a torchrun job, and all of its processes make the same call: each writes some
-            of the shards in a folder.
+        distributed: all processes of a torchrun job make this call, and each writes some of the shards in a folder.
         like: a model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged weights:
             the same names, files and dtypes, and copies of all other files. Tensors that the run lacks come from it.
         component: the folder in a pipeline that holds the weights, such as "unet"; by default the only one that fits.
@@ -73,15 +70,17 @@ class OutputOptions(Options):
     @property
     def shard_bytes(self) -> int:
         """`max_shard_size` in bytes."""
-        size = DEFAULT_SHARD_SIZE if self.max_shard_size is None else self.max_shard_size
-        return resources.parse_bytes(str(size), "max_shard_size")
+        return resources.parse_bytes(
+            "5GB" if self.max_shard_size is None else str(self.max_shard_size), "max_shard_size"
+        )
 
-    def check_layout(self, path: Path) -> None:
-        """Raise an InvalidValueError for an unknown layout, or a shard size for an output without shards."""
-        layout, _ = layout_of(path, self.layout), self.shard_bytes
+    def layout_of(self, path: Path) -> str:
+        """Return the layout of an output, see `layout_of`, after checking that shards have a size only in shards."""
+        layout = layout_of(path, self.layout)
         if self.max_shard_size is not None and layout != "sharded":
             reason = f"is for a sharded output, and this layout is {layout}"
             raise InvalidValueError("max_shard_size", reason, value=self.max_shard_size)
+        return layout
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -99,7 +98,7 @@ def check_space(out: Path, needed: int) -> None:
         raise WriteError(place, reason, hint if is_remote else "", errno=errno.ENOSPC)
 
 
-# --- layouts and names -------------------------------------------------------------------------------
+# --- layouts and names
 
 
 def layout_of(path: Path, layout: str | None) -> str:
@@ -122,11 +121,6 @@ def layout_of(path: Path, layout: str | None) -> str:
     return layout
 
 
-def suffix_of(layout: str | None) -> str:
-    """Return the ending of output names in a layout, by default that of one safetensors file; empty for folders."""
-    return "".join(LAYOUTS["safetensors" if layout is None else layout_of(Path(), layout)][:1])
-
-
 def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[list[Path], Path | None]:
     """Return the path of each target's output, and the folder to create for them if `out` names one.
 
@@ -143,33 +137,16 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
         return [path], None
     if not is_folder and path.suffix in (SUFFIX, *PICKLES):
         raise InvalidValueError("out", f"{len(targets)} targets need a folder", value=out)
+    suffix = "".join(LAYOUTS[layout_of(Path(), layout or "safetensors")][:1])
     taken: dict[Path, Target] = {}
     for target in targets:
         name = target.label if target.sigma_rel is None else f"sigma_rel-{target.sigma_rel!r}"
-        made = path / f"{name}{suffix_of(layout)}"
+        made = path / f"{name}{suffix}"
         if made in taken:
             both = f"{taken[made].title} and {target.title} would both become {made}"
             raise InvalidValueError("out", f"{both}; a profile is named after its file", "rename one", value=out)
         taken[made] = target
     return [*taken], path
-
-
-# --- tensors that go into outputs --------------------------------------------------------------------
-
-
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the values in a dtype for which torch has all functions: 8-bit dtypes become float32."""
-    return tensor.float() if tensor.element_size() == 1 else tensor
-
-
-def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor on the CPU in a dtype, or raise a NonFiniteError if the dtype cannot hold a finite value."""
-    tensor = tensor.cpu()
-    if tensor.dtype != dtype and tensor.numel():
-        bounds = torch.aminmax(plain(tensor).nan_to_num(0.0, 0.0, 0.0))
-        if not holds(dtype, torch.stack(bounds)):
-            raise NonFiniteError(where, f"{dtype} cannot hold its largest value")
-    return tensor.to(dtype)
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
@@ -179,7 +156,7 @@ def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[i
         raise MismatchError(path, reason)
 
 
-# --- outputs: each appears complete or not at all ------------------------------------------------------
+# --- outputs
 
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """The names of the weight files of a model folder."""
@@ -207,7 +184,10 @@ def nbytes(entries: Mapping[str, Entry]) -> int:
 
 
 def files_of(layout: str, entries: Mapping[str, Entry], shard_bytes: int) -> tuple[Parts, Others]:
-    """Return the files of an output with these tensors; shards are cut as the Hugging Face libraries do."""
+    """Return the files of an output with these tensors; shards are cut as the Hugging Face libraries do.
+
+    Several shards have an index; one has the name of a model in one file.
+    """
     if layout != "sharded":
         return {"": entries}, {}
     split = split_state_dict_into_shards_factory(
@@ -217,29 +197,24 @@ def files_of(layout: str, entries: Mapping[str, Entry], shard_bytes: int) -> tup
         max_shard_size=shard_bytes,
     )
     parts = {file: {name: entries[name] for name in names} for file, names in split.filename_to_tensors.items()}
-    return parts, index_of(parts)
+    index = {INDEX_NAME: encode_index(split.tensor_to_filename, nbytes(entries))}
+    return parts, index if split.is_sharded else {}
 
 
-def index_of(parts: Parts) -> Others:
-    """Return the index of shards; none for one shard, which has the name of a model in one file."""
-    places = {name: file for file, entries in parts.items() for name in entries}
-    return {INDEX_NAME: encode_index(places, sum(map(nbytes, parts.values())))} if len(parts) > 1 else {}
-
-
-@contextmanager
-def open_outputs(
+def write_outputs(
     paths: Sequence[Path],
     layout: str,
     parts: Parts,
     headers: Sequence[Header],
+    fill: Callable[[Sequence[Output], Mapping[str, Entry]], None],
     others: Others = MappingProxyType({}),
     overwrite: bool = False,
     container: Path | None = None,
-) -> Iterator[list[Output]]:
-    """Open outputs of the same tensors, each with its header, and create the folder that contains them.
+) -> None:
+    """Write outputs of the same tensors, each with its header, and create the folder that contains them.
 
-    The block fills the files of all outputs, see `in_turn`. No output appears before it ends, except for shards in an
-    object store.
+    `fill` writes the tensors of a file into each output. No output appears before all are complete, except for shards
+    in an object store.
 
     Raises:
         WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
@@ -255,17 +230,19 @@ def open_outputs(
             stack.enter_context(Output(path, layout, parts, header, others, overwrite))
             for path, header in zip(paths, headers, strict=True)
         ]
-        yield outputs
+        fill_files(outputs, parts, fill)
         for output in outputs:
             output.publish()
 
 
-def in_turn(outputs: Sequence[Output], parts: Parts) -> Iterator[Mapping[str, Entry]]:
-    """Yield the tensors of one file after the other, for the caller to write them into each output."""
+def fill_files(
+    outputs: Sequence[Output], parts: Parts, fill: Callable[[Sequence[Output], Mapping[str, Entry]], None]
+) -> None:
+    """Have one file after the other written, of all outputs at the same time."""
     for name, entries in parts.items():
         for output in outputs:
             output.begin(name)
-        yield entries
+        fill(outputs, entries)
         for output in outputs:
             output.finish()
 
@@ -287,7 +264,7 @@ class Output:
         self, path: Path, layout: str, parts: Parts, header: Header, others: Others = MappingProxyType({}),
         overwrite: bool = False,
     ) -> None:  # fmt: skip
-        self._layout, self._parts, self._header, self._others = layout, parts, header, others
+        self._parts, self._header, self._others = parts, header, others
         files.check_parent("out", path)
         if not files.is_url(path.parent):
             files.remove_leftovers(path.parent)
@@ -310,7 +287,7 @@ class Output:
     def begin(self, name: str) -> None:
         """Begin a file, into which the tensors go from now on."""
         if self._folder is not None and self._memory is None:
-            place, self._names = self._folder.temporary / name, self._parts[name].keys()
+            place, self._names = self.place / name, self._parts[name].keys()
             files.make_directory(place.parent)
             self._file = TensorFileWriter(place, self._parts[name], *self._header)
 
@@ -366,7 +343,7 @@ class Output:
         """Give the output its name."""
         if self._folder is not None:
             for name, other in self._others.items():
-                place = self._folder.temporary / name
+                place = self.place / name
                 files.make_directory(place.parent)
                 if isinstance(other, bytes):
                     files.write_atomically(place, other)
@@ -408,18 +385,6 @@ def check_no_snapshot(path: Path) -> None:
                 raise OutputExistsError(path, "is a snapshot of a run and is not replaced", "choose another name")
 
 
-def _save(tensors: Mapping[str, torch.Tensor], file: files.PendingFile) -> None:
-    """Write a .pt file."""
-    try:
-        torch.save(dict(tensors), _Stream(file))  # type: ignore[arg-type]  # any object with `write`
-    except RuntimeError as error:
-        # torch's archive writer replaces errors of the stream, and a KeyboardInterrupt, by its own error.
-        cause: BaseException | None = error
-        while isinstance(cause, RuntimeError):
-            cause = cause.__context__
-        raise cause or error from None
-
-
 class _Stream(io.RawIOBase):
     """A stream for torch.save that writes to a pending file."""
 
@@ -431,6 +396,18 @@ class _Stream(io.RawIOBase):
         self._file.write_at(view, self._offset)
         self._offset += len(view)
         return len(view)
+
+
+def _save(tensors: Mapping[str, torch.Tensor], file: files.PendingFile) -> None:
+    """Write a .pt file."""
+    try:
+        torch.save(dict(tensors), _Stream(file))  # type: ignore[arg-type]  # any object with `write`
+    except RuntimeError as error:
+        # torch's archive writer replaces errors of the stream, and a KeyboardInterrupt, by its own error.
+        cause: BaseException | None = error
+        while isinstance(cause, RuntimeError):
+            cause = cause.__context__
+        raise cause or error from None
 
 
 def _save_distributed(tensors: dict[str, Any], folder: files.PendingFolder) -> None:

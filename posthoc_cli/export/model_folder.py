@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import DTYPES, EPS, WORDS, torch_dtype
+from posthoc_cli.dtypes import DTYPES, EPS, WORDS
 from posthoc_cli.errors import InvalidValueError, MismatchError
-from posthoc_cli.export.layouts import check_shape, converted, in_turn, open_outputs
+from posthoc_cli.export.layouts import Parts, check_shape
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
-from posthoc_cli.synthesis.engine import Options, synthesize
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, read_file
 from posthoc_cli.synthesis.plan import Plan
 
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")  # of transformers, diffusers and PEFT
@@ -54,19 +52,21 @@ class ModelFolder:
         if component and (component == ".." or Path(component).name != component):
             raise InvalidValueError("component", "must be the name of a folder in the model folder", value=component)
         parts = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _weights_at(entry) is not None]
-        if component is not None or _weights_at(path) is not None or not parts:
-            folder = cls(path, component or "")
-            if _weights_at(folder.place) is None:
-                names = " or ".join(f"{stem}{SUFFIX}" for stem in _STEMS)
-                raise InvalidValueError("like", f"has no weights: {names}, or their index", value=folder.place)
-        else:
+        if component is None and _weights_at(path) is None and parts:
             known = set(tensors)
-            fitting = [name for name in parts if known & cls(path, name).entries.keys()]
+            fitting = [part for part in parts if known & cls(path, part).stored.keys()]
             if len(fitting) != 1:
                 reason = f"has weights in: {', '.join(parts)}; with names of the run's in {len(fitting)}"
                 raise InvalidValueError("like", reason, "name the part: component", value=path)
-            folder = cls(path, fitting[0])
-        folder._check_files()
+            component = fitting[0]
+        folder = cls(path, component or "")
+        if _weights_at(folder.place) is None:
+            names = " or ".join(f"{stem}{SUFFIX}" for stem in _STEMS)
+            raise InvalidValueError("like", f"has no weights: {names}, or their index", value=folder.place)
+        for file in (*folder.others.values(), *{stored.path for stored in folder.stored.values()}):
+            if reason := _foreign(file, path):
+                reason = f"{file.relative_to(path)} {reason}; only its own files are copied"
+                raise InvalidValueError("like", reason, "remove it, or put a copy of the file in its place", value=path)
         return folder
 
     @property
@@ -75,89 +75,59 @@ class ModelFolder:
         return self.path / self.component
 
     @cached_property
-    def entries(self) -> dict[str, tuple[Path, Entry]]:
-        """The file and the header entry of each tensor in the folder."""
+    def stored(self) -> dict[str, TensorFile]:
+        """The file of each tensor in the folder."""
         weights = _weights_at(self.place)
         assert weights is not None, "find has checked it"
-        return {name: (path, entry) for path in model_files(weights) for name, entry in read_file(path).entries.items()}
+        return {name: file for file in map(read_file, model_files(weights)) for name in file.entries}
 
     @cached_property
-    def others(self) -> list[Path]:
-        """The files to copy, relative to the folder: all but the weights that are replaced, and hidden folders."""
+    def others(self) -> dict[str, Path]:
+        """The files to copy, by their path in the folder: all but the weights that are replaced, and hidden folders."""
         others = []
         for base, folders, names in os.walk(self.path):
-            within = Path(base).relative_to(self.path)
             links = [name for name in folders if (Path(base) / name).is_symlink()]
             folders[:] = [name for name in folders if not name.startswith(".") and name not in links]
-            replaced = within == Path(self.component)
-            others += [within / name for name in (*links, *names) if not (replaced and _is_weights(Path(name)))]
-        return others
-
-    def _check_files(self) -> None:
-        """Raise an InvalidValueError if something in the folder is not a file of this folder."""
-        for name in (*self.others, *{file.relative_to(self.path) for file, _ in self.entries.values()}):
-            if reason := _foreign(self.path / name, self.path):
-                hint = "remove it, or put a copy of the file in its place"
-                reason = f"{name} {reason}; only its own files are copied"
-                raise InvalidValueError("like", reason, hint, value=self.path)
+            is_replaced = Path(base) == self.place
+            others += [Path(base, name) for name in (*links, *names) if not (is_replaced and _is_weights(Path(name)))]
+        return {str(path.relative_to(self.path)): path for path in others}
 
     @property
     def dtype(self) -> str | None:
         """The torch name of the dtype of all floating-point tensors; None if they have several dtypes."""
-        dtypes = {DTYPES[entry.dtype].torch_name for _, entry in self.entries.values() if entry.dtype in EPS}
-        return dtypes.pop() if len(dtypes) == 1 and dtypes <= WORDS.keys() else None
+        dtypes = {file.entries[name].dtype for name, file in self.stored.items()} & EPS.keys()
+        word = DTYPES[dtypes.pop()].torch_name if len(dtypes) == 1 else ""
+        return word if word in WORDS else None
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The content of `config.json`; empty if there is no valid one."""
-        try:
-            config = json.loads((self.place / "config.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return config if isinstance(config, dict) else {}
+    def arranged(self, plan: Plan) -> tuple[Plan, Parts]:
+        """Return a plan whose tensors have the dtypes of this folder, and the tensors of each of its weight files.
 
-    def write(
-        self, plan: Plan, outs: Sequence[Path], options: Options, container: Path | None = None
-    ) -> tuple[str, ...]:
-        """Write a folder for each target of a plan, with the same tensors in each file as in this folder.
-
-        Returns the names of the tensors that the run lacks, which are copied from this folder. Raises a MismatchError
-        if a tensor of the run has another shape in the folder, or is not in it; or if the folder's weights are
-        quantized.
+        Raises:
+            MismatchError: a tensor of the run has another shape in the folder, or is not in it; or the folder's weights
+                are quantized.
         """
-        known = {alias: name for name, aliases in plan.names.items() for alias in aliases}
-        self._check(plan, known)
-        parts: dict[str, dict[str, Entry]] = {}
-        for name, (file, entry) in self.entries.items():
-            parts.setdefault(str(file.relative_to(self.path)), {})[name] = entry
-        others = {str(name): self.path / name for name in self.others}
-        headers = [(plan.output_info(index).encoded(), dict[str, str]()) for index in range(len(outs))]
-        with open_outputs(outs, "like", parts, headers, others, container=container) as outputs:
-            for entries in in_turn(outputs, parts):
-                dtypes = {name: torch_dtype(entry.dtype) for name, entry in entries.items()}
-                with read_file(self.entries[min(entries)][0]) as source:
-                    for name in dtypes.keys() - known.keys():
-                        for output in outputs:
-                            output.write(name, source.tensor(name))
-                subset = frozenset(known[name] for name in dtypes.keys() & known.keys())
-                for name, values in synthesize(replace(plan, subset=subset), options):
-                    for output, value in zip(outputs, values, strict=True) if name in dtypes else ():
-                        output.write(name, converted(f"tensor {name!r}", value, dtypes[name]))
-        return tuple(name for name in self.entries if name not in known)
-
-    def _check(self, plan: Plan, known: Mapping[str, str]) -> None:
+        owners = {alias: name for name, aliases in plan.names.items() for alias in aliases}
+        dtypes = {owners[name]: file.entries[name].dtype for name, file in self.stored.items() if name in owners}
         averaged = [name for name, tensor in plan.tensors.items() if tensor.role == "average"]
-        replaced = [self.entries[alias][1] for name in averaged for alias in plan.names[name] if alias in self.entries]
-        if "quantization_config" in self.config or any(entry.dtype not in EPS for entry in replaced):
+        if self._is_quantized() or any(dtypes.get(name, "F32") not in EPS for name in averaged):
             reason = "its weights are quantized, as its quantization_config or their dtype says"
             raise MismatchError(self.place, reason, _ANOTHER)
-        absent = [name for name in averaged if not any(alias in self.entries for alias in plan.names[name])]
-        if absent:
+        if absent := [name for name in averaged if name not in dtypes]:
             missing = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
-            raise MismatchError(self.place, f"{missing}; it has tensors such as {min(self.entries)!r}", _RENAMED)
-        for name, (file, entry) in self.entries.items():
-            if name in known:
-                check_shape(file, name, entry.shape, plan.newest.entries[known[name]].shape)
+            raise MismatchError(self.place, f"{missing}; it has tensors such as {min(self.stored)!r}", _RENAMED)
+        plan = replace(plan, dtypes=dtypes)
+        parts: dict[str, dict[str, Entry]] = {}
+        for name, file in self.stored.items():
+            entry = plan.entries.get(name, file.entries[name])
+            check_shape(file.path, name, file.entries[name].shape, entry.shape)
+            parts.setdefault(str(file.path.relative_to(self.path)), {})[name] = entry
+        return plan, parts
+
+    def _is_quantized(self) -> bool:
+        try:
+            return "quantization_config" in json.loads((self.place / "config.json").read_text())
+        except (OSError, ValueError, TypeError):
+            return False
 
 
 def _weights_at(place: Path) -> Path | None:

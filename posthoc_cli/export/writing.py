@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,31 +23,20 @@ import torch.distributed as dist
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
-from posthoc_cli.errors import (
-    InvalidValueError,
-    PostHocError,
-    RankError,
-)
+from posthoc_cli.errors import InvalidValueError, PostHocError, RankError
 from posthoc_cli.export.layouts import (
     PICKLES,
     Header,
     Output,
     OutputOptions,
-    Parts,
     check_space,
     files_of,
-    in_turn,
-    index_of,
-    layout_of,
-    nbytes,
-    open_outputs,
+    fill_files,
     output_paths,
+    write_outputs,
 )
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
-from posthoc_cli.snapshots.outputs import (
-    SINGLE_NAME,
-    training_metadata,
-)
+from posthoc_cli.snapshots.outputs import training_metadata
 from posthoc_cli.snapshots.sources import counted
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
 from posthoc_cli.synthesis.engine import check_device, synthesize_into
@@ -130,14 +120,13 @@ class Outputs:
             device = f"cuda:{_local_rank()[0] % max(1, torch.cuda.device_count())}"
         layout = "sharded" if asked.distributed or like is not None else asked.layout
         self.options = replace(asked, device=check_device(device), layout=layout)
-        self.paths, self.container = ([], None) if out is None else output_paths(targets, str(out), layout)
-        for path in self.paths:
+        paths, self.container = ([], None) if out is None else output_paths(targets, str(out), layout)
+        for path in paths:
+            if like is None:
+                self.options.layout_of(path)
             if not asked.dry_run:
                 files.check_parent("out", self.container or path)
-            if like is None:
-                self.options.check_layout(path)
-        if asked.dry_run:
-            self.paths, self.container = [], None
+        self.paths = [] if asked.dry_run else paths
 
     def write(self, plan: Plan, progress: ProgressBar = no_bar) -> SynthesisReport:
         """Make the targets of a plan."""
@@ -145,10 +134,7 @@ class Outputs:
         if self.paths:
             with progress("synthesizing", plan.read_bytes) as advance:
                 options = replace(self.options, progress=advance)
-                if self._like is None:
-                    write_synthesis(plan, self.paths, options, self.container)
-                else:
-                    taken = self._like.write(plan, self.paths, options, self.container)
+                taken = write_synthesis(plan, self.paths, options, self.container, self._like)
         return self.report(plan, taken)
 
     def report(self, plan: Plan, taken: tuple[str, ...] = ()) -> SynthesisReport:
@@ -179,22 +165,44 @@ def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: Outpu
 
 
 def write_synthesis(
-    plan: Plan, paths: Sequence[Path], options: OutputOptions = OutputOptions(), container: Path | None = None
+    plan: Plan,
+    paths: Sequence[Path],
+    options: OutputOptions = OutputOptions(),
+    container: Path | None = None,
+    like: ModelFolder | None = None,
+) -> tuple[str, ...]:
+    """Synthesize every target of a plan into its path; see also `write_outputs`.
+
+    Returns the names of tensors that the run lacks, and that were copied from the model folder that outputs are `like`.
+    """
+    if like is None:
+        layout = options.layout_of(paths[0])
+        parts, others = files_of(layout, plan.entries, options.shard_bytes)
+    else:
+        plan, parts = like.arranged(plan)
+        layout, others = "like", like.others
+    fill = partial(_fill, plan, options, like)
+    write_outputs(paths, layout, parts, _headers(plan), fill, others, options.overwrite, container)
+    return tuple(name for entries in parts.values() for name in entries if name not in plan.entries)
+
+
+def _fill(
+    plan: Plan,
+    options: OutputOptions,
+    like: ModelFolder | None,
+    outputs: Sequence[Output],
+    entries: Mapping[str, Entry],
 ) -> None:
-    """Synthesize every target of a plan into its path. See also `open_outputs`."""
-    layout = layout_of(paths[0], options.layout)
-    parts, others = files_of(layout, plan.entries, options.shard_bytes)
-    with open_outputs(paths, layout, parts, _headers(plan), others, options.overwrite, container) as outputs:
-        _synthesize_files(plan, outputs, parts, options)
-
-
-def _synthesize_files(plan: Plan, outputs: Sequence[Output], parts: Parts, options: OutputOptions) -> None:
-    """Synthesize the tensors of one file after the other, each into an output for every target."""
-    for entries in in_turn(outputs, parts):
-        subset = frozenset(name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases))
-        with closing(synthesize_into(replace(plan, subset=subset), outputs, options)) as tiles:
-            for _ in tiles:
-                pass
+    """Synthesize the tensors of one file of each output, and copy those that the run lacks."""
+    if like is not None:
+        for name in entries.keys() - plan.entries.keys():
+            tensor = like.stored[name].tensor(name)
+            for output in outputs:
+                output.write(name, tensor)
+    subset = frozenset(name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases))
+    with closing(synthesize_into(replace(plan, subset=subset), outputs, options)) as tiles:
+        for _ in tiles:
+            pass
 
 
 def _headers(plan: Plan) -> list[Header]:
@@ -218,7 +226,7 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
     if not paths:
         return None if rank else outputs.report(plan)
     is_remote = files.is_url(paths[0])
-    parts = divide(plan.entries, world * max(1, -(-plan.nbytes // (options.shard_bytes * world))))
+    parts, index = files_of("sharded", plan.entries, min(options.shard_bytes, max(1, -(-plan.nbytes // world))))
     own = {name: parts[name] for name in [*parts][rank::world]}
     with ExitStack() as stack:
         with ranks.together():
@@ -226,14 +234,14 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
                 check_space(paths[0], len(paths) * plan.nbytes)
             if outputs.container is not None:
                 stack.enter_context(files.new_directory(outputs.container))
-            others = {} if rank else index_of(parts)
+            others = {} if rank else index
             opened = [
                 stack.enter_context(Output(path, "sharded", own, header, others, options.overwrite))
                 for path, header in zip(paths, _headers(plan), strict=True)
             ]
         with ranks.together(), (no_bar if rank else progress)("synthesizing", plan.read_bytes // world) as advance:
             workers = max(1, worker_count() // _local_rank()[1])
-            _synthesize_files(plan, opened, own, replace(options, workers=workers, progress=advance))
+            fill_files(opened, own, partial(_fill, plan, replace(options, workers=workers, progress=advance), None))
         made = ranks.gather([output.place for output in opened])
         with ranks.together():
             for target, output in enumerate(opened if not rank else ()):
@@ -243,16 +251,6 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
         for output in opened if rank and is_remote else ():
             output.publish()  # nothing is left to send
     return None if rank else outputs.report(plan)
-
-
-def divide(entries: Mapping[str, Entry], most: int) -> Parts:
-    """Divide tensors into at most so many shards of neighbours with nearly equal numbers of bytes."""
-    total, done, shards = nbytes(entries) or 1, 0, dict[int, dict[str, Entry]]()
-    for name, entry in entries.items():
-        shards.setdefault(min(most - 1, most * (2 * done + entry.nbytes) // (2 * total)), {})[name] = entry
-        done += entry.nbytes
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    return dict(zip(names if len(shards) > 1 else [SINGLE_NAME], shards.values(), strict=True))
 
 
 # --- processes
@@ -277,7 +275,7 @@ class Ranks:
     """The process group of a torchrun job, until the end of the `with` block.
 
     Raises:
-        RankError: the ranks could not connect, or the launcher ended this rank; in `together`, another one failed.
+        RankError: the ranks could not connect; in `together`, another one failed.
     """
 
     def __init__(self) -> None:
@@ -306,27 +304,22 @@ class Ranks:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Run the block, wait until all ranks have run theirs, and raise a RankError if that of another rank failed."""
-        failure = None
+        failure: PostHocError | None = None
         try:
             yield
         except PostHocError as error:
             failure = error
         try:
             messages = self.gather(failure and str(failure))
+            others = [RankError(f"rank {rank}", f"failed: {text}") for rank, text in enumerate(messages) if text]
         except RankError as error:
-            raise failure or error from error
-        if failure is not None:
-            raise failure
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise RankError(f"rank {rank}", f"failed: {message}")
+            others = [error]
+        if failure is not None or others:
+            raise failure or others[0]
 
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, *_: object) -> None:
         with suppress(RuntimeError):
             dist.destroy_process_group(None if self._is_own else self._group)
-        if isinstance(error, SystemExit):
-            reason = "was ended by a signal, as a launcher does when another process fails or dies"
-            raise RankError("this process of the job", reason) from None

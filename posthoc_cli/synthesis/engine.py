@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
+from posthoc_cli.dtypes import EPS, ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.files import is_url
 from posthoc_cli.resources import worker_count
@@ -144,7 +144,7 @@ class Tile:
         bounds: the offset of each tensor in the tile, in elements, and the number of elements.
         role: "average", "copy" or "variance" (an average that is kept positive); the same for all tensors.
         dtype: safetensors name of the output's dtype, the same for all tensors.
-        wide: safetensors name of the sums' dtype; `dtype` for copies.
+        wide: safetensors name of the sums' dtype; for copies of the stored dtype.
         aliases: all names of each tensor, the stored name first.
         stored_bytes: bytes to read for the tile, over all sources.
         last: whether this tile and the tiles before it complete its tensors.
@@ -182,7 +182,9 @@ def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
     for name, tensor in plan.tensors.items():
         dtype = plan.output_dtype(name)
         exact = tensor.dtype == "F64" or name not in plan.coarse
-        wide = dtype if tensor.role == "copy" else wide_dtype or ("F64" if exact else "F32")
+        wide = wide_dtype or ("F64" if exact else "F32")
+        if tensor.role == "copy":
+            wide = plan.newest.entries[name].dtype
         role = "variance" if name in plan.variances else "copy" if tensor.role == "copy" else "average"
         kind, count = (role, dtype, wide), plan.box(name).size
         if count <= BLOCK and name not in plan.boxes:
@@ -415,13 +417,17 @@ class Maker:
         `opened` is the caller's event after which the sources can be read and the results written.
         """
         with self._stream_after(opened):
-            if tile.role != "copy":
-                self._average(tile, writers, stop)
-                return
-            values = self._buffer(tile.dtype, tile.size)
-            self._read(self.plan.newest, tile, values)
-            for write in writers:
-                write(values)
+            if tile.role == "copy":
+                values = self._buffer(tile.wide, tile.size)
+                self._read(self.plan.newest, tile, values)
+                if tile.wide != tile.dtype and tile.wide in EPS:
+                    check_finite(tile, values.cpu().double().nan_to_num(0.0, 0.0, 0.0)[None])
+                results = [values] * len(writers)
+            else:
+                results = [*self._average(tile, stop)]
+            for values, write in zip(results, writers, strict=True):
+                is_cast = tile.dtype == tile.wide
+                write(values if is_cast else self._buffer(tile.dtype, tile.size).copy_(values))
 
     @contextmanager
     def _stream_after(self, opened: Any) -> Iterator[None]:
@@ -449,7 +455,8 @@ class Maker:
             own = slot[tile.bounds[first] : tile.bounds[end]]
             self._scratch.fill(own, dtypes[first], partial(source.read_many, tile.names[first:end]))
 
-    def _average(self, tile: Tile, writers: Sequence[Writer], stop: threading.Event) -> None:
+    def _average(self, tile: Tile, stop: threading.Event) -> torch.Tensor:
+        """Return the sums of a tile, [targets, n]; they are valid until the next call."""
         sums = self._sums_in(tile.wide, tile.size)
         sums.start(tile.size)
         smallest: torch.Tensor | None = None
@@ -466,15 +473,13 @@ class Maker:
             result.copy_(result.maximum(smallest / 2))
         # A weighted sum reads all elements once, at the speed of memory; it may overflow itself.
         is_finite = bool(torch.mv(result, sums.weights[: tile.size]).isfinite().all())
-        if not is_finite or result.dtype != torch_dtype(tile.dtype):
+        if not is_finite or tile.wide != tile.dtype:
             try:
                 check_finite(tile, result)
             except NonFiniteError:
                 self._check_checkpoints(tile)
                 raise
-        for total, write in zip(result, writers, strict=True):
-            is_cast = total.dtype == torch_dtype(tile.dtype)
-            write(total if is_cast else self._buffer(tile.dtype, total.numel()).copy_(total))
+        return result
 
     def _check_checkpoints(self, tile: Tile) -> None:
         """Raise a NonFiniteError that names the checkpoint with non-finite values in a tile, if there is one.

@@ -62,6 +62,7 @@ class Plan:
             summed in float64: large coefficients of both signs would cost a float32 sum too many digits.
         subset: the stored tensors to make; None for all.
         boxes: the box of a tensor to make, in place of the complete tensor.
+        dtypes: the dtypes of tensors in the outputs that do not follow from `dtype`.
     """
 
     sources: tuple[Source, ...]
@@ -77,6 +78,7 @@ class Plan:
     coarse: frozenset[str] = frozenset()
     subset: frozenset[str] | None = None
     boxes: Mapping[str, Box] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         errors = map(self.predicted_error, range(len(self.targets)))
@@ -174,7 +176,8 @@ class Plan:
     def output_dtype(self, name: str) -> str:
         """Return the safetensors name of a tensor's dtype in the outputs: copies and statistics keep their own."""
         tensor = self.tensors[name]
-        return self.dtype if tensor.role == "average" and self.dtype else tensor.dtype
+        own = self.dtype if tensor.role == "average" and self.dtype else tensor.dtype
+        return self.dtypes.get(name, own)
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
