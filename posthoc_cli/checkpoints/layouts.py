@@ -123,7 +123,7 @@ class Kind:
     check: Callable[[Sequence[Checkpoint], ImportSettings], str] | None = None
 
 
-def recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str, Found]:
+def _recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str, Found]:
     """Return the kind of a checkpoint, the given one or the first of `TABLE` that fits, and what it holds."""
     given = settings.kind or ("ema" if settings.average or settings.weights else None)
     for name in [given] if given else TABLE:
@@ -133,21 +133,27 @@ def recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str
     raise FileFormatError(indexed.path, f"is no file of {given}")
 
 
-def step_in(kind: str, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
-    """Return the step of a checkpoint of a kind; 0 before the training. For arguments and errors see `step_of`."""
-    pattern, takes = TABLE[kind].name, TABLE[kind].takes
-    if pattern and (match := pattern.fullmatch(indexed.path.name)):
-        number = TABLE[kind].of_name * int(match["step"])
+def _step_in(kind: Kind, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
+    """Return the step of a checkpoint of a kind; 0 before the training."""
+    if kind.name and (match := kind.name.fullmatch(indexed.path.name)):
+        number = kind.of_name * int(match["step"])
         return checked_step(indexed.path, number) if number else 0
-    is_ema = "steps_per_epoch" in takes or settings.ema_decay is not None
+    is_ema = "steps_per_epoch" in kind.takes or settings.ema_decay is not None
     return step_of(indexed, settings.step_from, by_word, settings.steps_per_epoch or 0 if is_ema else None)
 
 
-def read_found(
-    kind: str, found: Found, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
+def read_checkpoint(
+    indexed: IndexedCheckpoint, settings: ImportSettings, step: int | None = None, by_word: str = ""
 ) -> list[Checkpoint]:
-    """Return the sources in a checkpoint: the weights, the average, or both."""
-    path = indexed.path
+    """Return the sources in a checkpoint: the weights, the average, or both; none for the step 0.
+
+    The step is read if it is not given; for `by_word` see `step_of`.
+    """
+    (kind, found), path = _recognise(indexed, settings), indexed.path
+    step = _step_in(TABLE[kind], indexed, settings, by_word) if step is None else step
+    if not step:
+        log.warning("%s: left out, as its weights are those before the training, of step 0", path)
+        return []
     for name, reason in {**found.asks, **(found.asks_with_decay if settings.ema_decay is not None else {})}.items():
         if getattr(settings, name) in (None, ()):
             raise InvalidValueError(name, f"must be given{reason}")

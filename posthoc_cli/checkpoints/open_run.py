@@ -33,7 +33,7 @@ from posthoc_cli.checkpoints.index import (
     names_in,
     sets_in,
 )
-from posthoc_cli.checkpoints.layouts import check_used, named_decay, read_found, recognise, step_in
+from posthoc_cli.checkpoints.layouts import check_used, named_decay, read_checkpoint
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
 from posthoc_cli.checkpoints.steps import named_step
 from posthoc_cli.dtypes import DTYPES, EPS
@@ -92,11 +92,7 @@ def _as_run(
     by_word = next((one.path.name for one in indexes if named_step(one.path).by_word and not _is_output(one)), "")
     read: list[Checkpoint] = []
     for indexed in (one for one in indexes if not _is_output(one)):
-        kind, found = recognise(indexed, settings)
-        if step := step_in(kind, indexed, settings, by_word):
-            read += read_found(kind, found, indexed, step, settings)
-        else:
-            log.warning("%s: left out, as its weights are those before the training, of step 0", indexed.path)
+        read += read_checkpoint(indexed, settings, by_word=by_word)
     if not read:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
