@@ -226,8 +226,9 @@ def model_in(folder: Path, skip: Collection[str] = ()) -> Path | None:
 
     Entries whose names are in `skip` are ignored. Raise FileFormatError if there are several models.
     """
-    if (folder / DCP_METADATA).is_file():
-        return folder / DCP_METADATA
+    with named_on_error(folder, "read"):
+        if (folder / DCP_METADATA).is_file():
+            return folder / DCP_METADATA
     names = [name for name in _names_in(folder) if name not in skip]
     for ending in (SUFFIX, ""):  # safetensors before pickles
         listed = [name for name in names if name.endswith(f"{ending}{INDEX_ENDING}")]
