@@ -162,7 +162,7 @@ def read_tensors(file: OpenedFile) -> dict[Keys, Any]:
                         is_inner = is_module and is_in_module
                         name = (*keys[:-1], f"{keys[-1]}.{key}") if is_inner else (*keys, str(key))
                         pending.append((name, content[key], is_module))
-                        budget.spend(budget.VALUE + sum(map(len, name)))
+                        budget.spend(budget.VALUE + len(".".join(name)))
         total = sum(entry.nbytes for entry in {value for value in leaves.values() if isinstance(value, Entry)})
         _check(
             total <= budget.SHARED * file.size + budget.FREE,
@@ -340,6 +340,7 @@ class _Machine:
     def named(self, module: Any, name: Any) -> Any:
         """Return the function for a name, or a node."""
         _check(isinstance(module, str) and isinstance(name, str), "a name that is no text")
+        self.budget.spend(len(module) + len(name))
         return self.calls.get(f"{module}.{name}") or Node(f"{module}.{name}")
 
     def call(self, function: Any, arguments: Any) -> None:

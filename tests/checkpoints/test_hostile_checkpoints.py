@@ -84,6 +84,7 @@ OPCODES = {
     "extension": b"\x80\x02\x82\x01.",
     "buffer": b"\x80\x05\x97.",
     "nested lists": b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    "nested dicts": b"\x80\x04}" + b"\x8c\x00}" * 500_000 + b"s" * 500_000 + b".",
     "itself": b"\x80\x04]q\x00h\x00a.",
     "doubled key": b"\x80\x04}" + _DOUBLED + b"Ns.",
     "doubled dicts": b"\x80\x04}" + b"".join(
@@ -117,6 +118,8 @@ OPCODES = {
     "memo": b"\x80\x04N" + b"\x94" * 3_000_000 + b".",
     "bytes beyond all files": b"\x80\x04\x8e" + (2**63 - 1).to_bytes(8, "little") + b".",
     "name of a number": b"\x80\x04K\x01K\x02\x93.",
+    "long class again and again": b"\x80\x04X\x40\x42\x0f\x00" + b"k" * 1_000_000 + b"q\x00"
+    + b"h\x00h\x00\x93" * 20_000 + b".",
     "stream in itself": b"\x80\x04ctorch.storage\n_load_from_bytes\nC\x05\x80\x04N..\x85R.",
 }  # fmt: skip
 
