@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from checking import assert_same_tensors, load_output
-from factories import RUN_ID, contents, refuse_for_space, write_snapshot
+from factories import RUN_ID, contents, write_snapshot
 from safetensors.torch import load_file
+from snapshots.recorded import failing
 
 from posthoc_cli import Run, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
@@ -96,15 +98,12 @@ def test_an_existing_model_is_replaced_only_with_overwrite_and_other_files_never
 
 
 @pytest.mark.parametrize(("operation", "exists"), [("fsync", False), ("link", False), ("rename", True)])
-def test_a_failure_leaves_what_was_there(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, exists: bool
-) -> None:
+def test_a_failure_leaves_what_was_there(run: Path, tmp_path: Path, operation: str, exists: bool) -> None:
     out = tmp_path / "out"
     if exists:
         write(run, out)
     before = contents(out) if exists else {}
-    monkeypatch.setattr(files.system, operation, refuse_for_space)
-    with pytest.raises(WriteError, match=f"{out}.*no space left"):
+    with failing(operation, errno.ENOSPC), pytest.raises(WriteError, match=f"{out}.*no space left"):
         write(run, out, 0.2, overwrite=True)
     assert (contents(out) if out.exists() else {}) == before
     assert not files.leftovers(tmp_path)

@@ -34,7 +34,7 @@ from posthoc_cli.reconstruction.motion import (
     influences,
 )
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.memory import BucketTile, LayoutReader, lay_out
+from posthoc_cli.tracker.memory import Reader, Tile
 
 power = PowerFunction.from_sigma_rel
 START = 2.0
@@ -231,14 +231,14 @@ def test_the_rounding_of_updates_is_that_of_the_hooks_averages(steps: int, sigma
     size = 2000
     generator = np.random.default_rng(0)
     model = torch.from_numpy(generator.normal(size=size).astype(np.float32))
-    reader = LayoutReader.of_tensors(lay_out({"w": model}), {"w": model})
+    reader = Reader.of_tensors({"w": model})
     averages, gammas = Averages.none_yet((0.05, 0.28)), (exact_gamma(0.05), exact_gamma(0.28))
     gamma, exact = exact_gamma(sigma_rel), np.zeros(size)
     for k in range(1, steps + 1):
         model += torch.from_numpy(generator.normal(size=size).astype(np.float32) * 0.01)
         averages.update_(reader, {}, float(k), k)
         exact += (1 - ((k - 1) / k) ** (gamma + 1)) * (model.double().numpy() - exact)
-    computed = averages.values(BucketTile(0, 0, 0, size), gammas.index(gamma)).double().numpy()
+    computed = averages.values(Tile(0, 0, 0, size), gammas.index(gamma)).double().numpy()
     profile, measured = PowerFunction(gamma, float(k)), Measurements(float(exact @ exact), 0.0)
     stored = StoredAverage(profile, k, 2.0**-23, measured, gammas=gammas)
     error = np.sum((computed - exact) ** 2) / measured_prior([stored]).arithmetic[0]
