@@ -117,7 +117,7 @@ def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema:
         (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),
         (lambda run: run.plan([]), "sigma_rel", "at least one value is needed"),
         (lambda run: run.write([TARGETS["given"]] * 2, "out"), "out", "would both become out/given.safetensors"),
-        (lambda run: run.error_curve(others=Groups({"*": 0.1})), "sigma_rel 0.1 (*)", "has a profile for each group"),
+        (lambda run: run.error_curve(others=Groups({"*": 0.1})), "target", "has a profile for each group"),
     ],
 )
 def test_an_invalid_argument_is_refused(run: Run, call: Callable[[Run], object], subject: str, words: str) -> None:

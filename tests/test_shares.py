@@ -26,7 +26,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 
 
-def write_run(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written") / "run"
     for t in (10, 20, 30):
         for sigma_rel in (0.05, 0.28):
             generator = torch.Generator().manual_seed(t + round(100 * sigma_rel))
@@ -36,11 +38,6 @@ def write_run(folder: Path) -> Path:
             tracked = {"sigma_rels": (0.05, 0.28), "aliases": {"tied": "embed"}}
             write_snapshot(folder, t, sigma_rel, RUN_ID, values, **tracked)
     return folder
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("written") / "run")
 
 
 @pytest.fixture

@@ -253,8 +253,8 @@ class Pipeline:
     @contextmanager
     def as_writer(self, directory: Path, run_id: str) -> Iterator[Snapshotter]:
         """Be the directory's writer in the block and afterwards; if the block fails, only if it was before."""
-        before, members = self.snapshotter, self.tracking.tracked.members
-        snapshotter = before or _open_snapshotter(directory, self._settings, members)
+        before = self.snapshotter
+        snapshotter = before or _open_snapshotter(directory, self._settings, self.tracking.tracked.members)
         with ExitStack() as undo:
             if before is None:
                 undo.callback(snapshotter.close)
@@ -263,7 +263,6 @@ class Pipeline:
             self.snapshotter = snapshotter
             yield snapshotter
             undo.pop_all()
-        members.is_keeper = True
 
     def refuse(self, error: NotReadyError) -> None:
         """Make later calls raise `error`; work that is already queued is done."""

@@ -203,8 +203,7 @@ class Snapshotter:
         """Raise a MismatchError if the directory holds snapshots of another run."""
         if self._run_id not in (None, run_id):
             reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
-            hint = f"{ways_to_resume(self._stored[-1].step)}; for a new run name another directory"
-            raise MismatchError(self.directory, reason, hint)
+            raise MismatchError(self.directory, reason, ways_to_resume(self._stored[-1].step))
 
     def continue_from(self, state: Tracking) -> None:
         """Set aside the snapshots that are later than a state, or of another attempt, which the state does not list.

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from groups import check_group
+from groups import check_group, truth
 from integrations.truth import distance, recorded
 from integrations.truth import exact as discrete_average
 from safetensors.torch import load_file
-from tracker.runs import as_if_killed, contents, times, tracked_error
+from tracker.runs import as_if_killed, assert_near, contents, times, tracked_error
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import ModelMismatchError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.path import decode_sample
@@ -306,18 +306,18 @@ def test_a_header_holds_the_weights_and_the_average_of_its_time(tmp_path: Path, 
 SHARDED = """
 from posthoc_cli.errors import ModelMismatchError
 model = spread(Net(), arguments[0]) if arguments[0] != "alone" else Net()
-first, weights, last, expected = map(int, arguments[1:])
-if weights:
-    move(model, weights)
-with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
-    for step in range(first, last + 1):
-        move(model, step)
-        if expected < 0:
-            refused(lambda: ema.update_(model), ModelMismatchError)
-            break
-        ema.update_(model)
-        if step == first:
-            assert ema.step == expected + 1, ema.step
+for first, weights, last, expected in zip(*[map(int, arguments[1:])] * 4):
+    if weights:
+        move(model, weights)
+    with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
+        for step in range(first, last + 1):
+            move(model, step)
+            if expected < 0:
+                refused(lambda: ema.update_(model), ModelMismatchError)
+                break
+            ema.update_(model)
+            if step == first:
+                assert ema.step == expected + 1, ema.step
 """
 
 
@@ -329,6 +329,8 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(
 ) -> None:
     """The walk at step 8 resumes from there, not from 12; that at step 1,000 is refused."""
     check_group(SHARDED, ranks[0], tmp_path, kinds[0], 1, 0, 16, 0)
-    for out in check_group(SHARDED, ranks[1], tmp_path, kinds[1], 1_000, 0, 1_001, -1):
+    for out in check_group(SHARDED, ranks[1], tmp_path, kinds[1], 1_000, 0, 1_001, -1, 9, 8, 16, 8):
         assert "are those of no snapshot of the run" in out
-    check_group(SHARDED, ranks[1], tmp_path, kinds[1], 9, 8, 16, 8)
+    for width in (0.1, 0.2):
+        exact = truth(width, [*range(2, 17, 2)])
+        assert_near(Run(tmp_path / "run").average(width, t=16), exact, within=2e-6)
