@@ -14,21 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dtype:
-    """The properties of a dtype.
+    """The properties of a dtype."""
 
-    Attributes:
-        torch_name: the dtype's name in torch and NumPy.
-        nbytes: bytes per element.
-        mantissa_bits: stored bits of the mantissa; 0 for dtypes that are not real floating-point numbers.
-        lowest_exponent: smallest exponent of normal numbers 2**exponent * 1.xxx; subnormal numbers have its spacing.
-        first_nonfinite: bit pattern, without the sign, of the smallest non-finite number; all larger ones are too.
-    """
-
-    torch_name: str
-    nbytes: int
-    mantissa_bits: int = 0
-    lowest_exponent: int = 0
-    first_nonfinite: int = 0
+    torch_name: str  # in torch and NumPy
+    nbytes: int  # of an element
+    mantissa_bits: int = 0  # stored ones; 0 for dtypes that are not real floating-point numbers
+    lowest_exponent: int = 0  # the smallest of normal numbers 2**exponent * 1.xxx; subnormal ones have its spacing
+    first_nonfinite: int = 0  # bits, without the sign, of the smallest non-finite number; all larger ones are too
 
 
 DTYPES = {

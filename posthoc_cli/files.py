@@ -32,14 +32,19 @@ from posthoc_cli.errors import InvalidValueError, OutputExistsError, RemoteError
 log = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".ema-"
-TEMPORARY_SUFFIX = ".tmp"
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """Error numbers of `link` on a file system without hard links."""
 
 
 class FileSystem:
-    """The operating system's file operations, one method each; a method raises OSError if the system refuses."""
+    """The operating system's file operations; each raises OSError if the system refuses."""
+
+    close = staticmethod(os.close)
+    fsync = staticmethod(os.fsync)
+    rename = staticmethod(os.replace)
+    link = staticmethod(os.link)
+    remove_directory = staticmethod(os.rmdir)
 
     def open_new(self, path: Path) -> int:
         """Create a file that does not exist yet and return a descriptor for reading and writing."""
@@ -62,14 +67,6 @@ class FileSystem:
         """Write the beginning of `view` at `offset`; return the number of bytes written."""
         return os.pwrite(descriptor, view, offset)
 
-    def close(self, descriptor: int) -> None:
-        """Close a descriptor."""
-        os.close(descriptor)
-
-    def fsync(self, descriptor: int) -> None:
-        """Wait until the file's content is on the disk."""
-        os.fsync(descriptor)
-
     def fsync_directory(self, path: Path) -> None:
         """Wait until the directory's entries are on the disk, where the file system supports that; a store has none."""
         if is_url(path):
@@ -84,25 +81,13 @@ class FileSystem:
         finally:
             os.close(descriptor)
 
-    def rename(self, source: Path, target: Path) -> None:
-        """Rename `source` to `target` atomically, replacing an existing file."""
-        source.replace(target)
-
-    def link(self, source: Path, target: Path) -> None:
-        """Create the hard link `target` to `source`; raise FileExistsError if `target` exists."""
-        os.link(source, target)
-
     def unlink(self, path: Path) -> None:
-        """Remove a file's name."""
+        """Remove a file's name, or an object."""
         path.unlink()
 
     def make_directory(self, path: Path) -> None:
         """Create a directory in an existing parent; do nothing if it exists."""
         path.mkdir(exist_ok=True)
-
-    def remove_directory(self, path: Path) -> None:
-        """Remove an empty directory."""
-        path.rmdir()
 
     def list(self, path: Path) -> list[Path]:
         """Return the paths in a directory, in arbitrary order."""
@@ -112,6 +97,8 @@ class FileSystem:
 system = FileSystem()
 """The file system in use; tests replace it to make operations fail."""
 
+
+# --- paths and URLs
 
 EMPTY = "is empty; for the working directory give '.'"
 """Why an empty path is refused: `Path` would take it for the working directory."""
@@ -157,13 +144,9 @@ def local_path(name: str, path: str | Path) -> Path:
     return local
 
 
-STORES = ("s3:", "gs:", "az:")
-"""Beginnings of the URLs at which objects can be written and removed."""
-
-
 def check_writable(name: str, path: Path) -> None:
     """Raise an InvalidValueError about the argument of that `name` for a URL that can only be read."""
-    if is_url(path) and not str(path).startswith(STORES):
+    if is_url(path) and not str(path).startswith(("s3:", "gs:", "az:")):
         raise InvalidValueError(name, "must be a path, or begin with s3://, gs:// or az://", value=path)
 
 
@@ -180,7 +163,7 @@ def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
     check_parent("out", path)
     if path.exists() and not overwrite:
-        raise OutputExistsError(path, "already exists", "choose another name, or `overwrite` to replace it")
+        raise _exists(path)
     return path
 
 
@@ -193,113 +176,7 @@ def is_absent(path: Path) -> bool:
     return False
 
 
-def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`."""
-    view = memoryview(data).cast("B")
-    while view:
-        written = system.write(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def make_directory(path: Path) -> list[Path]:
-    """Create a directory and its missing parents durably; return those created, outermost first.
-
-    Object stores need no directories.
-    """
-    missing = [] if is_url(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
-    made = []
-    try:
-        for directory in reversed(missing):
-            _unfinished[directory] = os.getpid()
-            system.make_directory(directory)
-            made.append(directory)
-            system.fsync_directory(directory.parent)
-    except BaseException:
-        remove_directories(made)
-        raise
-    return made
-
-
-def remove_directories(made: list[Path]) -> None:
-    """Remove the directories that `make_directory` created, as far as they are empty."""
-    with suppress(OSError):
-        for directory in reversed(made):
-            system.remove_directory(directory)
-
-
-def unlink_if_exists(path: Path) -> None:
-    """Remove a file that may not exist."""
-    with suppress(FileNotFoundError):
-        system.unlink(path)
-
-
-def discard(paths: Collection[Path]) -> None:
-    """Remove temporary files and folders; those that the system refuses to remove are tried again at the exit."""
-    for path in paths:
-        _unfinished[path] = os.getpid()
-    for path in paths:
-        with suppress(OSError):
-            _remove(path)
-            del _unfinished[path]
-
-
-def leftovers(directory: Path) -> list[Path]:
-    """Return the temporary files in a directory, sorted: of writes in progress, or of processes that were killed."""
-    return sorted(path for path in system.list(directory) if is_temporary(path.name))
-
-
-STILL_SECONDS = 3600.0
-"""Temporary files that have not changed for this long are taken for those of processes that were killed."""
-
-
-def remove_leftovers(directory: Path, still: float = STILL_SECONDS) -> None:
-    """Remove temporary files and folders that have not changed for `still` seconds; log those that stay."""
-    before = time.time() - still
-    found: list[Path] = []
-    with suppress(PermissionError):  # a folder that may not be listed
-        found = [] if is_url(directory) else leftovers(directory)  # uploads leave none
-    for path in found:
-        try:
-            inside = () if path.is_symlink() else path.rglob("*")
-            if max(entry.lstat().st_mtime for entry in (path, *inside)) < before:
-                _remove(path)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            log.warning("%s: left by an interrupted write, and cannot be removed: %s", path, error.strerror or error)
-
-
-def is_temporary(name: str) -> bool:
-    """Return whether a name has the form of those from `temporary_path`."""
-    return name.startswith(TEMPORARY_PREFIX) and name.endswith(TEMPORARY_SUFFIX)
-
-
-def temporary_path(directory: Path) -> Path:
-    """Return a new path in `directory` with a name that every reader ignores."""
-    return directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
-
-
-def temporary_path_for(path: Path) -> Path:
-    """Return a temporary path for writing `path`: in the same folder, or for a URL in the system's temporary folder.
-
-    Raises InvalidValueError for a URL that can only be read.
-    """
-    if not is_url(path):
-        return temporary_path(path.parent)
-    check_writable("out", path)
-    return temporary_path(Path(tempfile.gettempdir()))
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[None]:
-    """Create a directory for the block; remove it if the block fails and leaves it empty."""
-    with reported_as_write_error(path):
-        made = make_directory(path)
-    try:
-        yield
-    except BaseException:
-        remove_directories(made)
-        raise
+# --- directories, and what interrupted writes leave
 
 
 @contextmanager
@@ -315,6 +192,141 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
         raise WriteError(path, f"cannot be {refused}: {reason.lower()}", left, errno=error.errno) from error
 
 
+def make_directory(path: Path) -> list[Path]:
+    """Create a directory and its missing parents durably; return those created, outermost first; none in a store."""
+    missing = [] if is_url(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
+    made = []
+    try:
+        for directory in reversed(missing):
+            _unfinished[directory] = os.getpid()
+            system.make_directory(directory)
+            made.append(directory)
+            system.fsync_directory(directory.parent)
+    except BaseException:
+        _remove_empty(made)
+        raise
+    return made
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[None]:
+    """Create a directory for the block; remove it if the block fails and leaves it empty."""
+    with reported_as_write_error(path):
+        made = make_directory(path)
+    try:
+        yield
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    with suppress(OSError):
+        for directory in reversed(directories):
+            system.remove_directory(directory)
+
+
+def unlink_if_exists(path: Path) -> None:
+    """Remove a file that may not exist."""
+    with suppress(FileNotFoundError):
+        system.unlink(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a complete folder, if it exists."""
+    if not is_url(path) and path.is_dir() and not path.is_symlink():
+        for entry in system.list(path):
+            _remove(entry)
+        system.remove_directory(path)
+    else:
+        unlink_if_exists(path)
+
+
+_unfinished: dict[Path, int] = {}
+"""Temporary files and folders, and directories created for new files, each with the id of the process that made it."""
+
+
+def discard(paths: Collection[Path]) -> None:
+    """Remove temporary files and folders; those that the system refuses to remove are tried again at the exit."""
+    for path in paths:
+        _unfinished[path] = os.getpid()
+    for path in paths:
+        with suppress(OSError):
+            _remove(path)
+            del _unfinished[path]
+
+
+@atexit.register
+def remove_unfinished() -> None:
+    """Remove temporary files that were not discarded, and empty directories created for them, when the process ends.
+
+    A signal may arrive after a file was created and before the `with` statement that would remove it.
+    """
+    for path, process in reversed(list(_unfinished.items())):
+        if process == os.getpid():  # not in a forked child
+            with suppress(OSError):
+                _remove(path) if is_temporary(path.name) else system.remove_directory(path)
+            del _unfinished[path]
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a name has the form of those from `temporary_path`."""
+    return name.startswith(TEMPORARY_PREFIX) and name.endswith(".tmp")
+
+
+def temporary_path(directory: Path) -> Path:
+    """Return a new path in `directory` with a name that every reader ignores."""
+    return directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}.tmp"
+
+
+def _temporary_path_for(path: Path) -> Path:
+    """Return a temporary path for writing `path`: in the same folder, or for a URL in the system's temporary folder."""
+    check_writable("out", path)
+    return temporary_path(Path(tempfile.gettempdir()) if is_url(path) else path.parent)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Return the temporary files in a directory, sorted: of writes in progress, or of processes that were killed."""
+    return sorted(path for path in system.list(directory) if is_temporary(path.name))
+
+
+def remove_leftovers(directory: Path, still: float = 3600.0) -> None:
+    """Remove temporary files and folders that have not changed for `still` seconds; log those that stay.
+
+    Those are taken for the temporary files of processes that were killed.
+    """
+    found: list[Path] = []
+    with suppress(PermissionError):  # a folder that may not be listed
+        found = [] if is_url(directory) else leftovers(directory)  # uploads leave none
+    for path in found:
+        try:
+            inside = () if path.is_symlink() else path.rglob("*")
+            if max(entry.lstat().st_mtime for entry in (path, *inside)) < time.time() - still:
+                _remove(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("%s: left by an interrupted write, and cannot be removed: %s", path, error.strerror or error)
+
+
+# --- writing
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = system.write(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:
+    """Write a small file durably and atomically, as `PendingFile` does."""
+    with PendingFile(path, overwrite) as pending:
+        pending.write_at(data, 0)
+        pending.publish()
+
+
 class PendingFile:
     """A file that is being written. `publish` gives it its name; the end of the `with` block removes it otherwise.
 
@@ -327,7 +339,7 @@ class PendingFile:
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         self.path, self._overwrite = path, overwrite
-        self.temporary = temporary_path_for(path)
+        self.temporary = _temporary_path_for(path)
         _unfinished[self.temporary] = os.getpid()
         with reported_as_write_error(path):
             _check_free(path, overwrite)
@@ -410,7 +422,7 @@ class PendingFolder:
     """
 
     def __init__(self, path: Path, replaces: re.Pattern[str] | None = None) -> None:
-        self.path, self.temporary = path, temporary_path_for(path)
+        self.path, self.temporary = path, _temporary_path_for(path)
         self._replaces, self._uploaded = replaces, list[Path]()
         with reported_as_write_error(path):
             self._is_taken()
@@ -419,17 +431,19 @@ class PendingFolder:
 
     def _is_taken(self) -> bool:
         """Return whether something is at `path`; raise OutputExistsError unless it may be replaced."""
-        path, is_asked = self.path, self._replaces is not None or is_url(self.path)
-        hint = "name a new folder" + ", or `overwrite` to replace a model" * (not is_asked)
-        if not os.path.lexists(path) if not is_url(path) else not path.exists():
+        path, in_store, problem = self.path, is_url(self.path), ""
+        if not (path.exists() if in_store else os.path.lexists(path)):
             return False
         if path.is_symlink() or not path.is_dir():
-            raise OutputExistsError(path, "is a file or a link; must be a folder", hint)
-        if not is_url(path) and (os.path.ismount(path) or path.samefile(".")):
-            raise OutputExistsError(path, "is a disk's or the working directory, which is not replaced", hint)
-        for entry in sorted(system.list(path)):
-            if self._replaces is None or is_url(path) or entry.is_dir() or not self._replaces.fullmatch(entry.name):
-                raise OutputExistsError(path, f"already exists, and holds {shown(entry.name)}", hint)
+            problem = "is a file or a link; must be a folder"
+        elif not in_store and (os.path.ismount(path) or path.samefile(".")):
+            problem = "is a disk's or the working directory, which is not replaced"
+        for entry in [] if problem else sorted(system.list(path)):
+            if self._replaces is None or in_store or entry.is_dir() or not self._replaces.fullmatch(entry.name):
+                problem = problem or f"already exists, and holds {shown(entry.name)}"
+        if problem:
+            hint = "name a new folder" + ", or `overwrite` to replace a model" * (not (self._replaces or in_store))
+            raise OutputExistsError(path, problem, hint)
         return True
 
     def send(self) -> None:
@@ -450,7 +464,11 @@ class PendingFolder:
                 return
             for base, _, names in os.walk(self.temporary):
                 for name in names:
-                    _sync(Path(base, name))
+                    descriptor = system.open(Path(base, name))
+                    try:
+                        system.fsync(descriptor)
+                    finally:
+                        system.close(descriptor)
                 system.fsync_directory(Path(base))
             # A name that cleanups leave alone: a kill between the two renames must not cost the old model.
             aside = self.path.with_name(f".{self.path.name}.replaced-{secrets.token_hex(4)}")
@@ -492,49 +510,8 @@ def _upload(file: Path, target: Path, create: bool = True) -> None:
         raise _exists(target) from error
 
 
-def _sync(path: Path) -> None:
-    descriptor = system.open(path)
-    try:
-        system.fsync(descriptor)
-    finally:
-        system.close(descriptor)
-
-
-_unfinished: dict[Path, int] = {}
-"""Temporary files and folders, and directories created for new files, each with the id of the process that made it."""
-
-
-@atexit.register
-def remove_unfinished() -> None:
-    """Remove temporary files that were not discarded, and empty directories created for them, when the process ends.
-
-    A signal may arrive after a file was created and before the `with` statement that would remove it.
-    """
-    for path, process in reversed(list(_unfinished.items())):
-        if process == os.getpid():  # not in a forked child
-            with suppress(OSError):
-                _remove(path) if is_temporary(path.name) else system.remove_directory(path)
-            del _unfinished[path]
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, a link or a complete folder, if it exists."""
-    if not is_url(path) and path.is_dir() and not path.is_symlink():
-        for entry in system.list(path):
-            _remove(entry)
-        system.remove_directory(path)
-    else:
-        unlink_if_exists(path)
-
-
-def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:
-    """Write a small file durably and atomically, as `PendingFile` does."""
-    with PendingFile(path, overwrite) as pending:
-        pending.write_at(data, 0)
-        pending.publish()
-
-
 def _check_free(path: Path, overwrite: bool) -> None:
+    """Raise OutputExistsError if a new file cannot take a name."""
     if is_url(path):
         if not overwrite and path.is_file():
             raise _exists(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import re
 import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -75,7 +74,7 @@ def test_the_mode_follows_the_umask(tmp_path: Path, mask: int, mode: int) -> Non
 def test_a_refused_step_or_ctrl_c_leaves_nothing_and_names_the_file_and_the_reason(
     tmp_path: Path, operation: str, code: int | None
 ) -> None:
-    kind = KeyboardInterrupt if code is None else WriteError
+    kind, before = KeyboardInterrupt if code is None else WriteError, free_descriptor()
     with first(operation, code or KeyboardInterrupt()), pytest.raises(kind) as caught:
         files.write_atomically(tmp_path / "a", NEW)
     assert names(tmp_path) == []
@@ -84,6 +83,7 @@ def test_a_refused_step_or_ctrl_c_leaves_nothing_and_names_the_file_and_the_reas
         assert str(tmp_path / "a") in str(caught.value)
         assert os.strerror(code or 0).lower() in str(caught.value)
     files.write_atomically(tmp_path / "a", NEW)  # the next attempt succeeds
+    assert free_descriptor() == before  # none stays open
 
 
 @pytest.mark.parametrize("existing", [True, False])
@@ -96,16 +96,6 @@ def test_a_refused_step_of_a_replacement_keeps_the_old_file(tmp_path: Path, oper
         files.write_atomically(tmp_path / "a", NEW, overwrite=True)
     assert names(tmp_path) == ["a"] * existing
     assert not existing or (tmp_path / "a").read_bytes() == (NEW if operation == "fsync_directory" else OLD)
-
-
-def test_no_descriptor_stays_open(tmp_path: Path) -> None:
-    before = free_descriptor()
-    files.write_atomically(tmp_path / "a", NEW)
-    with files.PendingFile(tmp_path / "b"):
-        pass
-    with first("fsync"), pytest.raises(WriteError):
-        files.write_atomically(tmp_path / "c", NEW)
-    assert free_descriptor() == before
 
 
 @pytest.mark.parametrize("make", [Path.touch, Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
@@ -177,41 +167,37 @@ def test_a_discard_that_fails_is_completed(tmp_path: Path, operation: str, finis
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("url", ["hf://user/model", "s3://bucket/run"])
-@pytest.mark.parametrize("kind", [str, Path])
-def test_a_tracker_writes_to_no_url(
-    url: str, kind: Callable[[str], str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("url", ["hf://user/model", Path("s3://bucket/run")])
+def test_a_tracker_writes_to_no_url(url: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Taken for a path it would be a folder `hf:` in the working directory."""
     monkeypatch.chdir(tmp_path)
-    model, path = torch.nn.Linear(2, 2), kind(url)
+    model = torch.nn.Linear(2, 2)
     for call in (
-        lambda: PostHocEMA.from_model(model, path),
-        lambda: PostHocEMA.from_path(path),
-        lambda: make_tracker(model, path, {}),  # which all integrations use
+        lambda: PostHocEMA.from_model(model, url),
+        lambda: PostHocEMA.from_path(url),
+        lambda: make_tracker(model, url, {}),  # which all integrations use
     ):
-        message = f"^checkpoint_dir {re.escape(url)}: must be a folder of this machine: snapshots are copied"
-        with pytest.raises(InvalidValueError, match=message):
+        with pytest.raises(InvalidValueError, match=r"^checkpoint_dir [hs].*: must be a folder of this machine"):
             call()
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("url", ["file:///tmp/run", "az+v2.1://a", "ftp://user:secret@a/b?secret"])
+UNKNOWN, SECRET = "is a URL of an unknown kind", "holds credentials"
+URLS = {
+    "file:///tmp/run": ("file://tmp/run", UNKNOWN), "az+v2.1://a": (r"az\+v2.1://a", UNKNOWN),
+    "ftp://user:secret@a/b?secret": ("ftp://a/b", UNKNOWN), "s3://key@": ("s3:", "must name a bucket"),
+    "s3://key:secret@bucket/run": ("s3://bucket/run", SECRET),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("kind", [str, Path])
-def test_a_url_of_an_unknown_kind_is_an_error(url: str, kind: Callable[[str], str | Path]) -> None:
+def test_a_url_that_names_no_place_in_a_store_is_an_error(url: str, kind: Callable[[str], str | Path]) -> None:
+    shown, reason = URLS[url]
     for call in (files.expanded, Run, functools.partial(files.given_path, "x")):
-        with pytest.raises(InvalidValueError, match=r"^[a-z0-9.+]+://[a-z/]+: is a URL of an unknown kind") as caught:
+        with pytest.raises(InvalidValueError, match=f"^{shown}: {reason}") as caught:
             call(kind(url))
         assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("url", "reason"),
-    [("s3://", "s3:: must name a bucket"), ("s3://key:secret@bucket/run", "s3://bucket/run: holds credentials")],
-)
-def test_a_url_without_a_bucket_or_with_credentials_is_an_error(url: str, reason: str) -> None:
-    with pytest.raises(InvalidValueError, match=f"^{reason}"):
-        Run(url)
 
 
 @pytest.mark.parametrize("name", ["a:b", "s3:", "1:/x", "./s3:/x", "C:/x", "a b:/c", "/s3://x", "~/s3:/"])

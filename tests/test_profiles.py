@@ -13,7 +13,6 @@ import pytest
 from checking import refused
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import integrate
 
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
@@ -68,15 +67,6 @@ def test_a_chain_of_updates_gives_each_value_its_mass_in_the_profile(sigma_rel: 
         weights *= 1 - share
         weights[index] += share
     np.testing.assert_allclose(weights, np.diff((times / times[-1]) ** (gamma + 1), prepend=0.0), atol=1e-12)
-
-
-@pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.15, 0.28])
-def test_sigma_rel_is_the_standard_deviation_of_the_density(sigma_rel: float) -> None:
-    profile = PowerFunction.from_sigma_rel(sigma_rel, 500.0)
-    mean = integrate.quad(lambda s: s * profile.density(s), 0, 500)[0]
-    variance = integrate.quad(lambda s: (s - mean) ** 2 * profile.density(s), 0, 500)[0]
-    assert math.sqrt(variance) / 500 == pytest.approx(sigma_rel, rel=1e-8)
-    assert profile.sigma_rel == pytest.approx(sigma_rel, rel=1e-12)
 
 
 @given(st.floats(0.001, 0.2886), st.sampled_from([100, 1000, 54_321, 5_000_000]))

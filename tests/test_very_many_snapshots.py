@@ -13,8 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from snapshots.recorded import record
 
-from posthoc_cli import Window, disk_sources, plan_synthesis, planning, synthesize
-from posthoc_cli.planning import snapshots_to_drop
+from posthoc_cli import Window, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MOST_SOLVED, Motion, assumed_prior, reconstruct, thinned_subset
 from posthoc_cli.snapshots import prune, sources
@@ -79,16 +78,6 @@ def test_the_choice_loses_little(rounding: float, cooling: float) -> None:
     assert (found / everything).max() < 1.7
 
 
-def test_thinning_of_very_many_begins_with_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshots = regular(60)
-    monkeypatch.setattr(planning, "MOST_SOLVED", 60)
-    found = snapshots_to_drop(snapshots, assumed_prior(snapshots, 2e-4), 3)
-    first = sorted(set(range(120)) - set(thinned_subset(snapshots, 48, 3)))
-    assert found[: len(first)] == first
-    assert len(found) == len(set(found)) == 114
-    assert not {118, 119} & set(found)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with snapshots at 40 times x 2 profiles."""
@@ -108,41 +97,28 @@ def chosen_times(run: Path, t: float) -> list[float]:
 
 
 @pytest.mark.usefixtures("_twenty")
-@pytest.mark.parametrize(("t", "method"), [(200.0, "minvar"), (143.0, "paper")])
-def test_a_synthesis_uses_the_choice_up_to_its_time(run: Path, t: float, method: str) -> None:
-    plan = plan_synthesis(disk_sources(run), [0.15], t, method=method)
-    assert (plan.solved, plan.available) == (20, 2 * int(t // 5))
-    assert [source.t for source in plan.sources] == chosen_times(run, t)
-    choice = f"20 of {plan.available} snapshots up to t = {t:g}, evenly in time"
-    assert plan.choice == choice
-    few = plan_synthesis(disk_sources(run), [0.15], 50.0)
+def test_a_synthesis_uses_the_choice_up_to_its_time_whatever_its_targets(run: Path) -> None:
+    sources = disk_sources(run)
+    alone, company = (
+        plan_synthesis(given, targets, 143.0)
+        for given, targets in ((sources, [0.15]), (sources[::-1], [0.02, 0.15, Window(30)]))
+    )
+    for plan in (alone, company):
+        assert (plan.solved, plan.available) == (20, 56)
+        assert plan.choice == "20 of 56 snapshots up to t = 143, evenly in time"
+        assert [source.t for source in plan.sources] == chosen_times(run, 143.0)
+    one, other = dict(synthesize(alone))["0.weight"][0], dict(synthesize(company))["0.weight"][1]
+    torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
+    few = plan_synthesis(sources, [0.15], 50.0)
     assert (few.solved, few.available, few.choice) == (20, 20, None)
 
 
 @pytest.mark.usefixtures("_twenty")
-def test_the_choice_does_not_depend_on_the_targets(run: Path) -> None:
-    sources = disk_sources(run)
-    alone = plan_synthesis(sources, [0.15], 143.0)
-    company = plan_synthesis(sources[::-1], [0.02, 0.15, Window(30)], 143.0)
-    assert company.solved == 20
-    assert [source.name for source in alone.sources] == [source.name for source in company.sources]
-    one, other = dict(synthesize(alone))["0.weight"][0], dict(synthesize(company))["0.weight"][1]
-    torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
-
-
-@pytest.mark.usefixtures("_twenty")
-def test_pruning_first_deletes_snapshots_that_no_reconstruction_uses(run: Path) -> None:
+def test_pruning_first_deletes_what_no_reconstruction_uses_and_training_does_not_resume_from(run: Path) -> None:
     snapshots = read_directory(run)
     outside = [s.path for s in snapshots if s.t not in chosen_times(run, 200.0)]
     pruned = plan_pruning(snapshots, keep=3)
     assert {s.path for s in pruned.to_delete[:60]} == set(outside)
     assert len(pruned.kept) == 6
-    # Any prefix of the deletions leaves an evenly thinned directory.
-    assert np.histogram([s.t for s in pruned.to_delete[:21]], bins=4, range=(0, 200))[0].min() >= 2
-
-
-@pytest.mark.usefixtures("_twenty")
-def test_snapshots_that_training_resumes_from_stay_even_if_not_chosen(run: Path) -> None:
-    snapshots = [s for s in read_directory(run) if (s.t, s.sigma_rel) != (200.0, 0.28)]
-    kept = plan_pruning(snapshots, keep=1).kept
+    kept = plan_pruning([s for s in snapshots if (s.t, s.sigma_rel) != (200.0, 0.28)], keep=1).kept
     assert {(s.t, s.sigma_rel) for s in kept} == {(200.0, 0.05), (195.0, 0.05), (195.0, 0.28)}

@@ -35,7 +35,7 @@ from posthoc_cli.checkpoints.steps import checked_step
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError
 from posthoc_cli.snapshots.directory import MANIFEST, is_import
 from posthoc_cli.snapshots.snapshot import is_whole
-from posthoc_cli.snapshots.tensorfile import OpenedFile, parse_json, read_small_file, sampled_identity
+from posthoc_cli.snapshots.tensorfile import OpenedFile, parse_object, read_small_file, sampled_identity
 
 _FORMAT = {"format": "ema import", "version": 1}
 _MOST_BYTES = 100_000_000
@@ -151,7 +151,7 @@ def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest in a folder, without a look at the files; raise FileFormatError if it is damaged."""
     path = folder / MANIFEST
-    raw = parse_json(path, read_small_file(path, _MOST_BYTES), "import")
+    raw = parse_object(path, read_small_file(path, _MOST_BYTES), "import")
     try:
         if {key: raw.get(key) for key in _FORMAT} != _FORMAT:
             raise ValueError("is of another format or version")

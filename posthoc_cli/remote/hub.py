@@ -71,4 +71,4 @@ def revisions(key: str) -> list[str]:
 
 
 def _facts(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"path": entry["name"], "size": entry["size"], "e_tag": entry.get("blob_id"), "last_modified": None}
+    return {"path": entry["name"], "size": entry["size"], "e_tag": entry.get("blob_id")}

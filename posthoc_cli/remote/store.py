@@ -17,7 +17,7 @@ import re
 import stat
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path, PosixPath
 from typing import Any, NamedTuple
@@ -39,14 +39,10 @@ RETRIES: dict[str, Any] = {
 
 
 class ObjectInfo(NamedTuple):
-    """The facts that a store reports about an object.
-
-    `tag` may be empty, and differs for other content. `modified` is in seconds since 1970.
-    """
+    """The facts that a store reports about an object; `tag` may be empty, and differs for other content."""
 
     size: int
     tag: str = ""
-    modified: float = 0.0
 
 
 def shown_url(text: str) -> str:
@@ -57,25 +53,21 @@ def shown_url(text: str) -> str:
     """
     scheme, _, rest = text.partition(":")
     host, slash, path = rest.strip("/").partition("/")
-    scheme, user = scheme.lower(), ""
+    scheme, user, problem = scheme.lower(), "", ""
     if scheme != "hf":  # whose revisions are behind an @
         user, _, host = host.rpartition("@")
     if scheme not in SCHEMES:
         path = path.partition("?")[0]
-    shown = f"{scheme}://{host}{slash}{path}".rstrip("/")
-    if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise InvalidValueError(shown, f"is a URL of an unknown kind; must be a path, or begin with one of {known}")
-    if not host:
-        raise InvalidValueError(shown, "must name a bucket or a repository")
-    if user:
-        raise InvalidValueError(shown, "holds credentials, which are read from the environment only")
+        problem = f"is a URL of an unknown kind; must be a path, or begin with one of {known}"
+    elif not host:
+        problem = "must name a bucket or a repository"
+    elif user:
+        problem = "holds credentials, which are read from the environment only"
+    shown = f"{scheme}://{host}{slash}{path}".rstrip("/")
+    if problem:
+        raise InvalidValueError(shown, problem)
     return shown
-
-
-def endpoint() -> str:
-    """Return the URL of the server that replaces Amazon's, or an empty text."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 def _place(url: str) -> tuple[Any, str]:
@@ -87,12 +79,13 @@ def _place(url: str) -> tuple[Any, str]:
             from posthoc_cli.remote import hub
 
             return hub, rest
-        return _opened(f"{scheme}://{bucket}/", endpoint()), key
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        return _opened(f"{scheme}://{bucket}/", endpoint), key
 
 
 @lru_cache(maxsize=64)
 def _opened(bucket: str, endpoint: str) -> Any:
-    """Return the store of a bucket."""
+    """Return the store of a bucket; `endpoint` is the server that replaces Amazon's, or empty."""
     try:
         from obstore.store import from_url
     except ImportError:
@@ -175,15 +168,13 @@ class RemotePath(PosixPath):
         return self.is_file() or self.is_dir()
 
     def stat(self, **_: Any) -> os.stat_result:
-        """Return the status of an object, with its size, or of a folder, as the store reports it now."""
+        """Return the kind and the size of an object, or the kind of a folder, as the store reports them now."""
         self._known = None
         info = self._ask()
-        size, when, mode = (info.size, int(info.modified), stat.S_IFREG) if info else (0, 0, stat.S_IFDIR)
-        return os.stat_result((mode | 0o666, 0, 0, 1, 0, 0, size, when, when, when))
+        mode = stat.S_IFREG if info else stat.S_IFDIR
+        return os.stat_result((mode | 0o666, 0, 0, 1, 0, 0, info.size if info else 0, 0, 0, 0))
 
-    def lstat(self) -> os.stat_result:
-        """Return what `stat` returns."""
-        return self.stat()
+    lstat = stat
 
     def unlink(self, missing_ok: bool = True) -> None:  # noqa: ARG002 - a store does not report a missing object
         """Delete the object, if it exists."""
@@ -311,9 +302,7 @@ def delete(url: str) -> None:
 
 
 def _info(facts: Any) -> ObjectInfo:
-    modified: datetime | None = facts["last_modified"]
-    seconds = modified.timestamp() if modified else 0.0
-    return ObjectInfo(facts["size"], facts["e_tag"] or "", seconds)
+    return ObjectInfo(facts["size"], facts["e_tag"] or "")
 
 
 # --- errors

@@ -12,14 +12,13 @@ import logging
 import os
 import re
 import socket
-import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from itertools import combinations, count, pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 from posthoc_cli import files
@@ -31,7 +30,6 @@ from posthoc_cli.errors import (
     MismatchError,
     PostHocError,
     RemoteError,
-    WriteError,
     printable,
     shown,
 )
@@ -65,22 +63,16 @@ STILL_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Directory:
-    """The names in a directory, sorted, and once its headers are read, what they say.
-
-    Attributes:
-        snapshots: complete snapshots by time, then sigma_rel.
-        problems: what is wrong: unreadable headers, and snapshots that contradict each other.
-        notes: lines about unusual entries.
-        incomplete: folders that lack parts of a snapshot, left by an interrupted training or still being written, each
-            with the parts that exist, in words.
-    """
+    """The names in a directory, sorted, and once its headers are read, what they say."""
 
     path: Path
     entries: tuple[Path, ...] = ()
-    snapshots: tuple[Snapshot, ...] = ()
-    problems: tuple[PostHocError, ...] = ()
-    notes: tuple[str, ...] = ()
-    incomplete: Mapping[Path, str] = field(default_factory=dict)
+    snapshots: tuple[Snapshot, ...] = ()  # complete ones, by time, then sigma_rel
+    problems: tuple[PostHocError, ...] = ()  # unreadable headers, and snapshots that contradict each other
+    notes: tuple[str, ...] = ()  # lines about unusual entries
+    incomplete: Mapping[Path, str] = field(
+        default_factory=dict
+    )  # folders that lack parts, with those they have in words
 
     @property
     def files(self) -> list[Path]:
@@ -130,21 +122,19 @@ def list_directory(directory: Path) -> Directory:
     except RemoteError:
         raise
     except OSError as error:
-        if known := _NO_DIRECTORY.get(type(error)):
-            raise DirectoryError(directory, known, NAME_A_RUN) from error
-        raise DirectoryError(directory, f"cannot be read: {(error.strerror or str(error)).lower()}") from error
+        reason = _NO_DIRECTORY.get(type(error))
+        unread = f"cannot be read: {(error.strerror or str(error)).lower()}"
+        raise DirectoryError(directory, reason or unread, NAME_A_RUN if reason else "") from error
 
 
 def list_folder(folder: Path) -> Directory:
     """List a folder like `list_directory`; return nothing for a link, which may lead elsewhere, or for a file."""
-    if folder.is_symlink():
-        return Directory(folder)
     try:
-        return list_directory(folder)
+        return Directory(folder) if folder.is_symlink() else list_directory(folder)
     except DirectoryError as error:
-        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
-            return Directory(folder)
-        raise
+        if type(error.__cause__) not in _NO_DIRECTORY:
+            raise
+        return Directory(folder)
 
 
 Read = Callable[[Path], Snapshot | FileFormatError | None]
@@ -166,10 +156,8 @@ def inspect_directory(directory: Path) -> Directory:
 
 def inspected(listing: Directory, read: Read = _read) -> Directory:
     """Return a listing with what the headers in it say."""
-    snapshots: list[Snapshot] = []
-    problems: list[PostHocError] = []
-    notes: list[str] = []
-    incomplete: dict[Path, str] = {}
+    snapshots, problems = list[Snapshot](), list[PostHocError]()
+    notes, incomplete = list[str](), dict[Path, str]()
     for result in _results(listing.files, read):
         if isinstance(result, FileFormatError):
             problems.append(result)
@@ -189,7 +177,7 @@ def inspected(listing: Directory, read: Read = _read) -> Directory:
         elif content:
             incomplete[folder] = content
             notes.append(f"{folder.name}/: has {content}")
-    snapshots.sort(key=time_order)
+    snapshots.sort(key=lambda snapshot: (snapshot.t, snapshot.sigma_rel, snapshot.path.name))
     problems += contradictions(snapshots)
     notes = [*missing_at_newest(snapshots), *notes]
     return replace(
@@ -211,12 +199,7 @@ def read_snapshot(path: Path) -> Snapshot:
 
 def find_snapshots(directory: Path) -> list[Snapshot]:
     """Read the snapshots of a run like `read_directory`; return none for a missing or empty directory."""
-    try:
-        return _checked(inspect_directory(directory))
-    except DirectoryError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return []
-        raise
+    return [] if files.is_absent(directory) else _checked(inspect_directory(directory))
 
 
 def read_directory(directory: Path) -> list[Snapshot]:
@@ -300,12 +283,11 @@ def joined(folder: Path, parts: Sequence[Snapshot]) -> Snapshot | str:
             raise FileFormatError(part.path, reason, "move it to the directory")
         sets[part.part[1], part.session].append(part)
     for before, part in (pair for of_set in sets.values() for pair in pairwise(of_set)):
-        differing = [key for key, value in vars(before).items() if key not in _OWN and getattr(part, key) != value]
-        reason = f"are not of one snapshot: they differ in {differing[0]}" if differing else ""
         if before.part == part.part:
-            reason = "are both part {} of {}; remove one".format(*(part.part or (0, 0)))
-        if reason:
-            raise _apart(before, part, reason)
+            raise _apart(before, part, "are both part {} of {}; remove one".format(*(part.part or ())))
+        for key, value in vars(before).items():
+            if key not in _OWN and getattr(part, key) != value:
+                raise _apart(before, part, f"are not of one snapshot: they differ in {key}")
     # A snapshot off the schedule may be in the course of being replaced, part by part, by the same one on it.
     complete = [
         of_set
@@ -369,9 +351,6 @@ def _joined_entry(folder: Path, name: str, holders: Sequence[tuple[Snapshot, Box
             reason = f"do not match: tensor {shown(name)} has the shapes {list(shape)} and {list(other)}"
             raise _apart(parts[0], part, reason)
     if problem := cover_problem(shape, [box for _, box in holders]):
-        for (first, box), (part, other_box) in combinations(holders, 2):
-            if box.intersection(other_box).size:
-                raise _apart(first, part, f"tensor {shown(name)}: both hold some of its elements")
         raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
     # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
     return Entry(max((part.entries[name].dtype for part in parts), key=ITEM_BYTES.__getitem__), shape)
@@ -380,17 +359,11 @@ def _joined_entry(folder: Path, name: str, holders: Sequence[tuple[Snapshot, Box
 def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
     """Return the measurements of all parts together; None if a part has none."""
     known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
-        return None
-    return Measurements(sum(part.norm for part in known), sum(part.rounding for part in known))
+    together = Measurements(sum(part.norm for part in known), sum(part.rounding for part in known))
+    return together if len(known) == len(parts) else None
 
 
 # --- what belongs together
-
-
-def time_order(snapshot: Snapshot) -> tuple[float, float, str]:
-    """Return the key that sorts snapshots by time, then sigma_rel."""
-    return snapshot.t, snapshot.sigma_rel, snapshot.path.name
 
 
 def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
@@ -487,38 +460,12 @@ class DirectoryLock:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
             try:
-                self._take(directory, descriptor)
+                _take(directory, descriptor)
             except BaseException:
                 os.close(descriptor)
                 raise
         # Releases it also when the process ends or the last reference is gone.
         self.release = weakref.finalize(self, _release, descriptor, os.getpid())
-
-    def _take(self, directory: Path, descriptor: int) -> None:
-        """Lock the file and write the holder's name into it."""
-        own, is_locked = (os.getpid(), socket.gethostname()), True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if _holder(descriptor) is None:
-                time.sleep(0.05)  # it may just be writing its name
-            holder = _holder(descriptor)
-            name = f"another tracker of this process ({own[0]})" if holder == own else _named(holder)
-            reason = f"{name} is writing here"
-            raise LockedError(directory, reason, "close that tracker, or take another directory") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            is_locked = False
-            why = (error.strerror or str(error)).lower()
-            log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
-        if holder := _holder(descriptor):
-            died = is_locked and holder[1] == own[1]
-            log.warning("%s: %s %s", directory, _named(holder), _DIED if died else _UNSEEN)
-        elif os.fstat(descriptor).st_size:
-            raise WriteError(directory / LOCK_NAME, "is not a lock: it has content", "move it away")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"host": own[1], "process": own[0]}).encode(), 0)
 
     def __enter__(self) -> DirectoryLock:
         return self
@@ -527,21 +474,34 @@ class DirectoryLock:
         self.release()
 
 
-_DIED = "died without releasing it; taken over"
-_UNSEEN = "has not released it, and holds no lock seen here; taken over: make sure that it is not running any more"
+def _take(directory: Path, descriptor: int) -> None:
+    """Lock the file and write the holder's name into it."""
+    process, host = os.getpid(), socket.gethostname()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(descriptor) or "another process"
+        holder = f"another tracker of this process ({process})" if holder == f"process {process} on {host}" else holder
+        hint = "close that tracker, or take another directory"
+        raise LockedError(directory, f"{holder} is writing here", hint) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        why = (error.strerror or str(error)).lower()
+        log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
+    if holder := _holder(descriptor):  # it died, or its lock is not seen on this host
+        log.warning("%s: taken over from %s: make sure that it is not running any more", directory, holder)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps({"host": host, "process": process}).encode(), 0)
 
 
-def _holder(descriptor: int) -> tuple[int, str] | None:
-    """Return the process and the host that a lock names; None if it names none."""
+def _holder(descriptor: int) -> str:
+    """Return the process and the host that a lock names; empty if it names none."""
     try:
         holder = json.loads(os.pread(descriptor, 1_000, 0))
-        return int(holder["process"]), str(holder["host"])
+        return f"process {int(holder['process'])} on {printable(str(holder['host'])[:80])}"
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
-
-
-def _named(holder: tuple[int, str] | None) -> str:
-    return f"process {holder[0]} on {printable(holder[1][:80])}" if holder else "another process"
+        return ""
 
 
 def _release(descriptor: int, process: int) -> None:
@@ -591,7 +551,7 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
         return []
     directory = stored[0].path.parent
     folder = directory / SUPERSEDED
-    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
     with files.reported_as_write_error(folder):
@@ -620,33 +580,25 @@ def thin(
     keeps the same ones. Of those off the schedule, the latest stay if there is room, and in any case those of the
     newest `SPARED_TIMES`: a checkpoint of the training may belong to them. Returns the remaining ones in order of time.
     """
-    if max_checkpoints is None:
+    scheduled = [snapshot for snapshot in stored if not snapshot.off_schedule]
+    counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
+    widths = Counter(snapshot.sigma_rel for snapshot in stored)
+    if max_checkpoints is None or max(widths.values(), default=0) <= max_checkpoints:
         return list(stored)
-    surplus = _surplus(stored, max_checkpoints, sigma_range)
+    surplus: list[Snapshot] = []
+    if max(counts.values(), default=0) > max_checkpoints:
+        newest = scheduled[-1].sketch
+        averages = [snapshot.average() for snapshot in scheduled]
+        prior = measured_prior(averages, decode_path(newest).sketch if newest else None)
+        profiles, spared = [snapshot.profile for snapshot in scheduled], spared_times(max_checkpoints)
+        dropped = snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range, spared)
+        surplus += [scheduled[index] for index in dropped]
+    oldest_spared = sorted({snapshot.t for snapshot in stored})[-SPARED_TIMES:][0]
+    for sigma_rel in widths:
+        off_schedule = [s for s in stored if s.off_schedule and s.sigma_rel == sigma_rel]
+        room = max(max_checkpoints - counts[sigma_rel], 0)
+        surplus += [s for s in off_schedule[: max(len(off_schedule) - room, 0)] if s.t < oldest_spared]
     for snapshot in surplus:
         log.debug("thinning: removing %s", snapshot.path)
         remove_snapshot(snapshot.path)
     return [snapshot for snapshot in stored if snapshot not in surplus]
-
-
-def _surplus(stored: Sequence[Snapshot], max_checkpoints: int, sigma_range: tuple[float, float]) -> list[Snapshot]:
-    """Choose the snapshots that `thin` deletes."""
-    if max(Counter(snapshot.sigma_rel for snapshot in stored).values(), default=0) <= max_checkpoints:
-        return []
-    scheduled = [snapshot for snapshot in stored if not snapshot.off_schedule]
-    counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
-    surplus: list[Snapshot] = []
-    if max(counts.values(), default=0) > max_checkpoints:
-        averages = [snapshot.average() for snapshot in scheduled]
-        profiles = [snapshot.profile for snapshot in scheduled]
-        newest = scheduled[-1].sketch
-        prior = measured_prior(averages, decode_path(newest).sketch if newest else None)
-        spared = spared_times(max_checkpoints)
-        dropped = snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range, spared)
-        surplus += [scheduled[index] for index in dropped]
-    oldest_spared = sorted({snapshot.t for snapshot in stored})[-SPARED_TIMES:][0]
-    for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):
-        off_schedule = [s for s in stored if s.off_schedule and s.sigma_rel == sigma_rel]
-        room = max(max_checkpoints - counts[sigma_rel], 0)
-        surplus += [s for s in off_schedule[: max(len(off_schedule) - room, 0)] if s.t < oldest_spared]
-    return surplus

@@ -69,30 +69,19 @@ class Used:
 
 @dataclass(frozen=True)
 class OutputInfo:
-    """The content of the header of an output, the file that a synthesis writes: `kind` is "output".
-
-    Attributes:
-        run_id, t, t_unit: as in a snapshot.
-        profile: the target, for people: "sigma_rel 0.15", "beta 0.9999", ...
-        sigma_rel, gamma: width and exponent of the profile; None if it is not a power function.
-        method: the solver.
-        profile_error: relative L2 error between the profiles.
-        predicted_error: expected relative L2 error of the weights; None if it is unknown.
-        snapshots: the snapshots and their coefficients.
-        copies: names of the tensors that are copies (buffers), not averages.
-    """
+    """The content of the header of an output, the file that a synthesis writes: `kind` is "output"."""
 
     run_id: RunId
-    profile: str
-    sigma_rel: float | None
+    profile: str  # the target, for people: "sigma_rel 0.15", "beta 0.9999", ...
+    sigma_rel: float | None  # None, like gamma, if the profile is not a power function
     gamma: Annotated[float, ANY_SIGN] | None
     t: Time
     t_unit: Unit
     method: str
-    profile_error: float
-    predicted_error: float | None
+    profile_error: float  # relative L2 error between the profiles
+    predicted_error: float | None  # expected relative L2 error of the weights; None if it is unknown
     snapshots: tuple[Used, ...]
-    copies: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()  # names of the tensors that are copies (buffers), not averages
 
     def encoded(self) -> dict[str, Any]:
         """Return the JSON object of a header, without the checksums of blocks."""
@@ -106,8 +95,11 @@ def decode_output(file: TensorFile) -> OutputInfo:
 
 def training_metadata(file: TensorFile) -> dict[str, str]:
     """Return the metadata that kohya's scripts keep about a training, without hashes of tensors, which may change."""
-    kept = {name: value for name, value in file.metadata.items() if name.startswith(("ss_", "modelspec."))}
-    return {name: value for name, value in kept.items() if not name.startswith("modelspec.hash")}
+    return {
+        name: value
+        for name, value in file.metadata.items()
+        if name.startswith(("ss_", "modelspec.")) and not name.startswith("modelspec.hash")
+    }
 
 
 def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, list[str]]:
@@ -190,30 +182,21 @@ def read_model(path: Path) -> list[TensorFile]:
         FileFormatError: a file is damaged or missing, or lacks a tensor that its index names.
         MismatchError: the files are of different outputs.
     """
-    read, outputs = list[TensorFile](), list[tuple[Path, OutputInfo | None]]()
+    read, outputs = list[TensorFile](), list[tuple[Path, object]]()
     for file_path, names in model_files(path).items():
         file = read_file(file_path)
         if missing := set(names or ()) - file.entries.keys():
             raise FileFormatError(file_path, f"tensor {shown(min(missing))} is not in it, as the index says")
         read.append(file)
-        outputs.append((file_path, decode_output(file) if file.kind == "output" else None))
-        _check_alike(*outputs[0], *outputs[-1])
+        info = decode_output(file) if file.kind == "output" else None
+        made = info and (info.run_id, info.profile, info.t, info.method, [used.file for used in info.snapshots])
+        outputs.append((file_path, made))
+        if made != outputs[0][1]:
+            reason = "their headers say that they were not written by one synthesis"
+            raise MismatchError(f"{outputs[0][0]} and {file_path} are not of one model", reason)
     if not read:
         raise FileFormatError(path, "is an index that names no file")
     return read
-
-
-def _check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
-    """Raise MismatchError unless the metadata of two shards is of one output, or both have none."""
-    problem = ""
-    if info is None or found is None:
-        problem = "only one of them is of a synthesis" if info is not found else ""
-    elif differing := [name for name in ("run_id", "profile", "t", "method") if vars(info)[name] != vars(found)[name]]:
-        problem = f"they differ in {differing[0]}"
-    elif [used.file for used in info.snapshots] != [used.file for used in found.snapshots]:
-        problem = "they are made of other snapshots"
-    if problem:
-        raise MismatchError(f"{first} and {other} are not of one model", problem)
 
 
 # --- descriptions

@@ -185,7 +185,7 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
 
 def decode_path(text: str) -> PathSketch:
     """Return the path that a sketch encodes, adding up the parts of `joined_paths`; ValueError if it is invalid."""
-    (projection, total), *others = (_decoded(part) for part in text.split(_AND))
+    (projection, total), *others = map(_decoded, text.split(_AND))
     for _, sketch in others:
         total = replace(total, means=total.means + sketch.means, spread=total.spread + sketch.spread)
     return PathSketch(projection, total)
@@ -193,15 +193,7 @@ def decode_path(text: str) -> PathSketch:
 
 def is_path(text: str) -> bool:
     """Return True for a text that is empty or encodes a path; raise ValueError for any other."""
-    return not text or all(map(_path_arrays, text.split(_AND)))
-
-
-def _decoded(text: str) -> PathSketch:
-    (windows, _, size, projection), (*known, factor), means, steps = _path_arrays(text)
-    edges, folds, spread = np.split(np.array(known), [windows + 1, 2 * windows + 1])
-    if size == 2:
-        means = np.concatenate((means, means + np.cumsum(steps * factor, axis=0)))
-    return PathSketch(projection, Sketch(edges, folds, means, spread))
+    return not text or all(map(_decoded, text.split(_AND)))
 
 
 def path_of_part(text: str, part: tuple[int, int] | None) -> PathSketch | None:
@@ -211,11 +203,25 @@ def path_of_part(text: str, part: tuple[int, int] | None) -> PathSketch | None:
     return decode_path(texts[number - 1]) if text and len(texts) == count else None
 
 
-def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArray]:
-    """Return the four integers, the float64 values, and the float32 and float16 numbers of a sketch."""
+def joined_paths(texts: Sequence[str]) -> str:
+    """Join the sketches of a model's parts; return an empty text unless all have a sketch of the same windows."""
+    if not texts or not all(texts):
+        return ""
+    first, *others = (_decoded(text).sketch for text in texts)
+    is_alike = all(
+        first.means.shape == other.means.shape
+        and np.array_equal(first.edges, other.edges)
+        and np.array_equal(first.folds, other.folds)
+        for other in others
+    )
+    return _AND.join(texts) if is_alike else ""
+
+
+def _decoded(text: str) -> PathSketch:
+    """Return the path that the sketch of one part encodes; raise ValueError if it is invalid."""
     data = base64.b64decode(text, validate=True)
     counts = np.frombuffer(data[:32], "<i8").tolist() if len(data) >= 32 else [0] * 4
-    windows, numbers, size, _ = counts
+    windows, numbers, size, projection = counts
     first = 32 + 8 * (3 * windows + 2)
     rest = first + 4 * numbers * (windows if size == 4 else 1)
     is_sketch = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)
@@ -223,14 +229,7 @@ def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArr
         raise ValueError(f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4")
     pieces = ((data[32:first], "<f8"), (data[first:rest], "<f4"), (data[rest:], "<f2"))
     known, means, steps = (np.frombuffer(piece, dtype).astype(np.float64) for piece, dtype in pieces)
-    return counts, known, means.reshape(-1, numbers), steps.reshape(-1, numbers)
-
-
-def joined_paths(texts: Sequence[str]) -> str:
-    """Join the sketches of a model's parts; return an empty text unless all have a sketch of the same windows."""
-    if not texts or not all(texts):
-        return ""
-    (counts, known, *_), *others = (_path_arrays(text) for text in texts)
-    shared = 2 * counts[0] + 1  # the windows' edges and folds
-    is_alike = all(counts[:2] == c[:2] and np.array_equal(known[:shared], k[:shared]) for c, k, *_ in others)
-    return _AND.join(texts) if is_alike else ""
+    edges, folds, spread, factor = np.split(known, [windows + 1, 2 * windows + 1, 3 * windows + 1])
+    means = means.reshape(-1, numbers)
+    means = np.concatenate((means, means[:1] + np.cumsum(steps.reshape(-1, numbers) * factor, axis=0)))
+    return PathSketch(projection, Sketch(edges, folds, means, spread))

@@ -124,7 +124,7 @@ def plan_pruning(
     everyone = [snapshot.profile for snapshot in snapshots]
     needed = _needed(everyone)
     used = sorted({*thinned_subset(everyone, keep=keep or 1), *needed})
-    beyond = _spread_out([index for index in range(len(snapshots)) if index not in {*used}])
+    beyond = [index for index in range(len(snapshots)) if index not in {*used}]
     chosen = [snapshots[index] for index in used]
     profiles, prior, staying = [s.profile for s in chosen], source_prior(chosen), [used.index(i) for i in needed]
     before = forecast(profiles, prior, sigma_range)
@@ -191,12 +191,6 @@ def _needed(profiles: Sequence[PowerFunction]) -> set[int]:
     newest = {gamma: max(of_profile) for gamma, of_profile in times.items()}
     complete = max(set.intersection(*times.values()), default=None)
     return {index for index, p in enumerate(profiles) if p.t in (newest[p.gamma], complete)}
-
-
-def _spread_out(indices: Sequence[int]) -> list[int]:
-    """Reorder indices by the reversed bits of their places, so that every prefix is spread evenly over them."""
-    bits = len(indices).bit_length()
-    return [indices[place] for place in sorted(range(len(indices)), key=lambda place: f"{place:0{bits}b}"[::-1])]
 
 
 def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_size: int) -> int:

@@ -176,51 +176,23 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
 class Snapshot(Source):
     """A snapshot: the content of its header, and the files that hold its tensors.
 
-    The header's "ema" is a JSON object of the attributes up to `session`, see `tensorfile`; those equal to their
-    defaults are left out, and unknown ones are ignored. Dataclasses are objects, tuples lists. Numbers are finite,
-    round-trip to the same float64 and, but for `gamma`, are not negative.
+    The header's "ema" is a JSON object of the fields up to `session`, see `tensorfile`; those equal to their defaults
+    are left out, and unknown ones are ignored. Dataclasses are objects, tuples lists. Numbers are finite, round-trip to
+    the same float64 and, but for `gamma`, are not negative. Some fields need more words than fit beside them:
 
-    Attributes:
-        run_id: 32 hexadecimal digits; equal in all snapshots of a run, and in no others.
-        sigma_rel: width of the profile, as the user gave it.
-        gamma: exponent of the profile.
-        sigma_rels: the widths of all profiles that the run tracks, increasing.
-        t: training time of the average.
-        t_unit: what `t` counts: "steps", "images", ...
-        step: number of `update_` calls up to `t`.
-        t_first: time of the first update; the profile's mass before it applies to the values of that time.
-        max_interval: the longest interval between two updates since `t_first`.
-        schedule: the tracker's settings; `sigma_range` is what snapshots are kept for.
-        tensors: the role of each tensor and its dtype in the model. "average": the weighted mean of a tensor;
-            "statistic": the same of BatchNorm's running mean or variance, which is not a weight; "copy": the value at
-            `t`. Averages may be stored in another dtype: `checkpoint_dtype`, or F32 if that cannot hold a value.
-            In the header: lists of names by role and dtype, such as {"average F32": ["w", "b"], "copy I64": ["n"]}.
-        aliases: further names of tensors, each with the name under which it is stored (tied parameters).
-        left_out: names in the model's state that the run does not track.
-        selection: which tensors the run tracks.
-        skip_nonfinite: whether the run skips updates with a nan or an infinity.
-        clock: pairs of a step and its time, both increasing, up to (step, t); at most 1,000. From step 0 at time 0 to
-            the first, and between two, all steps are equally long, up to a tolerance: half a step where 256 pairs
-            suffice for that. Empty if `t` is always the step.
-        updates: number of updates in the average.
-        inherited: expected squared norm of the error that remains in the average from the rounding of the snapshots
-            that the run was resumed from.
-        off_schedule: whether it lies between the times of the schedule (at the end of training, or on request). Later
-            snapshots on the schedule do not depend on it.
-        measurements: float64 sums over the elements of all averages in the file (not of statistics and copies), for a
-            large model estimated from a sample of elements. `norm` sums the squares of the exact average, `rounding`
-            those of (stored - exact).
-        sample: base64 of little-endian float32 values: for the elements that `path.places` names the network's values
-            at the last update, then as many of the exact average. A part has those in its chunks.
-        sketch: base64 of random projections of the network's path up to `t`, see `path`.
-        part: (3, 8) in the third of eight parts of a snapshot.
-        chunks: for each tensor of a part the shape of the complete tensor, and the place of the chunk's first element.
-        mesh: {"shape": [2, 4], "names": ["dp", "tp"] or null}: the device mesh, for information.
-        session: in a part: the start of the training process that wrote it, in nanoseconds of a clock; parts of
-            different sessions never form a snapshot.
-        path: the file, or the folder of the parts.
-        files: the files that hold the tensors, each with the boxes that it holds.
-        entries: dtype and complete shape of each stored tensor.
+    tensors: the role of each tensor and its dtype in the model. "average": the weighted mean of a tensor; "statistic":
+        the same of BatchNorm's running mean or variance, which is not a weight; "copy": the value at `t`. Averages may
+        be stored in another dtype: `checkpoint_dtype`, or F32 if that cannot hold a value. In the header: lists of
+        names by role and dtype, such as {"average F32": ["w", "b"], "copy I64": ["n"]}.
+    clock: pairs of a step and its time, both increasing, up to (step, t); at most 1,000. From step 0 at time 0 to the
+        first, and between two, all steps are equally long, up to a tolerance: half a step where 256 pairs suffice for
+        that. Empty if `t` is always the step.
+    measurements: float64 sums over the elements of all averages in the file (not of statistics and copies), for a large
+        model estimated from a sample. `norm` sums the squares of the exact average, `rounding` of (stored - exact).
+    sample: base64 of little-endian float32 values: for the elements that `path.places` names the network's values at
+        the last update, then as many of the exact average. A part has those in its chunks.
+    session: in a part the start of the training process that wrote it, in nanoseconds of a clock; parts of different
+        sessions never form a snapshot.
 
     A snapshot of a model that several processes hold in chunks is a folder with the name of the file, without the
     suffix. Each process that owns a chunk writes one file to it, `part-00003-of-00008.safetensors`, a snapshot of its
@@ -231,35 +203,35 @@ class Snapshot(Source):
     DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} sorted by name, and DCP_VERSION "1.0".
     """
 
-    run_id: RunId
-    sigma_rel: float
-    gamma: Annotated[float, ANY_SIGN]
-    sigma_rels: Widths
+    run_id: RunId  # 32 hexadecimal digits; equal in all snapshots of a run, and in no others
+    sigma_rel: float  # width of the profile, as the user gave it
+    gamma: Annotated[float, ANY_SIGN]  # exponent of the profile
+    sigma_rels: Widths  # of all profiles that the run tracks, increasing
     t: Time
-    t_unit: Unit
-    step: int
-    t_first: Time
-    max_interval: float
-    schedule: TrackingSchedule
+    t_unit: Unit  # what `t` counts: "steps", "images", ...
+    step: int  # number of `update_` calls up to `t`
+    t_first: Time  # of the first update; the profile's mass before it applies to the values of that time
+    max_interval: float  # the longest interval between two updates since `t_first`
+    schedule: TrackingSchedule  # the tracker's settings; `sigma_range` is what snapshots are kept for
     tensors: Tensors
-    aliases: dict[str, str] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-    selection: Selection | None = None
-    skip_nonfinite: bool = False
+    aliases: dict[str, str] = field(default_factory=dict)  # of tied parameters: further name -> stored name
+    left_out: tuple[str, ...] = ()  # names in the model's state that the run does not track
+    selection: Selection | None = None  # which tensors the run tracks
+    skip_nonfinite: bool = False  # whether the run skips updates with a nan or an infinity
     clock: Knots = ()
-    updates: int | None = None
-    inherited: float = 0.0
-    off_schedule: bool = False
+    updates: int | None = None  # number of updates in the average
+    inherited: float = 0.0  # expected squared norm of the error from the rounding of snapshots it was resumed from
+    off_schedule: bool = False  # written at the end or on request; later ones on the schedule do not depend on it
     measurements: Measurements | None = None
     sample: SampleText = ""
-    sketch: SketchText = ""
-    part: Part | None = None
-    chunks: dict[str, Chunk] = field(default_factory=dict)
-    mesh: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    sketch: SketchText = ""  # base64 of random projections of the network's path up to `t`, see `path`
+    part: Part | None = None  # (3, 8) in the third of eight parts
+    chunks: dict[str, Chunk] = field(default_factory=dict)  # of a part: each tensor's complete shape, and its place
+    mesh: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)  # {"shape": [2, 4], "names": ["dp", "tp"]}
     session: int = 0
-    path: Path = field(default_factory=Path, compare=False)
-    files: tuple[TensorFile, ...] = field(default=(), compare=False)
-    entries: Mapping[str, Entry] = field(default_factory=dict, compare=False)
+    path: Path = field(default_factory=Path, compare=False)  # the file, or the folder of the parts
+    files: tuple[TensorFile, ...] = field(default=(), compare=False)  # each with the boxes that it holds
+    entries: Mapping[str, Entry] = field(default_factory=dict, compare=False)  # dtype and complete shape
 
     @property
     def identity(self) -> str:
@@ -371,15 +343,10 @@ def ungrouped(lists: Mapping[str, Sequence[str]]) -> dict[str, TrackedTensor]:
     """Return the tensors of these lists of names by role and dtype; raise ValueError if they are invalid."""
     tensors = dict[str, TrackedTensor]()
     for words, names in lists.items():
-        tensors |= dict.fromkeys(names, _tracked(words))
+        role, _, dtype = words.partition(" ")
+        tensors |= dict.fromkeys(names, converted({"role": role, "dtype": dtype}, TrackedTensor))
     _check(len(tensors) == sum(map(len, lists.values())), "without a name twice", lists)
     return tensors
-
-
-@lru_cache
-def _tracked(words: str) -> TrackedTensor:
-    role, _, dtype = words.partition(" ")
-    return cast(TrackedTensor, converted({"role": role, "dtype": dtype}, TrackedTensor))
 
 
 def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
@@ -402,8 +369,7 @@ def decode(file: TensorFile, kind: str, form: type[T]) -> T:
     not signatures.
     """
     if file.kind != kind:
-        why = "has no header of it" if file.kind is None else f"its kind is {shown(file.kind)}"
-        problem = f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {why}"
+        problem = f"not {'an' if kind == 'output' else 'a'} {kind} of this package"
     elif (known := file.content.get("format")) != FORMAT:
         problem = f"its format is {shown(known)}; this release reads {FORMAT}"
     else:
@@ -421,13 +387,13 @@ def kinds_of(form: Any) -> dict[str, Any]:
 
 
 def converted(value: Any, kind: Any) -> Any:
-    """Convert a JSON value to an annotated type: lists to tuples or arrays, objects to dataclasses, by their fields.
+    """Convert a JSON value to an annotated type: lists to tuples, objects to dataclasses, by their fields.
 
     Raises ValueError, which says what is expected. Numbers must be finite and at least 0, and satisfy the annotation's
     `Rule`. Keys that a dataclass does not have are ignored: they come from later releases.
     """
     if kind in _PLAIN:
-        accepts, words, _ = _PLAIN[kind]
+        accepts, words = _PLAIN[kind]
         _check(accepts(value), words, value)
         return float(value) if kind is float else value
     if kind is Any:
@@ -442,32 +408,27 @@ def converted(value: Any, kind: Any) -> Any:
         return result
     if type(None) in args:
         return None if value is None else converted(value, args[0])
-    if origin is np.ndarray:
-        return np.array(converted(value, tuple[float, ...]), dtype=np.float64)
     if origin is tuple:
-        item, is_endless = args[0], args[-1] is ...
-        _, _, words = _PLAIN.get(item, ("", "", "lists or objects")) if is_endless else ("", "", str(len(args)))
-        _check(isinstance(value, list | tuple) and (is_endless or len(value) == len(args)), f"a list of {words}", value)
-        if is_endless and item in _PLAIN:
-            _check(all(map(_PLAIN[item][0], value)), f"a list of {words}", value)
-            return tuple(map(float, value)) if item is float else tuple(value)
-        return tuple(map(converted, value, [item] * len(value) if is_endless else args))
+        is_endless = args[-1] is ...
+        fits = isinstance(value, list | tuple) and (is_endless or len(value) == len(args))
+        _check(fits, "a list" if is_endless else f"a list of {len(args)}", value)
+        if is_endless and args[0] in _PLAIN:
+            accepts, words = _PLAIN[args[0]]
+            _check(all(map(accepts, value)), f"a list, each {words}", value)
+            return tuple(map(float, value)) if args[0] is float else tuple(value)
+        return tuple(map(converted, value, args[:1] * len(value) if is_endless else args))
     _check(isinstance(value, dict), "a JSON object", value)
-    if not is_dataclass(kind):
-        return {name: _member(value, name, args[1]) for name in value}
-    form: Any = kind
-    for each in fields(form):
+    form: Any = kind if is_dataclass(kind) else None
+    for each in fields(form) if form else ():
         if each.name not in value and each.default_factory is MISSING and (each.default is MISSING or each.default):
             raise ValueError(f"{each.name}: is missing")
-    members = {name: member for name, member in kinds_of(form).items() if name in value}
-    return form(**{name: _member(value, name, member) for name, member in members.items()})
-
-
-def _member(value: Mapping[str, Any], name: str, kind: Any) -> Any:
-    try:
-        return converted(value[name], kind)
-    except ValueError as error:
-        raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
+    result = {}
+    for name, member in (kinds_of(form) if form else dict.fromkeys(value, args[-1])).items():
+        try:
+            result |= {name: converted(value[name], member)} if name in value else {}
+        except ValueError as error:
+            raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
+    return form(**result) if form else result
 
 
 def _check(is_right: bool, words: str, value: Any) -> None:
@@ -480,14 +441,10 @@ def is_whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-_PLAIN: dict[Any, tuple[Callable[[Any], bool], str, str]] = {
-    bool: (lambda value: isinstance(value, bool), "true or false", "true or false"),
-    str: (lambda value: isinstance(value, str), "a string", "strings"),
-    int: (is_whole, "a whole number, at least 0", "whole numbers, at least 0"),
-    float: (
-        lambda value: is_number(value) and value >= 0,
-        "a finite number, at least 0",
-        "finite numbers, at least 0",
-    ),
+_PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    str: (lambda value: isinstance(value, str), "a string"),
+    int: (is_whole, "a whole number, at least 0"),
+    float: (lambda value: is_number(value) and value >= 0, "a finite number, at least 0"),
 }
-"""The plain types of JSON values, each with a test and its description in the singular and the plural."""
+"""The plain types of JSON values, each with a test and its description."""

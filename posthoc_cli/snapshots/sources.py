@@ -1,12 +1,10 @@
 """The sources of averages: snapshots on disk, checkpoints of other programs, and live averages.
 
-This module also derives what several sources show together: their order, their clock, and the prior of a
-reconstruction from their measurements, which it estimates if headers lack them.
-
-Measurements are estimated from a sample: the averages of a snapshot, concatenated by name, form a long vector, which is
-cut into runs of 1,024 elements. Some runs are chosen at random, seeded by the run id: the same elements in every
-snapshot, all equally likely. Sums over the sample, times all elements / elements in the sample, are unbiased estimates.
-All elements are read of models with up to 1,000,000, whose sums are exact.
+Several of them together show their order, their clock, and the prior of a reconstruction, from their measurements or,
+if headers lack these, from a sample: the averages of a snapshot, concatenated by name, form a long vector, which is cut
+into runs of 1,024 elements. Some runs are chosen at random, seeded by the run id: the same elements in every snapshot,
+all equally likely. Sums over the sample, times all elements / elements in the sample, are unbiased estimates. All
+elements are read of models with up to 1,000,000, whose sums are exact.
 
 The sample is not verified, since a checksum covers a block, which would have to be read completely. It is used for
 estimates only; a synthesis verifies what it reads. Memory: the samples of one time and of the two newest earlier
@@ -96,43 +94,25 @@ class Source(ABC):
     """A stored average: a snapshot, a checkpoint of another program, or a live average. Any thread may read it.
 
     As a context manager it keeps its files open; they must be those whose headers were read.
-
-    Attributes:
-        path: the file or folder.
-        files: the files that together hold its tensors; none of a live average.
-        entries: the dtype and the shape of each stored tensor.
-        profile: a power function, one checkpoint (`Point`), or known times (`Discrete`).
-        run_id: 32 hexadecimal digits, the same for all sources of a run.
-        t: training time of the average.
-        t_unit: what `t` counts.
-        step: training step at `t`.
-        sigma_rel: the width that the average was tracked for; 0 for other averages.
-        t_first: the earliest time with mass in averages of the run, as far as this source shows.
-        tensors: role and model dtype of each stored tensor.
-        aliases: further names of tensors, each with the name under which the tensor is stored.
-        left_out: names in the model's state that were not tracked.
-        measurements: the measurements of the average; None if they must be estimated.
-        sketch: the path of the weights up to `t`, see `path.encode_path`; empty if unknown.
-        sample: elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown.
     """
 
     word = "snapshot"
-    path: Path
-    files: tuple[TensorFile, ...]
-    entries: Mapping[str, Entry]
-    profile: StoredProfile
-    run_id: str
+    path: Path  # the file or folder
+    files: tuple[TensorFile, ...]  # those that together hold its tensors; none of a live average
+    entries: Mapping[str, Entry]  # dtype and complete shape of each stored tensor
+    profile: StoredProfile  # a power function, one checkpoint (`Point`), or known times (`Discrete`)
+    run_id: str  # 32 hexadecimal digits, the same for all sources of a run
     t: float
     t_unit: str
     step: int
-    sigma_rel: float
-    t_first: float
+    sigma_rel: float  # the width that the average was tracked for; 0 for other averages
+    t_first: float  # the earliest time with mass in averages of the run, as far as this source shows
     tensors: dict[str, TrackedTensor]
-    aliases: dict[str, str]
-    left_out: tuple[str, ...]
-    measurements: Measurements | None
-    sketch: str
-    sample: str
+    aliases: dict[str, str]  # further names of tensors, each with the name under which the tensor is stored
+    left_out: tuple[str, ...]  # names in the model's state that were not tracked
+    measurements: Measurements | None  # None if they must be estimated
+    sketch: str  # the path of the weights up to `t`, see `path.encode_path`; empty if unknown
+    sample: str  # elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.t:,.12g})"
@@ -179,14 +159,10 @@ class Source(ABC):
         return len(boxes) // max(1, len({box.offset[:1] for box in boxes}))
 
     def __enter__(self) -> Any:
-        entered = []
-        try:
+        with ExitStack() as stack:
             for file in self.files:
-                entered.append(file.__enter__())
-        except BaseException as error:
-            for file in entered:
-                file.__exit__(type(error))
-            raise
+                stack.enter_context(file)
+            stack.pop_all()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -274,9 +250,14 @@ def all_open(sources: Sequence[Source]) -> Iterator[None]:
 _Source = TypeVar("_Source", bound=Source)
 
 
+def _kind(source: Source) -> tuple[float, bool]:
+    """Return the width of a source, and whether it is a checkpoint."""
+    return source.sigma_rel, isinstance(source.profile, Point)
+
+
 def by_time(items: Sequence[_Source]) -> list[_Source]:
     """Sort sources by time, then sigma_rel, checkpoints last."""
-    return sorted(items, key=_order)
+    return sorted(items, key=lambda source: (source.t, *_kind(source)))
 
 
 def chosen_up_to(items: Sequence[_Source], t: float) -> tuple[list[_Source], list[_Source]]:
@@ -285,16 +266,9 @@ def chosen_up_to(items: Sequence[_Source], t: float) -> tuple[list[_Source], lis
     Both lists are by time, then sigma_rel, and of limited length, see `thinned_subset`.
     """
     ordered = by_time(items)
-    usable, later = [s for s in ordered if s.t <= t], [s for s in ordered if s.t > t]
-    return _chosen(usable), _chosen(later)
-
-
-def _chosen(items: Sequence[_Source]) -> list[_Source]:
-    return [items[index] for index in thinned_subset([item.profile for item in items])]
-
-
-def _order(source: Source) -> tuple[float, float, bool]:
-    return source.t, *_kind(source)
+    sides = [s for s in ordered if s.t <= t], [s for s in ordered if s.t > t]
+    usable, later = ([side[index] for index in thinned_subset([s.profile for s in side])] for side in sides)
+    return usable, later
 
 
 def run_clock(sources: Sequence[Source]) -> Clock:
@@ -331,22 +305,20 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     estimated from a sample.
     """
     on_disk = [source for source in sources if source.files]
-    ordered = [*on_disk, *(source for source in sources if not source.files)]
-    averages = [source.average(source.profile) for source in ordered]
-    last = max((source.t for source in ordered), default=0.0)  # earlier sketches show a part of the path
-    text = next((source.sketch for source in ordered if source.t == last and source.sketch), "")
-    if sampled := not text or any(source.measurements is None for source in on_disk):
-        averages[: len(on_disk)] = with_sampled_measurements(on_disk)
-    samples = defaultdict[float, list[str]](list)
-    for source in sorted(on_disk, key=_order):
-        samples[source.sigma_rel].append(source.sample)
+    last = max((source.t for source in sources), default=0.0)  # earlier sketches show a part of the path
+    text = next((source.sketch for source in (*on_disk, *sources) if source.t == last and source.sketch), "")
+    is_sampled = not text or any(source.measurements is None for source in on_disk)
+    measured = dict(zip(map(id, on_disk), with_sampled_measurements(on_disk), strict=True)) if is_sampled else {}
+    averages = [measured.get(id(source)) or source.average(source.profile) for source in sources]
     uneven = None
     if text:
-        stored = {name: ordered[0].entries[name] for name in ordered[0].averages}
-        uneven = uneven_motion(samples.values(), stored)
+        samples = defaultdict[float, list[str]](list)
+        for source in by_time(on_disk):
+            samples[source.sigma_rel].append(source.sample)
+        shown = (*on_disk, *sources)[0]
+        uneven = uneven_motion(samples.values(), {name: shown.entries[name] for name in shown.averages})
     prior = measured_prior(averages, decode_path(text).sketch if text else None, uneven)
-    place = {id(source): index for index, source in enumerate(ordered)}
-    return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
+    return prior.sampled() if is_sampled else prior
 
 
 @dataclass(frozen=True)
@@ -366,14 +338,15 @@ def scaled_run(snapshots: Sequence[Source], steps: float) -> EarlierRun:
     prior = source_prior(snapshots)
     times = np.array([snapshot.t for snapshot in snapshots])
     norm = float(prior.norm[times == times.max()].mean())
-    known = prior.source != ASSUMED and norm > 0
-    motion = prior.stretched(steps, float(times.max()), norm) if known else None
+    if prior.source == ASSUMED or norm <= 0:
+        return EarlierRun(None, {})
     by_dtype = defaultdict(list)
     for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
         dtypes = {snapshot.entries[name].dtype for name in snapshot.averages}
-        if prior.source != ASSUMED and len(dtypes) == 1 and rounding > 0 and squared > 0:
+        if len(dtypes) == 1 and rounding > 0 and squared > 0:
             by_dtype[DTYPES[dtypes.pop()].torch_name].append(float(rounding / squared))
-    return EarlierRun(motion, {name: math.sqrt(float(np.mean(values))) for name, values in by_dtype.items()})
+    rounding_by_dtype = {name: math.sqrt(float(np.mean(values))) for name, values in by_dtype.items()}
+    return EarlierRun(prior.stretched(steps, float(times.max()), norm), rounding_by_dtype)
 
 
 def sample_measurements(snapshots: Sequence[Source], local: bool = False) -> list[Measurements]:
@@ -388,22 +361,21 @@ def sample_measurements(snapshots: Sequence[Source], local: bool = False) -> lis
     measured: dict[int, Measurements] = {}
     newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
     ranges = _sampled_ranges(snapshots[0]) if snapshots else []
-    ordered = sorted(range(len(snapshots)), key=lambda index: _order(snapshots[index]))
-    for _, at_time in groupby(ordered, key=lambda i: snapshots[i].t):
-        now = {index: _read(snapshots[index], ranges) for index in at_time}
+    for _, at_time in groupby(by_time(snapshots), key=lambda snapshot: snapshot.t):
+        now = [_read(snapshot, ranges) for snapshot in at_time]
         earlier = [sample for kind in sorted(newest) for samples in newest[kind] for sample in samples]
-        recent: dict[int, Distance] = {}
-        for index, sample in now.items() if local else ():
-            if (motion := _recent_motion(sample, newest[_kind(sample.snapshot)])) is not None:
-                recent[index] = motion
-        is_clear = any(motion.squared > _CLEAR * motion.rounding for motion in recent.values())
-        for index, sample in now.items():
-            partners = [other for other in now.values() if other is not sample] + earlier
-            of_motion = [recent[index]] if index in recent else []
-            measured[index] = _measure(sample, [] if of_motion and is_clear else partners, of_motion)
-        for kind, of_kind in groupby(now.values(), key=lambda sample: _kind(sample.snapshot)):
+        recent = [_recent_motion(sample, newest[_kind(sample.snapshot)]) if local else None for sample in now]
+        is_clear = any(motion and motion.squared > _CLEAR * motion.rounding for motion in recent)
+        for sample, motion in zip(now, recent, strict=True):
+            distances = [motion] if motion else []
+            for other in () if motion and is_clear else [one for one in now if one is not sample] + earlier:
+                squared = _squares(sample, sample.values - other.values)
+                distances.append(Distance(other.snapshot.profile, squared, sample.rounding + other.rounding))
+            norm = _squares(sample, sample.values)
+            measured[id(sample.snapshot)] = Measurements(norm, sample.rounding, tuple(distances))
+        for kind, of_kind in groupby(now, key=lambda sample: _kind(sample.snapshot)):
             newest[kind] = [*newest[kind], list(of_kind)][-2:]
-    return [measured[index] for index in range(len(snapshots))]
+    return [measured[id(snapshot)] for snapshot in snapshots]
 
 
 def with_sampled_measurements(snapshots: Sequence[Source]) -> list[StoredAverage]:
@@ -435,11 +407,6 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     return float(np.dot(spacings, spacings)) / 12
 
 
-def _kind(source: Source) -> tuple[float, bool]:
-    """Return the width of a source, and whether it is a checkpoint."""
-    return source.sigma_rel, isinstance(source.profile, Point)
-
-
 @dataclass(frozen=True)
 class _Sample:
     """The sampled elements of a snapshot, shape [elements]; `scale` is all elements / sampled elements."""
@@ -451,30 +418,26 @@ class _Sample:
 
 
 def _averaged(snapshot: Source) -> dict[str, int]:
-    entries = snapshot.entries
-    return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in sorted(snapshot.averages)}
+    """Return the number of elements of each average, by name."""
+    return {name: snapshot.entries[name].size for name in sorted(snapshot.averages)}
 
 
 def _sampled_ranges(snapshot: Source) -> list[ElementRange]:
-    """Choose the elements to read in every snapshot of the run."""
-    elements = _averaged(snapshot)
-    total = sum(elements.values())
+    """Choose the elements to read in every snapshot of the run: runs, cut at the ends of tensors."""
+    sizes = _averaged(snapshot)
+    total, names, ends = sum(sizes.values()), list(sizes), list(accumulate(sizes.values()))
     if total <= MOST_ELEMENTS:
-        return [ElementRange(name, 0, count) for name, count in elements.items() if count]
+        return [ElementRange(name, 0, count) for name, count in sizes.items() if count]
     runs, wanted = -(-total // RUN_ELEMENTS), MOST_ELEMENTS // RUN_ELEMENTS
-    chosen = np.sort(np.random.default_rng(int(snapshot.run_id, 16)).choice(runs, wanted, replace=False))
-    names, ends = list(elements), list(accumulate(elements.values()))
-    return [span for run in chosen for span in _ranges(names, ends, int(run) * RUN_ELEMENTS)]
-
-
-def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[ElementRange]:
-    """Yield the run that begins at an element of the concatenated vector, cut at the `ends` of tensors."""
-    end, index = min(begin + RUN_ELEMENTS, ends[-1]), bisect_right(ends, begin)
-    while begin < end:
-        start, stop = ends[index - 1] if index else 0, min(end, ends[index])
-        if begin < stop:
-            yield ElementRange(names[index], begin - start, stop - start)
-        begin, index = stop, index + 1
+    chosen = {*np.random.default_rng(int(snapshot.run_id, 16)).choice(runs, wanted, replace=False).tolist()}
+    edges = {*ends, *(min((run + end) * RUN_ELEMENTS, total) for run in chosen for end in (0, 1))}
+    ranges = []
+    for begin, end in pairwise(sorted(edges)):
+        if begin // RUN_ELEMENTS in chosen:
+            name = names[bisect_right(ends, begin)]
+            start = ends[bisect_right(ends, begin)] - sizes[name]
+            ranges.append(ElementRange(name, begin - start, end - start))
+    return ranges
 
 
 def _read(snapshot: Source, ranges: Sequence[ElementRange]) -> _Sample:
@@ -493,14 +456,6 @@ def _read(snapshot: Source, ranges: Sequence[ElementRange]) -> _Sample:
     values = np.concatenate(parts)
     scale = sum(_averaged(snapshot).values()) / max(values.size, 1)
     return _Sample(snapshot, values, scale, rounding * scale)
-
-
-def _measure(sample: _Sample, partners: Sequence[_Sample], more: Sequence[Distance] = ()) -> Measurements:
-    distances = [*more]
-    for partner in partners:
-        squared = _squares(sample, sample.values - partner.values)
-        distances.append(Distance(partner.snapshot.profile, squared, sample.rounding + partner.rounding))
-    return Measurements(_squares(sample, sample.values), sample.rounding, tuple(distances))
 
 
 _LIKE = 1e-3

@@ -21,9 +21,6 @@ these 16 digits.
 A header is checked in this order: its checksum, its structure (strict JSON, known dtypes, tensors that fill the file
 without gap or overlap), its content. Files are read, never mapped into memory, so that a file that shrinks does not
 crash its reader. Every fault is a FileFormatError that names the file, and the tensor or key.
-
-A written file is absent or complete, see `files.PendingFile`. Every byte of every tensor is written once, in any order
-and by any number of threads. The header, which holds the checksums, is laid out first and filled in last.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -198,22 +195,13 @@ def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
     Chunks without elements are ignored.
     """
     filled = [chunk for chunk in chunks if chunk.size]
-    if any(last > length for chunk in filled for last, length in zip(chunk.end, shape, strict=True)):
-        return "a chunk reaches beyond the tensor"
-    if not math.prod(shape):
-        return None if chunks else "has no chunk"
-    cells = 1
-    for axis, length in enumerate(shape):
-        cuts = sorted({(chunk.offset[axis], chunk.end[axis]) for chunk in filled})
-        edges = [(0, 0), *cuts, (length, length)]
-        if any(before[1] < after[0] for before, after in pairwise(edges)):
-            return "elements are missing"
-        if any(before[1] > after[0] for before, after in pairwise(edges)):
-            return "chunks overlap"
-        cells *= len(cuts)
-    if len(set(filled)) < len(filled):
-        return "chunks overlap"
-    return None if len(filled) == cells else "elements are missing"
+    cuts = [sorted({(chunk.offset[axis], chunk.end[axis]) for chunk in filled}) for axis in range(len(shape))]
+    is_covered = len({*filled}) == len(filled) == math.prod(len(cut) for cut in cuts)
+    for length, cut in zip(shape, cuts, strict=True):
+        is_covered = is_covered and [0, *(end for _, end in cut)] == [*(begin for begin, _ in cut), length]
+    if chunks and (is_covered or (not filled and 0 in shape)):
+        return None
+    return "its chunks do not hold each element exactly once"
 
 
 # --- opening files
@@ -235,33 +223,6 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
         raise FileFormatError(f"{str(path)!r}", f"cannot be {verb}: no file can have this name") from error
 
 
-class _LocalBytes:
-    """A regular file, open for reading."""
-
-    tag = ""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = files.system.open(path)
-        self.size = self.stamp[0]
-        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-            self.close()
-            raise FileFormatError(path, "is not a regular file")
-
-    @property
-    def stamp(self) -> tuple[int, int]:
-        status = os.fstat(self._descriptor)
-        return status.st_size, status.st_mtime_ns
-
-    def read(self, view: memoryview, offset: int) -> int:
-        return files.system.read(self._descriptor, view, offset)
-
-    def read_ahead(self, ahead: Ahead, begin: int) -> None:
-        """Do nothing: the system reads ahead."""
-
-    def close(self) -> None:
-        files.system.close(self._descriptor)
-
-
 class OpenedFile:
     """A regular file or an object in a store, open for reading at any offset by any number of threads.
 
@@ -269,28 +230,37 @@ class OpenedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._bytes: _LocalBytes | RemoteBytes
+        self.path, self.tag = path, ""
+        self.remote: RemoteBytes | None = None
         with named_on_error(path, "opened"):
             if files.is_url(path):
                 from posthoc_cli.remote.ranges import RemoteBytes
 
-                self._bytes = RemoteBytes(path)
-            else:
-                self._bytes = _LocalBytes(path)
-        self.size, self.tag = self._bytes.size, self._bytes.tag
-        self.read_ahead, self.close = self._bytes.read_ahead, self._bytes.close
+                self.remote = RemoteBytes(path)
+                self.size, self.tag = self.remote.size, self.remote.tag
+                return
+            self._descriptor = files.system.open(path)
+            status = os.fstat(self._descriptor)
+            self.size = status.st_size
+            if not stat.S_ISREG(status.st_mode):
+                self.close()
+                raise FileFormatError(path, "is not a regular file")
 
     @property
     def stamp(self) -> tuple[int, int | str]:
         """A value that changes when the file is written to."""
-        return self._bytes.stamp
+        if self.remote:
+            return self.remote.stamp
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view` with the bytes from an offset on; return the number read, smaller only at the end of the file."""
-        done = 0
+        done, count = 0, 1
         with named_on_error(self.path, "read"):
-            while done < len(view) and (count := self._bytes.read(view[done:], offset + done)):
+            while done < len(view) and count:
+                rest, at = view[done:], offset + done
+                count = self.remote.read(rest, at) if self.remote else files.system.read(self._descriptor, rest, at)
                 done += count
         return done
 
@@ -298,6 +268,10 @@ class OpenedFile:
         """Return `count` bytes at an offset, fewer at the end of the file."""
         buffer = bytearray(count)
         return bytes(buffer[: self.read_into(memoryview(buffer), offset)])
+
+    def close(self) -> None:
+        """Close the file."""
+        self.remote.close() if self.remote else files.system.close(self._descriptor)
 
     def __enter__(self) -> OpenedFile:
         return self
@@ -349,38 +323,22 @@ def in_turn(work: Callable[[S], T], things: Sequence[S], remote: bool) -> Iterat
 # --- a file of tensors
 
 
-class _Shared:
-    """What the users of one file share: the file while any of them has it open, and its last reordered tensor."""
-
-    def __init__(self) -> None:
-        self.lock, self.users = threading.RLock(), 0
-        self.file: OpenedFile | None = None
-        self.reordered: tuple[str, npt.NDArray[np.uint8]] | None = None
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TensorFile:
-    """A file of tensors, each at a known place. As a context manager it stays open; else it is opened for each read.
-
-    Attributes:
-        entries: the tensors in the file, or the chunks of tensors.
-        stamp: its size, and a value that changes when it is written to.
-        sums: the checksums of each tensor's blocks, concatenated; empty for a file of another program.
-        boxes: the box of its tensor that each chunk holds; empty if all tensors are complete.
-        metadata: the strings in its header, without those of this package.
-        content: the JSON object of this package in its header, without the checksums of blocks.
-        checksum: what identifies the content: the checksum of its header, or for a checkpoint `sampled_identity`.
-    """
+    """A file of tensors, each at a known place. As a context manager it stays open; else it is opened for each read."""
 
     path: Path
-    entries: Mapping[str, Entry]
-    stamp: tuple[int, int | str]
-    sums: Mapping[str, str] = field(default_factory=dict)
-    boxes: Mapping[str, Box] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    content: Mapping[str, Any] = field(default_factory=dict)
-    checksum: str = ""
-    _shared: _Shared = field(default_factory=_Shared, init=False, repr=False)
+    entries: Mapping[str, Entry]  # the tensors in the file, or the chunks of tensors
+    stamp: tuple[int, int | str]  # the file's size, and a value that changes when it is written to
+    sums: Mapping[str, str] = field(default_factory=dict)  # those of each tensor's blocks; empty if another program's
+    boxes: Mapping[str, Box] = field(default_factory=dict)  # what chunks hold; empty if all tensors are complete
+    metadata: Mapping[str, str] = field(default_factory=dict)  # the strings in its header, but for this package's
+    content: Mapping[str, Any] = field(default_factory=dict)  # this package's JSON object, without "sums"
+    checksum: str = ""  # identifies the content: the header's checksum, or for a checkpoint `sampled_identity`
+    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
+    _file: OpenedFile | None = field(default=None, init=False, repr=False)
+    _users: int = field(default=0, init=False, repr=False)
+    _reordered: tuple[str, npt.NDArray[np.uint8]] | None = field(default=None, init=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -400,36 +358,34 @@ class TensorFile:
         return Box.full(self.entries[name].shape) if name in self.entries else None
 
     def __enter__(self) -> TensorFile:
-        with self._shared.lock:
-            if not self._shared.users:
-                file = OpenedFile(self.path)
-                try:
+        with self._lock:
+            if self._file is None:
+                with ExitStack() as stack:
+                    file = stack.enter_context(OpenedFile(self.path))
                     # The header identifies a file whose blocks are verified, also if it was copied over itself.
                     is_same = self.sums and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
                     if not is_same and file.stamp != self.stamp:
                         raise FileFormatError(self.path, "was replaced while it was being used", "run again")
-                except BaseException:
-                    file.close()
-                    raise
-                self._shared.file = file
-            self._shared.users += 1
+                    stack.pop_all()
+                self._file = file
+            self._users += 1
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Close the file; raise FileFormatError if it has no checksums and was changed meanwhile."""
-        with self._shared.lock:
-            self._shared.users -= 1
-            if self._shared.users or self._shared.file is None:
+        with self._lock:
+            self._users -= 1
+            if self._users or self._file is None:
                 return
-            file, self._shared.file, self._shared.reordered = self._shared.file, None, None
+            file, self._file, self._reordered = self._file, None, None
         with file:
             if kind is None and not self.sums and file.stamp != self.stamp:
                 raise FileFormatError(self.path, "was changed while it was being read", "run again")
 
     def read_ahead(self, ahead: Ahead) -> None:
         """Have the payload of a file that is open, and in a store, requested before it is read."""
-        assert self._shared.file is not None, "the caller has opened it"
-        self._shared.file.read_ahead(ahead, min((entry.begin for entry in self.entries.values()), default=0))
+        if self._file and self._file.remote:
+            self._file.remote.read_ahead(ahead, min((entry.begin for entry in self.entries.values()), default=0))
 
     def read(self, name: str, begin: int, view: memoryview, verify: bool = True) -> None:
         """Fill `view` with the bytes of a tensor, in row-major order, from `begin` on; verify all blocks of them."""
@@ -447,7 +403,7 @@ class TensorFile:
             for at in range(first, last, _PIECE * block):
                 piece = room[at - first : at - first + _PIECE * block]
                 self._fill(name, entry.begin + at, piece)
-                self.check(name, at, piece)
+                self._check(name, at, piece)
             if room is not view:
                 view[:] = room[begin - first : end - first]
 
@@ -462,7 +418,7 @@ class TensorFile:
                     self._fill(names[last - 1], entries[first].begin, view[at:end])
         at = 0
         for name, entry in zip(names, entries, strict=True):
-            self.check(name, 0, view[at : at + entry.nbytes])
+            self._check(name, 0, view[at : at + entry.nbytes])
             at += entry.nbytes
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -472,7 +428,7 @@ class TensorFile:
         self.read(name, 0, data.data)
         return tensor_from_bytes(data, entry.dtype, entry.shape)
 
-    def check(self, name: str, begin: int, view: memoryview) -> None:
+    def _check(self, name: str, begin: int, view: memoryview) -> None:
         """Raise FileFormatError unless the complete blocks of a tensor from `begin` on match their checksums."""
         if not self.sums:
             return
@@ -483,23 +439,21 @@ class TensorFile:
                 raise FileFormatError(self.path, f"tensor {shown(name)} is damaged: its checksum does not match")
 
     def _fill(self, name: str, offset: int, view: memoryview) -> None:
-        """Fill `view` with the bytes at an offset of the file."""
-        file = self._shared.file
-        assert file is not None, "each caller has opened it"
-        if file.read_into(view, offset) < len(view):
+        assert self._file is not None, "each caller has opened it"
+        if self._file.read_into(view, offset) < len(view):
             raise FileFormatError(self.path, f"tensor {shown(name)}: the file became shorter while it was read")
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the bytes, in row-major order, of a tensor stored in another order; the last such tensor is kept."""
-        with self._shared.lock:
-            if self._shared.reordered is None or self._shared.reordered[0] != name:
+        with self._lock:
+            if self._reordered is None or self._reordered[0] != name:
                 entry, dtype = self.entries[name], items(self.entries[name].dtype)
                 reach = 1 + sum((size - 1) * step for size, step in zip(entry.shape, entry.strides, strict=True))
                 stored = np.empty(reach, dtype)
                 self._fill(name, entry.begin, stored.view(np.uint8).data)
                 strided = as_strided(stored, entry.shape, [dtype.itemsize * step for step in entry.strides])
-                self._shared.reordered = name, np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
-            return self._shared.reordered[1]
+                self._reordered = name, np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
+            return self._reordered[1]
 
     def verify(self, progress: Callable[[int], object] = lambda _: None) -> None:
         """Read and verify every byte; raise FileFormatError for the first damaged tensor."""
@@ -510,30 +464,31 @@ class TensorFile:
         """Read every byte, on several threads; return the damaged tensors, and those that hold nan or infinity."""
         damaged, nonfinite = dict[str, FileFormatError](), dict[str, None]()
         blocks = [
-            (name, begin)
+            (name, begin, min(BLOCK * ITEM_BYTES[entry.dtype], entry.nbytes - begin))
             for name, entry in sorted(self.entries.items(), key=lambda item: item[1].begin)
             for begin in range(0, entry.nbytes, BLOCK * ITEM_BYTES[entry.dtype])
         ]
-        with self, ThreadPoolExecutor(THREADS, "ema-verify") as pool:
-            results: Any = pool.map(self._examine_block, blocks)
-            with closing(results):  # which cancels the blocks that were not begun
-                for (name, _), (nbytes, error, is_bad) in zip(blocks, results, strict=True):
-                    damaged |= {name: error} if error else {}
-                    nonfinite |= {name: None} if is_bad else {}
-                    progress(nbytes)
-        return damaged, [*nonfinite]
 
-    def _examine_block(self, block: tuple[str, int]) -> tuple[int, FileFormatError | None, bool]:
-        """Read a block; return its size, the error if it is damaged, and whether it holds nan or infinity."""
-        name, begin = block
-        entry = self.entries[name]
-        view = np.empty(min(BLOCK * ITEM_BYTES[entry.dtype], entry.nbytes - begin), np.uint8).data
-        try:
-            self._fill(name, entry.begin + begin, view)
-            self.check(name, begin, view)
-        except FileFormatError as error:
-            return len(view), error, False
-        return len(view), None, holds_nonfinite(view, entry.dtype)
+        def read(block: tuple[str, int, int]) -> FileFormatError | bool:
+            """Return the error if a block is damaged, else whether it holds nan or infinity."""
+            name, begin, size = block
+            view = np.empty(size, np.uint8).data
+            try:
+                self.read(name, begin, view)
+            except FileFormatError as error:
+                return error
+            return holds_nonfinite(view, self.entries[name].dtype)
+
+        with self, ThreadPoolExecutor(THREADS, "ema-verify") as pool:
+            results: Any = pool.map(read, blocks)
+            with closing(results):  # which cancels the blocks that were not begun
+                for (name, _, size), found in zip(blocks, results, strict=True):
+                    if isinstance(found, FileFormatError):
+                        damaged[name] = found
+                    elif found:
+                        nonfinite[name] = None
+                    progress(size)
+        return damaged, [*nonfinite]
 
 
 def _runs(entries: Sequence[Entry]) -> Iterator[tuple[int, int, int, int]]:
@@ -564,9 +519,9 @@ def decode_file(file: OpenedFile) -> TensorFile:
     """Return what the header of an opened safetensors file says, checked."""
     start = _read_start(file)
     checksum = start[_DIGITS].decode(errors="replace") if start.startswith(_START, 8) else ""
-    with _faults_of(file.path):
+    try:
         _require(not checksum or checksum == _checksum(start), _DAMAGED)
-        _check_count(start.count(b'"dtype"'))  # before all of them are parsed
+        _require_few(start.count(b'"dtype"'))  # before all of them are parsed
         raw = parse_object(file.path, start[8:], "header")
         metadata = raw.pop("__metadata__", {})
         are_strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
@@ -578,19 +533,12 @@ def decode_file(file: OpenedFile) -> TensorFile:
         entries = _decode_entries(raw, len(start), file.size)
         content = parse_object(file.path, own, "ema") if checksum else {}
         sums = _decode_sums(content.pop("sums", None), entries) if checksum else {}
+    except ValueError as error:
+        raise FileFormatError(file.path, str(error)) from None
     return TensorFile(file.path, entries, file.stamp, sums, {}, metadata, content, checksum)
 
 
 _DAMAGED = "damaged header: its checksum does not match"
-
-
-@contextmanager
-def _faults_of(path: Path) -> Iterator[None]:
-    """Turn a ValueError in the block into a FileFormatError about the file."""
-    try:
-        yield
-    except ValueError as error:
-        raise FileFormatError(path, str(error)) from None
 
 
 def _require(is_right: bool, problem: str) -> None:
@@ -599,21 +547,25 @@ def _require(is_right: bool, problem: str) -> None:
         raise ValueError(problem)
 
 
+def _require_few(count: int) -> None:
+    _require(count <= MAX_TENSORS, f"its header names {count:,} tensors; at most {MAX_TENSORS:,} are allowed")
+
+
 def _read_start(file: OpenedFile) -> bytes:
     """Return the first 8 + N bytes of a file, which precede the payload."""
-    prefix = file.read_at(8, 0)
+    prefix, hint = file.read_at(8, 0), ""
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8:
-        reason, hint = f"truncated: {file.size:,} bytes cannot hold a safetensors header", ""
+        reason = f"truncated: {file.size:,} bytes cannot hold a safetensors header"
     elif length <= MAX_HEADER_BYTES and 8 + length <= file.size:
         text = file.read_at(length, 8)
         if len(text) == length:
             return prefix + text
-        reason, hint = "the file became shorter while it was read", ""
+        reason = "the file became shorter while it was read"
     elif prefix.startswith(_PICKLES):
         reason, hint = "is a pickle (.pt, .bin), not safetensors", "rename it with the suffix of its format"
     else:
-        hint, taken = "", f"its header would take {length:,} bytes of a file of {file.size:,}"
+        taken = f"its header would take {length:,} bytes of a file of {file.size:,}"
         reason = f"damaged, truncated or not safetensors: {taken}"
     raise FileFormatError(file.path, reason, hint)
 
@@ -622,13 +574,9 @@ def _checksum(start: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(start[: _DIGITS.start] + b"0" * 16 + start[_DIGITS.stop :])
 
 
-def _check_count(count: int) -> None:
-    _require(count <= MAX_TENSORS, f"its header names {count:,} tensors; at most {MAX_TENSORS:,} are read")
-
-
 def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, Entry]:
     """Return the tensors in their order in the payload, which they must fill to the end of the file of `nbytes`."""
-    _check_count(len(raw))  # escaped keys were not counted before
+    _require_few(len(raw))  # escaped keys were not counted before
     found: list[tuple[int, int, str, Entry]] = []
     for name, value in raw.items():
         try:
@@ -681,25 +629,18 @@ def is_sizes(value: Any) -> bool:
 # --- JSON
 
 
-def parse_json(path: Path, data: bytes | str, what: str) -> Any:
-    """Parse strict JSON: no duplicate keys, no NaN, no zero bytes, no text that is not Unicode."""
+def parse_object(path: Path, data: bytes | str, what: str) -> dict[str, Any]:
+    """Parse an object in strict JSON: no duplicate keys, no NaN, no zero bytes, no text that is not Unicode."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         objects = text.count("{") + text.count("[")  # each takes 64 bytes of memory
         _require(objects <= len(text) // 8 + 1000, "holds more objects than its length explains")
-        value = _DECODER.decode(text)
+        value: dict[str, Any] = _DECODER.decode(text)
         if "\\u" in text:  # only escapes can produce such text
             _check_text(compact(value))
-        return value
+        _require(isinstance(value, dict), "must be a JSON object")
     except (ValueError, RecursionError) as error:
         raise FileFormatError(path, f"damaged {what}: {str(error)[:200]}") from error
-
-
-def parse_object(path: Path, data: bytes | str, what: str) -> dict[str, Any]:
-    """Parse strict JSON like `parse_json`; the value must be an object."""
-    value: dict[str, Any] = parse_json(path, data, what)
-    with _faults_of(path):
-        _require(isinstance(value, dict), f"damaged {what}: must be a JSON object")
     return value
 
 
@@ -709,11 +650,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _refuse(constant: str) -> None:
-    _require(False, f"{constant} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=lambda constant: _require(False, f"{constant} is not JSON")
+)
 
 _NO_TEXT = re.compile(r"[\ud800-\udfff]|\\u0000")
 """Lone surrogates and escaped zero bytes."""
@@ -739,7 +678,10 @@ def _plain(value: Any) -> object:
 
 
 class TensorFileWriter:
-    """A writer of one file. Use it as a context manager and call `commit` at the end.
+    """A writer of one file, which is absent or complete, see `files.PendingFile`. Call `commit` at the end.
+
+    Every byte of every tensor is written once, in any order and by any number of threads. The header, which holds the
+    checksums, is laid out first and filled in last.
 
     Arguments:
         entries: dtype and shape of all tensors that will be written, by name.
@@ -767,43 +709,43 @@ class TensorFileWriter:
 
     def write(self, name: str, data: memoryview, begin: int = 0) -> None:
         """Write complete blocks of a tensor, from byte `begin` on."""
-        view = data.cast("B")
-        self._sum(name, view, begin)
-        self._file.write_at(view, self._entries[name].begin + begin)
+        self.write_parts(name, [data], begin)
 
-    def write_parts(self, name: str, parts: Iterable[memoryview]) -> None:
-        """Write a complete tensor that comes in consecutive parts of any size."""
-        entry, digest, at = self._entries[name], xxhash.xxh3_64(), 0
-        block = BLOCK * ITEM_BYTES[entry.dtype]
-        for part in parts:
-            view = part.cast("B")
-            self._file.write_at(view, entry.begin + at)
-            while view:
-                taken = view[: block - at % block]
-                digest.update(taken)
-                view, at = view[len(taken) :], at + len(taken)
-                if at % block == 0 or at == entry.nbytes:
-                    self._set_sum(name, (at - 1) // block, digest.hexdigest())
-                    digest.reset()
+    def write_parts(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
+        """Write complete blocks of a tensor, from byte `begin` on, in consecutive parts of any size."""
+
+        def written() -> Iterator[memoryview]:
+            at = self._entries[name].begin + begin
+            for view in (part.cast("B") for part in parts):
+                self._file.write_at(view, at)
+                at += len(view)
+                yield view
+
+        self._sum(name, written(), begin)
 
     def write_many(self, names: Sequence[str], data: memoryview) -> None:
         """Write complete tensors, concatenated in `data`; neighbours in the file are written together."""
         view, at = data.cast("B"), 0
         entries = [self._entries[name] for name in names]
         for name, entry in zip(names, entries, strict=True):
-            self._sum(name, view[at : at + entry.nbytes], 0)
+            self._sum(name, [view[at : at + entry.nbytes]], 0)
             at += entry.nbytes
         for first, _, begin, end in _runs(entries):
             self._file.write_at(view[begin:end], entries[first].begin)
 
-    def _sum(self, name: str, view: memoryview, begin: int) -> None:
-        block = BLOCK * ITEM_BYTES[self._entries[name].dtype]
-        for at in range(0, len(view), block):
-            self._set_sum(name, (begin + at) // block, xxhash.xxh3_64_hexdigest(view[at : at + block]))
-
-    def _set_sum(self, name: str, block: int, digits: str) -> None:
-        place = self._sums_at[name] + 16 * block
-        self._header[place : place + 16] = digits.encode()
+    def _sum(self, name: str, parts: Iterable[memoryview], at: int) -> None:
+        """Compute the checksums of the blocks of a tensor from byte `at` on."""
+        entry, digest = self._entries[name], xxhash.xxh3_64()
+        block = BLOCK * ITEM_BYTES[entry.dtype]
+        for view in parts:
+            while view:
+                taken = view[: block - at % block]
+                digest.update(taken)
+                view, at = view[len(taken) :], at + len(taken)
+                if at % block == 0 or at == entry.nbytes:
+                    place = self._sums_at[name] + 16 * ((at - 1) // block)
+                    self._header[place : place + 16] = digest.hexdigest().encode()
+                    digest.reset()
 
     def commit(self) -> TensorFile:
         """Fill in the header, make the file durable and give it its name; return the file."""
@@ -833,23 +775,24 @@ def encode_header(
 
     Raises InvalidValueError for a header that readers would refuse.
     """
-    if len(entries) > MAX_TENSORS:
-        raise InvalidValueError("header", f"would name {len(entries):,} tensors; at most {MAX_TENSORS:,} are allowed")
     zeros = "0" * (16 * sum(entry.blocks for entry in entries.values()))
     own = compact({"sums": sums or zeros, **content})
     header: dict[str, Any] = {"__metadata__": {"ema.checksum": "0" * 16, "ema": own, "format": "pt", **metadata}}
     for name, entry in entries.items():
         offsets = [entry.begin, entry.begin + entry.nbytes]
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
-    written = compact(header)
     try:
+        _require("__metadata__" not in entries, "the name '__metadata__' is no tensor's in a safetensors file")
+        _require_few(len(entries))
+        written = compact(header)
         _check_text(written)
+        text = written.encode()
+        text += b" " * (-len(text) % 8)
+        _require(
+            len(text) <= MAX_HEADER_BYTES, f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
+        )
     except ValueError as error:
         raise InvalidValueError("header", str(error)) from None
-    text = written.encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise InvalidValueError("header", f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
     start = len(text).to_bytes(8, "little") + text
     return start[: _DIGITS.start] + _checksum(start).encode() + start[_DIGITS.stop :]
 
@@ -859,8 +802,6 @@ def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
     Of each width, tensors of one block come last, next to each other: a synthesis reads many of them at a time.
     """
-    if "__metadata__" in entries:
-        raise InvalidValueError("tensor name '__metadata__'", "is no tensor's in a safetensors file")
     placed: dict[str, Entry] = {}
     begin = 0
     for name, entry in sorted(entries.items(), key=lambda e: (-ITEM_BYTES[e[1].dtype], e[1].size <= BLOCK)):

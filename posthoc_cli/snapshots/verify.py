@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,22 +62,14 @@ _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 
 @dataclass(frozen=True)
 class FileReport:
-    """The result of verifying a file.
-
-    Attributes:
-        what: the file in a few words.
-        detail: explains the `state`, or notes something unusual.
-        header: what a valid header says: a snapshot, or a part of one, or an output.
-        file: its tensors; None if it could not be read.
-    """
+    """The result of verifying a file."""
 
     path: Path
-    what: str = "unknown"
+    what: str = "unknown"  # the file in a few words
     state: str = INTACT
-    detail: str = ""
+    detail: str = ""  # explains the state, or notes something unusual
     nbytes: int = 0
-    header: Snapshot | OutputInfo | None = None
-    file: TensorFile | None = None
+    header: Snapshot | OutputInfo | None = None  # what a valid header says: a snapshot or a part of one, or an output
 
     @property
     def is_fine(self) -> bool:
@@ -162,13 +154,13 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     is_parts = is_parts_folder(path)
     content = inspected(known, whole.get) if path.is_dir() and not is_parts else known
     problems = [str(problem) for problem in content.problems]
-    if is_parts and len(whole) == len(found):
-        problems = _problem_of_parts(path, whole)
-    if content.snapshots and not problems:
-        try:
+    try:
+        if is_parts and len(whole) == len(found) and not isinstance(parts := read_folder(path, whole.get), Snapshot):
+            problems = [f"{path}: has {parts}"]
+        if content.snapshots and not problems:
             run_clock(content.snapshots)
-        except MismatchError as error:
-            problems = [str(error)]
+    except PostHocError as error:
+        problems = [str(error)]
     for index in indexes:
         try:
             read_model(index)
@@ -226,66 +218,43 @@ def _read(path: Path, progress: Callable[[int], object]) -> FileReport | None:
     report = FileReport(path, "snapshot, by its name" if is_named else "unknown")
     try:
         file = read_file(path)
-        report = _described(replace(report, file=file))
-        if not report.is_fine:
-            return report
-        report = replace(report, nbytes=file.nbytes)
+        kind, known = file.kind, file.content.get("format")
+        if kind is not None and (kind not in ("snapshot", "output") or known != FORMAT):
+            detail = f"this release does not know {shown(kind)} of format {shown(known)}"
+            return replace(report, state=UNREADABLE, detail=detail)
+        report = _described(file)
         progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))
         damaged, nonfinite = file.examine(progress)
     except FileFormatError as error:
         if isinstance(error, VanishedError) and files.is_absent(path):
             return None
-        state, detail = _fault(error)
-        return replace(report, state=state, detail=detail)
+        is_broken = not isinstance(error.__cause__, OSError) or error.__cause__.errno in _BROKEN_FILE
+        return replace(report, state=DAMAGED if is_broken else UNREADABLE, detail=error.reason)
     if damaged:
         reason = next(iter(damaged.values())).reason
-        return replace(report, state=DAMAGED, detail=f"{reason}{_and_more(len(damaged) - 1, 'tensor')}")
-    copies = set(report.header.copies) if report.header else file.entries.keys()
-    if bad := [name for name in nonfinite if name not in copies]:
-        return replace(report, state=NONFINITE, detail=_nonfinite("average", bad, "average"))
-    kind = "copy" if report.header else "tensor"
-    return replace(report, detail=_nonfinite(kind, nonfinite, "tensor") if nonfinite else "")
+        return replace(report, state=DAMAGED, detail=reason + _and_more(len(damaged) - 1, "tensor"))
+    copies = report.header.copies if report.header else file.entries
+    bad = [name for name in nonfinite if name not in copies]
+    what = "average" if bad else "copy" if report.header else "tensor"
+    if names := bad or nonfinite:
+        more = _and_more(len(names) - 1, "average" if bad else "tensor")
+        report = replace(report, detail=f"{what} {shown(names[0])} holds nan or infinity{more}")
+    return replace(report, state=NONFINITE) if bad else report
 
 
-def _described(report: FileReport) -> FileReport:
-    """Add a header's content to a report; raise FileFormatError if it is invalid."""
-    file = report.file
-    assert file is not None, "the caller has read it"
+def _described(file: TensorFile) -> FileReport:
+    """Return the report of a file by its header; raise FileFormatError if it is invalid."""
     if file.kind is None:
-        return replace(report, what="foreign", state=UNCHECKED)
-    if file.kind not in ("snapshot", "output") or file.content.get("format") != FORMAT:
-        detail = f"this release does not know {shown(file.kind)} of format {shown(file.content.get('format'))}"
-        return replace(report, state=UNREADABLE, detail=detail)
+        return FileReport(file.path, "foreign", UNCHECKED, nbytes=file.nbytes)
     if file.kind == "output":
         output = decode_output(file)
         profile = output.profile if len(output.profile) <= 60 else f"{output.profile[:57]}..."
-        return replace(report, what=f"output {profile} at t = {output.t:,.12g}", header=output)
+        return FileReport(file.path, f"output {profile} at t = {output.t:,.12g}", nbytes=file.nbytes, header=output)
     snapshot = decode_snapshot(file)
     part = "part {}/{} of ".format(*snapshot.part) if snapshot.part else ""
     what = f"{part}snapshot sigma_rel {snapshot.sigma_rel:g} at t = {snapshot.t:,.12g}"
-    return replace(report, what=what, header=snapshot)
-
-
-def _fault(error: FileFormatError) -> tuple[str, str]:
-    is_broken = not isinstance(error.__cause__, OSError) or error.__cause__.errno in _BROKEN_FILE
-    return DAMAGED if is_broken else UNREADABLE, error.reason
-
-
-def _nonfinite(kind: str, names: Sequence[str], others: str) -> str:
-    return f"{kind} {shown(names[0])} holds nan or infinity{_and_more(len(names) - 1, others)}"
+    return FileReport(file.path, what, nbytes=file.nbytes, header=snapshot)
 
 
 def _and_more(count: int, what: str) -> str:
     return f" (and {count:,} {what}{'s' * (count > 1)} more)" if count else ""
-
-
-# --- what belongs together
-
-
-def _problem_of_parts(folder: Path, parts: Mapping[Path, Snapshot]) -> list[str]:
-    """Return why the parts in a folder are no snapshot."""
-    try:
-        content = read_folder(folder, parts.get)
-    except PostHocError as error:
-        return [str(error)]
-    return [] if isinstance(content, Snapshot) else [f"{folder}: has {content}"]

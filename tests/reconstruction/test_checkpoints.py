@@ -173,28 +173,6 @@ def test_a_known_motion_has_the_exact_expectation() -> None:
 # --- sums of coefficients, and decays
 
 
-def sums_of_coefficients(stored: Sequence[Point], target: Profile, t: float) -> tuple[FloatArray, float]:
-    """Return the sum of the coefficients from each checkpoint on, and the predicted error."""
-    result = reconstruct(stored, [target], None, even_prior(len(stored), t), t)
-    return np.cumsum(result.coefficients[::-1, 0])[::-1], float(result.predicted_error[0])
-
-
-@pytest.mark.parametrize(
-    ("target", "times"),
-    [
-        (Between(0, 1000).profile(1000, Clock.of_steps(), 1.0), [100.0, 150.0, 400.0, 410.0, 1000.0]),
-        (Decay("linear", 0.4).profile(1000, Clock.of_steps(), 1.0), [600.0, 650.0, 700.0, 900.0, 1000.0]),
-    ],
-)
-def test_sums_of_coefficients_are_the_means_of_the_tail_between_checkpoints(
-    target: Profile, times: list[float]
-) -> None:
-    """However unevenly the checkpoints are spaced; both tails are linear between them."""
-    sums, _ = sums_of_coefficients([Point(t) for t in times], target, 1000.0)
-    assert sums[0] == pytest.approx(1)
-    assert sums[1:] == pytest.approx((target.tail(times[:-1]) + target.tail(times[1:])) / 2, abs=3e-3)
-
-
 @pytest.mark.parametrize(
     ("shape", "d"),
     [
@@ -211,10 +189,11 @@ def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape: str, d: Callable
     steps, start = 600, 400
     stored = [Point(float(t)) for t in range(start - 20, steps + 1)]
     target = Decay(shape, (start, steps)).profile(steps, Clock.of_steps(), 1.0)
-    sums, predicted = sums_of_coefficients(stored, target, float(steps))
+    result = reconstruct(stored, [target], None, even_prior(len(stored), float(steps)), float(steps))
+    sums = np.cumsum(result.coefficients[::-1, 0])[::-1]
     assert sums[:21] == pytest.approx(1, abs=1e-9)
     assert sums[21:] == pytest.approx(d(np.arange(steps - start) / (steps - start)), abs=1e-9)
-    assert predicted < 1e-6
+    assert result.predicted_error[0] < 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -391,18 +391,3 @@ def test_the_sum_and_the_integral_agree_at_the_threshold_between_them(count: int
     c = solved(solver, target)
     true = simulated_square(c, snapshots, target, np.arange(1.0, target.t + 1), 1.0)
     assert squared_error(solver, c, target) == pytest.approx(true, rel=0.1)
-
-
-def test_a_pause_of_the_clock_is_no_movement() -> None:
-    """1,000 steps, a pause as long as these, and 1,000 more: the error of coefficients against the sum."""
-    times = np.concatenate((np.arange(1.0, 1001), np.arange(2001.0, 3001)))
-    clock = Clock((1000, 1001, 2000), (1000.0, 2001.0, 3000.0))
-    snapshots, target = power_functions((1000.0, 2500.0, 3000.0)), power(0.2, 3000.0)
-    prior = prior_of(snapshots, even_motion(1.0, 3000.0), steps=Steps(clock))
-    solver = Problem(snapshots, prior, 3000.0)
-    for c in (solved(solver, target), np.array([0.2, 0.3, -0.1, 0.2, 0.1, 0.3])):
-        true = simulated_square(c, snapshots, target, times, 1.0)
-        assert squared_error(solver, c, target) == pytest.approx(true, rel=0.02)
-    # Without the clock the pause counts as half of the training.
-    without_clock = Problem(snapshots, replace(prior, steps=None), 3000.0)
-    assert squared_error(without_clock, c, target) != pytest.approx(true, rel=0.1)

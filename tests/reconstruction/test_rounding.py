@@ -58,9 +58,6 @@ def test_errors_of_distant_averages_are_independent_and_those_of_equal_averages_
     np.testing.assert_array_equal(rounding_factor(root**2, zeros, 1e3 * (1 - np.eye(3))), np.diag(root))
     equal = rounding_factor(root**2, zeros, np.zeros((3, 3)))
     np.testing.assert_allclose(equal.T @ equal, np.outer(root, root), rtol=0.011)
-
-
-def test_exact_copies_have_no_rounding_error() -> None:
     np.testing.assert_array_equal(rounding_factor(np.zeros(3), np.zeros(3), np.zeros((3, 3))), np.zeros((3, 3)))
     mixed = rounding_factor(np.array([0.0, 1.0]), np.array([3.0, 0.0]), np.zeros((2, 2)))
     np.testing.assert_allclose(mixed.T @ mixed, np.diag([3.0, 1.0]), atol=1e-15)

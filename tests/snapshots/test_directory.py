@@ -17,17 +17,11 @@ from factories import OTHER_RUN_ID, RUN_ID, contents, write_run, write_snapshot
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, MismatchError
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory, set_aside, snapshot_path, thin
-from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import TrackedTensor, with_sampled_measurements
 
 W = {"w": torch.ones(2, 3)}
-
-
-def stored(directory: Path) -> list[Snapshot]:
-    return read_directory(directory)
 
 
 def write_times(directory: Path, times: list[float], sigma_rels: tuple[float, ...] = (0.05,)) -> None:
@@ -64,7 +58,7 @@ def test_outputs_temporary_hidden_and_other_files_next_to_snapshots_are_left_alo
     (tmp_path / "superseded" / "x.safetensors").write_bytes(b"junk")
     before = contents(tmp_path)
     write_times(tmp_path, [10, 20, 30])
-    thin(stored(tmp_path), 1)
+    thin(read_directory(tmp_path), 1)
     assert times_in(tmp_path) == [30]
     assert contents(tmp_path).items() > before.items()
 
@@ -139,20 +133,19 @@ def test_an_inspection_lists_every_problem_and_continues(tmp_path: Path) -> None
     write_times(tmp_path, [10, 20], (0.05, 0.28))
     write_times(tmp_path, [30])
     write_snapshot(tmp_path, 40, 0.05, OTHER_RUN_ID, W, name="foreign.safetensors")
-    double = shutil.copy(snapshot_path(tmp_path, 10, 0.05), tmp_path / "double.safetensors")
-    (tmp_path / "damaged.safetensors").write_bytes(snapshot_path(tmp_path, 10, 0.05).read_bytes()[:-1])
+    first = snapshot_path(tmp_path, 10, 0.05)
+    double = shutil.copy(first, tmp_path / "double.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(first.read_bytes()[:-1])
     (tmp_path / ".ema-0123.tmp").touch()
     (tmp_path / "superseded").mkdir()
     (tmp_path / "superseded" / "x.safetensors").touch()
     found = inspect_directory(tmp_path)
-    assert len(found.snapshots) == 7
-    for part in ("damaged.safetensors: truncated", "different runs", "both hold"):
-        assert sum(part in str(problem) for problem in found.problems) == 1
-    message = f"{snapshot_path(tmp_path, 10, 0.05)} and {double}: both hold sigma_rel 0.05 at t = 10; remove one"
-    assert message in map(str, found.problems)
+    assert (len(found.snapshots), len(found.problems)) == (7, 3)
+    damaged, other, both = map(str, found.problems)
+    assert "damaged.safetensors: truncated" in damaged and "different runs" in other
+    assert both == f"{first} and {double}: both hold sigma_rel 0.05 at t = 10; remove one"
     assert found.notes == ("t = 30, the newest: no snapshot of sigma_rel 0.28",)
-    assert found.leftovers == [tmp_path / ".ema-0123.tmp"]
-    assert found.superseded == 1
+    assert (found.leftovers, found.superseded) == ([tmp_path / ".ema-0123.tmp"], 1)
 
 
 # --- names
@@ -194,8 +187,8 @@ def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Pa
     for name, t in (("z", 10), ("y", 20), ("x", 30)):
         path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")
         os.utime(path, (1e9 - t, 1e9 - t))
-    assert len(thin(stored(tmp_path), 3)) == len(times_in(tmp_path)) == 3
-    thin(stored(tmp_path), 1)
+    assert len(thin(read_directory(tmp_path), 3)) == len(times_in(tmp_path)) == 3
+    thin(read_directory(tmp_path), 1)
     assert times_in(tmp_path) == [30]
 
 
@@ -207,34 +200,12 @@ def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path
         for t in (10, 20, 30):
             if t > 10 or attempt == 0:
                 write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.full((2, 3), float(attempt))})
-        moved = set_aside([s for s in stored(tmp_path) if s.t > 10])
+        moved = set_aside([s for s in read_directory(tmp_path) if s.t > 10])
         again = f".{attempt}" if attempt else ""
         assert moved == [superseded / f"00000000000000{t}-0.05{again}.safetensors" for t in (20, 30)]
     assert len(list(superseded.iterdir())) == 6
     assert {safetensors.torch.load_file(path)["w"][0, 0].item() for path in superseded.iterdir()} == {0.0, 1.0, 2.0}
     assert times_in(tmp_path) == [10]
-
-
-def test_snapshots_that_are_set_aside_have_their_new_names_durably(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The folder with the new names is synced before the directory that loses the old ones."""
-
-    class Recording(files.FileSystem):
-        def rename(self, source: Path, target: Path) -> None:
-            super().rename(source, target)
-            done.append("rename")
-
-        def fsync_directory(self, path: Path) -> None:
-            super().fsync_directory(path)
-            done.append(path)
-
-    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(2, 3)})
-    (tmp_path / "superseded").mkdir()
-    done: list[object] = []
-    monkeypatch.setattr(files, "system", Recording())
-    set_aside(stored(tmp_path))
-    assert done[-3:] == ["rename", tmp_path / "superseded", tmp_path]
 
 
 def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -> None:
@@ -245,12 +216,12 @@ def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -
         superseded.unlink(missing_ok=True)
         make()
         with pytest.raises(DirectoryError, match=f"^{superseded}: is a link or no directory; .* move it away"):
-            set_aside(stored(tmp_path / "run"))
+            set_aside(read_directory(tmp_path / "run"))
     assert times_in(tmp_path / "run") == [10, 20]
     superseded.unlink()
     superseded.mkdir()
     link = superseded / snapshot_path(tmp_path, 20, 0.05).name
     link.symlink_to("nowhere")
-    (moved,) = set_aside([s for s in stored(tmp_path / "run") if s.t > 10])
+    (moved,) = set_aside([s for s in read_directory(tmp_path / "run") if s.t > 10])
     assert link.is_symlink()
     assert moved != link

@@ -81,20 +81,20 @@ def test_a_false_header_is_refused(tmp_path: Path, header: Any, size: int) -> No
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("length", [3, 10**8 + 1, 2**31, 2**63, 2**64 - 1])
-def test_an_impossible_header_length_is_refused_before_memory_is_allocated(tmp_path: Path, length: int) -> None:
-    path = craft(tmp_path / "x.safetensors", b"{}", length=length)
-    if length == 10**8 + 1:
-        os.truncate(path, 2 * length)  # the header would fit; the rest of the file is a hole
-    with pytest.raises(FileFormatError, match=f"header would take {length:,} bytes"):
-        read_file(path)
+def test_an_impossible_header_length_is_refused_before_memory_is_allocated(tmp_path: Path) -> None:
+    for length in (3, 10**8 + 1, 2**31, 2**63, 2**64 - 1):
+        path = craft(tmp_path / "x.safetensors", b"{}", length=length)
+        if length == 10**8 + 1:
+            os.truncate(path, 2 * length)  # the header would fit; the rest of the file is a hole
+        with pytest.raises(FileFormatError, match=f"header would take {length:,} bytes"):
+            read_file(path)
 
 
 def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
     """700,000 empty tensors once took minutes."""
     text = b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(200_001))
     path = craft(tmp_path / "a.safetensors", b"{%b}" % text)
-    message = f"{path}: its header names 200,001 tensors; at most 200,000 are read"
+    message = f"{path}: its header names 200,001 tensors; at most 200,000 are allowed"
     with pytest.raises(FileFormatError, match=re.escape(message)):
         read_file(path)
 
@@ -131,12 +131,12 @@ def test_any_foreign_header_is_refused_or_tiles_the_payload(
 # --- foreign files
 
 
-@pytest.mark.parametrize("order", [b'{"__metadata__":M,A}', b'{A,"__metadata__":M}', b' { "__metadata__" : M , A }'])
-def test_metadata_may_be_anywhere_in_the_header(tmp_path: Path, order: bytes) -> None:
-    text = order.replace(b"A", A).replace(b"M", b'{"k":"a},\\"b"}')
-    header = read_file(craft(tmp_path / "x", text, 4))
-    assert header.metadata == {"k": 'a},"b'}
-    assert [(n, e.dtype, e.shape, e.nbytes) for n, e in header.entries.items()] == [("a", "F32", (1,), 4)]
+def test_metadata_may_be_anywhere_in_the_header(tmp_path: Path) -> None:
+    for order in (b'{"__metadata__":M,A}', b'{A,"__metadata__":M}', b' { "__metadata__" : M , A }'):
+        text = order.replace(b"A", A).replace(b"M", b'{"k":"a},\\"b"}')
+        header = read_file(craft(tmp_path / "x", text, 4))
+        assert header.metadata == {"k": 'a},"b'}
+        assert [(n, e.dtype, e.shape, e.nbytes) for n, e in header.entries.items()] == [("a", "F32", (1,), 4)]
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a\nb", "\x1b[31mred", "nul\0", "\ud800"])
@@ -172,7 +172,7 @@ SNAPSHOT = {
         ('{"norm":-1,"rounding":0}', "norm: must be a finite number, at least 0, not -1"),
         ('{"norm":1e999,"rounding":0}', "norm: must be a finite number, at least 0, not inf"),
     ],
-    "sigma_rels": [("[]", "must be a list of numbers"), ("[true]", "must be a list of finite numbers")],
+    "sigma_rels": [("[]", "must be a list of numbers"), ("[true]", "must be a list, each a finite number")],
     "clock": [("[4,10]", "must be a list of 2"), (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000")],
     "kind": [('"output"', "profile: is missing"), ('"elsewhere"', "does not know 'elsewhere'")],
 }  # fmt: skip
@@ -246,25 +246,12 @@ def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(small:
             examine(path)
 
 
-# --- unusual but valid metadata
-
-
-@pytest.mark.parametrize(
-    ("key", "text", "is_text"),
-    [
-        *(("left_out", text, False) for text in ('["a\\u0000"]', '["b","\\udbff"]', '["\\udc00\\ud800"]')),
-        *(("left_out", text, True) for text in ('["\\u0001","b"]', '["\\ud7ff","\\ue000"]', '["\\ud83d\\ude00"]')),
-        *(("aliases", text, False) for text in (r'{"a":{"\udc00":1}}', r'{"a":{"b":"\udc00\ud800"},"l":"b"}')),
-    ],
-)  # fmt: skip
-def test_escapes_that_are_not_text_are_refused_at_any_depth(small: Small, key: str, text: str, is_text: bool) -> None:
-    """Lone surrogates and zero bytes are not text."""
-    path = forge(small("snapshot"), {key: text})
-    if is_text:
-        assert read_snapshot(path).left_out == tuple(json.loads(text))
-        return
-    with pytest.raises(FileFormatError, match="is no Unicode text"):
-        read_snapshot(path)
+def test_control_codes_and_escapes_of_any_text_are_valid(small: Small) -> None:
+    for text in ('["\\u0001","b"]', '["\\ud7ff","\\ue000"]', '["\\ud83d\\ude00"]'):
+        assert read_snapshot(forge(small("snapshot"), {"left_out": text})).left_out == tuple(json.loads(text))
+    for text in (r'["\udc00\ud800"]', r'[{"b":"a\u0000"}]'):
+        with pytest.raises(FileFormatError, match="is no Unicode text"):
+            read_snapshot(forge(small("snapshot"), {"left_out": text}))
 
 
 def test_a_file_of_an_earlier_format_is_named_as_such(tmp_path: Path) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,6 @@ Small = Callable[[str], Path]
 # --- accidents during reading
 
 
-def test_a_file_that_shrinks_under_a_reader_is_an_error_and_no_crash(small: Small) -> None:
-    path = small("snapshot")
-    with read_file(path) as file:
-        os.truncate(path, path.stat().st_size - 1)
-        with pytest.raises(FileFormatError, match=r"'b': the file became shorter"):
-            file.tensor("b")
-
-
 def read_tensor(path: Path) -> object:
     with read_file(path) as file:
         return file.tensor("a")
@@ -65,12 +56,14 @@ def test_an_error_of_reading_names_the_file_and_the_reason(
         read(path)
 
 
-@pytest.mark.parametrize("kind", ["snapshot", "output"])
-def test_a_file_that_was_replaced_after_its_header_was_read_is_refused(small: Small, kind: str) -> None:
-    path = small(kind)
-    file = read_file(path)
-    assert file.tensor("a").tolist() == [1.0, -2.5]
-    forge(path, {"t": "11.0"})
+def test_a_file_that_was_replaced_or_shrinks_after_its_header_was_read_is_refused(small: Small) -> None:
+    path = small("snapshot")
+    with read_file(path) as file:
+        assert file.tensor("a").tolist() == [1.0, -2.5]
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(FileFormatError, match=r"'b': the file became shorter"):
+            file.tensor("b")
+    forge(small("snapshot"), {"t": "11.0"})
     with pytest.raises(FileFormatError, match="was replaced while it was being used"):
         file.tensor("a")
 
@@ -159,23 +152,13 @@ def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(
 
 # --- writing
 
-ENTRIES = {"a": Entry("U8", (4,)), "b": Entry("F32", (1,))}
-
 
 def write(path: Path, overwrite: bool = False) -> None:
-    with TensorFileWriter(path, ENTRIES, {"format": 3}, {}, overwrite) as writer:
+    entries = {"a": Entry("U8", (4,)), "b": Entry("F32", (1,))}
+    with TensorFileWriter(path, entries, {"format": 3}, {}, overwrite) as writer:
         writer.write("a", memoryview(b"abcd"))
         writer.write("b", memoryview(bytes(4)))
         writer.commit()
-
-
-@contextmanager
-def refused(folder: Path, match: str) -> Iterator[None]:
-    """Require that the block raises, and leaves nothing in the folder."""
-    with pytest.raises(InvalidValueError, match=match) as caught:
-        yield
-    assert len(str(caught.value)) < 300
-    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -184,8 +167,9 @@ def refused(folder: Path, match: str) -> Iterator[None]:
 def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(
     tmp_path: Path, name: str, where: dict[str, Any]
 ) -> None:
-    with refused(tmp_path, "zero byte"):
+    with pytest.raises(InvalidValueError, match="zero byte"):
         write_snapshot(tmp_path, 10, 0.05, RUN_ID, {name: torch.ones(1)}, **where)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_replaced_output_is_a_new_file_and_open_readers_keep_the_old_one(tmp_path: Path) -> None:
@@ -195,6 +179,3 @@ def test_a_replaced_output_is_a_new_file_and_open_readers_keep_the_old_one(tmp_p
         write(tmp_path / "x", overwrite=True)
         assert bytes(tensor_bytes(reader.tensor("a"))) == b"abcd"
     assert (tmp_path / "x").stat().st_ino != before
-
-
-# --- tensors to bytes and back, bit for bit

@@ -127,32 +127,23 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
     read_file(path).verify(advances.append)
     assert sum(advances) == sum(value.nbytes for value in values.values())
     assert max(advances) <= 4 * BLOCK
+    for name in ("1500", "wide"):
+        values[name][-1] = torch.nan
+    path = write_snapshot(tmp_path, 20, 0.05, RUN_ID, values)
+    assert only_wrong(path) == ("nonfinite", "average 'wide' holds nan or infinity (and 1 average more)")
     harmed = ["5", "6", "1500", "wide"]
     harm(path, harmed)
     with pytest.raises(FileFormatError, match=r"is damaged: its checksum"):
         read_file(path).verify()
     assert read_file(path).examine(advances.append)[0].keys() == set(harmed)
-    assert "(and 3 tensors more)" in only_wrong(path)[1]
-
-
-# --- damage
-
-
-@pytest.mark.parametrize("place", [3, 40, 0.5, -1])
-def test_a_flip_anywhere_is_found(run: Path, output: Path, shards: Path, place: float) -> None:
-    """No other file is reported; `torture` flips every bit of small files."""
-    for path in (snapshot_files(run)[3], output, min(shards.glob("*.safetensors"))):
-        data = path.read_bytes()
-        flip_bit(path, place if isinstance(place, int) else int(len(data) * place))
-        assert {name: state for name, (state, _) in wrong(path.parent).items()} == {path.name: "damaged"}
-        path.write_bytes(data)
+    state, detail = only_wrong(path)
+    assert (state, detail.endswith("its checksum does not match (and 3 tensors more)")) == ("damaged", True)
 
 
 # --- headers against content, and each other
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float64, np.nan), (torch.bfloat16, -np.inf)])
 def test_a_value_that_is_not_finite_is_named_with_its_average(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
     values = {"a": torch.ones(5, dtype=dtype), "b": torch.ones(3, 7, dtype=dtype), "n": torch.ones(2)}
     values["b"][1, 3] = value
@@ -163,21 +154,6 @@ def test_a_value_that_is_not_finite_is_named_with_its_average(tmp_path: Path, dt
     values["b"][1, 3] = -torch.finfo(dtype).max
     other = write_snapshot(tmp_path, 20, 0.05, RUN_ID, values, tensors=tensors)
     assert notes(other) == (f"{other}: copy 'n' holds nan or infinity",)
-
-
-@pytest.mark.parametrize("size", [3, 2_000_000])
-def test_all_faults_in_a_file_are_counted(tmp_path: Path, size: int) -> None:
-    """The faults are in one block or in several; a file that is damaged and holds nan counts as damaged."""
-    values = {name: torch.full((size,), torch.nan if name in "bcd" else 1.0) for name in "abcde"}
-    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
-    assert only_wrong(path) == ("nonfinite", "average 'b' holds nan or infinity (and 2 averages more)")
-    harm(path, "ae")
-    state, detail = only_wrong(path)
-    assert (state, detail.endswith(" (and 1 tensor more)")) == ("damaged", True)
-    assert detail.startswith("tensor 'a' is damaged: ")
-    (report,) = verified(path).files
-    assert report.what == "snapshot sigma_rel 0.05 at t = 10"
-    assert report.nbytes == path.stat().st_size > 20 * size
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
@@ -235,35 +211,34 @@ def test_an_index_that_does_not_match_its_shards(shards: Path) -> None:
 def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
     export_file(synthesize(run, 0.2, tmp_path / "other.safetensors"), tmp_path / "others", max_shard_size="1KB")
     first, *_, last = sorted(path.name for path in shards.glob("*.safetensors"))
-    for name in (first, last):
+    used, plain = read_file(shards / last).content["snapshots"], load_file(shards / last)
+    changes: list[tuple[str, Callable[[Path], object]]] = [
+        (first, lambda path: shutil.copy(tmp_path / "others" / first, path)),
+        (last, lambda path: shutil.copy(tmp_path / "others" / last, path)),
+        (last, lambda path: forge(path, {"snapshots": json.dumps(used[1:])})),
+        (last, lambda path: save_file({name: value.clone() for name, value in plain.items()}, path)),
+    ]
+    for name, change in changes:
         kept = (shards / name).read_bytes()
-        shutil.copy(tmp_path / "others" / name, shards / name)
+        change(shards / name)
         (problem,) = problems(shards)
-        assert name in problem and problem.endswith("they differ in profile")
+        assert name in problem and "are not of one model" in problem
         (shards / name).write_bytes(kept)
-    used = read_file(shards / last).content["snapshots"]
-    forge(shards / last, {"snapshots": json.dumps(used[1:])})
-    assert problems(shards)[0].endswith("they are made of other snapshots")
-    save_file({name: value.clone() for name, value in load_file(shards / last).items()}, shards / last)
-    assert problems(shards)[0].endswith("only one of them is of a synthesis")
 
 
 # --- errors of the system
 
 
 @pytest.mark.parametrize(("code", "state"), [(errno.EACCES, "unreadable"), (errno.EIO, "damaged")])
-def test_a_file_that_cannot_be_opened_is_reported_and_the_others_are_read(run: Path, code: int, state: str) -> None:
+def test_what_cannot_be_read_is_reported_and_the_others_are_read(run: Path, code: int, state: str) -> None:
     refused = snapshot_files(run)[0]
-    with failing("open", code, lambda path: path == refused):
-        assert wrong(run) == {refused.name: (state, f"cannot be opened: {os.strerror(code).lower()}")}
-
-
-def test_special_files_and_broken_links_are_damaged(run: Path) -> None:
     os.mkfifo(run / "fifo.safetensors")
     (run / "folder.safetensors").mkdir()
     for name, target in (("zero", "/dev/zero"), ("nowhere", "absent"), ("loop", "loop.safetensors")):
         (run / f"{name}.safetensors").symlink_to(target)
-    found = wrong(run)
+    with failing("open", code, lambda path: path == refused):
+        found = wrong(run)
+    assert found.pop(refused.name) == (state, f"cannot be opened: {os.strerror(code).lower()}")
     assert {state for state, _ in found.values()} == {"damaged"}
     assert found["fifo.safetensors"][1] == found["zero.safetensors"][1] == "is not a regular file"
     assert set(found) == {f"{name}.safetensors" for name in ("fifo", "folder", "zero", "nowhere", "loop")}
@@ -282,9 +257,8 @@ def test_a_file_that_a_training_deletes_meanwhile_is_no_error(run: Path) -> None
     assert gone not in {report.path for report in found.files}
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pkl"])
-def test_no_pickle_is_opened(run: Path, tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / "only" / f"model{suffix}"
+def test_no_pickle_is_opened(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "only" / "model.pt"
     path.parent.mkdir()
     path.write_bytes(b"\x80\x04cposix\nsystem\n")
     with pytest.raises(InvalidValueError, match=r"has no checksums, and no pickle is opened here; name a snapshot dir"):

@@ -25,7 +25,6 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError, PostHocError
 from posthoc_cli.snapshots.directory import DirectoryLock
 from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
-from posthoc_cli.sweep.command import Records
 from posthoc_cli.sweep.search import Trial
 from posthoc_cli.sweep.trials import Metric
 
@@ -95,19 +94,17 @@ def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_pa
     assert len(calls.read_text().split()) == 7
 
 
-def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(tmp_path: Path) -> None:
-    records = Records(tmp_path, {"run": "r", "t": 1})
-    trials = [Trial("sigma_rel 0.1", 0.1, seed, 0.5, seconds=1.0, log="logs/x") for seed in range(3)]
-    for trial in trials[:2]:
-        records.append(trial)
-    path = tmp_path / "trials.jsonl"
+def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(run: Run, tmp_path: Path) -> None:
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    command = shell(f"echo $2 >> {calls}; echo $2")
+    first = swept(run, out, command, axis=GRID)
+    path = out / "trials.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    assert records.read() == trials[:1]
-    records.append(trials[2])
-    assert records.read() == [trials[0], trials[2]]
-    assert Records(tmp_path, {"run": "other", "t": 1}).read() == []
-    path.write_text('{"question": {"run": "r", "t": 1}, "trial": {"x": 1}}\n[]\n\n')
-    assert records.read() == []
+    again = swept(run, out, command, axis=GRID)
+    assert calls.read_text().split() == [*map(str, LENGTHS), "0.2"]
+    path.write_text(f'{path.read_text()}{{"question": {{}}, "trial": {{"x": 1}}}}\n[]\n\n')
+    assert [trial.value for trial in swept(run, out, command, axis=GRID).trials] == [t.value for t in again.trials]
+    assert [t.value for t in first.trials] == [t.value for t in again.trials]
 
 
 @pytest.mark.parametrize(
@@ -429,11 +426,7 @@ def test_in_python_raw_weights_are_measured_if_they_are_available(run: Run, tmp_
     def size(weights: Any) -> float:
         return float((weights["a"] if isinstance(weights, dict) else weights.weight).detach().norm())
 
-    without = sweep(run, size, values=LENGTHS)
-    assert without.raw is None
-    assert "raw: not measured" in repr(without)
-    both = sweep(with_raw_weights(run, tmp_path), size, values=LENGTHS, repeats=2)
-    assert [trial.value for trial in both.trials if trial.target == "raw"] == [pytest.approx(7 * 300**0.5)] * 2
+    assert "raw: not measured" in repr(sweep(run, size, values=LENGTHS))
     model, modes = torch.nn.Linear(3, 3), []
 
     def metric(averaged: torch.nn.Linear) -> float:

@@ -214,7 +214,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> dict:
         ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 6, not 2"),
         ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
         ({"sigma_rels": [0.1, 0.2]}, r"0\.05 is none of the tracked ones, 0\.1"),
-        ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a list of finite numbers"),
+        ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a list, each a finite number"),
         ({"standing": {}}, r"state: inherited: must be one for each profile, not 0"),
         ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
         ({"high": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + NOT_IN_BOTH),
