@@ -108,8 +108,8 @@ def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, 
     Raises FileFormatError, also if a name does not refer to a visible file in the index's folder on every system.
     """
     weight_map = parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index").get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise FileFormatError(path, "is not an index of shards: it has no weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileFormatError(path, "is not an index of shards: it has no weight_map, or an empty one")
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
         if not (isinstance(name, str) and is_plain_name(name, endings)):
@@ -194,8 +194,6 @@ def read_model(path: Path) -> list[TensorFile]:
         if made != outputs[0][1]:
             reason = "their headers say that they were not written by one synthesis"
             raise MismatchError(f"{outputs[0][0]} and {file_path} are not of one model", reason)
-    if not read:
-        raise FileFormatError(path, "is an index that names no file")
     return read
 
 
