@@ -176,12 +176,7 @@ def models_at(path: Path) -> list[Path]:
 
 
 def read_model(path: Path) -> list[TensorFile]:
-    """Read the headers of a model's files.
-
-    Raises:
-        FileFormatError: a file is damaged or missing, or lacks a tensor that its index names.
-        MismatchError: the files are of different outputs.
-    """
+    """Read the headers of a model's files; raise an error if one is damaged, missing, or of another output."""
     read, outputs = list[TensorFile](), list[tuple[Path, object]]()
     for file_path, names in model_files(path).items():
         file = read_file(file_path)
@@ -203,12 +198,9 @@ Description = dict[str, Any]
 
 
 def describe(path: Path) -> Description:
-    """Describe a directory, a file, or a model in shards.
+    """Describe a directory, a file, or a model in shards; what is wrong with snapshots is among the "problems".
 
-    Raises:
-        DirectoryError: a directory has no snapshots, outputs or models.
-        FileFormatError: a file is damaged; in a snapshot directory this is one of the "problems" instead.
-        MismatchError: shards are of different models.
+    Raises DirectoryError without snapshots, outputs or models, and the errors of `read_model`.
     """
     if is_parts_folder(path):
         return _of_snapshot(read_snapshot(path))
