@@ -544,7 +544,8 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
     directory = stored[0].path.parent
     folder = directory / SUPERSEDED
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise DirectoryError(folder, "is a link or no directory, and snapshots are set aside in it", "move it away")
+        reason = "is a link or no directory; snapshots are set aside in a directory of that name"
+        raise DirectoryError(folder, reason, "move it away")
     with files.reported_as_write_error(folder):
         files.make_directory(folder)
         moved = []
