@@ -154,8 +154,7 @@ class ShadowModel(WideBuffers):
         zero_debias: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        accepted = "lie in [0, 1); usual values are 0.99 to 0.9999"
-        self.decay = check_number("decay", decay, lambda d: 0 <= d < 1, accepted)
+        self.decay = check_decay(decay, "usual values are 0.99 to 0.9999")
         self.zero_debias = zero_debias
         self.model = check_model(model)
         self.shadow = make_average(model).eval()
@@ -203,6 +202,11 @@ class ShadowModel(WideBuffers):
         """Set it for the model's parameters; the shadow's never require gradients."""
         self.model.requires_grad_(requires_grad)
         return self
+
+
+def check_decay(decay: float, examples: str) -> float:
+    """Return a decay, or raise an InvalidValueError unless it lies in [0, 1)."""
+    return check_number("decay", decay, lambda d: 0 <= d < 1, f"lie in [0, 1); {examples}")
 
 
 # --- pairs of tensors
@@ -286,16 +290,12 @@ class SwitchEMA:
     _names = ("average", "switch_every")
 
     def __init__(self, average: Average, switch_every: int | None = None, sigma_rel: Wanted | None = None) -> None:
-        interval, is_tracker = 1, isinstance(average, PostHocEMA)
-        if isinstance(average, PostHocEMA):
-            interval = average.settings.schedule.update_every
-        elif not (
-            isinstance(getattr(average, "module", None), torch.nn.Module) and hasattr(average, "update_parameters")
-        ):
+        is_tracker = isinstance(average, PostHocEMA)
+        interval = average.settings.schedule.update_every if isinstance(average, PostHocEMA) else 1
+        if not (is_tracker or (hasattr(average, "module") and hasattr(average, "update_parameters"))):
             accepted = "have `module` and `update_parameters` as torch.optim.swa_utils.AveragedModel has"
-            raise InvalidValueError(
-                self._names[0], f"must be a PostHocEMA, or {accepted}, not {type(average).__name__}"
-            )
+            reason = f"must be a PostHocEMA, or {accepted}, not {type(average).__name__}"
+            raise InvalidValueError(self._names[0], reason)
         if is_tracker != (sigma_rel is not None):
             raise InvalidValueError("sigma_rel", "must be given with a PostHocEMA, such as 0.05, and only with one")
         if switch_every is not None and check_count(self._names[1], switch_every) % interval:
@@ -356,9 +356,8 @@ class HareAndTortoise(SwitchEMA):
     ) -> None:  # fmt: skip
         super().__init__(tortoise, reset_every, sigma_rel)
         if isinstance(optimizer, torch.optim.Adagrad):
-            raise InvalidValueError(
-                "optimizer", "Adagrad cannot make a cleared state again", "leave it out, or use Adam"
-            )
+            reason = "Adagrad cannot make a cleared state again"
+            raise InvalidValueError("optimizer", reason, "leave it out, or use Adam")
         self._optimizer = optimizer
 
     def switch(self, model: torch.nn.Module) -> None:
@@ -430,10 +429,8 @@ class DifferentiableEMA(WideBuffers):
         check_word("dtype", dtype, (torch.float32, torch.float64))  # others never move at a decay of 0.9999
         check_word("mode", mode, MODES)
         if (window is not None) != (mode == "window"):
-            reason = "the number of values to keep, must be given in mode 'window' and only there"
-            raise InvalidValueError("window", reason)
-        accepted = "lie in [0, 1); 0.99 averages over about 100 values"
-        self.decay = check_number("decay", decay, lambda d: 0 <= d < 1, accepted)
+            raise InvalidValueError("window", "the number of values to keep, must be given in mode 'window' only")
+        self.decay = check_decay(decay, "0.99 averages over about 100 values")
         self.mode, self._window = mode, None if window is None else check_count("window", window)
         self.register_buffer("average", torch.zeros(shape, device=device, dtype=dtype))
         self.register_buffer("num_updates", torch.zeros((), device=device, dtype=torch.int64))
@@ -503,11 +500,12 @@ class DifferentiableEMA(WideBuffers):
         """Average the value, and J: for each leaf a tensor of the shape [elements of the average, *leaf]."""
         found = () if leaves is None or isinstance(leaves, torch.Tensor) else tuple(leaves)
         good = [leaf for leaf in found if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad]
-        if not found or len({*map(id, good)}) < len(found):
-            reason = "must be different leaves that require gradients, at every update in mode 'carried', such as [w]"
-            raise InvalidValueError("leaves", reason)
-        if self._leaves and [*map(id, found)] != [*map(id, self._leaves)]:
-            raise InvalidValueError("leaves", "must be the same tensors at every update", "call reset() to take others")
+        is_other = bool(self._leaves) and [*map(id, found)] != [*map(id, self._leaves)]
+        if not found or len({*map(id, good)}) < len(found) or is_other:
+            reason = (
+                "must be different leaves that require gradients, such as [w], and the same tensors at every update"
+            )
+            raise InvalidValueError("leaves", f"{reason} in mode 'carried'", "call reset() to take others")
         if not value.requires_grad:
             raise InvalidValueError("value", "has no graph to take the derivative from", "make it outside of no_grad")
 

@@ -16,10 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from torch import nn
 from posthoc_cli import files, plots
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
 from posthoc_cli.resources import ProgressBar
-from posthoc_cli.sweep import SweepReport, sweep
+from posthoc_cli.sweep import sweep
 from posthoc_cli.sweep.search import RAW, Trial
 from posthoc_cli.tracker import PostHocEMA
 
@@ -40,44 +40,11 @@ SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))
 """The lengths to measure: 0.025, 0.05, ..., 0.275."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """The results of a demo: its folder, its settings, the search, and the `ema` commands that were run."""
-
-    out: Path
-    steps: int
-    sweep: SweepReport
-    commands: list[str]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the results as data for JSON."""
-        found = self.sweep.found
-        return {
-            "out": str(self.out),
-            "steps": self.steps,
-            "checkpoint_every": checkpoint_every(self.steps),
-            "raw": self.sweep.raw,
-            "averages": [{"sigma_rel": trial.x, "loss": trial.value} for trial in self.sweep.trials if trial.x],
-            "best": found.best,
-            "equal_within_noise": [found.low, found.high],
-            "commands": self.commands,
-            "files": [str(path) for path in sorted(self.out.iterdir())],
-            "seconds": self.seconds,
-        }
-
-
-def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> Result:
+def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
     """Train a small diffusion model with the hook, and choose the length of its average afterwards.
 
-    Arguments:
-        out: a new or empty folder.
-        steps: of training, a multiple of 100.
-        watch: opens a progress bar, of the steps of training.
-
-    Raises:
-        InvalidValueError, OutputExistsError: an argument is wrong.
-        PostHocError: a command failed.
+    `out` is a new or empty folder, `steps` a multiple of 100; `watch` opens a progress bar of the steps. Returns the
+    results as data for JSON.
     """
     started, threads = time.perf_counter(), torch.get_num_threads()
     if steps < 100 or steps % 100:
@@ -97,7 +64,14 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> Result:
         lines = [run_command(say, "info", snapshots)]
         say("")
         say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training never saw")
-        swept = _measure(snapshots, model)
+        validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0)
+
+        def loss(measured: Denoiser) -> float:
+            return float(validation(measured).mean())
+
+        raw = Trial(RAW, 0.0, 0, loss(model))  # the model has the raw weights
+        swept = sweep(snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
+        swept = replace(swept, trials=(raw, *swept.trials))
     finally:
         torch.set_num_threads(threads)
     swept.write(out / "sweep")
@@ -109,27 +83,23 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> Result:
         ("report", snapshots, "--sweep", out / "sweep", "--out", out / "report.html"),
     ):
         lines.append(run_command(say, *words, "--overwrite"))
-    return Result(out, steps, swept, lines, time.perf_counter() - started)
-
-
-def _measure(snapshots: Path, model: Denoiser) -> SweepReport:
-    """Return the validation losses of the averages, and of the raw weights, which `model` has."""
-    validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0)
-
-    def loss(measured: Denoiser) -> float:
-        return float(validation(measured).mean())
-
-    raw = Trial(RAW, 0.0, 0, loss(model))
-    swept = sweep(snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
-    return replace(swept, trials=(raw, *swept.trials))
+    found = swept.found
+    return {
+        "out": str(out),
+        "steps": steps,
+        "checkpoint_every": checkpoint_every(steps),
+        "raw": swept.raw,
+        "averages": [{"sigma_rel": trial.x, "loss": trial.value} for trial in swept.trials if trial.x],
+        "best": found.best,
+        "equal_within_noise": [found.low, found.high],
+        "commands": lines,
+        "files": [str(path) for path in sorted(out.iterdir())],
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def run_command(say: Say, *words: str | Path) -> str:
-    """Run `ema` with `words` in another process and print its output; return the command line, quoted for a shell.
-
-    Raises:
-        PostHocError: it ended with another exit code than 0.
-    """
+    """Run `ema` in another process, print its output, and return the command line; a PostHocError if it fails."""
     arguments = list(map(str, words))
     line = shlex.join(["ema", *arguments])
     say("")
@@ -157,8 +127,7 @@ STANDARD_DEVIATION = 0.75
 """About that of the pixels."""
 
 
-@dataclass(frozen=True)
-class Images:
+class Images(NamedTuple):
     """Images, shape [images, 64], in -1 .. 1, and the class of each, shape [images]."""
 
     images: torch.Tensor
@@ -285,12 +254,7 @@ def checkpoint_every(steps: int) -> int:
 
 
 def train(steps: int, data: Images, directory: Path, advance: Callable[[int], None]) -> Denoiser:
-    """Train a denoiser with the hook.
-
-    Arguments:
-        directory: for the snapshots.
-        advance: called with the number of steps since its last call.
-    """
+    """Train a denoiser with the hook, which writes snapshots to a directory; `advance` is called with done steps."""
     model = make_denoiser(seed=0)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     every, random = checkpoint_every(steps), torch.Generator().manual_seed(0)

@@ -1,27 +1,10 @@
 """All errors that this package raises on purpose, with the exit codes of `ema`. A public module.
 
-    PostHocError                       1
-    ├── InvalidValueError (ValueError) 2   an argument or option outside what is accepted
-    ├── DirectoryError                 1   a snapshot directory that is absent, empty or foreign
-    ├── FileFormatError                1   a file that is damaged, truncated or of another format
-    │   └── VanishedError              1   a file that was deleted while it was in use
-    ├── MismatchError (ValueError)     1   snapshots that do not belong together
-    ├── ModelMismatchError             1   a model that is not the one that was tracked
-    ├── NonFiniteError                 1   nan or infinity in an average or a result
-    ├── LockedError                    1   a directory that another writer holds
-    ├── OutputExistsError              1   an output that already exists
-    ├── InexactError                   1   a target whose predicted error is above what the user accepts
-    ├── MissingDependencyError         1   an optional library that is not installed
-    ├── RankError                      1   another process of a torchrun job that failed or died
-    ├── WriteError (OSError)           1   the system refused a write; nothing partial is left
-    ├── RemoteError (OSError)          1   an object store that refused a request, or did not answer
-    └── NotReadyError (RuntimeError)   1   an average that does not exist yet
-
-On the command line a path that does not exist is wrong usage, exit code 2.
-
 Each error has the fields `subject` (the file, tensor, argument or method that is wrong), `value` (the value of an
 argument), `reason` (what is wrong and what would be accepted) and `hint` (what to do). The message joins them in one
 line. `shown` escapes and shortens names and values that were read from files.
+
+On the command line a path that does not exist is wrong usage, exit code 2.
 """
 
 from __future__ import annotations
@@ -43,91 +26,14 @@ _BETWEEN = {__name__.partition(".")[0], "contextlib", "threading", "torch"}
 _Error = TypeVar("_Error", bound="PostHocError")
 
 
-def printable(text: str) -> str:
-    """Return `text` with characters that control a terminal escaped: control codes, line ends, changes of direction."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def one_line(text: str) -> str:
-    """Return a message with control characters escaped, and of limited length."""
-    return printable(text[:_LONGEST_LINE]) + "..." * (len(text) > _LONGEST_LINE)
-
-
-def shown(value: object) -> str:
-    """Return a name or value from a file for a message: escaped, in one line, and shortened."""
-    if isinstance(value, str):
-        return repr(value[:_LONGEST]) + "..." * (len(value) > _LONGEST)
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return "an int of many digits"
-    if value is None or isinstance(value, bool | int | float):
-        return repr(value)
-    return f"a {type(value).__name__}"
-
-
-def brief(value: object) -> str:
-    """Return an argument's value for a message: in one line, and shortened."""
-    return " ".join(repr(value)[:40].split()).removesuffix(".0")
-
-
-def percent(error: float | None) -> str:
-    """Return a relative error as text; tiny errors (rounding) and huge ones (weights near 0) become bounds."""
-    if error is None:
-        return "unknown"
-    if 0 < error < 1e-7:
-        return "< 1e-5 %"
-    if error >= 10:
-        return "> 1,000 %"
-    return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:,.0f} %"
-
-
-def warn(message: str) -> None:
-    """Issue a RuntimeWarning that begins with the package's name and points to the line of the user's code."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(f"posthoc_cli: {message}", RuntimeWarning, level)
-
-
-class EachOnce(logging.Handler):
-    """A log handler that passes each distinct warning once to `show`, with the name of its level."""
-
-    def __init__(self, show: Callable[[str, str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._show = show
-        self._seen: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show the record's message unless it was shown before."""
-        text = record.getMessage()
-        if text not in self._seen:
-            self._seen.add(text)
-            self._show(record.levelname.lower(), text)
-
-
-def show_unhandled(_: str, text: str) -> None:
-    """Print a warning with the package's name if the program has set up no logging, as `logging.lastResort` does."""
-    if not logging.getLogger().handlers:
-        sys.stderr.write(f"posthoc_cli: {text}\n")
-
-
 class PostHocError(Exception):
-    """The base class of all errors that this package raises on purpose.
-
-    Attributes:
-        subject: the file, tensor, argument or method that is wrong.
-        reason: what is wrong, or what would be accepted.
-        hint: what to do; may be empty.
-        value: the value that was refused, as text; empty if the subject is not an argument.
-    """
+    """The base class of all errors; `value` is empty if the subject is not an argument, `hint` may be."""
 
     exit_code = 1
 
     def __init__(self, subject: object, reason: str, hint: str = "", *, value: object = "") -> None:
         super().__init__(subject, reason)
-        self.subject = str(subject)
-        self.reason = reason
-        self.hint = hint
-        self.value = str(value)
+        self.subject, self.reason, self.hint, self.value = str(subject), reason, hint, str(value)
 
     def __str__(self) -> str:
         what = f"{self.subject} {self.value}" if self.value else self.subject
@@ -211,6 +117,74 @@ class RemoteError(_SystemError):
 
 class NotReadyError(PostHocError, RuntimeError):
     """An average that does not exist yet, because no update was made."""
+
+
+# --- texts for people
+
+
+def printable(text: str) -> str:
+    """Return `text` with characters that control a terminal escaped: control codes, line ends, changes of direction."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    """Return a message with control characters escaped, and of limited length."""
+    return printable(text[:_LONGEST_LINE]) + "..." * (len(text) > _LONGEST_LINE)
+
+
+def shown(value: object) -> str:
+    """Return a name or value from a file for a message: escaped, in one line, and shortened."""
+    if isinstance(value, str):
+        return repr(value[:_LONGEST]) + "..." * (len(value) > _LONGEST)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "an int of many digits"
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def brief(value: object) -> str:
+    """Return an argument's value for a message: in one line, and shortened."""
+    return " ".join(repr(value)[:40].split()).removesuffix(".0")
+
+
+def percent(error: float | None) -> str:
+    """Return a relative error as text; tiny errors (rounding) and huge ones (weights near 0) become bounds."""
+    if error is None:
+        return "unknown"
+    if 0 < error < 1e-7:
+        return "< 1e-5 %"
+    if error >= 10:
+        return "> 1,000 %"
+    return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:,.0f} %"
+
+
+def warn(message: str) -> None:
+    """Issue a RuntimeWarning that begins with the package's name and points to the line of the user's code."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"posthoc_cli: {message}", RuntimeWarning, level)
+
+
+class EachOnce(logging.Handler):
+    """A log handler that passes each distinct warning once to `show`, with the name of its level."""
+
+    def __init__(self, show: Callable[[str, str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._show, self._seen = show, set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show the record's message unless it was shown before."""
+        if (text := record.getMessage()) not in self._seen:
+            self._seen.add(text)
+            self._show(record.levelname.lower(), text)
+
+
+def show_unhandled(_: str, text: str) -> None:
+    """Print a warning with the package's name if the program has set up no logging, as `logging.lastResort` does."""
+    if not logging.getLogger().handlers:
+        sys.stderr.write(f"posthoc_cli: {text}\n")
 
 
 # --- checks of arguments: the errors say what would be accepted

@@ -54,14 +54,9 @@ def relative_rounding(dtype: str) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A plan of snapshots.
+    """A plan of snapshots of a training of so many steps, as the arguments of a tracker say.
 
-    Attributes:
-        sigma_rels: tracked profiles.
-        steps: length of training.
-        checkpoint_every: steps between snapshots.
-        max_checkpoints: snapshots kept per profile, thinned as they arrive; None keeps all.
-        rounding: root mean square error of a stored average, relative to its norm.
+    `rounding` is the root mean square error of a stored average, relative to its norm.
     """
 
     sigma_rels: tuple[float, ...]
@@ -84,16 +79,12 @@ class Schedule:
         """Return the snapshots at the end, by time; `motion` is relative to the norm, by default even."""
         motion = motion or Motion.even(self.steps)
         gammas = [gamma_from_sigma_rel(s) for s in self.sigma_rels]
-        if self.kept == self.taken:
-            counts = range(1, self.taken + 1)
-            return [PowerFunction(gamma, float(count * self.checkpoint_every)) for count in counts for gamma in gammas]
         left: list[PowerFunction] = []
         for count in range(1, self.taken + 1):
             left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
             if len(left) > self.kept * len(gammas):
-                prior = assumed_prior(left, self.rounding, motion)
-                spared = spared_times(self.kept)
-                dropped = set(snapshots_to_drop(left, prior, self.kept, range_of(self.sigma_rels), spared))
+                prior, spared = assumed_prior(left, self.rounding, motion), spared_times(self.kept)
+                dropped = {*snapshots_to_drop(left, prior, self.kept, range_of(self.sigma_rels), spared)}
                 left = [p for index, p in enumerate(left) if index not in dropped]
         return left
 
@@ -128,8 +119,7 @@ def range_of(sigma_rels: Sequence[float]) -> tuple[float, float]:
 _SIMULATED = 8
 """Limit of the snapshots from which thinning chooses, as a multiple of those kept; more make little difference."""
 
-_TARGETS = 12
-_NORM = 8
+_TARGETS, _NORM = 12, 8
 """Number of targets over the range, and the norm that combines their errors: near the worst one, but all count."""
 
 
@@ -143,22 +133,23 @@ def snapshots_to_drop(
 ) -> list[int]:
     """Return the indices of the snapshots to drop so that `keep` of each profile remain, in the order to drop.
 
-    First, always the snapshot goes whose loss raises the predicted error over `sigma_range`, at the time of the last
-    snapshot, least; among equals (where nothing moved) the one whose neighbours are closest together. Then exchanges
-    improve the rest, see `exchanged`. The last `spared` snapshots of each profile stay. Of very many snapshots, those
-    outside a subset (`thinned_subset`) go before all others.
+    Always the snapshot goes whose loss raises the predicted error over `sigma_range`, at the time of the last snapshot,
+    least; among equals (where nothing moved) the one whose neighbours are closest together. Then `exchanged` improves
+    the rest. The last `spared` snapshots of each profile stay. Of very many, those outside a `thinned_subset` go first.
     """
-    left, beyond = list(range(len(snapshots))), list[int]()
-    newest: set[int] = set()
-    for gamma in {p.gamma for p in snapshots}:
-        newest |= {*sorted((i for i in left if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)[-spared:]}
+    left, gammas = list(range(len(snapshots))), {p.gamma for p in snapshots}
+    newest = {i for gamma in gammas for i in _by_time(snapshots, left, gamma)[-spared:]}
     if len(left) > MOST_SOLVED:
-        profiles = len({p.gamma for p in snapshots})
-        left = sorted({*thinned_subset(snapshots, min(MOST_SOLVED, _SIMULATED * keep * profiles), keep), *newest})
-        beyond = sorted(set(range(len(snapshots))) - set(left))
+        most = min(MOST_SOLVED, _SIMULATED * keep * len(gammas))
+        left = sorted({*thinned_subset(snapshots, most, keep), *newest})
+    beyond = sorted({*range(len(snapshots))} - {*left})
     dropped = removal_order(snapshots, prior, left, keep, newest, sigma_range)
     kept = sorted({*left} - {*dropped})
     return [*beyond, *exchanged(snapshots, prior, kept, dropped, newest, sigma_range)]
+
+
+def _by_time(snapshots: Sequence[PowerFunction], among: Sequence[int], gamma: float) -> list[int]:
+    return sorted((i for i in among if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)
 
 
 def removal_order(
@@ -171,7 +162,7 @@ def removal_order(
 ) -> list[int]:
     """Return which of the snapshots `among` to drop, the least needed first, until `keep` of each profile remain.
 
-    `among` and `needed`, the snapshots that must stay, are indices.
+    `needed` snapshots stay.
     """
     left = list(among)
     losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
@@ -189,9 +180,7 @@ def removal_order(
     return dropped
 
 
-_MOST_EXCHANGED = 16
-_MOST_TRIED = 240
-_LEAST_GAIN = 0.99
+_MOST_EXCHANGED, _MOST_TRIED, _LEAST_GAIN = 16, 240, 0.99
 """Limits of the snapshots kept and of the solves for exchanges, one each, and the ratio of errors from which on none is
 made. They pay if few snapshots are left: with 3 of 20 they halve the error at best, with 20 of 40 they gain nothing."""
 
@@ -207,7 +196,6 @@ def exchanged(
     """Return the snapshots to drop, in order, after exchanging dropped ones for kept ones of the same profile.
 
     Greedy drops do not always find the best set: a snapshot that was kept early may be of little use in the end.
-    `kept`, `dropped` (in the order to drop) and `needed`, the snapshots that must stay, are indices.
     """
     kept, order = list(kept), list(dropped)
     if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
@@ -238,7 +226,7 @@ def _closest_together(snapshots: Sequence[PowerFunction], left: Sequence[int], e
     """Return the snapshot whose neighbours of the same profile are closest together, the latest of equals."""
     gaps = dict.fromkeys(equals, float("inf"))  # infinity without two neighbours
     for gamma in {snapshots[i].gamma for i in equals} if len(equals) > 1 else ():
-        of_profile = sorted((i for i in left if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)
+        of_profile = _by_time(snapshots, left, gamma)
         for before, index, after in zip(of_profile, of_profile[1:], of_profile[2:], strict=False):
             if index in gaps:
                 gaps[index] = snapshots[after].t - snapshots[before].t
@@ -269,7 +257,7 @@ EVENLY = "the network moves evenly"
 
 @dataclass(frozen=True)
 class ErrorPoint:
-    """Errors, as in `ErrorCurve`, of one target; `sigma_rel` is its standard deviation / t."""
+    """The errors of one target; `sigma_rel` is its standard deviation / t."""
 
     label: str
     sigma_rel: float
@@ -279,14 +267,10 @@ class ErrorPoint:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Reconstruction error against sigma_rel, at one time.
+    """Relative L2 errors of the profile, and expected ones of the weights, against sigma_rel, for targets at time `t`.
 
     Attributes:
         label: snapshots and assumption, for a legend.
-        t: time of the targets.
-        sigma_rels: shape [points].
-        profile_error: relative L2 error of the profile: shape [points].
-        predicted_error: expected relative L2 error of the weights: shape [points].
         tracked: sigma_rels of the snapshots.
         others: errors of further targets.
         assumption: of the predicted errors; empty if the motion was measured.
@@ -345,22 +329,20 @@ class ErrorCurve:
         }
 
     def ranges_text(self, threshold: float) -> str:
-        """Return `ranges_below` as text, "0.051 to 0.278", with each end rounded into its range."""
-        return ", ".join(_range_text(*ends) for ends in self.ranges_below(threshold))
+        """Return `ranges_below` as text, "0.051 to 0.278", rounded inwards to the fewest digits that leave some."""
+        texts = []
+        for low, high in self.ranges_below(threshold):
+            for digits in range(3, 9):
+                first, last = math.ceil(round(low * 10**digits, 9)), math.floor(round(high * 10**digits, 9))
+                if first < last:
+                    break
+            texts.append(f"{first / 10**digits:.{digits}f} to {last / 10**digits:.{digits}f}")
+        return ", ".join(texts)
 
 
 def finite(value: float) -> float | None:
     """Return a value for JSON: the number, or None in place of nan and infinity."""
     return value if math.isfinite(value) else None
-
-
-def _range_text(low: float, high: float) -> str:
-    """Return a range as text, with the fewest digits, at least three, that leave some of it."""
-    for digits in range(3, 9):
-        first, last = math.ceil(round(low * 10**digits, 9)), math.floor(round(high * 10**digits, 9))
-        if first < last:
-            break
-    return f"{first / 10**digits:.{digits}f} to {last / 10**digits:.{digits}f}"
 
 
 def error_curve(
@@ -372,16 +354,10 @@ def error_curve(
     method: str | None = None,
     others: Mapping[str, Profile] | None = None,
 ) -> ErrorCurve:
-    """Return the reconstruction error over a range of sigma_rel.
+    """Return the reconstruction error over a range of sigma_rel, and of `others` by their titles.
 
-    Arguments:
-        label: the name of the snapshots in a legend.
-        snapshots: the profiles of the snapshots, of which those after `t` are not used.
-        prior: of all these snapshots.
-        sigma_range: lowest and highest sigma_rel, both included.
-        t: time of the targets; by default that of the last snapshot.
-        method: "minvar" or "paper"; by default the first.
-        others: further profiles at that time, by their titles.
+    Targets are at `t`, by default the time of the last snapshot; snapshots after it are not used. `label` is their name
+    in a legend, and `prior` that of all of them.
     """
     low, high = check_sigma_range(sigma_range)
     t, others = time_between(snapshots, t), others or {}
@@ -392,7 +368,8 @@ def error_curve(
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, _POINTS), inside))), low, high)
     problem, n = Problem(usable, prior.of(among), t), grid.size
     _, profile_error, predicted = problem.solve([*powers(grid, t), *others.values()], check_method(method))
-    predicted, widths = _zero_if_nan(predicted), (relative_width(profile, t) for profile in others.values())
+    # Weights of norm 0 are exact.
+    predicted, widths = np.nan_to_num(predicted, nan=0.0), (relative_width(each, t) for each in others.values())
     points = tuple(map(ErrorPoint, others, widths, profile_error[n:].tolist(), predicted[n:].tolist()))
     label = f"{label}, if {assumption}" if assumption else label
     return ErrorCurve(label, t, grid, profile_error[:n], predicted[:n], tracked, points, assumption)
@@ -409,16 +386,11 @@ def forecast(
     grid = np.clip(np.geomspace(*sigma_range, points), *sigma_range)
     t = max(p.t for p in snapshots)
     _, profile_error, predicted = Problem(snapshots, prior, t).solve(powers(grid, t), METHODS[0])
-    return ErrorCurve(label, t, grid, profile_error, _zero_if_nan(predicted), _tracked(snapshots))
+    return ErrorCurve(label, t, grid, profile_error, np.nan_to_num(predicted, nan=0.0), _tracked(snapshots))
 
 
 def _tracked(snapshots: Sequence[StoredProfile]) -> tuple[float, ...]:
     return tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in snapshots if isinstance(p, PowerFunction)}))
-
-
-def _zero_if_nan(predicted_error: FloatArray) -> FloatArray:
-    """Return the errors with 0 in place of nan: weights of norm 0 are exact."""
-    return np.nan_to_num(predicted_error, nan=0.0)
 
 
 _FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spreadsheets
@@ -480,8 +452,7 @@ _TAKEN = 2
 """Snapshots taken, as a multiple of those kept. The worst error of these schedules of 400,000 steps is then at most 0.8
 of that of snapshots that are all kept."""
 
-_UPDATE_EVERY = 10
-_UPDATES_IN_WIDTH = 10
+_UPDATE_EVERY, _UPDATES_IN_WIDTH = 10, 10
 """Upper limit of the steps between updates, and lower limit of the updates within the shortest average's width."""
 
 
@@ -568,47 +539,27 @@ def propose(
     motion: Motion | None = None,
     rounding: Mapping[str, float] | None = None,
 ) -> list[Proposal]:
-    """Return the schedules of `NAMES` for a training.
+    """Return the schedules of `NAMES` for a training of so many steps, and averaged elements of the network.
 
-    Arguments:
-        steps: length of training.
-        params: averaged elements of the network.
-        sigma_range: range of the wanted averages; its ends are tracked, of a single profile its geometric mean.
-        motion: of the network over (0, steps], relative to its norm; None for even motion.
-        rounding: measured root mean square error of a stored average by dtype, relative to its norm, which replaces
-            `relative_rounding`.
-
-    Raises:
-        InvalidValueError: names the argument.
+    The ends of the range are tracked, of a single profile its geometric mean. `motion` is over (0, steps], relative to
+    the norm; None for even motion. `rounding` is the measured error of stored averages by dtype, in place of
+    `relative_rounding`.
     """
     for name, count in (("steps", steps), ("params", params)):
         check_number(name, check_count(name, count), lambda count: count <= 10**15, "be at most 1e15")
     low, high = check_sigma_range(sigma_range)
-    middle = float(f"{math.sqrt(low * high):.2g}")
+    middle, motion = float(f"{math.sqrt(low * high):.2g}"), motion or Motion.even(steps)
     tracked = {1: (middle,), 2: (low, high), 3: (low, middle, high)}
     proposals = []
     for name, (profiles, dtype, kept) in NAMES.items():
         error = (rounding or {}).get(dtype, relative_rounding(dtype))
         schedule = Schedule(tracked[profiles], steps, _round_interval(steps, _TAKEN * kept), kept, error)
-        proposals.append(evaluate(name, schedule, dtype, params, sigma_range, motion))
+        snapshots = schedule.snapshots(motion)
+        label = f"{name}: {listed(schedule.sigma_rels)} in {dtype}, {schedule.kept} each"
+        errors = forecast(snapshots, assumed_prior(snapshots, error, motion), sigma_range, 81, label)
+        fullest = profiles * min(schedule.taken, schedule.kept + 1)  # just before thinning
+        proposals.append(Proposal(name, schedule, dtype, fullest * params * DTYPES[WORDS[dtype]].nbytes, errors))
     return proposals
-
-
-def evaluate(
-    name: str,
-    schedule: Schedule,
-    dtype: str,
-    params: int,
-    sigma_range: tuple[float, float] = USEFUL_RANGE,
-    motion: Motion | None = None,
-) -> Proposal:
-    """Return a schedule with its size and its expected errors."""
-    motion = motion or Motion.even(schedule.steps)
-    snapshots = schedule.snapshots(motion)
-    label = f"{name}: {listed(schedule.sigma_rels)} in {dtype}, {schedule.kept} each"
-    errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, motion), sigma_range, 81, label)
-    fullest = len(schedule.sigma_rels) * min(schedule.taken, schedule.kept + 1)  # just before thinning
-    return Proposal(name, schedule, dtype, fullest * params * DTYPES[WORDS[dtype]].nbytes, errors)
 
 
 def _round_interval(steps: int, times: int) -> int:

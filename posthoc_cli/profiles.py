@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.errors import InvalidValueError, check_number
+from posthoc_cli.errors import InvalidValueError, brief, check_number
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -44,7 +44,7 @@ class StoredProfile(Profile, Protocol):
         """The time at which the average was taken, above 0; all mass is at or before it."""
 
 
-# --- the power function (Karras et al., arXiv 2312.02696, section 3.1) ------------------------------
+# --- the power function (Karras et al., arXiv 2312.02696, section 3.1)
 #
 # An average taken at time t with exponent gamma weighs the network at time s by
 #
@@ -56,40 +56,38 @@ class StoredProfile(Profile, Protocol):
 #
 # gamma = 0 is the uniform average, sigma_rel = 12**-0.5 = 0.2887, the longest one.
 
-UNIFORM_SIGMA_REL = 12**-0.5
-"""sigma_rel of the uniform average over all of training; every power function is shorter."""
-
-SHORTEST_SIGMA_REL = 1e-12
-"""The least sigma_rel, shorter than one step of any training; far below it the formulas overflow."""
+UNIFORM_SIGMA_REL, SHORTEST_SIGMA_REL = 12**-0.5, 1e-12
+"""sigma_rel of the uniform average, which is above every other, and the least one: shorter than one step of any
+training. Far below it the formulas overflow."""
 
 
 def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
     """Return `sigma_rel` as a float; raise an InvalidValueError about `name` if it is out of range."""
+    is_number = isinstance(sigma_rel, int | float)
     try:
         value = math.nan if isinstance(sigma_rel, str) else float(sigma_rel)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         value = math.nan
     if not SHORTEST_SIGMA_REL <= value < UNIFORM_SIGMA_REL:
-        shown = f"{sigma_rel:g}" if isinstance(sigma_rel, int | float) else repr(sigma_rel)[:40]
-        must = "must lie" if isinstance(sigma_rel, int | float) else "must be a number, and lie"
+        must = "must lie" if is_number else "must be a number, and lie"
         reason = f"{must} in (0, 0.2887); 0.2887 is the uniform average over all of training"
-        raise InvalidValueError(name, reason, value=shown)
+        raise InvalidValueError(name, reason, value=f"{sigma_rel:g}" if is_number else brief(sigma_rel))
     return value
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """Return the exponent of the profile with width `sigma_rel` (equation 126), gamma + 1 to about 1e-15 relative.
-
-    With x = gamma + 1 and T = sigma_rel**-2, equation 123 reads f(x) = (x + 1)**2 (x + 2) - T x = 0. Near the uniform
-    average f has two positive roots (x = 1 and x = 0.37 at T = 12); the larger one is the solution. f is convex for
-    x > 0, and x = 1 / sigma_rel lies right of both roots, so that Newton's method from there decreases monotonically to
-    the larger root.
-    """
+    """Return the exponent of the profile with width `sigma_rel`, gamma + 1 to about 1e-15 relative."""
     return _gamma(check_sigma_rel(sigma_rel))
 
 
 @lru_cache(maxsize=4096)
 def _gamma(sigma_rel: float) -> float:
+    """Solve equation 123.
+
+    With x = gamma + 1 and T = sigma_rel**-2 it reads f(x) = (x + 1)**2 (x + 2) - T x = 0. Near the uniform average that
+    has two positive roots; the larger one is the solution. f is convex for x > 0, and x = 1 / sigma_rel lies right of
+    both roots, so that Newton's method from there decreases monotonically to the larger one.
+    """
     if sigma_rel < 1e-6:
         # x = 1/sigma_rel - 2 - sigma_rel/2 + O(sigma_rel**2); beyond that, f overflows or loses digits.
         return 1 / sigma_rel - 3 - sigma_rel / 2
@@ -112,14 +110,12 @@ def sigma_rel_from_gamma(gamma: float) -> float:
 
 
 def new_value_share(gamma: float, t_prev: float, t: float) -> float:
-    """Return 1 - beta, the share of the new value in an update at time `t`.
+    """Return 1 - beta, the share of the new value in an update at time `t`; at the first one `t_prev` is 0.
 
     beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127). A chain of such
-    updates gives each value the power function's mass on the interval before it. At the first update `t_prev` is 0.
+    updates gives each value the power function's mass on the interval before it.
     """
-    if t_prev == 0:
-        return 1.0
-    return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t))
+    return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t)) if t_prev else 1.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ class PowerFunction:
             return np.asarray(-np.expm1((self.gamma + 1) * np.log(relative)), dtype=np.float64)
 
 
-# --- averages over known times ----------------------------------------------------------------------
+# --- averages over known times
 
 
 @dataclass(frozen=True)
@@ -180,29 +176,21 @@ class Point:
 
 
 class Discrete:
-    """An average over weights at known times, sum_k masses_k theta(times_k), taken at time `t`.
+    """An average over weights at known times, sum_k masses_k theta(times_k), taken at time `t`, by default the last.
 
-    Attributes:
-        times: at least one, in ascending order, above 0 and at most `t`.
-        masses: at least 0, scaled to the sum 1: one for each of `times`.
-        t: by default the last of `times`.
+    `times` are ascending, above 0 and at most `t`; `masses` at least 0, and scaled to the sum 1.
     """
 
     def __init__(
         self, times: Sequence[float] | FloatArray, masses: Sequence[float] | FloatArray, t: float = 0.0
     ) -> None:
         self.times, mass = np.array(times, dtype=np.float64), np.array(masses, dtype=np.float64)
-        self.masses, self.t = mass / mass.sum(), float(t or self.times[-1])
+        self.jumps, self.masses, self.t = self.times, mass / mass.sum(), float(t or self.times[-1])
 
     @property
     def t_first(self) -> float:
         """The time of the earliest weights in the average."""
         return float(self.times[0])
-
-    @property
-    def jumps(self) -> FloatArray:
-        """The times at which the profile has mass."""
-        return self.times
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         """Return the mass after `s`."""
@@ -234,12 +222,9 @@ def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> 
     Raises:
         InvalidValueError: the step is before the first update, or makes more than `MOST_UPDATES`.
     """
-    if step < first:
-        raise InvalidValueError("step", f"must be at least {first}, that of the first update", value=step)
+    check_number("step", step, lambda _: step >= first, f"be at least {first}, that of the first update")
     count = (step - first) // every + 1
-    if count > MOST_UPDATES:
-        reason = f"makes more than {MOST_UPDATES:,} updates, one every {every:,} steps"
-        raise InvalidValueError("step", reason, value=f"{step:,}")
+    _check_updates(count, step)
     logs = (gamma + 1) * np.log1p(-1 / (np.arange(1.0, count) * every + 2))
     # The mass after each update, from that before the first one.
     after = np.concatenate(([1.0], -np.expm1(np.cumsum(logs[::-1])[::-1]), [0.0]))
@@ -254,6 +239,12 @@ def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> 
 
 # --- ordinary EMAs: one decay, perhaps with a warm-up
 
+
+def _check_updates(count: int, step: int) -> None:
+    if count > MOST_UPDATES:
+        raise InvalidValueError("step", f"makes more than {MOST_UPDATES:,} updates", value=f"{step:,}")
+
+
 WARM_UPS = ("ratio", "power", "ramp-up")
 POWER_FUNCTION = "power function"
 UNLIMITED = 0.5**1e-9
@@ -264,11 +255,8 @@ POWER, RAMP_UP = 2 / 3, 0.05
 _FINEST, _STEPS_FINEST = 128, 512
 """Number of times of an ordinary EMA in each of its time constants, and in each doubling of the steps."""
 
-_FORGOTTEN = 30.0
-"""Age in time constants from which on values are left out: their mass is below 1e-13."""
-
-_COPY = -1e3
-"""The number used as the logarithm of 0."""
+_FORGOTTEN, _COPY = 30.0, -1e3
+"""Age in time constants from which on values are left out (mass below 1e-13), and the number used as log(0)."""
 
 
 @dataclass(frozen=True)
@@ -283,9 +271,9 @@ class DecayRule:
             arXiv 2312.02696 with power = gamma + 1. The first update that is no copy has n = 1.
         copies: number of initial updates that copy the weights.
         stride: increment of n per update, for libraries that count calls.
-        inv_gamma, power, least: parameters of the warm-up; `least` is a lower limit of the decay.
-        uncertainty: relative, of the time constant 1 / (1 - decay), if the decay was estimated; 0 if it is known.
-        late: steps by which the first update may be later, if its step was estimated; 0 if it is known.
+        least: lower limit of the decay.
+        uncertainty: relative, of the time constant 1 / (1 - decay), if the decay was estimated.
+        late: steps by which the first update may be later, if its step was estimated.
     """
 
     decay: float
@@ -299,10 +287,8 @@ class DecayRule:
     late: int = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.decay, float) and 0 < self.decay < 1):
-            raise InvalidValueError("ema_decay", "must lie in (0, 1)", value=self.decay)
-        if not (isinstance(self.uncertainty, float) and 0 <= self.uncertainty <= 3):
-            raise InvalidValueError("ema_uncertainty", "must be a fraction such as 0.03", value=self.uncertainty)
+        check_number("ema_decay", self.decay, lambda decay: 0 < decay < 1, "lie in (0, 1)")
+        check_number("ema_uncertainty", self.uncertainty, lambda part: 0 <= part <= 3, "be a fraction such as 0.03")
 
     def longer(self, factor: float) -> DecayRule:
         """Return the rule of an average that is longer by a factor at its end."""
@@ -326,33 +312,28 @@ class DecayRule:
         numbers = 1 + (updates - 1) * self.stride
         n = np.maximum(numbers - self.copies, 0.0)
         if self.warm_up == "ratio":
-            kept = np.minimum((1 + n) / (10 + n), self.decay)
+            kept = (1 + n) / (10 + n)
         elif self.warm_up == "power":
-            kept = np.minimum(-np.expm1(-self.power * np.log1p(n / self.inv_gamma)), self.decay)
+            kept = -np.expm1(-self.power * np.log1p(n / self.inv_gamma))
         elif self.warm_up == "ramp-up":
-            kept = np.minimum(np.exp2(-1 / (self.power * np.maximum(n, 1))), self.decay)
+            kept = np.exp2(-1 / (self.power * np.maximum(n, 1)))
         elif self.warm_up == POWER_FUNCTION:
-            kept = np.minimum((n / (n + 1)) ** self.power, self.decay)
+            kept = (n / (n + 1)) ** self.power
         else:
-            kept = np.full(n.size, self.decay)
-        return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)
+            kept = np.ones(n.size)
+        return np.where(numbers > self.copies, np.maximum(np.minimum(kept, self.decay), self.least), 0.0)
 
     def kept_logs(self, updates: int) -> FloatArray:
         """Return the logarithm of the share that updates 1 to k keep together, for k from 0 to `updates`."""
         return _kept_logs(self, 1 << max(10, updates.bit_length()))[: updates + 1]
 
     def profile(self, step: int, updates: int, every: int = 1, first: int = 0) -> OrdinaryEMA:
-        """Return the profile of the average at a step of the training.
+        """Return the profile of the average at a step of the training, after so many updates, one `every` steps.
 
-        Arguments:
-            step: the time of the average.
-            updates: number of updates up to `step`.
-            every: steps between updates.
-            first: the step of the first update; 0 if updates are at the last multiples of `every`. The initial average
-                is the weights one interval before the first update, at the earliest at time 0.5.
+        `first` is the step of the first update; 0 if updates are at the last multiples of `every`. The initial average
+        is the weights one interval before the first update, at the earliest at time 0.5.
         """
-        if updates > MOST_UPDATES:
-            raise InvalidValueError("step", f"makes more than {MOST_UPDATES:,} updates", value=f"{step:,}")
+        _check_updates(updates, step)
         return OrdinaryEMA(self, step, updates, every, first or step // every * every - (updates - 1) * every)
 
 
@@ -366,13 +347,12 @@ def _kept_logs(decay: DecayRule, most: int) -> FloatArray:
 class OrdinaryEMA(Discrete):
     """The profile of an ordinary EMA at a step, from the product of the decays of its updates.
 
-    `times`, at which the intervals of a solver end, joins updates where that moves little mass, and leaves out those
-    with negligible mass. Tails are exact at any time, so that the common part of two successive averages cancels.
+    `times`, at which a solver's intervals end, joins updates where that moves little mass, and leaves out negligible
+    ones. Tails are exact at any time, so that the common part of two successive averages cancels.
     """
 
     def __init__(self, decay: DecayRule, step: int, updates: int, every: int, first: int) -> None:
-        self._rule, logs = decay, decay.kept_logs(updates)
-        self._logs = logs
+        self._rule, self._logs = decay, (logs := decay.kept_logs(updates))
         self._start = max(float(first - every), 0.5)
         self.settings: dict[str, Any] = vars(decay) | {"updates": updates, "every": every, "first": first}
         numbers = np.arange(1, updates + 1)
@@ -405,14 +385,14 @@ class OrdinaryEMA(Discrete):
         )
 
 
-# --- classical averages of the same mean age --------------------------------------------------------
+# --- classical averages of the same mean age
 
 
 def mean_age(gamma: float, steps: int) -> float:
     """Return the mean age, in steps, of the values in a power-function average updated at every step 1 .. `steps`.
 
-    It is sum_k w_k (T - k) with the discrete weights w, by partial summation sum_{j=1}^{T-1} (j/T)**(gamma+1). The
-    last 100,000 terms are added, those before by Euler-Maclaurin, which leaves out at most 1 / (6 T**2) of the age.
+    With the discrete weights w it is sum_k w_k (T - k) = sum_{j=1}^{T-1} (j/T)**(gamma+1). The last 100,000 terms are
+    added, those before by Euler-Maclaurin, which leaves out at most 1 / (6 T**2) of the age.
     """
     x, ages = gamma + 1, np.arange(1, min(steps, 100_001))
     age, before = float(np.sum(np.exp(x * np.log1p(-ages / steps)))), steps - 1 - len(ages)
@@ -421,14 +401,8 @@ def mean_age(gamma: float, steps: int) -> float:
     return age
 
 
-def classical_beta(sigma_rel: float, steps: int) -> float:
-    """Return the constant decay beta whose mean age beta / (1 - beta) is the power function's after `steps` steps."""
-    age = mean_age(gamma_from_sigma_rel(sigma_rel), steps)
-    return age / (1 + age)
-
-
 def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
-    """Return the inverse of `classical_beta`; beta is below the uniform average's, 1 - 2 / (steps + 1)."""
+    """Return the width whose mean age is that of a classical decay, beta / (1 - beta)."""
     longest = 1 - 2 / (steps + 1)
     if not 0 < beta < longest:
         reason = f"after {steps:,} steps beta must lie in (0, {longest:.7g}), below the mean age of the uniform average"
@@ -437,11 +411,9 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
 
     age = beta / (1 - beta)
     # The mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
-    largest = steps * (2 + max(0.0, -math.log(age))) * 2
-    found = brentq(
-        lambda log_x: mean_age(math.expm1(log_x), steps) - age, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14
-    )
-    return sigma_rel_from_gamma(math.expm1(found))
+    largest = math.log(steps * (2 + max(0.0, -math.log(age))) * 2)
+    log_x = brentq(lambda log_x: mean_age(math.expm1(log_x), steps) - age, 0.0, largest, xtol=1e-15, rtol=1e-14)
+    return sigma_rel_from_gamma(math.expm1(log_x))
 
 
 def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float] = ()) -> list[dict[str, float]]:
@@ -449,17 +421,15 @@ def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float]
 
     Each has `sigma_rel` and `gamma`, the mean age of the averaged values and the standard deviation `std` of their
     times in steps, and `beta`, the decay of the classical EMA with the same mean age after `steps` steps.
-
-    Raises:
-        InvalidValueError: `steps` is not from 1 to 1e15, or a width or a decay is out of its range.
     """
     check_number("steps", steps, lambda count: 1 <= count <= 10**15, "be from 1 to 1e15")
-    pairs = [(sigma_rel, classical_beta(sigma_rel, steps)) for sigma_rel in sigma_rels]
+    pairs: list[tuple[float, float | None]] = [(sigma_rel, None) for sigma_rel in sigma_rels]
     pairs += [(sigma_rel_from_classical_beta(beta, steps), beta) for beta in betas]
     rows = []
     for sigma_rel, beta in pairs:
         gamma = gamma_from_sigma_rel(sigma_rel)
         age, std = mean_age(gamma, steps), sigma_rel * steps
+        beta = age / (1 + age) if beta is None else beta
         rows.append({"sigma_rel": sigma_rel, "gamma": gamma, "mean_age": age, "std": std, "beta": beta})
     return rows
 
@@ -471,10 +441,7 @@ def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float]
 class Clock:
     """A run's steps (calls of `update_`) over its training time, interpolated linearly from step 0 at time 0.
 
-    After the last known pair, steps are as long as just before it. The step clock is the identity.
-
-    Attributes:
-        steps, times: the known pairs, at least one, both ascending from above 0.
+    The known pairs are at least one, both ascending. After the last one, steps are as long as just before it.
     """
 
     steps: Sequence[float]
@@ -511,12 +478,9 @@ def _interpolated(x: FloatArray, knots: FloatArray, values: FloatArray) -> Float
     return np.where(x > knots[-1], beyond, np.interp(x, knots, values))
 
 
-MOST_KNOTS = 256
-"""Limit of the pairs that a ClockRecorder keeps, the newest one included."""
-
-TOLERANCE = 0.5
-"""Largest error of a clock between its knots, in steps, until `MOST_KNOTS` is reached."""
-
+MOST_KNOTS, TOLERANCE = 256, 0.5
+"""Limit of the pairs that a ClockRecorder keeps, the newest one included; and the largest error of a clock between its
+knots, in steps, until there are so many."""
 
 Knots = tuple[tuple[int, float], ...]
 
@@ -527,13 +491,11 @@ class ClockRecorder:
 
     A line starts at a knot, the first one at step 0 and time 0, and continues while it passes every later pair within
     the tolerance. The possible slopes form an interval, which each pair narrows, so that no pair is stored. When the
-    interval is empty, the previous pair becomes the next knot.
+    interval is empty, the previous pair becomes the next knot. At `MOST_KNOTS` knots the one nearest to the line
+    between its neighbours is dropped, and the tolerance grows to that distance, so that the rest of training is not
+    recorded more precisely than its past.
 
-    At `MOST_KNOTS` knots the one nearest to the line between its neighbours is dropped, and the tolerance grows to that
-    distance, so that the rest of training is not recorded more precisely than its past.
-
-    Attributes:
-        step, t: the newest pair; 0 before the first pair.
+    `step` and `t` are the newest pair; 0 before the first pair.
     """
 
     step: int = 0
@@ -547,8 +509,8 @@ class ClockRecorder:
     def of_knots(cls, knots: Sequence[tuple[int, float]]) -> ClockRecorder:
         """Return a recorder that continues from the result of `knots_until`, at least one knot.
 
-        The interval of possible slopes is lost except for the mean slope, so that the last pair becomes a knot unless
-        later steps have exactly that length.
+        Of the possible slopes only the mean is known, so that the last pair becomes a knot unless later steps have
+        exactly that length.
         """
         *earlier, (step, t) = knots
         kept, tolerance = _with_room(earlier, TOLERANCE)
@@ -579,11 +541,7 @@ class ClockRecorder:
 
     @classmethod
     def of_state(cls, state: Sequence[float]) -> ClockRecorder:
-        """Return the recorder with this `state`.
-
-        Raises:
-            InvalidValueError: the value is not the state of a recorder.
-        """
+        """Return the recorder with this `state`; raise an InvalidValueError if the value, from a file, is none."""
         if not _is_state(state):
             expected = f"a tolerance, two slopes and up to {MOST_KNOTS} pairs of a step and its time, both ascending"
             raise InvalidValueError("clock", f"must be a list of {expected}")
@@ -605,35 +563,29 @@ def _with_room(knots: list[tuple[int, float]], tolerance: float) -> tuple[Knots,
 
 
 def _is_state(state: object) -> bool:
-    """Return whether a value read from a file is the `state` of a ClockRecorder."""
-    if not isinstance(state, list) or not 5 <= len(state) <= 3 + 2 * MOST_KNOTS or len(state) % 2 == 0:
+    if not isinstance(state, list) or len(state) not in range(5, 4 + 2 * MOST_KNOTS, 2):
         return False
     if not all(type(x) is float or (type(x) is int and x < 2**63) for x in state):
         return False
     tolerance, lowest, highest, *pairs = state
-    if not (TOLERANCE <= tolerance < math.inf and 0 <= lowest <= highest):
-        return False
     steps, times = [0, *pairs[::2]], [0.0, *pairs[1::2]]
     growing = all(a < b < math.inf for values in (steps, times) for a, b in pairwise(values))
-    return pairs == [0, 0] or (growing and all(type(step) is int for step in steps))
+    has_pairs = pairs == [0, 0] or (growing and all(type(step) is int for step in steps))
+    return TOLERANCE <= tolerance < math.inf and 0 <= lowest <= highest and has_pairs
 
 
-# --- folding updates into tracked averages ----------------------------------------------------------
+# --- folding updates into tracked averages
 
-WINDOW = 256
-"""Limit of the updates in a mean, which collects their roundings; shorter means would round the average more often."""
+WINDOW, LONGEST_OWN = 256, 1 / 8
+"""Limits of the updates in a mean, which collects their roundings (shorter means would round the average more often),
+and of the time that a mean of one profile covers, relative to all of training so far."""
 
-LONGEST_OWN = 1 / 8
-"""Limit of the time that a mean of one profile covers, relative to all of training so far."""
-
-UNEVEN = 1 / 60
-"""Limit of the relative difference between profiles in their weights within a mean that they share."""
-
-LONGEST = 1 / 1000
-"""The time that a shared mean of more than two values may cover, relative to all of training so far."""
+LONGEST, UNEVEN = 1 / 1000, 1 / 60
+"""Limits of the time that a mean that profiles share may cover with more than two values, relative to all of training
+so far, and of the relative difference between the profiles in their weights within it."""
 
 
-def reach(gammas: Sequence[float]) -> float:
+def _reach(gammas: Sequence[float]) -> float:
     """Return the time that a mean of more than two values may cover for these profiles, relative to `t`."""
     spread = max(gammas) - min(gammas)
     return min(LONGEST, UNEVEN / spread) if spread else LONGEST
@@ -646,7 +598,7 @@ def window_ends(gammas: Sequence[float], window: int, begin: float, t: float, sh
     """
     if window >= WINDOW or t - begin >= LONGEST_OWN * t:
         return True
-    return shared and window > 1 and t - begin > reach(gammas) * t
+    return shared and window > 1 and t - begin > _reach(gammas) * t
 
 
 def may_share_mean(window: int, begin: float, t: float) -> bool:
@@ -657,20 +609,18 @@ def may_share_mean(window: int, begin: float, t: float) -> bool:
 def sketched_window_ends(gammas: Sequence[float], begin: float, before: float, t: float) -> bool:
     """Return whether, where profiles have their own means, the sketch's window after `begin` ends at `t`.
 
-    `before` is the time of the last update.
-
-    A window is as long as a shared mean; where that would contain two values, each value has a window.
+    `before` is the time of the last update. A window is as long as a shared mean; where that would contain two values,
+    each value has a window.
     """
-    least = 2 if begin == before else 1
-    return (t - begin) * least > reach(gammas) * t
+    return (t - begin) * (2 if begin == before else 1) > _reach(gammas) * t
 
 
 def roundings(gamma: float, updates: int) -> float:
     """Return the number of independent roundings, each of the average's size, that remain in it after the updates.
 
-    Reading the average rounds once. A mean of n updates is rounded at each of them; the k-th rounding decays as k / n,
-    which leaves n / 3. If the mean covers most of the average, they decay as the average does, (s / t)^(gamma + 1),
-    which leaves `updates` / (2 gamma + 3). The average over many means reduces this by the sum of their squared masses
+    Reading the average rounds once. A mean of n updates is rounded at each; the k-th rounding decays as k / n, which
+    leaves n / 3. If the mean covers most of the average, they decay as the average does, (s / t)^(gamma + 1), which
+    leaves `updates` / (2 gamma + 3). The average over many means reduces this by the sum of their squared masses
     p(s) n dt, n dt integral p^2 ds = (gamma + 1)^2 / (2 gamma + 1) n / `updates`. Each fold rounds once more;
     `updates` / n / (2 gamma + 3) of these remain.
     """

@@ -13,21 +13,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word
-from posthoc_cli.profiles import (
-    Clock,
-    FloatArray,
-    Point,
-    PowerFunction,
-    Profile,
-    StoredProfile,
-    check_sigma_rel,
-)
+from posthoc_cli.profiles import Clock, FloatArray, Point, PowerFunction, Profile, StoredProfile, check_sigma_rel
 
 SHORTEST_BETA = 0.5
 """The decay whose average has a mean age, beta / (1 - beta), of one step."""
@@ -87,12 +79,7 @@ class Target:
         return dict(self.values)
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
-        """Return the profile at time `t` of a run.
-
-        Arguments:
-            t: time of the average, above 0.
-            clock: the run's steps over time.
-            t_first: time of the run's first update, in (0, t].
+        """Return the profile at a time `t` of a run whose first update was at `t_first`, in (0, t].
 
         Raises:
             InvalidValueError: the run is too short for the target, or the target has no profile of its own.
@@ -106,27 +93,25 @@ class Target:
             return Formula(lambda s: np.where(s < start, 1.0, -np.expm1(log * np.maximum(now - step_at(s), 0.0))), t)
         if self.kind == "window":
             (steps,) = self.values
-            if steps > now:
-                reason = f"the run has {math.floor(now):,} steps up to t = {t:,.12g}; must be at most that"
-                raise self._refused(reason)
+            most = math.floor(now)
+            self._check(steps <= now, f"the run has {most:,} steps up to t = {t:,.12g}; must be at most that")
             return Formula(lambda s: (now - step_at(s)) / steps, t)
         if self.kind == "profile":
             _try(self.values[0], t, self.title)
             return self.values[0]  # type: ignore[no-any-return]
-        if self.kind == "groups":
-            raise InvalidValueError(self.title, "has a profile for each group; name one sigma_rel")
-        if self.kind == "last":
-            raise self._refused("names checkpoints, and has no profile without them")
+        self._check(self.kind != "groups", "has a profile for each group; name one sigma_rel")
+        self._check(self.kind != "last", "names checkpoints, and has no profile without them")
         shape, over = self.values if self.kind == "decay" else ("linear", self.values)  # the mean of a span is linear
         start, end = over if isinstance(over, tuple) else (t * (1 - over), t)
-        if end > t:
-            raise self._refused(f"ends after t = {t:,.12g}; must end at t or before")
-        if self.kind == "between" and end - start < SHORTEST_SPAN * t:
-            raise self._refused(f"must span at least {SHORTEST_SPAN:g} of t = {t:,.12g}")
+        self._check(end <= t, f"ends after t = {t:,.12g}; must end at t or before")
+        is_long = self.kind == "decay" or end - start >= SHORTEST_SPAN * t
+        self._check(is_long, f"must span at least {SHORTEST_SPAN:g} of t = {t:,.12g}")
         return Formula(lambda s: SHAPES[shape](np.clip((s - start) / (end - start), 0.0, 1.0)), end)
 
-    def _refused(self, reason: str) -> InvalidValueError:
-        return InvalidValueError("target", reason, value=self.title)
+    def _check(self, holds: bool, reason: str) -> None:
+        """Raise an InvalidValueError about this target if a condition does not hold."""
+        if not holds:
+            raise InvalidValueError("target", reason, value=self.title)
 
     def coefficients_of(self, stored: Sequence[StoredProfile]) -> FloatArray:
         """Return the coefficients of `Mean` for stored averages, in their order: 1 / last for the last, otherwise 0.
@@ -136,11 +121,10 @@ class Target:
         """
         (last,) = self.values
         points = [isinstance(profile, Point) for profile in stored]
-        if not any(points) and len({profile.t for profile in stored}) < len(stored):
-            raise self._refused("is for checkpoints; this run has none, but more than one average at each time")
+        is_clear = any(points) or len({profile.t for profile in stored}) == len(stored)
+        self._check(is_clear, "is for checkpoints; this run has none, but more than one average at each time")
         usable = [index for index, is_point in enumerate(points) if is_point == any(points)]
-        if len(usable) < last:
-            raise self._refused(f"the run has only {len(usable)} up to this time")
+        self._check(len(usable) >= last, f"the run has only {len(usable)} up to this time")
         coefficients = np.zeros(len(stored))
         coefficients[sorted(usable, key=lambda index: stored[index].t)[-last:]] = 1 / last
         return coefficients
@@ -175,10 +159,9 @@ def SigmaRel(sigma_rel: float) -> Target:
     try:
         width = check_sigma_rel(sigma_rel)
     except InvalidValueError as error:
-        if isinstance(sigma_rel, numbers.Real) and SHORTEST_BETA <= sigma_rel < 1:
-            beta = f"beta:{float(sigma_rel)!r}"
-            raise error.with_hint(f"for a decay of {float(sigma_rel)!r} per step use {beta}") from error
-        raise
+        is_decay = isinstance(sigma_rel, numbers.Real) and SHORTEST_BETA <= sigma_rel < 1
+        decay = repr(float(sigma_rel)) if is_decay else ""
+        raise error.with_hint(f"for a decay of {decay} per step use beta:{decay}" if decay else "") from error
     return Target("sigma_rel", (width,), f"sigma_rel {width!r}", repr(width), width)
 
 
@@ -218,10 +201,9 @@ def Window(steps: int) -> Target:
 def Between(start: float, end: float) -> Target:
     """Return the mean of all weights from time `start` to time `end`, on the run's clock: 0 <= start < end."""
     start, end = (check_number("between", time, math.isfinite, "be finite") for time in (start, end))
-    if not 0 <= start < end:
-        reason = "must start at 0 or later, and end after its start"
-        raise InvalidValueError("between", reason, value=_plain(start, end))
-    return _of("between", start, end)
+    target = _of("between", start, end)
+    target._check(0 <= start < end, "must start at 0 or later, and end after its start")
+    return target
 
 
 def Decay(shape: str = "1-sqrt", over: float | tuple[float, float] = 0.2) -> Target:
@@ -287,12 +269,12 @@ def _try(profile: Profile, t: float, title: str) -> None:
     near = np.geomspace(1e-9, 1e-3, 61)
     times = np.unique(np.concatenate(([-1.0, -1e-6, 0.0, 1.5], np.arange(1, 1025) / 1024, near, 1 - near))) * t
     try:
-        tail = np.asarray(profile.tail(times), dtype=np.float64)
-        if tail.shape != times.shape:
-            raise ValueError(f"times of shape {times.shape} give the shape {tail.shape}")
+        tail, cause = np.asarray(profile.tail(times), dtype=np.float64), None
+        fault = f"times of shape {times.shape} give the shape {tail.shape}" if tail.shape != times.shape else ""
     except (TypeError, ValueError, ArithmeticError) as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InvalidValueError(title, f"tail fails for an array of times: {cause}; must take any shape") from error
+        fault, cause = (str(error).splitlines() or [type(error).__name__])[0], error
+    if fault:
+        raise InvalidValueError(title, f"tail fails for an array of times: {fault}; must take any shape") from cause
     before = np.concatenate(([1.0], tail[:-1]))
     least, most = np.where(times < 0, 1.0, 0.0), np.where(times >= t, 0.0, np.minimum(before, 1.0))
     is_wrong = ~((tail >= least - _SLACK) & (tail <= most + _SLACK))
@@ -339,63 +321,17 @@ def _is_count(value: float) -> bool:
 
 # --- text form
 
-
-class Kind(NamedTuple):
-    """A kind of target in texts: an example, what is accepted after the colon, and its values as targets."""
-
-    example: str
-    accepted: str
-    parse: Callable[[str, str], list[Target]]
-
-
-def _each(make: Callable[[Any], Target], is_whole: bool = False) -> Callable[[str, str], list[Target]]:
-    """Return the function that reads a list or range of numbers, each of which makes a target."""
-    return lambda text, accepted: [
-        make(int(value) if is_whole and value.is_integer() else value) for value in _numbers(text, accepted)
-    ]
-
-
-def _half_lives(text: str, accepted: str) -> list[Target]:
-    if "%" in text:
-        return [HalfLifeShare(number / 100) for number in _numbers(text.replace("%", ""), accepted)]
-    return [*map(HalfLife, _numbers(text, accepted))]
-
-
-def _spans(text: str, accepted: str) -> list[Target]:
-    return [Between(*_ends(part, accepted)) for part in text.split(",")]
-
-
-def _decays(text: str, accepted: str) -> list[Target]:
-    """Return the decays of `linear:20%`, `linear:10%,20%`, `linear:5%:50%:5%` or `linear:50000:80000`."""
-    shape, _, parts = text.partition(":")
-    if shape not in SHAPES or not parts:
-        raise InvalidValueError(text, f"must be {accepted}")
-    targets: list[Target] = []
-    for part in parts.split(","):
-        if ":" in part and "%" not in part:
-            targets.append(Decay(shape, _ends(part, accepted)))
-        else:
-            unit = 100 if "%" in part else 1
-            targets += [Decay(shape, number / unit) for number in _numbers(part.replace("%", ""), accepted)]
-    return targets
-
-
-def _ends(text: str, accepted: str) -> tuple[float, float]:
-    start, _, end = text.partition(":")
-    return float(_decimal(start, accepted)), float(_decimal(end, accepted))
-
-
 _MANY = "a list such as 5,10 or a range START:STOP:STEP"
 
 KINDS = {
-    "beta": Kind("beta:0.9999", f"a number, {_MANY}", _each(Beta)),
-    "half-life": Kind("half-life:5000", f"a number of steps or a share such as 5%, {_MANY}", _half_lives),
-    "window": Kind("window:1000", f"a whole number of steps, {_MANY}", _each(Window, is_whole=True)),
-    "between": Kind("between:50000:80000", "START:END, two training times, such as 50000:80000", _spans),
-    "last": Kind("last:10", f"a whole number of checkpoints, {_MANY}", _each(Mean, is_whole=True)),
-    "decay": Kind("decay:linear:20%", f"SHAPE:PART with a shape of {', '.join(SHAPES)}, and 20%, {_MANY}", _decays),
+    "beta": ("beta:0.9999", f"a number, {_MANY}"),
+    "half-life": ("half-life:5000", f"a number of steps or a share such as 5%, {_MANY}"),
+    "window": ("window:1000", f"a whole number of steps, {_MANY}"),
+    "between": ("between:50000:80000", "START:END, two training times, such as 50000:80000"),
+    "last": ("last:10", f"a whole number of checkpoints, {_MANY}"),
+    "decay": ("decay:linear:20%", f"SHAPE:PART with a shape of {', '.join(SHAPES)}, and 20%, {_MANY}"),
 }
-"""The kinds of targets other than sigma_rel that a text can name."""
+"""The kinds of targets other than sigma_rel that a text can name: an example, and what is accepted after the colon."""
 
 MOST_VALUES = 10_000
 _MOST_DIGITS = 1_000
@@ -412,9 +348,9 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     kind, colon, rest = (part.strip() for part in text.partition(":"))
     try:
         if colon and kind in KINDS:
-            targets = KINDS[kind].parse(rest, KINDS[kind].accepted)
+            targets = _targets_of(kind, rest, KINDS[kind][1])
         elif any(character.isalpha() for character in kind):
-            examples = ", ".join(each.example for each in KINDS.values())
+            examples = ", ".join(example for example, _ in KINDS.values())
             raise InvalidValueError(name, f"must be a sigma_rel in (0, 0.2887), or one of {examples}")
         else:
             targets = [*map(SigmaRel, _numbers(text, _SIGMA_FORMS))]
@@ -422,6 +358,30 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
         number = f"{error.value} " * (error.subject != name and "," in text)  # of a list, the number that is refused
         raise bad(name, text, number + error.reason, error.hint) from error
     return list(dict.fromkeys(targets))
+
+
+def _targets_of(kind: str, text: str, accepted: str) -> list[Target]:
+    """Return the targets of one of `KINDS` that the text after its colon names."""
+    shape, _, parts = text.partition(":")
+    if kind == "between":
+        return [Between(*_ends(part, accepted)) for part in text.split(",")]
+    if kind == "decay":
+        if shape not in SHAPES or not parts:
+            raise InvalidValueError(text, f"must be {accepted}")
+        targets: list[Target] = []
+        for part in parts.split(","):
+            is_span = ":" in part and "%" not in part
+            overs = [_ends(part, accepted)] if is_span else _numbers(part, accepted)
+            targets += [Decay(shape, over) for over in overs]
+        return targets
+    half_life = HalfLifeShare if "%" in text else HalfLife
+    make: Callable[[Any], Target] = {"beta": Beta, "half-life": half_life, "window": Window, "last": Mean}[kind]
+    return [*map(make, _numbers(text, accepted))]
+
+
+def _ends(text: str, accepted: str) -> tuple[float, float]:
+    start, _, end = ("", "", "") if "%" in text else text.partition(":")  # times, no parts of training
+    return float(_decimal(start, accepted)), float(_decimal(end, accepted))
 
 
 def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS) -> list[float]:
@@ -458,9 +418,9 @@ def _numbers(text: str, form: str) -> list[float]:
 
 
 def _decimal(text: str, form: str) -> Decimal:
-    """Return a finite number of a moderate size; raise an InvalidValueError about `form` for anything else."""
+    """Return a finite number of a moderate size, 5% as 0.05; raise an InvalidValueError about `form` for others."""
     try:
-        number = Decimal(text.strip())
+        number = Decimal(text.strip().removesuffix("%")).scaleb(-2 if text.rstrip().endswith("%") else 0)
     except InvalidOperation:
         number = Decimal("nan")
     if not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS or math.isinf(float(number)):
@@ -470,9 +430,9 @@ def _decimal(text: str, form: str) -> Decimal:
 
 def _steps(start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
     """Return start, start + step, ... up to stop, at most `MOST_VALUES` numbers."""
-    if step == 0 or (stop - start) * step < 0:
-        raise InvalidValueError("step", "the step must lead from the start to the stop, and not be 0")
-    count = int((stop - start) / step) + 1
-    if count > MOST_VALUES:
-        raise InvalidValueError("step", f"makes more than {MOST_VALUES:,} values")
+    leads = step != 0 and (stop - start) * step >= 0
+    count = int((stop - start) / step) + 1 if leads else 0
+    if not 0 < count <= MOST_VALUES:
+        reason = "the step must lead from the start to the stop, and not be 0"
+        raise InvalidValueError("step", f"makes more than {MOST_VALUES:,} values" if leads else reason)
     return [start + index * step for index in range(count)]

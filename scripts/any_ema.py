@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare_peers import distances
-from fidelity_report import markdown
+from compare_peers import distances, markdown
 from fidelity_runs import quiet
 from safetensors.torch import save_file
 from trajectories import HELD_OUT, NAMES, Replay, Trajectory, record

@@ -13,7 +13,6 @@ updates that the tracker made (`fidelity_runs`).
 - **error**, **paper**: of the default method's average and of the published one's.
 - **predicted**: what the default method states.
 - **floor**: of the truth itself, rounded once to the storage dtype.
-- **oracle**: of the best combination of the snapshots with sum 1, found from the truth. No method can be better.
 
 Half of the runs are held out: no constant of the method was chosen by them.
 
@@ -31,7 +30,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -39,10 +38,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import corner_cases
-import fidelity_report as report
 import fidelity_runs as runs
 import numpy as np
+import numpy.typing as npt
 import torch
+from compare_peers import markdown
 from fidelity_runs import FloatArray, Job
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -50,6 +50,10 @@ from matplotlib.ticker import NullFormatter
 from posthoc_cli.plots import COLOURS, STYLES
 from posthoc_cli.targets import as_target
 
+Cell = TypeVar("Cell")
+
+LEAST = 6e-8
+"""The least error of hard cases: about the rounding of a result to float32."""
 Found = TypeVar("Found")
 Asked = TypeVar("Asked")
 
@@ -66,13 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.hard:
         cases = [case for case in corner_cases.CASES if case in (options.only or [case])]
         cells = measured(cases, corner_cases.measure)
-        print(report.hard_table(cells))
+        print(hard_table(cells))
     else:
         if options.figure is not None:
             draw(options.steps, options.cache).savefig(options.figure)
         jobs = [job for job in runs.JOBS if job.label in (options.only or [job.label])]
         cells = measured(jobs, partial(runs.measure, steps=options.steps, cache=options.cache))
-        print(report.recorded_table(cells))
+        print(recorded_table(cells))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
     print(f"\nall of it: {time.perf_counter() - started:.0f} s", file=sys.stderr)
@@ -113,6 +117,82 @@ def _in_processes(asked: Sequence[Asked], work: Callable[[Asked], list[Found]], 
     return cells
 
 
+# --- the tables ------------------------------------------------------------------------------------
+
+
+def ratios(cells: Sequence[Any], over: str, least: float = 0.0) -> FloatArray:
+    """Return the error of each cell divided by another one, for cells that have both."""
+    pairs = np.array([(cell.error, getattr(cell, over)) for cell in cells]).reshape(-1, 2)
+    first, second = np.maximum(pairs[~np.isnan(pairs).any(axis=1)], least).T
+    return np.asarray(first / second)
+
+
+def grouped(cells: Iterable[Cell], label: Callable[[Cell], str]) -> dict[str, list[Cell]]:
+    """Return the cells by label, in order of first appearance."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(label(cell), []).append(cell)
+    return groups
+
+
+def recorded_table(cells: Sequence[Any]) -> str:
+    """Return the table of recorded runs: all, held-out ones, then by storage, number of snapshots, target and run.
+
+    The first column of each ratio is its median.
+    """
+    rows = [("", "cells", "error/published", "max", "error/floor", "actual/predicted", "max", "in [0.5, 2]")]
+    held_out = [cell for cell in cells if cell.held_out]
+    groups = {"all runs": cells} | ({"held-out runs": held_out} if held_out else {})
+    for label in (
+        lambda cell: f"{cell.dtype}, ({', '.join(f'{sigma_rel:.2f}' for sigma_rel in cell.tracked)})",
+        lambda cell: f"{cell.snapshots} snapshots",
+        lambda cell: cell.target,
+        lambda cell: cell.run + " (held out)" * cell.held_out,
+    ):
+        groups |= grouped(cells, label)
+    for label, group in groups.items():
+        predicted = ratios(group, "predicted")
+        published, floor = (summary(ratios(group, over), "median", "max") for over in ("paper", "floor"))
+        held = (*summary(predicted, "median", "max"), share(within(predicted, 2)))
+        rows.append((label, str(len(group)), *published, floor[0], *held))
+    return markdown(rows)
+
+
+def hard_table(cells: Sequence[Any]) -> str:
+    """Return the table by case; for a single case by run.
+
+    Shares of the cells whose error is within a factor of the predicted one, or more than three times above it; of each
+    ratio its median, its maximum, and how many cells are above 1.05. Unknown are cells without a prediction.
+    """
+    titles = "", "cells", "within 2", "within 3", ">3", "error/published", "max", ">1.05"
+    rows = [(*titles, "error/nearest", "max", ">1.05", "unknown")]
+    groups = grouped(cells, lambda cell: cell.case)
+    if len(groups) == 1:
+        groups = grouped(cells, lambda cell: cell.run)
+    for label, group in ({"all": cells} | groups).items():
+        paper, nearest, predicted = (ratios(group, over, least=LEAST) for over in ("paper", "nearest", "predicted"))
+        shares = share(within(predicted, 2)), share(within(predicted, 3)), share(predicted > 3)
+        bounds = ((*summary(one, "median", "max"), str(np.sum(one > 1.05))) for one in (paper, nearest))
+        rows.append((label, str(len(group)), *shares, *next(bounds), *next(bounds), str(len(group) - predicted.size)))
+    return markdown(rows)
+
+
+def summary(values: FloatArray, *names: str) -> list[str]:
+    """Return the results of these NumPy functions, in three digits; empty texts without values."""
+    found = [float(getattr(np, name)(values)) if values.size else np.nan for name in names]
+    return ["" if np.isnan(one) else f"{one:.3f}" if one < 10 else f"{one:.1f}" for one in found]
+
+
+def within(values: FloatArray, factor: float) -> npt.NDArray[np.bool_]:
+    """Return which of the ratios are within a factor of 1."""
+    return (values >= 1 / factor) & (values <= factor)
+
+
+def share(holds: npt.NDArray[np.bool_]) -> str:
+    """Return the share of true values, in percent."""
+    return f"{100 * np.mean(holds):.1f} %" if holds.size else ""
+
+
 # --- the picture -----------------------------------------------------------------------------------
 
 
@@ -126,7 +206,7 @@ def draw(steps: int, cache: Path | None) -> Figure:
     (job, setup), sigma_rels = PICTURED, _pictured_widths()
     tracked, snapshots, dtype = setup
     (curves,) = runs.measure_setups(job, [setup], [as_target(width) for width in sigma_rels], steps, cache)
-    error, paper, predicted, floor, _ = curves
+    error, paper, predicted, floor = curves
     figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     every = np.arange(sigma_rels.size)

@@ -16,28 +16,31 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from bench_update import cell, times
+import xxhash
+from bench_update import TRACKED, Layers, Shapes, cell, large_tensors, times
 from compare_peers import ema_pytorch, posthoc_ema, without_noise
-from synthesis_cases import (
-    Layers,
-    large_tensors,
-    peak_memory,
-    read_plainly,
-    write_snapshots,
-    write_sparse_snapshots,
-)
 
 from posthoc_cli import disk_sources
 from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
+from posthoc_cli.snapshots.directory import snapshot_path
+from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out
 from posthoc_cli.synthesis.engine import Options, check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from factories import RUN_ID, make_info, write_snapshot
 
 MANY = [round(0.03 + 0.008 * index, 3) for index in range(31)]
 
@@ -116,6 +119,81 @@ def exhaust(items: Iterable[object]) -> None:
     """Take all tensors and drop them."""
     for _ in items:
         pass
+
+
+# --- our snapshots ---------------------------------------------------------------------------------
+
+
+def write_snapshots(folder: Path, shapes: Shapes, snapshots: int = 20) -> None:
+    """Write float16 snapshots of random numbers for a float32 model, half of them for each of two profiles."""
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
+    for t, sigma_rel in _times(snapshots):
+        write_snapshot(folder, t, sigma_rel, RUN_ID, values, **_tracked(shapes))
+
+
+def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, snapshots: int) -> None:
+    """Write the same snapshots of zeros as sparse files: a model of any size takes no disk."""
+    folder.mkdir()
+    shapes = large_tensors(parameters, tensors)
+    entries = lay_out({name: Entry("F16", shape) for name, shape in shapes.items()})
+    full = xxhash.xxh3_64_hexdigest(bytes(2 * BLOCK))
+    checksums = ""
+    for entry in entries.values():
+        blocks, rest = divmod(entry.nbytes, 2 * BLOCK)
+        checksums += full * blocks + (xxhash.xxh3_64_hexdigest(bytes(rest)) if rest else "")
+    for t, sigma_rel in _times(snapshots):
+        info = make_info({}, t, sigma_rel, RUN_ID, **_tracked(shapes))
+        header = encode_header(entries, info.encoded(), {}, checksums)
+        path = snapshot_path(folder, t, sigma_rel)
+        path.write_bytes(header)
+        os.truncate(path, len(header) + sum(entry.nbytes for entry in entries.values()))
+
+
+def _times(snapshots: int) -> list[tuple[float, float]]:
+    return [(1000.0 * (index // 2 + 1), TRACKED[index % 2]) for index in range(snapshots)]
+
+
+def _tracked(shapes: Shapes) -> dict[str, Any]:
+    return {"sigma_rels": TRACKED, "tensors": {name: TrackedTensor("average", "F32") for name in shapes}}
+
+
+# --- plain loops -----------------------------------------------------------------------------------
+
+
+def read_plainly(folder: Path, buffer: bytearray) -> None:
+    """Read every byte of every snapshot by `readinto`, in one thread."""
+    for path in sorted(folder.iterdir()):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+_PEAK = """
+import re, resource, sys, torch
+if len(sys.argv) > 1:
+    from pathlib import Path
+    from posthoc_cli.export.writing import write_synthesis
+    from posthoc_cli import disk_sources, plan_synthesis
+    plan = plan_synthesis(disk_sources(sys.argv[1]), [0.15], dtype="float32")
+    write_synthesis(plan, [Path(sys.argv[2])])
+try:
+    print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+except OSError:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+# Linux lets a process inherit ru_maxrss from its parent; VmHWM is the same quantity, counted from its own start.
+
+
+def peak_memory(folder: Path, out: Path) -> int:
+    """Return the peak resident bytes of a process that writes one target, above those of `import torch`."""
+    with_synthesis, without = (
+        int(subprocess.check_output([sys.executable, "-c", _PEAK, *arguments]))
+        for arguments in ([str(folder), str(out)], [])
+    )
+    return with_synthesis - without
 
 
 if __name__ == "__main__":

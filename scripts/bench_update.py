@@ -19,7 +19,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -27,11 +27,13 @@ from typing import Any
 
 import torch
 from compare_peers import ema_pytorch, posthoc_ema, without_noise
-from synthesis_cases import TRACKED, Layers, Shapes, large_tensors, small_tensors
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.profiles import WINDOW
 from posthoc_cli.synthesis.engine import check_device
+
+TRACKED = (0.05, 0.28)
+Shapes = Mapping[str, tuple[int, ...]]
 
 NEVER = 10**9
 """A checkpoint interval that is never reached."""
@@ -91,6 +93,29 @@ def done(device: str) -> None:
     """Wait until an accelerator has done its queued work."""
     if device != "cpu":
         torch.cuda.synchronize(device)
+
+
+# --- models ----------------------------------------------------------------------------------------
+
+
+def large_tensors(parameters: int, count: int = 20) -> dict[str, tuple[int, ...]]:
+    """Make a model of that many parameters in at least `count` equal matrices."""
+    width = 1024
+    rows = max(1, parameters // count // width)
+    return {f"layers.{index}.weight": (rows, width) for index in range(count)}
+
+
+def small_tensors(count: int) -> dict[str, tuple[int, ...]]:
+    """Make a model of 64 x 64 matrices."""
+    return {f"layers.{index}.weight": (64, 64) for index in range(count)}
+
+
+class Layers(torch.nn.Module):
+    """A model with parameters of these shapes."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.layers = torch.nn.ParameterList(torch.randn(shape) for shape in shapes.values())
 
 
 # --- updates ---------------------------------------------------------------------------------------

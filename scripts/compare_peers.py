@@ -52,10 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in PEER_RUNS:
         trajectory = record(name, asked.steps, asked.cache)
         print(f"\n{name}: {asked.steps:,} steps, {trajectory.weights.shape[1]:,} parameters\n")
-        print(f"| | update_every | {' | '.join(f'{target:.2f}' for target in TARGETS)} |")
-        print(f"| {' | '.join(['---', *['---:'] * (1 + len(TARGETS))])} |")
-        for label, stride, found in compare(trajectory):
-            print(f"| {label} | {stride} | {' | '.join(f'{one:.1e}' for one in found)} |", flush=True)
+        rows = [("", "update_every", *(f"{target:.2f}" for target in TARGETS))]
+        rows += [(label, stride, *(f"{one:.1e}" for one in found)) for label, stride, found in compare(trajectory)]
+        print(markdown(rows), flush=True)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table: the first column aligned left, the others right."""
+    header, *rows = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---", *["---:"] * (len(header) - 1)), *rows))
 
 
 # --- the truth -------------------------------------------------------------------------------------

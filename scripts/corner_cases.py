@@ -1,7 +1,10 @@
 """Hard cases of the fidelity benchmark: ordinary and pathological motion.
 
-Each case makes synthetic runs (`corner_walks`), feeds them through the hook and compares the
-averages with the truth (`fidelity_runs`).
+Each case makes synthetic runs, feeds them through the hook and compares the averages with the truth (`fidelity_runs`).
+A **walk** has independent steps that are as large as its rate; a **descent** is noisy gradient descent on a quadratic
+loss, from a distance: it drifts, then wanders about the optimum with noise that forgets fast in some directions and
+slowly in others; **adam** is the same loss under Adam's update. `RATES` are schedules of the rate. Everything is
+computed in float64; only what a model would hold is float32.
 """
 
 from __future__ import annotations
@@ -9,10 +12,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
-import corner_walks as walks
 import numpy as np
 from compare_peers import distances, true_averages
 from fidelity_runs import FloatArray, Tracking, compare, quiet, stored, track
@@ -24,7 +26,120 @@ from posthoc_cli.targets import Target, as_target
 TWO, CLOSE, ONE = (0.05, 0.28), (0.05, 0.10), (0.10,)
 """Tracked widths."""
 
-RATES = ("constant", "cosine", "frozen", "restarts")
+# --- synthetic runs --------------------------------------------------------------------------------
+
+Rate = Callable[[FloatArray], FloatArray]
+"""Learning rate, relative to the highest, at fractions of training in [0, 1)."""
+
+SCALE = 0.1
+"""Root mean square of the first weights."""
+
+
+def _cosine(fraction: FloatArray) -> FloatArray:
+    return (1 + np.cos(np.pi * fraction)) / 2
+
+
+RATES: dict[str, Rate] = {
+    "constant": np.ones_like,
+    "cosine": _cosine,
+    "frozen": lambda fraction: np.where(fraction < 0.5, 1.0, 0.0),
+    "restarts": lambda fraction: _cosine(4 * fraction % 1),
+    "cuts": lambda fraction: np.where(fraction < 0.6, 1.0, np.where(fraction < 0.85, 0.1, 0.01)),
+    "standstill": lambda fraction: np.where(fraction < 0.05, 1.0, 0.0),
+}
+
+
+def walk(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
+    """Return a walk of independent steps; at a constant rate its length is a quarter of the norm."""
+    random = np.random.default_rng(seed)
+    place, path = SCALE * random.standard_normal(parameters), random.standard_normal((steps, parameters))
+    path *= (SCALE / 4 / steps**0.5 * _rates(rate, steps))[:, None]
+    return _trajectory(f"walk, {rate}, {seed}", place + np.cumsum(path, axis=0))
+
+
+def descent(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
+    """Return noisy gradient descent whose slowest directions take all of training and the fastest some steps.
+
+    At a constant rate its noise comes to a twentieth of the weights in every direction.
+    """
+    random = np.random.default_rng(seed)
+    curvatures = np.geomspace(2 / steps, 0.3, parameters)
+    optimum = SCALE * random.standard_normal(parameters)
+    weights = optimum + 0.5 * SCALE * random.standard_normal(parameters)
+    path = 0.05 * SCALE * np.sqrt(2 * curvatures) * random.standard_normal((steps, parameters))
+    for row, now in zip(path, _rates(rate, steps), strict=True):
+        weights = weights - now * (curvatures * (weights - optimum) + row)
+        row[:] = weights
+    return _trajectory(f"descent, {rate}, {seed}", path)
+
+
+def adam(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
+    """Return the path of Adam (0.9, 0.999) on a quadratic loss, at a rate that reaches the optimum in `steps` steps."""
+    random = np.random.default_rng(seed)
+    curvatures = np.geomspace(0.1, 10, parameters) / SCALE
+    optimum = SCALE * random.standard_normal(parameters)
+    weights = optimum + SCALE * random.standard_normal(parameters)
+    first, second, highest = np.zeros(parameters), np.zeros(parameters), SCALE / steps**0.5
+    path = random.standard_normal((steps, parameters))
+    for step, (row, now) in enumerate(zip(path, _rates(rate, steps), strict=True), 1):
+        gradient = row + curvatures * (weights - optimum)
+        first += 0.1 * (gradient - first)
+        second += 1e-3 * (gradient * gradient - second)
+        scale = np.sqrt(second / (1 - 0.999**step)) + 1e-8
+        weights = weights - now * highest / (1 - 0.9**step) * first / scale
+        row[:] = weights
+    return _trajectory(f"adam, {rate}", path)
+
+
+def wandering(steps: int, parameters: int, seed: int, memory: float = 0.01) -> Trajectory:
+    """Return an Ornstein-Uhlenbeck path, a tenth of the norm wide, whose memory is `memory` of training."""
+    random = np.random.default_rng(seed)
+    place, kept = SCALE * random.standard_normal(parameters), np.exp(-1 / (memory * steps))
+    moves = np.sqrt(1 - kept**2) * random.standard_normal((steps, parameters))
+    moves[0] = random.standard_normal(parameters)
+    for before, row in pairwise(moves):
+        row += kept * before
+    return _trajectory("wandering", place + 0.1 * SCALE * moves)
+
+
+def course(label: str, course_of: Rate, steps: int, parameters: int, seed: int, away: float = 1.0) -> Trajectory:
+    """Return motion from one place in one direction, by `course_of` of the fraction of training, in norms.
+
+    `away` is the size of the place itself: with 0 all of the weights follow the course.
+    """
+    place, direction = SCALE * np.random.default_rng(seed).standard_normal((2, parameters))
+    path = away * place + course_of(np.arange(1, steps + 1) / steps)[:, None] * direction
+    return _trajectory(label, path)
+
+
+def wave(periods: float, amplitude: float) -> Rate:
+    """Return a course with so many periods in training."""
+    return lambda fraction: amplitude * np.sin(2 * np.pi * periods * fraction + 1)
+
+
+def reinitialised(run: Trajectory, after: int, seed: int = 0) -> Trajectory:
+    """Return the path with the last tenth of the parameters reinitialised after step `after`; it continues from there.
+
+    New weights are as large as the first ones were.
+    """
+    size = run.shapes[-1][0]
+    weights = run.weights.astype(np.float64)
+    fresh = SCALE * np.random.default_rng(seed).standard_normal(size)
+    weights[after:, -size:] += fresh - weights[after - 1, -size:]
+    return Trajectory(f"{run.name}, reinit at {after}", weights.astype(np.float32), run.shapes, run.times)
+
+
+def _rates(rate: str, steps: int) -> FloatArray:
+    """Return the learning rate of every step."""
+    return RATES[rate](np.arange(steps) / steps)
+
+
+def _trajectory(name: str, path: FloatArray) -> Trajectory:
+    parameters = path.shape[1]
+    return Trajectory(name, path.astype(np.float32), ((parameters - parameters // 10,), (parameters // 10,)))
+
+
+# --- what is measured -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -75,10 +190,6 @@ def _nearest(averages: FloatArray, truth: FloatArray) -> FloatArray:
     return np.min([distances(average[None, :], truth) for average in averages], axis=0)
 
 
-def _targets(*sigma_rels: float) -> list[Target]:
-    return [as_target(sigma_rel) for sigma_rel in sigma_rels]
-
-
 # --- the independent set ---------------------------------------------------------------------------
 
 _STEPS, _EVERY, _SIZE = 3840, 6, 400
@@ -95,22 +206,22 @@ def _alike(made: Iterable[Trajectory]) -> Iterator[Study]:
     ]  # fmt: skip
     trackings = [Tracking(tracked, dtype, kept[n][0], _EVERY, kept[n][1]) for tracked, dtype, n in choices]
     others = [Window(800), Between(960, 1920), Decay("1-sqrt", 0.2)]
-    wanted = [*_targets(0.02, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28, 0.2886), *others]
+    wanted = [*map(as_target, (0.02, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28, 0.2886)), *others]
     return (Study(run, trackings, wanted) for run in made)
 
 
 def ordinary() -> Iterator[Study]:
     """Return runs that move as trainings do: walks, Adam, SGD, a restart, a freeze, a jump, motion about one place."""
-    named = zip(RATES, range(11, 15), strict=True)
-    yield from _alike(walks.walk(rate, _STEPS, _SIZE, seed) for rate, seed in named)
+    named = zip(("constant", "cosine", "frozen", "restarts"), range(11, 15), strict=True)
+    yield from _alike(walk(rate, _STEPS, _SIZE, seed) for rate, seed in named)
     yield from _alike(
         [
-            walks.reinitialised(walks.walk("constant", _STEPS, _SIZE, 15), 2207, 5),
-            walks.adam("constant", _STEPS, _SIZE, 16),
-            walks.adam("cosine", _STEPS, _SIZE, 17),
-            walks.descent("cuts", _STEPS, _SIZE, 18),
-            walks.descent("constant", _STEPS, _SIZE, 19),
-            walks.wandering(_STEPS, _SIZE, 20),
+            reinitialised(walk("constant", _STEPS, _SIZE, 15), 2207, 5),
+            adam("constant", _STEPS, _SIZE, 16),
+            adam("cosine", _STEPS, _SIZE, 17),
+            descent("cuts", _STEPS, _SIZE, 18),
+            descent("constant", _STEPS, _SIZE, 19),
+            wandering(_STEPS, _SIZE, 20),
         ]
     )
 
@@ -118,18 +229,18 @@ def ordinary() -> Iterator[Study]:
 def pathological() -> Iterator[Study]:
     """Return runs that move unlike a walk with noise: in one direction only, or not at all."""
     courses = {
-        "slow wave": walks.wave(2.5, 0.5),
-        "fast wave": walks.wave(_STEPS / 47, 0.5),
-        "wave in step with 20": walks.wave(20, 1.0),
-        "small wave in step with 20": walks.wave(20, 0.1),
-        "wave in step with 64": walks.wave(64, 0.3),
-        "two updates a wave": walks.wave(_STEPS / (2 * _EVERY), 0.3),
+        "slow wave": wave(2.5, 0.5),
+        "fast wave": wave(_STEPS / 47, 0.5),
+        "wave in step with 20": wave(20, 1.0),
+        "small wave in step with 20": wave(20, 0.1),
+        "wave in step with 64": wave(64, 0.3),
+        "two updates a wave": wave(_STEPS / (2 * _EVERY), 0.3),
         "drift": lambda fraction: 0.5 * fraction,
     }
     for seed, (label, course) in enumerate(courses.items(), 21):
-        yield from _alike([walks.course(label, course, _STEPS, _SIZE, seed)])
-    decay = walks.course("decay to zero", lambda fraction: np.exp(-6 * fraction), _STEPS, _SIZE, 28, away=0.0)
-    yield from _alike([decay, walks.walk("standstill", _STEPS, _SIZE, 29)])
+        yield from _alike([course(label, course, _STEPS, _SIZE, seed)])
+    decay = course("decay to zero", lambda fraction: np.exp(-6 * fraction), _STEPS, _SIZE, 28, away=0.0)
+    yield from _alike([decay, walk("standstill", _STEPS, _SIZE, 29)])
 
 
 CASES: dict[str, Callable[[], Iterable[Study]]] = {"ordinary": ordinary, "pathological": pathological}

@@ -58,31 +58,23 @@ def track(run: Trajectory, trackings: Sequence[Tracking], root: Path) -> list[Pa
 
     Where the run's optimizer starts anew, the trackers do: they are closed, and others go on from their states.
     """
-    replay = Replay(run)
+    replay, stride = Replay(run), trackings[0].update_every
     folders = [Path(tempfile.mkdtemp(dir=root)) for _ in trackings]
-
     trackers = [one.tracker(replay, folder, run.t_unit) for one, folder in zip(trackings, folders, strict=True)]
-    for step in follow(run, replay, trackers, trackings[0].update_every):
-        if step == run.restart:
-            for place, folder in enumerate(folders):
-                state = trackers[place].state_dict()
-                trackers[place].close()
-                trackers[place] = PostHocEMA.from_path(folder, replay)
-                trackers[place].load_state_dict(state)
-    return folders
-
-
-def follow(run: Trajectory, replay: Replay, trackers: list[PostHocEMA], stride: int) -> Iterator[int]:
-    """Yield the number of steps after each step that the listed trackers saw; close them at the end."""
     own_clock = bool(np.any(run.times != np.arange(1, run.steps + 1)))
     for index in range(run.steps):
         if (index + 1) % stride == 0:
             replay.go_to(index)
         for tracker in trackers:
             tracker.update_(replay, t=float(run.times[index]) if own_clock else None)
-        yield index + 1
+        for place, folder in enumerate(folders) if index + 1 == run.restart else ():
+            state = trackers[place].state_dict()
+            trackers[place].close()
+            trackers[place] = PostHocEMA.from_path(folder, replay)
+            trackers[place].load_state_dict(state)
     for tracker in trackers:
         tracker.close()
+    return folders
 
 
 # --- measuring -------------------------------------------------------------------------------------
@@ -116,14 +108,6 @@ def stored(folder: Path) -> FloatArray:
         tensors = load_file(file)
         rows.append(torch.cat([tensors[str(i)].flatten().double() for i in range(len(tensors))]).numpy())
     return np.array(rows)
-
-
-def oracle(stored: FloatArray, truth: FloatArray) -> list[float]:
-    """Return the least error of any combination of the stored rows with sum 1, found from the truth."""
-    last = stored[-1]
-    others = (stored[:-1] - last).T
-    coefficients, *_ = np.linalg.lstsq(others, (truth - last).T, rcond=None)
-    return distances(last + (others @ coefficients).T, truth)
 
 
 @contextmanager
@@ -183,7 +167,6 @@ class Cell:
         paper: of the published one.
         predicted: what the default method said its error would be.
         floor: of the truth itself when it is rounded once to the storage dtype.
-        oracle: see `oracle`.
     """
 
     run: str
@@ -197,7 +180,6 @@ class Cell:
     paper: float
     predicted: float
     floor: float
-    oracle: float
 
 
 def measure(job: Job, steps: int = STEPS, cache: Path | None = None) -> list[Cell]:
@@ -217,13 +199,12 @@ def measure_setups(
     job: Job, setups: Sequence[tuple[tuple[float, ...], int, str]], wanted: Sequence[Target], steps: int,
     cache: Path | None,
 ) -> list[FloatArray]:  # fmt: skip
-    """Return error, paper, predicted, floor and oracle of each target, see `Cell`: [5, targets] for each setup."""
+    """Return error, paper, predicted and floor of each target, see `Cell`: [4, targets] for each setup."""
     run = record(job.name, steps, cache)
     truth, found = true_averages(run, wanted, job.stride), []
     with tempfile.TemporaryDirectory() as root, quiet():
         trackings = [Tracking(tracked, dtype, steps // count, job.stride) for tracked, count, dtype in setups]
         for tracking, folder in zip(trackings, track(run, trackings, Path(root)), strict=True):
             rounded = torch.from_numpy(truth).to(getattr(torch, tracking.checkpoint_dtype)).double().numpy()
-            limits = [distances(rounded, truth), oracle(stored(folder), truth)]
-            found.append(np.vstack([compare(folder, wanted, truth), limits]))
+            found.append(np.vstack([compare(folder, wanted, truth), distances(rounded, truth)]))
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from torture.experiments import EXPERIMENTS
+from torture.test_torture import EXPERIMENTS
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
         counts = (tally.tried, len(tally.lost), len(tally.missed), len(tally.executed))
         row = " | ".join(f"{count:,}" for count in counts)
         print(f"| {name} | {row} | {time.monotonic() - started:,.0f} s |", flush=True)
-        failures += [f"{name}: {line}" for line in tally.failures]
+        failures += [f"{name}: {line}" for line in tally.lost + tally.missed + tally.executed]
     print("", *failures, sep="\n")
     return 1 if failures else 0
 

@@ -1,16 +1,12 @@
 """Small real training runs, recorded: the weights after every step.
 
-What an average of weights is can only be checked against every one of the weights that it averages, and how
-far a method is off depends on how a real optimizer moves. `record` trains a network of a few thousand
-parameters on scikit-learn's digits in some seconds and keeps all of its path.
+How far a method is off depends on how a real optimizer moves. `record` trains a network of a few thousand parameters on
+scikit-learn's digits in some seconds and keeps all of its path. The runs of `RECIPES` are chosen to move differently:
+rates that fall slowly, steadily, in steps, late or never; paths that stay noisy, stand still at the end, or wander
+about a place; a clock in images; an optimizer that forgets its state on the way.
 
-`RECIPES` says of each run in one sentence how it is made. They are chosen to move differently: rates that fall
-slowly, steadily, in steps, late or never; paths that stay noisy to the end, stand still at it, or wander about a
-place; a clock in images; an optimizer that forgets its state on the way. `PEER_RUNS` are the two that the
-comparisons use, `HELD_OUT` those that no constant of a method may be chosen by.
-
-The same name and number of steps give the same array on the same machine, whatever state the caller's random
-numbers are in; neither that state nor the number of threads is changed.
+The same name and number of steps give the same array on the same machine, whatever state the caller's random numbers
+are in; neither that state nor the number of threads is changed.
 """
 
 from __future__ import annotations
@@ -21,12 +17,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import trained_networks as networks
 from torch import nn
 
 VERSION = 1
@@ -73,7 +69,7 @@ def record(name: str, steps: int = 10_000, cache: str | os.PathLike[str] | None 
     """
     recipe = RECIPES[name]
     restart = None if recipe.restart is None else math.ceil(recipe.restart * steps)
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(recipe.seed)
         model = recipe.task.model()
         shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
@@ -113,6 +109,174 @@ class Replay(nn.Module):
                 parameter.copy_(row.view_as(parameter))
 
 
+# --- networks --------------------------------------------------------------------------------------
+
+Loss = Callable[[nn.Module, int], torch.Tensor]
+"""Draws a batch of so many images and gives the network's mean loss on it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Functions that build a network, its first weights drawn, and its loss, its images read."""
+
+    model: Callable[[], nn.Module]
+    loss: Callable[[], Loss]
+
+
+SIDE = 8
+"""Pixels in a row, and rows in an image."""
+
+CLASSES = 10
+
+PIXELS = 16
+"""Tokens that stand for two neighbouring pixels of four levels each; those from here on stand for a label."""
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the standardised images, [images, 64], and their labels."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor((images - 4.9) / 6.0, dtype=torch.float32), torch.tensor(labels)
+
+
+# --- a denoiser ------------------------------------------------------------------------------------
+
+
+def denoising(width: int) -> Task:
+    """Make the task of removing Gaussian noise of any level: 5,280 parameters at width 32."""
+    return Task(partial(_denoiser, width), _denoising_loss)
+
+
+def _denoiser(width: int) -> nn.Module:
+    """Make a network from a scaled noisy image and its noise level, [batch, 65], to [batch, 64]."""
+    return nn.Sequential(
+        nn.Linear(65, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, SIDE * SIDE)
+    )
+
+
+def _denoising_loss() -> Loss:
+    """Make the loss: log-normal noise levels; input, target and weighting have variance 1 at every level."""
+    images, _ = digits()
+
+    def loss(model: nn.Module, size: int) -> torch.Tensor:
+        clean = images[torch.randint(len(images), (size,))]
+        level = torch.exp(1.2 * torch.randn(len(clean), 1) - 0.8)
+        noisy = clean + level * torch.randn_like(clean)
+        scale = torch.sqrt(level**2 + 1)
+        guess = model(torch.cat([noisy / scale, torch.log(level) / 4], dim=1))
+        # The best linear guess is noisy / scale**2; the network learns what is left of it, in units of its size.
+        target = (clean - noisy / scale**2) * scale / level
+        return nn.functional.mse_loss(guess, target)
+
+    return loss
+
+
+# --- two classifiers -------------------------------------------------------------------------------
+
+
+def classification(width: int) -> Task:
+    """Make the task of classifying digits: 3,610 parameters at width 48."""
+    return Task(partial(_classifier, width), _classification_loss)
+
+
+def convolutional_classification() -> Task:
+    """Make the same task with two convolutions and batch norm: 4,942 parameters with its weights and biases."""
+    return Task(_convolutional_classifier, _classification_loss)
+
+
+def _classifier(width: int) -> nn.Module:
+    """Make a network from an image, [batch, 64], to the logits of 10 classes."""
+    return nn.Sequential(nn.Linear(SIDE * SIDE, width), nn.ReLU(), nn.Linear(width, CLASSES))
+
+
+def _convolutional_classifier() -> nn.Module:
+    """Make a convolutional network from an image, [batch, 64], to the logits of 10 classes."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, SIDE, SIDE)),
+        *(nn.Conv2d(1, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(12, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(32 * 2 * 2, CLASSES)),
+    )
+
+
+def _classification_loss() -> Loss:
+    """Make the loss: cross-entropy on noisy images. Without noise the gradient would soon vanish."""
+    images, labels = digits()
+
+    def loss(model: nn.Module, size: int) -> torch.Tensor:
+        chosen = torch.randint(len(images), (size,))
+        noisy = images[chosen] + 0.7 * torch.randn(size, images.shape[1])
+        return nn.functional.cross_entropy(model(noisy), labels[chosen])
+
+    return loss
+
+
+# --- a transformer ---------------------------------------------------------------------------------
+
+
+def next_token() -> Task:
+    """Make the task of predicting the pixels of a digit from its label, two pixels a token: 7,792 parameters."""
+    return Task(_Transformer, _next_token_loss)
+
+
+def digit_sequences() -> torch.Tensor:
+    """Return each digit as tokens, [images, 33]: its label, then its pixels in reading order, two to a token.
+
+    Two to a token because the time of a step grows with the length; four levels keep the vocabulary at 16.
+    """
+    images, labels = digits()
+    levels = ((images * 6.0 + 4.9).round() / 17 * 4).long()  # pixels are whole numbers from 0 to 16
+    return torch.cat([PIXELS + labels[:, None], 4 * levels[:, ::2] + levels[:, 1::2]], dim=1)
+
+
+class _Block(nn.Module):
+    """Causal attention with two heads, then an MLP, each with layer norm before and a residual connection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mixed_in, self.mixed_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map states, [batch, tokens, width], to states of the same shape."""
+        parts = self.mixed_in(self.attention_norm(states)).unflatten(2, (3, 2, -1))  # three parts, two heads
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        states = states + self.mixed_out(seen.transpose(1, 2).flatten(2))
+        changed: torch.Tensor = states + self.mlp(self.mlp_norm(states))
+        return changed
+
+
+class _Transformer(nn.Module):
+    """A transformer from tokens, [batch, 32], to the logits of the next tokens, [batch, 32, 16]."""
+
+    def __init__(self, width: int = 16, blocks: int = 2) -> None:
+        super().__init__()
+        self.token = nn.Embedding(PIXELS + CLASSES, width)
+        self.place = nn.Parameter(0.1 * torch.randn(SIDE * SIDE // 2, width))
+        self.blocks = nn.Sequential(*(_Block(width) for _ in range(blocks)))
+        self.norm, self.logits = nn.LayerNorm(width), nn.Linear(width, PIXELS)
+        nn.init.normal_(self.token.weight, std=0.1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute the logits at all positions; none depends on a later token."""
+        logits: torch.Tensor = self.logits(self.norm(self.blocks(self.token(tokens) + self.place)))
+        return logits
+
+
+def _next_token_loss() -> Loss:
+    """Make the loss: cross-entropy of each pair of pixels given the label and all earlier pairs."""
+    sequences = digit_sequences()
+
+    def loss(model: nn.Module, size: int) -> torch.Tensor:
+        chosen = sequences[torch.randint(len(sequences), (size,))]
+        return nn.functional.cross_entropy(model(chosen[:, :-1]).flatten(0, 1), chosen[:, 1:].flatten())
+
+    return loss
+
+
 # --- how a run is made -----------------------------------------------------------------------------
 
 
@@ -123,7 +287,6 @@ class Recipe:
     What changes during training is a function of the fraction of training, in [0, 1), that a step starts at.
 
     Attributes:
-        description: one sentence.
         task: network and loss.
         optimizer: over the network's parameters, at the highest learning rate.
         rate: learning rate, relative to the highest; by default constant.
@@ -133,8 +296,7 @@ class Recipe:
         seed: of its random numbers; each has its own, so that no two share their batches.
     """
 
-    description: str
-    task: networks.Task
+    task: Task
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     rate: Callable[[float], float] = lambda _: 1.0
     batch: Callable[[float], int] = lambda _: 64
@@ -195,83 +357,36 @@ def _growing_batch(fraction: float) -> int:
 # --- the runs --------------------------------------------------------------------------------------
 
 RECIPES = {
-    "denoiser-adam": Recipe(
-        "A denoiser preconditioned for all noise levels, Adam, rate falling as one over the square root of time: "
-        "the setting that post-hoc averaging was made for; noisy to the end.",
-        networks.denoising(32),
-        _adam(5e-3),
-        _inverse_sqrt,
-    ),
-    "classifier-sgd": Recipe(
-        "A classifier, SGD with momentum and weight decay, rate cut to a tenth at 60 % and 85 %: the path changes "
-        "character at the cuts and nearly stands still after the last.",
-        networks.classification(48),
-        _sgd(0.05, 0.9, 5e-4),
-        _cuts,
-    ),
-    "denoiser-constant": Recipe(
-        "A denoiser, Adam, constant rate: as noisy at the end as at the start.",
-        networks.denoising(32),
-        _adam(3e-3),
-        seed=2313,
-    ),
-    "denoiser-wsd": Recipe(
-        "A denoiser, Adam, warm-up over 5 %, constant to 80 %, then linear to a hundredth: it settles late and fast.",
-        networks.denoising(32),
-        _adam(4e-3),
-        _warm_up_stable_decay,
-        seed=2314,
-    ),
-    "classifier-plain": Recipe(
-        "A classifier, SGD without momentum, strong weight decay and constant rate: it is pulled back and wanders "
-        "about one place, which no random walk does.",
-        networks.classification(64),
-        _sgd(0.2, 0.0, 1e-2),
-        batch=lambda _: 16,
-        seed=2315,
-    ),
-    "denoiser-cosine": Recipe(
-        "A wider denoiser, AdamW, warm-up and cosine to a thousandth: the path slows down smoothly and stops.",
-        networks.denoising(48),
-        _adamw(5e-3, 0.01),
-        _cosine(1e-3),
-        seed=2316,
-    ),
-    "denoiser-restart": Recipe(
-        "A denoiser, Adam, whose state is lost at 60 %, where the rate warms up again from zero: two runs in one.",
-        networks.denoising(40),
-        _adam(5e-3),
-        _warm_up_again,
-        restart=0.6,
-        seed=2317,
-    ),
+    # A denoiser preconditioned for all noise levels, Adam, rate falling as one over the square root of time: the
+    # setting that post-hoc averaging was made for; noisy to the end.
+    "denoiser-adam": Recipe(denoising(32), _adam(5e-3), _inverse_sqrt),
+    # A classifier, SGD with momentum and weight decay, rate cut to a tenth at 60 % and 85 %: the path changes
+    # character at the cuts and nearly stands still after the last.
+    "classifier-sgd": Recipe(classification(48), _sgd(0.05, 0.9, 5e-4), _cuts),
+    # A denoiser, Adam, constant rate: as noisy at the end as at the start.
+    "denoiser-constant": Recipe(denoising(32), _adam(3e-3), seed=2313),
+    # A denoiser, Adam, warm-up over 5 %, constant to 80 %, then linear to a hundredth: it settles late and fast.
+    "denoiser-wsd": Recipe(denoising(32), _adam(4e-3), _warm_up_stable_decay, seed=2314),
+    # A classifier, SGD without momentum, strong weight decay and constant rate: it is pulled back and wanders about
+    # one place, which no random walk does.
+    "classifier-plain": Recipe(classification(64), _sgd(0.2, 0.0, 1e-2), batch=lambda _: 16, seed=2315),
+    # A wider denoiser, AdamW, warm-up and cosine to a thousandth: the path slows down smoothly and stops.
+    "denoiser-cosine": Recipe(denoising(48), _adamw(5e-3, 0.01), _cosine(1e-3), seed=2316),
+    # A denoiser, Adam, whose state is lost at 60 %, where the rate warms up again from zero: two runs in one.
+    "denoiser-restart": Recipe(denoising(40), _adam(5e-3), _warm_up_again, restart=0.6, seed=2317),
+    # A classifier on a clock in images, SGD with momentum at a constant rate, batches of 16, of 64 from 40 % of the
+    # steps, of 256 from 80 %: the last fifth of the steps is most of the time.
     "classifier-images": Recipe(
-        "A classifier on a clock in images, SGD with momentum at a constant rate, batches of 16, of 64 from 40 % of "
-        "the steps, of 256 from 80 %: the last fifth of the steps is most of the time.",
-        networks.classification(80),
-        _sgd(0.02, 0.9, 5e-4),
-        batch=_growing_batch,
-        t_unit="images",
-        seed=2318,
+        classification(80), _sgd(0.02, 0.9, 5e-4), batch=_growing_batch, t_unit="images", seed=2318
     ),
+    # A convolutional classifier with batch norm, SGD with momentum and weight decay, rate cut to a tenth at 60 % and
+    # 85 %: weights whose size does not matter, next to scales and biases; running statistics are left out.
     "cnn-batch-norm": Recipe(
-        "A convolutional classifier with batch norm, SGD with momentum and weight decay, rate cut to a tenth at 60 % "
-        "and 85 %: weights whose size does not matter, next to scales and biases; running statistics are left out.",
-        networks.convolutional_classification(),
-        _sgd(0.1, 0.9, 5e-4),
-        _cuts,
-        batch=lambda _: 32,
-        seed=2319,
+        convolutional_classification(), _sgd(0.1, 0.9, 5e-4), _cuts, batch=lambda _: 32, seed=2319
     ),
-    "transformer-adamw": Recipe(
-        "A decoder-only transformer of two blocks on digits as tokens, AdamW with weight decay, warm-up and cosine "
-        "to a tenth: embeddings, norms and matrices, of different sizes and speeds, in one vector.",
-        networks.next_token(),
-        _adamw(3e-3, 0.05),
-        _cosine(0.1),
-        batch=lambda _: 16,
-        seed=2320,
-    ),
+    # A decoder-only transformer of two blocks on digits as tokens, AdamW with weight decay, warm-up and cosine to a
+    # tenth: embeddings, norms and matrices, of different sizes and speeds, in one vector.
+    "transformer-adamw": Recipe(next_token(), _adamw(3e-3, 0.05), _cosine(0.1), batch=lambda _: 16, seed=2320),
 }
 
 NAMES = tuple(RECIPES)
@@ -314,7 +429,7 @@ def _times(recipe: Recipe, steps: int) -> npt.NDArray[np.float64]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Use one thread of torch in the block: faster for small networks, and the same sums on every machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

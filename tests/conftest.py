@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 from ema_command import Ema, Result, as_command  # noqa: E402
 
 from posthoc_cli.cli import main  # noqa: E402
-from posthoc_cli.tracker import background, pipeline  # noqa: E402
+from posthoc_cli.tracker import pipeline  # noqa: E402
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # other work runs at the same time
 hypothesis.settings.load_profile("any machine")
@@ -43,12 +43,6 @@ def _alone() -> Iterator[None]:
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     torch.set_grad_enabled(True)
     assert modes == (True, False)
-
-
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turn warnings into errors, except those about waiting, which depend on the load of the machine."""
-    monkeypatch.setattr(background, "PATIENCE", 1e9)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ The averages here are NumPy float64 straight from the formulas, never this packa
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,6 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import Measurements, Problem
@@ -134,20 +132,16 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
     for name, value in values.items():
         for number, (offset, piece) in enumerate(cut(value, (grids or {}).get(name, (parts,)))):
             held[number][name] = (piece, Chunk(tuple(value.shape), offset))
-    measured = info.measurements
-    nothing = measured and Measurements(0.0, 0.0)
-    known = decode_path(info.sketch).sketch if info.sketch else None
-    no_path = (
-        ""
-        if known is None
-        else encode_path(PathSketch(0, replace(known, means=0 * known.means, spread=0 * known.spread)))
-    )
+    nothing, no_path = info.measurements and Measurements(0.0, 0.0), ""
+    if info.sketch:
+        known = decode_path(info.sketch).sketch
+        no_path = encode_path(PathSketch(0, replace(known, means=0 * known.means, spread=0 * known.spread)))
     for number, own in enumerate(held, 1):
         first = number == 1
         part = replace(
             info, tensors={name: info.tensors[name] for name in own},
             aliases={alias: name for alias, name in info.aliases.items() if name in own},
-            inherited=info.inherited if first else 0.0, measurements=measured if first else nothing,
+            inherited=info.inherited if first else 0.0, measurements=info.measurements if first else nothing,
             part=(number, parts), sketch=info.sketch if first else no_path,
             chunks={name: chunk for name, (_, chunk) in own.items()}, mesh={"shape": [parts], "names": None},
         )  # fmt: skip
@@ -161,21 +155,16 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
 
 def cut(value: torch.Tensor, grid: tuple[int, ...]) -> list[tuple[tuple[int, ...], torch.Tensor]]:
     """Return the cells of a grid that have elements, each with the position of its first element."""
-    cells = [((), value)]
+    cells = [((0,) * value.dim(), value)]
     for axis, count in enumerate(grid[: value.dim()]):
+        size = value.shape[axis]
+        step = max(1, -(-size // count))
         cells = [
-            ((*offset, begin), piece)
+            ((*offset[:axis], begin, *offset[axis + 1 :]), cell.narrow(axis, begin, min(step, size - begin)))
             for offset, cell in cells
-            for piece, begin in zip(*_pieces(cell, count, axis), strict=True)
+            for begin in range(0, size, step)
         ]
-    missing = value.dim() - len(grid)
-    placed = [((*offset, *(0,) * missing), piece) for offset, piece in cells]
-    return [one for one in placed if one[1].numel()] or [((0,) * value.dim(), value)]
-
-
-def _pieces(value: torch.Tensor, count: int, axis: int) -> tuple[list[torch.Tensor], list[int]]:
-    pieces = list(torch.chunk(value, count, axis))
-    return pieces, [0, *itertools.accumulate(piece.shape[axis] for piece in pieces)][:-1]
+    return [cell for cell in cells if cell[1].numel()] or [((0,) * value.dim(), value)]
 
 
 def write_sharded(folder: Path, info: Snapshot, parts: Sequence[Mapping[str, torch.Tensor]]) -> Path:
@@ -361,15 +350,3 @@ def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[f
     # The last coefficient is 1 minus the others.
     free, rest = rows[:, :-1] - rows[:, -1:], wanted - rows[:, -1]
     return float(np.linalg.norm(free @ np.linalg.lstsq(free, rest, rcond=None)[0] - rest))
-
-
-def save_state(tracker: PostHocEMA, path: Path) -> None:
-    """Save a tracker's own state durably, as a training's checkpoint holds it."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    torch.save(tracker.state_dict(), temporary)
-    temporary.replace(path)
-
-
-def load_state(tracker: PostHocEMA, path: Path) -> None:
-    """Continue from a saved state."""
-    tracker.load_state_dict(torch.load(path, weights_only=True))

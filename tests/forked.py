@@ -1,9 +1,9 @@
 """Python code in a process of its own that need not import torch first, which takes two seconds of processor time.
 
-A server that has imported everything forks such processes. Each has its own arguments, environment, working directory
-and standard streams, gets signals as from a terminal, and ends as any process of Python does, up to the functions of
-`atexit`. What depends on how an interpreter starts (its options, `sitecustomize`, what is imported and when) or on how
-it destroys its modules needs `subprocess` still.
+A server of `multiprocessing` that has imported everything forks such processes. Each has its own arguments,
+environment, working directory and standard streams, gets signals as from a terminal, and ends as any process of Python
+does, up to the functions of `atexit`. What depends on how an interpreter starts (its options, `sitecustomize`, what is
+imported and when) or on how it destroys its modules needs `subprocess` still.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
-import json
+import itertools
+import multiprocessing
 import os
+import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
 import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
-from subprocess import Popen  # by name: tests replace subprocess.Popen by Forked
-from typing import IO
+from unittest import mock
 
 from ema_command import Result, unmeasured_environment
 
@@ -32,13 +34,10 @@ EMA = "from posthoc_cli.__main__ import main; main()"
 """The code of the command `ema`."""
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
-    "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "scipy.optimize",
+    "forked", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "scipy.optimize",
     "matplotlib.backends.backend_agg", "posthoc_cli.cli", "posthoc_cli.averages", "posthoc_cli.demo",
     "posthoc_cli.export", "posthoc_cli.planning", "posthoc_cli.plots", "posthoc_cli.synthesis", "posthoc_cli.tracker",
 )  # fmt: skip
-
-
-# --- for tests -------------------------------------------------------------------------------------
 
 
 class Forked:
@@ -54,27 +53,29 @@ class Forked:
         self, code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None,
         modules: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        self._server = _server(modules)
-        self.returncode: int | None = None
-        self._printed = ("", "")
-        self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 - closed when the process has ended
-        words, environment = [str(argument) for argument in arguments], unmeasured_environment() if env is None else env
-        started = _ask(
-            self._server,
-            {"code": code, "arguments": words, "cwd": str(cwd or Path.cwd()), "env": dict(environment)},
-            [file.fileno() for file in self._files],
-        )
-        assert started is not None
-        self.pid = started
+        self._files = [_folder() / f"{next(_numbers)}" for _ in range(2)]
+        for file in self._files:
+            file.touch()
+        environment, folder = dict(unmeasured_environment() if env is None else env), str(cwd or Path.cwd())
+        request = (code, [*map(str, arguments)], folder, environment, [*map(str, self._files)])
+        self._process = multiprocessing.get_context("forkserver").Process(target=_become, args=request)
+        with (
+            mock.patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}),  # which it would import
+            mock.patch.object(forkserver, "connect_to_new_process", _server(modules).connect_to_new_process),
+        ):
+            self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code; None while the process runs."""
+        return self._process.exitcode
 
     def poll(self, timeout: float = 0) -> int | None:
         """Return the exit code, or None if the process runs after so many seconds."""
-        if self.returncode is None:
-            self.returncode = _ask(self._server, {"pid": self.pid, "timeout": timeout})
-            if self.returncode is not None:
-                out, err = (_close(file) for file in self._files)
-                self._printed = (out, err)
-        return self.returncode
+        self._process.join(timeout)
+        return self._process.exitcode
 
     def wait(self, timeout: float = 250) -> int:
         """Return the exit code; fail if the process runs after so many seconds."""
@@ -85,17 +86,15 @@ class Forked:
     def communicate(self, timeout: float = 250) -> tuple[str, str]:
         """Wait; return what it has printed on stdout and on stderr."""
         self.wait(timeout)
-        return self._printed
+        out, err = (file.read_text(errors="replace") for file in self._files)
+        return out, err
 
     def first_line(self, timeout: float = 60) -> str:
         """Wait for the first line on stdout and return it; what there is, if the process ends or the time is over."""
-        until, printed = time.monotonic() + timeout, ""
-        while "\n" not in printed and time.monotonic() < until:
-            if self.poll(0.01) is not None:
-                printed = self._printed[0]
-                break
-            printed = os.pread(self._files[0].fileno(), 10_000, 0).decode(errors="replace")
-        return printed.partition("\n")[0]
+        until = time.monotonic() + timeout
+        while b"\n" not in self._files[0].read_bytes() and time.monotonic() < until and self.poll(0.01) is None:
+            pass
+        return self._files[0].read_text(errors="replace").partition("\n")[0]
 
     def __enter__(self) -> Forked:
         return self
@@ -112,13 +111,6 @@ class Forked:
     def kill(self) -> None:
         """Kill it."""
         self.send_signal(signal.SIGKILL)
-
-
-def _close(file: IO[bytes]) -> str:
-    """Return the content of a file, and close it."""
-    with file:
-        file.seek(0)
-        return file.read().decode(errors="replace")
 
 
 def run(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
@@ -143,114 +135,57 @@ def waiting(code: str, *arguments: object) -> Iterator[Forked]:
         yield process
 
 
+_numbers = itertools.count()
+
+
 @functools.cache
-def _server(modules: tuple[str, ...]) -> socket.socket:
-    """Return a server of this test process; it ends when this end of the socket is closed."""
-    ours, its = socket.socketpair()
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+def _folder() -> Path:
+    """Return a folder of this test process for what its processes print."""
+    folder = Path(tempfile.mkdtemp(prefix="printed-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def _server(modules: tuple[str, ...]) -> forkserver.ForkServer:
+    """Return a server of this test process, which ends with it."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([*PRELOADED, *modules])  # those that are not installed are left out
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = unmeasured_environment() | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # threads do not fork
-    with its:
-        number = its.fileno()
-        words = [sys.executable, "-W", "ignore", __file__, str(number), *modules]
-        server = Popen(words, pass_fds=[number], env=environment)
-    atexit.register(lambda: (ours.close(), server.wait()))
-    return ours
+    with mock.patch.dict(os.environ, environment, clear=True), mock.patch.object(sys, "warnoptions", ["ignore"]):
+        server.ensure_running()
+    return server
 
 
-def _ask(server: socket.socket, request: dict[str, object], streams: list[int] | None = None) -> int | None:
-    """Send a request; return the number in the answer."""
-    socket.send_fds(server, [b"?"], streams or [])
-    server.sendall(json.dumps(request).encode() + b"\n")
-    answer: int | None = json.loads(_line(server))
-    return answer
-
-
-# --- the server ------------------------------------------------------------------------------------
-
-
-SIGNALS = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-"""Wait in the server: for its question how a process ended, or until a forked process is ready for them."""
-
-
-def _line(channel: socket.socket) -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):
-        part = channel.recv(1 << 16)  # one line at a time is on its way
-        if not part:
-            raise EOFError("the other process has ended")
-        line += part
-    return line
-
-
-def _serve(channel: socket.socket, modules: Sequence[str]) -> None:
-    """Answer requests until the other end is closed; in a forked child, run its request."""
-    for module in PRELOADED:
-        __import__(module)
-    for module in modules:
-        with suppress(ImportError):  # a framework that is not installed, whose tests are skipped
-            __import__(module)
-    gc.collect()
-    gc.freeze()  # the end of a forked process would go through all of that, and so copy it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    while True:
-        question, streams, _, _ = socket.recv_fds(channel, 1, 2)
-        if not question:
-            return
-        request = json.loads(_line(channel))
-        if "pid" in request:
-            answer = _ended(request["pid"], time.monotonic() + request["timeout"])
-        else:
-            answer = os.fork()
-            if answer == 0:
-                channel.close()
-                _become(request, streams)
-                return
-            for stream in streams:
-                os.close(stream)
-        channel.sendall(json.dumps(answer).encode() + b"\n")
-
-
-def _ended(pid: int, until: float) -> int | None:
-    """Return the exit code of a child, or None if it runs at `until`."""
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        left = until - time.monotonic()
-        if left <= 0 or signal.sigtimedwait({signal.SIGCHLD}, left) is None:
-            return None
-
-
-def _become(request: dict[str, object], streams: list[int]) -> None:
-    """Set up the process as if this interpreter had been started for `request`."""
-    for number, stream in enumerate([os.open(os.devnull, os.O_RDONLY), *streams]):
-        os.dup2(stream, number)
-        os.close(stream)
+def _become(code: str, arguments: Sequence[str], cwd: str, environment: dict[str, str], streams: list[str]) -> None:
+    """Set up a new process as if this interpreter had been started for `code`, and run it."""
+    gc.freeze()  # collections would go through all that the server has imported, and so copy it
+    for number, (name, mode) in enumerate([(os.devnull, os.O_RDONLY), *((stream, os.O_WRONLY) for stream in streams)]):
+        os.dup2(os.open(name, mode), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    os.chdir(str(request["cwd"]))
+    os.chdir(cwd)
     os.environ.clear()
-    os.environ.update(request["env"])  # type: ignore[call-overload]
-    sys.argv = ["ema", *request["arguments"]]  # type: ignore[misc]
+    os.environ.update(environment)
+    sys.argv = ["ema", *arguments]
     sys.path.insert(0, "")  # as `python -c` has it; what tests are made of is there, too
     sys.modules["__main__"] = main = types.ModuleType("__main__")
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    code = 0
+    warnings.simplefilter("ignore")
+    status = 0
     try:
-        exec(compile(str(request["code"]), "<string>", "exec"), vars(main))
+        exec(compile(code, "<string>", "exec"), vars(main))
     except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         if not isinstance(ended.code, int | None):
-            raise
-        code = ended.code or 0
+            print(ended.code, file=sys.stderr)
+    except BaseException:  # noqa: BLE001 - as the interpreter does
+        sys.excepthook(*sys.exc_info())
+        status = 1
     # As Python ends, but without taking apart all that the server has imported, which takes 0.35 s.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
-
-
-if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    os._exit(status)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ema_command import Result
+from factories import exact_weights
 from forked import Forked
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,7 +28,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from posthoc_cli import PostHocEMA, PostHocError, Run
-from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.tracker.processes import held_part
 
@@ -35,12 +35,9 @@ __all__ = [
     "SETTINGS", "Net", "Path", "PostHocEMA", "PostHocError", "Run", "close", "dist", "equal", "filled", "held", "move",
     "refused", "restore", "spread", "torch", "train",
 ]  # fmt: skip
-HERE = str(Path(__file__).parent)
 SETTINGS: dict[str, Any] = {
     "sigma_rels": (0.1, 0.2), "update_every": 2, "checkpoint_every": 4, "checkpoint_dtype": None,
 }  # fmt: skip
-KINDS = ("fsdp", "hsdp", "tp", "fsdp-tp", "ddp")
-"""Ways to spread a model over processes: see `spread`."""
 
 
 def start_group(code: str, ranks: int, folder: Path, *arguments: object, modules: tuple[str, ...] = ()) -> list[Forked]:
@@ -52,8 +49,7 @@ def start_group(code: str, ranks: int, folder: Path, *arguments: object, modules
     descriptor, meeting = tempfile.mkstemp(prefix="meeting-", dir=folder)  # a killed group leaves its own behind
     os.close(descriptor)
     program = (
-        f"import sys; sys.path.insert(0, {HERE!r})\n"
-        "import groups\nfrom groups import *\n"
+        "import sys, groups\nfrom groups import *\n"
         "rank, world, meeting, folder, *arguments = sys.argv[1:]\n"
         "with groups.joined(int(rank), int(world), meeting) as (rank, world):\n"
         + "".join(f"    {line}\n" for line in ["folder = Path(folder)", *code.splitlines()])
@@ -116,8 +112,9 @@ class Net(nn.Module):
 
 
 def spread(model: nn.Module, kind: str) -> nn.Module:
-    """Return the model wrapped for a kind of parallel training; "single" does not change it."""
+    """Return the model wrapped for a kind of parallel training: fsdp, hsdp, tp, fsdp-tp, ddp; else unchanged."""
     world = dist.get_world_size() if dist.is_initialized() else 1
+    plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
     if kind == "fsdp":
         fully_shard(model.first)
         return fully_shard(model)
@@ -125,11 +122,10 @@ def spread(model: nn.Module, kind: str) -> nn.Module:
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
         return fully_shard(model, mesh=mesh)
     if kind == "tp":
-        mesh = init_device_mesh("cpu", (world,))
-        return parallelize_module(model, mesh, {"first": ColwiseParallel(), "second": RowwiseParallel()})
+        return parallelize_module(model, init_device_mesh("cpu", (world,)), plan)
     if kind == "fsdp-tp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
-        parallelize_module(model, mesh["tp"], {"first": ColwiseParallel(), "second": RowwiseParallel()})
+        parallelize_module(model, mesh["tp"], plan)
         return fully_shard(model, mesh=mesh["dp"])
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
@@ -244,18 +240,10 @@ def refused(work: Callable[[], object], kind: type[Exception] = PostHocError) ->
 
 
 def truth(sigma_rel: float, updates: list[int], dtype: torch.dtype = torch.float32) -> Mapping[str, torch.Tensor]:
-    """Return the float64 power-function average of each parameter over updates at steps on a grid.
-
-    With F(t) = t^(gamma + 1), the value of an update at t_k stands for the time since the one before it, and the first
-    one for all time before.
-    """
-    gamma, last, result = gamma_from_sigma_rel(sigma_rel), float(updates[-1]), {}
-    for name, parameter in Net().named_parameters():
-        if not parameter.requires_grad:
-            continue
-        total = torch.zeros(parameter.shape, dtype=torch.float64)
-        for before, step in zip([0, *updates], updates, strict=False):
-            share = (step / last) ** (gamma + 1) - (before / last) ** (gamma + 1)
-            total += share * value(name, step, parameter.to(dtype)).double()
-        result[name] = total
-    return result
+    """Return the float64 power-function average of each parameter over updates at these steps."""
+    shares = [*zip(exact_weights(sigma_rel, updates), updates, strict=True)]
+    return {
+        name: sum(share * value(name, step, parameter.to(dtype)).double() for share, step in shares)  # type: ignore[misc]
+        for name, parameter in Net().named_parameters()
+        if parameter.requires_grad
+    }

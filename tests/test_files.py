@@ -7,7 +7,7 @@ import functools
 import os
 import stat
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -49,14 +49,12 @@ def test_a_published_file_holds_what_was_written_at_any_offset_and_no_temporary_
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_content_is_synced_before_the_name_and_the_directory_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
-) -> None:
+def test_content_is_synced_before_the_name_and_the_directory_after_it(tmp_path: Path, overwrite: bool) -> None:
     path, steps = tmp_path / "a", []
-    for operation in ("fsync", "link", "rename", "unlink", "fsync_directory"):
-        real = getattr(files.system, operation)
-        monkeypatch.setattr(files.system, operation, lambda *a, o=operation, r=real: (steps.append(o), r(*a))[1])
-    files.write_atomically(path, NEW, overwrite)
+    with ExitStack() as stack:
+        for operation in ("fsync", "link", "rename", "unlink", "fsync_directory"):
+            stack.enter_context(failing(operation, 0, lambda *_, name=operation: steps.append(name)))  # fails never
+        files.write_atomically(path, NEW, overwrite)
     expected = ["fsync", "rename", "fsync_directory"] if overwrite else ["fsync", "link", "unlink", "fsync_directory"]
     assert steps == expected
 
@@ -130,16 +128,13 @@ def test_a_name_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path
     assert names(tmp_path) == ["file"]
 
 
-def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(tmp_path: Path) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(files.system, "fsync_directory", synced.append)
-    files.make_directory(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir()
+    with failing("fsync_directory", 0, synced.append):  # fails never
+        files.make_directory(tmp_path / "a" / "b")
+        assert (tmp_path / "a" / "b").is_dir()
+        files.make_directory(tmp_path / "a" / "b")  # an existing directory is no error
     assert synced == [tmp_path, tmp_path / "a"]
-    files.make_directory(tmp_path / "a" / "b")  # an existing directory is no error
-    monkeypatch.undo()
     with first("fsync_directory"), pytest.raises(OSError, match=os.strerror(errno.EIO)):
         files.make_directory(tmp_path / "c" / "d")
     assert names(tmp_path) == ["a"]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from ema_command import Ema, unmeasured_environment
 from safetensors.torch import save_file
-from torture.experiments import EXPERIMENTS
+from torture.test_torture import EXPERIMENTS
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.snapshots.directory import read_directory

@@ -14,7 +14,6 @@ import pytest
 import typer
 
 import posthoc_cli
-from posthoc_cli import errors
 from posthoc_cli.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,19 +53,6 @@ def test_public_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         posthoc_cli.nothing  # noqa: B018
     assert set(posthoc_cli.__all__) < set(dir(posthoc_cli))
-
-
-def test_every_error_has_a_place_in_the_tree_and_an_exit_code() -> None:
-    drawn = re.findall(r"^[\s│]+[├└]── (\w+)[^\d]*(\d)", errors.__doc__ or "", re.MULTILINE)
-    found = {
-        name: value.exit_code
-        for name, value in vars(errors).items()
-        if isinstance(value, type)
-        and issubclass(value, errors.PostHocError)
-        and value.__name__[0] != "_"
-        and value is not errors.PostHocError
-    }
-    assert {name: int(code) for name, code in drawn} == found
 
 
 @cache

@@ -110,18 +110,14 @@ def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema:
     ("call", "subject", "words"),
     [
         (lambda _: Run(None), "directory", "None: must be a path"),
-        (lambda run: Run(run.directory, also=5), "also", "5: must be a path"),
         (lambda run: run.average(0.1, device=99), "device", "'99': cannot be used: "),
-        (lambda run: run.average(0.1, device="nonsense"), "device", "choose from auto, cpu"),
         (lambda run: run.prune(max_error="1%"), "max_error", "'1%': must be a relative error in (0, 1)"),
-        (lambda run: run.prune(keep="20"), "keep", "'20': must be a whole number, at least 1"),
         (lambda run: run.prune(keep=2, sigma_range=(0.2, 0.1)), "sigma_range", "(0.2, 0.1): must be two numbers in"),
-        (lambda run: run.prune(max_size="60"), "max_size", "60 bytes: the newest snapshots of each profile"),
         (lambda run: run.prune(max_size=2, keep=1), "keep and max_size and max_error", ": give one of them"),
         (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),
         (lambda run: run.plan([]), "sigma_rel", "at least one value is needed"),
         (lambda run: run.write([TARGETS["given"]] * 2, "out"), "out", "would both become out/given.safetensors"),
-        (lambda run: run.error_curve(others=Groups({"*": 0.1})), "sigma_rel 0.1 (*)", "has a profile for each group"),
+        (lambda run: run.error_curve(others=Groups({"*": 0.1})), "target", "has a profile for each group"),
     ],
 )
 def test_an_invalid_argument_is_refused(run: Run, call: Callable[[Run], object], subject: str, words: str) -> None:

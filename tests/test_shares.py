@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from checking import assert_same_tensors, load_output
-from factories import RUN_ID, contents, refuse_for_space, write_snapshot
+from factories import RUN_ID, contents, write_snapshot
 from safetensors.torch import load_file
+from snapshots.recorded import failing
 
 from posthoc_cli import Run, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
@@ -24,7 +26,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 
 
-def write_run(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written") / "run"
     for t in (10, 20, 30):
         for sigma_rel in (0.05, 0.28):
             generator = torch.Generator().manual_seed(t + round(100 * sigma_rel))
@@ -34,11 +38,6 @@ def write_run(folder: Path) -> Path:
             tracked = {"sigma_rels": (0.05, 0.28), "aliases": {"tied": "embed"}}
             write_snapshot(folder, t, sigma_rel, RUN_ID, values, **tracked)
     return folder
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("written") / "run")
 
 
 @pytest.fixture
@@ -96,15 +95,12 @@ def test_an_existing_model_is_replaced_only_with_overwrite_and_other_files_never
 
 
 @pytest.mark.parametrize(("operation", "exists"), [("fsync", False), ("link", False), ("rename", True)])
-def test_a_failure_leaves_what_was_there(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, exists: bool
-) -> None:
+def test_a_failure_leaves_what_was_there(run: Path, tmp_path: Path, operation: str, exists: bool) -> None:
     out = tmp_path / "out"
     if exists:
         write(run, out)
     before = contents(out) if exists else {}
-    monkeypatch.setattr(files.system, operation, refuse_for_space)
-    with pytest.raises(WriteError, match=f"{out}.*no space left"):
+    with failing(operation, errno.ENOSPC), pytest.raises(WriteError, match=f"{out}.*no space left"):
         write(run, out, 0.2, overwrite=True)
     assert (contents(out) if out.exists() else {}) == before
     assert not files.leftovers(tmp_path)

@@ -83,6 +83,7 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
         (lambda: as_target("0.9"), "target", "for a decay of 0.9 per step use beta:0.9"),
         (lambda: as_target("half-life:70%"), "target", "target half-life:70%: must lie in (0, 69.31%)"),
         (lambda: as_target("between:50:20"), "target", "target between:50:20: must start at 0 or later"),
+        (lambda: as_target("between:5%:20%"), "target", "target between:5%:20%: must be START:END, two training times"),
         (lambda: Between(5, 2e6).profile(1e6, IMAGES, 1280.0), "target", "target between:5:2000000: ends after t"),
         (lambda: Between(0, 1e-300).profile(1e6, IMAGES, 1280.0), "target", "between:0:1e-300: must span at least"),
         (lambda: Window(10**4 + 1).profile(1e6, IMAGES, 1280.0), "target", "target window:10001: the run has 10,000"),
@@ -142,15 +143,6 @@ def test_the_mean_is_of_the_last_checkpoints() -> None:
         Mean(1).coefficients_of([PowerFunction(5.0, 10.0), PowerFunction(6.0, 10.0)])
 
 
-def test_weights_of_a_half_life_ago_count_half() -> None:
-    """On any clock."""
-    for clock, t in ((STEPS, 1e4), (IMAGES, 1e6)):
-        profile, now = HalfLife(2000).profile(t, clock, 1.0), clock.step_at(t)
-        then = clock.time_at(now - np.array([0, 2000, 4000]))
-        later = profile.tail(clock.time_at(now - np.array([1, 2001, 4001])))
-        assert (later - profile.tail(then))[1:] / (later - profile.tail(then))[0] == pytest.approx([0.5, 0.25])
-
-
 @pytest.mark.parametrize(
     ("text", "targets"),
     [
@@ -168,6 +160,10 @@ def test_weights_of_a_half_life_ago_count_half() -> None:
 )
 def test_a_text_names_targets(text: str, targets: list[Target]) -> None:
     assert parse_targets(text) == targets
+
+
+def test_a_half_life_in_steps_is_a_decay() -> None:
+    assert HalfLife(2000).beta == pytest.approx(0.5 ** (1 / 2000), rel=1e-15)
 
 
 @pytest.mark.parametrize(("share", "width"), [(0.05, 0.0629), (0.1, 0.1111)])

@@ -70,7 +70,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
+EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
     making.synthesize: (
         "ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors",
         "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --target beta:0.9999 --out averages/",

@@ -92,7 +92,8 @@ def _print_synthesize(found: dict[str, Any]) -> None:
         _note_left_out(found["left_out"], Path(targets[0]["output"]))
     shown = ["predicted_error", *["profile_error"] * (targets[0]["method"] == "paper")]
     if len(targets) > 1:
-        output.print_rows(_target_rows(targets), ["target", *shown, "output:file"])
+        rows = [target | {"file": Path(target["output"] or "-").name} for target in targets]  # all in one folder
+        output.print_rows(rows, ["target", *shown, "output:file"])
         output.print_line()
     elif not targets[0]["output"]:
         output.print_coefficients(targets[0]["snapshots"])
@@ -110,14 +111,6 @@ def _print_synthesize(found: dict[str, Any]) -> None:
         output.print_line(f"made {text}, in {one['seconds']:.1f} s: {'in this folder' if place == '.' else place}")
 
 
-def _target_rows(targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the targets with their outputs' names; the last line says the folder if it is the same for all."""
-    paths = [Path(target["output"] or "-") for target in targets]
-    one_folder = len({path.parent for path in paths}) == 1
-    names = [path.name if one_folder else str(path) for path in paths]
-    return [target | {"file": name} for target, name in zip(targets, names, strict=True)]
-
-
 def _largest(errors: list[float | None]) -> str:
     """Return the largest of some errors as text."""
     if None in errors:
@@ -131,11 +124,11 @@ def _listed(names: list[str]) -> str:
 
 def _note_left_out(names: list[str], path: Path) -> None:
     """Print the names of the tensors that an output lacks, and the command that adds them."""
-    file = path.with_suffix(".safetensors") if path.suffix in (".pt", ".pth", ".bin") else path
+    file = path if path.suffix not in (".pt", ".pth", ".bin") else path.with_suffix(".safetensors")
     before = "" if file == path else f"make {file.name} instead of {path.name}, then: "
     command = f"{before}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
-    reason = "of the model, which the run does not track"
-    output.print_note(f"the output lacks {_listed(names)} {reason}; to add it from a full model: {command}")
+    lacks = f"the output lacks {_listed(names)} of the model, which the run does not track"
+    output.print_note(f"{lacks}; to add it from a full model: {command}")
 
 
 def sweep(
@@ -370,7 +363,7 @@ def prune(
     dry_run: bool = options.HOW(False, "--dry-run", help="Show what would be deleted; delete nothing."),
     sigma_range: str = options.SIGMA_RANGE,
     as_json: bool = options.JSON,
-) -> None:
+) -> int:
     """Delete the snapshots that matter least.
 
     Shows which snapshots would be deleted and the predicted error over the range without them, then asks. The newest
@@ -384,11 +377,9 @@ def prune(
     error = options.optional(options.parse_max_error, max_error)
     ends = options.parse_sigma_range(sigma_range)
     run = Run(options.existing(directory, directory=True))
-    alternative = "; --dry-run shows what would be deleted"
-    if as_json and not (yes or dry_run):
-        raise InvalidValueError("--json", "cannot ask before files are changed", f"add --yes{alternative}")
-    if not (yes or dry_run or sys.stdin.isatty()):
-        raise InvalidValueError("--yes", f"is needed without a terminal{alternative}")
+    if not (yes or dry_run) and (as_json or not sys.stdin.isatty()):
+        reason = "is needed with --json, and without a terminal that could answer"
+        raise InvalidValueError("--yes", reason, "--dry-run shows what would be deleted")
 
     def agree(planned: Pruning) -> bool:
         if not as_json:
@@ -406,8 +397,7 @@ def prune(
         if dry_run or not done["gone"]:
             _print_prune(done, ends)
         _print_end(done, dry_run)
-    if done["gone"] and not (done["deleted"] or dry_run):
-        raise typer.Exit(1)
+    return int(bool(done["gone"]) and not (done["deleted"] or dry_run))
 
 
 def _print_prune(found: dict[str, Any], sigma_range: tuple[float, float]) -> None:
@@ -451,7 +441,7 @@ def demo(
     count = options.parse_count(steps, "--steps", "8000, 8e3 or 8K")
     say = output.print_note if as_json else output.print_line
     out = files.expanded(files.local_path("--out", out))
-    output.show(run(out, count, say, output.progress_bar(unit="steps")).to_dict(), as_json, _print_demo)
+    output.show(run(out, count, say, output.progress_bar(unit="steps")), as_json, _print_demo)
 
 
 def _print_demo(found: dict[str, Any]) -> None:

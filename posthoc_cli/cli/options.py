@@ -6,7 +6,7 @@ import stat
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from typer import Argument, Option
 
@@ -89,11 +89,8 @@ def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") ->
 
 def parse_sigma_range(text: str) -> tuple[float, float]:
     """Return both ends of `--sigma-range`, LOW:HIGH."""
-    try:
-        low, high = (float(end) for end in text.split(":"))
-    except ValueError:
-        raise bad("--sigma-range", text, "must be LOW:HIGH in (0, 0.2887), such as 0.05:0.28") from None
-    return low, high
+    form = "LOW:HIGH in (0, 0.2887), such as 0.05:0.28"
+    return cast("tuple[float, float]", tuple(parse_numbers(text.replace(":", ","), "--sigma-range", form)))
 
 
 def parse_max_error(text: str) -> float:
@@ -133,20 +130,16 @@ def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T 
 
 
 def existing(place: str | Path, directory: bool = False, name: str = "DIR") -> Path:
-    """Return the path of an existing input, with ~ expanded.
-
-    Raises:
-        InvalidValueError: the path is empty, does not exist, or is no directory where a `directory` is needed.
-    """
+    """Return the path of an existing input, with ~ expanded; an error without one, or a `directory` that is none."""
     path = files.expanded(files.given_path(name, place))
-    hint = "name the directory that a tracker writes its snapshots to" if directory else ""
     try:
-        is_directory = stat.S_ISDIR(path.stat().st_mode)
+        mode = path.stat().st_mode
+        reason = "is not a directory" if directory and not stat.S_ISDIR(mode) else ""
     except (FileNotFoundError, NotADirectoryError):
         reason = "no such directory" if directory else "no such file or directory"
-        raise InvalidValueError(path, reason, hint) from None
-    if directory and not is_directory:
-        raise InvalidValueError(path, "is not a directory", hint)
+    if reason:
+        hint = "name the directory that a tracker writes its snapshots to" if directory else ""
+        raise InvalidValueError(path, reason, hint)
     return path
 
 

@@ -52,9 +52,13 @@ def print_json(value: Any) -> None:
     write(f"{json.dumps(value, indent=2, allow_nan=False)}\n")
 
 
-def show(report: dict[str, Any], as_json: bool, as_text: Callable[[dict[str, Any]], None]) -> None:
-    """Print a report's `to_dict`: as JSON, or by a function that prints the same fields as text."""
+def show(
+    report: dict[str, Any], as_json: bool, as_text: Callable[[dict[str, Any]], None], wrote: Path | None = None
+) -> None:
+    """Print a report's `to_dict`: as JSON, or by a function that prints the same fields as text, and a file's path."""
     (print_json if as_json else as_text)(report)
+    if wrote is not None and not as_json:
+        print_line(f"wrote {wrote}")
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

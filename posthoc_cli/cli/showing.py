@@ -6,10 +6,10 @@ import importlib.resources
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from typer import Argument
 
 from posthoc_cli import files, resources
@@ -25,7 +25,7 @@ def info(
         ..., metavar="DIR|FILE", help="Snapshots, outputs, checkpoints, a model in shards or its index, or one file."
     ),
     as_json: bool = options.JSON,
-) -> None:
+) -> int:
     """Show what a directory or a file contains.
 
     Reads headers only. Exit code 1 if a directory has a problem, such as mixed runs or damaged headers. ema verify
@@ -33,8 +33,7 @@ def info(
     """
     report = options.open_run(path, directory=False).info()
     output.show(report, as_json, _print_info)
-    if report.get("problems"):
-        raise typer.Exit(1)
+    return int(bool(report.get("problems")))
 
 
 def _print_info(report: dict[str, Any]) -> None:
@@ -64,7 +63,7 @@ def verify(
         ..., metavar="DIR|FILE", help="Directories or files: snapshots, outputs, states, parts or shards."
     ),
     as_json: bool = options.JSON,
-) -> None:
+) -> int:
     """Check every byte of snapshots, outputs and states.
 
     Reads all files and checks checksums, headers against contents, nan and infinity, and that all files belong to one
@@ -75,23 +74,21 @@ def verify(
     from posthoc_cli.run import Run
 
     reports: list[dict[str, Any]] = []
-    fine = True
+    is_fine = True
     # All paths are checked first, since reading takes long.
     for path in [options.existing(path, name="DIR|FILE") for path in paths]:
         check = Run(path).check(output.progress_bar())
-        report = check.to_dict()
+        reports.append(check.to_dict())
+        is_fine = is_fine and check.is_fine
         if not as_json:
             if len(paths) > 1:  # files are named relative to their path
-                if reports:
+                if len(reports) > 1:
                     output.print_line()
                 output.print_line(f"{check.path}:")
-            _print_verify(report)
-        reports.append(report)
-        fine = fine and check.is_fine
+            _print_verify(reports[-1])
     if as_json:
         output.print_json(reports[0] if len(reports) == 1 else {"kind": "several", "paths": reports})
-    if not fine:
-        raise typer.Exit(1)
+    return int(not is_fine)
 
 
 def _print_verify(found: dict[str, Any]) -> None:
@@ -137,7 +134,7 @@ def audit(
     out: Path | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
-) -> None:
+) -> int:
     """Find which decay an average really has.
 
     Compares averages with the weights in the same checkpoints, from one to the next, on a sample of 100,000 elements.
@@ -148,21 +145,20 @@ def audit(
     """
     picture = options.new_picture(out, overwrite)
     audits = options.open_run(directory, directory=False).audit(claimed)
+    found = {"audits": [audit.to_dict() for audit in audits]}
     if not audits[0].intervals:
         picture = None  # there is nothing to draw
     if picture is not None:
         from posthoc_cli import plots
 
-        output.write_picture(lambda: plots.audit_figure(audits[0].to_dict()), picture, overwrite)
-    if as_json:
-        output.print_json({"audits": [audit.to_dict() for audit in audits]})
-    else:
-        for audit in audits:
-            _print_audit(audit.to_dict())
-        if picture is not None:
-            output.print_line(f"wrote {picture}")
-    if any(audit.is_bad for audit in audits):
-        raise typer.Exit(1)
+        output.write_picture(lambda: plots.audit_figure(found["audits"][0]), picture, overwrite)
+    output.show(found, as_json, _print_audits, picture)
+    return int(any(audit.is_bad for audit in audits))
+
+
+def _print_audits(found: dict[str, Any]) -> None:
+    for audit in found["audits"]:
+        _print_audit(audit)
 
 
 def _print_audit(found: dict[str, Any]) -> None:
@@ -211,10 +207,7 @@ def report(
     folders = [files.expanded(folder) for folder in sweep]
     text = render(runs, folders, page).encode()
     files.write_atomically(page, text, overwrite)
-    if as_json:
-        output.print_json({"output": str(page), "bytes": len(text)})
-    else:
-        output.print_line(f"wrote {page}")
+    output.show({"output": str(page), "bytes": len(text)}, as_json, lambda _: None, page)
 
 
 def error_plot(
@@ -252,28 +245,22 @@ def error_plot(
         files.write_atomically(path, to_csv(curves).encode(), overwrite)
     elif path is not None:
         output.write_picture(lambda: plots.error_figure(curves, method == "paper"), path, overwrite)
-    if as_json:
-        output.print_json({"curves": [curve.to_dict() for curve in curves]})
-        return
+    found = {"curves": [curve.to_dict() for curve in curves]}
+    output.show(found, as_json, lambda _: _print_curves(curves, method == "paper"), path)
+
+
+def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
     for curve in curves:
-        _print_error_plot(curve, method == "paper")
-    if path is not None:
-        output.print_line(f"wrote {path}")
-
-
-def _print_error_plot(curve: ErrorCurve, is_paper: bool) -> None:
-    """Print a summary of a curve."""
-    tracked = ", ".join(f"{s:g}" for s in curve.tracked) or "none"
-    below = curve.ranges_text(0.01) or "none"
-    output.print_line(curve.label)
-    output.print_pairs([("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")])
-    rows = [
-        other | {"target": f"  {other['target']}", "width": f"{other['sigma_rel']:.3g}"}
-        for other in curve.to_dict()["others"]
-    ]
-    if rows:
-        columns = ["  target:target", "width", "predicted_error", *["profile_error"] * is_paper]
-        output.print_rows(rows, columns)
+        tracked = ", ".join(f"{s:g}" for s in curve.tracked) or "none"
+        below = curve.ranges_text(0.01) or "none"
+        output.print_line(curve.label)
+        output.print_pairs([("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")])
+        rows = [
+            other | {"target": f"  {other['target']}", "width": f"{other['sigma_rel']:.3g}"}
+            for other in curve.to_dict()["others"]
+        ]
+        if rows:
+            output.print_rows(rows, ["  target:target", "width", "predicted_error", *["profile_error"] * is_paper])
 
 
 _PLAN_COLUMNS = [":marked", "tracked", "dtype", "kept:snapshots_each", "every:checkpoint_every", "disk:bytes"]
@@ -313,10 +300,7 @@ def plan(
         from posthoc_cli import plots
 
         output.write_picture(lambda: plots.error_figure([each.errors for each in report.proposals]), picture, overwrite)
-    output.show(report.to_dict(), as_json, _print_plan)
-    if picture is not None and not as_json:
-        output.print_line()
-        output.print_line(f"wrote {picture}")
+    output.show(report.to_dict(), as_json, _print_plan, picture)
 
 
 def _print_plan(found: dict[str, Any]) -> None:

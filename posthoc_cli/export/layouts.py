@@ -323,14 +323,10 @@ class Output:
 
     def finish(self) -> None:
         """Finish the file; in an object store it appears now."""
-        if self._folder is None:
-            return
-        if self._memory is not None:
-            _save_distributed(self._memory.tensors, self._folder)
-        else:
+        if self._folder is not None and self._memory is None:
             self._writer.commit()
-        if files.is_url(self._folder.path):
-            self._folder.send()
+            if files.is_url(self._folder.path):
+                self._folder.send()
 
     def take(self, file: Path) -> None:
         """Move a file that another process has made to the temporary folder."""
@@ -342,6 +338,8 @@ class Output:
     def publish(self) -> None:
         """Give the output its name."""
         if self._folder is not None:
+            if self._memory is not None:
+                _save_distributed(self._memory.tensors, self._folder)
             for name, other in self._others.items():
                 place = self.place / name
                 files.make_directory(place.parent)

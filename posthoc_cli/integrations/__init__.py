@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from posthoc_cli.errors import MismatchError
-from posthoc_cli.targets import as_target
+from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker import PostHocEMA
 
 STATE_NAME = "posthoc_ema"
@@ -24,10 +24,10 @@ STATE_NAME = "posthoc_ema"
 torch.distributed.checkpoint, else, with a suffix, a file of `torch.save`."""
 
 
-def lengths(requested: Any) -> dict[str, float | str]:
+def lengths(requested: Any) -> dict[str, Target]:
     """Return by label the targets in an argument: a sigma_rel, a target's text form, a list of these, or None."""
     wanted = [] if requested is None else requested if isinstance(requested, list | tuple) else [requested]
-    return {as_target(target).label: target for target in wanted}
+    return {target.label: target for target in map(as_target, wanted)}
 
 
 def make_tracker(model: torch.nn.Module, checkpoint_dir: str | Path, options: dict[str, Any]) -> PostHocEMA:
@@ -87,6 +87,6 @@ def was_left_out(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "found_inf", None))
 
 
-def figures(ema: PostHocEMA, wanted: Iterable[float | str] = ()) -> dict[str, float]:
+def figures(ema: PostHocEMA, wanted: Iterable[Target] = ()) -> dict[str, float]:
     """Return the tracker's metrics, with the predicted errors of these lengths, under names for a logger."""
     return {f"ema/{name}": value for name, value in ema.metrics([*wanted]).items()}

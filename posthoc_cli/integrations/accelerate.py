@@ -48,9 +48,8 @@ def prepare(
             number = index
             earlier_hooks.close()
             if earlier is not None and not earlier.closed:  # as when a notebook's cell runs again
-                log.warning(
-                    "%s: this tracker is closed, as another one of its model replaces it", earlier.checkpoint_dir
-                )
+                text = "%s: this tracker is closed, as another one of its model replaces it"
+                log.warning(text, earlier.checkpoint_dir)
                 earlier.close()
             break
 

@@ -23,6 +23,7 @@ class PostHocEMAModel:
         ema_model = PostHocEMAModel(unet, "run/ema", sigma_rel=0.15)
 
     As in these scripts, the first process alone keeps, saves and copies averages; of a sharded model all processes do.
+    `ema` is the tracker, None in other processes, and in an object that `from_pretrained` returned.
 
     Arguments:
         model: the model in training, before or after `accelerator.prepare`; its adapter only, if it has one.
@@ -30,10 +31,6 @@ class PostHocEMAModel:
         sigma_rel: length of the average that `copy_to` copies and `save_pretrained` saves.
         model_cls, model_config: not used.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
-
-    Attributes:
-        ema: the tracker; None in other processes than the first, and in an object that `from_pretrained` returned.
-        temp_stored_params: the values that `store` keeps.
     """
 
     def __init__(
@@ -58,12 +55,12 @@ class PostHocEMAModel:
     @property
     def cur_decay_value(self) -> float | None:
         """The decay of the last step, for scripts that log it; None before the first step."""
-        return self.get_decay(self.optimization_step) if self.optimization_step else None
+        return self.decay if self.optimization_step else None
 
     @property
     def decay(self) -> float:
         """The decay of the last step; 0 before the first."""
-        return self.cur_decay_value or 0.0
+        return self.get_decay(self.optimization_step)
 
     def get_decay(self, optimization_step: int) -> float:
         """Return the decay of a step, counted from 1: that of the power function."""
@@ -97,10 +94,7 @@ class PostHocEMAModel:
 
     @torch.no_grad()
     def copy_to(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Copy the average, before the first update the raw weights, into parameters of a model of this architecture.
-
-        They are all parameters, or the trainable ones.
-        """
+        """Copy the average into all, or all trainable, parameters of a model of this architecture."""
         ema, model = self._tracking()
         targets = list(parameters)
         with ema.model(model, self.sigma_rel) as averaged:
@@ -115,10 +109,7 @@ class PostHocEMAModel:
             target.copy_(value)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Save the averaged model for its `from_pretrained`, with the tracker's exact state in the same folder.
-
-        A process that keeps no averages does nothing.
-        """
+        """Save the averaged model for its `from_pretrained`, with the tracker's exact state in the same folder."""
         if not self._is_kept_elsewhere:
             ema, model = self._tracking()
             with ema.model(model, self.sigma_rel) as averaged:

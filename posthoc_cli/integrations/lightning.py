@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.integrations import (
-    figures,
-    is_sharded,
-    lengths,
-    make_tracker,
-    read_state,
-    was_left_out,
-    write_state,
-)  # fmt: skip
+from posthoc_cli.integrations import figures, is_sharded, make_tracker, read_state, was_left_out, write_state
+from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -34,53 +25,42 @@ class PostHocWeightAveraging(Callback):
 
     Each batch after which an optimizer has stepped counts once. With `validate`, validation within `fit` runs with
     that average; checkpoints hold it as `state_dict`, and the raw weights as `current_model_state`. Every checkpoint
-    holds the tracker's exact state. See the guide `trainers`.
+    holds the exact state of `ema`, the tracker, which is None before training.
 
     Arguments:
         checkpoint_dir: the directory for the snapshots.
-        validate: the average for validation and checkpoints, a sigma_rel or a text such as "decay:linear:20%"; None
-            for the raw weights. With a list, the raw weights are validated, and each average in one more pass, with
-            metrics such as `ema_0.15_val_loss`; checkpoints hold the average whose metric `ModelCheckpoint` monitors.
+        validate: that average, a sigma_rel or a text such as "decay:linear:20%"; None for the raw weights.
         copy_at_end: copy that average into the module when training ends.
         update_every_n_steps: steps between two updates of the averages; override `should_update` for other rules.
         update_starting_at_step, update_starting_at_epoch: there is no update before both.
         use_buffers: average all floating-point buffers; else average BatchNorm's running statistics and copy others.
         device: "model" for averages on the module's device, "cpu" for the host; None: see `PostHocEMA.from_model`.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
-
-    Attributes:
-        ema: the tracker, from the beginning of the training on; None before.
     """
 
     def __init__(
-        self, checkpoint_dir: str | Path, validate: float | str | Sequence[float | str] | None = None,
+        self, checkpoint_dir: str | Path, validate: float | str | None = None,
         copy_at_end: bool = False, update_every_n_steps: int = 10, update_starting_at_step: int | None = None,
         update_starting_at_epoch: int | None = None, use_buffers: bool = False, device: str | None = None,
         **options: Any,
     ) -> None:  # fmt: skip
-        if copy_at_end and (validate is None or isinstance(validate, list | tuple)):
-            raise InvalidValueError("copy_at_end", "needs one length of the average", "say validate=0.15")
-        self._lengths = lengths(validate)
-        self._single = None if isinstance(validate, list | tuple) else next(iter(self._lengths.values()), None)
-        self._saved = self._single  # the average in checkpoints
-        self._metrics: dict[str, Any] = {}  # of a list of averages
+        if copy_at_end and validate is None:
+            raise InvalidValueError("copy_at_end", "needs the length of the average", "say validate=0.15")
+        self._wanted = [] if validate is None else [as_target(validate)]
         self.checkpoint_dir, self.validate, self.copy_at_end = Path(checkpoint_dir), validate, copy_at_end
         self.update_starting_at_step, self.update_starting_at_epoch = update_starting_at_step, update_starting_at_epoch
         buffers = "average" if use_buffers else "statistics"
         self.options = {"update_every": update_every_n_steps, "buffers": buffers, "device": device, **options}
         self.ema: PostHocEMA | None = None
-        self._steps, self._stepped = 0, False
+        self._steps, self._epoch, self._stepped, self._resumed = 0, 0, False, False
         self._state: dict[str, Any] | None = None
-        self._resumed = False
         self._handles = ExitStack()  # hooks to remove when training ends
         self._swapped = ExitStack()  # averaged weights to swap out when validation ends
-        self._epoch = 0
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Return whether to call `update_` after a step, or at the end of an epoch; override it for other rules.
 
-        One of the arguments is passed, counted from 0. The averages have the right profile for any rule: each update
-        covers the time since the last one. `update_every_n_steps` counts the calls of `update_`.
+        One of the arguments is passed, counted from 0. Each update covers the time since the last one.
         """
         return (
             step_idx is not None
@@ -114,17 +94,14 @@ class PostHocWeightAveraging(Callback):
             log.warning("%s was made without this callback: the averages begin with this training", trainer.ckpt_path)
         self._state, self._resumed = None, False
         self._steps = max(self._steps, int(ema.t))  # with `resume`, the run's time continues
-        if self._lengths and any(getattr(saver, "save_weights_only", 0) for saver in trainer.checkpoint_callbacks):
+        if self._wanted and any(getattr(saver, "save_weights_only", 0) for saver in trainer.checkpoint_callbacks):
             log.warning("ModelCheckpoint(save_weights_only=True) saves raw weights: Lightning calls no callback then")
-        if self._single is None and self._lengths:
-            self._saved = self._monitored(trainer)
-            self._validate_each(trainer, pl_module)
         for optimizer in trainer.optimizers:
             self._handles.callback(optimizer.register_step_post_hook(self._after_step).remove)
 
         def log_figures(tracker: PostHocEMA) -> None:
             for logger in trainer.loggers:
-                logger.log_metrics(figures(tracker, self._lengths.values()), step=trainer.global_step)
+                logger.log_metrics(figures(tracker, self._wanted), step=trainer.global_step)
 
         ema.on_snapshot(log_figures)
 
@@ -146,21 +123,19 @@ class PostHocWeightAveraging(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swap averaged weights into the module, within `fit` and except for the sanity check."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if fitting and self.ema is not None and self._single is not None:
-            for block in self.ema.models(pl_module, [self._single]).values():
+        if fitting and self.ema is not None and self._wanted:
+            for block in self.ema.models(pl_module, self._wanted).values():
                 self._swapped.enter_context(block)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Swap the raw weights back into the module, and log the metrics of a list of averages."""
+        """Swap the raw weights back into the module."""
         self._swapped.close()
-        metrics, self._metrics = self._metrics, {}
-        pl_module.log_dict(metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a last snapshot, and with `copy_at_end` copy the average into the module."""
         self._finish()
-        if self.ema is not None and self._single is not None and self.copy_at_end:
-            self.ema.load_into(pl_module, self._single)
+        if self.ema is not None and self.copy_at_end:
+            self.ema.load_into(pl_module, self._wanted[0])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the tracker; log an error of that, which must not hide the exception."""
@@ -188,7 +163,7 @@ class PostHocWeightAveraging(Callback):
             write_state(ema, folder, pl_module)
             return
         checkpoint["averaging_state"] = ema.state_dict()
-        for block in ema.models(pl_module, [self._saved]).values() if self._saved and ema.has_average else ():
+        for block in ema.models(pl_module, self._wanted).values() if self._wanted and ema.has_average else ():
             with block:
                 averaged = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             checkpoint["current_model_state"] = checkpoint["state_dict"]
@@ -205,62 +180,11 @@ class PostHocWeightAveraging(Callback):
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped |= not was_left_out(optimizer)
 
-    def _monitored(self, trainer: Trainer) -> float | str | None:
-        """Return the average in checkpoints: the one of a list whose metric `ModelCheckpoint` monitors."""
-        monitors = [saver.monitor for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None)]
-        fitting = ([label for label in self._lengths if name.startswith(f"ema_{label}_")] for name in monitors)
-        chosen = [*dict.fromkeys(max(labels, key=len, default="") for labels in fitting)]
-        if len(chosen) > 1:
-            what = f"the average {chosen[0]}" if chosen[0] else "the raw weights"
-            log.warning("every checkpoint holds %s, though some are chosen by the metric of other weights", what)
-        return self._lengths.get(chosen[0]) if chosen else None
-
-    def _validate_each(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make each validation of this training begin with a pass for every average."""
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        run = loop.run
-
-        def run_each() -> Any:
-            loop.setup_data()
-            if loop.skip or self.ema is None:
-                return run()
-            others, loggers, metrics = trainer.callbacks, trainer.loggers, trainer.callback_metrics
-            before = dict(metrics)
-            try:  # no callback or logger sees these passes
-                trainer.callbacks, trainer.loggers = [], [_Silent(trainer.log_dir)] if loggers else []
-                for label, block in self.ema.models(pl_module, [*self._lengths.values()]).items():
-                    metrics.clear()
-                    with block:
-                        run()
-                    for name, value in metrics.items():
-                        self._metrics[f"ema_{label}_{name}".replace("/dataloader_idx", "_dataloader_idx")] = value
-            finally:
-                trainer.callbacks, trainer.loggers = others, loggers
-                metrics.clear()
-                metrics.update(before)
-            return run()
-
-        loop.run = run_each
-        self._handles.callback(vars(loop).pop, "run", None)
-
     def _finish(self) -> None:
         self._swapped.close()
         self._handles.close()
         if self.ema is not None:
             self.ema.close()
-
-
-class _Silent(DummyLogger):
-    """A logger that accepts all calls and discards everything, for modules that call their logger."""
-
-    def __init__(self, save_dir: str | None) -> None:
-        super().__init__()
-        self._save_dir = save_dir
-
-    @property
-    def save_dir(self) -> str | None:
-        """The folder of the loggers that it replaces."""
-        return self._save_dir
 
 
 _saving: WeakKeyDictionary[Trainer, Any] = WeakKeyDictionary()

@@ -29,21 +29,17 @@ class PostHocCallback(TrainerCallback):
     """Tracks averages in a trainer: `Trainer(..., callbacks=[PostHocCallback("run/ema")])`.
 
     Each step that the optimizer has taken counts. A checkpoint of the trainer holds the tracker's exact state, and
-    `train(resume_from_checkpoint=...)` continues from it. The tracker is closed when training ends. See the guide
-    `trainers`; with `evaluate`, add the callback by `PostHocCallback("run/ema", evaluate=0.15).install(trainer)`.
+    `train(resume_from_checkpoint=...)` continues from it. `ema` is the tracker, None before training, which closes it.
 
     Arguments:
         checkpoint_dir: the directory for the snapshots.
-        evaluate: an average to evaluate too, a sigma_rel or a text such as "decay:linear:20%", or a list. Each
-            evaluation runs again with averaged weights, whose metrics have the prefix `eval_ema`, of a list
-            `eval_ema_0.15`. With one of them as `metric_for_best_model`, checkpoints hold the averaged model, and
+        evaluate: an average to evaluate too, a sigma_rel or a text such as "decay:linear:20%", or a list; it needs
+            `install`. Each evaluation runs again with averaged weights, whose metrics have the prefix `eval_ema`, of a
+            list `eval_ema_0.15`. With one of them as `metric_for_best_model`, checkpoints hold the averaged model, and
             `load_best_model_at_end` loads it. Before the first update the raw weights are evaluated and saved.
         folders: save the model with that average in each checkpoint, as the folder `ema` for `from_pretrained`; of a
             list each, as `ema_0.15`.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
-
-    Attributes:
-        ema: the tracker, from the beginning of the training on; None before.
     """
 
     def __init__(
@@ -61,10 +57,7 @@ class PostHocCallback(TrainerCallback):
         self._is_left_out = False
 
     def install(self, trainer: Trainer) -> PostHocCallback:
-        """Add the callback to a trainer, so that it can evaluate and save averages. A second call does nothing.
-
-        Raises an InvalidValueError if the trainer has another such callback.
-        """
+        """Add the callback to a trainer, so that it can evaluate and save averages. A second call does nothing."""
         present = trainer.callback_handler.callbacks
         if any(isinstance(callback, PostHocCallback) and callback is not self for callback in present):
             raise _held_twice()
@@ -98,11 +91,8 @@ class PostHocCallback(TrainerCallback):
         if state.global_step:
             folder = _checkpoint(args, state)
             if not _is_of(folder, state) or not read_state(ema, folder):
-                log.warning(
-                    "%s holds no state of this callback: the averages continue from a snapshot with these weights, "
-                    "or begin with this training",
-                    folder,
-                )
+                text = "%s holds no state of this callback: the averages continue from a snapshot with these weights, "
+                log.warning(text + "or begin with this training", folder)
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
             stepping.register_step_post_hook(self._after_optimizer_step)
@@ -147,9 +137,7 @@ class PostHocCallback(TrainerCallback):
         if self.ema is None:
             return
         if state.is_hyper_param_search:
-            log.warning(
-                "the checkpoint of step %d lacks the state of the averages: trials have none", state.global_step
-            )
+            log.warning("checkpoints of trials, as of step %d, lack the state of the averages", state.global_step)
             return
         folder, trainer = _checkpoint(args, state), self._installed()
         write_state(self.ema, folder, model)
@@ -193,10 +181,8 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 def _is_of(folder: Path, state: TrainerState) -> bool:
     """Return whether a checkpoint is the one that a trainer resumed from: one elsewhere has another history."""
     path = folder / TRAINER_STATE_NAME
-    if not path.exists():
-        return False
-    histories = [TrainerState.load_from_json(str(path)).log_history, state.log_history]
-    return len({json.dumps(history) for history in histories}) == 1
+    stored = TrainerState.load_from_json(str(path)) if path.exists() else None
+    return stored is not None and json.dumps(stored.log_history) == json.dumps(state.log_history)
 
 
 def _held_twice() -> InvalidValueError:

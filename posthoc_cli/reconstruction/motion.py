@@ -15,7 +15,7 @@ Measurements are sums over the elements of all averaged tensors (not of copied o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -40,10 +40,9 @@ from posthoc_cli.profiles import (
 
 # --- nodes
 #
-# Every integral over training is a weighted sum over nodes. Motion is modelled per step, not per unit of time, since a
-# clock may advance while nothing is trained. Over the usual hundreds of updates between snapshots, integrals over time
-# are as good as sums over updates. Intervals with only a few updates are summed instead, since an average ignores how
-# the network moved between updates: their updates are the nodes.
+# Motion is modelled per step, not per time, since a clock may advance while nothing is trained. Over hundreds of
+# updates, integrals over time are as good as sums over updates. Over few they are not, since an average ignores how the
+# network moved between updates: these updates are the nodes.
 
 FEW = 8
 """Intervals of at most this many updates are summed. With more updates, integral and sum differ by less than 10 %."""
@@ -58,13 +57,9 @@ _FALL, _FALLEN = 2.0, 32.0
 MOST_POINTS = 16_384
 """Limit of the points of mass that intervals end at; among more points, evenly spaced ones are chosen."""
 
-_EQUAL = 1e-9
-"""Relative difference below which two times, or numbers of updates, are equal."""
-
-_STEP = 1e-6
-"""Half the width of the difference quotient for a target's density, as a fraction of its interval."""
-
-_BISECTIONS = 100
+_EQUAL, _STEP = 1e-9, 1e-6
+"""Relative difference below which two times, or numbers of updates, are equal; and half the width of the difference
+quotient for a target's density, as a fraction of its interval."""
 
 
 @dataclass(frozen=True)
@@ -75,25 +70,15 @@ class Steps:
     stride: int = 1
 
 
-def points_of(profiles: Iterable[StoredProfile]) -> FloatArray:
-    """Return the distinct times at which the profiles have mass, in ascending order, at most MOST_POINTS."""
-    points = np.unique(np.concatenate([np.zeros(0), *(getattr(profile, "jumps", ()) for profile in profiles)]))
-    if points.size <= MOST_POINTS:
-        return points
-    return np.asarray(points[np.linspace(0, points.size - 1, MOST_POINTS).round().astype(np.intp)])
-
-
 class Nodes:
-    """Times within (edges[0], edges[-1]] with weights, for stored profiles and the targets made of them.
+    """Times within (edges[0], edges[-1]], by which integrals over stored profiles and targets are sums.
 
     The intervals end at the given edges, at the stored profiles' times, at their points of mass and one update before
     these, over which such mass is spread, where the clock bends, and often enough for each power function to be a
     polynomial between them. Those of few updates have the updates as nodes, which follow all others.
 
-    Attributes:
-        edges: ends of the intervals, ascending: shape [K + 1].
-        interval: of each node: shape [M].
-        weight: the steps that each node stands for; without `steps`, or if not `per_step`, its time: shape [M].
+    `edges` are the ends of the intervals, [K + 1]; `interval` is that of each node, [M]; `weight` the steps that it
+    stands for, [M]; without `steps`, or if not `per_step`, its time.
     """
 
     def __init__(
@@ -102,15 +87,15 @@ class Nodes:
         low, high = float(edges.min()), float(edges.max())
         powers = [profile for profile in stored if isinstance(profile, PowerFunction)]
         self._gamma = max((profile.gamma for profile in powers), default=-1.0)
-        points = points_of(stored)
+        jumps = np.concatenate([np.zeros(0), *(getattr(profile, "jumps", ()) for profile in stored)])
+        points = _evenly_chosen(np.unique(jumps), MOST_POINTS)
         before = points - 1 if steps is None else steps.clock.time_at(steps.clock.step_at(points) - steps.stride)
         steps = steps if per_step else None
         bends = () if steps is None else steps.clock.times
         cuts = np.concatenate((edges, [profile.t for profile in stored], points, before, bends))
         base = np.unique(np.clip(cuts, low, high))
-        few, listed = np.zeros(base.size - 1, dtype=bool), np.zeros(0, dtype=np.intp)
-        self._before = self._after = np.zeros(0)
-        self._stride = 0.0
+        few, count = np.zeros(base.size - 1, dtype=bool), np.zeros(base.size, dtype=np.int64)
+        self._before, self._after, self._stride = np.zeros(0), np.zeros(0), 0.0
         if steps is not None:
             # An update exactly at an edge belongs to the interval that ends there.
             count = np.floor(steps.clock.step_at(base) / steps.stride * (1 + _EQUAL) + _EQUAL).astype(np.int64)
@@ -121,10 +106,9 @@ class Nodes:
             self._after, self._stride = steps.clock.time_at((number + 1) * steps.stride), float(steps.stride)
         self.edges = _cut(base, few, powers)
         widths = np.diff(self.edges)
-        self._density = np.ones(widths.size)  # steps per time in each interval
-        if steps is not None:
-            listed = np.repeat(np.searchsorted(self.edges, base[:-1][few]), np.diff(count)[few])
-            self._density = np.diff(steps.clock.step_at(self.edges)) / widths
+        # Steps per time in each interval.
+        self._density = np.ones(widths.size) if steps is None else np.diff(steps.clock.step_at(self.edges)) / widths
+        listed = np.repeat(np.searchsorted(self.edges, base[:-1][few]), np.diff(count)[few])
         x, w = _gauss(_ORDER if powers else 1)
         self._order, self._cells = x.size, np.flatnonzero(~few[np.searchsorted(base, self.edges[1:]) - 1])
         half = widths[self._cells, None] / 2
@@ -134,84 +118,67 @@ class Nodes:
         by_time = (self._width * self._density[self._cells, None]).ravel()
         self.weight = np.append(by_time, np.full(listed.size, self._stride))
 
-    def tails(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return the mass of each stored profile after each node: shape [M, n]."""
-        return np.stack([np.append(p.tail(self._s), self._listed(p, self._before)) for p in profiles], axis=1)
+    def columns(self, profiles: Sequence[Profile], mass: bool) -> FloatArray:
+        """Return each stored profile's mass after each node, or its `mass` there per step, per time without a clock.
 
-    def masses(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return the mass of each stored profile per step, without a clock per time, at each node: shape [M, n]."""
+        The shape is [M, n].
+        """
         begin, end = self.edges[self._cells], self.edges[self._cells + 1]
         columns = []
         for profile in profiles:
-            if isinstance(profile, PowerFunction):
-                inside = profile.density(self._s)
+            if not mass:
+                inside = profile.tail(self._s)
+            elif isinstance(profile, PowerFunction):
+                inside = profile.density(self._s) / self._density[self.interval[: self._s.size]]
             else:
                 inside = np.repeat((profile.tail(begin) - profile.tail(end)) / (end - begin), self._order)
-            inside = inside / self._density[self.interval[: inside.size]]
-            columns.append(np.append(inside, self._listed_mass(profile)))
+                inside /= self._density[self.interval[: self._s.size]]
+            columns.append(np.append(inside, self._listed(profile, mass)))
         return np.stack(columns, axis=1)
 
-    def goal_tails(self, target: Profile) -> tuple[FloatArray, FloatArray]:
-        """Return the values of a target for `tails`, [M], and the integral of the square that these miss, [K]."""
-        if self._is_resolved(target):
-            return self.tails([target])[:, 0], np.zeros(self.edges.size - 1)
-        values, missed = self._projected(target, lambda s, _: target.tail(s))
-        return np.append(values, self._listed(target, self._before)), missed
+    def goal(self, target: Profile, mass: bool) -> tuple[FloatArray, FloatArray]:
+        """Return a target's values for `columns`, [M], and the integral of the square that they miss, [K].
 
-    def goal_masses(self, target: Profile) -> tuple[FloatArray, FloatArray]:
-        """Return the values of a target for `masses`, [M], and the integral of the square that these miss, [K].
-
-        With a clock, the mass of an update is spread over it: a density that grows without bound, as at the start of a
-        1-sqrt decay, has no integrable square, although the mass of each update is finite.
+        Values inside intervals are those of the nearest polynomial there: sum_j value_j l_j with Lagrange's l_j, which
+        are orthogonal with squared norms `_width`, and with Legendre's P_k
+        l_j(x) = w_j sum_k (2 k + 1) / 2 P_k(x_j) P_k(x).
         """
-        if self._is_resolved(target):
-            return self.masses([target])[:, 0], np.zeros(self.edges.size - 1)
-
-        def mass(s: FloatArray, home: npt.NDArray[np.intp]) -> FloatArray:
-            begin, end, density = self.edges[home], self.edges[home + 1], self._density[home]
+        if isinstance(target, PowerFunction) and target.gamma <= self._gamma and target.t in self.edges:
+            return self.columns([target], mass)[:, 0], np.zeros(self.edges.size - 1)
+        s, weights, home = _resolving_nodes(target, self.edges)
+        inside = np.isin(home, self._cells)
+        s, weights, home = s[inside], weights[inside], home[inside]
+        begin, end, density = self.edges[home], self.edges[home + 1], self._density[home]
+        if mass:
+            # The mass of an update is spread over it: a density that grows without bound, as at the start of a 1-sqrt
+            # decay, has no integrable square, although the mass of each update is finite.
             reach = np.maximum(_STEP * (end - begin), self._stride / 2 / density)
             low, high = np.maximum(s - reach, begin), np.minimum(s + reach, end)
             steps = np.maximum(high - low, 1e-300) * density  # 0 in the last digits before an end
-            return np.asarray((target.tail(low) - target.tail(high)) / steps)
-
-        values, missed = self._projected(target, mass)
-        return np.append(values, self._listed_mass(target)), missed
-
-    def _is_resolved(self, target: Profile) -> bool:
-        return isinstance(target, PowerFunction) and target.gamma <= self._gamma and target.t in self.edges
-
-    def _listed_mass(self, profile: Profile) -> FloatArray:
-        """Return the mass of each listed update, per step."""
-        return (self._listed(profile, self._before) - self._listed(profile, self._after)) / (self._stride or 1.0)
-
-    def _listed(self, profile: Profile, s: FloatArray) -> FloatArray:
-        """Return the tail before or after each listed update; 0 for power functions that end before the update."""
-        end = profile.t * (1 + _EQUAL) if isinstance(profile, PowerFunction) else np.inf
-        return np.where(self._after <= end, profile.tail(s), 0.0)
-
-    def _projected(
-        self, target: Profile, value: Callable[[FloatArray, npt.NDArray[np.intp]], FloatArray]
-    ) -> tuple[FloatArray, FloatArray]:
-        """Return the polynomial nearest to a function on each interval, at its nodes, and the squares missed, [K].
-
-        A polynomial is sum_j value_j l_j with Lagrange's l_j, which are orthogonal with squared norms `_width`, and
-        with Legendre's P_k l_j(x) = w_j sum_k (2 k + 1) / 2 P_k(x_j) P_k(x).
-        """
-        s, weights, home = resolving_nodes(target, self.edges)
-        inside = np.isin(home, self._cells)
-        s, weights, home = s[inside], weights[inside], home[inside]
-        begin, end = self.edges[home], self.edges[home + 1]
+            values = (target.tail(low) - target.tail(high)) / steps
+        else:
+            values = target.tail(s)
         nodes, w = _gauss(self._order)
         x = (2 * s - begin - end) / (end - begin)
         at, of = (np.polynomial.legendre.legvander(points, self._order - 1) for points in (x, nodes))
         lagrange = at @ ((np.arange(self._order) + 0.5)[:, None] * of.T * w)
-        values, cells = value(s, home), np.searchsorted(self._cells, home)
-        sums = np.zeros_like(self._width)
+        cells, sums = np.searchsorted(self._cells, home), np.zeros_like(self._width)
         np.add.at(sums, cells, lagrange * (values * weights)[:, None])
         at_nodes = sums / self._width
         left = values - np.sum(lagrange * at_nodes[cells], axis=1)
-        missed = np.bincount(home, left**2 * weights * self._density[home], self.edges.size - 1)
-        return at_nodes.ravel(), np.asarray(missed, dtype=np.float64)
+        missed = np.bincount(home, left**2 * weights * density, self.edges.size - 1)
+        return np.append(at_nodes.ravel(), self._listed(target, mass)), np.asarray(missed, dtype=np.float64)
+
+    def _listed(self, profile: Profile, mass: bool) -> FloatArray:
+        """Return what `columns` has of each listed update; 0 for power functions that end before the update."""
+        end = profile.t * (1 + _EQUAL) if isinstance(profile, PowerFunction) else np.inf
+        before, after = (np.where(self._after <= end, profile.tail(s), 0.0) for s in (self._before, self._after))
+        return (before - after) / (self._stride or 1.0) if mass else before
+
+
+def _evenly_chosen(values: FloatArray, most: int) -> FloatArray:
+    """Return at most so many of the values, both ends included."""
+    return np.asarray(values[np.linspace(0, values.size - 1, min(values.size, most)).round().astype(np.intp)])
 
 
 def _cut(edges: FloatArray, few: npt.NDArray[np.bool_], powers: Sequence[PowerFunction]) -> FloatArray:
@@ -226,12 +193,11 @@ def _cut(edges: FloatArray, few: npt.NDArray[np.bool_], powers: Sequence[PowerFu
     return np.unique(np.concatenate(cuts))
 
 
-def resolving_nodes(profile: Profile, edges: FloatArray) -> tuple[FloatArray, FloatArray, npt.NDArray[np.intp]]:
+def _resolving_nodes(profile: Profile, edges: FloatArray) -> tuple[FloatArray, FloatArray, npt.NDArray[np.intp]]:
     """Return nodes and weights for integrals of a target between `edges`, and each node's interval: shape [M] each.
 
-    The intervals are cut at quantiles of the profile's mass: evenly spaced levels, and levels that approach 0 and 1
-    geometrically. That resolves an average over a few of thousands of steps, and finds the edges of a window up to
-    rounding.
+    The intervals are cut at quantiles of the mass, evenly spaced ones and others that approach 0 and 1 geometrically:
+    that resolves an average over a few of thousands of steps, and finds the edges of a window up to rounding.
     """
     geometric = np.exp2(-np.arange(1.0, 50.0))
     levels = np.unique(np.concatenate((np.linspace(0, 1, 65)[1:-1], geometric, 1 - geometric)))
@@ -239,7 +205,7 @@ def resolving_nodes(profile: Profile, edges: FloatArray) -> tuple[FloatArray, Fl
         quantiles = np.clip(profile.t * (1 - levels) ** (1 / (profile.gamma + 1)), edges[0], edges[-1])
     else:
         low, quantiles = np.full(levels.size, edges[0]), np.full(levels.size, edges[-1])
-        for _ in range(_BISECTIONS):
+        for _ in range(100):  # bisections, to the last bit
             middle = (low + quantiles) / 2
             above = profile.tail(middle) > levels
             low, quantiles = np.where(above, middle, low), np.where(above, quantiles, middle)
@@ -251,18 +217,13 @@ def resolving_nodes(profile: Profile, edges: FloatArray) -> tuple[FloatArray, Fl
     return points.ravel(), (half * weights).ravel(), np.repeat(interval, _FINE)
 
 
-@lru_cache
-def _gauss(order: int) -> tuple[FloatArray, FloatArray]:
-    """Return the nodes and weights of Gauss-Legendre quadrature on [-1, 1]: shape [order] each."""
-    return np.polynomial.legendre.leggauss(order)
+_gauss = lru_cache(np.polynomial.legendre.leggauss)
 
 
 def relative_width(profile: Profile, t: float) -> float:
-    """Return the standard deviation of a profile within (0, t], as a fraction of `t`, mass at its start included.
-
-    With F = 1 - tail, by partial integration the mean is t - integral F and the mean square t^2 - 2 integral s F.
-    """
-    points, weights, _ = resolving_nodes(profile, np.array([0.0, t]))
+    """Return the standard deviation of a profile within (0, t], as a fraction of `t`, mass at its start included."""
+    # With F = 1 - tail, by partial integration the mean is t - integral F and the mean square t^2 - 2 integral s F.
+    points, weights, _ = _resolving_nodes(profile, np.array([0.0, t]))
     below = (1 - profile.tail(points)) * weights
     mean = t - float(below.sum())
     return float(np.sqrt(max(t * t - 2 * float(below @ points) - mean**2, 0.0))) / t
@@ -280,8 +241,7 @@ class Motion:
     """Walk and noise, summed over all elements of the weights, constant on each segment of training.
 
     Attributes:
-        edges: ends of the segments, in units of `t`, ascending: shape [segments + 1]. The first is the time of the
-            first update.
+        edges: ends of the segments, ascending, the first at the first update: shape [segments + 1].
         walk: variance of the increments per step, v: shape [segments]; per unit of `t` if the steps are unknown.
         noise: intensity of the noise, variance times step, w: shape [segments]; 0 with too few distances.
         scatter: variance of a checkpoint about the path, from motion that is forgotten before the next one: shape
@@ -295,15 +255,15 @@ class Motion:
 
     @classmethod
     def even(cls, t: float, variance: float = ASSUMED_STRETCH**2, steps: Steps | None = None) -> Motion:
-        """Return a constant walk of total `variance` over (0, t], relative to the squared norm, without noise."""
+        """Return a constant walk of total `variance` over (0, t], without noise."""
         count = t if steps is None else float(steps.clock.step_at(t))
         return cls(np.array([0.0, t]), np.array([variance / count]), np.zeros(1))
 
     def on(self, edges: FloatArray, alone: Sequence[float] = ()) -> tuple[FloatArray, FloatArray]:
-        """Return walk and noise on intervals, each within one segment: [K + 1] to [K] each.
+        """Return walk and noise on intervals, each within one segment; the outer segments extend: [K + 1] to [K] each.
 
-        The first and the last segment extend beyond their outer edges. The intervals that end at the times `alone` are
-        single steps with much of an average's mass, as of a checkpoint: there noise is the scatter of one value.
+        Intervals that end at the times `alone` are single steps with much of an average's mass, as of a checkpoint:
+        there noise is the scatter of one value.
         """
         middle = (edges[:-1] + edges[1:]) / 2
         segment = np.clip(np.searchsorted(self.edges, middle, side="right") - 1, 0, self.walk.size - 1)
@@ -329,18 +289,7 @@ class Motion:
         return replace(self, walk=(1 - share) * self.walk, noise=self.noise + share * walked * spacing / 3)
 
 
-# --- the fit ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PairDistance:
-    """A measured squared distance between two averages, above 0, and the part of it that comes from rounding."""
-
-    later: StoredProfile
-    earlier: StoredProfile
-    squared: float
-    rounding: float
-
+# --- the fit
 
 MOST_SEGMENTS = 64
 """Limit of the number of segments; of more snapshot times, several share a segment."""
@@ -358,15 +307,28 @@ _UNSHOWN = 1e-20
 """Influence of a segment on the distances, relative to the largest, that comes from rounding alone: eps squared."""
 
 
+@dataclass(frozen=True)
+class Distance:
+    """A squared distance from the average of the profile `other`, and the part of it that comes from roundings."""
+
+    other: StoredProfile
+    squared: float
+    rounding: float
+
+
+Pair = tuple[StoredProfile, Distance]
+"""An average, and its distance from an earlier one."""
+
+
 def fit_motion(
     start: float,
     times: Sequence[float],
-    distances: Sequence[PairDistance],
+    pairs: Sequence[Pair],
     steps: Steps | None = None,
     may_have_noise: bool = True,
     ordinary: Sequence[float] = (),
-) -> Motion:
-    """Return the motion that explains measured distances best.
+) -> tuple[Motion, FloatArray]:
+    """Return the motion that explains measured distances best, and what it expects relative to them: shape [pairs].
 
     Minimises the sum of (model - 1)^2 / model, where model is an expected distance relative to the measured one, so
     that too large and too small fits cost the same, and the distances of a pause do not outweigh all others. The model
@@ -377,28 +339,23 @@ def fit_motion(
 
     which never increases the sum. The proportion of scatter, in which the model is linear too, is updated alike.
 
-    Arguments:
-        start: time of the first update.
-        times: snapshot times; those after `start` bound the segments.
-        distances: at least one, none of one profile. With enough distances noise is fitted, too: it makes successive
-            intervals differ more than a walk does.
-        steps: of the run; None if unknown.
-        may_have_noise: False where all distances carry the same information about an interval.
-        ordinary: times of ordinary averages beside which checkpoints stand. With any, checkpoints may scatter, in one
-            proportion to the walk from one such time to the next.
+    `start` is the time of the first update; the snapshots' `times` after it bound the segments. `pairs` are at least
+    one, above 0, none of one profile. With enough of them noise is fitted, too, unless all carry the same information
+    about an interval: it makes successive intervals differ more than a walk does. Beside `ordinary` averages, at these
+    times, checkpoints may scatter, in one proportion to the walk from one such time to the next.
     """
-    edges = _joined(np.unique([start, *(t for t in times if t > start)]))
+    edges = _evenly_chosen(np.unique([start, *(t for t in times if t > start)]), MOST_SEGMENTS + 1)
     if edges.size == 1:
         edges = np.array([start / 2, start])
     segments = edges.size - 1
-    walks, noises, scatters, rounding = influences(edges, distances, steps)
+    walks, noises, scatters, rounding = influences(edges, pairs, steps)
     # Averages that should be equal, and differ, are not what their files say: no motion explains them.
     explained = walks.any(axis=1) | (rounding > 0)
-    kinds = [walks, noises] if may_have_noise and len(distances) >= _DISTANCES_FOR_NOISE * segments else [walks]
-    influence, rounding = np.hstack(kinds)[explained], rounding[explained]
+    kinds = [walks, noises] if may_have_noise and len(pairs) >= _DISTANCES_FOR_NOISE * segments else [walks]
+    influence, known = np.hstack(kinds)[explained], rounding[explained]
     walk, noise = unknowns = np.zeros((2, segments))
     if not influence.any():
-        return Motion(edges, walk, noise)
+        return Motion(edges, walk, noise), rounding
     # The same walk everywhere, as large as the distances are in the mean, and far less noise.
     parts = zip(_FIRST, np.hsplit(influence, len(kinds)), strict=False)
     x = np.repeat([share / max(part.sum(axis=1).mean(), 1e-300) for share, part in parts], segments)
@@ -408,7 +365,7 @@ def fit_motion(
     rows = influence + share * scattered
     for _ in range(_UPDATES):
         total = rows.sum(axis=0)
-        weights = np.maximum(rows @ x + rounding, 1e-12) ** -2
+        weights = np.maximum(rows @ x + known, 1e-12) ** -2
         change = np.sqrt(np.divide(weights @ rows, total, out=np.ones_like(total), where=total > 0))
         if share and (each := scattered @ x).any():
             share *= np.sqrt(weights @ each / each.sum())
@@ -419,7 +376,30 @@ def fit_motion(
     for kind, values, size in fitted:
         shown = np.flatnonzero(size > _UNSHOWN * size.max())
         kind[:] = np.interp(np.arange(segments), shown, values[shown])
-    return Motion(edges, walk, noise, share * walk * spacing if len(ordinary) else None)
+    scatter = share * walk * spacing
+    expected = walks @ walk + noises @ noise + rounding + scatters @ scatter
+    return Motion(edges, walk, noise, scatter if len(ordinary) else None), np.asarray(expected)
+
+
+def influences(edges: FloatArray, pairs: Sequence[Pair], steps: Steps | None) -> tuple[FloatArray, ...]:
+    """Return the contributions to each measured distance, relative to it: a walk, a noise and a scatter of intensity 1
+    on each segment between `edges` alone, [pairs, segments] each, and rounding, [pairs].
+    """
+    place: dict[StoredProfile, int] = {}
+    columns = [[place.setdefault(p, len(place)) for p in (later, each.other)] for later, each in pairs]
+    nodes = Nodes(edges, list(place), steps)
+    first = np.searchsorted(nodes.edges, edges[:-1])
+    segment = np.searchsorted(first, nodes.interval, side="right") - 1
+    tails, masses = (nodes.columns(list(place), mass) for mass in (False, True))
+    walk, noise, scatter = np.zeros((3, len(pairs), edges.size - 1))
+    for row, ((profile, each), (later, earlier)) in enumerate(zip(pairs, columns, strict=True)):
+        for kind, values in ((walk, tails), (noise, masses)):
+            squares = (values[:, later] - values[:, earlier]) ** 2
+            kind[row] = np.bincount(segment, nodes.weight * squares, edges.size - 1) / each.squared
+        if walk[row].any():  # else an average that is a copy of the checkpoint
+            points = [one.t for one in (profile, each.other) if isinstance(one, Point)]
+            np.add.at(scatter[row], _segments(edges, points), 1 / each.squared)
+    return walk, noise, scatter, np.array([min(each.rounding / each.squared, 1.0) for _, each in pairs])
 
 
 def _segments(edges: FloatArray, times: npt.ArrayLike) -> npt.NDArray[np.intp]:
@@ -433,46 +413,7 @@ def spacing_of(edges: FloatArray, times: Sequence[float], steps: Steps | None) -
     return np.asarray(np.diff(edges if steps is None else steps.clock.step_at(edges)) / np.maximum(count, 1))
 
 
-def _joined(edges: FloatArray) -> FloatArray:
-    """Return the ends of at most `MOST_SEGMENTS` intervals, evenly chosen among the edges."""
-    places = np.linspace(0, edges.size - 1, min(edges.size, MOST_SEGMENTS + 1)).round().astype(np.intp)
-    return np.asarray(edges[places])
-
-
-def influences(
-    edges: FloatArray, distances: Sequence[PairDistance], steps: Steps | None
-) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Return the contributions to each measured distance, relative to it.
-
-    These are a walk, a noise and a scatter of intensity 1 on each segment between `edges` alone, [distances, segments]
-    each, and rounding, [distances].
-    """
-    place: dict[StoredProfile, int] = {}
-    pairs = [[place.setdefault(p, len(place)) for p in (each.later, each.earlier)] for each in distances]
-    nodes = Nodes(edges, list(place), steps)
-    first = np.searchsorted(nodes.edges, edges[:-1])
-    segment = np.searchsorted(first, nodes.interval, side="right") - 1
-    tails, masses = nodes.tails(list(place)), nodes.masses(list(place))
-    walk, noise, scatter = np.zeros((3, len(distances), edges.size - 1))
-    for row, (each, (later, earlier)) in enumerate(zip(distances, pairs, strict=True)):
-        for kind, values in ((walk, tails), (noise, masses)):
-            squares = (values[:, later] - values[:, earlier]) ** 2
-            kind[row] = np.bincount(segment, nodes.weight * squares, edges.size - 1) / each.squared
-        if walk[row].any():  # else an average that is a copy of the checkpoint
-            points = [profile.t for profile in (each.later, each.earlier) if isinstance(profile, Point)]
-            np.add.at(scatter[row], _segments(edges, points), 1 / each.squared)
-    rounding = np.array([min(each.rounding / each.squared, 1.0) for each in distances])
-    return walk, noise, scatter, rounding
-
-
-def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:
-    """Return the distances that are expected with this motion, relative to the measured ones: shape [distances]."""
-    walks, noises, scatters, rounding = influences(motion.edges, distances, steps)
-    expected = walks @ motion.walk + noises @ motion.noise + rounding
-    return np.asarray(expected if motion.scatter is None else expected + scatters @ motion.scatter)
-
-
-# --- the sketch ------------------------------------------------------------------------------------
+# --- the sketch
 
 _POINTS = 4
 """Number of points in a window at which tails are evaluated."""
@@ -489,16 +430,13 @@ class Sketch:
         |error|^2 = |sum_k g_k m_k|^2 ~ |sum_k g_k x_k|^2 = |sum_k G_k (x_k+1 - x_k)|^2,    G = sum_i c_i tail_i - tail,
 
     with G at the ends of the windows. That assumes that G is linear within a window: the shorter the windows, the more
-    exact it is. Within window k, G departs from the line by b_k in the mean, and the motion there is inferred from its
-    neighbours. Steady motion, from the previous window to the next one, adds b_k times itself to the error. The rest is
-    unseen: motion that the neighbours do not predict, as of a walk, and the part of the window's spread that is not
-    steady motion, as of noise.
+    exact it is. Within window k, G departs from the line by b_k in the mean. Steady motion, from the previous window to
+    the next one, adds b_k times itself to the error. The rest is unseen: motion that the neighbours do not predict, as
+    of a walk, and the part of the window's spread that is not steady motion, as of noise.
 
-    Attributes:
-        edges: the time of the first update, then that of the last update in each window: shape [K + 1].
-        folds: the number of folds in each window: shape [K].
-        means: projected mean of each window: shape [K, D].
-        spread: mean squared distance of the folds' weights from their window's mean: shape [K].
+    `edges` are the times of the first update and of the last one in each window, [K + 1]; of each window `folds` is the
+    number of folds, [K], `means` the projected mean, [K, D], and `spread` the mean squared distance of the folds'
+    weights from it, [K].
     """
 
     edges: FloatArray
@@ -507,10 +445,7 @@ class Sketch:
     spread: FloatArray
 
     def measured(self, profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        """Return a column per profile whose combinations are errors: projected, [D, n], and unseen, [K + 2, n].
-
-        The projected columns are the averages, relative to the weights of the first window.
-        """
+        """Return a column per profile whose combinations are errors: projected, [D, n], and unseen, [K + 2, n]."""
         tails = np.stack([profile.tail(self.edges) for profile in profiles], axis=1)
         place = (np.arange(_POINTS) + 0.5) / _POINTS
         times = (self.edges[:-1, None] + np.diff(self.edges)[:, None] * place).ravel()
@@ -564,7 +499,7 @@ class Sketch:
         directions has errors in those that it does not show. Without that distinction errors of oscillations are up to
         400 times larger; leaving out 4 or 16 directions in place of 1 makes a few ordinary ones larger.
         """
-        edges = _joined(self.edges[np.diff(self.edges, prepend=-np.inf) > 0])
+        edges = _evenly_chosen(self.edges[np.diff(self.edges, prepend=-np.inf) > 0], MOST_SEGMENTS + 1)
         if edges.size < 2:
             return Motion(np.array([self.edges[0] / 2, self.edges[0]]), np.zeros(1), np.zeros(1))
         misses = self._misses
@@ -622,7 +557,7 @@ class Sketch:
         return np.pad(squares, 1, mode="edge")
 
 
-# --- stored averages ----------------------------------------------------------------------------------
+# --- stored averages
 
 MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
 
@@ -635,22 +570,10 @@ values are evenly distributed, the mean square of m in [1, 2) is 3 / (2 ln 2).
 
 
 @dataclass(frozen=True)
-class Distance:
-    """The squared distance of an average from the one of the profile `other`, and the part of it from roundings."""
-
-    other: StoredProfile
-    squared: float
-    rounding: float
-
-
-@dataclass(frozen=True)
 class Measurements:
-    """The measurements of one stored average; for a large model estimates from one subset of the elements.
+    """The squared norms of an exact average and of what its stored copy differs by; estimates for a large model.
 
-    Attributes:
-        norm: squared norm of the exact average.
-        rounding: squared norm of the difference between the stored copy and the exact average.
-        distances: to other averages, where both were sampled from files; headers hold none.
+    `distances` are to other averages, where both were sampled from files; headers hold none.
     """
 
     norm: float
@@ -660,14 +583,10 @@ class Measurements:
 
 @dataclass(frozen=True)
 class StoredAverage:
-    """A stored average and its measurements.
+    """A stored average of so many updates, and its measurements.
 
     Attributes:
-        profile: of its tracker, of a checkpoint or of an average over known times.
-        updates: number of updates in the average.
         eps: distance from 1 to the next number of the accumulator's dtype.
-        measurements: None if nothing was measured.
-        steps: the run's steps up to that time; None if unknown.
         inherited: expected squared error that remains from rounded snapshots from which the run was resumed.
         gammas: exponents of all profiles that share means with this one; empty if its means have its own weights.
         t_first: time of a power function's first update: its mass before that applies to the values of that time.
@@ -701,7 +620,7 @@ class StoredAverage:
         return float(np.sum((1 - self.profile.tail(self.profile.times)) ** 2))
 
 
-# --- the prior ----------------------------------------------------------------------------------------
+# --- the prior
 
 
 @dataclass(frozen=True)
@@ -709,17 +628,16 @@ class Prior:
     """What is known about snapshots in addition to their profiles. Arrays are in the snapshots' order: shape [n] each.
 
     Attributes:
-        motion: of the network.
         rounding: variance of each stored copy's rounding, r_i; 0 for an exact copy.
         arithmetic: variance of each average from the arithmetic of its updates.
         norm: squared norm of each average.
         source: where the numbers come from: "measured" while training, "sampled" from the files, or "assumed".
-        steps: of the run; None if unknown.
-        doubt: how badly the motion explains the measured distances, see `_doubt`.
-        sketch: of the path of the weights; None if the hook made none.
-        shared: errors that averages have in common, as independent components: shape [n, components]; None for none.
+        doubt: how badly the motion explains the distances: the root mean square of log(measured / expected). A walk
+            with noise explains those of ordinary training within a few per cent; if the path oscillates, or is smooth
+            between snapshots, some are many times larger than expected, and others smaller.
+        shared: errors that averages have in common, as independent components: shape [n, components].
         passed_on: the share of the rounding error of copy i that average j inherited, since the run was resumed from
-            the copy: shape [n, n]; None for none.
+            the copy: shape [n, n].
         uneven: squared displacements in squared spacings of the storage dtype, relative to their mean, of classes of
             elements with equal shares of the rounding: shape [classes]; None for equal ones.
     """
@@ -755,27 +673,26 @@ class Prior:
         return replace(self, source=SAMPLED) if self.source == MEASURED else self
 
     def stretched(self, steps: float, t: float, norm: float) -> Motion:
-        """Return the motion of a run with `steps` steps that takes the path up to `t`, relative to a squared norm.
-
-        The increments over dn steps have the variance v dn, so that v shrinks as the number of steps grows. Densities
-        shrink, too, and integral w p^2 dn with them, so that w grows.
-        """
+        """Return the motion of a run with `steps` steps that takes the path up to `t`, relative to a squared norm."""
         motion = self.motion
         edges = motion.edges if self.steps is None else self.steps.clock.step_at(motion.edges)
         factor = steps / (t if self.steps is None else float(self.steps.clock.step_at(t)))
         # The new run moves from its start, even if the averages of this run began later.
         edges = np.concatenate(([0.0], edges[1:] * factor))
+        # Increments over dn steps have the variance v dn, so that v shrinks as the number of steps grows. Densities
+        # shrink, too, and integral w p^2 dn with them, so that w grows.
         return Motion(edges, motion.walk / (factor * norm), motion.noise * factor / norm)
 
 
 def assumed_prior(snapshots: Sequence[StoredProfile], rounding: float = 0.0, motion: Motion | None = None) -> Prior:
-    """Return the prior of planned or unmeasured snapshots, relative to the norm.
-
-    `rounding` is the root mean square error of a stored copy; `motion` is an even walk by default.
-    """
+    """Return the prior of planned or unmeasured snapshots, relative to the norm; `rounding` is root mean square."""
     ones = np.ones(len(snapshots))
     motion = motion or Motion.even(max(p.t for p in snapshots))
     return Prior(motion, rounding**2 * ones, 0 * ones, ones, ASSUMED)
+
+
+_NEGLIGIBLE = 1e-4
+"""Squared distance, relative to the largest one, below which its exact value hardly matters."""
 
 
 def measured_prior(
@@ -783,24 +700,22 @@ def measured_prior(
 ) -> Prior:
     """Return the prior from the measurements of a run's averages, or `assumed_prior` if any average has none.
 
-    The order of the averages affects only the order of the arrays. `sketch` covers the path up to the last average;
-    `uneven` is that of `Prior`.
+    The order of the averages affects only that of the arrays. `sketch` covers the path up to the last one.
     """
     profiles = [average.profile for average in averages]
     measured = [average.measurements for average in averages if average.measurements is not None]
     if not measured or len(measured) < len(averages):
         return assumed_prior(profiles)
-    norm = np.array([measurements.norm for measurements in measured])
-    rounding = np.array([measurements.rounding for measurements in measured])
+    norm, rounding = (np.array(each) for each in zip(*((m.norm, m.rounding) for m in measured), strict=True))
     counts, eps = np.array([(average.roundings, average.eps) for average in averages]).T
     arithmetic = norm * (ROUNDING * eps) ** 2 * counts
     in_order = sorted(range(len(averages)), key=lambda i: _order_of(profiles[i]))
     steps = averages[in_order[-1]].steps
-    distances = [] if sketch else _distances([(profiles[i], measured[i], arithmetic[i]) for i in in_order])
+    pairs = [] if sketch else _pairs([(profiles[i], measured[i], arithmetic[i]) for i in in_order])
     doubt = 0.0
     if sketch is not None:
         motion = sketch.motion(steps)
-    elif distances:
+    elif pairs:
         # Other libraries' averages of one time take the mean of the same weights in late intervals: with noise in place
         # of a walk, combinations were up to 28 times as far off.
         discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
@@ -808,49 +723,34 @@ def measured_prior(
         every = all(isinstance(p, Point) or (isinstance(p, OrdinaryEMA) and p.settings["every"] == 1) for p in profiles)
         beside = discrete if every and any(isinstance(p, Point) for p in profiles) else []
         start, times = min(average.start for average in averages), [profile.t for profile in profiles]
-        fitted = fit_motion(start, times, distances, steps, not discrete, beside)
-        doubt = _doubt(fitted, distances, steps)
+        fitted, expected = fit_motion(start, times, pairs, steps, not discrete, beside)
+        squares = np.array([each.squared for _, each in pairs])
+        least = _NEGLIGIBLE * squares.max()
+        doubt = float(np.sqrt(np.mean(np.log((squares * expected + least) / (squares + least)) ** 2))) / 2
         motion = fitted.with_forgotten(spacing_of(fitted.edges, discrete, steps))
     else:
         motion = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
     # Weights that are all 0 have distances, but all of these are 0.
     still = not norm.any() and any(measurements.distances for measurements in measured)
-    source = MEASURED if distances or still or sketch is not None else ASSUMED
+    source = MEASURED if pairs or still or sketch is not None else ASSUMED
     shared, passed_on = _shared(averages, rounding, sketch)
     return Prior(motion, rounding, arithmetic, norm, source, steps, doubt, sketch, shared, passed_on, uneven)
 
 
 def misfit(averages: Sequence[StoredAverage]) -> float:
-    """Return how badly even the best motion explains the distances: the root mean square of log(measured / fitted).
-
-    Return nan with fewer than two distances above 0, and infinity where no motion can explain them.
+    """Return the root mean square of log(measured / expected) for the best motion; infinity where none explains the
+    distances, and nan with fewer than two of them.
     """
     measured = [(one.profile, one.measurements, 0.0) for one in averages if one.measurements is not None]
-    distances = _distances(measured)
-    if len(distances) < 2:
+    pairs = _pairs(measured)
+    if len(pairs) < 2:
         return math.nan
-    steps, start, times = averages[0].steps, min(average.start for average in averages), [p.t for p, _, _ in measured]
-    even = Motion(np.array([start, max(times)]), np.ones(1), np.ones(1))
-    if start >= max(times) or np.any(expected_distances(even, distances, steps) <= 0):
-        return math.inf  # profiles that are equal have no distance, whatever the motion
-    motion = fit_motion(start, times, distances, steps)
-    return float(np.sqrt(np.mean(np.log(expected_distances(motion, distances, steps)) ** 2)))
-
-
-_NEGLIGIBLE = 1e-4
-"""Squared distance, relative to the largest one, below which its exact value hardly matters."""
-
-
-def _doubt(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> float:
-    """Return how badly the motion explains the distances: the root mean square of log(measured / expected).
-
-    A walk with noise whose sizes vary explains the distances of ordinary training within a few per cent. If the path
-    oscillates, or is smooth between snapshots, some are many times larger than expected, and others smaller.
-    """
-    measured = np.array([distance.squared for distance in distances])
-    least = _NEGLIGIBLE * measured.max()
-    expected = measured * expected_distances(motion, distances, steps)
-    return float(np.sqrt(np.mean(np.log((expected + least) / (measured + least)) ** 2))) / 2
+    start, times = min(average.start for average in averages), [profile.t for profile, _, _ in measured]
+    if start >= max(times):
+        return math.inf
+    _, expected = fit_motion(start, times, pairs, averages[0].steps)
+    # Profiles that are equal have no distance, whatever the motion.
+    return float(np.sqrt(np.mean(np.log(expected) ** 2))) if expected.all() else math.inf
 
 
 def _shared(
@@ -863,11 +763,10 @@ def _shared(
     rows, passed_on = [np.zeros((0, len(tracked)))], np.zeros((len(averages), len(averages)))
     inherited = np.array([average.inherited for average in averages])
     if inherited.any():
-        order = np.argsort(times, kind="stable")
-        ordered = np.array(tracked)[order]
-        factor, passed = inherited_factor(inherited[ordered], rounding[ordered], gammas[order], times[order])
-        passed_on[np.ix_(ordered, ordered)] = passed
-        rows.append(factor[:, np.argsort(order)])
+        factor, passed_on[np.ix_(tracked, tracked)] = inherited_factor(
+            inherited[tracked], rounding[tracked], gammas, times
+        )
+        rows.append(factor)
     largest = max((gamma for average in averages for gamma in average.gammas), default=0.0)
     steps = averages[-1].steps
     if sketch is not None and steps is not None and np.any(gammas < largest):
@@ -885,12 +784,12 @@ def _order_of(profile: StoredProfile) -> tuple[float, float, float]:
     return profile.t, np.inf, float(profile.tail(profile.t / 2))
 
 
-def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> list[PairDistance]:
+def _pairs(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> list[Pair]:
     """Return the measured distance of each pair of averages; if a pair has several records, the last one.
 
     Pairs of one power function, up to rounding, are left out: no motion explains their distance.
     """
-    distances: dict[tuple[tuple[float, ...], ...], PairDistance] = {}
+    pairs: dict[tuple[tuple[float, ...], ...], Pair] = {}
     floor = 1e-18 * max((measurements.norm for _, measurements, _ in averages), default=0.0)
     for profile, measurements, arithmetic in averages:
         for distance in measurements.distances:
@@ -904,9 +803,9 @@ def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) ->
             squared = max(distance.squared, noise, floor)
             if squared > 0:
                 # A gamma that was computed elsewhere may differ in its last bits.
-                pair = tuple((t, round(gamma, 9), half) for t, gamma, half in keys)
-                distances[pair] = PairDistance(later, earlier, squared, noise)
-    return list(distances.values())
+                key = tuple((t, round(gamma, 9), half) for t, gamma, half in keys)
+                pairs[key] = later, Distance(earlier, squared, noise)
+    return list(pairs.values())
 
 
 # --- correlated roundings --------------------------------------------------------------------------
@@ -922,15 +821,13 @@ def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) ->
 # they do not, it is the mean over classes of elements that do. As a function of expected squared distances it is a
 # mixture of Gaussian kernels, hence positive semidefinite.
 
-_FAR = 12.0
-"""Squared distance d / r beyond which the correlation is negligible: exp(-pi^2 / 6 * 12) = 3e-9."""
+_FAR, _SLOWEST = 12.0, 1e-4
+"""Squared distance d / r beyond which the correlation is negligible, exp(-pi^2 / 6 * 12) = 3e-9; and the slowest class
+of elements."""
 
 _LARGEST = 0.99
 """Correlation of the errors of two copies without motion between them. With 1, coefficients of opposite signs could
 cancel errors whose sizes differ a little, and grow without bound."""
-
-_SLOWEST, _TABULATED = 1e-4, 512
-"""The slowest class of elements, and the number of distances at which the correlation is evaluated."""
 
 
 def rounding_factor(
@@ -938,8 +835,8 @@ def rounding_factor(
 ) -> FloatArray:
     """Return a matrix B such that B^T B is the covariance of the stored copies' errors: shape [n, n].
 
-    `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` holds the expected squared
-    distances of the averages, [n, n]; `uneven` is that of `Prior`.
+    `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` are expected squared
+    distances, [n, n].
     """
     root = np.sqrt(rounding)
     scale = root[:, None] * root
@@ -949,7 +846,7 @@ def rounding_factor(
     if not near.any():
         return np.diag(np.sqrt(rounding + arithmetic))
     correlation = np.eye(root.size)
-    distances = np.append(0.0, np.geomspace(1e-6, _FAR / speeds.min(), _TABULATED))
+    distances = np.append(0.0, np.geomspace(1e-6, _FAR / speeds.min(), 512))
     tabulated = np.mean([_correlation(speed * distances) for speed in speeds], axis=0)
     correlation[near] = _LARGEST * np.interp(apart[near] / scale[near], distances, tabulated)
     # NumPy's eigh uses divide and conquer; the QR driver fails on about 1 % of these clustered spectra.
@@ -969,20 +866,18 @@ _SAME = 0.98
 def inherited_factor(
     inherited: FloatArray, rounding: FloatArray, gamma: FloatArray, times: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Return the errors that averages inherited from rounded snapshots, in two parts: shape [n, n] each.
+    """Return the errors that averages inherited from rounded snapshots, in two parts: shapes [2 n, n] and [n, n].
 
     An average at t keeps the share (t_i / t)^(gamma + 1) of the error of an earlier average of its profile. If as much
     as the earlier one's rounding was added between the two, the run was resumed from that copy, and the rounding errors
     are the same: the second result R has the shares, R_ij of copy i in average j. The rest arose from copies that are
-    gone; B^T B is its covariance, with B the first result, [2 n, n].
-
-    Arguments are the variances of what was inherited and of the stored copies' roundings, exponents, and the times in
-    ascending order: shape [n] each.
+    gone; B^T B is its covariance, with B the first result. Arguments are variances, exponents, and times.
     """
     factor, passed_on = np.zeros((2, times.size, times.size))
-    for profile in (np.flatnonzero(gamma == exponent) for exponent in np.unique(gamma)):
+    by_time = np.argsort(times, kind="stable")
+    for profile in (by_time[gamma[by_time] == exponent].tolist() for exponent in np.unique(gamma)):
         factor[profile[0], profile[0]] = np.sqrt(inherited[profile[0]])
-        for before, after in pairwise(profile.tolist()):
+        for before, after in pairwise(profile):
             share = (times[before] / times[after]) ** (gamma[after] + 1)
             kept, copied = share**2 * inherited[before], share**2 * rounding[before]
             part = share * np.sqrt(min(1.0, inherited[after] / kept)) if kept > 0 else 0.0
@@ -1000,11 +895,11 @@ def inherited_factor(
 def error_after_rounding(error: float, rounding: float, spread: float, moved: float, share: float) -> float:
     """Return the expected squared error of an average that resumes from its stored copy, `error` before the rounding.
 
-    The values of a copy are representable in the storage dtype, so that the next rounding depends only on the
-    displacement from them: `share`, the mass of the values since the last resume, times the average's lag, of which the
-    same share is forgotten. Two consecutive displacements differ by 2 share times their square; where that is small,
-    the errors have one sign and add up. `rounding` is the squared error of the last rounding, `spread` its expectation
-    for arbitrary values; `moved` is the squared distance from the copy of the last resume.
+    A copy's values are representable in the storage dtype, so that the next rounding depends only on the displacement
+    from them: `share`, the mass of the values since the last resume, times the average's lag, of which the same share
+    is forgotten. Two consecutive displacements differ by 2 share times their square; where that is small, the errors
+    have one sign and add up. `rounding` is the last squared error, `spread` its expectation for arbitrary values, and
+    `moved` the squared distance from the copy of the last resume.
     """
     correlation = float(_correlation(np.array([2 * share * moved / spread]))[0]) if spread > 0 else 0.0
     return error + rounding + 2 * correlation * float(np.sqrt(error * rounding))

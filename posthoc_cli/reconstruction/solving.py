@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -49,13 +50,11 @@ def check_method(method: str | None) -> str:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Coefficients for targets, under the prior of the snapshots.
+    """Coefficients for targets, [snapshots, targets], each column of sum 1, under the prior of the snapshots.
 
-    Attributes:
-        coefficients: shape [snapshots, targets]; each column sums to 1.
-        profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure; float64 limits it to
-            about 1e-7. For checkpoints, whose mass is at single steps, it is far above 1 and says little.
-        predicted_error: shape [targets]; expected relative L2 error of the weights.
+    `profile_error`, [targets], is the paper's measure || sum_i c_i p_i - p || / || p ||; float64 limits it to about
+    1e-7. For checkpoints, whose mass is at single steps, it is far above 1 and says little. `predicted_error`,
+    [targets], is the expected relative L2 error of the weights.
     """
 
     coefficients: FloatArray
@@ -87,8 +86,7 @@ def reconstruct(
     """Return the coefficients of the snapshots that reconstruct each target.
 
     Arguments:
-        snapshots: profiles of the stored averages (power functions, checkpoints, averages over known times), at least
-            one, distinct, none after `t`.
+        snapshots: profiles of the stored averages, at least one, distinct, none after `t`.
         targets: profiles. An array of coefficients, [snapshots], in place of a profile is used unchanged.
         method: "minvar", minimum variance, or "paper", the published one; by default the first.
         prior: of the snapshots; by default even motion without rounding.
@@ -129,11 +127,8 @@ def reconstruct(
 class LeastSquares:
     """argmin_x || factor x - goals || with one factorisation for any number of goals.
 
-    The directions of `factor` whose size is zero up to rounding are left out; `size` is that of the numbers whose
-    differences `factor` holds.
-
-    Attributes:
-        inverse: W with W W^T = (factor^T factor)^-1 on the other directions: shape [columns, rank].
+    The directions of `factor` whose size is zero up to rounding are left out, relative to `size`, that of the numbers
+    whose differences it holds. `inverse` is W with W W^T = (factor^T factor)^-1 on the others, [columns, rank].
     """
 
     def __init__(self, factor: FloatArray, size: float = 0.0) -> None:
@@ -188,30 +183,20 @@ _TIMES_ALONE = 16
 """Number of newest times whose snapshots are compared, each alone, with a reconstruction: where weights oscillate, an
 earlier one may be nearest (measured: 5 times nearer, for a sawtooth of 70 steps and snapshots of 100)."""
 
-_SURE = 0.25
-"""Doubt up to which the motion is trusted. For recorded runs it is 0.05 to 0.29, for oscillations 0.6 to 3."""
-
-_CAUTION = 6.0
-"""Each unit of doubt beyond `_SURE` makes a gain e**6 times less certain."""
-
-_WIDENING = 1.3
-"""Each unit of doubt beyond `_SURE` widens errors from motion by e**1.3 (measured: for oscillations in step with the
-snapshots they were up to 80 times off). A larger number would hold more often, and be too high more often."""
+_SURE, _CAUTION, _WIDENING = 0.25, 6.0, 1.3
+"""Doubt up to which the motion is trusted: for recorded runs it is 0.05 to 0.29, for oscillations 0.6 to 3. Each unit
+beyond makes a gain e**6 times less certain, and widens errors from motion by e**1.3 (measured: for oscillations in step
+with the snapshots they were up to 80 times off; a larger number would hold, and be too high, more often)."""
 
 
-@dataclass(frozen=True)
-class Goals:
-    """Targets as columns of the least-squares problem of minimum variance.
-
-    Attributes:
-        stored: the column and the snapshot of each target that is a stored power function.
-        columns: expected rows, then measured ones: shape [rows, targets].
-        unreachable: the part of each expected squared error that no coefficients change: shape [targets].
-    """
+class Goals(NamedTuple):
+    """Targets as columns of the least-squares problem of minimum variance: expected rows, then measured ones."""
 
     stored: Sequence[tuple[int, int]]
+    """The column and the snapshot of each target that is a stored power function."""
     columns: FloatArray
     unreachable: FloatArray
+    """The part of each expected squared error that no coefficients change."""
 
 
 class Problem:
@@ -222,7 +207,6 @@ class Problem:
 
     def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
         self._stored, self._prior = snapshots, prior
-        self._place = {snapshot: row for row, snapshot in enumerate(snapshots)}
         times = np.array([profile.t for profile in snapshots])
         self._edges = np.unique(np.concatenate(([0.0, t], times)))
         distinct = self._edges[np.isin(self._edges, times)]
@@ -233,12 +217,14 @@ class Problem:
         start = min(float(prior.motion.edges[0]), t)
         self._nodes = Nodes(np.clip(np.concatenate((prior.motion.edges, times, [t])), start, t), snapshots, prior.steps)
         alone = [p.t if isinstance(p, Point) else p.t_first for p in snapshots if isinstance(p, Point | Discrete)]
-        self._walk, self._noise = prior.motion.on(self._nodes.edges, alone)
         # The rows of the expected error; with a sketch the mean of expected and measured errors is minimised.
         self._half = np.sqrt(0.5) if prior.sketch is not None else 1.0
-        self._root_walk, self._root_noise = (
-            self._half * np.sqrt(self._nodes.weight * each[self._nodes.interval]) for each in (self._walk, self._noise)
-        )
+        sizes = zip((False, True), prior.motion.on(self._nodes.edges, alone), strict=True)
+        self._kinds = [
+            (mass, each, self._half * np.sqrt(self._nodes.weight * each[self._nodes.interval]))
+            for mass, each in sizes
+            if each.any() or not mass
+        ]
         self._expected = self._expected_rows(snapshots)
         # The measured error, whose rows are the expected ones if there is no sketch: seen and unseen.
         self._sketched = () if prior.sketch is None else prior.sketch.measured(snapshots)
@@ -246,28 +232,25 @@ class Problem:
         self._factor = np.vstack((self._expected, *(self._half * rows for rows in self._sketched), self._errors))
 
     def _expected_rows(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return the columns of stored profiles in the expected error."""
-        rows = self._root_walk[:, None] * self._nodes.tails(profiles)
-        if not self._noise.any():
-            return rows
-        return np.vstack((rows, self._root_noise[:, None] * self._nodes.masses(profiles)))
+        """Return the columns of stored profiles in the expected error: for the walk, and for noise if there is any."""
+        return np.vstack([roots[:, None] * self._nodes.columns(profiles, mass) for mass, _, roots in self._kinds])
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """Return the targets as columns of the problem, the argument of the other methods."""
         columns, unreachable = np.zeros((self._factor.shape[0], len(targets))), np.zeros(len(targets))
         for k, target in enumerate(targets):
-            tail, missed = self._nodes.goal_tails(target)
-            rows, unreachable[k] = [self._root_walk * tail], self._walk @ missed
-            if self._noise.any():
-                mass, missed = self._nodes.goal_masses(target)
-                rows.append(self._root_noise * mass)
-                unreachable[k] += self._noise @ missed
+            rows = []
+            for mass, sizes, roots in self._kinds:
+                values, missed = self._nodes.goal(target, mass)
+                rows.append(roots * values)
+                unreachable[k] += sizes @ missed
             if self._prior.sketch is not None:
                 rows += (self._half * each[:, 0] for each in self._prior.sketch.measured([target]))
             column = np.concatenate(rows)
             columns[: column.size, k] = column
-        powers = ((k, self._place.get(target)) for k, target in enumerate(targets) if isinstance(target, PowerFunction))
-        return Goals([(k, row) for k, row in powers if row is not None], columns, self._half**2 * unreachable)
+        place = {snapshot: row for row, snapshot in enumerate(self._stored) if isinstance(snapshot, PowerFunction)}
+        stored = [(k, place[target]) for k, target in enumerate(targets) if target in place]
+        return Goals(stored, columns, self._half**2 * unreachable)
 
     def solve(self, targets: Sequence[Profile], method: str) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return coefficients, [snapshots, targets], profile errors and predicted errors, [targets] each."""
@@ -275,7 +258,7 @@ class Problem:
         nodes, factor, problem = self._published
         profiles, norms = np.zeros((factor.shape[0], len(targets))), np.zeros(len(targets))
         for k, target in enumerate(targets):
-            mass, missed = nodes.goal_masses(target)
+            mass, missed = nodes.goal(target, mass=True)
             profiles[:, k], norms[k] = np.sqrt(nodes.weight) * mass, missed.sum()
         # Algorithm 3 of the paper, divided by the sum; nan for a target without mass here.
         solution = problem.solve(profiles)
@@ -316,15 +299,14 @@ class Problem:
     def expected_squares(self, coefficients: FloatArray, goals: Goals, solved: bool = False) -> FloatArray:
         """Return E |error|^2 of targets, each with its column of coefficients of sum 1: shape [2, targets].
 
-        The rows are the parts from motion and from rounding. The former is measured if there is a sketch, otherwise
-        expected and widened by the doubt. Each residual of coefficients that were `solved` for is scaled to what it
-        would be if the solution had left its row out.
+        The rows are the parts from motion, measured if there is a sketch, otherwise expected and widened by the doubt,
+        and from rounding. Residuals of `solved` coefficients are scaled to what they would be without their rows.
         """
         missed = self._factor @ coefficients - goals.columns
         first, last = len(self._expected), len(self._factor) - len(self._errors)
         if self._prior.sketch is None:
-            beyond = max(0.0, self._prior.doubt - _SURE)
-            motion = (goals.unreachable + np.sum(missed[:last] ** 2, axis=0)) * np.exp(2 * _WIDENING * beyond)
+            widening = np.exp(2 * _WIDENING * max(0.0, self._prior.doubt - _SURE))
+            motion = (goals.unreachable + np.sum(missed[:last] ** 2, axis=0)) * widening
         else:
             measured = missed[first:last]
             if solved:
@@ -346,15 +328,14 @@ class Problem:
 
     def losses(self, targets: Sequence[Profile]) -> Losses:
         """Return the targets' squared errors as snapshots are lost."""
-        goals = self.goals(targets)
-        return Losses(self._factor, goals.columns, goals.unreachable)
+        return Losses(self._factor, *self.goals(targets)[1:])
 
     def _best_measured(self, optimal: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
         """Return the optimal coefficients if they are clearly better than others, else the best others, with squares.
 
-        Others are the published ones, and each snapshot of the newest times alone. Projections overstate or understate
-        motion, of all coefficients alike if it has one direction; rounding is known. The optimal ones must be better
-        either way, by the standard deviation of a squared length that D numbers show, sqrt(2 / D).
+        Others are the published ones, and each snapshot of the newest times alone. Projections may overstate or
+        understate motion, by the standard deviation of a squared length that D numbers show, sqrt(2 / D), while
+        rounding is known: the optimal ones must be better either way.
         """
         every = np.arange(optimal.shape[1])
         alone = np.eye(len(self._stored))[:, self._newest]
@@ -383,7 +364,7 @@ class Problem:
 
         A sketch measures them, up to a factor that is taken from the stored averages in use, whose norms are known.
         Without a sketch |theta_i|^2 = |theta_0|^2 + |motion since theta_0|^2 is expected of stored averages and of
-        targets, and the result is at least half the smallest stored norm. Assumed motion is relative to stored norms.
+        targets, and the result is at least half the smallest stored norm.
         """
         norms, first = self._prior.norm, len(self._expected)
         if self._prior.source == ASSUMED or not norms.any():
@@ -404,7 +385,7 @@ class Problem:
     def _published(self) -> tuple[Nodes, FloatArray, LeastSquares]:
         """The nodes, the factor and the least-squares problem of the published method, over time."""
         nodes = Nodes(self._edges, self._stored, self._prior.steps, per_step=False)
-        factor = np.sqrt(nodes.weight)[:, None] * nodes.masses(self._stored)
+        factor = np.sqrt(nodes.weight)[:, None] * nodes.columns(self._stored, mass=True)
         return nodes, factor, LeastSquares(factor)
 
     @cached_property
@@ -449,17 +430,10 @@ class Losses:
     All coefficients but the last are the unknowns of a least-squares problem whose squared residuals are the squared
     errors. With its solution c and the inverse P = W W^T of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to
     a squared error, subtracts P_ki c_i / P_ii from each c_k, and removes the direction of row i from each row of W.
-
-    Arguments:
-        factor: one column per snapshot: shape [rows, n].
-        goals: one column per target: shape [rows, targets].
-        unreachable: the part of each squared error that no coefficients change: shape [targets].
-
-    Attributes:
-        squares: expected squared errors of the targets with the remaining snapshots: shape [targets].
+    The arguments are a column per snapshot, a column per target, and `Goals.unreachable`.
     """
 
-    squares: FloatArray
+    squares: FloatArray  # with the remaining snapshots: [targets]
     _columns: FloatArray  # [targets, n]
     _root: FloatArray  # W: [n, less than n]
 
@@ -528,15 +502,11 @@ def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, 
     return sorted(subset)
 
 
-# --- threads
-
-
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Limit NumPy's linear algebra to one thread within the block, since many small problems need no thread pool.
+    """Limit NumPy's linear algebra to one thread in the process: many small problems need no thread pool.
 
-    The setting is the process's, so that it limits other threads, too. A command sets OPENBLAS_NUM_THREADS instead,
-    which holds for all its solves; a library cannot, since NumPy reads the variable when it is first imported.
+    A command sets OPENBLAS_NUM_THREADS instead; a library cannot, since NumPy reads it when it is first imported.
     """
     with _openblas().limit(limits=1):
         yield

@@ -18,6 +18,7 @@ from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
+from posthoc_cli.export.writing import SynthesisReport
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
@@ -40,20 +41,15 @@ class Records:
         self._path, self._question = folder / TRIALS, json.loads(json.dumps(question))
 
     def read(self) -> list[Trial]:
-        """Return the successful trials of this question, the last of repeated ones; skip all other lines.
-
-        The file may hold any values.
-        """
+        """Return the successful trials of this question, the last of repeated ones; skip lines of any other kind."""
         trials = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
             try:
                 entry = json.loads(line)
-                if entry["question"] == self._question:
+                if entry["question"] == self._question and entry["trial"]["value"] is not None:
                     trial = Trial(**entry["trial"])
-                    numbers: Any = (trial.x, trial.value, trial.standard_error or 0.0)
-                    if isinstance(trial.seed, int) and all(abs(number) < 1e300 for number in numbers):
-                        trials[trial.x, trial.seed] = trial
-            except (ValueError, TypeError, KeyError, RecursionError):
+                    trials[trial.x, trial.seed] = trial
+            except (ValueError, TypeError, KeyError):
                 continue
         return [*trials.values()]
 
@@ -63,8 +59,8 @@ class Records:
         with files.reported_as_write_error(self._path):
             descriptor = files.system.open_append(self._path)
             try:
-                # A line that a crash cut off has no end: begin a new one.
                 size = os.fstat(descriptor).st_size
+                # Whatever a crash cut off becomes a line of its own, which `read` skips.
                 is_cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
                 files.write_at(descriptor, f"{chr(10) * is_cut}{line}\n".encode(), size)
                 files.system.fsync(descriptor)
@@ -79,17 +75,13 @@ class Sweep:
     Attributes:
         run: the snapshots. Raw weights are measured, too, if it has a checkpoint of the time `t`.
         command: the command line, with `{weights}` and optionally `{sigma_rel}`, `{seed}`, `{dir}`.
-        metric: where the command prints or writes the metric.
         out: folder for the records, logs and the best average.
         axis: the lengths; by default every sigma_rel whose predicted error is below 1 %.
-        minimize: whether lower is better.
         repeats: trials of each length, with the seeds 0, 1, ...
         budget: the most lengths to measure.
-        t: the time of the averages; by default that of the newest snapshot.
         like, component: as in `Run.write`.
         again: the command line that repeats this sweep.
         say: called with every trial when it ends.
-        progress: opens a progress bar, of trials.
     """
 
     run: Run
@@ -115,19 +107,13 @@ class Sweep:
             LockedError: another sweep is running in this folder.
             PostHocError: too few trials have succeeded, or all have the same metric.
         """
-        words = self._checked_words()
+        self._check()
         target = SigmaRel(0.2) if self.axis is None else self.axis.target(self.axis.high)
-        planned = self.run.write(target, None, t=self.t, like=self.like, component=self.component, dry_run=True)
-        assert planned is not None
-        self.t = planned.plan.t
+        self.t = self._write(target, None, dry_run=True).plan.t
         axis = self.axis or good_range(self.run, self.t)
         check_counts(self.repeats, self.budget, axis)
-        if not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
-            reason = "its first word is neither a program on the PATH nor an executable file"
-            hint = "a script may need its interpreter first: python3"
-            raise InvalidValueError("command", reason, hint, value=words[0])
         settings = {
-            "run": planned.plan.newest.run_id, "t": self.t, "command": self.command, "metric": self.metric.text,
+            "run": self.run.sources[-1].run_id, "t": self.t, "command": self.command, "metric": self.metric.text,
             "like": None if self.like is None else str(self.like.resolve()), "component": self.component,
         }  # fmt: skip
         most = self.repeats * (self.budget if axis.values is None else len(axis.values))
@@ -165,21 +151,25 @@ class Sweep:
             self._write(axis.target(search.found.best), best, overwrite=self.like is None)
             return report((best,))
 
-    def _checked_words(self) -> list[str]:
-        """Return the words of the command; an InvalidValueError names an argument that cannot be used."""
+    def _check(self) -> None:
+        """Raise an InvalidValueError that names an argument that cannot be used."""
+        value, reason, hint = self.command or "(empty)", "", ""
         try:
             words = shlex.split(self.command)
         except ValueError as error:
-            raise InvalidValueError("command", f"cannot be split into words: {error}", value=self.command) from error
-        if not any("{weights}" in word for word in words):
-            reason = "must contain {weights}, which becomes the path of the average"
-            raise InvalidValueError("command", reason, value=self.command or "(empty)")
-        if self.metric.file is not None and "{dir}" not in self.command:
-            reason = "must contain {dir}, the folder that is searched for the file with the metric"
-            raise InvalidValueError("command", reason, value=self.command)
+            reason = f"cannot be split into words: {error}"
+        else:
+            if not any("{weights}" in word for word in words):
+                reason = "must contain {weights}, which becomes the path of the average"
+            elif self.metric.file is not None and "{dir}" not in self.command:
+                reason = "must contain {dir}, the folder that is searched for the file with the metric"
+            elif not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
+                value, reason = words[0], "its first word is neither a program on the PATH nor an executable file"
+                hint = "a script may need its interpreter first: python3"
+        if reason:
+            raise InvalidValueError("command", reason, hint, value=value)
         if self.out.exists() and not self.out.is_dir():
             raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
-        return words
 
     @contextmanager
     def _locked_folder(self) -> Iterator[None]:
@@ -207,11 +197,11 @@ class Sweep:
     def _suffix(self) -> str:
         return ".safetensors" if self.like is None else ""
 
-    def _write(self, target: Target, path: Path, overwrite: bool = False) -> float | None:
-        """Write one average; return its predicted error."""
-        written = self.run.write(target, path, t=self.t, like=self.like, component=self.component, overwrite=overwrite)
-        assert written is not None
-        return written.plan.predicted_error(0)
+    def _write(self, target: Target, path: Path | None, **options: Any) -> SynthesisReport:
+        """Write one average."""
+        written = self.run.write(target, path, t=self.t, like=self.like, component=self.component, **options)
+        assert written is not None  # as of a process other than the first one
+        return written
 
     def _measure(
         self, wanted: Sequence[tuple[float, int]], target_of: Callable[[float], Target], records: Records
@@ -222,7 +212,7 @@ class Sweep:
             with files.reported_as_write_error(scratch):
                 files.make_directory(scratch)
             weights = scratch / f"weights{self._suffix}"
-            predicted = self._write(target_of(value), weights)
+            predicted = self._write(target_of(value), weights).plan.predicted_error(0)
             for _, seed in pairs:
                 title = target_of(value).title if value else RAW
                 trial = Trial(title, value, seed, predicted_error=predicted if value else None)

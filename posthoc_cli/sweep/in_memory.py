@@ -46,10 +46,9 @@ def sweep(
         model: receives the weights of each average in place, and is restored afterwards.
         low, high: ends of the range; by default the range where the predicted error is below 1 %.
         values: the lengths to measure, instead of a search.
-        minimize: whether lower is better.
         repeats: calls for each length.
         budget: the most lengths to measure.
-        name: the name of the metric in the report.
+        name: of the metric in the report.
 
     Raises:
         InvalidValueError: an argument cannot be used.

@@ -26,16 +26,13 @@ import numpy.typing as npt
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, PostHocError, check_count
+from posthoc_cli.errors import InvalidValueError, PostHocError, check_count, check_number
 from posthoc_cli.profiles import FloatArray, Point
 from posthoc_cli.run import Run
 from posthoc_cli.targets import SHAPES, Beta, Decay, HalfLife, Mean, SigmaRel, Target, Window, parse_numbers
 
-RAW = "raw"
-"""The target of trials of raw weights, which are not an average."""
-
-RESULT = "sweep.json"
-"""The file of a report in the folder of a sweep."""
+RAW, RESULT = "raw", "sweep.json"
+"""The target of trials of raw weights, which are not an average; and the file of a report in the folder of a sweep."""
 
 POINTS = 101
 """The number of points of the grid over the range, on which curves are drawn."""
@@ -44,11 +41,8 @@ _GRID = np.linspace(0, 1, POINTS)
 FIRST, NEXT = 6, 2
 """The number of lengths in the first batch, which are spread evenly, and in each further batch."""
 
-CONFIDENCE = 0.95
-"""The probability that the best length lies in the stated range."""
-
-GOOD_ERROR = 0.01
-"""The largest predicted error in the default range."""
+CONFIDENCE, GOOD_ERROR = 0.95, 0.01
+"""The probability that the best length lies in the stated range; the largest predicted error in the default range."""
 
 _LENGTHS = (0.1, 0.2, 0.4, 0.8)
 """Length scales of the kernel, as a fraction of the range."""
@@ -82,13 +76,10 @@ _KINDS: dict[str, tuple[Callable[[Any], Target], str]] = {
 
 @dataclass(frozen=True)
 class Axis:
-    """The lengths to search: a kind of target with one parameter, and its range or values.
+    """The lengths to search: a kind of target with one parameter, its range, and the values to measure, if given.
 
-    Attributes:
-        kind: "sigma_rel", "beta", "half-life", "window" or "last"; "decay:1-sqrt", "decay:linear" or "decay:cosine",
-            whose values are fractions of training.
-        low, high: ends of the range.
-        values: the values to measure, or None to search the range.
+    `kind` is "sigma_rel", "beta", "half-life", "window" or "last"; or "decay:1-sqrt", "decay:linear" or "decay:cosine",
+    whose values are fractions of training.
     """
 
     kind: str
@@ -105,13 +96,13 @@ class Axis:
             raise InvalidValueError(self.kind, "the first must be below the second", value=ends)
 
     @classmethod
-    def of_values(cls, kind: str, values: Sequence[float], name: str = "values") -> Axis:
-        """Return the axis of given values, which are all measured; an InvalidValueError is about a value or `name`."""
+    def of_values(cls, kind: str, values: Sequence[float]) -> Axis:
+        """Return the axis of given values, which are all measured; an InvalidValueError names a bad one."""
         for value in values:
             _KINDS[kind][0](value)  # raises an InvalidValueError for a bad value
         unique = sorted(set(map(float, values)))
         if len(unique) < 2:
-            raise InvalidValueError(name, "name at least two lengths", value=list(values))
+            raise InvalidValueError("values", "name at least two lengths", value=list(values))
         return cls(kind, unique[0], unique[-1], tuple(unique))
 
     @classmethod
@@ -120,16 +111,15 @@ class Axis:
 
         Raises an InvalidValueError about `name` that says what is accepted.
         """
-        rest = text
-        if not kind:
-            kind, rest = re.fullmatch(r"(decay:[^:]*|[^:]*):?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
-            if kind not in _KINDS:
-                raise InvalidValueError(name, f"must be a range or a list of {', '.join([*_KINDS][1:])}", value=text)
-        form = f"a range LOW:HIGH, such as {_KINDS[kind][1]}, or a list"
+        found = re.fullmatch(r"(decay:[^:]*|[^:]*):?(.*)", text if not kind else f"{kind}:{text}", re.DOTALL)
+        kind, rest = found.groups() if found else ("", "")
         try:
+            if kind not in _KINDS:
+                raise InvalidValueError(name, f"must be a range or a list of {', '.join([*_KINDS][1:])}")
+            form = f"a range LOW:HIGH, such as {_KINDS[kind][1]}, or a list"
             if rest.count(":") != 1:
-                return cls.of_values(kind, parse_numbers(rest.replace("%", "e-2"), name, form))
-            low, high = (parse_numbers(end, name, form)[0] for end in rest.replace("%", "e-2").split(":"))
+                return cls.of_values(kind, parse_numbers(rest, name, form))
+            low, high = (parse_numbers(end, name, form)[0] for end in rest.split(":"))
             return cls(kind, low, high)
         except InvalidValueError as error:
             raise InvalidValueError(name, error.reason, error.hint, value=text or "(empty)") from error
@@ -171,11 +161,7 @@ class Axis:
 
 
 def good_range(run: Run, t: float | None = None) -> Axis:
-    """Return the widest range of sigma_rel whose predicted error is below GOOD_ERROR.
-
-    Raises:
-        InvalidValueError: no sigma_rel has such an error.
-    """
+    """Return the widest range of sigma_rel whose predicted error is below GOOD_ERROR, or raise an InvalidValueError."""
     ranges = run.error_curve(t=t).ranges_below(GOOD_ERROR)
     if not ranges:
         reason = f"no length has a predicted error below {100 * GOOD_ERROR:g} %"
@@ -186,9 +172,8 @@ def good_range(run: Run, t: float | None = None) -> Axis:
 
 def has_raw(run: Run, t: float | None = None) -> bool:
     """Return whether a checkpoint holds the weights themselves at a time, by default at the newest snapshot's."""
-    sources = run.sources
-    time = sources[-1].t if t is None else t
-    return any(isinstance(source.profile, Point) and source.t == time for source in sources)
+    time = run.sources[-1].t if t is None else t
+    return any(isinstance(source.profile, Point) and source.t == time for source in run.sources)
 
 
 @dataclass(frozen=True)
@@ -200,9 +185,8 @@ class Trial:
         x: the searched value; 0 for raw weights.
         seed: the seed given to the command; trials of one seed share an offset.
         value: the metric, finite; None for a failed trial.
-        standard_error: the standard error of the value, if the evaluation states one.
-        predicted_error: the predicted error of the weights; None if unknown.
-        seconds: the duration.
+        standard_error: of the value, if the evaluation states one.
+        predicted_error: of the weights; None if unknown.
         error: why the trial failed; None if it succeeded.
         log: the path of its logs without the endings .out and .err, relative to the folder of the sweep.
     """
@@ -226,7 +210,6 @@ class Estimate:
     """The estimate of the best value from trials.
 
     Attributes:
-        axis: the lengths that are searched.
         best: the value with the best estimate, which may not be that of the best measurement.
         mean, standard_error: the estimated metric at `best`.
         low, high: the range that contains the best with a probability of CONFIDENCE; it is equal within the noise.
@@ -282,20 +265,11 @@ def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Esti
     chosen = int(curve[points].argmin())
     point, best = int(points[chosen]), axis.value_at(float(choices[chosen]))
     low, high = map(axis.value_at, _likely(draws).tolist())
+    regret = scale * float((draws[:, point] - draws.min(axis=1)).mean())
     return Estimate(
-        axis=axis,
-        best=best,
-        mean=sign * float(curve[point]),
-        standard_error=float(spread[point]),
-        low=min(low, best),
-        high=max(high, best),
-        regret=scale * float((draws[:, point] - draws.min(axis=1)).mean()),
-        noise=scale * noise,
-        xs=axis.at(_GRID),
-        curve=sign * curve,
-        errors=spread,
-        draws=draws,
-    )
+        axis, best, sign * float(curve[point]), float(spread[point]), min(low, best), max(high, best), regret,
+        scale * noise, axis.at(_GRID), sign * curve, spread, draws,
+    )  # fmt: skip
 
 
 def first_batch(axis: Axis) -> list[float]:
@@ -369,15 +343,13 @@ def _draw(
     weights /= weights.sum()
     random = np.random.default_rng(0)
     # Systematic resampling: the count of each option differs by less than one from its weight times _MIXED.
-    counts = np.bincount(
-        np.searchsorted(np.cumsum(weights), (np.arange(_MIXED) + random.random()) / _MIXED).clip(max=len(options) - 1),
-        minlength=len(options),
-    )  # fmt: skip
+    levels = (np.arange(_MIXED) + random.random()) / _MIXED
+    chosen = np.searchsorted(np.cumsum(weights), levels).clip(max=len(options) - 1)
     roots = {length: np.linalg.cholesky(kernels[length] + 1e-9 * np.eye(len(both))) for length in _LENGTHS}
     draws = []
-    for index in np.flatnonzero(counts):
+    for index, times in zip(*np.unique(chosen, return_counts=True), strict=True):
         length, size, noise, offset = options[index]
-        shape = _DRAWS // _MIXED * int(counts[index])
+        shape = _DRAWS // _MIXED * int(times)
         # Draws from the prior, corrected by the measurements to draws from the posterior (Matheron's rule).
         curves = size * roots[length] @ random.standard_normal((len(both), shape))
         curves += trends @ random.standard_normal((3, shape))
@@ -386,8 +358,8 @@ def _draw(
         missing = values[:, None] - curves[:count] - chance
         moved = covariance(length, size)[count:] @ cho_solve((factor(*options[index]), True), missing)
         draws.append((curves[count:] + moved).T)
-    levels = np.array([noise for _, _, noise, _ in options])
-    return np.concatenate(draws), float(np.sqrt((scales**2).mean()) * (weights * levels).sum())
+    sizes = np.array([noise for _, _, noise, _ in options])
+    return np.concatenate(draws), float(np.sqrt((scales**2).mean()) * (weights * sizes).sum())
 
 
 def _matern(x: FloatArray, length: float) -> FloatArray:
@@ -403,18 +375,10 @@ Measure = Callable[[Sequence[tuple[float, int]]], Iterable[Trial]]
 
 
 class Search:
-    """A search for the best value of an axis.
+    """A search for the best value of an axis, which may continue from `known` successful trials.
 
-    Arguments:
-        axis: the lengths to search.
-        known: successful trials of an earlier call.
-        minimize: whether lower is better.
-        budget: the most lengths to measure, each `repeats` times; a length that is measured again counts again.
-        again: whether a length can be measured again with another seed.
-
-    Attributes:
-        found: the estimate after the latest round.
-        stopped: why the search ended.
+    At most `budget` lengths are measured, each `repeats` times; with `again`, also once more with another seed, which
+    counts again. `found` is the estimate after the latest round, and `stopped` why the search ended.
     """
 
     found: Estimate
@@ -433,11 +397,7 @@ class Search:
         return [trial for trial in self._all if trial.x in self.axis]
 
     def rounds(self, measure: Measure) -> Iterator[Estimate]:
-        """Measure until the best is known within the noise or the budget is spent; yield the estimate of each round.
-
-        Raises:
-            PostHocError: too few trials have succeeded.
-        """
+        """Measure until the best is known within the noise or the budget is spent; yield the estimate of each round."""
         first = first_batch(self.axis)
         wanted = [(v, seed) for v in first for seed in range(self._repeats) if seed not in self._seeds(v)]
         while True:
@@ -483,23 +443,25 @@ class Search:
 
     def _estimate(self, least: int) -> Estimate:
         """Estimate the best value, or raise a PostHocError if less than `least` lengths allow it."""
-        good = {trial.x: trial.value for trial in self.trials if trial.value is not None}
+        trials, reason, hint = self.trials, "", ""
+        good = {trial.x: trial.value for trial in trials if trial.value is not None}
         if len(good) < least:
-            failed = [trial for trial in self.trials if trial.value is None]
-            reason = f"{len(failed)} of {len(self.trials)} trials have failed, too many to choose; the last one"
-            raise PostHocError("the sweep", f"{reason}: {failed[-1].target}: {failed[-1].error}")
-        if len(good) > 1 and len({trial.value for trial in self.trials} - {None}) == 1:
+            *others, last = (trial for trial in trials if trial.value is None)
+            reason = f"{len(others) + 1} of {len(trials)} trials have failed, too many to choose; the last one: "
+            reason += f"{last.target}: {last.error}"
+        elif len(good) > 1 and len({trial.value for trial in trials} - {None}) == 1:
             reason = f"every trial has the same metric, {next(iter(good.values())):.12g}"
-            raise PostHocError("the sweep", reason, "does the evaluation use the weights?")
-        return estimate(self.trials, self.axis, self._minimize)
+            hint = "does the evaluation use the weights?"
+        if reason:
+            raise PostHocError("the sweep", reason, hint)
+        return estimate(trials, self.axis, self._minimize)
 
 
 def check_counts(repeats: int, budget: int, axis: Axis) -> None:
     """Raise an InvalidValueError unless `repeats` and `budget` are counts that suffice for a search."""
     least = FIRST if axis.values is None else 1  # all values of a list are measured
-    if check_count("budget", budget) < least:
-        reason = f"must be at least {least}, the number of lengths that a search begins with"
-        raise InvalidValueError("budget", reason, value=budget)
+    reason = f"be at least {least}, the number of lengths that a search begins with"
+    check_number("budget", check_count("budget", budget), lambda count: count >= least, reason)
     check_count("repeats", repeats)
 
 
@@ -511,13 +473,11 @@ class SweepReport:
     """The result of a sweep.
 
     Attributes:
-        metric: the name of the metric.
-        minimize: whether lower is better.
+        metric: its name.
         trials: all trials; failed ones have an error.
-        found: the estimate.
         stopped: why the search ended.
         outputs: the files of the best average.
-        settings: the settings that the trials share.
+        settings: what the trials share.
         again: the command line that repeats the sweep.
     """
 

@@ -22,14 +22,10 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, printable, shown
 
-_GRACE = 0.5
-"""Seconds between SIGTERM and SIGKILL."""
-_TICK = 0.01
-_END_OF_LOG = 300
-_TAIL = 10_000_000
-"""The number of bytes at the end of standard output that are searched for the metric."""
-_MOST_NAMES = 5
-"""The most names that a message lists."""
+_GRACE, _TICK = 0.5, 0.01
+"""Seconds between SIGTERM and SIGKILL, and between looks at a process."""
+_TAIL, _END_OF_LOG, _MOST_NAMES = 10_000_000, 300, 5
+"""Bytes at the end of standard output that are searched for the metric, and of a log and names that a message shows."""
 _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
 
 
@@ -42,13 +38,10 @@ class MissingMetricError(TrialError):
 
 
 def measure(words: Sequence[str], folder: Path, log: Path, metric: Metric) -> tuple[float, float | None]:
-    """Run a command, and return its metric and the standard error of that, if any.
+    """Run a command, and return its metric and the standard error of that, if any; a TrialError says why it has none.
 
     `folder` is where files with the metric may be; `log` the path of the logs of standard output and error, without the
     endings .out and .err.
-
-    Raises:
-        TrialError: the command failed, or gave no metric.
     """
     out, err = (log.with_name(log.name + ending) for ending in (".out", ".err"))
     for path in (out, err):
@@ -65,14 +58,12 @@ def measure(words: Sequence[str], folder: Path, log: Path, metric: Metric) -> tu
 def _run(words: Sequence[str], out: Path, err: Path) -> None:
     """Run a command until it ends; raise a TrialError if it fails. All its remaining children end with it."""
     with out.open("wb") as stdout, err.open("wb") as stderr, ThreadPoolExecutor(1) as pool:
-
-        def start() -> subprocess.Popen[bytes]:
-            return subprocess.Popen(
+        # In another thread, since the exception of a signal would lose a process that is just being started.
+        starting = pool.submit(
+            lambda: subprocess.Popen(
                 list(words), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
             )
-
-        # In another thread, since the exception of a signal would lose a process that is just being started.
-        starting = pool.submit(start)
+        )
         try:
             process = starting.result()
             while process.poll() is None:  # not `wait`: another thread may receive the signal of Ctrl-C
@@ -89,17 +80,14 @@ def _run(words: Sequence[str], out: Path, err: Path) -> None:
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """End the group of a process, also on a second Ctrl-C; the group keeps the id of a process that has ended."""
-
-    def send(number: int) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-
     try:
-        send(signal.SIGTERM)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE)
     finally:
-        send(signal.SIGKILL)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -110,11 +98,9 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 class Metric:
     """The place where a command prints or writes the metric.
 
-    Attributes:
-        key: the key of a member of a JSON object, with dots between the keys of nested objects: `results.acc`. None if
-            the metric is a line of standard output that is a number.
-        file: the name or pattern of JSON files in the trial's folder or below, such as `*.json`; the newest is used.
-            None for standard output, whose last number or JSON object with the key is used.
+    `key` is the key of a member of a JSON object, with dots between the keys of nested objects: `results.acc`; None if
+    the metric is a line of standard output that is a number. `file` is the name or pattern of JSON files in the trial's
+    folder or below, of which the newest is used; None for standard output, whose last number or object with the key is.
     """
 
     key: str | None = None
@@ -143,10 +129,7 @@ class Metric:
         """Return the metric and its standard error, if any; raise a TrialError if there is no metric."""
         if self.file is None or self.key is None:
             return self._printed(_read_tail(stdout, _TAIL))
-        try:
-            return self._stored(folder, self.file, self.key)
-        except OSError as error:
-            raise TrialError(f"{self.file} cannot be read: {error.strerror or error}") from error
+        return _stored(folder, self.file, self.key)
 
     def _printed(self, text: str) -> tuple[float, float | None]:
         """Return the metric from the last line that is a number, or the last JSON object with the key."""
@@ -170,22 +153,26 @@ class Metric:
             raise MissingMetricError(f"no line of its output is {wanted}{_listed(names)}")
         return _pair(*found) if isinstance(found, tuple) else (_finite(found), None)
 
-    @staticmethod
-    def _stored(folder: Path, pattern: str, key: str) -> tuple[float, float | None]:
-        """Return the metric from the newest matching file."""
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        matching = [path for path in paths if path.relative_to(folder).match(pattern)]
-        if not matching:
-            names = [str(path.relative_to(folder)) for path in paths]
-            raise MissingMetricError(f"there is no {pattern} in its folder{_listed(names)}")
-        newest = max(matching, key=lambda path: (path.stat().st_mtime_ns, path))
+
+def _stored(folder: Path, pattern: str, key: str) -> tuple[float, float | None]:
+    """Return the metric from the newest matching file."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    matching = [path for path in paths if path.relative_to(folder).match(pattern)]
+    newest = max(matching, key=lambda path: (path.stat().st_mtime_ns, path), default=None)
+    if newest is None:
+        fault, cause = (
+            f"there is no {pattern} in its folder{_listed([str(p.relative_to(folder)) for p in paths])}",
+            None,
+        )
+    else:
         try:
             holder, name = _holder(json.loads(newest.read_text(encoding="utf-8-sig")), key)
-        except (ValueError, RecursionError) as error:
-            raise MissingMetricError(f"{newest.name} cannot be read: {error}") from error
-        if name is None:
-            raise MissingMetricError(f"{newest.name} has no member {shown(key)}{_listed([*holder])}")
-        return _pair(holder, name)
+            if name is not None:
+                return _pair(holder, name)
+            fault, cause = f"{newest.name} has no member {shown(key)}{_listed([*holder])}", None
+        except (OSError, ValueError, RecursionError) as error:
+            fault, cause = f"{newest.name} cannot be read: {error}", error
+    raise MissingMetricError(fault) from cause
 
 
 def _read_tail(path: Path, count: int) -> str:
@@ -228,9 +215,7 @@ def _pair(values: dict[str, Any], name: str) -> tuple[float, float | None]:
     errors = (_number(values[other]) for other in names if other in values)
     error = next((error for error in errors if error is not None and 0 < error < math.inf), None)
     value = _number(values[name])
-    if value is None:
-        raise TrialError(f"{shown(name)} is {shown(values[name])}, not a number")
-    return _finite(value), error
+    return _finite(value, f"{shown(name)} is {shown(values[name])}, not a number"), error
 
 
 def _number(value: object) -> float | None:
@@ -241,10 +226,10 @@ def _number(value: object) -> float | None:
         return None
 
 
-def _finite(value: float) -> float:
-    """Return a finite value; raise a TrialError for nan and infinity."""
-    if not math.isfinite(value):
-        raise TrialError(f"its metric is {value}")
+def _finite(value: float | None, no_number: str = "") -> float:
+    """Return a finite value; raise a TrialError for nan and infinity, and for None the one that says `no_number`."""
+    if value is None or not math.isfinite(value):
+        raise TrialError(no_number if value is None else f"its metric is {value}")
     return value
 
 

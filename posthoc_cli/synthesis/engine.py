@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,8 +54,6 @@ class Sums:
     Arguments:
         coefficients: float64, shape [sources, targets].
         chunk: largest number of elements in a chunk, a multiple of COLUMNS.
-        wide: dtype of the sums.
-        device: device of the sums.
     """
 
     def __init__(
@@ -92,8 +89,10 @@ class Sums:
             return
         first = source + 1 - count
         if self._slot_count > 1 and has_full_precision():
-            matrix, values = self._matrix[:, first : source + 1], self._values[:count, : self._padded]
-            multiply(matrix, values, self._totals[:, : self._padded], first == 0)
+            matrix = self._matrix[:, first : source + 1]
+            for begin in range(0, self._padded, COLUMNS):
+                sums, values = (rows[:, begin : begin + COLUMNS] for rows in (self._totals, self._values[:count]))
+                torch.addmm(sums, matrix, values, beta=int(first > 0), out=sums)
             return
         for index in range(first, source + 1):
             for total, scale in zip(self._rows, self._scales[index], strict=True):
@@ -102,13 +101,6 @@ class Sums:
     def result(self) -> torch.Tensor:
         """Return the sums, shape [targets, size]; they are valid until the next `start`."""
         return self._totals[:, : self._size]
-
-
-def multiply(matrix: torch.Tensor, values: torch.Tensor, sums: torch.Tensor, first: bool) -> None:
-    """Add [rows, sources] x [sources, n x COLUMNS] to the sums, or if `first` set them to it, COLUMNS at a time."""
-    for begin in range(0, values.shape[1], COLUMNS):
-        columns = sums[:, begin : begin + COLUMNS]
-        torch.addmm(columns, matrix, values[:, begin : begin + COLUMNS], beta=0 if first else 1, out=columns)
 
 
 def has_full_precision() -> bool:
@@ -140,23 +132,21 @@ class Tile:
     """The elements from `begin` on of a large tensor, or several complete small tensors, end to end.
 
     Attributes:
+        plan: the plan with the coefficients of its tensors.
         names: the stored names of the tensors.
         bounds: the offset of each tensor in the tile, in elements, and the number of elements.
         role: "average", "copy" or "variance" (an average that is kept positive); the same for all tensors.
         dtype: safetensors name of the output's dtype, the same for all tensors.
         wide: safetensors name of the sums' dtype; for copies of the stored dtype.
-        aliases: all names of each tensor, the stored name first.
-        stored_bytes: bytes to read for the tile, over all sources.
         last: whether this tile and the tiles before it complete its tensors.
     """
 
+    plan: Plan
     names: tuple[str, ...]
     bounds: tuple[int, ...]
     role: str
     dtype: str
     wide: str
-    aliases: Mapping[str, Sequence[str]]
-    stored_bytes: int
     begin: int = 0
     last: bool = True
 
@@ -164,6 +154,21 @@ class Tile:
     def size(self) -> int:
         """The number of elements."""
         return self.bounds[-1]
+
+    @property
+    def aliases(self) -> Mapping[str, Sequence[str]]:
+        """All names of each tensor, the stored name first."""
+        return self.plan.names
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes to read for the tile, over all sources."""
+        counts = [end - begin for begin, end in pairwise(self.bounds)]
+        return sum(
+            count * ITEM_BYTES[source.entries[name].dtype]
+            for source in self.plan.sources
+            for name, count in zip(self.names, counts, strict=True)
+        )
 
 
 def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
@@ -176,17 +181,15 @@ def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
 
     def flush(kind: tuple[str, str, str]) -> None:
         names, counts = zip(*batches.pop(kind), strict=True)
-        stored = sum(source.entries[name].nbytes for source in plan.sources for name in names)
-        tiles.append(Tile(names, (0, *accumulate(counts)), *kind, plan.names, stored))
+        tiles.append(Tile(plan, names, (0, *accumulate(counts)), *kind))
 
     for name, tensor in plan.tensors.items():
-        dtype = plan.output_dtype(name)
         exact = tensor.dtype == "F64" or name not in plan.coarse
         wide = wide_dtype or ("F64" if exact else "F32")
         if tensor.role == "copy":
             wide = plan.newest.entries[name].dtype
         role = "variance" if name in plan.variances else "copy" if tensor.role == "copy" else "average"
-        kind, count = (role, dtype, wide), plan.box(name).size
+        kind, count = (role, plan.output_dtype(name), wide), plan.box(name).size
         if count <= BLOCK and name not in plan.boxes:
             batch = batches.setdefault(kind, [])
             if sum(size for _, size in batch) + count > BLOCK or len(batch) == MAX_BATCH:
@@ -195,46 +198,12 @@ def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
             continue
         cells = max(source.cells(name) for source in plan.sources)
         step = min(size * max(1, cells), max(size, MOST_PARTED))
-        stored = sum(ITEM_BYTES[source.entries[name].dtype] for source in plan.sources)
         for begin in range(0, max(count, 1), step):
             end = min(begin + step, count)
-            nbytes = stored * (end - begin)
-            tiles.append(Tile((name,), (0, end - begin), *kind, plan.names, nbytes, begin, end == count))
+            tiles.append(Tile(plan, (name,), (0, end - begin), *kind, begin, end == count))
     for kind in list(batches):
         flush(kind)
     return tiles
-
-
-class Scratch:
-    """A thread's buffers for stored bytes, used for every tile.
-
-    For CUDA there are two: the next bytes are read into one while the other is copied to the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
-        self._buffers = deque([torch.zeros(0, dtype=torch.uint8)] * (1 + self._pinned))
-        self._sent: dict[int, Any] = {}
-
-    def fill(self, slot: torch.Tensor, dtype: str, read: Callable[[memoryview], object]) -> None:
-        """Have values of a safetensors dtype read, and convert them into `slot`, on the device of `slot`."""
-        self._buffers.rotate()
-        nbytes = slot.numel() * ITEM_BYTES[dtype]
-        if self._buffers[0].numel() < nbytes:
-            self._buffers[0] = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
-        buffer = self._buffers[0]
-        if sent := self._sent.pop(buffer.data_ptr(), None):
-            sent.synchronize()  # its last values were copied to the device
-        read(buffer.numpy()[:nbytes].data)
-        if not nbytes:
-            return
-        values = buffer[:nbytes].view(torch_dtype(dtype))
-        if slot.device.type == "cpu":
-            slot.copy_(values)
-            return
-        slot.copy_(values.to(slot.device, non_blocking=self._pinned))
-        if self._pinned:
-            self._sent[buffer.data_ptr()] = torch.cuda.current_stream(slot.device).record_event()
 
 
 # --- tiles on threads
@@ -290,12 +259,11 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
     Ctrl-C or because the caller stops iterating, every thread is stopped first, within a tile.
     """
     device = check_device(options.device)
-    is_remote = any(source.files and is_url(source.path) for source in plan.sources)
     wide = "F32" if device.type == "mps" else None  # mps has no float64
     size = ONE_TARGET if len(plan.targets) == 1 else BLOCK
-    tiles = deque((part, tile) for part in plan.passes() for tile in cut_tiles(part, size, wide))
+    tiles = deque(tile for part in plan.passes() for tile in cut_tiles(part, size, wide))
     least = 1
-    if is_remote and options.workers is None:
+    if options.workers is None and any(source.files and is_url(source.path) for source in plan.sources):
         from posthoc_cli.remote.ranges import MOST_AHEAD
 
         least = REMOTE_THREADS if len(plan.sources) <= MOST_AHEAD else READING_THREADS
@@ -303,11 +271,11 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
     local, stop, torch_threads = threading.local(), threading.Event(), torch.get_num_threads()
     queue: deque[Future[Tile]] = deque()
 
-    def work(part: Plan, tile: Tile, writers: Sequence[Writer], ready: Any) -> Tile:
+    def work(tile: Tile, writers: Sequence[Writer], ready: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
             try:
-                if not hasattr(local, "maker") or local.maker.plan is not part:
-                    local.maker = Maker(part, device)
+                if not hasattr(local, "maker") or local.maker.plan is not tile.plan:
+                    local.maker = Maker(tile.plan, device)
                 local.maker.make(tile, writers, stop, ready)
             except BaseException:
                 stop.set()
@@ -321,11 +289,10 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
         try:
             while tiles or queue:
                 if tiles and len(queue) < 2 * workers:
-                    part, tile = tiles.popleft()
-                    writers = [output.open_tile(tile) for output in outputs]
+                    writers = [output.open_tile(tiles[0]) for output in outputs]
                     # Recorded after all work so far in the calling thread's stream.
                     ready: Any = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-                    queue.append(pool.submit(work, part, tile, writers, ready))
+                    queue.append(pool.submit(work, tiles.popleft(), writers, ready))
                     continue
                 tile = queue.popleft().result()
                 if options.progress is not None:
@@ -372,9 +339,6 @@ class TensorOutput:
         return lambda values: torch._foreach_copy_(flat, torch.split(values, sizes))
 
 
-# --- devices and threads -----------------------------------------------------------------------------
-
-
 def check_device(device: torch.device | str) -> torch.device:
     """Return the device for the sums; "cuda" is the calling thread's current device, which differs between threads.
 
@@ -396,20 +360,28 @@ def check_device(device: torch.device | str) -> torch.device:
     raise InvalidValueError("device", reason, f"choose from auto, {', '.join(available)}", value=f"{str(device)!r}")
 
 
+# --- one thread
+
+
 class Stopped(Exception):  # noqa: N818
     """The error in a thread that is stopped because another thread has failed."""
 
 
 class Maker:
-    """One thread's maker of tiles, with the buffers of that thread."""
+    """One thread's maker of tiles, with the buffers of that thread.
+
+    For CUDA it has two buffers of stored bytes: the next bytes are read into one while the other is copied.
+    """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self._device = plan, device
-        self._scratch = Scratch(device)
+        self._is_cuda = device.type == "cuda"
+        self._stored = deque([torch.zeros(0, dtype=torch.uint8)] * (1 + self._is_cuda))
+        self._sent: dict[int, Any] = {}
         self._sums: dict[str, Sums] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         cuda: Any = torch.cuda
-        self._stream = cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = cuda.Stream(device) if self._is_cuda else None
 
     def make(self, tile: Tile, writers: Sequence[Writer], stop: threading.Event, opened: Any) -> None:
         """Make a tile of all targets and pass it to its writers, one per target; raise `Stopped` once `stop` is set.
@@ -418,11 +390,11 @@ class Maker:
         """
         with self._stream_after(opened):
             if tile.role == "copy":
-                values = self._buffer(tile.wide, tile.size)
-                self._read(self.plan.newest, tile, values)
+                copy = self._buffer(tile.wide, tile.size)
+                self._read(self.plan.newest, tile, copy)
                 if tile.wide != tile.dtype and tile.wide in EPS:
-                    check_finite(tile, values.cpu().double().nan_to_num(0.0, 0.0, 0.0)[None])
-                results = [values] * len(writers)
+                    check_finite(tile, copy.cpu().double().nan_to_num(0.0, 0.0, 0.0)[None])
+                results = [copy] * len(writers)
             else:
                 results = [*self._average(tile, stop)]
             for values, write in zip(results, writers, strict=True):
@@ -441,19 +413,6 @@ class Maker:
                 yield
             finally:
                 self._stream.synchronize()
-
-    def _read(self, source: Source, tile: Tile, slot: torch.Tensor) -> None:
-        """Fill `slot` with a tile of a source, in the slot's dtype and on its device."""
-        dtypes = [source.entries[name].dtype for name in tile.names]
-        if len(dtypes) == 1:
-            name = tile.names[0]
-            read = partial(source.read_box, name, self.plan.box(name), begin=tile.begin)
-            self._scratch.fill(slot, dtypes[0], read)
-            return
-        changes = [index for index, (one, other) in enumerate(pairwise(dtypes), 1) if other != one]
-        for first, end in pairwise([0, *changes, len(dtypes)]):
-            own = slot[tile.bounds[first] : tile.bounds[end]]
-            self._scratch.fill(own, dtypes[first], partial(source.read_many, tile.names[first:end]))
 
     def _average(self, tile: Tile, stop: threading.Event) -> torch.Tensor:
         """Return the sums of a tile, [targets, n]; they are valid until the next call."""
@@ -490,12 +449,41 @@ class Maker:
             if source.word == "checkpoint":
                 values = self._buffer(tile.wide, tile.size)
                 self._read(source, tile, values)
-                if not bool(values.isfinite().all()):
-                    at = int(values.isfinite().logical_not().nonzero()[0])
-                    name = tile.names[bisect_right(tile.bounds, at) - 1]
-                    raise NonFiniteError(
-                        getattr(source, "path", source.name), f"tensor {name!r}: holds nan or infinity"
-                    )
+                for name, (begin, end) in zip(tile.names, pairwise(tile.bounds), strict=True):
+                    if not bool(values[begin:end].isfinite().all()):
+                        raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
+
+    def _read(self, source: Source, tile: Tile, slot: torch.Tensor) -> None:
+        """Fill `slot` with a tile of a source, in the slot's dtype and on its device."""
+        dtypes = [source.entries[name].dtype for name in tile.names]
+        if len(dtypes) == 1:
+            name = tile.names[0]
+            self._fill(slot, dtypes[0], partial(source.read_box, name, self.plan.box(name), begin=tile.begin))
+            return
+        changes = [index for index, (one, other) in enumerate(pairwise(dtypes), 1) if other != one]
+        for first, end in pairwise([0, *changes, len(dtypes)]):
+            own = slot[tile.bounds[first] : tile.bounds[end]]
+            self._fill(own, dtypes[first], partial(source.read_many, tile.names[first:end]))
+
+    def _fill(self, slot: torch.Tensor, dtype: str, read: Callable[[memoryview], object]) -> None:
+        """Have values of a safetensors dtype read, and convert them into `slot`, on the device of `slot`."""
+        self._stored.rotate()
+        nbytes = slot.numel() * ITEM_BYTES[dtype]
+        if self._stored[0].numel() < nbytes:
+            self._stored[0] = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._is_cuda)
+        buffer = self._stored[0]
+        if sent := self._sent.pop(buffer.data_ptr(), None):
+            sent.synchronize()  # its last values were copied to the device
+        read(buffer.numpy()[:nbytes].data)
+        if not nbytes:
+            return
+        values = buffer[:nbytes].view(torch_dtype(dtype))
+        if self._device.type == "cpu":
+            slot.copy_(values)
+            return
+        slot.copy_(values.to(self._device, non_blocking=self._is_cuda))
+        if self._is_cuda:
+            self._sent[buffer.data_ptr()] = torch.cuda.current_stream(self._device).record_event()
 
     def _buffer(self, dtype: str, size: int) -> torch.Tensor:
         if dtype not in self._buffers or self._buffers[dtype].numel() < size:
@@ -513,8 +501,7 @@ class Maker:
 def check_finite(tile: Tile, sums: torch.Tensor) -> None:
     """Raise a NonFiniteError if the output's dtype cannot hold the sums, [targets, n], of a tile."""
     dtype = torch_dtype(tile.dtype)
-    # Casting is monotone, and both bounds are nan if any value is.
-    if not sums.numel() or holds(dtype, torch.stack(torch.aminmax(sums))):
+    if holds(dtype, sums):
         return
     for name, (start, end) in zip(tile.names, pairwise(tile.bounds), strict=True):
         values = sums[:, start:end]
@@ -528,10 +515,13 @@ def check_finite(tile: Tile, sums: torch.Tensor) -> None:
 
 
 def holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
-    """Return whether all values are finite in a dtype."""
+    """Return whether all values are finite in a dtype. Casting is monotone, so both bounds tell; nan is in both."""
+    if not values.numel():
+        return True
+    bounds = torch.stack(torch.aminmax(values))
     if dtype.itemsize > 1:
-        return bool(values.to(dtype).isfinite().all())
+        return bool(bounds.to(dtype).isfinite().all())
     # For 8-bit dtypes torch clips to the largest value; a value is too large if it is half a unit or more beyond it.
     info = torch.finfo(dtype)
     limit = info.max + info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2
-    return bool((values.abs() <= limit).all())
+    return bool((bounds.abs() <= limit).all())

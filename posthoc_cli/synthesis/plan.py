@@ -48,15 +48,12 @@ class Plan:
 
     Attributes:
         sources: the averages in use, all at or before `t`; if there are copies, also the newest one.
-        targets: the profiles wanted.
-        t: time of the targets.
-        method: the solver.
         reconstruction: coefficients [sources, columns] and errors [columns]; a target has one column, but `Groups` has
             one per group.
         dtype: safetensors name of the averages' dtype in the outputs; None for each parameter's own.
         output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to the results.
-        solved: number of sources, all at or before `t`, that the coefficients were solved for.
-        available: number of sources at or before `t`; beyond `reconstruction.MOST_SOLVED` some are left out.
+        solved, available: number of sources at or before `t` that the coefficients were solved for, and of all; beyond
+            `reconstruction.MOST_SOLVED` some are left out.
         last: time of the newest source, used or not.
         coarse: tensors that some source stores in fewer bytes than float32. All others, and parameters in float64, are
             summed in float64: large coefficients of both signs would cost a float32 sum too many digits.
@@ -81,13 +78,12 @@ class Plan:
     dtypes: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        errors = map(self.predicted_error, range(len(self.targets)))
         each = [
-            f"{target.title} (predicted error {'unknown' if error is None else percent(error)})"
-            for target, error in zip(self.targets, errors, strict=True)
+            f"{target.title} (predicted error {percent(self.predicted_error(index))})"
+            for index, target in enumerate(self.targets[:5])
         ]
-        more = f" and {len(each) - 5} more" if len(each) > 5 else ""
-        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {', '.join(each[:5])}{more})"
+        more = f" and {len(self.targets) - 5} more" if len(self.targets) > 5 else ""
+        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {', '.join(each)}{more})"
 
     @property
     def choice(self) -> str | None:
@@ -128,24 +124,26 @@ class Plan:
     def columns(self) -> list[dict[str, int]]:
         """For each target the index of its column by glob on tensor names; only targets of `Groups` have several."""
         numbers = count()
-        return [
-            {glob: next(numbers) for glob in (target.widths if target.kind == "groups" else "*")}
-            for target in self.targets
-        ]
+        globs = [target.widths if target.kind == "groups" else "*" for target in self.targets]
+        return [{glob: next(numbers) for glob in each} for each in globs]
 
     @cached_property
     def columns_of(self) -> dict[str, tuple[int, ...]]:
-        """The column of each target by tensor; an InvalidValueError if a tensor is in no group."""
-        found = {}
-        for name, aliases in self.names.items():
-            groups = [
-                next((glob for glob in columns if any(fnmatchcase(alias, glob) for alias in aliases)), None)
-                for columns in self.columns
-            ]
-            if None in groups:
-                reason, hint = f"tensor {shown(name)} matches no group", "add '*=0.1' for the rest"
-                raise InvalidValueError("group", reason, hint, value=", ".join(self.columns[groups.index(None)]))
-            found[name] = tuple(columns[glob] for columns, glob in zip(self.columns, groups, strict=True) if glob)
+        """The column of each target by tensor; an InvalidValueError if a tensor is in no group, or a group has none."""
+        found: dict[str, tuple[int, ...]] = {}
+        for columns in self.columns:
+            used = set()
+            for name, aliases in self.names.items():
+                glob = next((glob for glob in columns if any(fnmatchcase(alias, glob) for alias in aliases)), None)
+                if glob is None:
+                    reason, hint = f"tensor {shown(name)} matches no group", "add '*=0.1' for the rest"
+                    raise InvalidValueError("group", reason, hint, value=", ".join(columns))
+                used.add(glob)
+                found[name] = (*found.get(name, ()), columns[glob])
+            if self.subset is None and (empty := next((glob for glob in columns if glob not in used), None)):
+                examples = ", ".join(map(shown, list(self.names)[:3]))
+                reason = f"matches no tensor that is not in a group before it; there are {examples}"
+                raise InvalidValueError("group", reason, value=repr(empty))
         return found
 
     def passes(self) -> list[Plan]:
@@ -296,11 +294,7 @@ def plan_synthesis(
     )  # fmt: skip
     plan = replace(plan, output_rounding=_output_rounding(plan))
     if any(target.kind == "groups" for target in wanted):
-        filled = {column for columns in plan.columns_of.values() for column in columns}
-        for glob in (glob for columns in plan.columns for glob, column in columns.items() if column not in filled):
-            examples = ", ".join(map(shown, list(plan.names)[:3]))
-            reason = f"matches no tensor that is not in a group before it; there are {examples}"
-            raise InvalidValueError("group", reason, value=repr(glob))
+        plan.columns_of  # noqa: B018  raises an error if groups and tensors do not fit
     if max_error is not None:
         _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, snapshots, prior)
@@ -338,12 +332,12 @@ def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
     """Return the time of the targets, by default of the newest source, or raise an InvalidValueError."""
     times = {source.step: source.t for source in sources}
-    for name, value, known in (("t", t, times.values()), ("step", step, times.keys())):
-        if value is not None:
-            check_within(name, value, known)
     check_alone(t=t, step=step)
+    if t is not None:
+        return check_within("t", t, times.values())
     if step is None:
-        return max(times.values()) if t is None else float(t)
+        return max(times.values())
+    check_within("step", step, times.keys())
     check_number("step", step, float.is_integer, "be a whole number")
     if step in times or all(t == s for s, t in times.items()):
         return times.get(step, float(step))
@@ -354,24 +348,21 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
 
 def _output_rounding(plan: Plan) -> float:
     """Return the relative error of rounding the averages to the outputs' dtypes, if all elements are equally large."""
-    elements, squares = 0, 0.0
-    for name, tensor in plan.tensors.items():
-        if tensor.role == "average":
-            count = plan.newest.entries[name].size
-            elements += count
-            squares += count * (ROUNDING * EPS.get(plan.output_dtype(name), 0.0)) ** 2
-    return math.sqrt(squares / elements) if elements else 0.0
+    sizes = {name: plan.newest.entries[name].size for name, tensor in plan.tensors.items() if tensor.role == "average"}
+    squares = sum(size * (ROUNDING * EPS.get(plan.output_dtype(name), 0.0)) ** 2 for name, size in sizes.items())
+    return math.sqrt(squares / max(1, sum(sizes.values())))
 
 
 def _check_errors(plan: Plan, max_error: float) -> None:
     for index, target in enumerate(plan.targets):
         error = plan.predicted_error(index)
-        if error is None:
-            reason = "its error cannot be predicted: too few snapshots to measure the motion of the network"
-            raise InexactError(target.title, reason, "set no limit on the error, or take more snapshots")
-        if error > max_error:
+        reason = "its error cannot be predicted: too few snapshots to measure the motion of the network"
+        hint = "set no limit on the error, or take more snapshots"
+        if error is not None:
             reason = f"the predicted error is {100 * error:.3g} %, above the accepted {100 * max_error:.3g} %"
-            raise InexactError(target.title, reason, "the error curve shows what these snapshots can make")
+            hint = "the error curve shows what these snapshots can make"
+        if error is None or error > max_error:
+            raise InexactError(target.title, reason, hint)
 
 
 def _warn_of_poor_targets(plan: Plan, snapshots: Sequence[StoredProfile], prior: Prior) -> None:

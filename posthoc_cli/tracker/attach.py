@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +15,6 @@ import torch
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 
 Update = Callable[[torch.nn.Module, float | None], None]
-ModelRef = weakref.ref[torch.nn.Module]
 
 _BY_HAND = "leave attach out, and call ema.update_(model) after each step that was taken"
 
@@ -26,23 +26,20 @@ class Attachment:
     optimizer's state for a checkpoint; and once, however often it calls its closure. `optimizer.step()` raises an error
     of the update after it has changed the parameters.
 
-    The model is held weakly; `t` returns the training time, None for steps.
-
     Attributes:
         steps: the number of steps that were counted.
         is_updating: whether the tracker is being updated by such a step.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, update: Update, model: ModelRef, t: Callable[[], float] | None
+        self, optimizer: torch.optim.Optimizer, update: Update, model: weakref.ref[torch.nn.Module],
+        t: Callable[[], float] | None,
     ) -> None:  # fmt: skip
-        self.steps = 0
+        self.steps, self.is_updating, self._is_attached = 0, False, True
         self._optimizer, self._update, self._model, self._t = weakref.ref(optimizer), update, model, t
-        self.is_updating = False
         # A compiled step must not trace file operations and counters.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._handle = optimizer.register_step_post_hook(hook)
-        self._is_attached = True
 
     def remove(self) -> None:
         """Detach the tracker. A second call does nothing."""
@@ -73,37 +70,36 @@ class Attachment:
 
 
 def attach(
-    update: Update, directory: Path, unit: str, optimizer: object, model: ModelRef | None,
+    update: Update, directory: Path, unit: str, optimizer: object, model: weakref.ref[torch.nn.Module] | None,
     t: Callable[[], float] | None, before: Attachment | None,
 ) -> Attachment:  # fmt: skip
     """Attach a directory's tracker to an optimizer, in place of `before` and of another tracker of the directory."""
+    stepping, attached = _stepping_optimizer(optimizer), None if before is None else before.optimizer
     if not callable(t) and (t is not None or unit != "steps"):
         reason = f"t {t!r}: must be a function that returns the training time in {unit}"
-        raise InvalidValueError("attach", reason, "such as attach(optimizer, t=lambda: seen)")
-    if model is None:
-        reason = "this tracker was made without a model"
-        raise InvalidValueError("attach", reason, "pass the model to from_model or from_path")
-    stepping = _stepping_optimizer(optimizer)
-    attached = None if before is None else before.optimizer
-    if attached is not None and attached is not stepping:
+        hint = "such as attach(optimizer, t=lambda: seen)"
+    elif model is None:
+        reason, hint = "this tracker was made without a model", "pass the model to from_model or from_path"
+    elif attached not in (None, stepping):
         reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
         hint = "of several that train one model, attach to the one that steps last in an iteration, or detach() first"
-        raise InvalidValueError("attach", reason, hint)
-    attachments = _attachments.setdefault(stepping, {})
-    # An earlier tracker of the directory is of a notebook's cell that has run again.
-    for earlier in (before, attachments.get(directory)):
-        if earlier is not None:
-            earlier.remove()
-    attachments[directory] = made = Attachment(stepping, update, model, t)
-    return made
+    else:
+        attachments = _attachments.setdefault(stepping, {})
+        # An earlier tracker of the directory is of a notebook's cell that has run again.
+        for earlier in (before, attachments.get(directory)):
+            if earlier is not None:
+                earlier.remove()
+        attachments[directory] = made = Attachment(stepping, update, model, t)
+        return made
+    raise InvalidValueError("attach", reason, hint)
 
 
 _attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
 """The last attachment of each directory's trackers to an optimizer."""
 
 
-def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
-    """Return the optimizer that takes the steps and calls its hooks: `optimizer`, or the one inside accelerate's.
+def _stepping_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that takes the steps: `optimizer`, or the one inside accelerate's.
 
     Raise an InvalidValueError for one whose hooks do not see every step exactly once.
     """
@@ -111,24 +107,26 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     accelerated = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", ())
     while isinstance(optimizer, accelerated):
         optimizer = optimizer.optimizer
-    kind = type(optimizer).__name__
+    kind = type(optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
         # Not `hasattr`: a wrapper may forward attributes, and the registration of hooks, to the optimizer it wraps.
         wraps = "_optimizer_step_post_hooks" not in vars(optimizer)
     else:
         wraps = hasattr(optimizer, "optimizer") and not isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler)
-    if wraps:
-        raise InvalidValueError("attach", f"{kind} wraps an optimizer, whose steps it may skip", _BY_HAND)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
+        if not wraps:
+            raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind.__name__}")
     # torch wraps the `step` of a class in its hooks; `unwrap` returns the method as it was written.
-    steps = {inspect.unwrap(vars(base)["step"]) for base in type(optimizer).__mro__ if "step" in vars(base)}
-    if len(steps) > 2:  # with that of torch.optim.Optimizer
-        reason = f"{kind} overrides a step, and torch calls the hooks of both where one calls the other"
-        raise InvalidValueError("attach", reason, _BY_HAND)
-    if "grad_scaler" in inspect.signature(optimizer.step).parameters:
-        raise InvalidValueError("attach", f"{kind} takes the GradScaler, and may skip a step unnoticed", _BY_HAND)
-    return optimizer
+    steps = {inspect.unwrap(vars(base)["step"]) for base in kind.__mro__ if "step" in vars(base)}
+    if wraps:
+        reason = "wraps an optimizer, whose steps it may skip"
+    elif len(steps) > 2:  # with that of torch.optim.Optimizer
+        reason = "overrides a step, and torch calls the hooks of both where one calls the other"
+    elif "grad_scaler" in inspect.signature(optimizer.step).parameters:
+        reason = "takes the GradScaler, and may skip a step unnoticed"
+    else:
+        stepping: torch.optim.Optimizer = optimizer
+        return stepping
+    raise InvalidValueError("attach", f"{kind.__name__} {reason}", _BY_HAND)
 
 
 def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:

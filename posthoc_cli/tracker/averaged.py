@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +22,13 @@ from posthoc_cli.run import Wanted, Weights, make_weights
 from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot, sum_of_parts
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model import TrackedModel, named_tensors
-from posthoc_cli.tracker.processes import Group, ShardOwners, as_dtensor, held_box, held_part, is_sharded, reshard
+from posthoc_cli.tracker.processes import Group, ShardOwners, as_dtensor, held_box, held_part, reshard
 from posthoc_cli.tracker.snapshotter import LiveSource
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SentPlan:
-    """A plan as the first process sends it to others, which may hold other tensors, or none.
-
-    Attributes:
-        plan: without its sources, and without its target, which may be a user's object.
-        sources: name and checksum of each source.
-        entries: dtype and complete shape of each tensor, by its stored name.
-        names: all names of each tensor, its stored name first.
-        errors: the predicted error and the profile error.
-    """
-
-    plan: Plan
-    sources: Sequence[tuple[str, str]]
-    entries: Mapping[str, Entry]
-    names: Mapping[str, Sequence[str]]
-    errors: tuple[float | None, float]
-
-    @classmethod
-    def of(cls, plan: Plan) -> SentPlan:
-        """Return what is sent of a plan."""
-        entries = {name: Entry(plan.output_dtype(name), plan.newest.entries[name].shape) for name in plan.tensors}
-        sources = [(source.name, source.identity) for source in plan.sources]
-        errors = plan.predicted_error(0), plan.profile_error(0)
-        return cls(replace(plan, sources=(), targets=()), sources, entries, plan.names, errors)
 
 
 def plan_possible(sources: Sequence[Source], wanted: Mapping[str, Target]) -> tuple[dict[str, Plan], dict[str, str]]:
@@ -123,6 +95,18 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
 # --- what each process makes
 
 
+SentPlan = tuple[Plan, Sequence[tuple[str, str]]]
+"""A plan with the newest header as its only source and without its target, which may be a user's object; and the name
+and the checksum of each source."""
+
+
+def to_send(plan: Plan) -> SentPlan:
+    """Return what the first process sends of a plan to others, which may hold other tensors, or none."""
+    newest: Any = plan.newest
+    header = newest.header if isinstance(newest, LiveSource) else replace(newest, files=(), sketch="", sample="")
+    return replace(plan, sources=(header,), targets=()), [(source.name, source.identity) for source in plan.sources]
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def exchanged(
@@ -131,10 +115,10 @@ def exchanged(
 ) -> Weights:  # fmt: skip
     """Return all that this process holds of an average, under all names, on the host, after exchanging it.
 
-    Arguments:
-        live: the live averages in this process, by name: of its chunks of a sharded `model`; in the first one of others
-            all.
+    `live` are the live averages in this process, by name: of its chunks of a sharded `model`; in the first one of
+    others all.
     """
+    plan, used = replace(sent[0], targets=(as_target(wanted),)), sent[1]
     tensors, holders, boxes = dict[str, torch.Tensor](), None, {}
     makes_any = group.leads
     if isinstance(tracked.members, ShardOwners):
@@ -142,7 +126,7 @@ def exchanged(
         reshard(model)  # so that this process holds its chunks
         tensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
         holders = tracked.members.holders
-        boxes = {name: tracked.box(name) for name in sent.entries if name in tracked.tensors}
+        boxes = {name: tracked.box(name) for name in plan.tensors if name in tracked.tensors}
         makes_any = bool(boxes)
 
     def make() -> Weights:
@@ -152,40 +136,28 @@ def exchanged(
                 where = "spread over the processes in another way than when tracked"
                 reason = f"is missing in the model, of another shape, or {where}"
                 raise ModelMismatchError(f"tensor {name!r}", reason)
-        sources = tuple(live.get(name) or _read_again(directory / name, checksum) for name, checksum in sent.sources)
+        sources = tuple(live.get(name) or _read_again(directory / name, checksum) for name, checksum in used)
         subset = None if holders is None else frozenset(boxes)
-        plan = replace(sent.plan, sources=sources, targets=(as_target(wanted),), boxes=boxes, subset=subset)
-        return make_weights(plan)
+        return make_weights(replace(plan, sources=sources, boxes=boxes, subset=subset))
 
     own, weights = group.together(make if makes_any else Weights), Weights()
-    for name, entry in sent.entries.items():
-        shape = held_part(tensors[name]).shape if name in tensors else entry.shape
-        value = own[name] if name in own else torch.empty(shape, dtype=torch_dtype(entry.dtype))
+    for name, names in plan.names.items():
+        shape = held_part(tensors[name]).shape if name in tensors else plan.entries[name].shape
+        value = own[name] if name in own else torch.empty(shape, dtype=torch_dtype(plan.output_dtype(name)))
         group.exchange(value, group.ranks if holders is None else holders.get(name, ()))
-        weights.update(dict.fromkeys(sent.names[name], value))
-    weights.predicted_error, weights.profile_error = sent.errors
+        weights.update(dict.fromkeys(names, value))
+    weights.predicted_error, weights.profile_error = plan.predicted_error(0), plan.profile_error(0)
     return weights
 
 
-def as_dtensors(chunks: Weights, model: torch.nn.Module, full: bool = False) -> Weights:
-    """Return the weights with DTensors on the host in place of chunks, sharded like the model's parameters.
-
-    With `full`, return complete tensors in rank 0, gathered one after the other, and none in the other ranks.
-    """
+def as_dtensors(chunks: Weights, model: torch.nn.Module) -> Weights:
+    """Return the weights with DTensors on the host in place of chunks, sharded like the model's parameters."""
     weights = Weights()
     weights.predicted_error, weights.profile_error = chunks.predicted_error, chunks.profile_error
-    leads = torch.distributed.get_rank() == 0
     converted: dict[int, torch.Tensor] = {}  # by the chunk, which tied names share
-    for tensor in named_tensors(model):
-        chunk = chunks.get(tensor.name)
-        if chunk is None:
-            continue
-        if id(chunk) not in converted:
-            value: Any = as_dtensor(chunk, tensor.tensor)
-            if full and is_sharded(value):
-                complete = value.to(value.device_mesh.device_type).full_tensor()
-                value = complete.cpu() if leads else chunk
-            converted[id(chunk)] = value
-        if leads or not full:
-            weights[tensor.name] = converted[id(chunk)]
+    for name, _, tensor, *_ in named_tensors(model):
+        if (chunk := chunks.get(name)) is not None:
+            if id(chunk) not in converted:
+                converted[id(chunk)] = as_dtensor(chunk, tensor)
+            weights[name] = converted[id(chunk)]
     return weights

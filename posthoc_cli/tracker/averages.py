@@ -14,17 +14,15 @@ rounding error; n folds leave (n / (2 gamma + 3))^(1/2) of them. A mean is not d
 by less than a digit an update, the mean lags behind by up to half a window's motion, 4e-6 of the weight at most.
 
 Where `WINDOW` updates take less than a thousandth of training, the mean of the first profile, of the largest gamma,
-serves all, and the others rest. The weights of another gamma' differ from it within a window of relative length L by
-(gamma - gamma') L: noise of variance w leaves ((gamma - gamma') L)^2 / 12 of its share in the average, drift
-(gamma - gamma') L^2 / 12 of the path. The newest value enters each profile's mean with that profile's share, so that
-windows of one or two are exact.
+serves all, and the others rest. Within a window of relative length L the weights of another gamma' differ from it by
+(gamma - gamma') L: noise leaves ((gamma - gamma') L)^2 / 12 of its variance's share in the average, drift
+(gamma - gamma') L^2 / 12 of the path. The newest value enters each mean with the profile's own share.
 
 Relative L2 error against sums in float64, sigma_rel 0.05 / 0.1 / 0.28, 1,000 elements (scripts/long_runs.py has more):
 
                         after 10,000 updates        100,000                     1,000,000
     random walk         1.2e-7 / 9.1e-8 / 9.2e-8    9.2e-8 / 1.3e-7 / 2.7e-7    2.6e-7 / 4.1e-7 / 9.3e-7
     pure noise of 3 %   1.3e-7 / 9.1e-8 / 1.0e-7    9.7e-8 / 1.3e-7 / 2.6e-7    2.7e-7 / 3.8e-7 / 8.1e-7
-    alternating by 3 %  6.8e-8 / 5.5e-8 / 6.4e-8    3.8e-8 / 4.5e-8 / 5.8e-8    not measured
 
 Tensors of float64 parameters are float64: their folds are not dithered, and they share no mean.
 
@@ -49,8 +47,8 @@ from posthoc_cli.profiles import gamma_from_sigma_rel, may_share_mean, new_value
 from posthoc_cli.snapshots.path import PathSketch
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
-from posthoc_cli.tracker.measuring import Sketcher, closed
-from posthoc_cli.tracker.memory import BucketTile, Elements, FlatTensors, Layout, LayoutReader, tiles_of
+from posthoc_cli.tracker.measuring import Elements, Sketcher, closed
+from posthoc_cli.tracker.memory import FlatTensors, Layout, Reader, Tile, tiles_of
 
 EXPONENT = 0x7F80_0000
 """The exponent bits of a float32; alone they are the largest power of two that is not above the number's size."""
@@ -67,10 +65,6 @@ class Standing:
     """The state of the averages, except their tensors, at the last update.
 
     Attributes:
-        t_first, max_interval: time of the first update, and the longest time between two updates so far.
-        updates, window: number of updates, None if unknown, and number of updates since the last fold.
-        folds, folded_t: number of folds, and time of the last one.
-        shared: whether the first profile's mean serves all profiles since the last fold.
         inherited: expected squared norms of the errors left by the rounded snapshots that the run resumed from, and by
             steps between these and the model that were lost.
         missing: squared distance of the model from where these averages end, of which the next update loses the way.
@@ -78,13 +72,13 @@ class Standing:
 
     t: float = 0.0
     step: int = 0
-    t_first: float = 0.0
-    max_interval: float = 0.0
-    updates: int | None = 0
-    window: int = 0
+    t_first: float = 0.0  # the time of the first update
+    max_interval: float = 0.0  # the longest time between two updates so far
+    updates: int | None = 0  # None if unknown
+    window: int = 0  # updates since the last fold
     folds: int = 0
-    folded_t: float = 0.0
-    shared: bool = False
+    folded_t: float = 0.0  # the time of the last fold
+    shared: bool = False  # whether the first profile's mean serves all profiles since the last fold
     inherited: tuple[float, ...] = ()
     missing: float = 0.0
 
@@ -95,24 +89,13 @@ class Standing:
 
     def after(self, shares: Sequence[float], t: float, step: int) -> Standing:
         """Return the standing after an update in which the new values have these shares, before a fold."""
+        errors = zip(self.inherited, shares, strict=True)
+        inherited = tuple(error * (1 - share) ** 2 + self.missing for error, share in errors)
         return replace(
-            self,
-            t=t,
-            step=step,
-            t_first=self.t_first or t,
+            self, t=t, step=step, t_first=self.t_first or t, inherited=inherited, missing=0.0, window=self.window + 1,
             max_interval=max(self.max_interval, t - self.t) if self.t else 0.0,
             updates=None if self.updates is None else self.updates + 1,
-            window=self.window + 1,
-            inherited=tuple(
-                error * (1 - share) ** 2 + self.missing for error, share in zip(self.inherited, shares, strict=True)
-            ),
-            missing=0.0,
-        )
-
-    def folded(self) -> Standing:
-        """Return the standing after a fold."""
-        shared = may_share_mean(self.window, self.folded_t, self.t)
-        return replace(self, window=0, folds=self.folds + 1, folded_t=self.t, shared=shared)
+        )  # fmt: skip
 
     def masses(self, gammas: Sequence[float]) -> list[float]:
         """Return the share that the values since the last fold have in each average."""
@@ -123,18 +106,21 @@ class AverageTensors:
     """The tensors by profile: `high`, the average at the last fold, and the `mean` of the values since then."""
 
     def __init__(self, layout: Layout, profiles: int) -> None:
-        self.layout = layout
-        self.mean, self.high = ([FlatTensors(layout) for _ in range(profiles)] for _ in range(2))
+        self.layout, wide = layout, tuple(replace(bucket, dtype=bucket.wide) for bucket in layout)
+        self.mean, self.high = ([FlatTensors(wide) for _ in range(profiles)] for _ in range(2))
+        for tensors in (*self.mean, *self.high):
+            for (flat,) in tensors.slabs:
+                flat.zero_()  # so that the system allocates the memory now, not at the first write
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return sum(flat.nbytes for tensors in (*self.mean, *self.high) for flat in tensors.flats)
+        return sum(tensors.nbytes for tensors in (*self.mean, *self.high))
 
-    def means(self, tile: BucketTile, shared: bool) -> list[torch.Tensor]:
+    def means(self, tile: Tile, shared: bool) -> list[torch.Tensor]:
         """Return a tile of the means in use: one a profile, or the first alone."""
-        means = [mean.flats[tile.bucket][tile.where] for mean in self.mean]
-        return means[:1] if shared and means[0].dtype != torch.float64 else means
+        first = self.mean[0].tile(tile)
+        return [first] if shared and first.dtype != torch.float64 else [mean.tile(tile) for mean in self.mean]
 
     def copied(self, layout: Layout) -> AverageTensors:
         """Return a copy in another layout of the same names."""
@@ -150,8 +136,6 @@ class Averages:
     """Averages of the same tensors with several profiles, in ascending order. One thread at a time may work on them.
 
     Attributes:
-        tensors: None before the first update.
-        copies: the copied tensors at the last update; never changed in place.
         sample: the model's values of a snapshot's sample at the last update, one tensor a bucket; None if unknown.
         sketcher: gets the tiles of every value, or of each window's mean where one serves all profiles.
         known_path: the path that `sketcher` continues, or in a copy for reading the path at that time.
@@ -159,8 +143,8 @@ class Averages:
 
     sigma_rels: tuple[float, ...]
     standing: Standing
-    tensors: AverageTensors | None = None
-    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tensors: AverageTensors | None = None  # before the first update
+    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)  # at the last update; never changed in place
     sample: Sequence[torch.Tensor] | None = None
     sketcher: Sketcher | None = None
     known_path: PathSketch | None = None
@@ -183,19 +167,18 @@ class Averages:
     @property
     def nbytes(self) -> int:
         """Bytes of memory of the averages, the copies, the sketcher and the scratch."""
-        held = sum(part.nbytes for part in (self.tensors, self.sketcher) if part is not None)
-        return held + sum(tensor.nbytes for tensor in (*self._scratch.values(), *self.copies.values()))
+        held = (self.tensors, self.sketcher, *self._scratch.values(), *self.copies.values())
+        return sum(part.nbytes for part in held if part is not None)
 
     @torch.no_grad()
     def update_(
-        self, values: LayoutReader, copies: Mapping[str, torch.Tensor], t: float, step: int,
+        self, values: Reader, copies: Mapping[str, torch.Tensor], t: float, step: int,
         pool: ThreadPool = SINGLE_THREAD, sampled: Elements | None = None, sketcher: Sketcher | None = None,
     ) -> str | None:  # fmt: skip
         """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values - averages).
 
-        The averages move to the layout of `values` if it has changed; `copies` replace the earlier ones. The `sampled`
-        elements of the values are kept in `sample`, and `sketcher` replaces the earlier one. If a value is nan
-        or infinite, nothing changes, and the first tensor with such a value is returned.
+        The averages move to the layout of `values` if it has changed; the other arguments replace earlier ones. If a
+        value is nan or infinite, nothing changes, and the first tensor with such a value is returned.
         """
         before, gammas, limits = self.standing, self.gammas, self._limits
         self._limits = []  # after an update that is refused or fails, the next one checks all values first
@@ -205,29 +188,32 @@ class Averages:
         factors = [share / mass if before.window else 1.0 for share, mass in zip(shares, masses, strict=True)]
         folds = window_ends(gammas, after.window, before.folded_t, t, before.shared)
         moves = self.tensors is None or self.tensors.layout != values.layout
-        if checks_first := folds or moves or not limits or max(factors) > MOST_UNDONE:
-            norms = values.norms(pool)
-            if (name := values.nonfinite_name(norms)) is not None:
-                return name
+        checks_first = folds or moves or not limits or max(factors) > MOST_UNDONE
+        norms = values.norms(pool) if checks_first else [0.0] * len(limits)
+        if (name := values.nonfinite_name(norms)) is not None:
+            return name
         tensors = self._allocated(values.layout, pool.size)
         self.sketcher, self.known_path = sketcher, None
         sample = None if sampled is None else sampled.buffers()
 
-        def take(tile: BucketTile, value: torch.Tensor, thread: int) -> None:
+        def take(tile: Tile, value: torch.Tensor, thread: int) -> None:
             if sampled is not None and sample is not None:
                 sampled.take(tile, value, sample)
             if sketcher is not None and not before.shared:
                 sketcher.take(tile, value)
-            (fold if folds else interpolate)(tile, value, thread)
+            if folds:
+                fold(tile, value, thread)
+            else:
+                interpolate(tile, value, factors)
 
-        def interpolate(tile: BucketTile, value: torch.Tensor, _: int) -> None:
-            for own, factor in zip(tensors.means(tile, before.shared), factors, strict=False):
+        def interpolate(tile: Tile, value: torch.Tensor, weights: Sequence[float]) -> None:
+            for own, weight in zip(tensors.means(tile, before.shared), weights, strict=False):
                 if before.window:
-                    torch.lerp(own, value, factor, out=own)
+                    torch.lerp(own, value, weight, out=own)
                 else:
                     own.copy_(value)
 
-        def fold(tile: BucketTile, value: torch.Tensor, thread: int) -> None:
+        def fold(tile: Tile, value: torch.Tensor, thread: int) -> None:
             means, (change, digit) = tensors.means(tile, before.shared), self._scratch_of(tile, thread)
             for profile, (factor, mass) in enumerate(zip(factors, masses, strict=True)):
                 mean = value
@@ -235,7 +221,7 @@ class Averages:
                     mean = torch.lerp(means[min(profile, len(means) - 1)], value, factor, out=change)
                 if profile == 0 and sketcher is not None and before.shared:
                     sketcher.take(tile, mean)
-                high = tensors.high[profile].flats[tile.bucket][tile.where]
+                high = tensors.high[profile].tile(tile)
                 torch.sub(mean, high, out=change)
                 if high.dtype == torch.float64:
                     high.add_(change, alpha=mass)
@@ -243,46 +229,40 @@ class Averages:
                 torch.sign(change, out=digit).mul_(high).view(torch.int32).bitwise_and_(EXPONENT)
                 high.add_(change.mul_(mass).add_(digit, alpha=(GOLDEN * (before.folds + 1) % 1 - 0.5) * 2**-23))
 
-        def undo(tile: BucketTile, thread: int) -> None:
-            for own, factor in zip(tensors.means(tile, before.shared), factors, strict=False):
-                torch.lerp(own, values.values(tile, thread), factor / (factor - 1), out=own)
+        def take_if_small(tile: Tile, thread: int) -> None:
+            value = values.values(tile, thread)
+            norms[tile.number] = float(torch.linalg.vector_norm(value))
+            if norms[tile.number] <= limits[tile.number]:
+                take(tile, value, thread)
+                taken.append(tile)
 
-        if checks_first:
-            pool.each(lambda tile, thread: take(tile, values.values(tile, thread), thread), values.tiles)
-        else:
-            norms, taken = [0.0] * len(limits), list[BucketTile]()
-
-            def take_if_small(tile: BucketTile, thread: int) -> None:
-                value = values.values(tile, thread)
-                norms[tile.number] = norm = float(torch.linalg.vector_norm(value))
-                if norm <= limits[tile.number]:
-                    take(tile, value, thread)
-                    taken.append(tile)
-
+        taken = list[Tile]()
+        if not checks_first:
             pool.each(take_if_small, values.tiles)
             if (name := values.nonfinite_name(norms)) is not None:
-                pool.each(undo, taken)
+                undo = [factor / (factor - 1) for factor in factors]
+                pool.each(lambda tile, thread: interpolate(tile, values.values(tile, thread), undo), taken)
                 return name
-            others = {*values.tiles}.difference(taken)
-            pool.each(lambda tile, thread: take(tile, values.values(tile, thread), thread), others)
+        others = {*values.tiles}.difference(taken)
+        pool.each(lambda tile, thread: take(tile, values.values(tile, thread), thread), others)
         if all(bucket.device.type == "cpu" for bucket in values.layout):
             self._limits = [min(2 * norm, torch.finfo(torch.float32).max) for norm in norms]
-        self.copies, self.sample, self.standing = copies, sample, after.folded() if folds else after
+        if folds:
+            shared = may_share_mean(after.window, after.folded_t, t)
+            after = replace(after, window=0, folds=after.folds + 1, folded_t=t, shared=shared)
+        self.copies, self.sample, self.standing = copies, sample, after
         if sketcher is not None and not before.shared:
-            sketcher.end_value(gammas, t, self.standing.shared)
+            sketcher.end_value(gammas, t, after.shared)
         elif sketcher is not None and folds:
             sketcher.end_window(t)
         return None
 
     @torch.no_grad()
-    def values(self, tile: BucketTile, profile: int, thread: int = 0) -> torch.Tensor:
-        """Return a tile of an average, flat: rounded once to float32, or float64 if its parameters are.
-
-        The memory is the thread's scratch: it may be written to, and is valid until the thread's next call.
-        """
+    def values(self, tile: Tile, profile: int, thread: int = 0) -> torch.Tensor:
+        """Return a tile of an average, flat, rounded once, in scratch that is valid until the thread's next call."""
         tensors, standing, result = self.tensors, self.standing, self._scratch_of(tile, thread)[0]
         assert tensors is not None
-        high = tensors.high[profile].flats[tile.bucket][tile.where]
+        high = tensors.high[profile].tile(tile)
         if not standing.window:
             return result.copy_(high)
         means = tensors.means(tile, standing.shared)
@@ -291,38 +271,36 @@ class Averages:
     @torch.no_grad()
     def read(self, index: int, ranges: Sequence[ElementRange], pool: ThreadPool = SINGLE_THREAD) -> list[torch.Tensor]:
         """Return ranges of the average of that index, rounded once, on the host; adjacent ranges share memory."""
-        tensors = self.tensors
-        assert tensors is not None
-        bucket_of = {name: number for number, bucket in enumerate(tensors.layout) for name in bucket.names}
+        assert self.tensors is not None
+        layout = self.tensors.layout
+        places = {name: (number, *place) for number, b in enumerate(layout) for name, place in b.places.items()}
         runs: list[tuple[int, list[int]]] = []  # for adjacent ranges: their bucket, and the bounds of each
         for name, begin, end in ranges:
-            number = bucket_of[name]
-            first = tensors.layout[number].places[name][0]
+            number, first, _ = places[name]
             if not runs or runs[-1][0] != number or runs[-1][1][-1] != first + begin:
                 runs.append((number, [first + begin]))
             runs[-1][1].append(first + end)
         values: list[torch.Tensor] = []
-        items: list[tuple[BucketTile, torch.Tensor]] = []
+        items: list[tuple[Tile, torch.Tensor]] = []
         for number, bounds in runs:
-            bucket, first = tensors.layout[number], bounds[0]
-            run = torch.empty(bounds[-1] - first, dtype=bucket.wide)
+            bucket, (first, *_, last) = layout[number], bounds
+            run = torch.empty(last - first, dtype=bucket.wide)
             values += torch.split(run, [end - begin for begin, end in pairwise(bounds)])
-            for begin in range(first, bounds[-1], bucket.tile):
-                end = min(begin + bucket.tile, bounds[-1])
-                items.append((BucketTile(0, number, begin, end), run[begin - first : end - first]))
+            starts = range(first, last, bucket.tile)
+            tiles = [Tile(0, number, begin, min(begin + bucket.tile, last)) for begin in starts]
+            items += zip(tiles, torch.split(run, bucket.tile), strict=False)
         pool.each(lambda item, thread: item[1].copy_(self.values(item[0], index, thread)), items)
         return values
 
     @torch.no_grad()
     def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> PathSketch | None:
         """Return the path of the weights up to the last update; unless `exact`, an open window is closed there."""
-        tensors, sketcher, standing = self.tensors, self.sketcher, self.standing
-        if tensors is None or sketcher is None:
-            return self.known_path if exact or self.known_path is None else closed(self.known_path)
-        is_open = standing.window > 0 and not exact and standing.shared
-        if is_open:
-            pool.each(lambda tile, _: sketcher.take(tile, tensors.means(tile, True)[0]), tiles_of(tensors.layout))
-        path = sketcher.path(standing.t if is_open else None)
+        tensors, sketcher, standing, path = self.tensors, self.sketcher, self.standing, self.known_path
+        if tensors is not None and sketcher is not None:
+            is_open = standing.window > 0 and not exact and standing.shared
+            if is_open:
+                pool.each(lambda tile, _: sketcher.take(tile, tensors.mean[0].tile(tile)), tiles_of(tensors.layout))
+            path = sketcher.path(standing.t if is_open else None)
         return path if exact or path is None else closed(path)
 
     def _allocated(self, layout: Layout, threads: int) -> AverageTensors:
@@ -333,10 +311,10 @@ class Averages:
             self.tensors = self.tensors.copied(layout)
         for bucket in range(len(layout)):
             for thread in range(threads):
-                self._scratch_of(BucketTile(0, bucket, 0, 0), thread)
+                self._scratch_of(Tile(0, bucket, 0, 0), thread)
         return self.tensors
 
-    def _scratch_of(self, tile: BucketTile, thread: int) -> list[torch.Tensor]:
+    def _scratch_of(self, tile: Tile, thread: int) -> list[torch.Tensor]:
         """Return two scratch tensors of a thread for a tile, in the averages' dtype."""
         assert self.tensors is not None
         bucket = self.tensors.layout[tile.bucket]

@@ -1,4 +1,4 @@
-"""Worker threads that run jobs in order, a pool for large updates, accelerators' streams, and a warning of waiting.
+"""Worker threads that run jobs in order, a pool for large updates, and accelerators' streams.
 
 A signal handler runs in the main thread, between any two steps of its code, and may call the very function that it has
 interrupted. So no lock is held while Python code runs: a handler that waited for it would deadlock with the interrupted
@@ -39,8 +39,13 @@ class CallGuard:
     """Admits one call at a time to a tracker, from the process that made the tracker, until the tracker is closed."""
 
     def __init__(self, directory: Path) -> None:
-        self.closed, self._caller = False, 0
+        self.closed = False
         self._directory, self._process, self._lock = directory, os.getpid(), threading.Lock()
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process was forked from the one that made the tracker."""
+        return self._process != os.getpid()
 
     def check_process(self) -> None:
         """Raise a NotReadyError in a forked process, which has none of the tracker's threads."""
@@ -48,11 +53,6 @@ class CallGuard:
             reason = "this process was forked from the one that has the tracker, and its threads"
             hint = "call it there, or read the snapshots with PostHocEMA.from_path"
             raise NotReadyError(self._directory, reason, hint)
-
-    @property
-    def is_forked(self) -> bool:
-        """Whether this process was forked from the one that made the tracker."""
-        return self._process != os.getpid()
 
     def check_open(self) -> None:
         """Raise a NotReadyError in a forked process, and if the tracker is closed."""
@@ -68,10 +68,8 @@ class CallGuard:
         """Return the lock to hold during a call; raise a NotReadyError if another call, begun earlier, is running."""
         self.check_process()
         if self._lock.locked():
-            in_handler = self._caller == threading.get_ident()
-            who = "this thread, interrupted by a signal handler, is" if in_handler else "another thread is"
-            raise NotReadyError(name, f"{who} calling the tracker", "call update_ from one thread, after every step")
-        self._caller = threading.get_ident()
+            reason = "another thread, or the code that this signal handler interrupts, is calling the tracker"
+            raise NotReadyError(name, reason, "call update_ from one thread, after every step")
         return self._lock
 
 
@@ -130,38 +128,38 @@ class Worker:
 
     The thread also ends when the worker is garbage-collected, and it does not keep the process alive: call `wait` for
     jobs that must finish. `concurrent.futures` would refuse new jobs while the process ends, even those that running
-    jobs submit. The error of a submitted job is logged and kept until `take_error`; later jobs still run.
+    jobs submit, and holds locks. `job_seconds` is how long the last submitted job took, `wait_seconds` the wait before.
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.job_seconds = self.wait_seconds = self._waited = 0.0
+        self._name, self._process, self._begin, self._has_warned = name, os.getpid(), time.monotonic(), False
         self._queue: SimpleQueue[Job[object] | None] = SimpleQueue()
-        self._vacancy: deque[None] = deque((None,))
+        self._vacancy: deque[None] = deque((None,))  # empty while the worker has a thread
         self._errors: deque[Exception] = deque()
-        self._process = os.getpid()
         # Not at exit: running jobs may still submit others.
         weakref.finalize(self, self._queue.put, None).atexit = False
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Queue `work`, and return at once."""
-        errors = self._errors
+        """Queue `work`, and return at once. Its error is logged and kept until `take_error`; later jobs still run."""
 
         def guarded() -> None:
+            began = time.monotonic()
             try:
                 work()
             except Exception as error:  # noqa: BLE001  # raised at the next call
-                errors.append(error)
+                self._errors.append(error)
                 # A deleted directory is not worth a message when the process ends; the next call raises the error.
                 if not (isinstance(error, WriteError) and error.errno == errno.ENOENT):
                     log.error("in the background: %s", error)
+            self.job_seconds = time.monotonic() - began
 
         self.put(Job(guarded))
 
     def call(self, work: Callable[[], Result]) -> Result:
         """Queue `work`, wait for it, and return its result or raise its error.
 
-        If a signal handler raises an exception during the wait, work that has not begun is withdrawn; otherwise the
-        exception continues when the work is done.
+        An exception that a signal handler raises meanwhile withdraws work that has not begun, or waits for its end.
         """
         job = Job(work)
         try:
@@ -170,27 +168,6 @@ class Worker:
         finally:
             job.settle()
         return job.result()
-
-    def wait(self) -> None:
-        """Wait until every job is done; return at once in a forked process, which has no thread."""
-        if not self.is_idle() and os.getpid() == self._process:
-            self.call(lambda: None)
-
-    def take_error(self) -> Exception | None:
-        """Return and forget the oldest error of a submitted job, or None."""
-        with suppress(IndexError):
-            return self._errors.popleft()
-        return None
-
-    def close(self) -> None:
-        """Finish every job and end the thread; a later job would start another thread."""
-        self.wait()
-        if not self._vacancy:
-            self._queue.put(None)
-
-    def is_idle(self) -> bool:
-        """Return whether the worker has no thread and no queued job."""
-        return bool(self._vacancy) and self._queue.empty()
 
     def put(self, job: Job[Result]) -> None:
         """Queue a job, and return at once; `Job.result` raises its error."""
@@ -205,6 +182,39 @@ class Worker:
                 self._queue.put(None)
                 _run_jobs(*arguments)
 
+    def wait(self) -> None:
+        """Wait until every job is done; return at once in a forked process, which has no thread."""
+        is_idle = self._vacancy and self._queue.empty()
+        if not is_idle and os.getpid() == self._process:
+            self.call(lambda: None)
+
+    def wait_for_turn(self) -> None:
+        """Wait as `wait` does, before the training submits a job, and note how long."""
+        began = time.monotonic()
+        self.wait()
+        self.wait_seconds = time.monotonic() - began
+        self._waited += self.wait_seconds
+
+    def warn_of_waiting(self, what: str) -> None:
+        """Warn, once, if the training has waited for long; call it last: a filter may turn a warning into an error."""
+        passed, waited = time.monotonic() - self._begin, self._waited
+        if not self._has_warned and waited >= max(PATIENCE, 0.1 * (passed - waited)):
+            self._has_warned = True
+            times = f"{waited:.3g} s of {passed:.3g} s; the last one took {self.job_seconds:.3g} s"
+            warn(f"training has waited for {what} for {times}: a larger interval makes them rarer")
+
+    def take_error(self) -> Exception | None:
+        """Return and forget the oldest error of a submitted job, or None."""
+        with suppress(IndexError):
+            return self._errors.popleft()
+        return None
+
+    def close(self) -> None:
+        """Finish every job and end the thread; a later job would start another thread."""
+        self.wait()
+        if not self._vacancy:
+            self._queue.put(None)
+
 
 _threads: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job[object] | None]] = weakref.WeakKeyDictionary()
 """The threads of all workers, with the queues that they serve."""
@@ -213,8 +223,7 @@ _threads: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job[object] | 
 def end_threads() -> None:
     """End the threads of all workers when their jobs are done.
 
-    A thread that still freed tensors while the interpreter shuts down would abort the process: it can no longer take
-    the interpreter's lock, and torch's C++ code cannot be unwound.
+    A thread that frees tensors while the interpreter shuts down aborts the process: torch's C++ code is not unwound.
     """
     for thread, queue in list(_threads.items()):
         while thread.is_alive():
@@ -241,6 +250,12 @@ def _run_jobs(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> N
             return
 
 
+@lru_cache
+def _openmp() -> ThreadpoolController:
+    """Return the controller of the imported libraries that use OpenMP; searching for them takes 10 ms."""
+    return ThreadpoolController().select(user_api="openmp")
+
+
 class ThreadPool:
     """A pool of `size` threads: the calling thread, limited to one torch thread, and helper threads.
 
@@ -260,18 +275,17 @@ class ThreadPool:
         """
         pending = deque(items)
 
+        @torch.no_grad()
         def run(thread: int) -> None:
             try:
-                with torch.no_grad():
-                    while True:
-                        try:
-                            item = pending.popleft()
-                        except IndexError:
-                            return
-                        work(item, thread)
-            except BaseException:
+                while True:
+                    try:
+                        item = pending.popleft()
+                    except IndexError:
+                        return
+                    work(item, thread)
+            finally:
                 pending.clear()
-                raise
 
         jobs = [Job(partial(run, thread)) for thread in range(1, min(self.size, len(pending)))]
         try:
@@ -292,50 +306,6 @@ class ThreadPool:
 
 SINGLE_THREAD = ThreadPool(1)
 """A pool of the calling thread alone."""
-
-
-@lru_cache
-def _openmp() -> ThreadpoolController:
-    """Return the controller of the imported libraries that use OpenMP; searching for them takes 10 ms."""
-    return ThreadpoolController().select(user_api="openmp")
-
-
-class BackpressureMonitor:
-    """Times background jobs (`what`) and the training's waits for them; warns once if the training waits for long.
-
-    Attributes:
-        job_seconds: how long the last job took.
-        wait_seconds: how long the training waited before it could queue the last job.
-    """
-
-    def __init__(self, what: str) -> None:
-        self.job_seconds = self.wait_seconds = 0.0
-        self._what, self._waited, self._begin, self._warned = what, 0.0, time.monotonic(), False
-
-    def run(self, work: Callable[[], Result]) -> Result:
-        """Run and time a job."""
-        began = time.monotonic()
-        try:
-            return work()
-        finally:
-            self.job_seconds = time.monotonic() - began
-
-    def wait(self, wait: Callable[[], None]) -> None:
-        """Call `wait`, which returns when a new job can be queued, and time it."""
-        began = time.monotonic()
-        wait()
-        self.wait_seconds = time.monotonic() - began
-        self._waited += self.wait_seconds
-
-    def warn(self) -> None:
-        """Warn if the training has waited for long; call it last, since a filter may turn the warning into an error."""
-        training = time.monotonic() - self._begin - self._waited
-        if not self._warned and self._waited >= max(PATIENCE, 0.1 * training):
-            self._warned = True
-            times = (
-                f"{self._waited:.3g} s of {training + self._waited:.3g} s; the last one took {self.job_seconds:.3g} s"
-            )
-            warn(f"training has waited for {self._what} for {times}: a larger interval makes them rarer")
 
 
 # --- accelerators

@@ -10,13 +10,7 @@ from typing import Any
 import torch
 
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
-from posthoc_cli.tracker.memory import (
-    BucketTile,
-    HostTensors,
-    Layout,
-    LayoutReader,
-    on_host,
-)
+from posthoc_cli.tracker.memory import FlatTensors, Layout, Reader, Tile, on_host, tiles_of
 
 FREE_SHARE = 0.1
 """Largest share of an accelerator's free memory that is used as a buffer for copies to the host."""
@@ -34,9 +28,7 @@ class _Ring:
         free = cuda.mem_get_info(device)[0]
         count = min(len(sizes), max(2, int(FREE_SHARE * free) // max(sizes)))
         self._device, self._stream = device, cuda.Stream(device)
-        self._buffers = [
-            torch.empty(max(sizes[index::count]), dtype=torch.uint8, device=device) for index in range(count)
-        ]
+        self._buffers = [torch.empty(max(sizes[i::count]), dtype=torch.uint8, device=device) for i in range(count)]
         self._sent: list[Any] = [None] * count  # each buffer's last event
         self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
 
@@ -65,18 +57,15 @@ def _fill(flat: torch.Tensor, values: list[torch.Tensor]) -> None:
     torch._foreach_copy_([*torch.split(flat, [value.numel() for value in values])], values)
 
 
-# --- the model's values
-
-
 @dataclass(frozen=True, eq=False)
 class ModelCopy:
     """A model's values at one moment, on the host, in the model's dtypes; complete after the `events`."""
 
-    host: HostTensors
-    values: LayoutReader
+    memory: FlatTensors
+    values: Reader
     events: tuple[Any, ...] = ()
 
-    def arrived(self) -> LayoutReader:
+    def arrived(self) -> Reader:
         """Wait until all values have arrived, and return a reader of them."""
         for event in self.events:
             event.synchronize()
@@ -100,9 +89,9 @@ class ModelCopier:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def copy(self, model: LayoutReader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
+    def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
         """Copy the values as they are now; `give_back` the copy. From accelerators `pool` must be `SINGLE_THREAD`."""
-        layout, sizes = model.layout, defaultdict(list)
+        layout, host, sizes = model.layout, on_host(model.layout), defaultdict(list)
         if layout != self._layout:
             for tile in model.tiles:
                 if (bucket := layout[tile.bucket]).device.type == "cuda":
@@ -110,21 +99,20 @@ class ModelCopier:
             self._rings = {device: _Ring(device, nbytes) for device, nbytes in sizes.items()}
             self._layout = layout
         copy = self._free.pop() if self._free else None
-        if copy is None or copy.host.layout != on_host(layout):
-            host = HostTensors(on_host(layout), pinned=bool(self._rings))
-            copy = ModelCopy(host, LayoutReader.of_host(host, self._threads))
-            self._host_bytes = host.nbytes
-        host, events = copy.host, dict[torch.device, Any]()
-        counts: dict[torch.device, int] = defaultdict(int)
+        if copy is None or copy.memory.layout != host:
+            memory = FlatTensors(host, pinned=bool(self._rings))
+            reader = Reader(host, [[memory.tile(tile)] for tile in tiles_of(host)], self._threads)
+            self._host_bytes, copy = memory.nbytes, ModelCopy(memory, reader)
+        memory, events, counts = copy.memory, dict[torch.device, Any](), defaultdict[torch.device, int](int)
 
-        def copy_tile(tile: BucketTile, _: int) -> None:
-            device = layout[tile.bucket].device
-            (out,) = host.flat(tile.bucket, tile.begin, tile.end)
+        def copy_tile(tile: Tile, _: int) -> None:
+            # Tiles of an accelerator are larger than the reader's, which are the host's.
+            device, values, out = layout[tile.bucket].device, model.current(tile), memory.tile(tile)
             if device in self._rings:  # a stream keeps order: the last event is enough
-                events[device] = self._rings[device].send(counts[device], model.current(tile), out)
+                events[device] = self._rings[device].send(counts[device], values, out)
                 counts[device] += 1
             else:
-                _fill(out, model.current(tile))
+                _fill(out, values)
 
         pool.each(copy_tile, model.tiles)
         return replace(copy, events=tuple(events.values()))

@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
-from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors, swapped
-from posthoc_cli.tracker.processes import held_part, is_fsdp, is_fully_sharded, is_sharded, reshard
-
-Entered = TypeVar("Entered")
-
-
-class WithStatement(Generic[Entered]):
-    """A context manager that can be entered more than once, and cannot be used as a decorator by mistake."""
-
-    def __init__(self, make: Callable[[], AbstractContextManager[Entered]]) -> None:
-        self._make = make
-        self._open: list[AbstractContextManager[Entered]] = []
-
-    def __enter__(self) -> Entered:
-        context = self._make()
-        entered = context.__enter__()
-        self._open.append(context)
-        return entered
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        return self._open.pop().__exit__(kind, error, trace)
-
-
-# --- what fits
+from posthoc_cli.tracker.processes import held_part, is_fully_sharded, is_sharded, reshard
 
 
 def targets_of(
@@ -59,7 +34,7 @@ def targets_of(
             if is_sharded(tensor):
                 reason = "is sharded over processes, and this tracker was made before that, or without the model"
             raise ModelMismatchError(f"tensor {name!r}", reason)
-    keeps = any(is_fsdp(module) or is_fully_sharded(module) for module in model.modules())
+    keeps = any(map(is_fully_sharded, model.modules()))
     if dtype is not None and (keeps or any(is_sharded(entry.tensor) for entry in tensors.values())):
         raise InvalidValueError("dtype", "a sharded model keeps the dtypes it has", "leave dtype out", value=dtype)
     return {name: tensors[name] for name in shapes}
@@ -73,12 +48,12 @@ def check_weights(
     dtypes = None if own_dtypes else ", ".join(sorted({str(value.dtype) for value in weights.values()})) or None
     targets = targets_of(model, {name: tuple(value.shape) for name, value in weights.items()}, dtypes)
     for name, target in targets.items() if own_dtypes else ():
-        check_fits(name, weights[name], target.tensor.dtype)
+        _check_fits(name, weights[name], target.tensor.dtype)
     return targets
 
 
-def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise a NonFiniteError, naming the tensor, if a model's dtype has too small a range for its values."""
+def _check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise a NonFiniteError if a model's dtype has too small a range for the values of its tensor."""
     both = values.dtype.is_floating_point and dtype.is_floating_point
     if not both or torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
         return
@@ -92,27 +67,33 @@ def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
 # --- for good
 
 
-def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
-    """Copy `weights` into the tensors of a model that have their names; its other tensors do not change.
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy `weights` into the model's tensors of these names; an error leaves the model unchanged."""
+    check_weights(model, weights)
+    fill(model, weights.items())
 
-    The shapes are those of the model, of a DTensor that of this process's part. With `own_dtypes` the model keeps its
-    dtypes and is changed in place; else it takes the dtypes of `weights`. An error leaves the model unchanged.
+
+def fill(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool = True) -> None:
+    """Load weights, whose names and shapes are known to fit, one by one.
+
+    With `own_dtypes` the model keeps its dtypes, else it takes those of `weights`. An error of `weights`, or a value
+    that the model's dtype cannot hold, leaves the tensors before it filled.
     """
-    targets = check_weights(model, weights, own_dtypes)
     with torch.inference_mode(False), torch.no_grad():
-        for name, target in targets.items():
-            _load(target.tensor, weights[name], own_dtypes)
+        targets = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
+        for name, value in weights:
+            if own_dtypes:
+                _check_fits(name, value, targets[name].dtype)
+            _load(targets[name], value, own_dtypes)
 
 
 def _load(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
     """Copy one value into a model's tensor, for a DTensor into this process's part."""
     target = held_part(target)
-    if not _is_writable(target):
-        target.data = value.to(target.device, target.dtype, copy=True)
-    elif own_dtype or value.dtype == target.dtype:
+    if _is_writable(target) and (own_dtype or value.dtype == target.dtype):
         target.data.copy_(value)
     else:
-        target.data = value.to(target.device, copy=True)
+        target.data = value.to(target.device, target.dtype if own_dtype else value.dtype, copy=True)
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
@@ -122,19 +103,6 @@ def _is_writable(tensor: torch.Tensor) -> bool:
     )
 
 
-def fill(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool) -> None:
-    """Load weights, whose names and shapes are known to fit, one by one.
-
-    An error of `weights`, or a value that the model's dtype cannot hold, leaves the tensors before it filled.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        targets = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
-        for name, value in weights:
-            if own_dtypes:
-                check_fits(name, value, targets[name].dtype)
-            _load(targets[name], value, own_dtypes)
-
-
 # --- for a block
 
 
@@ -142,8 +110,8 @@ def fill(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], ow
 def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> Iterator[None]:
     """Give the model `weights` and eval mode for the block; restore everything afterwards, also on an error.
 
-    Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second copy. The arguments
-    are those of `load_weights`.
+    Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second copy. For
+    `own_dtypes` see `fill`.
     """
     reshard(check_model(model))
     targets = check_weights(model, weights, own_dtypes)
@@ -183,22 +151,19 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
 def _restorer(
     contents: dict[str, Any], key: str, new_dtype: torch.dtype | None, own_dtypes: bool
 ) -> Callable[[], None]:
-    """Return a function that restores a module's tensor: its storage and, if its values may change, the values.
-
-    `new_dtype` is that of the weights which replace a tensor's values, None if none do.
-    """
+    """Return a function that restores a module's tensor, whose values weights of `new_dtype` replace, if not None."""
     tensor: torch.Tensor | None = contents[key]
     if tensor is None:
         return lambda: contents.__setitem__(key, None)
     held, device = held_part(tensor), tensor.device
-    is_parameter, saves, in_place = isinstance(tensor, torch.nn.Parameter), new_dtype is not None, True
-    if is_parameter:  # the storage itself is kept, unless one of another dtype is to replace it
-        in_place = not saves or own_dtypes or new_dtype == tensor.dtype
-    else:  # a forward pass may change a buffer; on meta it has no values to save, and none can be written to it
+    gradients = (tensor.requires_grad, tensor.grad) if isinstance(tensor, torch.nn.Parameter) else None
+    saves, is_replaced = new_dtype is not None, False
+    if gradients is None:  # a forward pass may change a buffer; on meta it has no values to save
         saves = not tensor.is_meta and _is_writable(tensor)
-    storage = held.data if in_place else None
+    elif saves:
+        is_replaced = not own_dtypes and new_dtype != tensor.dtype
+    storage = None if is_replaced else held.data
     values = held.data.to("cpu", copy=True) if saves else None
-    gradients = tensor.requires_grad, tensor.grad if is_parameter else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -211,7 +176,7 @@ def _restorer(
                 tensor.data = storage
         elif values is not None:
             tensor.data = values.to(device)
-        if is_parameter:
+        if gradients is not None:
             tensor.requires_grad_(gradients[0])
             tensor.grad = gradients[1]
 

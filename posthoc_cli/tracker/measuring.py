@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +25,41 @@ import xxhash
 from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
 from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.path import PathSketch
-from posthoc_cli.tracker.memory import BucketTile, Elements, Layout, Values
+from posthoc_cli.tracker.memory import Layout, Tile, tiles_of
 
 MEASURED_ELEMENTS = 2**19
 """The number of elements that are measured of a large model, about."""
 
-_CHUNK = 2**17  # elements whose squares are summed at a time
+Values = npt.NDArray[Any]
+
+
+class Elements:
+    """A selection of a layout's elements, given by sorted indices into each bucket."""
+
+    def __init__(self, layout: Layout, indices: Sequence[npt.NDArray[np.int64]]) -> None:
+        self.layout, self._counts = layout, [len(selected) for selected in indices]
+        self._of_tiles: list[tuple[int, int, torch.Tensor]] = []  # numbers in the bucket, and indices in the tile
+        for tile in tiles_of(layout):
+            selected = indices[tile.bucket]
+            first, last = np.searchsorted(selected, (tile.begin, tile.end)).tolist()
+            index = torch.from_numpy((selected[first:last] - tile.begin).astype(np.int32))
+            self._of_tiles.append((first, last, index.to(layout[tile.bucket].device)))
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Return zeros for the values of the selected elements, one tensor a bucket."""
+        pairs = zip(self._counts, self.layout, strict=True)
+        return [torch.zeros(count, dtype=bucket.wide, device=bucket.device) for count, bucket in pairs]
+
+    def take(self, tile: Tile, values: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
+        """Copy the selected elements of a tile, which has these values, to the buffers."""
+        first, last, index = self._of_tiles[tile.number]
+        if first < last:
+            torch.index_select(values, 0, index, out=buffers[tile.bucket][first:last])
+
+
+def joined(buffers: Sequence[torch.Tensor]) -> Values:
+    """Return the values of all buckets, on the host: shape [elements]."""
+    return np.concatenate([np.empty(0, np.float32), *(buffer.cpu().numpy() for buffer in buffers)])
 
 
 class Subset(Elements):
@@ -38,10 +68,8 @@ class Subset(Elements):
     One of every k neighbouring elements is drawn, the same in every run. Small tensors get a smaller k, up to an even
     share of the subset: few elements, such as gains of normalization, may be as large as many others, or move as far.
 
-    Attributes:
-        sizes: the number of elements of each tensor that has any, by name.
-        edges: the index of each tensor's first element in the subset, and the size of the subset: shape [tensors + 1].
-        scales: the number of elements of each tensor / the number that are drawn: shape [tensors].
+    `sizes` are the numbers of elements of tensors that have any, by name; `edges` the index of each tensor's first
+    element in the subset, and the size of the subset; `scales` the elements of each tensor / those that are drawn.
     """
 
     def __init__(self, layout: Layout, measured: Iterable[str]) -> None:
@@ -63,15 +91,9 @@ class Subset(Elements):
 
     def sums(self, values: Values, others: Values | None = None) -> FloatArray:
         """Return the squared norm of each tensor, or its squared distance from `others`: shape [tensors]."""
-        sums, begin = np.zeros(len(self.sizes)), 0
         with np.errstate(over="ignore", invalid="ignore"):
-            while begin < len(sums):  # some tensors at a time, to save memory
-                end = max(begin + 1, int(np.searchsorted(self.edges[:-1], self.edges[begin] + _CHUNK)))
-                first, last = self.edges[[begin, end]]
-                chunk = values[first:last] if others is None else values[first:last] - others[first:last]
-                sums[begin:end] = np.add.reduceat(np.square(chunk, dtype=np.float64), self.edges[begin:end] - first)
-                begin = end
-            return np.asarray(self.scales * sums)
+            squares = np.square(values if others is None else values - others, dtype=np.float64)
+            return np.asarray(self.scales * np.add.reduceat(squares, self.edges[:-1]))
 
     def measured(self, average: Values, stored: Values | None = None) -> Measurements | None:
         """Return the measurements of an average that is stored with these values; None if its norm is not finite."""
@@ -106,6 +128,9 @@ NUMBERS = 64
 ROW = 1021
 """Columns that elements are summed into first: a prime, so that a column of a matrix is spread over all of them."""
 
+_NUMBER = (_hashed(np.arange(ROW, dtype=np.uint64)) % np.uint64(NUMBERS)).astype(np.int64)
+"""The index of the number that each column is added to: shape [ROW]."""
+
 MOST_WINDOWS = 1024
 """The largest number of windows of a sketch; beyond it each two are merged."""
 
@@ -127,8 +152,8 @@ class Sketcher:
         # Random signs, the same in every run, and others for each part.
         numbers = np.arange(subset.edges[-1], dtype=np.uint64) + (np.uint64(part) << np.uint64(40))
         signs = np.where(_hashed(~numbers) >> np.uint64(63), np.float32(1), np.float32(-1))
-        factors = np.repeat(np.sqrt(subset.scales), np.diff(subset.edges)) * signs
-        split = torch.split(torch.from_numpy(factors), subset.counts)
+        factors = torch.from_numpy(np.repeat(np.sqrt(subset.scales), np.diff(subset.edges)) * signs)
+        split = torch.split(factors, [*map(len, self._values)])
         self._factors = [factor.to(buffer) for factor, buffer in zip(split, self._values, strict=True)]
         self._pending: list[tuple[float, float, bool, list[torch.Tensor]]] = []
         self._begin = self._t = 0.0  # times of the open window's begin and of the last value in it
@@ -141,13 +166,13 @@ class Sketcher:
 
     def resume(self, path: PathSketch) -> bool:
         """Continue a path, and return True, if it is of the same projection; a last window of no folds is open."""
-        is_same = path.projection == self._projection
-        if is_same:
-            self._sketch, self._open = _without_open(path.sketch)
-            self._begin, self._t = float(self._sketch.edges[-1]), float(path.sketch.edges[-1])
-        return is_same
+        if path.projection != self._projection:
+            return False
+        self._sketch, self._open = _without_open(path.sketch)
+        self._begin, self._t = float(self._sketch.edges[-1]), float(path.sketch.edges[-1])
+        return True
 
-    def take(self, tile: BucketTile, values: torch.Tensor) -> None:
+    def take(self, tile: Tile, values: torch.Tensor) -> None:
         """Take in a tile of a window's mean, or of a value."""
         self.subset.take(tile, values, self._values)
 
@@ -157,11 +182,15 @@ class Sketcher:
         share = new_value_share(gammas[0], before, t) / new_value_share(gammas[0], begin, t)
         self.end_window(t, share, is_last or sketched_window_ends(gammas, begin, before, t))
 
-    def path(self, t: float | None = None) -> PathSketch | None:
-        """Return the path so far; an open window is a last one of no folds, see `closed`.
+    def end_window(self, t: float, share: float = 1.0, ends: bool = True) -> None:
+        """End a window at time `t`, all tiles of whose mean, or of a value with a share in it, have been taken in."""
+        self._t, self._begin = t, t if ends else self._begin
+        self._pending.append((t, share, ends, self._project()))
+        if len(self._pending) >= _PENDING:
+            self._fetch()
 
-        With `t`, the tiles that have been taken in are those of a last window that ends then.
-        """
+    def path(self, t: float | None = None) -> PathSketch | None:
+        """Return the path so far, an open window as a last one of no folds, or closed by the tiles taken in at `t`."""
         self._fetch()
         sketch = self._sketch
         if t is not None:
@@ -169,13 +198,6 @@ class Sketcher:
         elif self._open is not None and sketch is not None:
             sketch = _with_window(sketch, self._t, self._open, 0.0)
         return None if sketch is None else PathSketch(self._projection, sketch)
-
-    def end_window(self, t: float, share: float = 1.0, ends: bool = True) -> None:
-        """End a window at time `t`, all tiles of whose mean, or of a value with a share in it, have been taken in."""
-        self._t, self._begin = t, t if ends else self._begin
-        self._pending.append((t, share, ends, self._project()))
-        if len(self._pending) >= _PENDING:
-            self._fetch()
 
     def _fetch(self) -> None:
         """Add the pending values to the sketch."""
@@ -202,8 +224,8 @@ class Sketcher:
 
 def closed(path: PathSketch) -> PathSketch:
     """Return the path with an open window closed at its last value."""
-    sketch, open_mean = _without_open(path.sketch)
-    return path if open_mean is None else path._replace(sketch=_appended(sketch, path.sketch.edges[-1], open_mean))
+    sketch, mean = _without_open(path.sketch)
+    return path if mean is None else path._replace(sketch=_appended(sketch, path.sketch.edges[-1], mean))
 
 
 def _without_open(sketch: Sketch) -> tuple[Sketch, FloatArray | None]:
@@ -225,12 +247,10 @@ def _rounded(numbers: FloatArray) -> FloatArray:
         return numbers.astype(np.float32).astype(np.float64)
 
 
-def _with_window(sketch: Sketch, t: float, mean: FloatArray, folds: float) -> Sketch:
+def _with_window(sketch: Sketch, t: float, mean: FloatArray, folds: float = 1.0) -> Sketch:
     """Return a sketch with one more window."""
-    return Sketch(
-        np.append(sketch.edges, t), np.append(sketch.folds, folds),
-        np.vstack((sketch.means, mean)), np.append(sketch.spread, 0.0),
-    )  # fmt: skip
+    edges, numbers = np.append(sketch.edges, t), np.append(sketch.folds, folds)
+    return Sketch(edges, numbers, np.vstack((sketch.means, mean)), np.append(sketch.spread, 0.0))
 
 
 def _appended(sketch: Sketch | None, t: float, mean: FloatArray) -> Sketch:
@@ -238,7 +258,7 @@ def _appended(sketch: Sketch | None, t: float, mean: FloatArray) -> Sketch:
     with np.errstate(over="ignore", invalid="ignore"):
         if sketch is None:
             return Sketch(np.array([t, t]), np.ones(1), mean, np.zeros(1))
-        longer = _with_window(sketch, t, mean, 1.0)
+        longer = _with_window(sketch, t, mean)
         if sketch.folds[-1] < sketch.folds.max():
             return _halved(longer, len(sketch.folds) - 1)
         return longer if len(longer.folds) <= MOST_WINDOWS else _halved(longer)
@@ -256,7 +276,3 @@ def _halved(sketch: Sketch, begin: int = 0) -> Sketch:
     edges = (sketch.edges[:begin], sketch.edges[begin : end + 1 : 2], sketch.edges[end + 1 :])
     joined = [np.concatenate((a[:begin], b, a[end:])) for a, b in zip(values, (folds, means, spread), strict=True)]
     return Sketch(np.concatenate(edges), *joined)
-
-
-_NUMBER = (_hashed(np.arange(ROW, dtype=np.uint64)) % np.uint64(NUMBERS)).astype(np.int64)
-"""The index of the number that each column is added to: shape [ROW]."""

@@ -1,7 +1,7 @@
 """The tensors of a model: their names, which are averaged, copied or left out, and whether they match those of a run.
 
-Names do not depend on wrappers. `torch.compile`, DataParallel, DistributedDataParallel, FSDP and activation
-checkpointing insert a child between a module and its tensors' names. Such a child is recognised by its parent's type,
+Names do not depend on wrappers. `torch.compile`, DataParallel, DistributedDataParallel and activation checkpointing
+insert a child between a module and its tensors' names. Such a child is recognised by its parent's type,
 never by its name: a user's module may have a child called `module`. Tensors of a PEFT adapter have the names under
 which PEFT saves and loads them.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -24,9 +24,9 @@ from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.snapshot import Selection, Snapshot, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Chunk
-from posthoc_cli.tracker.processes import Members, is_fsdp, is_sharded, local_part, local_tensors, reshard
+from posthoc_cli.tracker.processes import Members, held_box, is_sharded, local_tensors, reshard
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes for which torch has no arithmetic
 AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
@@ -37,7 +37,6 @@ ON_META = (
 )
 """Reason and hint for a tensor without values."""
 
-_CHANGED = "begin a new directory for the changed model"
 _OTHER_DTYPE = "convert the model before the tracker is made; or use torch.autocast, which does not change parameters"
 _FROZEN_TOO = "make the tracker with include='*', which tracks frozen parameters, too"
 
@@ -82,14 +81,18 @@ class TrackedModel:
         """Return the shape of a tensor in the model, of which this process may hold a part."""
         return self.chunks[name].shape if name in self.chunks else self.shapes[name]
 
-    def box(self, name: str) -> Box:
-        """Return the elements of a tensor that this process holds."""
-        return self.chunks[name].box(self.shapes[name]) if name in self.chunks else Box.full(self.shapes[name])
-
     @property
     def complete_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The complete shapes of all averages, including those of other processes."""
         return self.everywhere or {name: self.complete_shape(name) for name in self.weights}
+
+    def box(self, name: str) -> Box:
+        """Return the elements of a tensor that this process holds."""
+        return self.chunks[name].box(self.shapes[name]) if name in self.chunks else Box.full(self.shapes[name])
+
+    def boxes(self) -> dict[str, Box] | None:
+        """Return the elements that this process holds of each tensor of a sharded model; None for any other model."""
+        return {name: self.box(name) for name in self.tensors} if self.members.is_chunked else None
 
     @property
     def weights(self) -> list[str]:
@@ -99,17 +102,12 @@ class TrackedModel:
     @cached_property
     def sampled(self) -> dict[int, tuple[str, int]]:
         """The elements of a snapshot's sample that this process holds, by number: name, and row-major local index."""
-        sample = ((number, name, index) for number, (name, index) in enumerate(places(self.complete_shapes)))
         local = (
             (number, name, index_within(self.box(name), self.complete_shape(name), index))
-            for number, name, index in sample
+            for number, (name, index) in enumerate(places(self.complete_shapes))
             if name in self.tensors
         )
         return {number: (name, index) for number, name, index in local if index is not None}
-
-    def boxes(self) -> dict[str, Box] | None:
-        """Return the elements that this process holds of each tensor of a sharded model; None for any other model."""
-        return {name: self.box(name) for name in self.tensors} if self.members.is_chunked else None
 
     @property
     def leads(self) -> bool:
@@ -120,6 +118,13 @@ class TrackedModel:
         """Return the model's dtypes, by name, of the copied tensors or else of the averaged ones."""
         tensors = self.tensors.items()
         return {name: torch_dtype(tensor.dtype) for name, tensor in tensors if (tensor.role == "copy") == copied}
+
+    def of(self, members: Members) -> TrackedModel:
+        """Return the tensors that this process averages and writes."""
+        names = members.owned(self.tensors.keys())
+        tensors, shapes, chunks = _only(self.tensors, names), _only(self.shapes, names), _only(self.chunks, names)
+        aliases = {alias: name for alias, name in self.aliases.items() if name in names}
+        return replace(self, tensors=tensors, shapes=shapes, aliases=aliases, chunks=chunks, members=members)
 
     def check(self, found: TrackedModel) -> None:
         """Raise a ModelMismatchError that names a tensor whose name, shape, dtype, role or tie is not the same."""
@@ -145,8 +150,11 @@ class TrackedModel:
         return described
 
 
-@dataclass(frozen=True)
-class ModelTensors:
+def _only(named: Mapping[str, Value], names: Set[str]) -> dict[str, Value]:
+    return {name: value for name, value in named.items() if name in names}
+
+
+class ModelTensors(NamedTuple):
     """The tensors of a model that this process holds, averaged and copied ones, and what is tracked of them."""
 
     averaged: dict[str, torch.Tensor]
@@ -155,18 +163,9 @@ class ModelTensors:
 
     def of(self, members: Members) -> ModelTensors:
         """Return the tensors that this process averages and writes."""
-        everything = self.tracked
-        names = members.owned(everything.tensors.keys())
-
-        def own(named: Mapping[str, Result]) -> dict[str, Result]:
-            return {name: value for name, value in named.items() if name in names}
-
-        aliases = {alias: name for alias, name in everything.aliases.items() if name in names}
-        tracked = replace(
-            everything, tensors=own(everything.tensors), shapes=own(everything.shapes), aliases=aliases,
-            chunks=own(everything.chunks), members=members,
-        )  # fmt: skip
-        return ModelTensors(own(self.averaged), own(self.copied), tracked)
+        tracked = self.tracked.of(members)
+        names = tracked.tensors.keys()
+        return ModelTensors(_only(self.averaged, names), _only(self.copied, names), tracked)
 
 
 def check_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -203,13 +202,9 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     Raises:
         InvalidValueError: nothing to average, or a tensor that cannot be averaged or stored, by name.
     """
-    held: dict[str, torch.Tensor] = {}
-    tracked: dict[str, TrackedTensor] = {}
-    aliases: dict[str, str] = {}
-    left_out: list[str] = []
-    frozen: set[str] = set()
-    first_name: dict[int, str] = {}
-    chunks: dict[str, Chunk] = {}
+    held, tracked = dict[str, torch.Tensor](), dict[str, TrackedTensor]()
+    aliases, left_out, frozen = dict[str, str](), list[str](), set[str]()
+    first_name, chunks = dict[int, str](), dict[str, Chunk]()
     reshard(check_model(model))
     tensors = named_tensors(model)
     # A tied parameter is one tensor with several names, any of which may be selected.
@@ -217,16 +212,14 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     running = running_statistics(entry.name for entry in tensors if not entry.is_parameter)
     for entry in tensors:
         name, tensor = entry.name, entry.tensor
-        is_copied = id(tensor) in copy_only
         if not entry.in_state:
             continue
-        if not selection.names(name):
+        is_copied, is_selected = id(tensor) in copy_only, selection.names(name)
+        is_wanted = not selection.only_trainable or tensor.requires_grad or is_copied or name in also
+        if not is_selected or (entry.is_parameter and not is_wanted):
             left_out.append(name)
-            continue
-        wanted = not selection.only_trainable or tensor.requires_grad or is_copied or name in also
-        if entry.is_parameter and not wanted:
-            left_out.append(name)
-            frozen.add(name)
+            if is_selected:
+                frozen.add(name)
             continue
         if name == "__metadata__":
             reason = "safetensors files reserve this name, so that no snapshot can hold it"
@@ -236,15 +229,17 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
         if stored != name:
             aliases[name] = stored
             continue
-        _check_dense(name, tensor)
-        held[name], chunk = local_part(name, tensor)
-        is_statistic = name in running and selection.buffers == "statistics" and tensor.dtype in AVERAGED_DTYPES
+        _check_values(entry)
+        held[name], box = held_box(name, tensor)
+        if is_sharded(tensor):
+            chunks[name] = Chunk(tuple(tensor.shape), box.offset)
         role = "copy"
-        if not is_copied and (is_statistic or _is_averaged(entry, selection)):
-            role = "statistic" if is_statistic else "average"
+        if not is_copied and tensor.dtype in AVERAGED_DTYPES:
+            if name in running and selection.buffers == "statistics":
+                role = "statistic"
+            elif entry.is_parameter or selection.buffers == "average":
+                role = "average"
         tracked[name] = TrackedTensor(role, stored_name(tensor.dtype, name))
-        if chunk is not None:
-            chunks[name] = chunk
     if all(one.role != "average" for one in tracked.values()):
         reason, hint = "none of floating-point values requires gradients", "include='*' takes frozen ones, too"
         if not frozen and (selection.include or selection.exclude):
@@ -258,6 +253,29 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     return ModelTensors(averaged, copied, known)
 
 
+def _check_values(entry: NamedTensor) -> None:
+    """Raise an InvalidValueError for a tensor whose values are not in this process, not dense, or of another kind."""
+    name, tensor = entry.name, entry.tensor
+    subject, reason, hint = "tensor", "", ""
+    has_fractions = tensor.is_complex() or tensor.is_floating_point()
+    if torch.nn.parameter.is_lazy(tensor):
+        reason, hint = "has no shape yet", "run a batch through the model first"
+    elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
+        reason = "is sharded over processes by DeepSpeed ZeRO-3, whose parameters have no values between steps"
+        hint = "use ZeRO-1 or ZeRO-2, or fully_shard"
+    elif tensor.layout != torch.strided:
+        reason = f"is {tensor.layout}; only dense tensors can be tracked"
+    elif tensor.is_meta:
+        reason, hint = ON_META
+    elif entry.is_parameter and has_fractions and tensor.dtype not in AVERAGED_DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in AVERAGED_DTYPES)
+        subject, reason = "parameter", f"dtype {tensor.dtype} cannot be averaged; {accepted} can"
+        if tensor.is_complex():
+            hint = f"let the model hold torch.view_as_real of it, or leave it out with exclude={name!r}"
+    if reason:
+        raise InvalidValueError(subject, reason, hint, value=f"{name!r}")
+
+
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Return the name of the first tensor that holds a nan or an infinity, or None."""
     for name, tensor in tensors.items():
@@ -268,44 +286,13 @@ def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 def nonfinite_error(name: str | None, tracked: Mapping[str, TrackedTensor], step: int) -> NonFiniteError:
     """Return the error for a tensor that holds nan or infinity; `name` is None if another process holds it."""
-    reason = f"holds nan or infinity at step {step}; no average has taken it in"
-    if name is None:
-        return NonFiniteError("a parameter in another process", reason)
-    if name in tracked and tracked[name].role == "statistic":
+    subject, hint = "a parameter in another process" if name is None else f"parameter {name!r}", ""
+    if name is not None and name in tracked and tracked[name].role == "statistic":
+        subject = f"running statistic {name!r}"
         hint = (
             "buffers='copy' copies running statistics; or recompute them, and let on_nonfinite='skip' leave these out"
         )
-        return NonFiniteError(f"running statistic {name!r}", reason, hint)
-    return NonFiniteError(f"parameter {name!r}", reason)
-
-
-def _is_averaged(entry: NamedTensor, selection: Selection) -> bool:
-    """Return whether a tensor is averaged, not copied; raise an InvalidValueError for a parameter that cannot be."""
-    if not entry.is_parameter:
-        return selection.buffers == "average" and entry.tensor.dtype in AVERAGED_DTYPES
-    name, tensor = entry.name, entry.tensor
-    if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in AVERAGED_DTYPES):
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in AVERAGED_DTYPES)
-        reason = f"dtype {tensor.dtype} cannot be averaged; {accepted} can"
-        hint = f"let the model hold torch.view_as_real of it, or leave it out with exclude={name!r}"
-        raise InvalidValueError("parameter", reason, hint if tensor.is_complex() else "", value=f"{name!r}")
-    return tensor.is_floating_point()
-
-
-def _check_dense(name: str, tensor: torch.Tensor) -> None:
-    """Raise an InvalidValueError for a tensor whose values are not in this process, or not dense."""
-    reason, hint = "", ""
-    if torch.nn.parameter.is_lazy(tensor):
-        reason, hint = "has no shape yet", "run a batch through the model first"
-    elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
-        reason = "is sharded over processes by DeepSpeed ZeRO-3, whose parameters have no values between steps"
-        hint = "use ZeRO-1 or ZeRO-2, or fully_shard"
-    elif tensor.layout != torch.strided:
-        reason = f"is {tensor.layout}; only dense tensors can be tracked"
-    elif tensor.is_meta:
-        reason, hint = ON_META
-    if reason:
-        raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
+    return NonFiniteError(subject, f"holds nan or infinity at step {step}; no average has taken it in", hint)
 
 
 # --- whether the model is still the tracked one ---
@@ -332,26 +319,31 @@ class ModelWatch:
         try:
             tracked.check(found.tracked)
         except ModelMismatchError as error:
-            raise error.with_hint(_CHANGED) from None
+            raise error.with_hint("begin a new directory for the changed model") from None
         # Weak: the tracker may outlive the model.
         self._cached = weakref.ref(model), tracked, _ModelFingerprint(model), found
         return found
 
-    def check_model(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
-        """Return the model's tensors, or raise a ModelMismatchError unless they are the tracked ones, frozen or not."""
+    def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float]:
+        """Return the values of the model in a snapshot's sample that this process holds, by sample index.
+
+        Raise a ModelMismatchError unless the model's tensors are the tracked ones, frozen or not.
+        """
         found = self._collect(model, tracked.known_names)
         tracked.check(found.tracked)
-        return found
-
-    def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float]:
-        """Return the values of the tracked model in a snapshot's sample that this process holds, by sample index."""
-        averaged = self.check_model(model, tracked).averaged
-        flat = {name: averaged[name].detach().reshape(-1) for name, _ in tracked.sampled.values()}
+        flat = {name: found.averaged[name].detach().reshape(-1) for name, _ in tracked.sampled.values()}
         return {number: flat[name][index].float().item() for number, (name, index) in tracked.sampled.items()}
+
+    def check_kind(self, model: torch.nn.Module) -> None:
+        """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was made."""
+        if not self._members.is_chunked and any(map(is_sharded, model.parameters())):
+            reason = "is sharded over processes, and was not when this tracker was made"
+            way = "make the tracker in every process, with from_model or from_path(path, model)"
+            raise ModelMismatchError("model", reason, f"shard the model first; then {way}")
 
     def _collect(self, model: torch.nn.Module, also: frozenset[str] = frozenset()) -> ModelTensors:
         found = collect_tensors(model, self._selection, also)
-        self._members.check_kind(model)
+        self.check_kind(model)
         return found.of(self._members)
 
 
@@ -369,24 +361,20 @@ class _ModelFingerprint:
         self._objects = [*chain.from_iterable(map(dict.values, self._filled))]  # kept alive so that no id is reused
         self._tensors = [*model.parameters(), *model.buffers()]
         self._are_sharded = any(map(is_sharded, self._tensors))
-        local = self._local()
+        local, self._properties = self._read()
         self._views = [p.detach() if p.layout == torch.strided else None for p in local]
-        self._properties = self._read_properties(local)
 
     def is_same(self) -> bool:
         """Return whether nothing has changed; the memory of sparse tensors is not compared."""
-        local = self._local()
-        return self._properties == self._read_properties(local) and all(
+        local, properties = self._read()
+        return properties == self._properties and all(
             view is None or p.is_set_to(view) for p, view in zip(local, self._views, strict=True)
         )
 
-    def _local(self) -> Sequence[torch.Tensor]:
-        """Return the parts of the model's tensors that this process holds."""
-        return local_tensors(self._tensors) if self._are_sharded else self._tensors
-
-    def _read_properties(self, local: Sequence[torch.Tensor]) -> tuple[object, ...]:
-        """Return all compared properties except the tensors' memory."""
-        return (
+    def _read(self) -> tuple[Sequence[torch.Tensor], tuple[object, ...]]:
+        """Return the parts of the tensors that this process holds, and all compared properties except their memory."""
+        local = local_tensors(self._tensors) if self._are_sharded else self._tensors
+        return local, (
             [*map(len, self._registries)],
             [*chain.from_iterable(self._filled)],
             [*map(id, chain.from_iterable(map(dict.values, self._filled)))],
@@ -403,13 +391,11 @@ _WRAPPERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel"),
     ("torch._dynamo.eval_frame", "OptimizedModule"),
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"),
-    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
 )
 """The module and the name of each wrapper class. A wrapper has one child, the module that it wraps."""
 
 
-@dataclass(frozen=True)
-class NamedModule:
+class NamedModule(NamedTuple):
     """A module or wrapper, with one of its paths: without wrappers ("" for the model itself), and torch's (`raw`)."""
 
     path: str
@@ -417,8 +403,7 @@ class NamedModule:
     module: torch.nn.Module
 
 
-@dataclass(frozen=True)
-class NamedTensor:
+class NamedTensor(NamedTuple):
     """A parameter or buffer, with one of its names: without wrappers, and torch's (`raw`). Tied names share a `tensor`.
 
     `in_state` is False for non-persistent buffers.
@@ -434,27 +419,30 @@ class NamedTensor:
 def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     """Return the parameters, then the buffers, in the order of the modules, tied names included.
 
-    Raises:
-        InvalidValueError: FSDP (version 1) has sharded the model, or flattened its parameters into one.
+    An InvalidValueError refuses a model in a wrapper of FSDP (version 1).
     """
-    modules = list(named_modules(model))
-    _check_unsharded(modules)
+    modules, fsdp = list(_named_modules(model)), sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(one.module, fsdp.FullyShardedDataParallel) for one in modules):
+        raise InvalidValueError(
+            "model", "FSDP1 lays parameters end to end", "use fully_shard or DistributedDataParallel"
+        )
     tensors = [
-        NamedTensor(_join(entry.path, key), _join(entry.raw, key), parameter, True)
-        for entry in modules
-        for key, parameter in entry.module.named_parameters(recurse=False, remove_duplicate=False)
+        NamedTensor(_join(path, key), _join(raw, key), parameter, True)
+        for path, raw, module in modules
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
     ]
-    for entry in modules:
-        for key, buffer in entry.module.named_buffers(recurse=False, remove_duplicate=False):
-            in_state = key not in entry.module._non_persistent_buffers_set  # `state_dict` would call hooks, and copy
-            tensors.append(NamedTensor(_join(entry.path, key), _join(entry.raw, key), buffer, False, in_state))
+    tensors += [  # `state_dict` would call hooks, and copy
+        NamedTensor(_join(path, key), _join(raw, key), buffer, False, key not in module._non_persistent_buffers_set)
+        for path, raw, module in modules
+        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
     renamed: dict[str, str] = {}
     for root, adapter in _adapter_roots(modules):
         renamed |= _adapter_names(root, adapter, modules, tensors)
-    return [replace(tensor, name=renamed[tensor.raw]) if tensor.raw in renamed else tensor for tensor in tensors]
+    return [tensor._replace(name=renamed.get(tensor.raw, tensor.name)) for tensor in tensors] if renamed else tensors
 
 
-def named_modules(model: torch.nn.Module) -> Iterator[NamedModule]:
+def _named_modules(model: torch.nn.Module) -> Iterator[NamedModule]:
     """Yield every module by every path, and wrappers under the path of the module that they wrap."""
     parents: dict[str, tuple[str, str | None]] = {}  # by torch's path: the path, and the name of a wrapped child
     for raw, module in model.named_modules(remove_duplicate=False):
@@ -480,20 +468,6 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     while (child := wrapped_child(model)) is not None:
         model = model.get_submodule(child)
     return model
-
-
-def _check_unsharded(modules: Iterable[NamedModule]) -> None:
-    """Raise an InvalidValueError if FSDP (version 1) has sharded or flattened parameters."""
-    for entry in modules:
-        if is_fsdp(entry.module):
-            from torch.distributed.fsdp import FlatParameter, ShardingStrategy
-
-            is_flat = any(isinstance(parameter, FlatParameter) for parameter in entry.module.parameters())
-            if is_flat or entry.module.sharding_strategy != ShardingStrategy.NO_SHARD:
-                subject = f"module {entry.path!r}" if entry.path else "the model"
-                reason = f"FSDP has laid its parameters end to end ({entry.module.sharding_strategy})"
-                hint = "use fully_shard, DistributedDataParallel, or FSDP with NO_SHARD and use_orig_params=True"
-                raise InvalidValueError(subject, reason, hint)
 
 
 def _join(path: str, key: str) -> str:
@@ -541,16 +515,16 @@ def _adapter_names(
     saved_as = get_peft_model_state_dict(
         root.module, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False
     )
-    wrappers = [entry for entry in modules if entry.raw.startswith(start) and wrapped_child(entry.module)]
+    wrappers = [(path, raw, child) for path, raw, m in modules if raw.startswith(start) and (child := wrapped_child(m))]
     names = {}
     for saved, tensor in saved_as.items():
         if id(tensor) not in raw_names:
             continue
-        raw, name = raw_names[id(tensor)], start + saved
-        names[start + raw] = _join(root.path, saved)
+        raw, name = start + raw_names[id(tensor)], start + saved
+        names[raw] = _join(root.path, saved)
         # The innermost wrapper last: its path is without its parents' prefixes.
-        for entry in wrappers:
-            prefix = _join(entry.raw, str(wrapped_child(entry.module))) + "."
-            if (start + raw).startswith(prefix) and name.startswith(prefix):
-                names[start + raw] = _join(entry.path, name.removeprefix(prefix))
+        for path, wrapper, child in wrappers:
+            prefix = f"{_join(wrapper, child)}."
+            if raw.startswith(prefix) and name.startswith(prefix):
+                names[raw] = _join(path, name.removeprefix(prefix))
     return names

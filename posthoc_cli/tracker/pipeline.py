@@ -6,13 +6,12 @@ A value has at most six forms from `update_` to a file:
 2. if averages are on the host, its copy there (`ModelCopy`), sent from an accelerator through a buffer (`_Ring`);
 3. the mean of the last values (`AverageTensors.mean`);
 4. from the next fold on, each profile's average (`AverageTensors.high`);
-5. the average in the storage dtype, on the host (`StagedAverages`);
+5. the average in the storage dtype, on the host (`StagedAverage`);
 6. the bytes of the file (`TensorFileWriter`).
 
-Each step works tile by tile, see `memory`, while a tile stays in the cache, and in a pool of threads; the elements for
-measurements, for the sample of the weights and for the sketch of their path are selected in the same pass. Only jobs of
-the first thread change and read averages, one at a time, so that no exception of a signal handler can stop an update
-halfway; the counters change with the averages, see `Tracking`.
+Each step works tile by tile, see `memory`, and selects the elements for measurements, for the sample of the weights and
+for the sketch of their path in the same pass. Only jobs of the first thread change and read averages, one at a time, so
+that no exception of a signal handler can stop an update halfway; the counters change with them, see `Tracking`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import atexit
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,69 +28,28 @@ from weakref import WeakSet
 
 import torch
 
-from posthoc_cli.errors import (
-    DirectoryError,
-    InvalidValueError,
-    LockedError,
-    NonFiniteError,
-    NotReadyError,
-    WriteError,
-)
+from posthoc_cli.errors import DirectoryError, LockedError, NonFiniteError, NotReadyError, WriteError, check_word
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.background import (
-    SINGLE_THREAD,
-    BackpressureMonitor,
-    DeviceStreams,
-    ThreadPool,
-    Worker,
-    end_threads,
-)
+from posthoc_cli.tracker.background import SINGLE_THREAD, DeviceStreams, ThreadPool, Worker, end_threads
 from posthoc_cli.tracker.copying import ModelCopier
 from posthoc_cli.tracker.measuring import Sketcher
-from posthoc_cli.tracker.memory import HostTensors, Layout, LayoutReader, lay_out, on_host
-from posthoc_cli.tracker.model import ModelTensors, TrackedModel, nonfinite_error
+from posthoc_cli.tracker.memory import Layout, Reader, on_host
+from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
 from posthoc_cli.tracker.processes import Members
 from posthoc_cli.tracker.snapshotter import (
+    LiveAverages,
     LiveSource,
-    PartSnapshotter,
     Snapshotter,
     StorageLayout,
-    live_sources,
+    headers,
     measured_now,
     stage,
 )
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
 
 log = logging.getLogger(__name__)
-
-
-class LiveAverages:
-    """A reader of the averages of one update: read in place until the next update, which has them copied first."""
-
-    def __init__(self, pipeline: Pipeline, averages: Averages, layout: Layout) -> None:
-        self._pipeline, self._averages, self._layout = pipeline, averages, layout
-        self._complete = [ElementRange(n, 0, end - begin) for b in layout for n, (begin, end) in b.places.items()]
-        self._copies: list[dict[str, torch.Tensor]] = []
-
-    def copy(self) -> None:
-        """Copy the averages, once; called in the thread that changes them, before it does."""
-        names = [tensor.name for tensor in self._complete]
-        self._copies = self._copies or [
-            dict(zip(names, self._values(index, self._complete), strict=True))
-            for index in range(len(self._averages.sigma_rels))
-        ]
-
-    def read(self, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        """Return ranges of the average of that index, on the host."""
-        return self._pipeline._updates.call(lambda: self._values(index, ranges))
-
-    def _values(self, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        if self._copies:
-            return [self._copies[index][name][begin:end] for name, begin, end in ranges]
-        with self._pipeline._streams.in_own_streams():
-            return self._averages.read(index, ranges, self._pipeline._pool_for(self._layout))
 
 
 class Pipeline:
@@ -103,9 +61,7 @@ class Pipeline:
     """
 
     def __init__(self, settings: Settings, tracking: Tracking, device: str | None = None) -> None:
-        if device not in (None, "cpu", "model"):
-            reason = "must be 'cpu' (averages on the host) or 'model' (on the parameters' devices)"
-            raise InvalidValueError("device", reason, value=f"{device!r}")
+        check_word("device", device, ("cpu", "model", None))
         self.tracking = tracking
         self.snapshotter: Snapshotter | None = None
         self._settings, self._device = settings, device
@@ -116,23 +72,20 @@ class Pipeline:
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
         self._copier, self._streams = ModelCopier(self._pool.size), DeviceStreams()
         self._updates, self._writes = Worker("averages"), Worker("snapshots")
-        self._values: tuple[ModelTensors, LayoutReader] | None = None
+        self._values: tuple[ModelTensors, Reader] | None = None
         self._storage: StorageLayout | None = None
-        self._host_memory: list[HostTensors] | None = None
-        self._readers: WeakSet[LiveAverages] = WeakSet()
-        self._update_monitor = BackpressureMonitor("updates of the averages (update_every)")
-        self._write_monitor = BackpressureMonitor("snapshots (checkpoint_every)")
+        self._live: WeakSet[LiveAverages] = WeakSet()
         _pipelines.add(self)
 
     def figures(self) -> dict[str, float]:
         """Return the memory held, and measurements of the last written snapshots; see `PostHocEMA.metrics`."""
-        reader = None if self._values is None else self._values[1]
-        holders = [self.tracking.averages, self._copier, *(self._host_memory or ()), reader]
-        held = {"bytes": float(sum(holder.nbytes for holder in holders if holder is not None))}
-        writer, monitor = self.snapshotter, self._write_monitor
+        held = {"bytes": float(self.tracking.averages.nbytes + self._copier.nbytes)}
+        held["bytes"] += 0 if self._storage is None else sum(memory.nbytes for memory in self._storage.memory)
+        held["bytes"] += 0 if self._values is None else self._values[1].nbytes
+        writer, writes = self.snapshotter, self._writes
         if writer is None or not writer.times_written:
             return held
-        figures = {"bytes": writer.nbytes, "seconds": monitor.job_seconds, "waited": monitor.wait_seconds}
+        figures = {"bytes": writer.nbytes, "seconds": writes.job_seconds, "waited": writes.wait_seconds}
         return held | {f"snapshot_{name}": float(value) for name, value in figures.items()}
 
     @property
@@ -146,9 +99,9 @@ class Pipeline:
     def wait_for_turn(self, writes_too: bool) -> None:
         """Wait until an update can be queued, and with `writes_too` also snapshots."""
         if self._is_async:
-            self._update_monitor.wait(self._updates.wait)
+            self._updates.wait_for_turn()
         if writes_too:
-            self._write_monitor.wait(self._writes.wait)
+            self._writes.wait_for_turn()
 
     def count(self, progress: TrainingProgress) -> None:
         """Count a call without update; snapshots that are due hold the averages of the last update."""
@@ -162,8 +115,8 @@ class Pipeline:
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> NonFiniteError | None:
         """Take in a model's values, and have snapshots written if they are due; call `wait_for_turn` first.
 
-        `tensors` must be the same object while the model is unchanged. Return the error of an update that is left out;
-        an asynchronous update keeps its error for `take_error`.
+        `tensors` must be the same object while the model is unchanged. Return the error of an update that is left out,
+        unless it is asynchronous: see `take_error`.
         """
         self._check_open()  # a signal handler may have closed the tracker since the call began
         if self._is_async is None:
@@ -171,23 +124,21 @@ class Pipeline:
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
         values, refused = self._values_of(tensors), None
-        pool, is_due = self._pool_for(values.layout), self._settings.snapshot_is_due(progress.step)
+        pool = self._pool_for(values.layout)
 
         def update() -> NonFiniteError | None:  # while the training waits
             with self._streams.in_streams_of_caller(streams):
                 refused = self._take_in(values, copies, progress)
-            if is_due:
-                self._submit_snapshots(self.tracking)
+            self._submit_if_due(progress)
             return refused
 
         def update_by_copy() -> None:
             try:
-                refused = self._update_monitor.run(lambda: self._take_in(copy.arrived(), copies, progress))
+                refused = self._take_in(copy.arrived(), copies, progress)
             finally:
                 self._copier.give_back(copy)
             self._streams.last_events = events
-            if is_due:
-                self._submit_snapshots(self.tracking)
+            self._submit_if_due(progress)
             if refused is not None:
                 self._settings.skip_update(refused)
 
@@ -204,19 +155,18 @@ class Pipeline:
             streams = self._streams.current(devices)
             refused = self._updates.call(update)
         self._counted = progress
-        self._update_monitor.warn()
-        self._write_monitor.warn()
+        self._updates.warn_of_waiting("updates of the averages (update_every)")
+        self._writes.warn_of_waiting("snapshots (checkpoint_every)")
         return refused
 
     def skip(self, progress: TrainingProgress, writes: bool = True) -> None:
         """Count a call whose update is left out; with `writes`, have snapshots written if they are due."""
-        is_due = writes and self._settings.snapshot_is_due(progress.step)
 
         def work() -> None:
             self._check_open()
             self.tracking = replace(self.tracking, progress=progress)
-            if is_due:
-                self._submit_snapshots(self.tracking)
+            if writes:
+                self._submit_if_due(progress)
 
         self._updates.call(work)
         self._counted = progress
@@ -226,8 +176,7 @@ class Pipeline:
 
         def work() -> None:
             self._check_open()
-            self._counted = tracking.progress
-            self.tracking = tracking
+            self._counted, self.tracking = tracking.progress, tracking
 
         self._updates.call(work)
 
@@ -238,17 +187,23 @@ class Pipeline:
 
         def work() -> list[LiveSource]:
             current = self._current()
-            tensors = current.averages.tensors
-            if tensors is None or not current.averages.exist:
+            averages, tensors = current.averages, current.averages.tensors
+            if tensors is None or not averages.exist:
                 return []
-            live = LiveAverages(self, current.averages, tensors.layout)
-            self._readers.add(live)
+            pool, state = self._pool_for(tensors.layout), self._without_averages(current)
             with self._streams.in_own_streams():
-                subset = self._storage_of(tensors.layout).subset
-                measured = measured_now(subset, current.averages, self._pool_for(tensors.layout))
-            return live_sources(self._settings, self._without_averages(current), tensors.layout, measured, live.read)
+                measured = measured_now(self._storage_of(tensors.layout).subset, averages, pool)
 
-        return self._updates.call(work) if self.tracking.averages.exist or not self._updates.is_idle() else []
+            def read(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+                with self._streams.in_own_streams():
+                    return averages.read(index, ranges, pool)
+
+            made = headers(self._settings, state, measured)
+            live = LiveAverages(tensors.layout, made, state.averages.copies, read, self._updates.call)
+            self._live.add(live)
+            return live.sources()
+
+        return self._updates.call(work) if self.tracking.averages.exist else []
 
     def read_exactly(self) -> Tracking:
         """Return the tracker's state, with an exact copy of the averages on the host."""
@@ -298,19 +253,16 @@ class Pipeline:
     @contextmanager
     def as_writer(self, directory: Path, run_id: str) -> Iterator[Snapshotter]:
         """Be the directory's writer in the block and afterwards; if the block fails, only if it was before."""
-        before = snapshotter = self.snapshotter
-        members = self.tracking.tracked.members
-        try:
-            snapshotter = before or _open_snapshotter(directory, self._settings, members)
+        before = self.snapshotter
+        snapshotter = before or _open_snapshotter(directory, self._settings, self.tracking.tracked.members)
+        with ExitStack() as undo:
+            if before is None:
+                undo.callback(snapshotter.close)
+                undo.callback(setattr, self, "snapshotter", None)
             snapshotter.check_run(run_id)
             self.snapshotter = snapshotter
             yield snapshotter
-        except BaseException:
-            if before is None and snapshotter is not None:
-                self.snapshotter = None
-                snapshotter.close()
-            raise
-        members.is_keeper = True
+            undo.pop_all()
 
     def refuse(self, error: NotReadyError) -> None:
         """Make later calls raise `error`; work that is already queued is done."""
@@ -335,8 +287,9 @@ class Pipeline:
             pool = SINGLE_THREAD if averages.tensors is None else self._pool_for(averages.tensors.layout)
             path = averages.path(pool, exact=exact)
             copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
-        rest = Averages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
-        return replace(current, averages=rest)
+        return replace(
+            current, averages=Averages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
+        )
 
     def _current(self) -> Tracking:
         """Return the state with all calls counted since the last update; without them if an update is queued."""
@@ -344,63 +297,55 @@ class Pipeline:
         later = counted.updated == now.progress.updated and counted.step > now.progress.step
         return replace(now, progress=counted) if later else now
 
-    def _storage_of(self, layout: Layout) -> StorageLayout:
-        """Return how averages of a layout are stored and measured."""
-        storage, tracked = self._storage, self.tracking.tracked
-        if storage is None or storage.layout != layout or storage.tracked is not tracked:
-            self._host_memory = None
-            storage = self._storage = StorageLayout(layout, tracked, self._settings.schedule.checkpoint_dtype)
-        return storage
-
-    def _host_memory_for(self, storage: StorageLayout) -> list[HostTensors]:
-        """Return memory on the host for staged averages; it is reused: allocation is slow."""
-        if self._host_memory is None:
-            layout, profiles = storage.layout, len(self.tracking.averages.sigma_rels)
-            pinned = any(bucket.device.type == "cuda" for bucket in layout)
-            self._host_memory = [HostTensors(storage.stored, pinned) for _ in range(profiles)]
-        return self._host_memory
-
-    @torch.inference_mode(False)  # scratch made in inference mode could not be written to outside it
-    def _values_of(self, tensors: ModelTensors) -> LayoutReader:
-        """Return a reader of the model's tensors, for an update or for a copy."""
-        if self._values is None or self._values[0] is not tensors:
-            self._values = None  # the old reader must go even if making the next one fails
-            layout = lay_out(tensors.averaged)
-            threads = 0 if self._is_async else self._pool_for(layout).size
-            self._values = tensors, LayoutReader.of_tensors(layout, tensors.averaged, threads)
-        return self._values[1]
-
     def _pool_for(self, layout: Layout) -> ThreadPool:
         """Return the pool for work on a layout: one thread for accelerators, so that one stream keeps the order."""
         return self._pool if all(bucket.device.type == "cpu" for bucket in layout) else SINGLE_THREAD
 
+    def _storage_of(self, layout: Layout) -> StorageLayout:
+        """Return how averages of a layout are stored and measured."""
+        storage, tracked = self._storage, self.tracking.tracked
+        if storage is None or storage.layout != layout or storage.tracked is not tracked:
+            self._storage = None  # its memory must go first
+            storage = self._storage = StorageLayout(layout, tracked, self._settings.schedule.checkpoint_dtype)
+        return storage
+
+    @torch.inference_mode(False)  # scratch made in inference mode could not be written to outside it
+    def _values_of(self, tensors: ModelTensors) -> Reader:
+        """Return a reader of the model's tensors, for an update or for a copy."""
+        if self._values is None or self._values[0] is not tensors:
+            self._values = None  # the old reader must go even if making the next one fails
+            on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
+            threads = 0 if self._is_async else self._pool.size if on_cpu else 1
+            self._values = tensors, Reader.of_tensors(tensors.averaged, threads)
+        return self._values[1]
+
     @torch.no_grad()
     def _take_in(
-        self, values: LayoutReader, copies: Mapping[str, torch.Tensor], progress: TrainingProgress
+        self, values: Reader, copies: Mapping[str, torch.Tensor], progress: TrainingProgress
     ) -> NonFiniteError | None:
         """Update averages and counters; return the error of an update left out."""
         self._check_open()
         now, averages, storage = self.tracking, self.tracking.averages, self._storage_of(values.layout)
-        pool = self._pool_for(values.layout)
         if self._settings.snapshot_is_due(progress.step):
-            self._host_memory_for(storage)  # before anything is changed: memory may run out
-        for reader in list(self._readers):
-            reader.copy()
-        sketcher = self._sketcher(averages, storage, now.tracked)
-        name = averages.update_(values, copies, progress.t, progress.step, pool, storage.sample, sketcher)
-        self.tracking = replace(now, progress=progress)
-        return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step)
-
-    def _sketcher(self, averages: Averages, storage: StorageLayout, tracked: TrackedModel) -> Sketcher | None:
-        """Return the sketcher of the path from the first update on, or from a known path; None if neither is known."""
+            storage.allocate(len(averages.sigma_rels))  # before anything is changed: memory may run out
+        for live in list(self._live):
+            live.copy()
+        # The path is known from the first update on, or continues a known one.
         path, sketcher = averages.known_path, averages.sketcher
         if sketcher is not None and sketcher.subset is not storage.subset:
             path, sketcher = averages.path(exact=True), None
         if sketcher is None and (path is not None or not averages.exist):
-            sketcher = Sketcher(storage.subset, tracked.members.rank)
+            sketcher = Sketcher(storage.subset, now.tracked.members.rank)
             if path is not None and not sketcher.resume(path):  # the path of a model that was divided in another way
-                return None
-        return sketcher
+                sketcher = None
+        pool, sample = self._pool_for(values.layout), storage.sample
+        name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
+        self.tracking = replace(now, progress=progress)
+        return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step)
+
+    def _submit_if_due(self, progress: TrainingProgress) -> None:
+        if self._settings.snapshot_is_due(progress.step):
+            self._submit_snapshots(self.tracking)
 
     def _submit_snapshots(self, current: Tracking, is_due: bool = True) -> None:
         """Stage the averages, and queue their snapshots."""
@@ -408,12 +353,11 @@ class Pipeline:
         if tensors is None or snapshotter is None or not current.averages.exist:
             return
         self._writes.wait()  # earlier snapshots use the same memory
-        storage = self._storage_of(tensors.layout)
-        copies = self._host_memory_for(storage)
-        state = self._without_averages(current)
+        storage, state = self._storage_of(tensors.layout), self._without_averages(current)
+        storage.allocate(len(current.averages.sigma_rels))
         with self._streams.in_own_streams():
-            staged = stage(storage, current.averages, copies, self._pool_for(tensors.layout))
-        self._writes.submit(lambda: self._write_monitor.run(lambda: snapshotter.record(state, staged, is_due)))
+            staged = stage(storage, current.averages, self._pool_for(tensors.layout))
+        self._writes.submit(lambda: snapshotter.record(state, staged, is_due))
 
 
 _pipelines: WeakSet[Pipeline] = WeakSet()
@@ -421,11 +365,10 @@ _pipelines: WeakSet[Pipeline] = WeakSet()
 
 def _open_snapshotter(directory: Path, settings: Settings, members: Members) -> Snapshotter:
     """Open the directory's writer; an earlier tracker of this process that holds the directory is closed."""
-    snapshotter_class = PartSnapshotter if members.is_chunked else Snapshotter
     wait_for_writers(directory)  # a forgotten tracker may still be writing its last snapshot
     try:
         try:
-            return snapshotter_class(directory, settings, members)
+            return Snapshotter(directory, settings, members)
         except LockedError:
             earlier = [p for p in list(_pipelines) if p._process == os.getpid() and p.writes_to(directory)]
             if not earlier:
@@ -437,7 +380,7 @@ def _open_snapshotter(directory: Path, settings: Settings, members: Members) -> 
                 pipeline.refuse(NotReadyError(directory, "a later tracker has taken the place of this one", hint))
                 pipeline.end()
                 pipeline.close()
-            return snapshotter_class(directory, settings, members)
+            return Snapshotter(directory, settings, members)
     except WriteError as error:  # a WriteError of `update_` would mean that the call has done its work
         raise DirectoryError(error.subject, error.reason, error.hint) from error
 

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import logging
 import math
-import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
@@ -44,32 +42,17 @@ from posthoc_cli.planning import ErrorCurve, error_curve
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
-from posthoc_cli.snapshots.path import are_equal, encode_path, joined_paths, places, squared_distance
+from posthoc_cli.snapshots.path import encode_path, joined_paths, places
 from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection, statistics_notice
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import as_target
-from posthoc_cli.tracker import resuming
+from posthoc_cli.tracker import averaged, resuming
 from posthoc_cli.tracker.attach import Attachment, attach
-from posthoc_cli.tracker.averaged import (
-    SentPlan,
-    as_dtensors,
-    exchanged,
-    joined,
-    logged,
-    plan_possible,
-    run_snapshots,
-)
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import CallGuard
-from posthoc_cli.tracker.filling import (
-    WithStatement,
-    check_weights,
-    fill,
-    swapped_in,
-    targets_of,
-)
+from posthoc_cli.tracker.filling import check_weights, fill, swapped_in, targets_of
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
     ModelTensors,
@@ -84,17 +67,10 @@ from posthoc_cli.tracker.model import (
     unwrapped,
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
-from posthoc_cli.tracker.processes import Group, ShardOwners, is_first_of_group, mesh_of
+from posthoc_cli.tracker.processes import Group, Members, ShardOwners, is_first_of_group, is_in_group, mesh_of
 from posthoc_cli.tracker.resuming import Start
 from posthoc_cli.tracker.snapshotter import LiveSource
-from posthoc_cli.tracker.state import (
-    Settings,
-    StateInfo,
-    Tracking,
-    TrainingProgress,
-    pack_state,
-    unpack_state,
-)
+from posthoc_cli.tracker.state import Settings, StateInfo, Tracking, TrainingProgress, pack_state, unpack_state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,36 +99,32 @@ class PostHocEMA:
             raise InvalidValueError(
                 "PostHocEMA(...)", f"{how} PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
             )
-        directory, settings, tracking, model, device, start = parts
-        self.checkpoint_dir, self.settings = directory, settings
-        self._members = members = tracking.tracked.members
-        self._watch = ModelWatch(settings.selection, members)
+        self.checkpoint_dir, self.settings, tracking, model, device, self._start = parts
+        self._members = tracking.tracked.members
+        self._watch = ModelWatch(self.settings.selection, self._members)
+        self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
         if model is not None and tracking.resumes:
             try:
-                self._watch.check_model(model, tracking.tracked)
+                self._sample = self._watch.sample(model, tracking.tracked)
             except ModelMismatchError as error:
                 hint = f"the run in {self.checkpoint_dir} is of another model; use its model, or another directory"
                 raise error if error.hint else error.with_hint(hint) from None
         self._model = None if model is None else weakref.ref(unwrapped(model))
-        self._pipeline = Pipeline(settings, tracking, device)
+        self._pipeline = Pipeline(self.settings, tracking, device)
         # For a tracker that nobody closes. `end` must not wait for a thread: garbage may be collected in that thread.
         weakref.finalize(self, self._pipeline.end).atexit = False
         self._attachment: Attachment | None = None
-        self._start = start
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[Any], None]] = []
         self._reported = 0
         self._warned_of: set[str] = set()
-        self._calls = CallGuard(directory)
+        self._calls = CallGuard(self.checkpoint_dir)
         self._has_begun = False  # whether this process is a writer, or knows the writers
         self._is_restored = False  # whether a checkpoint of the model was loaded since the last call of `update_`
-        members.keeps(model, directory)
-        self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
-        self._weights = start.weights if self._has_state else ()  # at a given step or in a loaded state
-        if model is not None and tracking.resumes:
-            self._note_weights(model)
-            self._choose_start(model, is_first_call=False)
+        self._weights = self._start.weights if self._has_state else ()  # at a given step or in a loaded state
         if model is not None:
+            if tracking.resumes:
+                self._choose_start(model, is_first_call=False)
             bare: Any = unwrapped(model)
             if bare not in _trackers:
                 bare.register_load_state_dict_post_hook(_note_restored)
@@ -182,26 +154,22 @@ class PostHocEMA:
             max_checkpoints: number of snapshots to keep of each profile, those that matter most; None keeps all.
             checkpoint_dtype: dtype of stored averages, float32 where values do not fit; None for each parameter's.
             t_unit: the unit of `t`, if you pass your own clock to `update_`.
-            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the update and warn; the
-                averages stay, except for some last digits of the mean of the last updates.
+            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the update and warn.
             include, exclude: globs on names, such as "decoder.*": only tensors that match the first, also those that
                 require no gradients, and none that match the second. By default all that require gradients.
             buffers: "statistics" to average BatchNorm's running statistics and copy other buffers, with their values at
                 the time of the average; "copy" all of them; or "average" floating-point ones like parameters.
             device: "model" for averages on the parameters' devices, updated by the training thread; "cpu" for averages
-                on the host, updated by a background thread, with the same bits; None for "cpu" where a parameter is
-                on an accelerator.
+                on the host, updated by a background thread, with the same bits; None for "cpu" on accelerators.
             resume: "auto" to continue the directory's run, if it holds one, from the newest snapshots at whose time the
-                network had the model's weights, exactly or as float16 or bfloat16: restore the model first, since for
-                any other weights the first `update_` raises an error, unless `load_state_dict` was called. A number
-                to continue from the snapshots of that call of `update_`, whatever the weights. None for a new run, or
-                to continue exactly from an open tracker of this very model and directory, as of a notebook's cell that
-                runs again.
+                network had the model's weights, exactly or as float16 or bfloat16; for any other weights the first
+                `update_` raises an error, unless `load_state_dict` was called. A number to continue from the snapshots
+                of that call of `update_`, whatever the weights. None for a new run, or to continue exactly from an open
+                tracker of this very model and directory, as of a notebook's cell that runs again.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
             DirectoryError, MismatchError: the directory is not writable, or it holds a run and `resume` is None.
-            others: for a run to be resumed, see `from_path`.
         """
         selection = make_selection(include, exclude, buffers)
         settings = Settings.checked(
@@ -222,7 +190,7 @@ class PostHocEMA:
         if stored:
             settings = replace(settings, selection=selection.resumed(stored[-1].roles))
         tensors = collect_tensors(model, settings.selection)
-        if tensors.tracked.chunks or is_first_of_group(model) is not False:
+        if tensors.tracked.chunks or is_first_of_group(model):
             resuming.check_directory(directory, is_new=resume is None)
         tracking, step = resuming.begin(directory, stored, settings, tensors.tracked, step)
         tracking = _with_members(tracking, model, tensors, settings, directory)
@@ -242,10 +210,6 @@ class PostHocEMA:
         Tracking continues as with `resume="auto"` of `from_model`, or from the snapshots of a `step`, whatever the
         weights; later ones are moved to the folder `superseded` at the first `update_`. The model's tensors are checked
         against the snapshots. The call waits for due snapshots of other trackers of this process.
-
-        Raises:
-            DirectoryError, FileFormatError, MismatchError, ModelMismatchError: the directory or the model is unfit.
-            InvalidValueError: an argument, or a `step` without snapshots; the message names the steps with snapshots.
         """
         directory = resuming.check_path(checkpoint_dir)
         wait_for_writers(directory)
@@ -292,7 +256,7 @@ class PostHocEMA:
     @property
     def keeps_averages(self) -> bool:
         """Whether this process keeps and writes averages. Other processes of its group only count the steps."""
-        return self._members.keeps(self._tracked_model(), self.checkpoint_dir)
+        return self._members.keeps
 
     @property
     def has_average(self) -> bool:
@@ -310,28 +274,26 @@ class PostHocEMA:
         tracked = None if self._pipeline.tracking.resumes or not self.step else self._tracked_model()
         return tracked is not None and [*map(id, tracked.parameters())] == [*map(id, check_model(model).parameters())]
 
+    # --- tracking
+
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
         """Count a training step of the model, wrapped or bare. Call it after every optimizer step.
 
         `t` is the training time on your own clock (images, tokens), larger at every call; or None at every call.
 
+        An error of the first call, such as another writer, means that the call has no effect.
+
         Raises:
             NonFiniteError, ModelMismatchError: a parameter holds nan or infinity, or the model has changed. The
                 averages stay, and the call counts. An average on the host raises the NonFiniteError at the next call.
             WriteError: an earlier snapshot could not be written. Raised once; this call has done its work.
-            NotReadyError: the tracker is closed, attached, in use, or belongs to another process; or the model holds
-                averaged weights.
-            others: at the first call, which then has no effect: the directory has another writer or another run, or is
-                damaged, or no snapshot has the model's weights.
+            NotReadyError: the tracker is closed, attached or in use, or the model holds averaged weights.
         """
-        check_model(model)
         attached = self._attachment
         if attached is not None and attached.optimizer is not None and not attached.is_updating:
             reason = "this tracker is attached to an optimizer and is updated by its steps"
             raise NotReadyError("update_", reason, "leave out either this call or attach(), or detach() first")
-        if is_swapped(model):
-            reason = "the model holds averaged weights now"
-            raise NotReadyError("update_", reason, "call it outside `with ema.model(...)`")
+        _check_raw(check_model(model), "update_")
         grad_mode = torch.is_grad_enabled()
         try:
             with self._calls.lock("update_"):
@@ -344,10 +306,9 @@ class PostHocEMA:
     def attach(self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None) -> Attachment:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
 
-        A step that a GradScaler skips does not count. `optimizer.step()` raises the errors of `update_`. Trackers of
-        several directories may be attached to one optimizer; of one directory the last one is. Of several optimizers
-        take the one that steps last. `t` returns the training time on your own clock, such as `lambda: images_seen`.
-        The handle's `remove()` detaches the tracker, as `detach()` does.
+        A step that a GradScaler skips does not count. `optimizer.step()` raises the errors of `update_`. Of several
+        optimizers take the one that steps last. `t` returns the training time on your own clock, such as
+        `lambda: images_seen`. The handle's `remove()` detaches the tracker, as `detach()` does.
         """
         self._calls.check_open()
         unit, before = self.settings.t_unit, self._attachment
@@ -360,10 +321,9 @@ class PostHocEMA:
             self._attachment.remove()
 
     def on_snapshot(self, callback: Callable[[Any], None]) -> None:
-        """Register `callback(ema)`, called once for all profiles when new snapshots are durable.
+        """Register `callback(ema)`, called once for all profiles when new snapshots of this process are durable.
 
         The training's thread calls it in its next `update_` or `close`, which raises its errors after its own work.
-        Processes that write no snapshots never call it.
         """
         if not callable(callback):
             raise InvalidValueError("on_snapshot", "must be given a function of the tracker", value=shown(callback))
@@ -373,16 +333,12 @@ class PostHocEMA:
         """Write a snapshot of every profile now unless the newest ones hold this call; wait until it is durable.
 
         Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from that checkpoint.
-        Between two updates it takes in the model's weights first. The snapshot is marked as off the schedule; thinning
-        drops it when five later times have snapshots.
+        Between two updates it takes in the model's weights first. Thinning spares it until five later times have some.
         """
         self._calls.check_open()
         model, progress = self._tracked_model(), self._pipeline.progress
         if model is not None and self.keeps_averages and 0 < progress.updated < progress.step:
-            if is_swapped(model):
-                raise NotReadyError(
-                    "snapshot", "the model holds averaged weights now", "call it outside ema.model(...)"
-                )
+            _check_raw(model, "snapshot")
             with self._calls.lock("snapshot"):
                 self._pipeline.wait_for_turn(writes_too=False)
                 self._take_in(model, replace(progress, updated=progress.step))
@@ -401,30 +357,32 @@ class PostHocEMA:
         """
         self._calls.check_process()
         self._pipeline.flush()
-        self._pending = self._take_error()
+        self._note_error()
         self._raise_pending()
         self._members.check()
 
     def metrics(self, sigma_rels: Wanted | Sequence[Wanted] = ()) -> dict[str, float]:
         """Return figures for a logger, without computing on tensors, and without waiting.
 
-        `step` and `t`; `bytes`, the memory of the tracker on all devices; of the last snapshots `snapshot_bytes`,
-        `snapshot_seconds`, the time that writing took in the background, and `snapshot_waited`, that training waited
-        before; and for each of these lengths or targets that the run is long enough for `predicted_error_0.15`, the
-        expected relative error at the newest snapshot.
+        `step` and `t`; `bytes`, the memory on all devices; of the last snapshots `snapshot_bytes`, `snapshot_seconds`
+        of writing in the background, and `snapshot_waited`, seconds that training waited before; and for each of these
+        lengths or targets that the run is long enough for `predicted_error_0.15`, at the newest snapshot.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         figures = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
-        snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
-        plans, _ = plan_possible(snapshots, wanted if snapshots else {})
+        snapshots = averaged.run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
+        plans, _ = averaged.plan_possible(snapshots, wanted if snapshots else {})
         errors = {label: plan.predicted_error(0) for label, plan in plans.items()}
         return figures | {f"predicted_error_{label}": error for label, error in errors.items() if error is not None}
 
+    # --- averaged weights
+
+    @contextmanager
     def model(
         self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
         dtype: Dtype = None, method: str | None = None,
-    ) -> WithStatement[Module]:  # fmt: skip
-        """Return a context manager that gives the model averaged weights, in eval mode, for a `with` block.
+    ) -> Iterator[Module]:  # fmt: skip
+        """Give the model averaged weights, in eval mode, for a `with` block.
 
         A tracked length, without `t` or `step`, is the current average: exact, and from memory. Others are made of it
         and of snapshots. After the block weights, buffers, train or eval mode and device are as before, also on an
@@ -435,23 +393,21 @@ class PostHocEMA:
         of `update_`; an error in one is raised in all. Of a sharded model each process fills the chunks that it holds.
 
         Raises:
-            NotReadyError: no average exists yet.
             InvalidValueError, ModelMismatchError: an argument, or a tensor on the meta device or of another shape.
             RankError: another process failed, is at another step, or does not make the call within 300 s.
         """
-
         own_dtypes, asked = dtype is None, _asked(t, step, dtype, method)
+        group = self._callers(check_model(model), f"model({_described(sigma_rel, asked)})")
+        weights = self._average(group, model, sigma_rel, **asked)
+        if not group.is_alone:  # else `swapped_in` checks
+            group.together(lambda: check_weights(model, weights, own_dtypes))
+        with swapped_in(model, weights, own_dtypes):
+            notice = statistics_notice(self._pipeline.tracking.tracked.dtypes(copied=True))
+            if notice is not None and self._is_first_warning("statistics"):
+                warn(notice)
+            yield model
 
-        def make() -> Weights:
-            group = self._callers(check_model(model), f"model({_described(sigma_rel, asked)})")
-            weights = self._average(group, model, sigma_rel, **asked)
-            if not group.is_alone:  # else `swapped_in` checks
-                group.together(lambda: check_weights(model, weights, own_dtypes))
-            return weights
-
-        return WithStatement(partial(self._filled, model, make, own_dtypes))
-
-    def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, WithStatement[Module]]:
+    def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, AbstractContextManager[Module]]:
         """Return by label ("0.15", "decay-linear-20%") blocks like that of `model`, each made when it is entered.
 
         Targets that the run is too short for, such as a window of more steps, are left out, with a warning. In a group
@@ -460,7 +416,7 @@ class PostHocEMA:
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         group, refusals = self._callers(check_model(model), f"models({', '.join(wanted)})"), dict[str, str]()
         if group.from_first(lambda: self.has_average):
-            refusals, _ = self._in_first(group, lambda sources: plan_possible(sources, wanted)[1])
+            refusals, _ = self._in_first(group, lambda sources: averaged.plan_possible(sources, wanted)[1])
         for label, reason in refusals.items() if self.keeps_averages else ():
             if self._is_first_warning(label):
                 log.warning("%s; there is no average of it at step %d", reason, self.step)
@@ -472,12 +428,12 @@ class PostHocEMA:
     @overload
     def state_dict(
         self, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None, full: bool = False,
+        dtype: Dtype = None, method: str | None = None,
     ) -> Weights: ...  # fmt: skip
 
     def state_dict(
         self, sigma_rel: Wanted | None = None, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None, full: bool = False,
+        dtype: Dtype = None, method: str | None = None,
     ) -> Weights | dict[str, Any]:  # fmt: skip
         """Return averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
 
@@ -492,18 +448,16 @@ class PostHocEMA:
             t, step: time of the average, or its number of calls; by default that of a live tracker, or the newest.
             dtype: dtype of the averages; None for each parameter's own.
             method: the solver, "minvar" or "paper"; None for the first.
-            full: for a sharded model, complete tensors in rank 0, gathered one by one, and none in other ranks; else
-                DTensors sharded like its parameters.
 
         Returns:
-            Copies of the tensors by name, on the CPU, with their `predicted_error`.
+            Copies of the tensors by name, on the CPU, with their `predicted_error`; of a sharded model DTensors.
         """
         if sigma_rel is None:
             return self._own_state()
         model, asked = self._chunked_model(), _asked(t, step, dtype, method)
-        group = self._callers(model, f"state_dict({_described(sigma_rel, asked)}{', full' * full})")
+        group = self._callers(model, f"state_dict({_described(sigma_rel, asked)})")
         weights = self._average(group, model, sigma_rel, **asked)
-        return weights if model is None else as_dtensors(weights, model, full)
+        return weights if model is None else averaged.as_dtensors(weights, model)
 
     def load_into(
         self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
@@ -552,26 +506,26 @@ class PostHocEMA:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly from a tracker's own state, which `state_dict()` returned. An error changes nothing.
 
-        Snapshots that are later than the state, or of another attempt that continued from an earlier state, are moved
-        to the folder `superseded`. This tracker's settings hold, such as another `update_every`, or fewer
-        `sigma_rels`. Where the model has other weights than the network had at that step, the first `update_` warns,
-        and later predicted errors contain the distance. For a sharded model all processes make the call; each loads the
-        chunks that it owns, also from complete tensors.
+        Later snapshots, or those of another attempt that continued from an earlier state, move to the folder
+        `superseded`. This tracker's settings hold, such as another `update_every`, or fewer `sigma_rels`. Where the
+        model has other weights than the network had then, the first `update_` warns, and later predicted errors contain
+        the distance. For a sharded model all processes make the call, also with a state of complete tensors.
         """
         self._calls.check_open()
+        now = self._pipeline.tracking
         if not (self._has_state or state):
             # The writer loads the state. This process only counts, and must not resume from disk any more.
-            progress = replace(self._pipeline.tracking.progress, updated=max(1, self.step))
-            self._pipeline.set(replace(self._pipeline.tracking, progress=progress, resumes=False))
+            progress = replace(now.progress, updated=max(1, self.step))
+            self._pipeline.set(replace(now, progress=progress, resumes=False))
             return
         group = self._members.keepers("load_state_dict(...)")
 
-        def unpack() -> Tracking:
+        def unpack() -> tuple[Tracking, tuple[float, ...]]:
             self.flush()
-            loaded = unpack_state(state, self.settings, self._pipeline.tracking.tracked)
-            return (
-                loaded if self.keeps_averages else replace(loaded, averages=Averages.none_yet(self.settings.sigma_rels))
-            )
+            loaded, weights = unpack_state(state, self.settings, now.tracked)
+            if not self.keeps_averages:
+                loaded = replace(loaded, averages=Averages.none_yet(self.settings.sigma_rels))
+            return loaded, weights
 
         def become_writer() -> None:
             if self.keeps_averages:
@@ -579,19 +533,18 @@ class PostHocEMA:
                     snapshotter.continue_from(loaded)  # sets aside snapshots that are not of the state's training
 
         with self._calls.lock("load_state_dict"):
-            loaded = group.together(unpack)
+            loaded, weights = group.together(unpack)
             group.first_then_others(become_writer)
             self._pipeline.set(loaded)
             self._has_begun = True
-            self._weights, model = loaded.weights if self._has_state else (), self._tracked_model()
+            self._weights, model = weights if self._has_state else (), self._tracked_model()
             if self._weights and model is not None:
-                self._note_weights(model)
+                self._sample = self._watch.sample(model, loaded.tracked)
 
     def close(self) -> None:
-        """Write a last snapshot if one is missing, `flush`, release the directory, and detach.
+        """Write a last snapshot if there were updates since the newest, `flush`, release the directory, and detach.
 
-        The last snapshot is that of `snapshot`. The averages can still be read. The end of a `with` block or of the
-        process does the same.
+        The averages can still be read. The end of a `with` block or of the process does the same.
         """
         if self._attachment is not None and self._attachment.optimizer is not None:
             counted = self._attachment.steps
@@ -611,9 +564,7 @@ class PostHocEMA:
     def __enter__(self) -> PostHocEMA:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self.close()
         except PostHocError:
@@ -622,12 +573,8 @@ class PostHocEMA:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Refuse pickling and copying: the threads and the directory's lock cannot be copied."""
-        raise NotReadyError(
-            "PostHocEMA",
-            "a tracker can be neither saved nor copied as an object",
-            "save its state, ema.state_dict(), within a checkpoint; to copy or save a module that holds it, keep the "
-            "tracker outside of the module",
-        )
+        hint = "save its state, ema.state_dict(), within a checkpoint, and keep the tracker outside of the module"
+        raise NotReadyError("PostHocEMA", "a tracker can be neither saved nor copied as an object", hint)
 
     # --- one call of `update_`
 
@@ -635,15 +582,13 @@ class PostHocEMA:
         self._calls.check_open()
         if self.settings.snapshot_is_due(self.step + 1):
             self._members.check()
-        # Errors of background work since the last call; they stay pending if this call fails itself.
-        self._pending = self._take_error()
+        self._note_error()
         self._is_restored = False
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
-        keeps = self._members.keeps(model, self.checkpoint_dir)
+        keeps = self.keeps_averages
         if not self._has_begun:
-            group = self._members.keepers("update_")
-            group.first_then_others(lambda: self._become_writer() if keeps else None)
+            self._members.keepers("update_").first_then_others(lambda: self._become_writer() if keeps else None)
             self._has_begun = True
         if self._weights:
             self._note_missing(model)
@@ -651,18 +596,26 @@ class PostHocEMA:
         update_is_due, snapshot_is_due = settings.update_is_due(progress.step), settings.snapshot_is_due(progress.step)
         if not keeps:
             if update_is_due:
-                self._members.check_kind(model)
+                self._watch.check_kind(model)
             self._nonfinite_anywhere(None, progress)
         elif update_is_due or snapshot_is_due:
             # Nothing is counted during the wait: if it is interrupted, as for a slow disk, the call has no effect.
             self._pipeline.wait_for_turn(snapshot_is_due)
-            self._pending = self._take_error()
+            self._note_error()
             # The last update may have been interrupted after it was queued.
             progress = self._pipeline.progress.after(t, settings)
             if settings.update_is_due(progress.step):
                 self._take_in(model, progress)
                 return
         self._pipeline.count(progress)
+
+    def _become_writer(self) -> None:
+        """Become the directory's writer, at the first call, and in a resumed run load its averages."""
+        with self._pipeline.as_writer(self.checkpoint_dir, self.run_id) as snapshotter:
+            if self._pipeline.tracking.resumes:
+                loaded = self._start.read(self._pipeline.tracking)
+                snapshotter.continue_from(loaded)
+                self._pipeline.set(loaded)
 
     def _take_in(self, model: torch.nn.Module, progress: TrainingProgress) -> None:
         """Queue the model's values for the averages, or skip the update as `on_nonfinite` says."""
@@ -704,9 +657,9 @@ class PostHocEMA:
             for callback in self._callbacks:
                 callback(self)
 
-    def _take_error(self) -> Exception | None:
-        """Return the error to be raised by this call or the next one."""
-        return self._pending or self._pipeline.take_error()
+    def _note_error(self) -> None:
+        """Note an error of background work since the last call; it stays pending if this call fails itself."""
+        self._pending = self._pending or self._pipeline.take_error()
 
     def _raise_pending(self) -> None:
         failure, self._pending = self._pending, None
@@ -715,20 +668,15 @@ class PostHocEMA:
 
     # --- where a resumed run continues
 
-    def _note_weights(self, model: torch.nn.Module) -> None:
-        """Note the model's sampled weights, as far as this process holds them, before training changes them."""
-        self._sample = self._watch.sample(model, self._pipeline.tracking.tracked)
-
     def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
         """Resume from the newest time at which the network had the model's weights, see `Start.choose`."""
         if self._start.is_given:
             return
         group, now = self._members.keepers("update_" if is_first_call else "this tracker"), self._pipeline.tracking
         if self._sample is None:
-            group.together(lambda: self._note_weights(model))
-        values = resuming.sample_of_all(group, self._sample or {})
-        writes = self._members.keeps(model, self.checkpoint_dir)
-        chosen = self._start.choose(now, values, group, writes, is_first_call)
+            self._sample = group.together(lambda: self._watch.sample(model, now.tracked))
+        values = resuming.sample_of_all(group, self._sample)
+        chosen = self._start.choose(now, values, group, self.keeps_averages, is_first_call)
         if chosen is not now:
             self._pipeline.set(chosen)
 
@@ -739,31 +687,18 @@ class PostHocEMA:
         later, is the nearer one.
         """
         group, now = self._members.keepers("update_"), self._pipeline.tracking
-        recorded, tracked = np.array(self._weights, np.float32), now.tracked
-        present = group.together(lambda: self._watch.sample(model, tracked))
-        known = [resuming.sample_of_all(group, one) for one in (self._sample or {}, present)]
-        gaps = [
-            0.0 if are_equal(one, recorded) else squared_distance(one, recorded, tracked.complete_shapes)
-            for one in known
-            if len(one) == len(recorded)
-        ]
-        if missing := min(gaps, default=0.0):
-            averages = replace(now.averages, standing=replace(now.averages.standing, missing=missing * tracked.leads))
+        present = group.together(lambda: self._watch.sample(model, now.tracked))
+        samples = [resuming.sample_of_all(group, one) for one in (self._sample or {}, present)]
+        recorded, shapes = np.array(self._weights, np.float32), now.tracked.complete_shapes
+        if missing := resuming.least_distance(samples, recorded, shapes):
+            averages = replace(
+                now.averages, standing=replace(now.averages.standing, missing=missing * now.tracked.leads)
+            )
             self._pipeline.set(replace(now, averages=averages))
             if group.leads:
                 text = "the model has other weights than the network had then, and later predicted errors contain that"
                 log.warning("%s: the averages continue from step %d; %s", self.checkpoint_dir, now.progress.step, text)
         self._weights = ()
-
-    def _become_writer(self) -> None:
-        """Become the directory's writer, at the first call, and in a resumed run load its averages."""
-        with self._pipeline.as_writer(self.checkpoint_dir, self.run_id) as snapshotter:
-            now = self._pipeline.tracking
-            if not now.resumes:
-                return
-            loaded = self._start.read(now)
-            snapshotter.continue_from(loaded)
-            self._pipeline.set(loaded)
 
     # --- the tracker's own state
 
@@ -788,20 +723,21 @@ class PostHocEMA:
 
         tracking = group.together(read)
         averages = tracking.averages
-        part = averages.standing.inherited, encode_path(averages.known_path, exact=True)
-        inherited, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
-        weights = self._present_weights(group, tracking.tracked)
+        part = averages.standing.errors, encode_path(averages.known_path, exact=True)
         # Each process knows the rounding and the path of its own part, and some processes have no average.
-        total, sketch = tuple(map(sum, zip(*inherited, strict=True))), joined_paths([*filter(None, sketches)])
+        errors, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
+        weights = self._present_weights(group, tracking.tracked)
 
         def read_info() -> StateInfo:
-            snapshotter = self._pipeline.snapshotter
-            complete = tracking if snapshotter is None else replace(tracking, snapshots=snapshotter.checksums)
-            return StateInfo.of(replace(complete, weights=weights), self.settings.t_unit)
+            snapshotter, total = self._pipeline.snapshotter, tuple(map(sum, zip(*errors, strict=True)))
+            stored = tracking.snapshots if snapshotter is None else snapshotter.checksums
+            return StateInfo(
+                tracking.run_id, self.settings.t_unit, averages.sigma_rels,
+                replace(averages.standing, inherited=total, missing=0.0), tracking.progress.clock.state(),
+                joined_paths([*filter(None, sketches)]), tuple(sorted(stored)), weights,
+            )  # fmt: skip
 
-        info = group.from_first(read_info)
-        info = replace(info, standing=replace(info.standing, inherited=total), sketch=sketch)
-        return pack_state(tracking, info, self._chunked_model())
+        return pack_state(tracking, group.from_first(read_info), self._chunked_model())
 
     def _present_weights(self, group: Group, tracked: TrackedModel) -> tuple[float, ...]:
         """Return the network's sampled weights at the last call; empty if they are unknown."""
@@ -815,16 +751,7 @@ class PostHocEMA:
         is_known = len(values) == len(places(tracked.complete_shapes)) and bool(np.isfinite(values).all())
         return tuple(values.tolist()) if is_known else ()
 
-    # --- averages
-
-    @contextmanager
-    def _filled(self, model: Module, make: Callable[[], Weights], own_dtypes: bool = True) -> Iterator[Module]:
-        """Give the model the weights that `make` returns, and warn, once, of running statistics that are copies."""
-        with swapped_in(model, make(), own_dtypes):
-            notice = statistics_notice(self._pipeline.tracking.tracked.dtypes(copied=True))
-            if notice is not None and self._is_first_warning("statistics"):
-                warn(notice)
-            yield model
+    # --- one average from sources
 
     def _average(
         self, group: Group, model: torch.nn.Module | None, wanted: Wanted,
@@ -842,14 +769,16 @@ class PostHocEMA:
 
         def plan(sources: list[Source]) -> Plan:
             if live is not None:
-                return logged(plan_synthesis([sources[live]], [sources[live].sigma_rel], **asked))
-            return logged(plan_synthesis(sources, [wanted], **asked))
+                return averaged.logged(plan_synthesis([sources[live]], [sources[live].sigma_rel], **asked))
+            return averaged.logged(plan_synthesis(sources, [wanted], **asked))
 
         if group.is_alone and not self._members.is_chunked:
             return with_consistent_plan(lambda: plan(self._sources(live is not None)), use)
         return with_consistent_plan(
-            lambda: self._in_first(group, lambda sources: SentPlan.of(plan(sources)), live is not None),
-            lambda found: exchanged(group, found[0], wanted, found[1], tracking.tracked, model, self.checkpoint_dir),
+            lambda: self._in_first(group, lambda sources: averaged.to_send(plan(sources)), live is not None),
+            lambda found: averaged.exchanged(
+                group, found[0], wanted, found[1], tracking.tracked, model, self.checkpoint_dir
+            ),
         )
 
     @torch.inference_mode(False)
@@ -880,7 +809,7 @@ class PostHocEMA:
             live = self._live()
         last = start if resumes and start is not None else math.inf
         now, profiles = live[0].t if live else math.inf, {source.sigma_rel for source in live}
-        stored = [] if live_only else run_snapshots(self.checkpoint_dir, self.run_id)
+        stored = [] if live_only else averaged.run_snapshots(self.checkpoint_dir, self.run_id)
         until = (s for s in stored if s.step <= last and (s.t < now or (s.t == now and s.sigma_rel not in profiles)))
         sources: list[Source] = [*live, *until]
         if not sources:
@@ -905,7 +834,7 @@ class PostHocEMA:
             own, progress = group.together(self._live), self._pipeline.progress
             local = {source.name: source for source in own}
             parts = group.from_all_at(progress.step, progress.t, [source.header for source in own])
-            live = [joined(profile) for profile in zip(*filter(None, parts), strict=True)]
+            live = [averaged.joined(profile) for profile in zip(*filter(None, parts), strict=True)]
 
         def in_first() -> Result:
             sources = self._sources(live_only, live)
@@ -937,12 +866,18 @@ class PostHocEMA:
         return model
 
 
+def _check_raw(model: torch.nn.Module, call: str) -> None:
+    """Raise a NotReadyError if a model holds averaged weights."""
+    if is_swapped(model):
+        raise NotReadyError(call, "the model holds averaged weights now", "call it outside `with ema.model(...)`")
+
+
 def _with_members(
     tracking: Tracking, model: torch.nn.Module, tensors: ModelTensors, settings: Settings, directory: Path
 ) -> Tracking:
-    """Return `tracking`, of a sharded model for the part that this process keeps, after a rendezvous of all."""
+    """Return `tracking` with the processes of the model; of a sharded one this process's part, after a rendezvous."""
     if not tensors.tracked.chunks:
-        return tracking
+        return replace(tracking, tracked=replace(tracking.tracked, members=Members(model, directory)))
     if tracking.resumes:
         tracking.tracked.check(tensors.tracked)
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
@@ -952,7 +887,7 @@ def _with_members(
     options |= {"checkpoint_dir": str(directory), "to resume": start}
     held, chunks = tensors.averaged | tensors.copied, tensors.tracked.chunks
     members = ShardOwners(held, chunks, options, tracking.run_id, mesh_of(model))
-    part = replace(tensors.of(members).tracked, everywhere=tensors.tracked.complete_shapes)
+    part = replace(tensors.tracked.of(members), everywhere=tensors.tracked.complete_shapes)
     return replace(tracking, run_id=members.run_id, tracked=part)
 
 
@@ -975,7 +910,7 @@ _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDict
 
 def _open_tracker(model: torch.nn.Module, directory: Path) -> PostHocEMA | None:
     """Return the open tracker that writes averages of a model with its present weights to a directory, if any."""
-    if is_first_of_group(model) is not None:
+    if is_in_group():
         return None
     for tracker in [*_trackers.get(unwrapped(model), WeakSet[PostHocEMA]())]:
         is_usable = not (tracker.closed or tracker._calls.is_forked or tracker._is_restored)
@@ -990,6 +925,6 @@ def _note_restored(model: torch.nn.Module, _: object) -> None:
         tracker._is_restored = True
         resumes = tracker._pipeline.tracking.resumes
         if (resumes or tracker._weights) and not tracker.closed:
-            tracker._note_weights(model)
+            tracker._sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
             if resumes and not tracker._members.is_chunked:  # else other processes would have to take part
                 tracker._choose_start(model, is_first_call=False)

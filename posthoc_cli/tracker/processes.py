@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -23,14 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from posthoc_cli.errors import (
-    InvalidValueError,
-    ModelMismatchError,
-    NotReadyError,
-    PostHocError,
-    RankError,
-    VanishedError,
-)
+from posthoc_cli.errors import InvalidValueError, NotReadyError, PostHocError, RankError, VanishedError
 from posthoc_cli.snapshots.tensorfile import Box, Chunk, row_major
 from posthoc_cli.tracker.memory import HOST
 
@@ -41,8 +33,6 @@ log = logging.getLogger(__name__)
 GRACE, WARNING, LIMIT = 2.0, 10.0, 300.0
 """Seconds that the first call of several processes waits for trackers that are not made yet; that any call waits for
 the processes that have made one before it warns; and before it gives up."""
-
-_FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
 
 _LEFT = "left this call by "
 
@@ -55,15 +45,15 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
+def is_fully_sharded(module: torch.nn.Module) -> bool:
+    """Return whether `fully_shard` was applied to a module."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
 def reshard(model: torch.nn.Module) -> None:
     """Restore the sharded parameters of a `fully_shard` model: a forward pass without backward leaves some complete."""
     for module in filter(is_fully_sharded, model.modules()):
         module.reshard()  # type: ignore[operator]
-
-
-def is_fully_sharded(module: torch.nn.Module) -> bool:
-    """Return whether `fully_shard` was applied to a module."""
-    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 @torch.no_grad()
@@ -74,7 +64,41 @@ def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def held_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements of a tensor that this process holds, sharing their memory."""
-    return local_part("", tensor)[0] if is_sharded(tensor) else tensor
+    return held_box("", tensor)[0] if is_sharded(tensor) else tensor
+
+
+def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
+    """Return the elements of a tensor that this process holds, sharing their memory, and their box in the tensor.
+
+    An InvalidValueError names a tensor of which this process's elements are no box.
+    """
+    if not is_sharded(tensor):
+        return tensor.detach(), Box.full(tuple(tensor.shape))
+    try:
+        from torch.distributed.tensor import Shard
+    except ImportError:
+        hint = "install 2.5 or newer"
+        raise InvalidValueError("torch", "is too old for sharded models", hint, value=torch.__version__) from None
+
+    dtensor: Any = tensor
+    mesh, reason, hint = dtensor.device_mesh, "", ""
+    for axis, placement in enumerate(dtensor.placements):
+        if placement.is_partial():
+            reason, hint = f"has the placement {placement}: no process holds its values", "reduce it first"
+        elif not placement.is_replicate() and type(placement) is not Shard:  # this process's rows may be apart
+            dim = placement.dim
+            sharing = [at for at, other in enumerate(dtensor.placements) if getattr(other, "dim", None) == dim]
+            inner = math.prod(mesh.size(at) for at in sharing if at > axis)
+            rows, processes = dtensor.shape[dim], math.prod(map(mesh.size, sharing))
+            if placement.split_factor != inner or rows % processes:
+                reason = f"has {rows} rows in dimension {dim}, of which {placement} gives a process several pieces"
+                hint = f"shard it by Shard, in one mesh dimension, or make the dimension a multiple of {processes}"
+    if reason:
+        raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
+    with torch.no_grad():
+        local = dtensor.to_local()
+    (chunk,) = dtensor.__create_chunk_list__()
+    return local.detach().view(tuple(chunk.sizes)), Box(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
 def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -95,52 +119,6 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return dtensor.cpu()  # `from_local` has moved it to the mesh's device
 
 
-def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | None]:
-    """Return the elements of a tensor that this process holds, sharing their memory, and their chunk; None for all.
-
-    Raises:
-        InvalidValueError: this process's elements are no box of the tensor; names the tensor and its placement.
-    """
-    if not is_sharded(tensor):
-        return tensor.detach(), None
-    try:
-        from torch.distributed.tensor import Shard
-    except ImportError:
-        hint = "install 2.5 or newer"
-        raise InvalidValueError("torch", "is too old for sharded models", hint, value=torch.__version__) from None
-
-    dtensor: Any = tensor
-    for axis, placement in enumerate(dtensor.placements):
-        if placement.is_partial():
-            reason = f"has the placement {placement}: no process holds its values"
-            raise InvalidValueError("tensor", reason, "reduce it first", value=f"{name!r}")
-        if not placement.is_replicate() and type(placement) is not Shard:
-            _check_one_box(name, dtensor, axis)
-    with torch.no_grad():
-        local = dtensor.to_local()
-    (chunk,) = dtensor.__create_chunk_list__()
-    return local.detach().view(tuple(chunk.sizes)), Chunk(tuple(dtensor.shape), tuple(chunk.offsets))
-
-
-def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
-    """Return the elements of a tensor that this process holds, and their box in the complete tensor."""
-    local, chunk = local_part(name, tensor)
-    shape = tuple(local.shape)
-    return local, Box.full(shape) if chunk is None else chunk.box(shape)
-
-
-def _check_one_box(name: str, tensor: Any, axis: int) -> None:
-    """Raise an InvalidValueError unless this process's rows are adjacent."""
-    strided, mesh = tensor.placements[axis], tensor.device_mesh
-    sharing = [other for other, one in enumerate(tensor.placements) if getattr(one, "dim", None) == strided.dim]
-    inner = math.prod(mesh.size(other) for other in sharing if other > axis)
-    rows, processes = tensor.shape[strided.dim], math.prod(map(mesh.size, sharing))
-    if strided.split_factor != inner or rows % processes:
-        reason = f"has {rows} rows in dimension {strided.dim}, of which {strided} gives a process several pieces"
-        hint = f"shard it by Shard, in one mesh dimension, or make the dimension a multiple of {processes}"
-        raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
-
-
 # --- calls of several processes
 
 
@@ -148,10 +126,7 @@ def _check_one_box(name: str, tensor: Any, axis: int) -> None:
 class Group:
     """Processes that make one call together, or one process that makes it alone.
 
-    Attributes:
-        rank: rank of this process.
-        ranks: ranks of all of them. The first makes the plan and, among replicas, the averages.
-        device: device of tensors that they exchange.
+    The first of `ranks` makes the plan and, among replicas, the averages; tensors are exchanged on `device`.
     """
 
     rank: int = 0
@@ -185,11 +160,9 @@ class Group:
         return [*values]
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Do work in every process, and return its result; if one process fails, all raise an error before they return.
+        """Do work in every process, and return its result; if one fails, all raise its error or a RankError with it.
 
-        Raises:
-            VanishedError: in all processes, if nothing else went wrong in any of them; they may try again.
-            RankError: another process failed; names it.
+        If nothing else went wrong in any of them, all raise a VanishedError: they may try again.
         """
         if self.is_alone:
             return work()
@@ -198,34 +171,22 @@ class Group:
             result = work()
         except Exception as error:  # noqa: BLE001  raised again below, when the other processes know
             failure = error
-        own = None if failure is None else (_describe(failure), isinstance(failure, VanishedError))
-        outcomes = zip(sorted(self.ranks), self.from_all(own), strict=True)
-        failed = [(rank, *outcome) for rank, outcome in outcomes if outcome is not None]
-        if failure is not None and (not isinstance(failure, VanishedError) or all(vanished for *_, vanished in failed)):
+        own = None if failure is None else (isinstance(failure, VanishedError), self.rank, _describe(failure))
+        failed = sorted(filter(None, self.from_all(own)))
+        if failure is not None and failed[0][0] == isinstance(failure, VanishedError):
             raise failure
-        for rank, message, vanished in sorted(failed, key=lambda outcome: outcome[2]):
-            raise VanishedError(f"rank {rank}", message) if vanished else RankError(f"rank {rank}", message)
+        if failed:
+            vanished, rank, message = failed[0]
+            raise (VanishedError if vanished else RankError)(f"rank {rank}", message)
         return result
 
     def from_first(self, work: Callable[[], Result]) -> Result:
-        """Do work in the first process; return its result, or raise its error, in every process."""
+        """Do work in the first process; return its result in every process, or raise errors as `together` does."""
         if self.is_alone:
             return work()
-        outcome: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self.leads:
-            try:
-                outcome[0] = work()
-            except Exception as error:  # noqa: BLE001  raised again below, when the other processes know
-                failure, is_ours = error, isinstance(error, PostHocError)
-                outcome[1] = error if is_ours else RankError(f"rank {self.rank}", _describe(error))
-        dist.broadcast_object_list(outcome, self.ranks[0])
-        if failure is not None:
-            raise failure
-        if outcome[1] is not None:
-            raise outcome[1]
-        result: Result = outcome[0]
-        return result
+        sent: list[list[Result]] = [self.together(lambda: [work()] if self.leads else [])]
+        dist.broadcast_object_list(sent, self.ranks[0])
+        return sent[0][0]
 
     def first_then_others(self, work: Callable[[], Result]) -> Result:
         """Do work in the first process, then in the others, and return its result; an error in one is raised in all."""
@@ -258,31 +219,34 @@ THIS_PROCESS = Group()
 
 
 class Rendezvous:
-    """A meeting point for trackers of several processes, which gather when a call needs all of them.
+    """A meeting point for trackers of several processes, of which the one that `keeps` averages leads.
 
     They meet in the store, so that an error can name a process that does not make the call; a collective operation
-    would wait for it in silence. The tracker that `keeps` averages leads.
+    would wait for it in silence.
     """
 
-    def __init__(self, store: Store, keeps: bool, hint: str = "make this call in every process") -> None:
-        self._store, self._hint = store, hint
+    def __init__(self, name: str, keeps: bool, hint: str) -> None:
+        # torch has no public name for the store. A release without this name could not make trackers in a group.
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        _made[name] += 1
+        self.store: Store = PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
+        self._hint, self._calls = hint, 0
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._calls = 0
-        store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
+        self.store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
 
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or makes another one."""
         self._calls += 1
         prefix = f"call/{self._calls}"
-        self._store.set(f"{prefix}/{self._rank}", call)
+        self.store.set(f"{prefix}/{self._rank}", call)
         try:
             self._wait_for_all(prefix)
         except BaseException as error:
-            self._store.set(f"{prefix}/{self._rank}", f"{_LEFT}{type(error).__name__}")
+            self.store.set(f"{prefix}/{self._rank}", f"{_LEFT}{type(error).__name__}")
             raise
-        kinds, calls = (
-            [self._store.get(f"{key}/{n}").decode() for n in range(self._world)] for key in ("made", prefix)
-        )
+        ranks = range(self._world)
+        kinds, calls = ([self.store.get(f"{key}/{n}").decode() for n in ranks] for key in ("made", prefix))
         first = kinds.index("keeps") if "keeps" in kinds else 0
         for rank, other in enumerate(calls):
             if other.startswith(_LEFT):
@@ -290,83 +254,69 @@ class Rendezvous:
             if other != calls[first]:
                 reason = f"asks for {other}, and rank {first} for {calls[first]}"
                 raise RankError(f"rank {rank}", reason, "make the same call in every process")
-        return Group(self._rank, (first, *(rank for rank in range(self._world) if rank != first)), device)
+        return Group(self._rank, (first, *(rank for rank in ranks if rank != first)), device)
 
     def is_alone(self) -> bool:
         """Return whether no other process makes a tracker within `GRACE`."""
         began = time.monotonic()
         while not self._is_set("made") and time.monotonic() - began < GRACE:
             time.sleep(0.02)
-        return not any(self._store.check([f"made/{rank}"]) for rank in range(self._world) if rank != self._rank)
+        return len(self._absent("made")) == self._world - 1
 
     def _wait_for_all(self, prefix: str) -> None:
         began, pause, warned = time.monotonic(), 0.001, False
         while not (self._is_set(prefix) and self._is_set("made")):
             if time.monotonic() - began > (LIMIT if warned else WARNING):
-                absent = [f"rank {n}" for n in range(self._world) if not self._store.check([f"{prefix}/{n}"])]
+                absent = " and ".join(f"rank {rank}" for rank in self._absent(prefix))
                 if warned:
-                    raise RankError(" and ".join(absent), f"did not make this call within {LIMIT:.0f} s", self._hint)
-                log.warning("waiting for %s: %s", " and ".join(absent), self._hint)
+                    raise RankError(absent, f"did not make this call within {LIMIT:.0f} s", self._hint)
+                log.warning("waiting for %s: %s", absent, self._hint)
                 warned = True
             time.sleep(pause)
             pause = min(1.5 * pause, 0.1)
 
     def _is_set(self, prefix: str) -> bool:
-        """Return whether every process has set a key."""
-        return bool(self._store.check([f"{prefix}/{rank}" for rank in range(self._world)]))
+        """Return whether every process has set a key, by one request."""
+        return bool(self.store.check([f"{prefix}/{rank}" for rank in range(self._world)]))
+
+    def _absent(self, prefix: str) -> list[int]:
+        """Return the ranks of processes that have not set a key, by a request each."""
+        return [rank for rank in range(self._world) if not self.store.check([f"{prefix}/{rank}"])]
 
 
 class Members:
     """The processes that track one model: which of them keep its averages, and how they communicate.
 
     In this class each process has the complete model: one process keeps the averages and writes, and the others count.
-    Which one is decided when the tracker is made, or as soon as a process group exists, and does not change.
 
     Attributes:
         is_chunked: whether each process keeps chunks of the averages, see `ShardOwners`.
+        keeps: whether this process keeps averages, and writes them to the directory.
         rank: rank of this process among those that keep averages; the first has the directory's lock, and thins.
         part: the number, from 1, of this process's part of a snapshot, and the number of parts; None if not in parts.
         session: number of this training, set when the processes meet; later trainings have larger numbers.
         names: names of all tracked tensors of a sharded model, including those of other processes.
         mesh: the processes' arrangement, as a snapshot's header has it.
-        is_keeper: whether this process keeps averages; None while that is not decided.
     """
 
     is_chunked = False
 
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module | None = None, directory: Path | None = None) -> None:
+        self.keeps = is_first_of_group(model)
         self.rank, self.session = 0, 0
         self.part: tuple[int, int] | None = None
         self.names: frozenset[str] = frozenset()
         self.mesh: dict[str, Any] = {}
-        self.is_keeper: bool | None = None
-        self._replicas: Rendezvous | None = None
+        self._meeting: Rendezvous | None = None
         self._is_alone: bool | None = None  # whether no other process has a tracker; known at the first call for all
-
-    def keeps(self, model: torch.nn.Module | None, directory: Path) -> bool:
-        """Return whether this process keeps averages and writes them to a directory."""
-        if self.is_keeper is None:
-            self.is_keeper = is_first_of_group(model)
-        keeps = self.is_keeper is not False
-        if self._replicas is None and model is not None and _is_initialized() and dist.get_world_size() > 1:
+        if model is not None and is_in_group() and dist.get_world_size() > 1:
             # The first, second, ... tracker of a directory that each process makes meet.
             hint = f"make it in every process, with a tracker of {directory}"
-            self._replicas = Rendezvous(_new_store(_digest(str(directory))), keeps, hint)
-        return keeps
+            self._meeting = Rendezvous(_digest(str(directory)), self.keeps, hint)
 
     def owned(self, names: Set[str]) -> Set[str]:
         """Return those of the model's tensors that this process averages and writes, completely or a chunk of them."""
         return names
-
-    def check_kind(self, model: torch.nn.Module) -> None:
-        """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was made."""
-        if any(map(is_sharded, model.parameters())):
-            reason = "is sharded over processes, and was not when this tracker was made"
-            hint = (
-                "shard the model first; then make the tracker in every process, with from_model or "
-                "from_path(path, model)"
-            )
-            raise ModelMismatchError("model", reason, hint)
 
     def announce_failure(self, error: BaseException) -> None:
         """Announce to the other processes that this one's part is missing."""
@@ -380,11 +330,11 @@ class Members:
 
     def callers(self, call: str, is_tracking: bool, device: torch.device) -> Group:
         """Return the processes that make a call for averages; this one before it tracks."""
-        if self._replicas is None or not is_tracking or not dist.is_initialized():
+        if self._meeting is None or not is_tracking or not dist.is_initialized():
             return THIS_PROCESS
         if self._is_alone is None:
-            self._is_alone = self._replicas.is_alone()
-        return THIS_PROCESS if self._is_alone else self._replicas.gather(device, call)
+            self._is_alone = self._meeting.is_alone()
+        return THIS_PROCESS if self._is_alone else self._meeting.gather(device, call)
 
 
 class ShardOwners(Members):
@@ -408,9 +358,8 @@ class ShardOwners(Members):
         super().__init__()
         self.rank, self.names, self.mesh = dist.get_rank(), frozenset(tensors), mesh
         self._device = next((tensor.device for tensor in tensors.values()), HOST)
-        self._store = _new_store("members")
         hint = "call from_model, from_path or update_ in every process, with the same arguments"
-        self._rendezvous = Rendezvous(self._store, self.rank == 0, hint)
+        self._owners_meeting = Rendezvous("members", self.rank == 0, hint)
         # By name, a hash that identifies a chunk in all processes.
         held = {
             name: _digest(repr((name, chunks.get(name), tuple(tensor.shape))))
@@ -428,31 +377,25 @@ class ShardOwners(Members):
             for digest in digests:
                 holders[digest].append(rank)
         owners = sorted({ranks[0] for ranks in holders.values()})
-        self.part = (owners.index(self.rank) + 1, len(owners)) if self.rank in owners else None
+        self.keeps = self.rank in owners
+        self.part = (owners.index(self.rank) + 1, len(owners)) if self.keeps else None
         self.holders = {name: tuple(holders[digest]) for name, digest in held.items()}
         self._owned = frozenset(name for name, ranks in self.holders.items() if ranks[0] == self.rank)
-
-    def keeps(self, *_: object) -> bool:
-        """Return whether this process owns a chunk."""
-        return self.part is not None
 
     def owned(self, names: Set[str]) -> Set[str]:
         """Return the tensors whose chunk this process owns, and those that did not exist when the processes met."""
         return self._owned | (names - self.names)
 
-    def check_kind(self, model: torch.nn.Module) -> None:
-        """Accept any model: its chunks are compared with the tracked ones elsewhere."""
-
     def announce_failure(self, error: BaseException) -> None:
         """Announce to the other processes that this one's part is missing."""
         with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
-            self._store.set("failed", f"rank {self.rank}: {_describe(error)}")
+            self._owners_meeting.store.set("failed", f"rank {self.rank}: {_describe(error)}")
 
     def check(self) -> None:
         """Raise a RankError if another process has announced a failure."""
-        failed = ""
+        failed, store = "", self._owners_meeting.store
         with suppress(RuntimeError):  # as in `announce_failure`
-            failed = self._store.get("failed").decode() if self._store.check(["failed"]) else ""
+            failed = store.get("failed").decode() if store.check(["failed"]) else ""
         rank, _, reason = failed.partition(": ")
         if failed and rank != f"rank {self.rank}":
             raise RankError(rank, reason, "snapshots lack its part from here on; make new trackers to continue")
@@ -461,8 +404,9 @@ class ShardOwners(Members):
         """Return all processes of the model, all of which make this call."""
         if not dist.is_initialized():
             reason = "need all processes of the model, and their group was destroyed"
-            raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
-        return self._rendezvous.gather(self._device, call)
+            hint = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
+            raise NotReadyError("averages of which each process keeps a part", reason, hint)
+        return self._owners_meeting.gather(self._device, call)
 
     def callers(self, call: str, *_: object) -> Group:
         """Return all processes of the model."""
@@ -475,28 +419,22 @@ class ShardOwners(Members):
         return bool(flags.item())
 
 
-def _is_initialized() -> bool:
+def is_in_group() -> bool:
+    """Return whether this process is in a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
-def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
-    """Return whether this process keeps and writes the averages of a model; None before there is a process group.
+def is_first_of_group(model: torch.nn.Module | None) -> bool:
+    """Return whether this process keeps and writes the averages of a model.
 
-    The first process of the group in which DistributedDataParallel, or FSDP without sharding, holds the model keeps
-    them. For a model without wrapper it is the first of all processes: training scripts may make their tracker before
-    they wrap the model, and the processes must not all write to one directory.
+    The first process of the group in which DistributedDataParallel holds the model keeps them. For a model without
+    wrapper it is the first of all processes: training scripts may make their tracker before they wrap the model.
     """
-    if not _is_initialized():
-        return None  # a group may be made later
+    if not is_in_group():
+        return True
     ddp, modules = torch.nn.parallel.DistributedDataParallel, () if model is None else model.modules()
-    replicated = (module for module in modules if is_fsdp(module) or isinstance(module, ddp))
-    return dist.get_rank(getattr(next(replicated, None), "process_group", None)) <= 0
-
-
-def is_fsdp(module: torch.nn.Module) -> bool:
-    """Return whether a module is a wrapper of FSDP (version 1); `fully_shard` wraps nothing."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # a class that nobody has imported wraps nothing
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+    wrapper = next((module for module in modules if isinstance(module, ddp)), None)
+    return dist.get_rank(getattr(wrapper, "process_group", None)) <= 0
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
@@ -504,15 +442,6 @@ def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
     meshes: list[Any] = [parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")]
     mesh = max(meshes, key=lambda mesh: mesh.mesh.numel(), default=None)
     return {} if mesh is None else {"shape": list(mesh.mesh.shape), "names": mesh.mesh_dim_names}
-
-
-def _new_store(name: str) -> Store:
-    """Return an empty part of the process group's store, the same one in every process."""
-    # torch has no public name for the store. A release without this name could not make trackers in a group.
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    _made[name] += 1
-    return PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
 
 
 def _digest(text: str) -> str:

@@ -42,8 +42,6 @@ from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress, chec
 
 log = logging.getLogger(__name__)
 
-_MOST_NAMED = 20
-
 _MOST_MISSING = 0.01  # the largest predicted error of an average that is reconstructed to resume from
 
 
@@ -80,18 +78,17 @@ class Start:
 
         found, newest = group.from_first(find)
         leads, has_advanced = group.leads and writes, newest > self._newest
-        if is_first_call and leads and (found is None or has_advanced):
-            DirectoryLock(self._directory).release()  # a training that is still running here is the better reason
-        if is_first_call and found is None:
+        if is_first_call and (found is None or has_advanced):
+            if leads:
+                DirectoryLock(self._directory).release()  # a training that is still running here is the better reason
+            if found is not None:
+                reason = f"has advanced from step {self._newest:,} to {newest:,} since this tracker was made"
+                raise MismatchError(self._directory, reason, "restore the model and make the tracker again")
             steps = [*recorded_weights(stored)] or [newest]
             times = f"{len(steps):,} times, step {steps[0]:,} to {steps[-1]:,}"
             compared = f"{len(values)} elements compared, also rounded to half precision"
             reason = f"its weights are those of no snapshot of the run in {self._directory} ({times}; {compared})"
-            hint = f"{ways_to_resume(steps[-1])}; for a new run name another directory"
-            raise ModelMismatchError("model", reason, hint)
-        if is_first_call and has_advanced:
-            reason = f"has advanced from step {self._newest:,} to {newest:,} since this tracker was made"
-            raise MismatchError(self._directory, reason, "restore the model and make the tracker again")
+            raise ModelMismatchError("model", reason, ways_to_resume(steps[-1]))
         self.step, self._newest = None if found == newest else found, newest
         if found is None:
             return now
@@ -99,8 +96,7 @@ class Start:
             text = f"continuing at step {found:,}, where the network had the model's weights"
             text += f"; later snapshots, up to step {newest:,}, will be set aside"
             log.warning("%s: %s", self._directory, text)
-        resumed = resumed_tracking(snapshots_until(stored, self.step), self._settings.sigma_rels)
-        return replace(now, progress=resumed.progress)
+        return replace(now, progress=_progress_at(snapshots_until(stored, self.step)[-1]))
 
     def read(self, now: Tracking) -> Tracking:
         """Read the state to resume from out of the directory."""
@@ -113,6 +109,14 @@ def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:
     """Return the values of a sample, of which each process has some by number."""
     sample = ChainMap(*group.from_all(dict(own)))
     return np.array([sample[number] for number in sorted(sample)], np.float32)
+
+
+def least_distance(samples: Sequence[Floats], recorded: Floats, shapes: Mapping[str, Sequence[int]]) -> float:
+    """Return the squared distance of recorded weights from the nearest complete sample; 0 where one equals them."""
+    complete = [sample for sample in samples if len(sample) == len(recorded)]
+    if any(are_equal(sample, recorded) for sample in complete):
+        return 0.0
+    return min((squared_distance(sample, recorded, shapes) for sample in complete), default=0.0)
 
 
 def check_path(path: str | Path) -> Path:
@@ -134,8 +138,7 @@ def check_directory(directory: Path, is_new: bool) -> None:
         raise DirectoryError(existing, reason, "name another one")
     for newest in find_snapshots(directory)[-1:] if is_new else ():
         reason = f"holds snapshots of run {newest.run_id[:8]}, up to step {newest.step:,}"
-        hint = f"{ways_to_resume(newest.step)}; for a new run name another directory"
-        raise MismatchError(directory, reason, hint)
+        raise MismatchError(directory, reason, ways_to_resume(newest.step))
 
 
 def begin(
@@ -157,18 +160,22 @@ def begin(
 
 
 def ways_to_resume(step: int) -> str:
-    """Return the ways to resume a run, for the hints of errors."""
+    """Return the ways to resume a run, or to begin another, for the hints of errors."""
     restored = "restore the model's checkpoint first, of a step with a snapshot, then from_model(..., resume='auto')"
     state = "or ema.load_state_dict(state), where the checkpoint holds ema.state_dict(), which is exact at any step"
-    return f"{restored}; {state}; or whatever the weights with resume={step} or from_path(..., step={step})"
+    anyway = f"or whatever the weights with resume={step} or from_path(..., step={step})"
+    return f"{restored}; {state}; {anyway}; for a new run name another directory"
 
 
 def resumed_tracking(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> Tracking:
     """Return the tracking at the newest time with snapshots."""
     last = snapshots[-1]
-    clock = ClockRecorder.of_knots(last.clock_pairs)
     tracking = Tracking.new(last.run_id, TrackedModel.of_snapshot(last), sigma_rels, resumes=True)
-    return replace(tracking, progress=TrainingProgress.resumed(clock))
+    return replace(tracking, progress=_progress_at(last))
+
+
+def _progress_at(snapshot: Snapshot) -> TrainingProgress:
+    return TrainingProgress.resumed(ClockRecorder.of_knots(snapshot.clock_pairs))
 
 
 def snapshots_until(snapshots: Sequence[Snapshot], step: int | None, argument: str = "step") -> Sequence[Snapshot]:
@@ -178,10 +185,10 @@ def snapshots_until(snapshots: Sequence[Snapshot], step: int | None, argument: s
     step = check_count(argument, step)
     steps = sorted({snapshot.step for snapshot in snapshots})
     if step not in steps:
-        known = ", ".join(f"{number:,}" for number in steps[-_MOST_NAMED:])
-        more = "..., " * (len(steps) > _MOST_NAMED)
-        reason = f"this call of update_ has no snapshot; calls that have one: {more}{known}"
-        raise InvalidValueError(argument, reason, value=f"{step:,}")
+        known = ", ".join(["..."] * (len(steps) > 20) + [f"{number:,}" for number in steps[-20:]])
+        raise InvalidValueError(
+            argument, f"this call of update_ has no snapshot; calls that have one: {known}", value=f"{step:,}"
+        )
     return [snapshot for snapshot in snapshots if snapshot.step <= step]
 
 
@@ -211,9 +218,8 @@ def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, s
     )  # fmt: skip
     path = path_of_part(newest.sketch, tracked.members.part)
     averages = Averages(tuple(sigma_rels), standing, kept, copies, known_path=path)
-    progress = TrainingProgress.resumed(ClockRecorder.of_knots(newest.clock_pairs))
     known = frozenset(snapshot.identity for snapshot in snapshots)
-    return Tracking(newest.run_id, progress, tracked, averages, snapshots=known)
+    return Tracking(newest.run_id, _progress_at(newest), tracked, averages, snapshots=known)
 
 
 def _reconstruct(

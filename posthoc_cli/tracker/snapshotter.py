@@ -6,28 +6,19 @@ import errno
 import logging
 import math
 import time
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
-from posthoc_cli.errors import (
-    DirectoryError,
-    FileFormatError,
-    MismatchError,
-    NonFiniteError,
-    PostHocError,
-    WriteError,
-)
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError, PostHocError, WriteError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.directory import (
     LOCK_NAME,
@@ -47,19 +38,8 @@ from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.snapshots.tensorfile import Box, Chunk, Entry, TensorFileWriter, tensor_bytes
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
-from posthoc_cli.tracker.measuring import Subset
-from posthoc_cli.tracker.memory import (
-    Bucket,
-    BucketTile,
-    Elements,
-    HostTensors,
-    Layout,
-    Values,
-    joined,
-    on_host,
-    ranges_of,
-    tiles_of,
-)
+from posthoc_cli.tracker.measuring import Elements, Subset, Values, joined
+from posthoc_cli.tracker.memory import FlatTensors, Layout, Tile, on_host, ranges_of, tiles_of
 from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.processes import Members
 from posthoc_cli.tracker.resuming import ways_to_resume
@@ -69,17 +49,16 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds that a network file system may take to show a file
 
+ReadRanges = Callable[[int, Sequence[ElementRange]], list[torch.Tensor]]
+"""Returns ranges of the average of an index, on the host."""
+
 
 # --- sources of a synthesis ---
 
 
 @dataclass(frozen=True, repr=False)
 class LiveSource(Snapshot):
-    """One running average, with its copies: the snapshot that would be written now.
-
-    Attributes:
-        read: returns ranges of its tensors, flat.
-    """
+    """One running average, with its copies: the snapshot that would be written now; `read` returns ranges, flat."""
 
     read: Callable[[Sequence[ElementRange]], list[torch.Tensor]] = lambda _: []
 
@@ -101,11 +80,49 @@ class LiveSource(Snapshot):
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
         """Fill `out` with complete tensors, end to end."""
-        at = 0
         for values in self.read([ElementRange(name, 0, self.entries[name].size) for name in names]):
             data = tensor_bytes(values)
-            out[at : at + len(data)] = data
-            at += len(data)
+            out[: len(data)] = data
+            out = out[len(data) :]
+
+
+class LiveAverages:
+    """The averages of one update, read in place until the next, which has them copied; `call` runs `read` safely."""
+
+    def __init__(
+        self, layout: Layout, headers: Sequence[Snapshot], copies: Mapping[str, torch.Tensor], read: ReadRanges,
+        call: Callable[[Callable[[], list[torch.Tensor]]], list[torch.Tensor]],
+    ) -> None:  # fmt: skip
+        self._headers, self._read, self._call = headers, read, call
+        self._held = [dict(copies) for _ in headers]  # what need not be read in place, by name
+        self._entries = {
+            name: Entry(stored_name(bucket.wide), shape)
+            for bucket in layout
+            for name, shape in zip(bucket.names, bucket.shapes, strict=True)
+        } | {name: Entry(stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()}
+
+    def sources(self) -> list[LiveSource]:
+        """Return a source for each header, valid while in use."""
+
+        def read(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+            return self._call(lambda: self._values(index, ranges))
+
+        return [
+            LiveSource(**vars(header) | {"entries": self._entries, "read": partial(read, index)})
+            for index, header in enumerate(self._headers)
+        ]
+
+    def copy(self) -> None:
+        """Copy the averages, once; called in the thread that changes them, before it does."""
+        for index, held in enumerate(self._held):
+            missing = [ElementRange(name, 0, one.size) for name, one in self._entries.items() if name not in held]
+            held.update(zip([one.name for one in missing], self._read(index, missing), strict=True))
+
+    def _values(self, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+        """Return ranges of the average of an index, and of copies."""
+        held = self._held[index]
+        values = iter(self._read(index, [one for one in ranges if one.name not in held]))
+        return [held[name].reshape(-1)[i:j] if name in held else next(values) for name, i, j in ranges]
 
 
 def headers(
@@ -132,42 +149,16 @@ def headers(
     ]  # fmt: skip
 
 
-def live_sources(
-    settings: Settings, state: Tracking, layout: Layout, measurements: Sequence[Measurements | None],
-    read: Callable[[int, Sequence[ElementRange]], list[torch.Tensor]],
-) -> list[LiveSource]:  # fmt: skip
-    """Return the averages of a state as sources, one a profile; `read` returns ranges of averages, on the host."""
-    copies = state.averages.copies
-    specs = {
-        name: Entry(stored_name(bucket.wide), shape)
-        for bucket in layout
-        for name, shape in zip(bucket.names, bucket.shapes, strict=True)
-    }
-    specs |= {name: Entry(stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()}
-
-    def read_with_copies(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        averages = iter(read(index, [piece for piece in ranges if piece.name not in copies]))
-        return [copies[name].reshape(-1)[i:j] if name in copies else next(averages) for name, i, j in ranges]
-
-    return [
-        LiveSource(**vars(header) | {"entries": specs, "read": partial(read_with_copies, index)})
-        for index, header in enumerate(headers(settings, state, measurements))
-    ]
-
-
 # --- snapshots ---
 
 
 class Snapshotter:
     """The one writer of a directory, from its construction until `close`; makes the directory if it is missing.
 
-    Attributes:
-        times_written, nbytes: the number of times with snapshots that were written, and the bytes of the last ones.
+    Of several processes each writes a part of every snapshot; that of rank 0 has the directory's lock, and thins.
 
-    Raises:
-        LockedError: another writer holds the directory.
-        DirectoryError, FileFormatError, MismatchError, WriteError: the path is no directory, cannot be read or written,
-            or is not rank 0's directory but one on this process's local disk.
+    Construction raises a LockedError if another writer holds the directory. `times_written` is the number of times with
+    snapshots that were written, and `nbytes` the size of the last ones.
     """
 
     def __init__(self, directory: Path, settings: Settings, members: Members) -> None:
@@ -184,21 +175,24 @@ class Snapshotter:
                 reason = "is not the directory of that name in which rank 0 writes"
                 raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
             time.sleep(0.1)
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.close)
             if self._leads:
                 remove_leftovers(directory)
                 # Parts of an interrupted training and of this one could look like one snapshot.
                 for folder, parts in inspect_directory(directory).incomplete.items():
                     log.warning("%s: has %s, left by an interrupted training, and is removed", folder, parts)
                     remove_snapshot(folder)
-            snapshots = find_snapshots(directory)
-        except BaseException:
-            self.close()
-            raise
-        # From now on nobody else writes to the directory, so that it need not be read again.
-        self._run_id = snapshots[0].run_id if snapshots else None
-        # Ordered by time: later snapshots are set aside before an earlier one is written.
-        self._stored = [*snapshots]
+            # From now on nobody else writes to the directory, so that it need not be read again. Ordered by time: later
+            # snapshots are set aside before an earlier one is written.
+            self._stored = [*find_snapshots(directory)]
+            stack.pop_all()
+        self._run_id = self._stored[0].run_id if self._stored else None
+
+    def close(self) -> None:
+        """Release the directory for another writer."""
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def checksums(self) -> frozenset[str]:
@@ -209,8 +203,7 @@ class Snapshotter:
         """Raise a MismatchError if the directory holds snapshots of another run."""
         if self._run_id not in (None, run_id):
             reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
-            hint = f"{ways_to_resume(self._stored[-1].step)}; for a new run name another directory"
-            raise MismatchError(self.directory, reason, hint)
+            raise MismatchError(self.directory, reason, ways_to_resume(self._stored[-1].step))
 
     def continue_from(self, state: Tracking) -> None:
         """Set aside the snapshots that are later than a state, or of another attempt, which the state does not list.
@@ -233,7 +226,7 @@ class Snapshotter:
     def is_behind(self, tracking: Tracking, at_end: bool = False) -> bool:
         """Return whether the averages are not stored; with `at_end`, log why a directory stays empty."""
         standing, schedule = tracking.averages.standing, self._settings.schedule
-        behind = standing.t > 0 and not self._holds(standing.t)
+        behind = standing.t > 0 and not all(self._has(standing.t, one) for one in self._settings.sigma_rels)
         if at_end and not behind and not self._stored and not files.is_absent(self.directory):
             log.warning(
                 "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d",
@@ -241,55 +234,45 @@ class Snapshotter:
             )  # fmt: skip
         return behind
 
-    def record(self, state: Tracking, staged: StagedAverages, is_due: bool = True) -> None:
+    def record(self, state: Tracking, staged: Sequence[StagedAverage], is_due: bool = True) -> None:
         """Write the snapshots of one time durably, and thin; none if an average is not finite.
 
-        `staged` are the averages of `state`. Without `is_due` only averages that are not stored yet are written. After
-        skipped updates one that is due may be stored already: then it is not written again. Snapshots on the schedule
+        Averages that are stored already, as after skipped updates, are not written again; but snapshots on the schedule
         are written as if none existed off the schedule.
         """
         standing, copies = state.averages.standing, state.averages.copies
         off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
-        due = [not self._has(standing.t, one, scheduled=not off_schedule) for one in state.averages.sigma_rels]
-        if not any(due):
+        infos = headers(self._settings, state, [one.measurements for one in staged], off_schedule)
+        pairs = zip(infos, staged, strict=True)
+        due = [
+            (replace(info, sample=one.sample), one)
+            for info, one in pairs
+            if not self._has(standing.t, info.sigma_rel, scheduled=not off_schedule)
+        ]
+        if not due:
             return
         try:
             if files.is_absent(self.directory):
                 reason = f"was deleted: the averages of step {standing.step} are lost"
                 raise WriteError(self.directory, reason, errno=errno.ENOENT)
-            for bad in filter(None, staged.nonfinite):
+            for bad in filter(None, (one.nonfinite for one in staged)):
                 raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
             for name, copy in copies.items():
                 if copy.is_floating_point() and bool(copy.isnan().any()):
                     log.warning("tensor %r holds nan, and is copied unchanged", name)
-            nbytes = 0
-            for index, info in enumerate(headers(self._settings, state, staged.measurements, off_schedule)):
-                if due[index]:
-                    nbytes += self._write_one(replace(info, sample=staged.samples[index]), staged, index, copies)
-            self.times_written, self.nbytes = self.times_written + 1, nbytes
+            self.nbytes = sum(self._write(info, one, copies) for info, one in due)
+            self.times_written += 1
             self._thin()
         except PostHocError as error:
             self._members.announce_failure(error)
             raise
 
-    def _complete(self) -> list[Snapshot]:
-        return self._stored
-
-    def _thin(self) -> None:
-        schedule = self._settings.schedule
-        self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
-
-    def close(self) -> None:
-        """Release the directory for another writer."""
-        if self._lock is not None:
-            self._lock.release()
-
-    def _write_one(self, info: Snapshot, staged: StagedAverages, index: int, copies: Mapping[str, torch.Tensor]) -> int:
-        """Write the snapshot of the average of that index; return the bytes of its tensors."""
-        others = staged.others[index]
-        dtypes = staged.layout.dtypes | {name: tensor.dtype for name, tensor in others.items()}
-        entries = {n: Entry(stored_name(dtype, n), staged.layout.shapes[n]) for n, dtype in dtypes.items()}
-        entries |= {n: Entry(stored_name(copy.dtype, n), tuple(copy.shape)) for n, copy in copies.items()}
+    def _write(self, info: Snapshot, staged: StagedAverage, copies: Mapping[str, torch.Tensor]) -> int:
+        """Write the snapshot of an average; return the bytes of its tensors."""
+        others = staged.others | dict(copies)
+        storage = staged.storage
+        entries = {n: Entry(stored_name(dtype, n), storage.shapes[n]) for n, dtype in storage.dtypes.items()}
+        entries |= {n: Entry(stored_name(one.dtype, n), tuple(one.shape)) for n, one in others.items()}
         path = snapshot_path(self.directory, info.t, info.sigma_rel, info.part)
         if info.part is not None:
             with files.reported_as_write_error(path.parent):
@@ -301,12 +284,12 @@ class Snapshotter:
             with suppress(FileFormatError):  # there is no readable part
                 replaces = read_one(path).session < info.session
         with TensorFileWriter(path, entries, info.encoded(), info.for_dcp, replaces) as writer:
-            for names, flats in staged.flats(index):
-                if len(flats) == 1:
-                    writer.write_many(names, tensor_bytes(flats[0]))
+            for names, parts in staged.parts():
+                if len(parts) == 1:
+                    writer.write_many(names, tensor_bytes(parts[0]))
                 else:
-                    writer.write_parts(names[0], map(tensor_bytes, flats))
-            for name, tensor in (others | dict(copies)).items():
+                    writer.write_parts(names[0], map(tensor_bytes, parts))
+            for name, tensor in others.items():
                 writer.write(name, tensor_bytes(tensor))
             file = writer.commit()
         self._run_id = info.run_id
@@ -314,40 +297,32 @@ class Snapshotter:
         log.info("wrote %s", path)
         return sum(entry.nbytes for entry in entries.values())
 
-    def _holds(self, t: float) -> bool:
-        """Return whether each average of a time has a snapshot."""
-        return all(self._has(t, sigma_rel) for sigma_rel in self._settings.sigma_rels)
+    def _complete(self) -> list[Snapshot]:
+        """Return the complete snapshots, of those that this process has written, or has written a part of."""
+        if not self._members.is_chunked:
+            return self._stored
+        own = {(part.t, part.sigma_rel) for part in self._stored}
+        return [s for s in find_snapshots(self.directory) if (s.t, s.sigma_rel) in own]
+
+    def _thin(self) -> None:
+        """Thin the times whose snapshots are complete: another process may die before it has written its part."""
+        schedule = self._settings.schedule
+        if self._members.is_chunked:
+            self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
+        if not self._leads or schedule.max_checkpoints is None:
+            return
+        complete = self._complete()
+        found = {(s.t, s.sigma_rel) for s in complete}
+        unfinished = {s.t for s in self._stored if (s.t, s.sigma_rel) not in found}
+        finished = [s for s in complete if s.t not in unfinished]
+        kept = {(s.t, s.sigma_rel) for s in thin(finished, schedule.max_checkpoints, schedule.sigma_range)}
+        self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
 
     def _has(self, t: float, sigma_rel: float, scheduled: bool = False) -> bool:
         """Return whether an average has a snapshot, or with `scheduled` one on the schedule."""
         newest = takewhile(lambda s: s.t >= t, reversed(self._stored))
         same = (s for s in newest if (s.t, s.sigma_rel) == (t, sigma_rel))
         return any(not (scheduled and s.off_schedule) for s in same)
-
-
-class PartSnapshotter(Snapshotter):
-    """The writer of one process of several that write a part of every snapshot to one directory.
-
-    The process with rank 0 has the directory's lock, and thins.
-    """
-
-    def _complete(self) -> list[Snapshot]:
-        """Return the snapshots whose parts are complete, of those that this process has written a part of."""
-        own = {(part.t, part.sigma_rel) for part in self._stored}
-        return [s for s in find_snapshots(self.directory) if (s.t, s.sigma_rel) in own]
-
-    def _thin(self) -> None:
-        """Thin the times whose snapshots are complete: another process may die before it has written its part."""
-        self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
-        schedule = self._settings.schedule
-        if not self._leads or schedule.max_checkpoints is None:
-            return
-        complete = self._complete()
-        found = {(snapshot.t, snapshot.sigma_rel) for snapshot in complete}
-        unfinished = {snapshot.t for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) not in found}
-        finished = [snapshot for snapshot in complete if snapshot.t not in unfinished]
-        kept = {(s.t, s.sigma_rel) for s in thin(finished, schedule.max_checkpoints, schedule.sigma_range)}
-        self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
 
 
 def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
@@ -369,11 +344,10 @@ class StorageLayout:
     """How averages of a layout are stored, and which of their elements are measured.
 
     Attributes:
-        stored: the same buckets on the host in the storage dtype.
+        stored: the same buckets on the host in the storage dtype, in which values are stored if they fit.
         weights: names of the tensors that are measured and rounded: all but running statistics.
-        shapes, dtypes: the shape of each tensor, and the dtype that it is stored in if its values fit.
-        subset: the elements of the weights that are measured.
-        sample: the elements of a snapshot's sample.
+        subset, sample: the elements that are measured, and those of a snapshot's sample.
+        memory: for each profile; made by `allocate`, and reused, since allocation is slow.
     """
 
     def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
@@ -383,15 +357,21 @@ class StorageLayout:
         self.subset = Subset(layout, self.weights)
         self.shapes = {n: shape for bucket in layout for n, shape in zip(bucket.names, bucket.shapes, strict=True)}
         self.dtypes = {name: bucket.dtype for bucket in self.stored for name in bucket.names}
+        self.memory: list[FlatTensors] = []
         places = {name: (index, begin) for index, b in enumerate(layout) for name, (begin, _) in b.places.items()}
         sampled = [(places[name][0], places[name][1] + i) for name, i in tracked.sampled.values()]
         pairs = np.array(sampled, np.int64).reshape(-1, 2)
         self._order = np.lexsort(pairs.T[::-1])
-        ordered = pairs[self._order]
-        self.sample = Elements(layout, [ordered[ordered[:, 0] == index, 1] for index in range(len(layout))])
+        buckets, indices = pairs[self._order].T
+        self.sample = Elements(layout, [indices[buckets == number] for number in range(len(layout))])
 
-    def in_order(self, buffers: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
-        """Return the values of a snapshot's sample, one buffer a bucket, in the sample's order."""
+    def allocate(self, profiles: int) -> None:
+        """Allocate the memory for the averages of so many profiles."""
+        pinned = any(bucket.device.type == "cuda" for bucket in self.layout)
+        self.memory = self.memory or [FlatTensors(self.stored, pinned) for _ in range(profiles)]
+
+    def in_order(self, buffers: Sequence[torch.Tensor]) -> Values:
+        """Return the values of a snapshot's sample in float32, in the sample's order."""
         values = np.empty(len(self._order), np.float32)
         with np.errstate(over="ignore"):  # values that float32 cannot hold become infinite
             values[self._order] = joined(buffers)
@@ -399,134 +379,120 @@ class StorageLayout:
 
 
 @dataclass(frozen=True, eq=False)
-class StagedAverages:
-    """The averages of one update as they are stored; each list has one item a profile.
+class StagedAverage:
+    """An average as it is stored.
 
     Attributes:
-        copies: the values, except tensors that are stored in another dtype, which are in `others`.
+        memory: the values, except tensors that are stored in another dtype, which are in `others`.
         nonfinite: the first tensor that holds a nan or an infinity.
-        measurements: of each average.
-        samples: the exact and the model's values of the sample, encoded for the header; "" if the model's are unknown.
+        sample: the model's and the exact values of the sample, encoded for the header; "" if the model's are unknown.
     """
 
-    layout: StorageLayout
-    copies: Sequence[HostTensors]
-    others: Sequence[dict[str, torch.Tensor]]
-    nonfinite: Sequence[str | None]
-    measurements: Sequence[Measurements | None]
-    samples: Sequence[str]
+    storage: StorageLayout
+    memory: FlatTensors
+    others: dict[str, torch.Tensor]
+    nonfinite: str | None
+    measurements: Measurements | None
+    sample: str
 
-    def flats(self, index: int) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-        """Yield the stored tensors of `copies`: several end to end in one flat tensor, or one in several."""
-        copies, others = self.copies[index], self.others[index]
-        for number, (bucket, edges) in enumerate(zip(copies.layout, copies.edges, strict=True)):
-
-            def slabs(name: str, bucket: Bucket = bucket, edges: Sequence[int] = edges) -> tuple[int, int] | None:
-                begin, end = bucket.places[name]
-                return None if name in others else (bisect_right(edges, begin), bisect_left(edges, end))
-
-            for span, group in groupby(bucket.names, slabs):
-                names = [*group]
-                if span is not None:
-                    yield names, copies.flat(number, bucket.places[names[0]][0], bucket.places[names[-1]][1])
+    def parts(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        """Yield the stored tensors in `memory`: several end to end in one flat tensor, or one in several."""
+        for number, bucket in enumerate(self.memory.layout):
+            for is_here, group in groupby(bucket.names, lambda name: name not in self.others):
+                names = [*group] if is_here else []
+                places = [bucket.places[name] for name in names]
+                if places and len(parts := self.memory.parts(number, places[0][0], places[-1][1])) == 1:
+                    yield names, parts
+                    continue
+                for name, place in zip(names, places, strict=True):
+                    yield [name], self.memory.parts(number, *place)
 
 
 @torch.no_grad()
-def stage(
-    layout: StorageLayout, averages: Averages, copies: Sequence[HostTensors], pool: ThreadPool = SINGLE_THREAD
-) -> StagedAverages:
-    """Round the averages as they are now into `copies`, which may be pinned: complete when the current stream is.
+def stage(storage: StorageLayout, averages: Averages, pool: ThreadPool = SINGLE_THREAD) -> list[StagedAverage]:
+    """Round the averages as they are now into `storage.memory`: complete when the current stream is."""
+    subset, memory, tiles, ranges = storage.subset, storage.memory, tiles_of(storage.layout), ranges_of(storage.layout)
+    measured, samples = ([elements.buffers() for _ in memory] for elements in (subset, storage.sample))
+    norms = [[torch.empty(0)] * len(tiles) for _ in memory]
 
-    Results do not depend on the pool's threads.
-    """
-    profiles, subset = range(len(averages.sigma_rels)), layout.subset
-    subset_buffers, samples = ([elements.buffers() for _ in profiles] for elements in (subset, layout.sample))
-    tiles = tiles_of(layout.layout)
-    norms: list[list[torch.Tensor]] = [[] for _ in tiles]
-
-    def stage_tile(tile: BucketTile, thread: int) -> None:
-        for index in profiles:
-            exact = averages.values(tile, index, thread)
-            (out,) = copies[index].flat(tile.bucket, tile.begin, tile.end)
+    def stage_tile(tile: Tile, thread: int) -> None:
+        for index, stored in enumerate(memory):
+            exact, out = averages.values(tile, index, thread), stored.tile(tile)
             if exact.device.type == "cpu":
                 out.copy_(exact)
             else:
                 out.copy_(exact.to(out.dtype), non_blocking=True)
-            norms[tile.number].append(torch.linalg.vector_norm(exact))
-            subset.take(tile, exact, subset_buffers[index])
-            layout.sample.take(tile, exact, samples[index])
+            norms[index][tile.number] = torch.linalg.vector_norm(exact)
+            subset.take(tile, exact, measured[index])
+            storage.sample.take(tile, exact, samples[index])
 
     pool.each(stage_tile, tiles)
-    doubtful: list[set[str]] = [set() for _ in profiles]
-    for tile, tile_norms, ranges in zip(tiles, norms, ranges_of(layout.layout), strict=True):
-        largest = torch.finfo(layout.stored[tile.bucket].dtype).max
-        for index, norm in enumerate(tile_norms):
-            if not float(norm) <= largest:
-                doubtful[index] |= {piece.name for piece in ranges}
-    measured = [joined(buffers) for buffers in subset_buffers]
-    paired = [zip(buffers, layout.stored, strict=True) for buffers in subset_buffers]
-    stored = [joined([values.to(bucket.dtype).to(values.dtype) for values, bucket in pairs]) for pairs in paired]
-    others = [
-        _stored_in_other_dtypes(layout, averages, index, doubtful[index], measured[index], stored[index])
-        for index in profiles
-    ]
-    nonfinite = [nonfinite_name(tensors) for tensors in others]
-    weights = averages.sample
-    encoded = ["" if weights is None else encode_sample(*map(layout.in_order, (weights, exact))) for exact in samples]
-    measurements = [subset.measured(*values) for values in zip(measured, stored, strict=True)]
-    return StagedAverages(layout, copies, others, nonfinite, measurements, encoded)
+    result = []
+    for index, stored in enumerate(memory):
+        doubtful = {
+            piece.name
+            for tile, norm in zip(tiles, norms[index], strict=True)
+            if not float(norm) <= torch.finfo(storage.stored[tile.bucket].dtype).max
+            for piece in ranges[tile.number]
+        }
+        exact = joined(measured[index])
+        pairs = zip(measured[index], storage.stored, strict=True)
+        rounded = joined([values.to(bucket.dtype).to(values.dtype) for values, bucket in pairs])
+        others = _stored_in_other_dtypes(storage, averages, index, doubtful, exact, rounded)
+        weights, values = averages.sample, storage.in_order(samples[index])
+        sample = "" if weights is None else encode_sample(storage.in_order(weights), values)
+        measurements = subset.measured(exact, rounded)
+        result.append(StagedAverage(storage, stored, others, nonfinite_name(others), measurements, sample))
+    return result
 
 
 def _stored_in_other_dtypes(
-    layout: StorageLayout, averages: Averages, index: int, doubtful: set[str], measured: Values, stored: Values
+    storage: StorageLayout, averages: Averages, index: int, doubtful: set[str], measured: Values, stored: Values
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of an average that are stored in another dtype than their bucket's, in that dtype.
 
     These are running statistics, and weights that their bucket's dtype cannot hold: those are stored in float32, or
     else in float64, and their measured values are changed in `stored`.
     """
-    subset, found = layout.subset, {}
+    subset, found = storage.subset, {}
+
+    def holds(dtype: torch.dtype) -> bool:
+        error = exact - exact.to(dtype).to(exact.dtype)
+        norm, rounding = (float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in (exact, error))
+        return _is_accurate(norm, rounding, dtype)
+
     spans = dict(zip(subset.sizes, pairwise(subset.edges.tolist()), strict=True))
     norms, errors = subset.sums(measured), subset.sums(measured, stored)
     for name, norm, error in zip(spans, norms.tolist(), errors.tolist(), strict=True):
-        if not _is_accurate(norm, error, layout.dtypes[name]):
+        if not _is_accurate(norm, error, storage.dtypes[name]):
             doubtful.add(name)
-    for name in [name for name in layout.dtypes if name in doubtful or name not in layout.weights]:
-        shape, usual = layout.shapes[name], layout.dtypes[name]
+    for name in [name for name in storage.dtypes if name in doubtful or name not in storage.weights]:
+        shape, usual = storage.shapes[name], storage.dtypes[name]
         (exact,) = averages.read(index, [ElementRange(name, 0, math.prod(shape))])
-        candidates = (usual, torch.float32) if name in layout.weights else ()
-        dtype = next((candidate for candidate in candidates if _holds(candidate, exact)), exact.dtype)
-        if name not in layout.weights or dtype != usual or not bool(exact.isfinite().all()):
+        candidates = (usual, torch.float32) if name in storage.weights else ()
+        dtype = next(filter(holds, candidates), exact.dtype)
+        if name not in storage.weights or dtype != usual or not bool(exact.isfinite().all()):
             found[name] = exact.to(dtype).view(shape)
             span = slice(*spans.get(name, (0, 0)))
             stored[span] = measured[span].astype(np.float64 if dtype == torch.float64 else np.float32)
     return found
 
 
-def _holds(dtype: torch.dtype, exact: torch.Tensor) -> bool:
-    """Return whether a dtype holds a tensor as accurately as ordinary values."""
-    error = exact - exact.to(dtype).to(exact.dtype)
-    norm, rounding = (float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2 for values in (exact, error))
-    return _is_accurate(norm, rounding, dtype)
-
-
 def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
-    """Return whether the squared rounding error of a tensor of this squared norm is that of ordinary values.
+    """Return whether a squared rounding error is that of ordinary values: at most eps / 2 relative.
 
-    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative; more if a value becomes infinite,
-    or if all values are about as small as the dtype's subnormal numbers.
+    It is larger if a value becomes infinite, or if all values are about as small as the dtype's subnormal numbers.
     """
     return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
 
 
 def measured_now(subset: Subset, averages: Averages, pool: ThreadPool = SINGLE_THREAD) -> list[Measurements | None]:
     """Return the measurements of the averages as they are now, not rounded."""
-    profiles = range(len(averages.sigma_rels))
-    buffers = [subset.buffers() for _ in profiles]
+    buffers = [subset.buffers() for _ in averages.sigma_rels]
 
-    def take(tile: BucketTile, thread: int) -> None:
-        for index in profiles:
-            subset.take(tile, averages.values(tile, index, thread), buffers[index])
+    def take(tile: Tile, thread: int) -> None:
+        for index, own in enumerate(buffers):
+            subset.take(tile, averages.values(tile, index, thread), own)
 
     pool.each(take, tiles_of(subset.layout))
     return [subset.measured(joined(values)) for values in buffers]

@@ -22,7 +22,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import listed, range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
-from posthoc_cli.snapshots.path import encode_path, path_of_part
+from posthoc_cli.snapshots.path import path_of_part
 from posthoc_cli.snapshots.snapshot import (
     ANY_SIGN,
     EARLIEST,
@@ -60,13 +60,15 @@ class Settings:
         on_nonfinite: str,
     ) -> Settings:  # fmt: skip
         """Return the settings, with profiles in ascending order; an InvalidValueError names an unfit argument."""
-        numbers = () if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable) else sigma_rels
-        profiles = sorted(check_sigma_rel(sigma_rel) for sigma_rel in numbers)
+        numbers = sigma_rels if isinstance(sigma_rels, Iterable) and not isinstance(sigma_rels, str) else ()
+        profiles = sorted(map(check_sigma_rel, numbers))
         if not profiles or len(set(profiles)) < len(profiles):
             reason = "must be a sequence of different numbers, such as (0.05, 0.28)"
             raise InvalidValueError("sigma_rels", reason, value=f"{sigma_rels!r}")
-        every = check_count("update_every", update_every)
-        snapshot_every = check_count("checkpoint_every", checkpoint_every)
+        every, snapshot_every = (
+            check_count("update_every", update_every),
+            check_count("checkpoint_every", checkpoint_every),
+        )
         after = check_count("update_after_step", update_after_step, 0)
         most = None if max_checkpoints is None else check_count("max_checkpoints", max_checkpoints)
         if snapshot_every % every and every == DEFAULT_UPDATE_EVERY:
@@ -137,9 +139,8 @@ class TrainingProgress:
     def after(self, t: float | None, settings: Settings) -> TrainingProgress:
         """Return the progress after one more call, with the caller's `t`, which must be later than the last one."""
         unit, step = settings.t_unit, self.step + 1
-        if self.own_clock is not None and self.own_clock != (t is not None):
-            earlier = "passed t" if self.own_clock else "did not pass t"
-            reason = f"earlier calls of update_ in this run {earlier}"
+        if self.own_clock not in (None, t is not None):
+            reason = f"earlier calls of update_ in this run {'passed' if self.own_clock else 'did not pass'} t"
             raise InvalidValueError("t", reason, "pass it at every call or at none")
         if t is None and unit != "steps":
             raise InvalidValueError("t", f"this run counts {unit}", "pass t= at every call of update_")
@@ -148,9 +149,8 @@ class TrainingProgress:
         except (TypeError, ValueError, OverflowError, RuntimeError):
             time = math.nan
         if not EARLIEST <= time <= LATEST or time <= self.t:
-            within = f"must lie between {EARLIEST:g} and {LATEST:g}"
-            reason = f"{within}, and be larger than at the last call, {self.t:,.12g} {unit}"
-            raise InvalidValueError("t", reason, value=f"{time:.12g}")
+            reason = f"must lie between {EARLIEST:g} and {LATEST:g}, and be larger than at the last call"
+            raise InvalidValueError("t", f"{reason}, {self.t:,.12g} {unit}", value=f"{time:.12g}")
         updated = step if settings.update_is_due(step) else self.updated
         return TrainingProgress(self.clock.add(step, time), t is not None, updated)
 
@@ -159,10 +159,8 @@ class TrainingProgress:
 class Tracking:
     """The complete state of a tracker; replaced in one assignment, so that its fields are always consistent.
 
-    Attributes:
-        resumes: whether the averages are still to be loaded from the directory.
-        snapshots: in a state to continue from, the header checksums of the snapshots written until its time.
-        weights: in such a state, the network's sampled weights at the last call; empty if unknown.
+    `resumes` says whether the averages are still to be loaded from the directory; in a state to continue from,
+    `snapshots` are the header checksums of the snapshots written until its time.
     """
 
     run_id: str
@@ -171,7 +169,6 @@ class Tracking:
     averages: Averages
     resumes: bool = False
     snapshots: frozenset[str] = frozenset()
-    weights: tuple[float, ...] = ()
 
     @classmethod
     def new(cls, run_id: str, tracked: TrackedModel, sigma_rels: Sequence[float], resumes: bool = False) -> Tracking:
@@ -180,90 +177,6 @@ class Tracking:
 
 
 # --- a dict ---
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None = None) -> dict[str, Any]:
-    """Return the state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it.
-
-    Averages have their sigma_rel as key, so that a tracker of fewer profiles finds its own. Before the first update
-    (`standing` has t = 0) the tensors are zeros, for loaders that fill the tensors of a fresh object's state, such as
-    torch.distributed.checkpoint. With a sharded `model` the chunks that this process owns are DTensors.
-    """
-    averages, tracked = state.averages, state.tracked
-    kept, copies = averages.tensors, averages.copies
-    if kept is None or not averages.exist:
-        kept = AverageTensors(host_layout(tracked), len(averages.sigma_rels))
-        dtypes = tracked.dtypes(copied=True)
-        copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
-    keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
-    dtensors = {}
-    if model is not None:
-        reshard(model)
-        dtensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
-
-    def packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: as_dtensor(value, dtensors[name]) if dtensors else value for name, value in tensors.items()}
-
-    first, is_shared = kept.mean[0].views, averages.standing.shared  # the first mean may serve all profiles
-    means = [
-        {name: first[name] if is_shared and view.dtype == torch.float32 else view for name, view in mean.views.items()}
-        for mean in kept.mean
-    ]
-    entries: dict[str, Any] = json.loads(json.dumps(asdict(info)))  # tuples become lists; numbers stay exact
-    return (
-        {"version": STATE_VERSION}
-        | entries
-        | {
-            "mean": {key: packed(mean) for key, mean in zip(keys, means, strict=True)},
-            "high": {key: packed(high.views) for key, high in zip(keys, kept.high, strict=True)},
-            "copies": packed({name: value.clone() for name, value in copies.items()}),
-        }
-    )
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedModel) -> Tracking:
-    """Check a state against the tracker that is to continue from it, and load it one tensor after the other.
-
-    Profiles that only the state has are dropped; one that only the tracker has cannot begin in mid-run. In a group of
-    processes each takes the chunks that it owns, also from complete tensors.
-    """
-    version = state.get("version") if isinstance(state, Mapping) else None
-    if version != STATE_VERSION:
-        reason = f"must come from state_dict() of a process that keeps averages, of version {STATE_VERSION}"
-        raise InvalidValueError("state", f"{reason}, not {shown(version)}")
-    try:
-        info = converted(dict(state), StateInfo)
-        clock = ClockRecorder.of_state(info.clock)
-    except ValueError as error:
-        raise InvalidValueError("state", str(error)) from error
-    if info.t_unit != settings.t_unit:
-        raise InvalidValueError("state", f"counts time in {shown(info.t_unit)}, this tracker in {settings.t_unit!r}")
-    standing, held, wanted = info.standing, info.sigma_rels, settings.sigma_rels
-    if len(standing.inherited) != len(held):
-        raise InvalidValueError("state", f"inherited: must be one for each profile, not {len(standing.inherited)}")
-    averages = Averages.none_yet(wanted)
-    if standing.t > 0 and tracked.tensors:
-        check_profiles(held, wanted)
-        inherited = dict(zip(held, standing.inherited, strict=True))
-        standing = replace(standing, inherited=tuple(inherited[one] * tracked.leads for one in wanted))
-        kept = AverageTensors(host_layout(tracked), len(wanted))
-        sets = [(state["high"][repr(one)], high) for one, high in zip(wanted, kept.high, strict=True)]
-        sets += [(state["mean"][repr(one)], mean) for one, mean in zip(wanted, kept.mean, strict=True)]
-        for stored, target in sets:
-            _check_names(stored, target.views, tracked)
-            for name, view in target.views.items():  # each is checked before the next is read: they may be on disk
-                view.copy_(_own_part(name, stored, tracked, view.dtype))
-        dtypes = tracked.dtypes(copied=True)
-        _check_names(state["copies"], dtypes, tracked)
-        copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
-        path = path_of_part(info.sketch, tracked.members.part)
-        averages = Averages(wanted, standing, kept, copies, known_path=path)
-    progress = TrainingProgress.resumed(clock, standing.step)
-    return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots), weights=info.weights)
 
 
 @dataclass(frozen=True)
@@ -284,16 +197,87 @@ class StateInfo:
     snapshots: tuple[str, ...]
     weights: tuple[Annotated[float, ANY_SIGN], ...]
 
-    @classmethod
-    def of(cls, state: Tracking, t_unit: str) -> StateInfo:
-        """Return everything in a state but its tensors."""
-        averages = state.averages
-        standing = replace(averages.standing, inherited=averages.standing.errors, missing=0.0)
-        sketch = encode_path(averages.known_path, exact=True)
-        return cls(
-            state.run_id, t_unit, averages.sigma_rels, standing, state.progress.clock.state(), sketch,
-            tuple(sorted(state.snapshots)), state.weights,
-        )  # fmt: skip
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None = None) -> dict[str, Any]:
+    """Return the state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it.
+
+    Averages have their sigma_rel as key, so that a tracker of fewer profiles finds its own. Before the first update
+    (`standing` has t = 0) the tensors are zeros, for loaders that fill the tensors of a fresh object's state, such as
+    torch.distributed.checkpoint. With a sharded `model` the chunks that this process owns are DTensors.
+    """
+    averages, tracked = state.averages, state.tracked
+    kept, copies = averages.tensors, averages.copies
+    if kept is None or not averages.exist:
+        kept = AverageTensors(host_layout(tracked), len(averages.sigma_rels))
+        dtypes = tracked.dtypes(copied=True)
+        copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
+    keys, dtensors = [repr(sigma_rel) for sigma_rel in averages.sigma_rels], {}
+    if model is not None:
+        reshard(model)
+        dtensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
+
+    def packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: as_dtensor(value, dtensors[name]) if dtensors else value for name, value in tensors.items()}
+
+    first, is_shared = kept.mean[0].views, averages.standing.shared  # the first mean may serve all profiles
+    means = [
+        {name: first[name] if is_shared and view.dtype == torch.float32 else view for name, view in mean.views.items()}
+        for mean in kept.mean
+    ]
+    return {
+        "version": STATE_VERSION,
+        **json.loads(json.dumps(asdict(info))),  # tuples become lists; numbers stay exact
+        "mean": {key: packed(mean) for key, mean in zip(keys, means, strict=True)},
+        "high": {key: packed(high.views) for key, high in zip(keys, kept.high, strict=True)},
+        "copies": packed({name: value.clone() for name, value in copies.items()}),
+    }
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def unpack_state(
+    state: Mapping[str, Any], settings: Settings, tracked: TrackedModel
+) -> tuple[Tracking, tuple[float, ...]]:
+    """Check a state against the tracker that is to continue from it, and load it one tensor after the other.
+
+    Return also the network's sampled weights. Profiles that only the state has are dropped; one that only the tracker
+    has cannot begin in mid-run. In a group of processes each takes the chunks that it owns, also from complete tensors.
+    """
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if version != STATE_VERSION:
+        reason = f"must come from state_dict() of a process that keeps averages, of version {STATE_VERSION}"
+        raise InvalidValueError("state", f"{reason}, not {shown(version)}")
+    try:
+        info = converted(dict(state), StateInfo)
+        clock = ClockRecorder.of_state(info.clock)
+        if info.t_unit != settings.t_unit:
+            raise ValueError(f"counts time in {shown(info.t_unit)}, this tracker in {settings.t_unit!r}")
+        if len(info.standing.inherited) != len(info.sigma_rels):
+            raise ValueError(f"inherited: must be one for each profile, not {len(info.standing.inherited)}")
+    except ValueError as error:
+        raise InvalidValueError("state", str(error)) from error
+    standing, wanted = info.standing, settings.sigma_rels
+    averages = Averages.none_yet(wanted)
+    if standing.t > 0 and tracked.tensors:
+        check_profiles(info.sigma_rels, wanted)
+        inherited = dict(zip(info.sigma_rels, standing.inherited, strict=True))
+        standing = replace(standing, inherited=tuple(inherited[one] * tracked.leads for one in wanted))
+        kept = AverageTensors(host_layout(tracked), len(wanted))
+        for kind, flats in (("high", kept.high), ("mean", kept.mean)):
+            for one, flat in zip(wanted, flats, strict=True):
+                stored = state[kind][repr(one)]
+                _check_names(stored, flat.views, tracked)
+                for name, view in flat.views.items():  # each is checked before the next is read: they may be on disk
+                    view.copy_(_own_part(name, stored, tracked, view.dtype))
+        dtypes = tracked.dtypes(copied=True)
+        _check_names(state["copies"], dtypes, tracked)
+        copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
+        path = path_of_part(info.sketch, tracked.members.part)
+        averages = Averages(wanted, standing, kept, copies, known_path=path)
+    progress = TrainingProgress.resumed(clock, standing.step)
+    return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots)), info.weights
 
 
 def host_layout(tracked: TrackedModel) -> Layout:

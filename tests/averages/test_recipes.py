@@ -143,10 +143,7 @@ def test_switching_goes_on_exactly_after_an_interruption(tmp_path: Path) -> None
 def test_nothing_is_switched_before_there_is_an_average(tmp_path: Path) -> None:
     model = Quadratic()
     with tracker(model, tmp_path, update_every=3, update_after_step=9) as ema:
-        recipe = SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL)
-        with pytest.warns(RuntimeWarning, match="no average yet, so the raw weights are used: .*call 12"):
-            recipe.switch(model)
-        path = train(model, sgd(model), recipe, steps=12)
+        path = train(model, sgd(model), SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL), steps=12)
     assert path.switched == [False] * 11 + [True]
 
 

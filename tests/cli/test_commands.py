@@ -37,17 +37,6 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     assert 2**-13 < low <= high < 2**-11
 
 
-def test_info_reports_missing_measurements(ema: Ema, unmeasured_run: Path) -> None:
-    result = ema("info", unmeasured_run)
-    assert (result.code, result.err) == (0, "")
-    assert re.search(r"^measured +none of them: errors are predicted from a sample$", result.out, re.MULTILINE)
-    assert result.out.count("unknown") == 2
-    report = ema("info", unmeasured_run, "--json").json
-    assert report["measured"] == 0
-    assert [profile["relative_rounding_range"] for profile in report["profiles"]] == [None, None]
-    assert ema("info", sorted(unmeasured_run.glob("*.safetensors"))[0], "--json").json["measurements"] is None
-
-
 def test_info_of_a_snapshot_and_of_another_programs_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     snapshot = sorted(run.glob("*.safetensors"))[-1]
     report = ema("info", snapshot, "--json").json
@@ -66,16 +55,6 @@ def test_info_of_a_snapshot_and_of_another_programs_file(ema: Ema, run: Path, tm
     result = ema("info", tmp_path)
     assert (result.code, result.err) == (0, "")
     assert re.findall(r"^([ab])\.safetensors +safetensors .* B$", result.out, re.MULTILINE) == ["a", "b"]
-
-
-def test_info_of_many_checkpoints_shows_some_and_says_how_many_more(ema: Ema, tmp_path: Path) -> None:
-    for step in range(1, 15):
-        save_file({"w": torch.full((3,), float(step))}, tmp_path / f"step{step}.safetensors")
-    lines = ema("info", tmp_path).out.splitlines()
-    shown = [int(found[1]) for line in lines if (found := re.match(r"step(\d+)\.safetensors ", line))]
-    assert shown == [*range(1, 6), *range(10, 15)]
-    assert lines[-1] == "and 4 more; --json lists them"
-    assert len(ema("info", tmp_path, "--json").json["checkpoints"]) == 14
 
 
 def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -171,16 +150,3 @@ def test_sizes_and_errors_for_people() -> None:
     errors = {0.0: "0 %", 1e-8: "< 1e-5 %", 0.00123: "0.12 %", 0.5: "50 %", 0.996: "100 %", 12.0: "> 1,000 %"}
     assert {error: percent(error) for error in errors} == errors
     assert percent(None) == "unknown"
-
-
-def test_shards_become_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
-    average = ("synthesize", run, "--sigma-rel", "0.15")
-    single, folder, made = tmp_path / "single.safetensors", tmp_path / "m", tmp_path / "made.safetensors"
-    assert ema(*average, "--out", single).code == 0
-    assert ema(*average, "--out", folder, "--layout", "sharded", "--max-shard-size", "100").code == 0
-    for source in (folder, folder / "model.safetensors.index.json"):
-        result = ema("export", source, "--out", made, "--overwrite")
-        assert (result.code, result.err) == (0, "")
-        assert_same_tensors(load_file(made), load_file(single))
-        reports = [{**ema("info", path, "--json").json, "path": "", "bytes": 0} for path in (made, single)]
-        assert reports[0] == reports[1]

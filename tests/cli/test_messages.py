@@ -43,7 +43,6 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
     "flipped-payload": lambda path: flip_bit(path, -3), "flipped-header": lambda path: flip_bit(path, 40),
     "other-run": lambda path: rewrite_snapshot(path, run_id=OTHER_RUN_ID), "lost-tensor": lose_a_tensor,
-    "other-shape": lambda path: rewrite_snapshot(path, lambda v: v.update({"0.weight": v["0.weight"].reshape(4, 3)})),
 }  # fmt: skip
 """The harm done to one snapshot of the directory of each name."""
 

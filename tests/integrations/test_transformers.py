@@ -26,7 +26,6 @@ from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 from posthoc_cli import Run
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
 from posthoc_cli.integrations.transformers import PostHocCallback
-from posthoc_cli.snapshots.directory import read_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
@@ -106,16 +105,6 @@ def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
     resumed.train(resume_from_checkpoint=str(tmp_path / "kept"))
     assert "holds no state of this callback" in caplog.text
     assert_exact(callback.ema, resumed.model, expected)
-
-
-def test_a_training_from_the_beginning_does_not_resume_the_averages(tmp_path: Path) -> None:
-    """A script may run again without `resume_from_checkpoint`; no snapshot changes."""
-    options: dict[str, Any] = EVERY | {"resume": "auto"}
-    make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", **options)).train()
-    before = [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")]
-    with pytest.raises(ModelMismatchError, match="restore the model's checkpoint first"):
-        make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", **options)).train()
-    assert [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")] == before
 
 
 def test_a_training_that_begins_again_with_smaller_batches_continues_its_averages(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from checking import refused
 from factories import power_functions
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 
@@ -80,10 +80,10 @@ def test_the_stated_error_is_the_distance_of_the_profiles(target: PowerFunction)
 
 @given(
     st.lists(st.integers(1, 1000), min_size=1, max_size=12, unique=True),
-    st.sampled_from([(0.05,), (0.05, 0.10), (0.03, 0.10, 0.28)]),
-    st.floats(0.02, 0.288),
+    st.sampled_from([(0.05,), (0.05, 0.10), (0.03, 0.10, 0.28)]), st.floats(0.02, 0.288),
     st.randoms(use_true_random=False),
-)
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
 def test_order_and_unit_of_time_change_nothing_and_coefficients_sum_to_one(
     times: list[int], sigma_rels: tuple[float, ...], target: float, random: Any
 ) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import METHODS, Motion, Prior, Sketch, reconstruct
+from posthoc_cli.reconstruction import Motion, Prior, Sketch, reconstruct
 from posthoc_cli.reconstruction import motion as sketches
 
 T, SIZE = 600, 40
@@ -59,39 +59,6 @@ def prior_of(path: FloatArray, length: int, walk: float, rounding: FloatArray | 
     return Prior(motion, rounding * norm, 0 * norm, norm, "measured", sketch=sketch_of(path, length))
 
 
-def as_float16(path: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return the snapshots as stored in float16, and their squared errors, relative to the squared norms."""
-    exact = averages(path, SNAPSHOTS)
-    stored = exact.astype(np.float16).astype(float)
-    return stored, np.sum((stored - exact) ** 2, axis=1) / np.sum(exact**2, axis=1)
-
-
-def measured(path: FloatArray, length: int) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return actual, published and predicted errors of reconstructions from snapshots stored in float16."""
-    stored, rounding = as_float16(path)
-    # Almost no motion, as the distances of successive snapshots show it for a wave in step with them.
-    prior = prior_of(path, length, 1e-9, rounding)
-    truth = averages(path, TARGETS)
-    ours, paper = (reconstruct(SNAPSHOTS, TARGETS, method, prior, float(T)) for method in METHODS)
-    actual, published = (
-        np.linalg.norm(result.coefficients.T @ stored - truth, axis=1) / np.linalg.norm(truth, axis=1)
-        for result in (ours, paper)
-    )
-    return actual, published, ours.predicted_error
-
-
-@pytest.mark.parametrize("length", [1, 5])
-@pytest.mark.parametrize(
-    "path", [wave(20, 1.0), wave(20, 0.1), wave(2.5, 0.5), walk()], ids=["in step", "small", "slow", "walk"]
-)
-def test_errors_are_bounded_and_predicted_whatever_the_motion(path: FloatArray, length: int) -> None:
-    """The motion that the distances of snapshots show is wrong by orders of magnitude."""
-    error, published, predicted = measured(path, length)
-    assert np.all(error <= 1.05 * published)
-    assert np.all(error < 2 * predicted)
-    assert length > 1 or np.all(predicted < 2 * error)
-
-
 def test_the_error_of_single_updates_is_measured_exactly() -> None:
     path = wave(7, 0.3)
     sketch = sketch_of(path, 1)
@@ -101,15 +68,6 @@ def test_the_error_of_single_updates_is_measured_exactly() -> None:
     # The mass of power functions before the first update lies on that update, as in these sums.
     np.testing.assert_allclose(seen.T, exact, atol=1e-12)
     assert not unseen.any()
-
-
-def test_the_size_of_motion_within_windows_is_known() -> None:
-    """Means of two do not show weights that alternate, but the spread of the windows does."""
-    path = np.where(np.arange(T) % 2, 1.0, -1.0)[:, None] * 0.3 * np.random.default_rng(4).standard_normal(SIZE) + 1
-    sketch = sketch_of(path, 2)
-    assert np.abs(np.diff(sketch.means[1:-1], axis=0)).max() < 1e-12
-    error, _, predicted = measured(path, 2)
-    assert np.all(error < 3 * predicted)
 
 
 @pytest.mark.parametrize(("beta", "after"), [(0.999, 500), (0.9999, 0)])
@@ -187,7 +145,8 @@ def test_means_are_shared_as_soon_as_256_updates_are_a_thousandth_of_training() 
 def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_distances_show() -> None:
     """No combination is nearer than one copy, while independent errors would average out."""
     path = np.tile(np.random.default_rng(3).standard_normal(SIZE), (T, 1))
-    _, rounding = as_float16(path)
+    exact = averages(path, SNAPSHOTS)
+    rounding = np.sum((exact.astype(np.float16) - exact) ** 2, axis=1) / np.sum(exact**2, axis=1)
     prior = prior_of(path, 2, float(path[0] @ path[0]) / T, rounding)
     predicted = reconstruct(SNAPSHOTS, TARGETS, None, prior, float(T)).predicted_error
     np.testing.assert_allclose(predicted, np.sqrt(rounding[0]), rtol=0.05)

@@ -160,16 +160,6 @@ def test_a_file_that_is_no_result_of_a_sweep_is_refused(swept: tuple[Run, Path],
         render(run, [tmp_path])
 
 
-def test_trials_are_sorted_by_length_with_the_best_in_its_place(swept: tuple[Run, Path], text: str) -> None:
-    _, out = swept
-    best = json.loads((out / "sweep.json").read_text())["best"]["target"]
-    rows = re.findall(r"<tr( class=\"best\")?><td>(?:best: )?(sigma_rel [0-9.]+)</td>", text)
-    widths = [float(title.split()[-1]) for _, title in rows]
-    assert widths == sorted(widths)
-    assert set(widths) == {0.05, 0.1, 0.2, 0.25}
-    assert [title for mark, title in rows if mark] == [best]
-
-
 def test_two_runs_and_two_sweeps_are_compared_on_one_page(ema: Ema, swept: tuple[Run, Path], tmp_path: Path) -> None:
     run, out = swept
     write_run(tmp_path / "other", random_walk(20, {"a": (30, 10)}), range(1, 21), run_id="0123" * 8)
@@ -183,12 +173,9 @@ def test_two_runs_and_two_sweeps_are_compared_on_one_page(ema: Ema, swept: tuple
         best = json.loads((folder / "sweep.json").read_text())["best"]["target"]
         assert re.search(rf"{re.escape(str(folder))} +{re.escape(best)}", compared)
     first, second = page.text.partition("How exact each run")[2].split(f" {tmp_path / 'other'} ", 1)
-    assert ("ended with exit code 1" in first, "ended with exit code 1" in second) == (True, False)
     for words in ("The run", "Trials of"):
         assert words in first
         assert words in second
-    assert "ema sweep the other" in page.text
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(set(ids)) == len(ids)
+    assert ("ended with exit code 1" in first, "ended with exit code 1" in second) == (True, False)
     with refused(str(tmp_path / "s" / "sweep.json"), "another run", kind=MismatchError):
         render(run, [out, tmp_path / "s"])

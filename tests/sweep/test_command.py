@@ -106,10 +106,8 @@ def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(tmp
     records.append(trials[2])
     assert records.read() == [trials[0], trials[2]]
     assert Records(tmp_path, {"run": "other", "t": 1}).read() == []
-    for odd in ({"x": "0.1"}, {"x": [1]}, {"seed": "0"}, {"value": "a"}, {"value": 10**400}, {"standard_error": "1"}):
-        entry = {"question": {"run": "r", "t": 1}, "trial": vars(trials[1]) | odd}
-        path.write_text(f"{json.dumps(entry)}\n{'[' * 100_000}\n{'9' * 10_000}\n")
-        assert records.read() == []
+    path.write_text('{"question": {"run": "r", "t": 1}, "trial": {"x": 1}}\n[]\n\n')
+    assert records.read() == []
 
 
 @pytest.mark.parametrize(
@@ -123,19 +121,12 @@ def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(tmp
 def test_a_trial_that_fails_is_reported_and_has_no_value(run: Run, tmp_path: Path, script: str, message: str) -> None:
     reported: list[Trial] = []
     command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
-    report = swept(
-        run, tmp_path / "out", command, axis=Axis.of_values("sigma_rel", [*LENGTHS, 0.15]), say=reported.append
-    )
+    axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.15])
+    report = swept(run, tmp_path / "out", command, axis=axis, say=reported.append)
     (failed,) = (trial for trial in report.trials if trial.value is None)
     assert failed.error == message
     assert failed in reported
     assert (tmp_path / "out" / f"{failed.log}.err").exists()
-
-
-def test_a_metric_that_is_always_the_same_is_an_error_and_writes_no_best(run: Run, tmp_path: Path) -> None:
-    with refused("the sweep", "every trial has the same metric, 5; does the evaluation use", kind=PostHocError):
-        swept(run, tmp_path / "out", "sh -c 'echo 5' {weights}", axis=GRID)
-    assert names(tmp_path / "out") == {"logs", "trials.jsonl", ".ema.lock"}
 
 
 @pytest.mark.parametrize(
@@ -156,12 +147,11 @@ def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
 
 def test_a_best_length_at_an_end_is_reported_as_such(run: Run, tmp_path: Path) -> None:
     """A wider range then continues from the trials."""
-    command = "awk 'BEGIN { print log({sigma_rel} / 0.1) ^ 2 }' {weights}"
-    narrow = swept(run, tmp_path / "out", command, axis=Axis("sigma_rel", 0.05, 0.08))
+    narrow = swept(run, tmp_path / "out", axis=Axis("sigma_rel", 0.05, 0.08))
     assert narrow.stopped.endswith("the best lies at the end of the range, sigma_rel 0.08, and may lie beyond")
     listed = swept(run, tmp_path / "listed", "sh -c 'echo $1' sh {sigma_rel} {weights}", axis=GRID)
     assert listed.stopped.endswith("the best lies at the end of the list, sigma_rel 0.05, and may lie beyond")
-    wider = swept(run, tmp_path / "out", command, axis=Axis("sigma_rel", 0.05, 0.2))
+    wider = swept(run, tmp_path / "out", axis=Axis("sigma_rel", 0.05, 0.2))
     assert wider.found.best == pytest.approx(0.1, rel=0.1)
     assert "may lie beyond" not in wider.stopped
     records = (tmp_path / "out" / "trials.jsonl").read_text()
@@ -188,23 +178,41 @@ def test_raw_weights_that_the_run_contains_are_measured(ema: Ema, run: Run, tmp_
     assert re.search(r"raw weights +not measured: the run lacks them", ema("sweep", run.directory, *options).out)
 
 
-def test_a_sweep_whose_trials_all_fail_says_why(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("#!/bin/sh\necho 5", ["every trial has the same metric, 5; does the evaluation use"]),
+        ("#!/no/such/interpreter", ["3 of 3 trials have failed", "cannot be started: No such file"]),
+    ],
+)
+def test_a_sweep_without_a_best_says_why_and_writes_none(
+    run: Run, tmp_path: Path, content: str, words: list[str]
+) -> None:
     program = tmp_path / "program"
-    program.write_text("#!/no/such/interpreter\n")
+    program.write_text(content)
     program.chmod(0o755)
-    with refused("the sweep", "3 of 3 trials have failed", "cannot be started: No such file", kind=PostHocError):
+    with refused("the sweep", *words, kind=PostHocError):
         swept(run, tmp_path / "out", f"{program} {{weights}}", axis=GRID)
-    assert not (tmp_path / "out" / ".scratch").exists()
+    assert names(tmp_path / "out") <= {"logs", "trials.jsonl", ".ema.lock"}
 
 
-def test_a_command_without_its_program_is_refused_before_anything_is_made(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        *((f"{word} {{weights}}", {}, f"command {word}: its first word is neither a program")
+          for word in ("no-such-command", "./eval.py", "eval.py")),
+        ("true {weights", {}, "must contain {weights}"),
+        ("true '{weights}", {}, "cannot be split into words"),
+        ("true {weights}", {"metric": Metric("a", "r.json")}, "must contain {dir}"),
+    ],
+)  # fmt: skip
+def test_an_unusable_command_is_refused_before_anything_is_made(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, options: dict[str, Any], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("eval.py").touch()
-    for word in ("no-such-command", "./eval.py", "eval.py"):
-        with refused("command", f"command {word}: its first word is neither a program"):
-            swept(run, tmp_path / "out", f"{word} {{weights}}", axis=GRID)
+    with refused("command", words):
+        swept(run, tmp_path / "out", command, axis=GRID, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -303,7 +311,7 @@ def test_a_second_sweep_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None
         swept(run, tmp_path, axis=GRID)
 
 
-@pytest.mark.parametrize("name", ["best.safetensors", ".scratch/a", "best/a"])
+@pytest.mark.parametrize("name", ["best.safetensors", ".scratch/a"])
 def test_a_folder_of_other_files_is_refused_before_any_is_replaced(run: Run, tmp_path: Path, name: str) -> None:
     for path in (tmp_path / name, tmp_path / "model.safetensors"):
         path.parent.mkdir(exist_ok=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import signal
+import faulthandler
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,10 +12,6 @@ from posthoc_cli.errors import PostHocError
 
 LONGEST = 180
 """The time limit, in seconds, for one try on a tiny directory on a busy machine."""
-
-
-class HungError(BaseException):
-    """A try has taken too long. It is not an Exception, so that no handler swallows it."""
 
 
 @dataclass
@@ -29,28 +26,19 @@ class Tally:
     executed: list[str] = field(default_factory=list)
     """Foreign code ran, or a file outside the given paths was touched."""
 
-    @property
-    def failures(self) -> list[str]:
-        """The lines of all failures."""
-        return self.lost + self.missed + self.executed
-
     @contextmanager
-    def judged(self, what: str, named: str = "") -> Iterator[None]:
-        """Require that the block ends in time, without an error or with one short error that contains `named`."""
+    def judged(self, what: str, named: str = "", refusable: bool = True) -> Iterator[None]:
+        """Require that the block ends without an error or with one short error that contains `named`.
 
-        def hang_up(*_: object) -> None:
-            raise HungError(f"took more than {LONGEST} s")
-
-        before = signal.signal(signal.SIGALRM, hang_up)
-        signal.alarm(LONGEST)
+        A block that hangs ends the process.
+        """
+        faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__)  # type: ignore[arg-type]
         try:
             yield
-        except PostHocError as error:
+        except Exception as error:  # noqa: BLE001 - any other error is a failure
             text = str(error)
-            if named not in text or not text.isprintable() or len(text) > 2_000:
-                self.missed.append(f"{what}: {text[:300]!r}, where {named!r} was to be named")
-        except (Exception, HungError) as error:  # noqa: BLE001 - any other error is a failure
-            self.missed.append(f"{what}: {type(error).__name__}: {str(error)[:500]}")
+            is_clear = named in text and text.isprintable() and len(text) <= 2_000
+            if not (refusable and is_clear and isinstance(error, PostHocError)):
+                self.missed.append(f"{what}: {type(error).__name__}: {text[:500]!a}; {named!r} was to be named")
         finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+            faulthandler.cancel_dump_traceback_later()

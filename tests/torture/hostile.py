@@ -22,12 +22,10 @@ from checkpoint_layouts import LAYOUTS, walk
 from ema_command import run_ema
 from factories import random_walk, write_run
 
-from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.export.convert import export_file
+from posthoc_cli import PostHocEMA, Run, export_file
 from posthoc_cli.files import is_temporary
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from torture import Tally
-from torture.damage import synthesize
 
 
 class Bomb:
@@ -44,11 +42,8 @@ class Bomb:
 
 
 def _socket(path: Path) -> None:
-    before = Path.cwd()
-    os.chdir(path.parent)  # names of sockets are limited to about 100 bytes
     with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(path.name)
-    os.chdir(before)
+        bound.bind(os.path.relpath(path))  # names of sockets are limited to about 100 bytes
 
 
 THINGS: dict[str, Callable[[Path, Path], object]] = {
@@ -68,41 +63,22 @@ THINGS: dict[str, Callable[[Path, Path], object]] = {
 }  # fmt: skip
 """Functions of the place of a special file and of the folder that contains all others."""
 
-
-def _track(home: Path) -> None:
-    """Train in a directory, and return to an earlier state, which sets snapshots aside."""
-    model = torch.nn.Linear(2, 2)
-    with PostHocEMA.from_model(model, home / "fresh", update_every=1, checkpoint_every=1) as tracker:
-        tracker.update_(model)
-        state = tracker.state_dict()
-        tracker.update_(model)
-        tracker.load_state_dict(state)
-        tracker.update_(model)
-
-
-TO_ANY = (
+ANY = (
     "info x", "synthesize x --sigma-rel 0.1 --out out/o.safetensors", "export x --out out/o.safetensors",
     "error-plot x --out picture.png", "prune x --keep 1 --yes", "plan --steps 1000 --params 10 --disk 9kB --like x",
 )  # fmt: skip
-TO_A_RUN = (
-    "info run", "synthesize run --sigma-rel 0.1 --out out/o.safetensors", "prune run --keep 2 --yes",
-    "error-plot run --out out/o.png",
-)  # fmt: skip
-TO_SHARDS = ("info sharded", "export sharded --out out/o.pt", "export made.safetensors --base sharded --out out/o.pt")
-PLACES: dict[str, tuple[str, ...]] = {
-    "x": TO_ANY,
-    "x.pt": ("export made.safetensors --base x.pt --out out/o.pt",),
-    **dict.fromkeys(("run/0000000000000010-0.05.safetensors", "run/stray.safetensors", "run/.ema-0.tmp"), TO_A_RUN),
-    **dict.fromkeys(("run/.ema.lock", "run/superseded"), (TO_A_RUN[2], TO_A_RUN[0])),
-    **dict.fromkeys(("sharded/model-00001-of-00002.safetensors", f"sharded/{INDEX_NAME}"), TO_SHARDS),
-    "out/x.safetensors": ("synthesize run --sigma-rel 0.1 --out out/x.safetensors",),
-    "out/x.pt": ("export made.safetensors --out out/x.pt",),
-    "out/x.png": ("error-plot run --out out/x.png",),
-    **dict.fromkeys(
-        ("out/f", "out/f/model.safetensors", f"out/f/{INDEX_NAME}"),
-        ("synthesize run --sigma-rel 0.1 --layout sharded --out out/f",),
-    ),
-    **dict.fromkeys(("fresh/.ema.lock", "fresh/superseded"), ("",)),
+MADE = "synthesize run --sigma-rel 0.1 --out out/o.safetensors"
+RUN = ("info run", MADE, "prune run --keep 2 --yes", "error-plot run --out out/o.png")
+SHARDS = ("info sharded", "export sharded --out out/o.pt", "export made.safetensors --base sharded --out out/o.pt")
+FOLDER = ("synthesize run --sigma-rel 0.1 --layout sharded --out out/f",)
+PLACES = {
+    "x": ANY, "x.pt": ("export made.safetensors --base x.pt --out out/o.pt",),
+    "run/0000000000000010-0.05.safetensors": RUN, "run/stray.safetensors": RUN, "run/.ema-0.tmp": RUN,
+    "run/.ema.lock": RUN[::2], "run/superseded": RUN[::2],
+    "sharded/model-00001-of-00002.safetensors": SHARDS, f"sharded/{INDEX_NAME}": SHARDS,
+    "out/o.safetensors": (MADE,), "out/o.pt": SHARDS[1:2], "out/o.png": RUN[3:],
+    "out/f": FOLDER, "out/f/model.safetensors": FOLDER, f"out/f/{INDEX_NAME}": FOLDER,
+    "fresh/.ema.lock": ("",), "fresh/superseded": ("",),
 }  # fmt: skip
 """The commands that read or write a place; "": a training. Those that write below "out" also run with --overwrite."""
 
@@ -111,7 +87,7 @@ def replace_files(folder: Path, share: float, seed: int) -> Tally:
     """Put every special file at every place, and use it."""
     tally, home, template, before = Tally(), folder / "home", folder / "template", Path.cwd()
     write_run(template / "run", random_walk(20, {"w": (3,), "v": (2, 2)}), (5, 10, 15, 20))
-    synthesize(template / "run", template / "made.safetensors")
+    Run(template / "run").write([0.05], template / "made.safetensors")
     export_file(template / "made.safetensors", template / "sharded", max_shard_size="14")
     for name in ("out", "outside"):
         (template / name).mkdir()
@@ -157,6 +133,17 @@ def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> Non
         tally.executed.append(f"{what}: something outside was changed")
     if _temporaries(home) != temporaries:
         tally.lost.append(f"{what}: temporaries were left")
+
+
+def _track(home: Path) -> None:
+    """Train in a directory, and return to an earlier state, which sets snapshots aside."""
+    model = torch.nn.Linear(2, 2)
+    with PostHocEMA.from_model(model, home / "fresh", update_every=1, checkpoint_every=1) as tracker:
+        tracker.update_(model)
+        state = tracker.state_dict()
+        tracker.update_(model)
+        tracker.load_state_dict(state)
+        tracker.update_(model)
 
 
 def _outside(home: Path) -> dict[str, Any]:

@@ -1,19 +1,20 @@
-"""Processes that are killed, and several of them in one directory."""
+"""Trainings, single and sharded, that are killed, and several processes in one directory."""
 
 from __future__ import annotations
 
 import random
 import shutil
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from forked import Forked
+from forked import EMA, Forked
+from groups import SETTINGS, start_group, truth
 
 from posthoc_cli import Run
 from posthoc_cli.snapshots.directory import find_snapshots
 from torture import Tally
-from torture.training import damaged_files, remove_half_begun, wrong_output
-from torture.training import wrong_snapshots as wrong
+from torture.training import SIGMA_RELS, remove_half_begun, wrong_output, wrong_snapshots
 
 # --- trainings killed and resumed by their own script
 
@@ -31,44 +32,117 @@ train(Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **setting
 
 def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
     """Kill trainings 1,000 times in total; each is killed at random moments until it completes."""
-    tally, chance, times = Tally(), random.Random(seed), max(1, round(1_000 * share))
-    directory, right, seconds = folder / "killed", {}, 0.0
-    for most in (0, 3):
-        seconds = -time.monotonic()
-        (unkilled := Forked(TRAIN, folder / f"unkilled-{most}", most)).wait()
-        seconds += time.monotonic()
-        assert unkilled.wait() == 0, unkilled.communicate()
-        right[most] = _headers(folder / f"unkilled-{most}")
-    while tally.tried < times:
-        most, is_killed = chance.choice((0, 3)), True
-        while is_killed:
-            training = Forked(TRAIN, directory, most)
-            if is_killed := tally.tried < times:
-                tally.tried += 1
-                time.sleep(chance.uniform(0, 1.2 * seconds))
-                is_killed = training.poll() is None
-                training.kill()
-            code, (_, err) = training.wait(), training.communicate()
-            where = f"kill {tally.tried}, max_checkpoints={most}"
-            tally.lost += [f"{where}: {line}" for line in damaged_files(directory)]
-            if code and not is_killed:
-                tally.missed.append(f"{where}: the resumed process ended with {code}: {err[-500:]}")
-        now, names = _headers(directory), set(right[most])
-        if most:  # thinning may have removed snapshots before a kill
-            names = {name for name in names if name.startswith(f"{STEPS:016d}")}
-        lost = [f"{name} is missing" for name in names - now.keys()]
-        other = [name for name in now.keys() & right[most].keys() if now[name] != right[most][name]]
-        lost += [f"{name} has another header" for name in other]
-        tally.lost += [f"{where}: {line}" for line in (*lost, *wrong(directory))]
-        shutil.rmtree(directory)
+    tally, run = Tally(), folder / "run"
+    kills = _kills(tally, 1_000 * share, random.Random(seed), lambda most: ("", [Forked(TRAIN, run, most)]))
+    for where, most, is_complete in kills:
+        due = [STEPS] if most else range(4, STEPS + 1, 4)  # the others may be thinned
+        lost = [*wrong_snapshots(run), *(_missing(run, SIGMA_RELS, due) if is_complete else ())]
+        tally.lost += [f"{where}: {line}" for line in lost]
+        if is_complete:
+            shutil.rmtree(run)
     return tally
 
 
-def _headers(directory: Path) -> dict[str, dict[str, object]]:
-    """Return the headers by file name, without what differs in a run that continues from rounded averages."""
-    unlike = {"run_id", "measurements", "motion", "inherited", "sample", "sketch", "path", "files", "entries"}
-    found = {snapshot.path.name: vars(snapshot) for snapshot in find_snapshots(directory)}
-    return {name: {key: value for key, value in header.items() if key not in unlike} for name, header in found.items()}
+def _kills(
+    tally: Tally, times: float, chance: random.Random, start: Callable[[int], tuple[str, list[Forked]]]
+) -> Iterator[tuple[str, int, bool]]:
+    """Kill a process of each training at a random moment, until it completes; begin anew until so many kills.
+
+    Arguments:
+        start: starts or resumes a training with this number of snapshots a profile, 0 for all.
+
+    Yields:
+        After each end: a name for it, the number of snapshots, and whether the training is complete.
+    """
+    for _ in range(2):  # the first training also starts the server of processes
+        started = time.monotonic()
+        _end(start(0)[1], 180)
+        seconds = time.monotonic() - started
+        yield "not killed", 0, True
+    while tally.tried < max(1, round(times)):
+        most, codes = chance.choice((0, 3)), [1]
+        while any(codes):
+            is_last = tally.tried >= max(1, round(times))  # runs to the end
+            tally.tried += not is_last
+            kind, processes = start(most)
+            if not is_last:
+                time.sleep(chance.uniform(0.0, 1.1) * seconds)
+                chance.choice(processes).kill()
+            codes = _end(processes, 180 if is_last else 10)
+            where = f"kill {tally.tried}, {kind}, max_checkpoints={most}"
+            yield where, most, not any(codes)
+            if any(codes) if is_last else len(codes) == 1 and codes[0] > 0:
+                errors = [process.communicate()[1][-500:] for process in processes]
+                tally.missed.append(f"{where}: the resumed training ended with {codes}: {errors}")
+                return
+
+
+def _end(processes: list[Forked], patience: float) -> list[int]:
+    """Wait for all processes, kill those that are left, as a launcher does, and return the exit codes."""
+    until = time.monotonic() + patience
+    for process in processes:
+        process.poll(max(0.0, until - time.monotonic()))
+    for process in processes:
+        process.kill()
+    return [process.wait() for process in processes]
+
+
+def _missing(run: Path, sigma_rels: Sequence[float], steps: Iterable[int]) -> list[str]:
+    found = {(snapshot.step, snapshot.sigma_rel) for snapshot in find_snapshots(run)}
+    due = [(step, sigma_rel) for step in steps for sigma_rel in sigma_rels]
+    return [f"sigma_rel {sigma_rel} at {step} is missing" for step, sigma_rel in due if (step, sigma_rel) not in found]
+
+
+# --- sharded trainings of which one process is killed, resumed by other numbers of processes
+
+LAST = 24
+SPREAD = (("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("tp", 2), ("hsdp", 4), ("fsdp-tp", 4))
+TRAIN_SHARDED = f"""
+kind, most = arguments
+model = spread(Net(), kind)
+restore(model, folder / "run")
+most = int(most) or None
+with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=most, resume="auto") as ema:
+    for step in range(ema.step + 1, {LAST} + 1):
+        train(model, step, step, ema)
+        if step % 4 == 0:
+            ema.flush()
+        dist.barrier()  # in place of the training's own collectives
+        if step % 4 == 0 and rank == 0:
+            (folder / "durable").write_text(str(step))
+"""
+
+
+def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
+    """Kill any one process, 100 times in total; each training is resumed in other processes until it completes."""
+    tally, chance, place, durable = Tally(), random.Random(seed), folder / "killed", 0
+
+    def start(most: int) -> tuple[str, list[Forked]]:
+        kind, ranks = chance.choice(SPREAD)
+        return f"{kind} on {ranks}", start_group(TRAIN_SHARDED, ranks, place, kind, most)
+
+    for where, most, is_complete in _kills(tally, 100 * share, chance, start):
+        if (place / "durable").exists():
+            durable = max(durable, int((place / "durable").read_text() or 0))
+        due = range(4, durable + 1, 4) if not most else [LAST] if is_complete else []
+        tally.lost += [f"{where}: {line}" for line in _wrong_averages(place / "run", due)]
+        if is_complete:
+            shutil.rmtree(place)
+            durable = 0
+    return tally
+
+
+def _wrong_averages(run: Path, steps: Iterable[int]) -> list[str]:
+    """Return a line for each missing snapshot at these steps, and each tensor that is not its average."""
+    lines = _missing(run, SETTINGS["sigma_rels"], steps) if run.exists() else []
+    for snapshot in find_snapshots(run) if run.exists() else []:
+        with snapshot:
+            for name, right in truth(snapshot.sigma_rel, list(range(2, snapshot.step + 1, 2))).items():
+                # A float32 average is rounded once when stored, and each time that a training is resumed from it.
+                away = (snapshot.tensor(name).double() - right).abs().max()
+                if not away <= 1e-6 * right.abs().max():
+                    lines.append(f"{snapshot.path.name}: {name} is {float(away):.2g} away from the average")
+    return lines
 
 
 # --- trainings, readers and prunings in one directory
@@ -100,16 +174,6 @@ except LockedError as error:
 """
 """A training that says after its first steps that it holds the directory, and goes on until `stop` exists."""
 
-PRUNE = """
-import sys
-from posthoc_cli import Run
-from posthoc_cli.errors import LockedError
-try:
-    print("pruned", len(Run(sys.argv[1]).prune(keep=int(sys.argv[2])).to_delete))
-except LockedError as error:
-    print("refused", error)
-"""
-
 
 def readers(folder: Path, share: float, seed: int) -> Tally:
     """Synthesize 1,000 times: while a training writes and thins, and after it while another process prunes."""
@@ -123,18 +187,17 @@ def readers(folder: Path, share: float, seed: int) -> Tally:
                 tally.missed.append(f"the training: {training.communicate()}")
                 break
             _read(tally, run, out, min(40, times - tally.tried), chance)
-            printed, err = Forked(PRUNE, run, 2).communicate()
-            if f"process {training.pid} on " not in printed:
-                tally.missed.append(f"pruning during the training {training.pid}: {printed}{err}")
+            refused = Forked(EMA, "prune", run, "--keep", 2, "--yes").communicate()
+            if f"process {training.pid} on " not in refused[1]:
+                tally.missed.append(f"pruning during the training {training.pid}: {refused}")
             stop.touch()
             if training.wait():
                 tally.missed.append(f"the training: {training.communicate()}")
-        pruning = Forked(PRUNE, run, chance.randint(1, 5))
+        pruning = Forked(EMA, "prune", run, "--keep", chance.randint(1, 5), "--yes")
         _read(tally, run, out, min(5, times - tally.tried), chance)
-        printed, err = pruning.communicate()
-        if not printed.startswith("pruned"):
-            tally.missed.append(f"pruning after the training: {printed}{err}")
-        tally.lost += wrong(run)
+        if pruning.wait():
+            tally.missed.append(f"pruning after the training: {pruning.communicate()}")
+        tally.lost += wrong_snapshots(run)
     return tally
 
 
@@ -142,11 +205,8 @@ def _read(tally: Tally, run: Path, out: Path, times: int, chance: random.Random)
     """Synthesize random targets, and compare outputs with the snapshots and coefficients that they name."""
     for _ in range(times):
         tally.tried += 1
-        try:
+        with tally.judged(f"reading {tally.tried}", refusable=False):
             Run(run).write(chance.uniform(0.03, 0.28), out, overwrite=True)
-        except Exception as error:  # noqa: BLE001 - no error may come
-            tally.missed.append(f"reading {tally.tried}: {type(error).__name__}: {error}")
-        else:
             tally.lost += [f"reading {tally.tried}: {line}" for line in wrong_output(out)]
 
 
@@ -174,6 +234,6 @@ def writers(folder: Path, share: float, seed: int) -> Tally:
             if (answer := third.first_line()) != holds:
                 wrongs.append(f"{holds} was to be resumed: {answer}")
             time.sleep(chance.uniform(0, 0.01))
-        tally.lost += [f"meeting {number}, killed: {is_killed}: {line}" for line in (*wrongs, *wrong(run))]
+        tally.lost += [f"meeting {number}, killed: {is_killed}: {line}" for line in (*wrongs, *wrong_snapshots(run))]
         shutil.rmtree(run)
     return tally

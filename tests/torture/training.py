@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from factories import FloatArray, exact_gamma, exact_weights, load_state, save_state
+from factories import FloatArray, exact_gamma, exact_weights
 from safetensors.numpy import load_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError, WriteError
-from posthoc_cli.snapshots.directory import find_snapshots, read_directory, snapshot_path
+from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots, read_directory, snapshot_path
 from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.snapshots.verify import verify
@@ -39,12 +39,12 @@ class Network(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(3))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
+    @torch.no_grad()
     def go_to(self, step: int) -> None:
         """Set all tensors to their values after this step."""
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.from_numpy(weights_up_to(step, parameter.numel())[-1].reshape(parameter.shape)))
-            self.count.fill_(step)
+        for parameter in self.parameters():
+            parameter.copy_(torch.from_numpy(weights_up_to(step, parameter.numel())[-1].reshape(parameter.shape)))
+        self.count.fill_(step)
 
 
 def weights_up_to(step: int, elements: int) -> FloatArray:
@@ -77,14 +77,13 @@ def exact_average(step: int, sigma_rel: float, elements: int, every: int = 1) ->
 
 def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
     """Return a tracker that resumes the run in a directory as the README shows."""
-    state, times = directory / STATE, complete_times(directory)
-    if times and not state.exists():
+    state = directory / STATE
+    if times := complete_times(directory):
         network.go_to(max(times))
-        return PostHocEMA.from_path(directory, network)
     settings = {"update_every": 1, "checkpoint_dtype": torch.float32, "resume": "auto", **settings}
     tracker = PostHocEMA.from_model(network, directory, SIGMA_RELS, **settings)  # type: ignore[arg-type]
     if state.exists():
-        load_state(tracker, state)
+        tracker.load_state_dict(torch.load(state, weights_only=True))
     return tracker
 
 
@@ -102,19 +101,19 @@ def remove_half_begun(directory: Path) -> None:
 
 
 def train(
-    directory: Path, until: int, save_at: Collection[int], note: Callable[..., None] | None = None, rows: int = 4,
-    **settings: object,
+    directory: Path, until: int, save_at: Collection[int], note: Callable[[dict[str, bytes]], None] | None = None,
+    rows: int = 4, **settings: object,
 ) -> list[str]:  # fmt: skip
     """Resume the run in a directory and train to step `until`; return the errors of writing that training survived.
 
     Arguments:
         save_at: steps at which the tracker's state is saved.
-        note: called with the durable files at every second step; None: nothing waits for the disk.
+        note: called with the durable snapshots at every second step; None: nothing waits for the disk.
     """
     network, errors = Network(rows), []
     remove_half_begun(directory)
     tracker = begin(directory, network, **settings)
-    note_durable = (lambda: note("durable", contents(directory))) if note else lambda: None
+    note_durable = (lambda: note(contents(directory))) if note else lambda: None
     try:
         for step in range(tracker.step + 1, until + 1):
             network.go_to(step)
@@ -126,7 +125,8 @@ def train(
             except WriteError as error:
                 errors.append(str(error))
             if step in save_at:
-                save_state(tracker, directory / STATE)
+                torch.save(tracker.state_dict(), directory / "new-state")
+                (directory / "new-state").replace(directory / STATE)
                 note_durable()
     finally:
         tracker.close()
@@ -135,26 +135,11 @@ def train(
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Return the content of the snapshots and the state by file name."""
+    """Return the content of the snapshots in a directory by file name."""
     return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
 
 
 # --- checks
-
-
-def wrong_snapshots(directory: Path) -> list[str]:
-    """Return a line for each snapshot that differs from the average that it claims; raise if runs are mixed."""
-    wrong = []
-    for snapshot in read_directory(directory) if any(directory.glob("*.safetensors")) else ():
-        info, values = snapshot, load_file(snapshot.path)
-        for name in ("weight", "bias"):
-            exact, allowed, _ = exact_average(info.step, info.sigma_rel, values[name].size, info.schedule.update_every)
-            away = float(np.abs(values[name].ravel() - exact).max())
-            if not away <= allowed:
-                wrong.append(f"{snapshot.path.name}: {name} is {away:.2g} away from the average, over {allowed:.2g}")
-        if values["count"] != info.step or snapshot.path != snapshot_path(directory, info.t, info.sigma_rel):
-            wrong.append(f"{snapshot.path.name}: has the count {values['count']} at step {info.step}, t = {info.t}")
-    return wrong
 
 
 def problems(path: Path) -> list[str]:
@@ -163,31 +148,45 @@ def problems(path: Path) -> list[str]:
     return [*found.problems, *(f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine)]
 
 
-def damaged_files(folder: Path) -> list[str]:
-    """Return a line for each damaged safetensors file below a folder."""
-    return [line for path in folder.rglob("*.safetensors") for line in problems(path)]
+def wrong_snapshots(directory: Path) -> list[str]:
+    """Return a line for each snapshot that is damaged, or differs from the average that it claims."""
+    holds = any(directory.glob("*.safetensors"))
+    wrong = problems(directory) if holds else []
+    wrong += [line for path in directory.glob(f"{SUPERSEDED}/*.safetensors") for line in problems(path)]
+    for snapshot in read_directory(directory) if holds and not wrong else ():
+        values, path = load_file(snapshot.path), snapshot_path(directory, snapshot.t, snapshot.sigma_rel)
+        for name in ("weight", "bias"):
+            every, size = snapshot.schedule.update_every, values[name].size
+            exact, allowed, _ = exact_average(snapshot.step, snapshot.sigma_rel, size, every)
+            wrong += _away(f"{snapshot.path.name}: {name}", values[name], exact, allowed)
+        if values["count"] != snapshot.step or snapshot.path != path:
+            wrong.append(f"{snapshot.path.name}: has the count {values['count']} at step {snapshot.step}")
+    return wrong
 
 
 def wrong_output(path: Path) -> list[str]:
-    """Return what is wrong with an output, computed from the snapshots and coefficients that it names."""
+    """Return what is wrong with an output, or with shards, by the snapshots and coefficients that they name."""
     try:
-        wrong, info = problems(path), decode_output(read_file(path))
+        wrong, info = problems(path), None if path.is_dir() else decode_output(read_file(path))
     except PostHocError as error:
         return [str(error)]
-    if wrong:
-        return wrong
+    if wrong or info is None:
+        return wrong or [line for shard in path.glob("*.safetensors") for line in wrong_output(shard)]
     total = sum(used.coefficient for used in info.snapshots)
     wrong = [f"{path.name}: coefficients add up to {total}"] if abs(total - 1) > 1e-9 else []
     for name, value in load_file(path).items():
         if name == "count":
             continue
         exact, allowed = np.zeros(value.size), 0.0
-        for source, coefficient in ((used.file, used.coefficient) for used in info.snapshots):
-            t, _, sigma_rel = source.removesuffix(".safetensors").partition("-")
+        for used in info.snapshots:
+            t, _, sigma_rel = used.file.removesuffix(".safetensors").partition("-")
             average, away, unit = exact_average(int(t), float(sigma_rel), value.size)
-            exact += coefficient * average
-            allowed += abs(coefficient) * (away + (len(info.snapshots) + 1) * unit)
-        away = float(np.abs(value.ravel() - exact).max())
-        if not away <= allowed:
-            wrong.append(f"{path.name}: {name} is {away:.2g} away from what it is made of, over {allowed:.2g}")
+            exact += used.coefficient * average
+            allowed += abs(used.coefficient) * (away + (len(info.snapshots) + 1) * unit)
+        wrong += _away(f"{path.name}: {name}", value, exact, allowed)
     return wrong
+
+
+def _away(what: str, value: FloatArray, exact: FloatArray, allowed: float) -> list[str]:
+    away = float(np.abs(value.ravel() - exact).max())
+    return [] if away <= allowed else [f"{what} is {away:.2g} away from its average, over {allowed:.2g}"]

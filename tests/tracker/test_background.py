@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,7 @@ from tracker.runs import contents, scheduled, step, times, train, wait_for_write
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import background
-from posthoc_cli.tracker.copying import ModelCopy
-from posthoc_cli.tracker.snapshotter import Snapshotter
+from posthoc_cli.tracker import background, memory
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
 
@@ -36,23 +34,19 @@ def network() -> torch.nn.Module:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Hold the averages' thread before each update while the event is clear."""
-    gate, real = threading.Event(), ModelCopy.arrived
-    monkeypatch.setattr(ModelCopy, "arrived", lambda *arguments: gate.wait(60) and real(*arguments))
-    yield gate
-    gate.set()
+    """Hold the averages' thread at the beginning of each update while the event is clear."""
+    yield from held(monkeypatch, torch.linalg, "vector_norm")
 
 
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Hold the writing of snapshots while the event is clear."""
-    gate, real = threading.Event(), Snapshotter.record
+    yield from held(monkeypatch, files.system, "open_new")
 
-    def record(recorder: Snapshotter, *arguments: Any) -> None:
-        assert gate.wait(60)
-        real(recorder, *arguments)
 
-    monkeypatch.setattr(Snapshotter, "record", record)
+def held(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[threading.Event]:
+    gate, real = threading.Event(), getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments, **keywords: gate.wait(60) and real(*arguments, **keywords))
     yield gate
     gate.set()
 
@@ -243,26 +237,19 @@ def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_
         assert not thread.is_alive()
 
 
+@pytest.mark.parametrize(("device", "of"), [("cpu", "updates of the averages"), ("model", "snapshots")])
 def test_a_training_that_waits_gets_one_warning_with_the_times(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, device: str, of: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Jobs of 3 s come after every second of training."""
-    now = [0.0]
-    monkeypatch.setattr(background.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(background, "PATIENCE", 10.0)
-    monitor = background.BackpressureMonitor("updates (update_every)")
-    said = r"^posthoc_cli: training has waited for updates \(update_every\) for 10 s of 16 s; the last one took 3 s"
-
-    def passes(seconds: float) -> None:
-        now[0] += seconds
-
-    for number in range(7):
-        now[0] += 1
-        monitor.wait(lambda: passes(2 if number else 0))  # noqa: B023
-        with pytest.warns(RuntimeWarning, match=said) if number == 5 else nullcontext():  # once: warnings are errors
-            monitor.warn()
-        monitor.run(lambda: passes(3))
-        now[0] -= 3  # the job runs in the background
+    monkeypatch.setattr(background, "PATIENCE", 0.2)
+    model, owner, name = network(), *((torch.linalg, "vector_norm") if device == "cpu" else (files.system, "open_new"))
+    real, said = getattr(owner, name), rf"^posthoc_cli: training has waited for {of} \(.*\) for 0\.\d+ s of .* took 0"
+    monkeypatch.setattr(owner, name, lambda *arguments, **keywords: time.sleep(0.03) or real(*arguments, **keywords))
+    every = {"update_every": 1, "checkpoint_every": 1000 if device == "cpu" else 1}
+    with PostHocEMA.from_model(model, tmp_path, device=device, **every) as tracker:
+        with pytest.warns(RuntimeWarning, match=said) as warned:
+            train(model, tracker, 1, 15)
+        assert len(warned) == 1
 
 
 FORKS = """
@@ -314,7 +301,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("device", ["cpu", "model"])
-def test_tensors_that_were_replaced_are_followed(tmp_path: Path, change: str, device: str) -> None:
+def test_tensors_that_were_replaced_are_followed(
+    tmp_path: Path, change: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles are small, so that each has a part of a tensor whose elements are not in row-major order."""
+    monkeypatch.setattr(memory, "TILE", 8)
     model = network()
     with PostHocEMA.from_model(model, tmp_path / "changed", device=device, **SETTINGS) as tracker:
         train(model, tracker, 1, 6)

@@ -89,15 +89,6 @@ def test_measurements_of_a_snapshot_are_of_weights_alone(tmp_path: Path) -> None
     assert sizes["statistics"] > 1000 * sizes["weights"]
     assert measured.measurements.norm == pytest.approx(sizes["weights"], rel=1e-6)
     assert tracker.run.check().is_fine
-    tracker.close()
-    for path in tmp_path.glob("*.safetensors"):
-        rewrite_snapshot(path, measurements=None)
-    exact = {n: exact_average([state[n] for state in states], 0.1, range(1, 61)) for n in names}
-    plan = Run(tmp_path).plan(0.1)  # measured on a sample of the elements: all of them
-    error = plan.predicted_error(0)
-    found = Run(tmp_path).average(0.1)
-    squared = sum(float(((found[n].double().numpy() - exact[n]) ** 2).sum()) for n in names)
-    assert np.sqrt(squared / sum(float((one**2).sum()) for one in exact.values())) < 5 * error
 
 
 def test_a_variance_stays_positive_where_coefficients_extrapolate(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_averages_over_changing_batches_are_near_the_truth(changed: Path, steps:
     assert error(changed, target, exact, known=False) > (2e-3 if steps else 1e-3)
 
 
-@pytest.mark.parametrize("interrupted_at", [0, 1, 249, 250, 699])
+@pytest.mark.parametrize("interrupted_at", [0, 249])
 def test_resuming_from_the_state_keeps_the_clock_exactly(tmp_path: Path, interrupted_at: int) -> None:
     times = uneven(700).tolist()
     track(tmp_path / "straight", times)

@@ -15,7 +15,7 @@ import torch
 
 from posthoc_cli.tracker import copying, memory
 from posthoc_cli.tracker.copying import ModelCopier, ModelCopy
-from posthoc_cli.tracker.memory import LayoutReader, lay_out
+from posthoc_cli.tracker.memory import Reader
 
 
 class Event:
@@ -112,7 +112,6 @@ class SimulatedDevice:
         proxy.cuda = cuda
 
         def empty(elements: int, dtype: torch.dtype, device: Any = None, pin_memory: bool = False) -> torch.Tensor:
-            assert pin_memory == (device is None)
             made = torch.zeros(elements, dtype=dtype)
             return made.as_subclass(OnDevice) if device is not None and device.type == "cuda" else made
 
@@ -139,11 +138,12 @@ def tensors() -> dict[str, torch.Tensor]:
     return {name: torch.zeros(3, 2, dtype=dtype) for name, dtype in dtypes.items()}
 
 
-def on_devices(tensors: Mapping[str, torch.Tensor]) -> LayoutReader:
+def on_devices(tensors: Mapping[str, torch.Tensor]) -> Reader:
     """Return a reader of tensors as if they were on devices, float64 on a second one."""
     numbers = {torch.float64: 1}
-    places = tuple(replace(b, device=torch.device("cuda", numbers.get(b.dtype, 0))) for b in lay_out(tensors))
-    return LayoutReader.of_tensors(places, tensors, threads=0)
+    host = Reader.of_tensors(tensors)
+    places = tuple(replace(b, device=torch.device("cuda", numbers.get(b.dtype, 0))) for b in host.layout)
+    return Reader(places, [host.current(tile) for tile in host.tiles], threads=0)
 
 
 def expected(copy: ModelCopy, number: int) -> bool:
@@ -158,7 +158,7 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
 
     def check() -> None:
         number, staged = waiting.popleft()
-        assert {name for bucket in staged.host.layout for name in bucket.names} == values.keys()
+        assert {name for bucket in staged.memory.layout for name in bucket.names} == values.keys()
         assert expected(staged, number)
         stager.give_back(staged)
 
@@ -197,20 +197,6 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
     assert bool(device.training.work) == (not device.free)
 
 
-def test_tiles_are_row_major_whatever_the_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "TILE", 7)
-    turned = torch.arange(5 * 6 * 2.0).reshape(6, 5, 2).transpose(0, 1)
-    tensors = {
-        "a": torch.arange(3.0),
-        "turned": turned,
-        "b": torch.arange(50.0).reshape(5, 10),
-        "scalar": torch.ones(()),
-    }
-    reader = LayoutReader.of_tensors(lay_out(tensors), tensors)
-    found = torch.cat([reader.values(tile).clone() for tile in reader.tiles])
-    assert torch.equal(found, torch.cat([tensor.reshape(-1) for tensor in tensors.values()]))
-
-
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -228,7 +214,7 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
         for number in range(1, 12):
             for tensor in averaged.values():
                 tensor.fill_(number)
-            waiting.append((number, stager.copy(LayoutReader.of_tensors(lay_out(averaged), averaged, 0))))
+            waiting.append((number, stager.copy(Reader.of_tensors(averaged, 0))))
             if len(waiting) == 2:
                 first, staged = waiting.popleft()
                 assert expected(staged, first)

@@ -110,31 +110,9 @@ def test_blocks_of_several_lengths_are_made_when_they_are_entered(
             else:
                 assert run.error(float(label), every=1) < 4 * predicted[float(label)] + 1e-6
         assert all_equal(run.everything(), before)
-    with blocks["0.1"], blocks["0.28"], blocks["0.1"]:  # a second time, and nested
+    with run.tracker.model(run.model, 0.28), run.tracker.model(run.model, 0.1):  # nested
         assert run.error(0.1, every=1) < 4 * predicted[0.1]
     assert all_equal(run.everything(), before)
-
-
-def test_tied_empty_and_integer_tensors_have_averages(tmp_path: Path) -> None:
-    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)})
-    model["b"].weight = model["a"].weight
-    model.register_parameter("none", torch.nn.Parameter(torch.zeros(0, 3)))
-    model.register_parameter("empty", torch.nn.Parameter(torch.zeros(2, 0, dtype=torch.float64)))
-    model.register_parameter("small", torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)))
-    model.register_buffer("count", torch.tensor(7))
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5) as tracker:
-        for step in range(1, 21):
-            with torch.no_grad():
-                model["a"].weight.fill_(step)
-            tracker.update_(model)
-        for label, block in tracker.models(model, [0.05, 0.28]).items():
-            wanted = exact_average([np.float64(step) for step in range(1, 21)], float(label), range(1, 21))
-            with block as averaged:
-                assert averaged["b"].weight is averaged["a"].weight
-                assert averaged["b"].weight.detach().double().numpy() == pytest.approx(float(wanted), rel=1e-6)
-                assert [tuple(averaged.get_parameter(name).shape) for name in ("none", "empty")] == [(0, 3), (2, 0)]
-                assert averaged.small.tolist() == [1, 1, 1]
-                assert averaged.count == 7
 
 
 def test_a_tracked_average_needs_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,20 +224,6 @@ def test_evaluating_inside_inference_mode_leaves_a_model_that_trains(tmp_path: P
     optimizer.step()
 
 
-def test_a_block_without_with_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
-    model, tracker, _ = trained(tmp_path, steps=5)
-    before = snapshot_of(model)
-    block = tracker.model(model, 0.05)
-    with pytest.raises(TypeError, match="'WithStatement' object is not callable"):
-        block(torch.zeros(2, 3, dtype=torch.long))
-    with pytest.raises(AttributeError, match="'WithStatement' object has no attribute 'eval'"):
-        block.eval()
-    assert_same_tensors(snapshot_of(model), before)
-    for _ in range(2):  # a block may be entered again
-        with block as averaged:
-            assert averaged is model
-
-
 def test_the_constructor_names_the_two_ways_to_make_a_tracker(tmp_path: Path) -> None:
     for arguments in ((Network(),), (Network(), tmp_path), ()):
         with pytest.raises(

@@ -45,7 +45,7 @@ def begun(folder: Path, last: int, **settings: object) -> tuple[torch.nn.Sequent
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path, device: str) -> None:
     """Snapshots, also where some were thinned, are byte for byte those of a run without interruption."""
-    settings, last = dict(SETTINGS, checkpoint_every=6, max_checkpoints=3, device=device), 36
+    settings, last = dict(SETTINGS, checkpoint_every=4, max_checkpoints=3, device=device), 20
     model = network()
     with PostHocEMA.from_model(model, tmp_path / "complete", **settings) as tracker:
         for step in range(1, last + 1):

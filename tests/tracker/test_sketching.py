@@ -12,7 +12,7 @@ from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.snapshots.path import decode_path
 from posthoc_cli.tracker import measuring
 from posthoc_cli.tracker.measuring import Subset
-from posthoc_cli.tracker.memory import lay_out, tiles_of
+from posthoc_cli.tracker.memory import Reader
 
 
 def trained(tracker: PostHocEMA, model: torch.nn.Module, first: int, last: int) -> None:
@@ -114,11 +114,11 @@ def test_lengths_are_kept_whatever_the_direction(kind: str, elements: int, monke
         values["b"][7].normal_(generator=random)
     else:
         values["gains"].normal_(generator=random)
-    layout = lay_out(values)
-    sketcher = measuring.Sketcher(Subset(layout, shapes))
+    reader = Reader.of_tensors(values)
+    sketcher = measuring.Sketcher(Subset(reader.layout, shapes))
     flat = torch.cat([one.view(-1) for one in values.values()])
-    for tile in tiles_of(layout):
-        sketcher.take(tile, flat[tile.where])
+    for tile in reader.tiles:
+        sketcher.take(tile, reader.values(tile))
     path = sketcher.path(1.0)
     ratio = float(np.sum(path.sketch.means.astype(np.float64) ** 2)) / float(flat.double().square().sum())
     drawn = 1024 if elements == 2**20 or kind == "gains" else 16  # elements of the row that are drawn

@@ -79,10 +79,9 @@ WITHOUT_GROUP = pytest.mark.filterwarnings("ignore")  # torch warns where there 
 
 
 @WITHOUT_GROUP
-@pytest.mark.parametrize("group", [False, True])
-@pytest.mark.parametrize("steps", [1, 7, 15])
+@pytest.mark.parametrize(("steps", "group"), [(1, False), (7, True), (15, False)])
 def test_torch_distributed_checkpoint_fills_all_of_the_state(
-    tmp_path: Path, group: bool, steps: int, request: pytest.FixtureRequest
+    tmp_path: Path, steps: int, group: bool, request: pytest.FixtureRequest
 ) -> None:
     run, fresh = trained(tmp_path / "run", steps, "images"), Run(tmp_path / "run", "images")
     assert isinstance(run.tracker, Stateful)
@@ -101,7 +100,7 @@ def test_torch_distributed_checkpoint_fills_all_of_the_state(
 
 
 @WITHOUT_GROUP
-@pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.28])
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.1])
 def test_torch_distributed_checkpoint_loads_fewer_profiles_by_their_sigma_rel(tmp_path: Path, sigma_rel: float) -> None:
     model = torch.nn.Linear(3, 3)
     tracker = PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS | {"sigma_rels": (0.05, 0.1, 0.28)})
@@ -214,23 +213,16 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> dict:
     [
         ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 6, not 2"),
         ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
-        ({"t_unit": 3}, r"state: t_unit: must be a string, not 3"),
         ({"sigma_rels": [0.1, 0.2]}, r"0\.05 is none of the tracked ones, 0\.1"),
         ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a list, each a finite number"),
         ({"standing": {}}, r"state: inherited: must be one for each profile, not 0"),
-        ({"standing": 3}, r"state: standing: must be a JSON object, not 3"),
         ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
-        ({"clock": "abc"}, r"state: clock: must be a list"),
-        ({"sigma_rels": [0.05]}, r"state: inherited: must be one for each profile, not 2"),
-        ({"run_id": "ABC"}, r"state: run_id: must be 32 hexadecimal digits, not 'ABC'"),
-        ({"snapshots": "abc"}, r"state: snapshots: must be a list, not 'abc'"),
         ({"high": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + NOT_IN_BOTH),
         ({"mean": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + NOT_IN_BOTH),
         ({"copies": {"more": torch.zeros(1)}}, NOT_IN_BOTH),
         (torch.zeros(2), r"tensor '0\.weight': is .* shape \[2\] in the state, not .* shape \[4, 3\]"),
         (torch.zeros(4, 3, dtype=torch.float16), r"tensor '0\.weight': is torch\.float16 .* in the state"),
         (torch.full((4, 3), float("nan")), r"tensor '0\.weight': .* holds nan or infinity"),
-        (torch.full((4, 3), float("inf")), r"tensor '0\.weight': .* holds nan or infinity"),
     ],
 )
 def test_an_altered_state_is_refused(tmp_path: Path, state: dict, change: dict | torch.Tensor, message: str) -> None:

@@ -1,4 +1,6 @@
-"""Averages read, and updates interrupted, at random moments: every caller sees the averages of one update.
+"""Averages read, and updates interrupted, at any moment: every caller sees the averages of one update.
+
+Any number of threads gives the same bits, and torch's own threads and settings are left alone.
 
 All elements of the model are equal, hence all elements of an average are: a different element was read, or left, in the
 middle of an update. The definition gives the correct value at each step.
@@ -21,11 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from checking import assert_same_tensors
 from factories import averages_in, exact_gamma
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.tracker import memory
 
 SIGMA_RELS = (0.2, 0.21)
 """Two similar widths: profiles that share a mean then have nearly its weights and differ from the truth only by
@@ -190,3 +194,120 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(tmp_path: Path, 
             with snapshot:
                 weights = {name: snapshot.tensor(name) for name in snapshot.entries}
             assert away(weights, repr(snapshot.sigma_rel), snapshot.step, 2 * TOLERANCE) == []
+
+
+# --- threads
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "TILE", 256)  # a power of two
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("size", [2, 7])
+def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) -> None:
+    shapes, states = {"a": (37, 41), "b": (5003,), "c": (3,), "d": (64, 64), "e": ()}, []
+    dtypes = {"b": torch.bfloat16, "d": torch.float64}
+    for threads in (1, size):
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(0)
+        model = torch.nn.ParameterDict({name: torch.zeros(one, dtype=dtypes.get(name)) for name, one in shapes.items()})
+        with PostHocEMA.from_model(model, tmp_path / str(threads), update_every=1, checkpoint_every=100) as tracker:
+            for k in range(1, 81):  # folds of one update, which round, and of 32, which are exact; one window is open
+                for parameter in model.values():
+                    parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+                tracker.update_(model, t=float(k if k < 15 else 10**6 + k))
+            assert tracker.state_dict()["standing"]["window"] > 0
+            states.append(averages_in(tracker.state_dict()))
+    for sigma_rel, average in states[0].items():
+        assert_same_tensors(states[1][sigma_rel], average)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_threads_of_training_are_left_alone(device: str | None, tmp_path: Path) -> None:
+    """Their number stays, also in threads that start during an update or later."""
+    torch.set_num_threads(2)  # conftest sets the number to 1 for each test
+    seen: list[int] = []
+    model = torch.nn.Linear(60, 60)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2, device=device) as tracker:
+        for _ in range(4):
+            tracker.update_(model)
+            thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+            seen.append(torch.get_num_threads())
+    assert {*seen, torch.get_num_threads()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("device", "way"), [("cpu", "state"), ("model", "state"), ("model", "load"), ("cpu", "update"), ("model", "close")]
+)
+def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
+    tmp_path: Path, device: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call comes from another thread, while the worker is in the middle of an update."""
+    inside, proceed, real = threading.Event(), threading.Event(), torch.lerp
+    model, found = Equal(1000), []
+    tracker = start(tmp_path, model, device, 100)
+
+    def train(count: int) -> None:
+        for _ in range(count):
+            model.go_to(tracker.step + 1)
+            tracker.update_(model)
+
+    def lerp(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        if not inside.is_set() and arguments[0].dtype == torch.float32:
+            inside.set()
+            assert proceed.wait(60)
+        return real(*arguments, **keywords)
+
+    train(22)  # the next update interpolates
+    state = tracker.state_dict()
+    calls = {
+        "state": tracker.state_dict,
+        "load": lambda: tracker.load_state_dict(state),
+        "update": lambda: tracker.update_(model),
+        "close": tracker.close,
+    }
+
+    def call() -> None:
+        with suppress(NotReadyError):
+            found.append(calls[way]())
+
+    monkeypatch.setattr(torch, "lerp", lerp)
+    training, other = threading.Thread(target=train, args=(2,)), threading.Thread(target=call)
+    training.start()
+    assert inside.wait(60)
+    other.start()
+    other.join(0.2)
+    proceed.set()
+    for thread in (training, other):
+        thread.join(60)
+        assert not thread.is_alive()
+    if way == "state":
+        assert wrong_state(found[0]) == []
+        assert found[0]["clock"][-2] in (23, 24)
+    if way != "close":
+        assert wrong_state(tracker.state_dict()) == []
+    tracker.close()
+
+
+@pytest.mark.parametrize("begin", [0, 10**6])
+def test_reading_changes_no_later_bit(tmp_path: Path, begin: int) -> None:
+    states = []
+    for reads in (True, False):
+        model = Equal(500)
+        with start(tmp_path / str(reads), model, "model", 10) as tracker:
+            for step in range(1, 141):
+                model.go_to(step)
+                tracker.update_(model, begin + step)
+                if reads and step > 1:
+                    tracker.state_dict()
+                    with tracker.model(model, 0.2):
+                        pass
+            state = tracker.state_dict()
+            sets = [(kind, key, own) for kind in ("high", "mean") for key, own in state[kind].items()]
+            states.append({f"{kind} {key} {name}": value for kind, key, own in sets for name, value in own.items()})
+    assert_same_tensors(*states)
