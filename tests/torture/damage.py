@@ -16,7 +16,7 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.path import PathSketch, encode_path
-from posthoc_cli.snapshots.tensorfile import tensor_bytes
+from posthoc_cli.snapshots.tensorfile import read_file, tensor_bytes
 from posthoc_cli.snapshots.verify import verify
 from torture import Tally
 
@@ -38,8 +38,7 @@ def examine(path: Path) -> Content:
     if found.problems:
         raise FileFormatError(path, found.problems[0])
     for report in found.files:
-        assert report.file is not None
-        with report.file as file:
+        with read_file(report.path) as file:
             content |= {name: bytes(tensor_bytes(file.tensor(name))) for name in file.entries} | {"": report.header}
     return content
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from factories import refuse_for_space
+from snapshots.recorded import failing
 from tracker.runs import contents, scheduled, step, times, train, wait_for_writers
 
 from posthoc_cli import PostHocEMA, files
@@ -171,13 +172,12 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
 
 @pytest.mark.parametrize(("device", "next_fails"), [("cpu", False), ("model", False), ("cpu", True)])
 def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
-    tmp_path: Path, device: str, next_fails: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, device: str, next_fails: bool
 ) -> None:
     """If the next call fails itself, the error is raised at a later one."""
     model = network()
     with PostHocEMA.from_model(model, tmp_path, device=device, **SETTINGS) as tracker:
-        with monkeypatch.context() as fault:
-            fault.setattr(files.system, "fsync", refuse_for_space)
+        with failing("fsync", errno.ENOSPC):
             train(model, tracker, 1, 4)
             wait_for_writers(tmp_path)  # the write has failed when this returns, and no call has raised its error
         if next_fails:
@@ -191,11 +191,14 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
 
 
 def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(files.system, "fsync", refuse_for_space)
     model = network()
-    with pytest.raises(ZeroDivisionError), PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+    with (
+        failing("fsync", errno.ENOSPC),
+        pytest.raises(ZeroDivisionError),
+        PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker,
+    ):
         train(model, tracker, 1, 4)
         raise ZeroDivisionError
     assert "no space left" in caplog.text

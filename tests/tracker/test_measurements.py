@@ -5,16 +5,18 @@ The exact averages are those of the tracker at the time of a snapshot, the store
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from factories import refuse_for_space, tiny_model
+from factories import tiny_model
 from safetensors.torch import load_file
+from snapshots.recorded import call_number, failing
 
-from posthoc_cli import PostHocEMA, files
+from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import measuring, memory
@@ -97,19 +99,14 @@ def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(tmp
         assert torch.equal(load_file(snapshot.path)["bias"], model.bias)
 
 
-def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path) -> None:
     """Writing the second of two files fails: the first is complete, and nothing is left of the second."""
-    model, real, calls = tiny_model(), files.system.fsync, iter(range(9))
-
-    def fail_second(descriptor: int) -> None:
-        refuse_for_space() if next(calls) == 1 else real(descriptor)
-
+    model = tiny_model()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         exact = train(tracker, model, 9)
-        with monkeypatch.context() as fault:
-            fault.setattr(files.system, "fsync", fail_second)
-            with pytest.raises(WriteError, match="no space left"):
-                exact |= train(tracker, model, 10)
+        refused = pytest.raises(WriteError, match="no space left")
+        with failing("fsync", errno.ENOSPC, call_number(1)), refused:
+            exact |= train(tracker, model, 10)
         assert [(s.t, s.sigma_rel) for s in read_directory(tmp_path)] == [(5, 0.05), (5, 0.28), (10, 0.05)]
         assert not list(tmp_path.glob(".ema-*"))
         tracker.snapshot()
