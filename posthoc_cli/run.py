@@ -122,9 +122,7 @@ def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned],
     Readers take no lock, so a tracker may thin away snapshots of the plan. Open files stay readable when they are
     removed, and all are opened before they are used.
 
-    Arguments:
-        make: plans with the existing snapshots; it reads tensors itself if headers have no measurements.
-        use: opens the snapshots of the plan; must leave nothing behind when it raises an error.
+    `use` must leave nothing behind when it raises an error.
     """
     for _ in range(ATTEMPTS - 1):
         try:
@@ -244,15 +242,8 @@ class Run:
     ) -> Weights:
         """Make one average in memory.
 
-        Arguments:
-            target: a sigma_rel in (0, 0.2887), a target, its text form, or an object with a function `tail`.
-            t, step: the time of the average; by default that of the newest snapshot.
-            dtype: dtype of the averaged tensors; by default each parameter's own.
-            device: device of the sums and of the tensors.
-            method: the solver, "minvar" or "paper".
-
-        Raises:
-            InvalidValueError, NonFiniteError: an argument is invalid, or a result is not finite.
+        The tensors are made on `device`; the other arguments and errors are those of `plan_synthesis`, and a
+        NonFiniteError for a result that is not finite.
         """
         plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
         return with_consistent_plan(plan, functools.partial(make_weights, device=device))
@@ -272,20 +263,15 @@ class Run:
     ) -> SynthesisReport | None:
         """Write averages to files, as `ema synthesize` does. Each file appears complete or not at all.
 
-        Arguments:
-            targets, t, step, method, max_error, dtype: see `plan_synthesis`.
+        Arguments as in `plan_synthesis`, and:
             out: a file, or a folder for a file per target; may be None in a dry run.
             progress: opens a progress bar.
             options: the fields of `export.layouts.OutputOptions`: device, layout, overwrite, dry_run, like, ...
 
-        Returns:
-            The report; None in every rank of a torchrun job but the first.
-
-        Raises:
-            InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, RankError.
+        Returns the report; None in every rank of a torchrun job but the first.
         """
         from posthoc_cli.export.layouts import OutputOptions
-        from posthoc_cli.export.writing import Outputs, Ranks, write_shards
+        from posthoc_cli.export.writing import Outputs, Ranks
 
         wanted, asked, like = as_targets(targets), OutputOptions(**options), None
         if asked.like is not None:
@@ -300,7 +286,7 @@ class Run:
             with Ranks() as ranks:
                 with ranks.together():
                     planned = plan()
-                return write_shards(ranks, planned, outputs, progress)
+                return outputs.write(planned, progress, ranks)
         return with_consistent_plan(plan, functools.partial(outputs.write, progress=progress))
 
     # --- errors
@@ -350,14 +336,9 @@ class Run:
     def audit(self, claimed: float | None = None) -> list[Audit]:
         """Find the decay, or the sigma_rel, that the averages really have; see `checkpoints.audit`.
 
-        Arguments:
-            claimed: the decay that they should have, in (0, 1); by default the decay in the files or of an import.
-
-        Returns:
-            One audit for each average of the run; `is_bad` if the average contradicts the claim.
-
-        Raises:
-            InvalidValueError: less than two times have both an average and the weights.
+        `claimed` is the decay that they should have, in (0, 1); by default that in the files or of an import. Returns
+        one audit for each average; `is_bad` if it contradicts the claim. An InvalidValueError if less than two times
+        have both an average and the weights.
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
@@ -413,11 +394,7 @@ def plan_training(
         steps: length of training, in calls of `update_`.
         params: averaged elements of the network.
         disk: the most bytes of snapshots at any moment.
-        sigma_range: range of the wanted averages.
         like: an earlier run, of a network that moved as it will in the new run; by default it moves evenly.
-
-    Raises:
-        InvalidValueError; and the errors of `Run`.
     """
     if disk is not None:
         check_count("disk", disk)
@@ -446,11 +423,7 @@ def _check_import(manifest: Manifest) -> Verification:
 
 
 def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:
-    """Convert one or several averages, as a user names them, to targets.
-
-    Raises:
-        InvalidValueError: one of them is no valid target.
-    """
+    """Convert one or several averages, as a user names them, to targets."""
     if isinstance(wanted, Sequence) and not isinstance(wanted, str):
         return tuple(map(as_target, wanted))
     return (as_target(wanted),)

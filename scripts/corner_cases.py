@@ -237,8 +237,8 @@ def pathological() -> Iterator[Study]:
         "two updates a wave": wave(_STEPS / (2 * _EVERY), 0.3),
         "drift": lambda fraction: 0.5 * fraction,
     }
-    for seed, (label, course) in enumerate(courses.items(), 21):
-        yield from _alike([course(label, course, _STEPS, _SIZE, seed)])
+    for seed, (label, motion) in enumerate(courses.items(), 21):
+        yield from _alike([course(label, motion, _STEPS, _SIZE, seed)])
     decay = course("decay to zero", lambda fraction: np.exp(-6 * fraction), _STEPS, _SIZE, 28, away=0.0)
     yield from _alike([decay, walk("standstill", _STEPS, _SIZE, 29)])
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from factories import exact_weights
 
 from posthoc_cli import Run
 
@@ -68,23 +70,28 @@ def ratio(n: float) -> float:
     return (1 + n) / (10 + n)
 
 
+def follow(update: Average, weights: np.ndarray | None = None) -> np.ndarray:
+    """Return an average that begins with the first weights after every step: [STEPS, parameters]."""
+    weights = train() if weights is None else weights
+    averages = [weights[0].copy()]
+    for step, now in enumerate(weights, 1):
+        averages.append(update(step, averages[-1], now))
+    return np.array(averages[1:])
+
+
 def write(folder: Path, weights: np.ndarray, update: Average, dtype: torch.dtype = torch.float32) -> Path:
     """Write checkpoints with the weights and the average."""
     folder.mkdir()
-    average = weights[0].copy()
-    for step in range(1, STEPS + 1):
-        average = update(step, average, weights[step - 1])
-        if step in TIMES:
-            content = {"state_dict": named(weights[step - 1]), "state_dict_ema": named(average, dtype), "step": step}
-            torch.save(content, folder / f"step{step}.pt")
+    averages = follow(update, weights)
+    for step in TIMES:
+        content = {"state_dict": named(weights[step - 1]), "state_dict_ema": named(averages[step - 1], dtype)}
+        torch.save(content | {"step": step}, folder / f"step{step}.pt")
     return folder
 
 
 def true_average(weights: np.ndarray, sigma_rel: float) -> np.ndarray:
     """Return the power function's sum over every step, in float64."""
-    roots = np.polynomial.Polynomial.fromroots([-2, -2, -3]) * sigma_rel**2 - np.polynomial.Polynomial([1, 1])
-    gamma = float(roots.roots().real.max())
-    return np.diff((np.arange(STEPS + 1) / STEPS) ** (gamma + 1)) @ weights
+    return exact_weights(sigma_rel, range(1, STEPS + 1)) @ weights
 
 
 def error_of(run: Run, sigma_rel: float = 0.15, prefix: str = "", weights: np.ndarray | None = None) -> Errors:
@@ -94,3 +101,10 @@ def error_of(run: Run, sigma_rel: float = 0.15, prefix: str = "", weights: np.nd
     truth = true_average(train() if weights is None else weights, sigma_rel)
     assert made.predicted_error is not None
     return float(np.linalg.norm(vector - truth) / np.linalg.norm(truth)), made.predicted_error
+
+
+def check(run: Run | Path, *of: float, most: float = 2e-3, low: float = 0.3, high: float = 2.5, **where: Any) -> None:
+    """Check that an average is exact, and as exact as predicted: its error over the predicted one has bounds."""
+    error, predicted = error_of(Run(run) if isinstance(run, Path) else run, *of, **where)
+    assert error < most
+    assert low < error / predicted < high

@@ -1,132 +1,74 @@
 """Check that an average is what it claims to be, from checkpoints of it and of the weights; NumPy float64 on a sample.
 
 `audit_decay` finds the decay that explains how the average moved. This module finds the warm-up and the restarts, and
-recognises faults by the same Gram matrices: the average, or some of its tensors, do not move or equal the weights. An
-average that restarted from the weights remembers nothing from before the restart;
-how far it has moved between two checkpoints gives the time of the restart.
+recognises faults: the average, or some of its tensors, do not move or equal the weights. An average that restarted from
+the weights remembers nothing from before the restart; how far it has moved between two checkpoints gives its time.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from posthoc_cli.checkpoints.audit_decay import (
-    PIECES,
-    Fit,
-    Intervals,
-    Mask,
-    Model,
-    PowerModel,
-    Series,
-    WarmModel,
-    argmin,
-    choose_pieces,
-    misfit,
-    read_series,
-    refine,
-)
-from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import RAMP_UP, DecayRule, FloatArray, OrdinaryEMA, Point, gamma_from_sigma_rel
-from posthoc_cli.snapshots.path import decode_sample, places
-from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.checkpoints.audit_decay import MOST_CHECKPOINTS, Fit, Intervals, Model, Series, likelihood, refine
+from posthoc_cli.checkpoints.source import Checkpoint
+from posthoc_cli.errors import InvalidValueError, NonFiniteError
+from posthoc_cli.profiles import POWER_FUNCTION, RAMP_UP, DecayRule, OrdinaryEMA, Point, gamma_from_sigma_rel
+from posthoc_cli.snapshots.sources import ElementRange, Source, expected_rounding
 
-_SLACK = 1.1
-"""Largest factor between the found and the claimed length of an average that is as claimed."""
+_MOST_ELEMENTS, _PIECES = 100_000, 32  # most elements in the sample; least pieces of tensors if it has enough elements
+_SLACK = 1.1  # largest factor between the found and the claimed length of an average that is as claimed
+_FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
+_AWAY = 0.7  # least cosine between the motion and the distance to the weights of an average that moves away from them
+_SHORTEST = 0.1  # smallest length that can be determined, as a share of the time between two checkpoints
+_ALL = 0.999  # share of equal elements that counts as all elements
+_CLEARLY = 0.5  # an explanation is clearly better if its residual is below this share of another one's
+_FAR = 3.0  # rules with log residuals, summed over the intervals, above the least ones by this are not compared further
+_ALIKE = 0.05  # rules explain files about equally if -2 log of their likelihoods for each element differ by less
+_SAME = 0.02  # rules are the same if their tails differ by less, as much as those of lengths that differ by 5 %
+_VAGUE, _BEYOND_DOUBT = 0.25, 5.0  # above this uncertainty a length is undetermined, unless so many times that off
 
-_FOREIGN = 0.8
-"""Largest unexplained share of the motion of an average that belongs to the weights."""
-
-_SHORTEST = 0.1
-"""Smallest length that can be determined, as a share of the time between two checkpoints."""
-
-_ALL = 0.999
-"""Share of equal elements that counts as all elements."""
-
-_CLEARLY = 0.5
-"""An explanation is clearly better if its residual is below this share of another one's."""
-
-_FAR = 3.0
-"""Rules whose log residuals, summed over the intervals, exceed the least ones by this are not compared further."""
-
-_ALIKE, _SAME = 0.05, 0.02
-"""Rules explain files about equally if -2 log of their likelihoods for each element differ by less than this; and the
-largest difference of their tails, at any checkpoint, with which it does not matter which of them is taken: a length of
-another 5 % moves tails as much."""
-
-_VAGUE, _BEYOND_DOUBT = 0.25, 5.0
-"""The relative uncertainty of a length above which it is undetermined, unless it differs from the claimed one by that
-multiple of the uncertainty."""
-
+_STILL = "was not updated"
 BAD = ("too long", "too short", "does not move", "equals the weights", "began again", "some tensors")
 """Verdicts that name a fault; the others are "as claimed", "found" and "undetermined"."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """What the audit found between two checkpoints.
-
-    Attributes:
-        begin, end: times of the two checkpoints, in steps or images.
-        found: time constant in the same unit, 1 / (1 - decay) for one step; for a power function its sigma_rel.
-        claimed: claimed time constant or sigma_rel; None without a claim.
-        unexplained: L2 norm of the residual of the average's motion, divided by that of the motion.
-        note: what happened in this interval, or is wrong in it; empty if nothing is.
-    """
+    """What the audit found between two checkpoints, whose times are `begin` and `end`."""
 
     begin: float
     end: float
-    found: float
-    claimed: float | None
-    unexplained: float
-    note: str = ""
+    found: float  # time constant in the unit of times, 1 / (1 - decay) for one step; for a power function its sigma_rel
+    claimed: float | None  # None without a claim
+    unexplained: float  # L2 norm of the residual of the average's motion, divided by that of the motion
+    note: str  # what happened in this interval, or is wrong in it; empty if nothing is
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The result of an audit of one average.
+    """The result of an audit of one average; numbers are None where they cannot be determined."""
 
-    Attributes:
-        name: name of the average if the run has several.
-        verdict: one of `BAD`, or "as claimed", "found", "undetermined".
-        text: explanation of the verdict in a sentence.
-        what: the parameter in question, "decay" or "sigma_rel".
-        found, length: parameter and length that explain all intervals; None where they cannot be determined.
-        uncertainty: relative uncertainty of the length.
-        claimed: claimed parameter; None without a claim.
-        ratio: found length / claimed length.
-        warm_up: rule by which the decay rose, as `ImportSettings.ema_warmup` names it; empty without a warm-up.
-        starts: times after the begin of the training at which the average started from the weights.
-        is_late: whether the first of these is its begin, and not a restart.
-        choices: settings of an import, in words, that explain the averages about equally; empty if one is the best.
-        tensors: names of the tensors that the verdict is about; empty for all tensors.
-        intervals: findings for each interval, in order of time.
-        elements: number of elements in the sample.
-    """
-
-    name: str
-    verdict: str
-    text: str
-    what: str = "decay"
-    found: float | None = None
-    length: float | None = None
-    uncertainty: float | None = None
-    claimed: float | None = None
-    ratio: float | None = None
-    warm_up: str = ""
-    starts: tuple[float, ...] = ()
-    is_late: bool = False
-    choices: tuple[str, ...] = ()
-    tensors: tuple[str, ...] = ()
+    name: str  # empty if the run has one average
+    verdict: str  # one of `BAD`, or "as claimed", "found", "undetermined"
+    text: str  # explanation of the verdict in a sentence
+    what: str  # the parameter in question, "decay" or "sigma_rel"
+    found: float | None = None  # the parameter at the end of the training
+    length: float | None = None  # the time constant or sigma_rel that explains all intervals
+    uncertainty: float | None = None  # of the length, relative
+    claimed: float | None = None  # claimed parameter
+    ratio: float | None = None  # found length / claimed length
+    warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
+    starts: tuple[float, ...] = ()  # times after the begin of the training at which it started from the weights
+    is_late: bool = False  # whether the first of these is its begin, and not a restart
+    choices: tuple[str, ...] = ()  # settings of an import that explain it about equally; empty if one is the best
+    tensors: tuple[str, ...] = ()  # names of the tensors that the verdict is about; empty for all tensors
     intervals: tuple[Interval, ...] = ()
-    elements: int = 0
+    elements: int = 0  # in the sample
 
     def __repr__(self) -> str:
         return f"Audit({self.text})"
@@ -146,333 +88,274 @@ class Audit:
         return asdict(self) | {"contradicted": self.is_bad}
 
 
-# --- the average
-
-
-class _Note(NamedTuple):
-    """What happened in an interval, its time, and whether that is from the settings."""
-
-    what: str
-    at: float | None = None
-    said: bool = False
-
-    def __str__(self) -> str:
-        if self.at is None:
-            return self.what
-        near, source = (" at", ", as the settings say") if self.said else (" near step", "")
-        return f"{self.what}{near} {self.at:,.0f}{source}"
-
-
-_STILL, _NOT_BEGUN, _BEGINS, _AGAIN = "was not updated", "not begun", "begins", "began again"
+# --- what an average did
 
 
 @dataclass
 class _Case:
-    """An average to be judged: `tensors` are the names of the pieces, `restarts` the times that settings say.
+    """An average to be judged; `tensors` are the names of its pieces.
 
     Masks of pieces are `used`, whose weights move, `still` and `equal`, whose average stands still or equals the
-    weights, and `kept`, which do neither; `rows` are the intervals of these. `notes` are by interval; those with a note
-    show no decay.
+    weights, and `kept`, which do neither; `rows` are the intervals of these. Intervals with `notes` show no decay. At
+    the begin of interval `begin`, not at its end, the average equals the weights.
     """
 
     name: str
     series: Series
     tensors: Sequence[str]
     model: Model
-    restarts: tuple[float, ...] = ()
-    unit: str = "steps"
-    counts_calls: bool = False
+    unit: str
+    counts_calls: bool
 
     def __post_init__(self) -> None:
-        intervals = self.series.intervals
-        moved = intervals.gram[..., 2, 2] > 0
-        same, copied = self.series.same >= _ALL, self.series.copied >= _ALL
-        self.used: Mask = np.asarray(moved.any(axis=0))
-        self.still: Mask = (same | ~moved).all(axis=0) & self.used
-        self.equal: Mask = (copied[1:] | ~moved).all(axis=0) & self.used
-        self.kept: Mask = self.used & ~(self.still | self.equal)
-        self.rows = intervals.of_pieces(self.kept)
-        self.end = float(intervals.end[-1])
-        stands = moved.any(axis=1) & (same | ~moved).all(axis=1)
-        self.notes = {index: _Note(_STILL) for index in np.flatnonzero(stands).tolist()}
-        for index, row in enumerate(moved):
-            if index in self.notes or not copied[index, row].all():
-                break
-            self.notes[index] = _Note(_NOT_BEGUN if copied[index + 1, row].all() else _BEGINS)
-        for restart in self.restarts:
-            for index in np.flatnonzero((intervals.begin <= restart) & (restart < intervals.end)).tolist():
-                self.notes[index] = _Note(_AGAIN, restart, said=True)
-
-    def times(self, what: str) -> tuple[float, ...]:
-        """Return the found times of the notes of a kind."""
-        return tuple(
-            note.at for note in self.notes.values() if note.what == what and note.at is not None and not note.said
-        )
+        moved = np.array([(x[1:] != x[:-1]).any(axis=1) for x, _ in self.series.values]).T
+        same = np.array([(e[1:] == e[:-1]).mean(axis=1) >= _ALL for _, e in self.series.values]).T | ~moved
+        copied = np.array([(x == e).mean(axis=1) >= _ALL for x, e in self.series.values]).T
+        self.used = moved.any(axis=0)
+        self.still = same.all(axis=0) & self.used
+        self.equal = (copied[1:] | ~moved).all(axis=0) & self.used
+        self.kept = self.used & ~self.still & ~self.equal
+        self.rows = self.series.intervals(self.kept)
+        self.end = float(self.rows.end[-1])
+        stands = moved.any(axis=1) & same.all(axis=1)
+        self.notes = [_STILL * bool(stand) for stand in stands]
+        copies = (copied[:-1] | ~moved).all(axis=1) & ~stands
+        begun = int(np.argmin([*copies, False]))
+        self.notes[:begun] = ["not begun"] * begun
+        is_within = begun > 0 and not (copied[begun] | ~moved[begun - 1]).all()
+        self.begin = begun - 1 if is_within else None
+        for restart in self.model.starts[1:]:
+            for index in np.flatnonzero((self.rows.begin <= restart) & (restart < self.rows.end)):
+                self.notes[index] = f"began again at {restart:,.0f}, as the settings say"
 
     @property
     def usable(self) -> list[int]:
         """Indexes of intervals without a note; if all have one, of those in which weights and average move."""
-        moves = self.rows.gram[..., 2, 2].any(axis=1)
-        idle = [i for i, note in self.notes.items() if note.what == _STILL]
-        moving = [i for i in np.flatnonzero(moves).tolist() if i not in idle]
-        return [i for i in moving if i not in self.notes] or moving
+        moves = np.flatnonzero(self.rows.gram[..., 2, 2].any(axis=1)).tolist()
+        return [i for i in moves if not self.notes[i]] or [i for i in moves if self.notes[i] != _STILL]
 
     @property
     def stretch(self) -> tuple[int, int]:
         """The longest range of checkpoints, begin and end, with usable intervals only; the newest of several."""
-        usable, best = self.usable, (0, 0)
-        begin = usable[0]
-        for before, index in zip([begin - 1, *usable], usable, strict=False):
-            begin = begin if index == before + 1 else index
-            best = max(best, (index + 2 - begin, begin))
-        return best[1], best[1] + best[0]
-
-
-def _explain(case: _Case) -> tuple[Fit, tuple[Fit, ...]]:
-    """Return the best fit and its rivals, see `_best_fit`; note in the case where the average began or began again."""
-    begins = [index for index, note in case.notes.items() if note.what == _BEGINS]
-    starts: dict[int, float] = {}
-    fit, rivals = _best_fit(case, ())
-    for _ in range(2):  # an average that restarted repeats its warm-up, too
-        found = {index: _locate_start(fit, case.rows[[index]])[0] for index in begins} | _find_restarts(case, fit)
-        if not found.keys() - starts.keys():
-            break
-        starts |= found
-        case.notes |= {index: _Note(_BEGINS, time) for index, time in found.items()}
-        fit, rivals = _best_fit(case, tuple(sorted(starts.values())))
-        for _ in range(3 * isinstance(fit.model, WarmModel | PowerModel)):  # by all later intervals
-            for index in starts:
-                others = {*starts.values()} - {starts[index]}
-                times = np.linspace(case.rows.begin[index], case.rows.end[index], 51)
-                starts[index] = argmin(functools.partial(_cost_of_start, fit, others), times)
-            model = replace(fit.model, starts=(0.0, *sorted(starts.values())))
-            fit = Fit(model, case.rows[case.usable])
-    for index, time in starts.items():  # no checkpoint shows an average before the first interval
-        case.notes[index] = _Note(_BEGINS if index in (0, *begins) else _AGAIN, time)
-    return fit, rivals
-
-
-def _cost_of_start(fit: Fit, others: AbstractSet[float], time: float) -> float:
-    """Return the residual of an average that began again at a time, and at other ones."""
-    return fit.cost(replace(fit.model, starts=(0.0, *sorted({*others, time}))), fit.value)
+        usable = np.array(self.usable)
+        runs = np.split(usable, np.flatnonzero(np.diff(usable) > 1) + 1)
+        longest = max(reversed(runs), key=len)
+        end = int(longest[-1]) + 2
+        return max(int(longest[0]), end - MOST_CHECKPOINTS), end
 
 
 _RULES = (
-    DecayRule(0.5, "ratio"), DecayRule(0.5, "power"), DecayRule(0.5, "power", power=0.75),
-    DecayRule(0.5, "ramp-up", power=RAMP_UP),
+    DecayRule(0.5), DecayRule(0.5, "ratio"), DecayRule(0.5, "power"), DecayRule(0.5, "power", power=0.75),
+    DecayRule(0.5, "ramp-up", power=RAMP_UP), DecayRule(0.5, POWER_FUNCTION),
 )  # fmt: skip
-"""Warm-ups that libraries have."""
+"""A constant decay, the warm-ups that libraries have, and the power function."""
 
 
-def _best_fit(case: _Case, starts: tuple[float, ...]) -> tuple[Fit, tuple[Fit, ...]]:
+def _explain(case: _Case) -> tuple[Fit, list[Fit], dict[int, float]]:
+    """Return the best fit, its rivals, see `_best_fit`, and by interval the times at which the average started."""
+    starts: dict[int, float] = {}
+    fit, rivals = _best_fit(case, starts)
+    for _ in range(2):  # an average that restarted repeats its warm-up, too
+        found = _find_restarts(case, fit)
+        if case.begin is not None and case.begin not in starts:
+            row = case.rows[[case.begin]]
+            found[case.begin] = _locate_start(fit.model, fit.value, row, row)
+        if not found:
+            break
+        starts |= found
+        for index in found:
+            case.notes[index] = "begins" if index in (0, case.begin) else "began again"
+        fit, rivals = _best_fit(case, starts)
+        rows, base = case.rows[case.usable], replace(fit.model, starts=case.model.starts)
+        for _ in range(3 * (base.rises or base.is_power)):  # by all later intervals
+            for index in starts:
+                others = base.begun(*(time for other, time in starts.items() if other != index))
+                starts[index] = _locate_start(others, fit.value, rows, case.rows[[index]])
+            fit = Fit(base.begun(*starts.values()), rows)
+    for index, time in starts.items():
+        case.notes[index] += f" near step {time:,.0f}"
+    return fit, rivals, starts
+
+
+def _best_fit(case: _Case, starts: Mapping[int, float]) -> tuple[Fit, list[Fit]]:
     """Return the fit of the claimed model; without a claim, of the best rule, and of others that are about as good.
 
     A path that turns back, or slows down, looks like another rule: the likelihoods decide. Among rules that are alike,
     and make the same averages, it is the first one.
     """
-    rows = case.rows[case.usable]
-    if case.model.value is not None or case.model.what != "decay":
-        return Fit(case.model, rows), ()
-    every, all_starts = case.model.every, (0.0, *sorted({*starts, *case.restarts}))
-    warm = [WarmModel(None, every, all_starts, rule) for rule in _RULES]
-    fits = [Fit(model, rows) for model in (case.model, *warm, PowerModel(None, every, all_starts))]
+    rows, model = case.rows[case.usable], case.model.begun(*starts.values())
+    if model.claimed is not None:
+        return Fit(model, rows), []
+    fits = [Fit(replace(model, rule=rule), rows) for rule in _RULES]
     least = min(fit.misfit for fit in fits)
     fits = [fit for fit in fits if fit.misfit < least + _FAR]
     if len(fits) == 1:
-        return fits[0], ()
-    found = [misfit(fit, case.series, case.kept, *case.stretch) for fit in fits]
-    limit = min(cost for cost, _ in found) + _ALIKE
-    alike = [(fit, _tails(fit.model, value, case.series.times))
-             for fit, (cost, value) in zip(fits, found, strict=True) if cost <= limit]  # fmt: skip
-    (best, tails), *others = alike
-    return best, tuple(fit for fit, other in others if np.abs(other - tails).max() > _SAME)
-
-
-def _tails(model: Model, value: float, times: FloatArray) -> FloatArray:
-    """Return the mass before each checkpoint in the averages of all checkpoints: [checkpoints, checkpoints]."""
-    forgotten = model.forgotten(value, times)
-    return np.tril(np.exp(np.minimum(forgotten - forgotten[:, None], 0.0)))
+        return fits[0], []
+    found = [likelihood(fit, case.series, case.kept, *case.stretch) for fit in fits]
+    limit = min(cost for _, cost in found) + _ALIKE
+    alike = [(fit, fit.model.masses_before(value, case.series.times))
+             for fit, (value, cost) in zip(fits, found, strict=True) if cost <= limit]  # fmt: skip
+    (best, masses), *others = alike
+    return best, [fit for fit, other in others if np.abs(other - masses).max() > _SAME]
 
 
 def _find_restarts(case: _Case, fit: Fit) -> dict[int, float]:
     """Return the times at which the average restarted from the weights, by interval."""
     restarts: dict[int, float] = {}
-    usable = case.usable
-    if case.model.what != "decay" or len(usable) < 3:
+    usable, rows = case.usable, fit.intervals
+    if (case.model.is_power and case.model.claimed is not None) or len(usable) < 3:
         return restarts
-    rows = fit.intervals
-    kept, joint = rows.factors(fit.model, fit.value)[0], (rows.residuals(fit.model, fit.value) * rows.scale).sum(axis=1)
+    kept, joint = rows.factors(fit.model, fit.value)[0], rows.shares(fit.model, fit.value)
     for at, index in enumerate(usable):
-        if kept[at] < _SHORTEST or index in case.notes:
+        if kept[at] < _SHORTEST or case.notes[index]:
             continue
-        row, limit = rows[[at]], _CLEARLY * joint[at]
-        own = float((row.residuals(fit.model, Fit(fit.model, row).value) * row.scale).sum())
+        row = rows[[at]]
+        own, limit = row.shares(fit.model, Fit(fit.model, row).value)[0], _CLEARLY * joint[at]
         if own < limit:  # either another decay or a restart explains the interval
-            time, residual = _locate_start(fit, row)
-            if residual < min(limit, 1.5 * own):
+            time = _locate_start(fit.model, fit.value, row, row)
+            if row.shares(fit.model.begun(time), fit.value)[0] < min(limit, 1.5 * own):
                 restarts[index] = time
     return restarts
 
 
-def _locate_start(fit: Fit, row: Intervals) -> tuple[float, float]:
-    """Return the time in an interval at which the average started from the weights, and the scaled residual."""
-
-    def left(time: float) -> FloatArray:
-        return row.residuals(replace(fit.model, starts=(0.0, time)), fit.value)
-
-    def cost(weights: FloatArray, time: float) -> float:
-        return float((left(time) * weights).sum())
-
-    weights, times = row.scale, np.linspace(row.begin[0], row.end[0], 51)
-    for _ in range(3):
-        time = argmin(functools.partial(cost, weights), times)
-        weights = 1 / np.maximum(left(time), 1e-2 / row.scale)
-    return time, cost(row.scale, time)
+def _locate_start(model: Model, value: float, rows: Intervals, within: Intervals) -> float:
+    """Return the time in one interval at which the average started from the weights, by the residuals of `rows`."""
+    times = np.linspace(within.begin[0], within.end[0], 51)
+    return rows.search(lambda time: rows.residuals(model.begun(time), value), times)[0]
 
 
 # --- verdicts
 
-_HOW = {
-    "does not move": "the average does not move while the weights do: is its update called, and on the same tensors "
-    "that are saved (names after torch.compile, shards of ZeRO-3)?",
-    "equals the weights": "the average is equal to the weights: it is copied, or its decay is 0",
-}
-_UNEXPLAINED = (
-    "the weights at these checkpoints do not explain how the average moves between them: they forget faster than "
-    "checkpoints are apart, or are of another run"
-)
-_AWAY = "the average moves away from the weights, as if the sign of its update were wrong"
-
 
 def _judge(case: _Case) -> Audit:
     """Return the audit of an average from its intervals."""
-    claimed = None if case.model.value is None else case.model.parameter(case.model.value)
-    elements = sum(values.shape[1] for values in case.series.values)
-    base = Audit(case.name, "", "", case.model.what, claimed=claimed, elements=elements)
+    model, elements = case.model, sum(values.shape[2] for values in case.series.values)
+    claimed = None if model.claimed is None else model.parameter(model.claimed)
+    audit = Audit(case.name, "undetermined", "", model.what, claimed=claimed, elements=elements)
     if not case.used.any():
-        return replace(base, verdict="undetermined", text="the weights stand still between these checkpoints")
-    for mask, verdict in ((case.still, "does not move"), (case.equal, "equals the weights")):
-        if mask[case.used].all():
-            return replace(base, verdict=verdict, text=_HOW[verdict])
+        return replace(audit, text="the weights stand still between these checkpoints")
+    if case.still[case.used].all():
+        text = "the average does not move while the weights do: is its update called, and on the same tensors that are"
+        text += " saved (names after torch.compile, shards of ZeRO-3)?"
+        return replace(audit, verdict="does not move", text=text)
+    if case.equal[case.used].all():
+        text = "the average is equal to the weights: it is copied, or its decay is 0"
+        return replace(audit, verdict="equals the weights", text=text)
     if not case.usable:
-        return replace(base, verdict="undetermined", text="in no interval do both the weights and the average move")
-    fit, rivals = _explain(case)
-    model = fit.model
+        return replace(audit, text="in no interval do both the weights and the average move")
+    fit, rivals, starts = _explain(case)
     value, sigma = refine(fit, case.series, case.kept, *case.stretch)
-    found, rising = _final_parameter(model, value, case.end)
+    found, rising = fit.model.at_end(value, case.end)
     audit = replace(
-        base,
-        what=model.what,
-        found=found,
-        length=None if rising else model.length(value),
+        audit,
+        what=fit.model.what,
+        length=None if rising else fit.model.length(value),
         uncertainty=None if rising else sigma,
-        warm_up=model.warm_up,
-        starts=case.times(_BEGINS) + case.times(_AGAIN),
-        is_late=bool(case.times(_BEGINS)),
-        intervals=tuple(_interval(case.rows[[i]], fit, str(case.notes.get(i, ""))) for i in range(len(case.rows.end))),
+        warm_up=fit.model.warm_up,
+        starts=tuple(starts[index] for index in sorted(starts)),
+        is_late=any(index in (0, case.begin) for index in starts),
+        intervals=tuple(_interval(case.rows[[index]], fit, note) for index, note in enumerate(case.notes)),
     )
     if rivals:
-        choices = tuple(_in_words(each.model, each.value) for each in (fit, *rivals))
+        choices = tuple(_in_words(each) for each in (fit, *rivals))
         text = f"the files show it about equally as {', and as '.join(choices)}"
-        return replace(audit, verdict="undetermined", text=text, found=None, choices=choices)
-    if restarts := case.times(_AGAIN):
-        near = " and ".join(f"{time:,.0f}" for time in restarts)
-        text = f"began again from the weights near step {near}: the average was lost, or reset, at a resume"
+        return replace(audit, text=text, choices=choices)
+    if restarts := audit.starts[audit.is_late :]:
+        text = f"began again from the weights near step {_steps(restarts)}: the average was lost, or reset, at a resume"
         text += f"; its decay is {found:.7g} " + ("at the end, still rising" if rising else f"(± {sigma:.1%})")
-        return replace(audit, verdict="began again", text=text)
+        return replace(audit, verdict="began again", text=text, found=found)
     unexplained = [interval.unexplained for interval in audit.intervals if not interval.note]
-    if value <= 0 or (model.what == "decay" and unexplained and np.median(unexplained) > _FOREIGN):
-        return replace(audit, verdict="undetermined", text=_AWAY if value <= 0 else _UNEXPLAINED, found=None)
-    lost = tuple(dict.fromkeys(np.array(case.tensors)[case.still | case.equal].tolist()))
-    if lost:
+    if not fit.model.is_power and unexplained and np.median(unexplained) > _FOREIGN:
+        text = "the weights at these checkpoints do not explain how the average moves between them: they forget faster"
+        text += " than checkpoints are apart, or are of another run"
+        gram = case.rows.gram.sum(axis=1)
+        away, moved = gram[:, 0, 1] - gram[:, 1, 1], gram[:, 0, 0] + gram[:, 1, 1] - 2 * gram[:, 0, 1]
+        if np.median(away / np.sqrt((gram[:, 1, 1] * moved).clip(1e-300))) > _AWAY:
+            text = "the average moves away from the weights, as if the sign of its update were wrong"
+        return replace(audit, text=text)
+    if lost := tuple(dict.fromkeys(np.array(case.tensors)[case.still | case.equal].tolist())):
         how = "are not followed" if case.still.any() else "are copied"
         named = ", ".join(lost[:3]) + f" and {len(lost) - 3} more" * (len(lost) > 3)
         text = f"{len(lost)} of {len(set(case.tensors))} tensors {how}, while the others are averaged: {named}"
-        return replace(audit, verdict="some tensors", text=text, tensors=lost)
-    return _compare_lengths(audit, case, model, value)
+        return replace(audit, verdict="some tensors", text=text, tensors=lost, found=found)
+    return _compare_lengths(audit, case, fit.model, value, sigma)
 
 
-def _compare_lengths(audit: Audit, case: _Case, model: Model, value: float) -> Audit:
+def _compare_lengths(audit: Audit, case: _Case, model: Model, value: float, sigma: float) -> Audit:
     """Return the audit with the verdict on the found length, against the claimed one if there is a claim."""
-    sigma, unit, rows = audit.uncertainty or 0.0, case.unit, case.rows[case.usable]
-    length, spacing = model.length(value), float((rows.end - rows.begin).min())
-    claimed = None if model.value is None else model.length(model.value)
-    if model.what == "decay" and max(length, claimed or 0.0) < _SHORTEST * spacing:
+    rows, unit, length = case.rows[case.usable], case.unit, model.length(value)
+    found, rising = model.at_end(value, case.end)
+    sigma, shortest = 0.0 if rising else sigma, _SHORTEST * float((rows.end - rows.begin).min())
+    claimed = None if model.claimed is None else model.length(model.claimed)
+    if not model.is_power and max(length, claimed or 0.0) < shortest:
+        text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time between these checkpoints"
         closer = f"checkpoints closer than {max(1, (claimed or length) / _SHORTEST):,.0f} {unit} would show it"
-        text = f"its time constant is below {_SHORTEST * spacing:,.3g} {unit}, too short for the time between these"
-        return replace(audit, verdict="undetermined", text=f"{text} checkpoints; {closer}", found=None)
+        return replace(audit, text=f"{text}; {closer}")
     if sigma > _VAGUE and (claimed is None or abs(math.log(length / claimed)) < _BEYOND_DOUBT * sigma):
-        text = f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
-        return replace(audit, verdict="undetermined", text=text, found=None)
-    reached, rising = _final_parameter(model, value, case.end)
-    shown = f"{model.what} {reached:.7g}, a time constant of {length:,.4g} {unit} (± {sigma:.1%})"
-    if model.what == "sigma_rel":
-        shown = f"sigma_rel {reached:.4g} (± {sigma:.1%})"
-    if model.warm_up:
-        rule = model.decay.rule  # type: ignore[attr-defined]
-        shown = f"decay {reached:.7g} at the end, still rising by {rule}" if rising else f"{shown}, reached by {rule}"
-    if starts := case.restarts or audit.starts:
-        shown += f"; begun from the weights near step {' and '.join(f'{time:,.0f}' for time in starts)}"
+        return replace(audit, text=f"the checkpoints do not show its length (± {min(sigma, 1):.0%})")
+    if model.is_power:
+        shown = f"sigma_rel {found:.4g} (± {sigma:.1%})"
+    elif rising:
+        shown = f"decay {found:.7g} at the end, still rising by {model.rule.rule}"
+    else:
+        shown = f"decay {found:.7g}, a time constant of {length:,.4g} {unit} (± {sigma:.1%})"
+        shown += f", reached by {model.rule.rule}" * bool(model.warm_up)
+    if starts := case.model.starts[1:] or audit.starts:
+        shown += f"; begun from the weights near step {_steps(starts)}"
     if claimed is None:
-        return replace(audit, verdict="found", text=shown)
-    ratio = length / claimed
-    audit = replace(audit, ratio=ratio)
-    slack = max(math.log(_SLACK), 3 * sigma)
-    if abs(math.log(ratio)) <= slack:
-        return replace(audit, verdict="as claimed", text=f"{shown}, as claimed")
+        return replace(audit, verdict="found", text=shown, found=found)
+    ratio, slack = length / claimed, max(math.log(_SLACK), 3 * sigma)
+    text, factor = f"{shown}, as claimed", max(ratio, 1 / ratio)
+    audit = replace(audit, verdict="as claimed", text=text, found=found, ratio=ratio)
+    if math.log(factor) <= slack:
+        return audit
     if case.counts_calls and ratio > 1 and abs(math.log(ratio / round(ratio))) <= slack:
-        text = f"{shown}, as claimed if it is updated at about every {round(ratio)}th call, which its files do not say"
-        return replace(audit, verdict="as claimed", text=text)
-    factor = max(ratio, 1 / ratio)
-    text = f"{factor:.3g} times too {'long' if ratio > 1 else 'short'}: {shown}, not {audit.claimed:.7g}"
+        text += f" if it is updated at about every {round(ratio)}th call, which its files do not say"
+        return replace(audit, text=text)
+    verdict = "too long" if ratio > 1 else "too short"
     factors = " to ".join(dict.fromkeys(f"{factor * math.exp(sign * sigma):.3g}" for sign in (-1, 1)))
+    usual = f"updated {factors} times a step: once a microbatch, or by each of so many processes"
     if ratio > 1:
-        usual = "updated at every k-th step only, or of steps that are counted twice"
-        return replace(audit, verdict="too long", text=f"{text}; as if {usual} (k = {factors})")
-    usual = "once a microbatch, or by each of so many processes"
-    return replace(audit, verdict="too short", text=f"{text}; as if updated {factors} times a step: {usual}")
+        usual = f"updated at every k-th step only, or of steps that are counted twice (k = {factors})"
+    text = f"{factor:.3g} times {verdict}: {shown}, not {audit.claimed:.7g}; as if {usual}"
+    return replace(audit, verdict=verdict, text=text)
 
 
-def _in_words(model: Model, value: float) -> str:
+def _steps(times: Sequence[float]) -> str:
+    return " and ".join(f"{time:,.0f}" for time in times)
+
+
+def _in_words(fit: Fit) -> str:
     """Return the settings of an import that make averages of a model, in words."""
-    if model.what == "sigma_rel":
-        return f"sigma_rel {model.parameter(value):.3g}"
-    return f"decay {min(model.parameter(value), 0.999999):.6g} with warm-up {model.warm_up or 'none'}"
-
-
-def _final_parameter(model: Model, value: float, end: float) -> tuple[float, bool]:
-    """Return the decay or sigma_rel at the end, and whether a warm-up is still below the decay that it leads to."""
-    parameter = model.parameter(value)
-    if not model.warm_up:
-        return parameter, False
-    last = math.exp(-float(np.diff(model.forgotten(value, np.array([end - model.every, end])))[0]))
-    return min(parameter, last), model.value is None and parameter > last + 1e-9
+    parameter = fit.model.parameter(fit.value)
+    if fit.model.is_power:
+        return f"sigma_rel {parameter:.3g}"
+    return f"decay {min(parameter, 0.999999):.6g} with warm-up {fit.model.warm_up or 'none'}"
 
 
 def _interval(row: Intervals, fit: Fit, note: str) -> Interval:
     """Return the findings of one interval alone; a warm-up as the constant decay that forgets as much."""
     model, (begin,), (end,) = fit.model, row.begin.tolist(), row.end.tolist()
-    plain = PowerModel() if model.what == "sigma_rel" else Model(None, model.every)
+    plain = replace(model, rule=model.rule if model.is_power else DecayRule(0.5), claimed=None, starts=(0.0,))
     found = plain.length(Fit(plain, row).value) if row.gram[..., 2, 2].any() else math.nan
     claimed = None
-    if model.value is not None:
-        forgotten = float(np.diff(model.forgotten(model.value, np.array([begin, end])))[0])
-        is_width = model.what == "sigma_rel"
-        claimed = model.length(model.value) if is_width else plain.length(forgotten / (end - begin))
-    moved = row.gram[..., 0, 0] + row.gram[..., 1, 1] - 2 * row.gram[..., 0, 1]
+    if model.claimed is not None:
+        began = replace(model, starts=tuple(start for start in model.starts if start <= begin) or (begin,))
+        rate = float(np.diff(began.forgotten(model.claimed, np.array([begin, end])))[0]) / (end - begin)
+        claimed = model.length(model.claimed) if model.is_power else plain.length(rate)
+    moved = float((row.gram[..., 0, 0] + row.gram[..., 1, 1] - 2 * row.gram[..., 0, 1]).sum())
     left = max(float(row.residuals(model, fit.value).sum()), 0.0)
-    return Interval(begin, end, found, claimed, math.sqrt(left / max(float(moved.sum()), 1e-300)), note)
+    return Interval(begin, end, found, claimed, math.sqrt(left / max(moved, 1e-300)), note)
 
 
-# --- runs
+# --- sources
 
 
 def audit_sources(sources: Sequence[Source], claimed: float | None = None, every: int = 1) -> list[Audit]:
-    """Audit every average of a run against its weights.
+    """Audit every average among the checkpoints of a run against the weights at the same times.
 
     Arguments:
-        sources: sources of one run: checkpoints of averages and of weights at the same times; or snapshots of a
-            tracker, whose headers hold a sample of both.
+        sources: sources of one run.
         claimed: claimed decay of the averages; by default the one that their files or the import say.
         every: steps between updates where neither files nor settings say them.
 
@@ -481,81 +364,80 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None, every
     """
     if claimed is not None and not 0 < claimed < 1:
         raise InvalidValueError("claimed", "must lie in (0, 1)", value=claimed)
-    snapshots = [one for one in sources if isinstance(one, Snapshot)]
-    audits = list(_audit_snapshots(snapshots) if snapshots else _audit_checkpoints(sources, claimed, every))
+    audits = list(_audits([one for one in sources if isinstance(one, Checkpoint)], claimed, every))
     if not audits:
         reason = "holds no two times at which there are an average and the weights"
         raise InvalidValueError("the run", reason, "an audit compares the two between checkpoints")
     return audits
 
 
-def _audit_checkpoints(sources: Sequence[Source], claimed: float | None, every: int) -> Iterator[Audit]:
+def _audits(checkpoints: Sequence[Checkpoint], claimed: float | None, every: int) -> Iterator[Audit]:
     """Yield the audit of each average, by sigma_rel."""
-    files = [source for source in sources if source.files]
-    weights = {source.t: source for source in files if isinstance(source.profile, Point)}
-    by_width: dict[float, list[Source]] = {}
-    for source in files:
-        if not isinstance(source.profile, Point) and source.t in weights:
-            by_width.setdefault(source.sigma_rel, []).append(source)
+    weights = {one.t: one for one in checkpoints if isinstance(one.profile, Point)}
+    by_width: dict[float, list[Checkpoint]] = {}
+    for one in checkpoints:
+        if not isinstance(one.profile, Point) and one.t in weights:
+            by_width.setdefault(one.sigma_rel, []).append(one)
     for width, averages in sorted(by_width.items()):
         if len(averages) < 2:
             continue
-        first, name = averages[0], f"sigma_rel {width:g}" if width else ""
-        pieces = choose_pieces({name: first.entries[name].size for name in first.averages})
-        pairs = [(weights[average.t], average) for average in averages]
-        before = max((t for t in weights if t < first.t), default=None)
-        if before is not None and len(averages) == sum(t > before for t in weights) and _may_begin(first, before):
+        pairs, first = [(weights[average.t], average) for average in averages], averages[0]
+        before = max((t for t in weights if t < first.t), default=math.inf)
+        if len(averages) == sum(t > before for t in weights) and _may_begin(first, before):
             pairs = [(weights[before],) * 2, *pairs]
-        model, starts = _claim(averages, width, claimed, every)
-        updates = getattr(averages[-1], "updates", None)
-        calls = updates is not None and updates.counts_calls and getattr(model, "decay", DecayRule(0.5)).stride == 1
-        series, names = read_series(pairs, pieces), [name for name, *_ in pieces]
-        yield _judge(_Case(name, series, names, model, starts, first.t_unit, calls))
+        model, updates = _claim(averages, claimed, every), averages[-1].updates
+        calls = updates is not None and updates.counts_calls and model.rule.stride == 1
+        yield _judge(_Case(f"sigma_rel {width:g}" if width else "", *_read(pairs), model, first.t_unit, calls))
 
 
-def _may_begin(first: Source, before: float) -> bool:
+def _may_begin(first: Checkpoint, before: float) -> bool:
     """Return whether nothing says that an average began before the last file without it, so that it began later."""
-    updates, settings = getattr(first, "updates", None), getattr(first.profile, "settings", {})
-    return (
-        updates is not None and updates.count is None and settings.get("first", 0) - settings.get("every", 0) < before
-    )
+    settings = getattr(first.profile, "settings", {"first": 0, "every": 0})
+    return first.updates is not None and first.updates.count is None and settings["first"] - settings["every"] < before
 
 
-def _claim(
-    averages: Sequence[Source], width: float, claimed: float | None, every: float
-) -> tuple[Model, tuple[float, ...]]:
-    """Return the model that averages are claimed to follow, and the restarts that their settings say."""
-    profiles = [source.profile for source in averages if isinstance(source.profile, OrdinaryEMA)]
-    settings = dict(profiles[-1].settings) if profiles else {}
+def _claim(averages: Sequence[Checkpoint], claimed: float | None, every: float) -> Model:
+    """Return the model that averages are claimed to follow, with the restarts that their settings say."""
+    profiles = [one.profile for one in averages if isinstance(one.profile, OrdinaryEMA)]
+    width, settings = averages[-1].sigma_rel, dict(profiles[-1].settings) if profiles else {}
+    every = settings.pop("every", 0.0 if width else every)
+    starts = [profile.settings["first"] - every for profile in profiles] or [0.0]
+    restarts = [start for start, before in zip(starts[1:], profiles, strict=False) if start >= before.t]
+    model = Model(every=every, starts=(starts[0], *restarts))
     if width:
-        every, first = settings.get("every", 0.0), settings.get("first", 0.0)
-        return PowerModel(gamma_from_sigma_rel(width) + 1, every, (float(first - every),)), ()
-    decay: float | None = getattr(averages[-1], "decay", 0.0) or None
-    if claimed is not None:
-        settings["decay"] = decay = claimed
-    every = settings.pop("every", every)
-    first = [profile.settings["first"] for profile in profiles] or [every]
-    restarts = tuple(float(b - every) for b, before in zip(first[1:], profiles, strict=False) if b - every >= before.t)
-    if decay is None:
-        return Model(None, every), restarts
-    settings = {name: value for name, value in settings.items() if name not in ("updates", "first")}
-    if settings.get("warm_up") or settings.get("copies", 0) > 1:
-        starts = (float(first[0] - every), *restarts)
-        return WarmModel(1.0, every, starts, DecayRule(**settings)), restarts
-    return Model(-math.log(decay) / every, every), restarts
+        return replace(model, rule=DecayRule(0.5, POWER_FUNCTION), claimed=gamma_from_sigma_rel(width) + 1)
+    if decay := claimed or averages[-1].decay:
+        settings = {name: value for name, value in settings.items() if name not in ("updates", "first")}
+        model = replace(model, rule=DecayRule(**settings | {"decay": decay}))
+        return replace(model, claimed=1.0 if model.rises else -math.log(decay) / every)
+    return model
 
 
-def _audit_snapshots(snapshots: Sequence[Snapshot]) -> Iterator[Audit]:
-    """Yield the audit of each tracked average, from the samples of weights and average in the headers."""
-    last = snapshots[-1]
-    names = [name for name, _ in places({name: last.entries[name].shape for name in last.averages})]
-    cuts = np.array_split(np.arange(len(names)), min(PIECES, len(names)))
-    for width in sorted({one.sigma_rel for one in snapshots}):
-        read = [(one.t, decode_sample(one.sample)) for one in snapshots if one.sigma_rel == width and one.sample]
-        read = [(t, sample) for t, sample in read if len(sample[0]) == len(names)]
-        if len(read) > 1:
-            rows = np.array([*(weights for _, (weights, _) in read), *(average for _, (_, average) in read)])
-            times, rounding = np.array([t for t, _ in read]), np.zeros((len(read), len(cuts)))
-            series = Series(times, [rows[:, cut] for cut in cuts], rounding)
-            model = PowerModel(gamma_from_sigma_rel(width) + 1)
-            yield _judge(_Case(f"sigma_rel {width:g}", series, [names[cut[0]] for cut in cuts], model))
+def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[str]]:
+    """Read pieces of the tensors at all times, of each tensor equally many elements; return their names.
+
+    Raises NonFiniteError for nan or infinity.
+    """
+    first = pairs[-1][1]
+    sizes = {name: first.entries[name].size for name in sorted(first.averages) if first.entries[name].size}
+    most, parts = _MOST_ELEMENTS // len(sizes), -(-_PIECES // len(sizes))
+    pieces = []
+    for name, size in sizes.items():
+        each = max(1, min(size, most) // parts)
+        starts = np.unique(np.linspace(0, size - each, min(parts, size)).astype(np.int64)).tolist()
+        pieces += [ElementRange(name, start, start + each) for start in starts]
+    ends = np.cumsum([piece.end - piece.begin for piece in pieces])
+    rows = np.empty((2, len(pairs), ends[-1]), np.float32)
+    rounding = np.zeros((len(pairs), len(pieces)))
+    for at, pair in enumerate(pairs):
+        for source, row in zip(pair, rows[:, at], strict=True):
+            with source:
+                held = [source.values(*piece) for piece in pieces]
+            for values, piece in zip(held, pieces, strict=True):
+                if not np.isfinite(values).all():
+                    raise NonFiniteError(source.path, f"tensor {piece.name!r}: holds nan or infinity")
+            row[:] = np.concatenate(held)
+        dtypes = [source.entries[piece.name].dtype for piece in pieces]
+        rounding[at] = [expected_rounding(values, dtype, "F32") for values, dtype in zip(held, dtypes, strict=True)]
+    series = Series(np.array([average.t for _, average in pairs]), np.split(rows, ends[:-1], axis=2), rounding)
+    return series, [piece.name for piece in pieces]

@@ -23,22 +23,21 @@ from posthoc_cli.snapshots.directory import inspect_directory, is_import
 log = logging.getLogger(__name__)
 
 
+_VAGUE = 0.05
+"""Largest relative uncertainty of a long time constant that an import accepts. It accepts more for one that is shorter
+than the time between checkpoints: such an average is almost the weights."""
+
+_LATE = 0.1  # uncertainty of the time of a restart that was found, relative to the time between two checkpoints
+
+
 @dataclass(frozen=True)
 class Import:
-    """The result of an import.
-
-    Attributes:
-        checkpoints: the imported checkpoints.
-        out: folder of the run; None in a dry run without an output.
-        checks: results of the comparison of settings and files, a line each.
-        written: whether anything was written: not in a dry run, and not if the run existed already.
-        dry_run: whether this was a dry run.
-    """
+    """The result of an import."""
 
     checkpoints: tuple[Checkpoint, ...]
-    out: Path | None
-    checks: tuple[str, ...]
-    written: bool
+    out: Path | None  # folder of the run; None in a dry run without an output
+    checks: tuple[str, ...]  # results of the comparison of settings and files, a line each
+    written: bool  # not in a dry run, and not if the run existed already
     dry_run: bool
 
     @property
@@ -103,13 +102,15 @@ def import_checkpoints(
     profiles = [one.profile for one in found if isinstance(one.profile, OrdinaryEMA)]
     if profiles and given.update_every is None:  # known from all files together: one alone may not show it
         given = replace(given, update_every=profiles[-1].settings["every"])
+    checks: list[str] = []
     if not all(one.is_known for one in found):
         given, checks = _find_decay(found, given)
-    else:
+    elif profiles:
         given, checks = _check_decay(found, given)
     found = checked_run([one.with_settings(given) for one in found])
-    by_kind = [(kind, [one for one in found if one.kind == name]) for name, kind in TABLE.items()]
-    checks += [kind.check(checkpoints, given) for kind, checkpoints in by_kind if checkpoints and kind.check]
+    for name, kind in TABLE.items():
+        if kind.check and (of_kind := [one for one in found if one.kind == name]):
+            checks.append(kind.check(of_kind, given))
     written = False
     if target is not None and not dry_run:
         files.check_parent("out", target)
@@ -134,20 +135,15 @@ def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[I
         vague = " the files show it too vaguely:" * (audit.verdict == "found")
         hint = "say which width or decay the EMAs have"
         raise InvalidValueError("sigma_rels" if is_power else "ema_decay", f"must be given:{vague} {audit.text}", hint)
+    taken = ""
     if is_power:
-        width = float(f"{audit.found:.4g}")
-        settings = replace(given, sigma_rels=(width,), ema_uncertainty=sigma)
-        taken = ""
+        found: dict[str, Any] = {"sigma_rels": (float(f"{audit.found:.4g}"),), "ema_uncertainty": sigma}
     else:
-        decay = _round_decay(audit.found, sigma)
-        settings = replace(
-            given,
-            ema_decay=decay,
-            ema_warmup=given.ema_warmup or audit.warm_up or "none",
-            ema_uncertainty=sigma if decay == audit.found else sigma / 2,  # a rounded decay is probably exact
-        )
-        taken = f"; taken as {decay:g}" * (decay != audit.found)
-    settings = _with_starts(settings, audit)
+        decay, warm_up = _round_decay(audit.found, sigma), given.ema_warmup or audit.warm_up or "none"
+        if decay != audit.found:  # it is probably exact
+            sigma, taken = sigma / 2, f"; taken as {decay:g}"
+        found = {"ema_decay": decay, "ema_warmup": warm_up, "ema_uncertainty": sigma}
+    settings = _with_starts(replace(given, **found), audit)
     if settings.update_after_step is None and any(one.updates and one.updates.counts_calls for one in sources):
         settings = replace(settings, update_after_step=0)
     return settings, [f"found: {audit.text}{taken}"]
@@ -157,19 +153,9 @@ def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
     """Return the settings with the starts that an audit found, unless they say any."""
     if not audit.starts or given.ema_restarts or given.update_after_step is not None:
         return given
-    starts = tuple(sorted(map(round, audit.starts)))
-    late = round(_LATE * audit.spacing)
-    if audit.is_late:
-        return replace(given, ema_late=late, update_after_step=starts[0], ema_restarts=starts[1:])
-    return replace(given, ema_late=late, ema_restarts=starts)
-
-
-_VAGUE = 0.05
-"""Largest relative uncertainty of a long time constant that an import accepts. It accepts more for one that is shorter
-than the time between checkpoints: such an average is almost the weights."""
-
-_LATE = 0.1
-"""Uncertainty of the time of a restart that was found, relative to the time between two checkpoints."""
+    starts, late = tuple(map(round, audit.starts)), round(_LATE * audit.spacing)
+    begin = starts[0] if audit.is_late else None
+    return replace(given, ema_late=late, update_after_step=begin, ema_restarts=starts[audit.is_late :])
 
 
 def _round_decay(decay: float, uncertainty: float) -> float:
@@ -186,8 +172,6 @@ def _round_decay(decay: float, uncertainty: float) -> float:
 
 def _check_decay(found: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:
     """Compare the known decay of ordinary EMAs with the files; return the settings with starts, and lines about it."""
-    if not any(isinstance(one.profile, OrdinaryEMA) for one in found):
-        return given, []
     try:
         audits = audit_sources(found)
     except InvalidValueError:

@@ -127,7 +127,7 @@ def _verdict(found: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
 
 
 def audit(
-    directory: str = Argument(..., metavar="DIR", help="Checkpoints with an average and the weights, or snapshots."),
+    directory: str = Argument(..., metavar="DIR", help="Checkpoints with an average and the weights."),
     claimed: float | None = options.RUN(
         None, metavar="DECAY", show_default="from the files or the import", help="The decay that it should have."
     ),
@@ -139,7 +139,7 @@ def audit(
 
     Compares averages with the weights in the same checkpoints, from one to the next, on a sample of 100,000 elements.
     Shows the decay of each interval, and what is wrong: a wrong sign, an update per microbatch, an average that does
-    not move or that was restarted at a resume. For a tracker's snapshots it shows the sigma_rel.
+    not move or that was restarted at a resume.
 
     Exit code 1 if an average is not what it claims to be.
     """

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -201,6 +201,23 @@ def files_of(layout: str, entries: Mapping[str, Entry], shard_bytes: int) -> tup
     return parts, index if split.is_sharded else {}
 
 
+class Alone:
+    """The one process that writes outputs; `writing.Ranks` are several, each of which writes some of the files."""
+
+    rank, world = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in their order."""
+        return [value]
+
+    def together(self) -> AbstractContextManager[None]:
+        """Return a block for all processes, in which an error in one of them is an error in all."""
+        return nullcontext()
+
+
+ALONE = Alone()
+
+
 def write_outputs(
     paths: Sequence[Path],
     layout: str,
@@ -210,41 +227,48 @@ def write_outputs(
     others: Others = MappingProxyType({}),
     overwrite: bool = False,
     container: Path | None = None,
+    ranks: Alone = ALONE,
 ) -> None:
     """Write outputs of the same tensors, each with its header, and create the folder that contains them.
 
     `fill` writes the tensors of a file into each output. No output appears before all are complete, except for shards
-    in an object store.
+    in an object store. Of several processes each writes to temporary folders of its own; the first moves the files of
+    all into its own folders, and gives these their names; to a store each sends its files, and the first the index.
 
     Raises:
         WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
         OutputExistsError: an output already exists, and `overwrite` is False.
     """
-    sizes = [*map(nbytes, parts.values())]
-    copied = sum(other.stat().st_size for other in others.values() if isinstance(other, Path))
-    check_space(paths[0], len(paths) * ((max if files.is_url(paths[0]) else sum)([0, *sizes]) + copied))
+    rank, world, is_remote = ranks.rank, ranks.world, files.is_url(paths[0])
+    own = {name: parts[name] for name in [*parts][rank::world]}
     with ExitStack() as stack:
-        if container is not None:
-            stack.enter_context(files.new_directory(container))
-        outputs = [
-            stack.enter_context(Output(path, layout, parts, header, others, overwrite))
-            for path, header in zip(paths, headers, strict=True)
-        ]
-        fill_files(outputs, parts, fill)
-        for output in outputs:
-            output.publish()
-
-
-def fill_files(
-    outputs: Sequence[Output], parts: Parts, fill: Callable[[Sequence[Output], Mapping[str, Entry]], None]
-) -> None:
-    """Have one file after the other written, of all outputs at the same time."""
-    for name, entries in parts.items():
-        for output in outputs:
-            output.begin(name)
-        fill(outputs, entries)
-        for output in outputs:
-            output.finish()
+        with ranks.together():
+            sizes = [0, *map(nbytes, parts.values())]
+            copied = sum(other.stat().st_size for other in others.values() if isinstance(other, Path))
+            if is_remote or not rank:
+                check_space(paths[0], len(paths) * ((max if is_remote else sum)(sizes) + copied))
+            if container is not None:
+                stack.enter_context(files.new_directory(container))
+            outputs = [
+                stack.enter_context(Output(path, layout, own, header, {} if rank else others, overwrite))
+                for path, header in zip(paths, headers, strict=True)
+            ]
+        with ranks.together():
+            for name, entries in own.items():
+                for output in outputs:
+                    output.begin(name)
+                fill(outputs, entries)
+                for output in outputs:
+                    output.finish()
+        places = ranks.gather([output.place for output in outputs])
+        with ranks.together():
+            for target, output in enumerate(outputs if not rank else ()):
+                for number, name in enumerate(() if is_remote else parts):
+                    if owner := number % world:
+                        output.take(places[owner][target] / name)
+                output.publish()
+        for output in outputs if rank and is_remote else ():
+            output.publish()  # nothing is left to send
 
 
 class Output:
@@ -264,7 +288,7 @@ class Output:
         self, path: Path, layout: str, parts: Parts, header: Header, others: Others = MappingProxyType({}),
         overwrite: bool = False,
     ) -> None:  # fmt: skip
-        self._parts, self._header, self._others = parts, header, others
+        self._path, self._parts, self._header, self._others = path, parts, header, others
         files.check_parent("out", path)
         if not files.is_url(path.parent):
             files.remove_leftovers(path.parent)
@@ -357,9 +381,8 @@ class Output:
 
     @property
     def place(self) -> Path:
-        """The temporary folder."""
-        assert self._folder is not None, "the caller makes a folder"
-        return self._folder.temporary
+        """The temporary folder, or of a file its path."""
+        return self._path if self._folder is None else self._folder.temporary
 
     @property
     def _writer(self) -> TensorFileWriter:

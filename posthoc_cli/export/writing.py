@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -25,13 +25,13 @@ from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError, PostHocError, RankError
 from posthoc_cli.export.layouts import (
+    ALONE,
     PICKLES,
+    Alone,
     Header,
     Output,
     OutputOptions,
-    check_space,
     files_of,
-    fill_files,
     output_paths,
     write_outputs,
 )
@@ -128,19 +128,19 @@ class Outputs:
                 files.check_parent("out", self.container or path)
         self.paths = [] if asked.dry_run else paths
 
-    def write(self, plan: Plan, progress: ProgressBar = no_bar) -> SynthesisReport:
-        """Make the targets of a plan."""
+    def write(self, plan: Plan, progress: ProgressBar = no_bar, ranks: Alone = ALONE) -> SynthesisReport | None:
+        """Make the targets of a plan, or this rank's share of them; return None in all ranks but the first."""
         taken: tuple[str, ...] = ()
         if self.paths:
-            with progress("synthesizing", plan.read_bytes) as advance:
-                options = replace(self.options, progress=advance)
-                taken = write_synthesis(plan, self.paths, options, self.container, self._like)
-        return self.report(plan, taken)
-
-    def report(self, plan: Plan, taken: tuple[str, ...] = ()) -> SynthesisReport:
-        """Return the report of a plan that is finished now."""
+            workers = self.options.workers
+            if ranks.world > 1:  # ranks of one machine share its cores
+                workers = max(1, worker_count() // _local_rank()[1])
+            with (no_bar if ranks.rank else progress)("synthesizing", plan.read_bytes // ranks.world) as advance:
+                options = replace(self.options, workers=workers, progress=advance)
+                taken = write_synthesis(plan, self.paths, options, self.container, self._like, ranks)
         seconds = time.perf_counter() - self._started
-        return SynthesisReport(plan, tuple(self.paths), taken, str(self.options.device), seconds)
+        report = SynthesisReport(plan, tuple(self.paths), taken, str(self.options.device), seconds)
+        return None if ranks.rank else report
 
 
 def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: OutputOptions) -> None:
@@ -170,6 +170,7 @@ def write_synthesis(
     options: OutputOptions = OutputOptions(),
     container: Path | None = None,
     like: ModelFolder | None = None,
+    ranks: Alone = ALONE,
 ) -> tuple[str, ...]:
     """Synthesize every target of a plan into its path; see also `write_outputs`.
 
@@ -177,12 +178,13 @@ def write_synthesis(
     """
     if like is None:
         layout = options.layout_of(paths[0])
-        parts, others = files_of(layout, plan.entries, options.shard_bytes)
+        most = min(options.shard_bytes, max(1, -(-plan.nbytes // ranks.world)))
+        parts, others = files_of(layout, plan.entries, most)
     else:
         plan, parts = like.arranged(plan)
         layout, others = "like", like.others
     fill = partial(_fill, plan, options, like)
-    write_outputs(paths, layout, parts, _headers(plan), fill, others, options.overwrite, container)
+    write_outputs(paths, layout, parts, _headers(plan), fill, others, options.overwrite, container, ranks)
     return tuple(name for entries in parts.values() for name in entries if name not in plan.entries)
 
 
@@ -213,46 +215,6 @@ def _headers(plan: Plan) -> list[Header]:
     return [(plan.output_info(index).encoded(), kept) for index in range(len(plan.targets))]
 
 
-# --- shards of several processes
-
-
-def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressBar) -> SynthesisReport | None:
-    """Make the shards of this rank, while the other ranks make theirs; return None in all ranks but the first.
-
-    Each rank writes to temporary folders of its own. The first moves the shards of all into its own folders, with the
-    index, and gives these their names; to a store each rank sends its shards, and the first the index at the end.
-    """
-    rank, world, options, paths = ranks.rank, ranks.world, outputs.options, outputs.paths
-    if not paths:
-        return None if rank else outputs.report(plan)
-    is_remote = files.is_url(paths[0])
-    parts, index = files_of("sharded", plan.entries, min(options.shard_bytes, max(1, -(-plan.nbytes // world))))
-    own = {name: parts[name] for name in [*parts][rank::world]}
-    with ExitStack() as stack:
-        with ranks.together():
-            if not (rank or is_remote):
-                check_space(paths[0], len(paths) * plan.nbytes)
-            if outputs.container is not None:
-                stack.enter_context(files.new_directory(outputs.container))
-            others = {} if rank else index
-            opened = [
-                stack.enter_context(Output(path, "sharded", own, header, others, options.overwrite))
-                for path, header in zip(paths, _headers(plan), strict=True)
-            ]
-        with ranks.together(), (no_bar if rank else progress)("synthesizing", plan.read_bytes // world) as advance:
-            workers = max(1, worker_count() // _local_rank()[1])
-            fill_files(opened, own, partial(_fill, plan, replace(options, workers=workers, progress=advance), None))
-        made = ranks.gather([output.place for output in opened])
-        with ranks.together():
-            for target, output in enumerate(opened if not rank else ()):
-                for number, name in enumerate(() if is_remote else parts):
-                    output.take(made[number % world][target] / name)
-                output.publish()
-        for output in opened if rank and is_remote else ():
-            output.publish()  # nothing is left to send
-    return None if rank else outputs.report(plan)
-
-
 # --- processes
 
 
@@ -271,7 +233,7 @@ WAIT = timedelta(minutes=30)
 """The timeout for other ranks to begin, or to finish their current shards."""
 
 
-class Ranks:
+class Ranks(Alone):
     """The process group of a torchrun job, until the end of the `with` block.
 
     Raises:

@@ -183,11 +183,9 @@ class Trial:
     Attributes:
         target: the title of the target, such as `sigma_rel 0.15`; `raw` for raw weights.
         x: the searched value; 0 for raw weights.
-        seed: the seed given to the command; trials of one seed share an offset.
-        value: the metric, finite; None for a failed trial.
-        standard_error: of the value, if the evaluation states one.
+        seed: as given to the command; trials of one seed share an offset.
+        value: the metric, finite; None for a failed trial, of which `error` says why.
         predicted_error: of the weights; None if unknown.
-        error: why the trial failed; None if it succeeded.
         log: the path of its logs without the endings .out and .err, relative to the folder of the sweep.
     """
 
@@ -281,10 +279,8 @@ def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repe
     """Return up to `count` values to measure next, chosen one after another.
 
     Each has the largest expected improvement, over the drawn curves, on the lowest of the best and those chosen before.
-    (Ginsbourger et al., Kriging is well-suited to parallelize optimization, 2010.)
-
-    With `repeat`, and if the metric varies by less than the noise over the range that may contain the best, a value
-    next to a measured one is replaced by it, to be measured with another seed.
+    (Ginsbourger et al., Kriging is well-suited to parallelize optimization, 2010.) With `repeat`, and if the metric
+    varies by less than the noise where the best may be, a measured value replaces one next to it, for another seed.
     """
     known = sorted({trial.x for trial in trials if trial.value is not None})
     places = found.axis.place(known)
@@ -470,15 +466,9 @@ def check_counts(repeats: int, budget: int, axis: Axis) -> None:
 
 @dataclass(frozen=True, repr=False)
 class SweepReport:
-    """The result of a sweep.
+    """The result of a sweep: all its trials, the estimate, why the search ended, and the files of the best average.
 
-    Attributes:
-        metric: its name.
-        trials: all trials; failed ones have an error.
-        stopped: why the search ended.
-        outputs: the files of the best average.
-        settings: what the trials share.
-        again: the command line that repeats the sweep.
+    `settings` are what the trials share; `again` is the command line that repeats the sweep.
     """
 
     metric: str

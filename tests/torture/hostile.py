@@ -116,7 +116,7 @@ def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     THINGS[thing](path, home)
-    outside, temporaries = _outside(home), _temporaries(home)
+    before = _outside(home)
     tally.tried += 1
     with tally.judged(what):
         if not command:
@@ -128,10 +128,11 @@ def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> Non
                 tally.missed.append(f"{what}: ended with {result.code}: {result.err[-500:]!a}")
     if (home / "executed").exists():
         tally.executed.append(f"{what}: the pickle was loaded")
+    now = _outside(home)
     # An output folder that is itself a link is followed, since the user has named it; links in it never are.
-    if _outside(home) != outside and not (place == "out/f" and path.is_symlink()):
+    if now[0] != before[0] and not (place == "out/f" and path.is_symlink()):
         tally.executed.append(f"{what}: something outside was changed")
-    if _temporaries(home) != temporaries:
+    if now[1] != before[1]:
         tally.lost.append(f"{what}: temporaries were left")
 
 
@@ -146,13 +147,10 @@ def _track(home: Path) -> None:
         tracker.update_(model)
 
 
-def _outside(home: Path) -> dict[str, Any]:
-    """Return the names, content and modes of the files of another user."""
-    return {path.name: (path.read_bytes(), path.stat().st_mode) for path in (home / "outside").iterdir()}
-
-
-def _temporaries(home: Path) -> set[Path]:
-    return {path for path in home.rglob("*") if is_temporary(path.name)}
+def _outside(home: Path) -> tuple[dict[str, Any], set[Path]]:
+    """Return the names, content and modes of the files of another user; and all temporary files."""
+    others = {path.name: (path.read_bytes(), path.stat().st_mode) for path in (home / "outside").iterdir()}
+    return others, {path for path in home.rglob("*") if is_temporary(path.name)}
 
 
 # --- checkpoints
