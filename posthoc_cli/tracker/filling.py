@@ -23,17 +23,18 @@ def targets_of(
     """
     tensors = {tensor.name: tensor for tensor in named_tensors(check_model(model))}
     for name, shape in shapes.items():
-        if name not in tensors:
-            raise ModelMismatchError(f"tensor {name!r}", "is in the averaged weights, but the model has no such tensor")
-        tensor = tensors[name].tensor
-        if tensor.is_meta:
+        tensor = tensors[name].tensor if name in tensors else None
+        if tensor is None:
+            reason = "is in the averaged weights, but the model has no such tensor"
+        elif tensor.is_meta:
             raise InvalidValueError("tensor", *ON_META, value=f"{name!r}")
-        held = list(held_part(tensor).shape)
-        if held != list(shape):
+        elif (held := list(held_part(tensor).shape)) == list(shape):
+            continue
+        elif is_sharded(tensor):
+            reason = "is sharded over processes, and this tracker was made before that, or without the model"
+        else:
             reason = f"has the shape {held} in the model, {list(shape)} in the averaged weights"
-            if is_sharded(tensor):
-                reason = "is sharded over processes, and this tracker was made before that, or without the model"
-            raise ModelMismatchError(f"tensor {name!r}", reason)
+        raise ModelMismatchError(f"tensor {name!r}", reason)
     keeps = any(map(is_fully_sharded, model.modules()))
     if dtype is not None and (keeps or any(is_sharded(entry.tensor) for entry in tensors.values())):
         raise InvalidValueError("dtype", "a sharded model keeps the dtypes it has", "leave dtype out", value=dtype)

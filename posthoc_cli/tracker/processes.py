@@ -249,11 +249,11 @@ class Rendezvous:
         kinds, calls = ([self.store.get(f"{key}/{n}").decode() for n in ranks] for key in ("made", prefix))
         first = kinds.index("keeps") if "keeps" in kinds else 0
         for rank, other in enumerate(calls):
-            if other.startswith(_LEFT):
-                raise RankError(f"rank {rank}", other, self._hint)
-            if other != calls[first]:
-                reason = f"asks for {other}, and rank {first} for {calls[first]}"
-                raise RankError(f"rank {rank}", reason, "make the same call in every process")
+            if (has_left := other.startswith(_LEFT)) or other != calls[first]:
+                reason = other if has_left else f"asks for {other}, and rank {first} for {calls[first]}"
+                raise RankError(
+                    f"rank {rank}", reason, self._hint if has_left else "make the same call in every process"
+                )
         return Group(self._rank, (first, *(rank for rank in ranks if rank != first)), device)
 
     def is_alone(self) -> bool:

@@ -138,19 +138,21 @@ class TrainingProgress:
 
     def after(self, t: float | None, settings: Settings) -> TrainingProgress:
         """Return the progress after one more call, with the caller's `t`, which must be later than the last one."""
-        unit, step = settings.t_unit, self.step + 1
-        if self.own_clock not in (None, t is not None):
-            reason = f"earlier calls of update_ in this run {'passed' if self.own_clock else 'did not pass'} t"
-            raise InvalidValueError("t", reason, "pass it at every call or at none")
-        if t is None and unit != "steps":
-            raise InvalidValueError("t", f"this run counts {unit}", "pass t= at every call of update_")
+        unit, step, reason, hint, value = settings.t_unit, self.step + 1, "", "", ""
         try:
             time = math.nan if isinstance(t, str) else float(step if t is None else t)
         except (TypeError, ValueError, OverflowError, RuntimeError):
             time = math.nan
-        if not EARLIEST <= time <= LATEST or time <= self.t:
+        if self.own_clock not in (None, t is not None):
+            reason = f"earlier calls of update_ in this run {'passed' if self.own_clock else 'did not pass'} t"
+            hint = "pass it at every call or at none"
+        elif t is None and unit != "steps":
+            reason, hint = f"this run counts {unit}", "pass t= at every call of update_"
+        elif not EARLIEST <= time <= LATEST or time <= self.t:
             reason = f"must lie between {EARLIEST:g} and {LATEST:g}, and be larger than at the last call"
-            raise InvalidValueError("t", f"{reason}, {self.t:,.12g} {unit}", value=f"{time:.12g}")
+            reason, value = f"{reason}, {self.t:,.12g} {unit}", f"{time:.12g}"
+        if reason:
+            raise InvalidValueError("t", reason, hint, value=value)
         updated = step if settings.update_is_due(step) else self.updated
         return TrainingProgress(self.clock.add(step, time), t is not None, updated)
 
