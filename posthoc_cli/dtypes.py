@@ -50,11 +50,7 @@ WORDS = {
 
 
 def parse_dtype(dtype: torch.dtype | str | None, option: str = "dtype") -> str | None:
-    """Return the safetensors name of a dtype given as a word or a torch dtype; None for None and "keep".
-
-    Raises:
-        InvalidValueError: the word is unknown; the message names `option` and lists the accepted words.
-    """
+    """Return the safetensors name of a dtype given as a word or a torch dtype; None for None and "keep"."""
     word = "keep" if dtype is None else str(dtype).removeprefix("torch.")
     check_word(option, word, [*WORDS, "keep"])
     return WORDS.get(word)

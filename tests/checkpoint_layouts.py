@@ -61,8 +61,9 @@ def check_average(
         torch.testing.assert_close(value, expected, rtol=exact, atol=exact, check_dtype=False)
 
 
-def shards(folder: Path, weights: Weights, ending: str) -> None:
+def shards(run: Path, step: int, weights: Weights, ending: str) -> None:
     """Write two shards and their index, as transformers does."""
+    folder = run / f"checkpoint-{step}"
     names = sorted(weights)
     stem = "model" if ending == "safetensors" else "pytorch_model"
     files = {name: f"{stem}-0000{1 + index % 2}-of-00002.{ending}" for index, name in enumerate(names)}
@@ -71,6 +72,7 @@ def shards(folder: Path, weights: Weights, ending: str) -> None:
         held = {name: weights[name] for name in names if files[name] == file}
         save_file(held, folder / file) if ending == "safetensors" else torch.save(held, folder / file)
     (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    trainer(folder, step)
 
 
 def trainer(folder: Path, step: int) -> None:
@@ -80,24 +82,12 @@ def trainer(folder: Path, step: int) -> None:
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
 
 
-def distributed(folder: Path, content: dict[str, object]) -> None:
-    """Write a folder of torch.distributed.checkpoint, by one process."""
+def distributed(folder: Path, content: Mapping[str, object], in_chunks: bool = False) -> None:
+    """Write a folder of torch.distributed.checkpoint, by one process; `in_chunks` as safetensors files of chunks."""
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True) if in_chunks else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(content, checkpoint_id=str(folder))
-
-
-def hugging_face(folder: Path, weights: Weights) -> None:
-    """Write a folder of torch.distributed.checkpoint with safetensors files of chunks."""
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(weights, storage_writer=writer)
-
-
-def transformers_shards(run: Path, step: int, weights: Weights, ending: str) -> None:
-    shards(run / f"checkpoint-{step}", weights, ending)
-    trainer(run / f"checkpoint-{step}", step)
+        dcp.save(dict(content), storage_writer=writer, checkpoint_id=None if writer else str(folder))
 
 
 def pickled_folder(run: Path, step: int, weights: Weights) -> None:
@@ -124,13 +114,13 @@ LAYOUTS: dict[str, Callable[[Path, int, Weights], object]] = {
     ),
     "modules": lambda run, step, weights: torch.save({"module": weights, "iteration": step}, run / f"rank_{step}.pt"),
     "lightning": lightning,
-    "transformers": lambda run, step, weights: transformers_shards(run, step, weights, "safetensors"),
-    "bins": lambda run, step, weights: transformers_shards(run, step, weights, "bin"),
+    "transformers": lambda run, step, weights: shards(run, step, weights, "safetensors"),
+    "bins": lambda run, step, weights: shards(run, step, weights, "bin"),
     "pickled folders": pickled_folder,
     "distributed": lambda run, step, weights: distributed(
         run / f"step-{step}", {"model": weights, "optimizer": {"x": torch.ones(3)}, "step": step}
     ),
-    "distributed flat": lambda run, step, weights: distributed(run / f"step-{step}", dict(weights)),
-    "chunks": lambda run, step, weights: hugging_face(run / f"iter_{step}", weights),
+    "distributed flat": lambda run, step, weights: distributed(run / f"step-{step}", weights),
+    "chunks": lambda run, step, weights: distributed(run / f"iter_{step}", weights, in_chunks=True),
 }  # fmt: skip
 """A function for each layout that writes the weights of a step into the folder of a run."""

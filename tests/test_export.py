@@ -16,7 +16,6 @@ from checking import assert_same_tensors, load_output, refused
 from factories import (
     RUN_ID,
     exact_gamma,
-    flip_bit,
     read_snapshot,
     write_sharded,
     write_snapshot,
@@ -203,9 +202,6 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
     assert_same_tensors(load_output(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var})
 
 
-# --- names -----------------------------------------------------------------------------------------
-
-
 # --- a base ----------------------------------------------------------------------------------------
 
 BASE: Tensors = {"a": torch.zeros(10), "frozen": torch.arange(3) / 4, "ids": torch.arange(4)}
@@ -308,33 +304,6 @@ def test_a_folder_that_holds_other_files_is_not_replaced(
     (tmp_path / "empty").mkdir()
     export_file(source, Path("empty"), layout)
     assert tree(tmp_path / "empty")
-
-
-# --- a failure leaves nothing new, and keeps the old output ----------------------------------------
-
-
-@pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("layout", OUTPUTS)
-def test_a_damaged_source_or_base_or_a_full_disk_leaves_all_files_as_they_were(
-    tmp_path: Path, layout: str, existing: bool
-) -> None:
-    out = tmp_path / OUTPUTS[layout]
-    good = write_output(tmp_path / "good.safetensors", {"a": torch.zeros(10), "z": torch.ones(99)}, ())
-    bad = write_output(tmp_path / "bad.safetensors")
-    if existing:
-        export_file(good, out)
-    flip_bit(bad)
-    before = tree(tmp_path)
-    for source, base in ((bad, None), (good, bad)):
-        with pytest.raises(FileFormatError, match=r"bad\.safetensors: tensor .* is damaged"):
-            export_file(source, out, base=base, overwrite=existing, max_shard_size=SIZE.get(layout))
-        assert tree(tmp_path) == before
-    with failing("write", errno.ENOSPC), pytest.raises(WriteError, match="no space left"):
-        export_file(good, out, overwrite=existing)
-    assert tree(tmp_path) == before
-
-
-# --- a synthesis in a layout -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at", [0, 2])

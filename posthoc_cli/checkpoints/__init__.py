@@ -1,10 +1,10 @@
 """Checkpoints and averages that other programs wrote, as sources of a synthesis. Nothing in a file is executed.
 
-    read_pickle, read_model, read_step    the places of tensors in a file, the tensors of the model, the step
-    source, formats                       a checkpoint as a source, with settings; the kinds that programs write
-    open_run                              all checkpoints of a folder as one run
-    import_run, import_files              the work of `ema import`, and its manifest
-    audit, audit_decay                    the check of an average, and the search for its decay
+    pickles, index, steps       the places of tensors in a file, the tensors of a checkpoint, its step
+    source, layouts             a checkpoint as a source, with settings; the kinds that programs write
+    open_run                    all checkpoints of a folder as one run
+    import_run, import_files    the work of `ema import`, and its manifest
+    audit, audit_decay          the check of an average, and the search for its decay
 
 A file is read once for its index; a synthesis then streams the bytes of its tensors, as it does those of snapshots.
 """
@@ -13,4 +13,4 @@ KINDS = (
     "edm2", "ema-pytorch", "posthoc-ema", "torchtitan", "diffusers-ema", "timm", "lightning-ema", "averaged-model",
     "ema-pytorch-ema", "lit-ema", "torch-ema", "mmengine", "edm", "ema", "checkpoints",
 )  # fmt: skip
-"""The kinds of `formats.TABLE`; `checkpoints` are files or folders of weights, also of LoRA series."""
+"""The kinds of `layouts.TABLE`; `checkpoints` are files or folders of weights, also of LoRA series."""

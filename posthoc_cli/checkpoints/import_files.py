@@ -28,10 +28,10 @@ from typing import Any
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.formats import TABLE, read_found, recognise
-from posthoc_cli.checkpoints.read_model import CONFIG, index_checkpoint, model_in, sets_in
-from posthoc_cli.checkpoints.read_step import checked_step
+from posthoc_cli.checkpoints.index import CONFIG, index_checkpoint, model_in, sets_in
+from posthoc_cli.checkpoints.layouts import TABLE, read_checkpoint
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
+from posthoc_cli.checkpoints.steps import checked_step
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError
 from posthoc_cli.snapshots.directory import MANIFEST, is_import
 from posthoc_cli.snapshots.snapshot import is_whole
@@ -73,8 +73,7 @@ class Manifest:
         checkpoints: list[Checkpoint] = []
         for path, kind, step in self.checkpoints:
             indexed, settings = index_checkpoint(path), replace(self.settings, kind=kind)
-            found = recognise(indexed, settings)[1]
-            checkpoints += [one.with_settings(settings) for one in read_found(kind, found, indexed, step, settings)]
+            checkpoints += [one.with_settings(settings) for one in read_checkpoint(indexed, settings, step)]
         for part in (part for checkpoint in checkpoints for part in checkpoint.files):
             if self.files.get(part.path, (0, ""))[1] != part.checksum:
                 raise FileFormatError(part.path, f"was replaced since {self.folder} was imported", _AGAIN)

@@ -12,8 +12,8 @@ from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import Audit, audit_sources
-from posthoc_cli.checkpoints.formats import TABLE
 from posthoc_cli.checkpoints.import_files import make_manifest, write_manifest
+from posthoc_cli.checkpoints.layouts import TABLE
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, open_checkpoints
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import DirectoryError, InvalidValueError

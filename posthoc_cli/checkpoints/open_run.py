@@ -22,9 +22,9 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.formats import check_used, named_decay, read_found, recognise, step_in
 from posthoc_cli.checkpoints.import_files import read_manifest
-from posthoc_cli.checkpoints.read_model import (
+from posthoc_cli.checkpoints.index import (
+    DCP_METADATA,
     SHARD,
     IndexedCheckpoint,
     index_checkpoint,
@@ -33,8 +33,9 @@ from posthoc_cli.checkpoints.read_model import (
     names_in,
     sets_in,
 )
-from posthoc_cli.checkpoints.read_step import named_step
+from posthoc_cli.checkpoints.layouts import check_used, named_decay, read_checkpoint
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
+from posthoc_cli.checkpoints.steps import named_step
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, shown
 from posthoc_cli.profiles import OrdinaryEMA, Point
@@ -66,8 +67,19 @@ def open_checkpoints(
     path = files.expanded(place)
     if is_import(path):
         return checked_run(read_manifest(path).read())
-    indexes = map(index_checkpoint, _of_one_average(_candidates(place), settings))
-    return _as_run(place, [indexed for indexed in indexes if not _is_output(indexed)], settings, unclaimed)
+    return _as_run(place, _indexes(place, settings), settings, unclaimed)
+
+
+def _indexes(place: str | Path, settings: ImportSettings) -> list[IndexedCheckpoint]:
+    """Return the indexes of the checkpoints at a place, and of outputs next to them."""
+    paths = _candidates(place)
+    decays = {path: decay for path in paths if (decay := named_decay(path)) is not None}
+    if len({*decays.values()}) > 1:  # guided-diffusion's averages
+        if settings.ema_decay not in decays.values():
+            choices = " or ".join(f"{decay:g}" for decay in sorted({*decays.values()}))
+            raise InvalidValueError("ema_decay", f"must be given: the files are of several averages, {choices}")
+        paths = [path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay]
+    return [*map(index_checkpoint, paths)]
 
 
 def _is_output(indexed: IndexedCheckpoint) -> bool:
@@ -77,22 +89,19 @@ def _is_output(indexed: IndexedCheckpoint) -> bool:
 def _as_run(
     place: str | Path, indexes: Sequence[IndexedCheckpoint], settings: ImportSettings, unclaimed: bool
 ) -> list[Checkpoint]:
-    by_word = next((one.path.name for one in indexes if named_step(one.path).by_word), "")
+    by_word = next((one.path.name for one in indexes if named_step(one.path).by_word and not _is_output(one)), "")
     read: list[Checkpoint] = []
-    for indexed in indexes:
-        kind, found = recognise(indexed, settings)
-        if step := step_in(kind, indexed, settings, by_word):
-            read += read_found(kind, found, indexed, step, settings)
-        else:
-            log.warning("%s: left out, as its weights are those before the training, of step 0", indexed.path)
+    for indexed in (one for one in indexes if not _is_output(one)):
+        read += read_checkpoint(indexed, settings, by_word=by_word)
     if not read:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
-    if settings.ema_decay is not None and settings.kind is None and {one.kind for one in read} == {"checkpoints"}:
+    kinds = {one.kind for one in read}
+    if settings.ema_decay is not None and settings.kind is None and kinds == {"checkpoints"}:
         reason = f"is for averages, and nothing in {read[0].path.name} says that its tensors are one"
         hint = "if all files are averages, say kind 'ema'; else name the average's key by `average`"
         raise InvalidValueError("ema_decay", reason, hint, value=settings.ema_decay)
-    check_used(settings, {one.kind for one in read})
+    check_used(settings, kinds)
     checkpoints = [one.with_settings(settings) for one in read]
     if settings.update_every is None and (every := _common_interval(checkpoints)):
         checkpoints = [one.with_settings(replace(settings, update_every=every)) for one in read]
@@ -107,42 +116,20 @@ def _as_run(
     return checked_run([one for one in checkpoints if unclaimed or one.is_known])
 
 
-def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:
-    """Return the files without those of other averages, where names have several decays.
-
-    Raises:
-        InvalidValueError: no setting says which average is meant.
-    """
-    decays = {path: decay for path in paths if (decay := named_decay(path)) is not None}
-    if len({*decays.values()}) < 2:
-        return paths
-    if settings.ema_decay not in decays.values():
-        choices = " or ".join(f"{decay:g}" for decay in sorted({*decays.values()}))
-        raise InvalidValueError("ema_decay", f"must be given: the files are of several averages, {choices}")
-    return [path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay]
-
-
 def _common_interval(checkpoints: Sequence[Checkpoint]) -> int | None:
-    """Return the steps between updates that all EMAs have in common; None if each one alone shows the same number.
-
-    Raises:
-        MismatchError: their counts and steps fit no such number.
-    """
-    averages = [(one.path, one.step, one.profile.settings) for one in by_time(checkpoints)
-                if isinstance(one.profile, OrdinaryEMA)]  # fmt: skip
-    if len({counted["every"] for *_, counted in averages}) < 2:
+    """Return the steps between updates that all EMAs have in common; None if each one alone shows the same number."""
+    averages = [one for one in by_time(checkpoints) if isinstance(one.profile, OrdinaryEMA)]
+    counts = [one.profile.settings for one in averages if isinstance(one.profile, OrdinaryEMA)]
+    if len({count["every"] for count in counts}) < 2:
         return None
-    pairs = [
-        (f"{path} and {other}", later - step, after["updates"] - before["updates"])
-        for (path, step, before), (other, later, after) in pairwise(averages)
-        if after["updates"] > before["updates"]  # else the EMA restarted
-    ]
-    every = max(1, round(median(steps / updates for _, steps, updates in pairs))) if pairs else 1
-    for both, steps, updates in pairs:
-        if abs(steps - every * updates) > every:
-            reason = f"have counted {updates:,} updates of their EMAs in the {steps:,} steps between them"
+    updates = [after["updates"] - before["updates"] for before, after in pairwise(counts)]
+    moved = [(pair, count) for pair, count in zip(pairwise(averages), updates, strict=True) if count > 0]  # no restart
+    every = max(1, round(median((b.step - a.step) / count for (a, b), count in moved))) if moved else 1
+    for (a, b), count in moved:
+        if abs(b.step - a.step - every * count) > every:
+            reason = f"have counted {count:,} updates of their EMAs in the {b.step - a.step:,} steps between them"
             hint = f"other files count one in {every:,}; say update_every, and ema_restarts if the EMA began again"
-            raise MismatchError(both, reason, hint)
+            raise MismatchError(f"{a.path} and {b.path}", reason, hint)
     return every
 
 
@@ -155,8 +142,7 @@ def disk_sources(directory: str | Path, also: str | Path | None = None, unclaime
         unclaimed: include ordinary EMAs of unknown decay, see `open_checkpoints`.
 
     Raises:
-        DirectoryError, FileFormatError, MismatchError: as `read_directory` and `open_checkpoints` raise them.
-        InvalidValueError: as `open_checkpoints` raises it; or `also` is given, and there are no snapshots.
+        DirectoryError, FileFormatError, MismatchError, InvalidValueError: as `open_checkpoints` raises them.
     """
     snapshots = []
     if not (is_glob(directory) or is_import(directory)):
@@ -191,6 +177,7 @@ def holds_checkpoints(place: str | Path) -> bool:
 def _candidates(place: str | Path) -> list[Path]:
     """Return the files and folders that may each be a checkpoint."""
     path = files.expanded(place)
+    matches = [path]
     if is_glob(path):
         if files.is_url(path):
             from posthoc_cli.remote.store import matching
@@ -198,18 +185,13 @@ def _candidates(place: str | Path) -> list[Path]:
             matches = matching(path)
         else:
             matches = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - Path.glob takes no absolute patterns
-        if not matches:
-            raise DirectoryError(place, "no file or folder has such a name")
         for match in matches:
             if any(map(is_snapshot_name, match.glob("*"))):
                 raise DirectoryError(match, "holds snapshots of a tracker", "name this folder itself, not by a glob")
+    if not matches or (matches == [path] and not path.exists()):
+        raise DirectoryError(place, "no file or folder has such a name")
+    if matches != [path] or not path.is_dir() or (path / DCP_METADATA).is_file():
         return matches
-    if not path.is_dir():
-        if not path.exists():
-            raise DirectoryError(place, "no such file or directory")
-        return [path]
-    if (path / ".metadata").is_file():
-        return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
     loose = [entry for entry in entries if may_be_weights(entry.name) and not SHARD.search(entry.name)]
@@ -232,10 +214,8 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return checkpoints by time, as one run: with a common run id, and distinct names.
 
     Of duplicates, such as a file `last` or `best` next to numbered files, take the first by name. An average that
-    has not begun is a copy of the weights, and is left out next to them.
-
-    Raises:
-        MismatchError: two checkpoints are of different models, or of one time with different values; both are named.
+    has not begun is a copy of the weights, and is left out next to them. A MismatchError names the first two that are
+    of different models, or of one time with different values.
     """
     kept: dict[tuple[float, str], Checkpoint] = {}
     for other in by_time(checkpoints):
@@ -247,7 +227,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     ordered = _with_labels([one for one in kept.values() if one.t not in weights or not is_copy(one)])
     first = ordered[0]
     for one in ordered[1:]:
-        if (difference := _difference(first, one)) is not None:
+        if difference := _difference(first, one):
             raise MismatchError(f"{first.path} and {one.path}", difference, _CHOOSE)
     names = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
@@ -271,10 +251,9 @@ def _are_equal(one: Checkpoint, other: Checkpoint) -> bool:
 
 def _with_labels(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return the checkpoints with distinct labels, for coefficients and reports."""
-    paths = {one.path for one in checkpoints}
-    parent = files.as_path(os.path.commonpath([str(path.parent) for path in paths]))
-    are_distinct = len({path.name for path in paths}) == len(paths)
     counts = Counter(one.path for one in checkpoints)
+    parent = files.as_path(os.path.commonpath([str(path.parent) for path in counts]))
+    are_distinct = len({path.name for path in counts}) == len(counts)
     labelled = []
     for one in checkpoints:
         name = one.path.name if are_distinct else one.path.relative_to(parent).as_posix()
@@ -287,29 +266,25 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
     """Return checkpoints as sources of the run that wrote these snapshots, to be combined with them.
 
     Their steps become times of the run. Only the tensors of the newest snapshot are kept.
-
-    Raises:
-        MismatchError: a tensor is missing, has another shape, or cannot be averaged; or a checkpoint is an average.
     """
     newest = max(snapshots, key=lambda snapshot: snapshot.t)
     clock = run_clock(snapshots)
     converted = []
     for one in checkpoints:
-        pair = f"{newest.path} and {one.path}"
-        if not isinstance(one.profile, Point):
-            raise MismatchError(pair, "are averages of two libraries", "open one of them")
-        if lacking := newest.tensors.keys() - one.entries.keys():
-            reason = f"are of different models: {one.name} has no {names_in(sorted(lacking))}"
-            raise MismatchError(pair, reason, _CHOOSE)
-        if (difference := _tensors_differ(newest, one)) is not None:
-            raise MismatchError(pair, difference, _CHOOSE)
+        difference, hint = "are averages of two libraries", "open one of them"
+        if isinstance(one.profile, Point):
+            lacking, hint = sorted(newest.tensors.keys() - one.entries.keys()), _CHOOSE
+            difference = f"are of different models: {one.name} has no {names_in(lacking)}" if lacking else ""
+            difference = difference or _tensors_differ(newest, one)
+        if difference:
+            raise MismatchError(f"{newest.path} and {one.path}", difference, hint)
         shared = {name: getattr(newest, name) for name in ("run_id", "t_unit", "tensors", "aliases", "left_out")}
         converted.append(replace(one, profile=Point(float(clock.time_at(one.step))), **shared))
     return converted
 
 
-def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
-    """Return why two checkpoints cannot be of one run, as a phrase to follow their names; None if they can."""
+def _difference(first: Checkpoint, other: Checkpoint) -> str:
+    """Return why two checkpoints cannot be of one run, as a phrase to follow their names; empty if they can."""
     names = [{*one.entries, *one.aliases} for one in (first, other)]
     if differing := sorted(names[0] ^ names[1]):
         only = first if differing[0] in names[0] else other
@@ -321,8 +296,8 @@ def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
     return _tensors_differ(first, other)
 
 
-def _tensors_differ(first: Source, other: Source) -> str | None:
-    """Return how a tensor of the first source differs in the other one, as a phrase; None if none does."""
+def _tensors_differ(first: Source, other: Source) -> str:
+    """Return how a tensor of the first source differs in the other one, as a phrase; empty if none does."""
     for name, entry in first.entries.items():
         found = other.entries[name]
         if entry.shape != found.shape:
@@ -330,28 +305,27 @@ def _tensors_differ(first: Source, other: Source) -> str | None:
         if (entry.dtype in EPS) != (found.dtype in EPS):
             words = [DTYPES[dtype].torch_name for dtype in (entry.dtype, found.dtype)]
             return f"do not match: tensor {shown(name)} is of {words[0]} and of {words[1]}"
-    return None
+    return ""
 
 
 # --- for JSON
 
 
 def describe_checkpoints(place: Path) -> dict[str, Any]:
-    """Return times, tensors and sizes from the indexes of files alone, for JSON; the kind is "checkpoints".
+    """Return times, tensors and sizes from the indexes of files alone, for JSON.
 
-    It is "checkpoint" for a file whose step is not known. Outputs next to the checkpoints are under "outputs"; for an
-    import, "refers_to", "files" and "settings" describe the imported files.
+    The kind is "checkpoint" for a file whose step is not known. Outputs next to the checkpoints are under "outputs".
     """
     more: dict[str, Any] = {}
     if is_import(place):
         manifest = read_manifest(place)
         checkpoints, more = checked_run(manifest.read()), manifest.describe()
     else:
-        indexes = [*map(index_checkpoint, _of_one_average(_candidates(place), UNSPECIFIED))]
+        indexes = _indexes(place, UNSPECIFIED)
         if outputs := [describe(indexed.path) for indexed in indexes if _is_output(indexed)]:
             more = {"outputs": outputs}
         try:
-            checkpoints = _as_run(place, [one for one in indexes if not _is_output(one)], UNSPECIFIED, False)
+            checkpoints = _as_run(place, indexes, UNSPECIFIED, False)
         except InvalidValueError:
             if place.suffix not in PICKLES or place != indexes[0].path:
                 raise
@@ -359,15 +333,10 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
             return {"kind": "checkpoint", "path": str(place), **describe_tensors(one), "bytes": one.file_bytes}
     newest = checkpoints[-1]
     return {
-        "kind": "checkpoints",
-        "path": str(place),
-        "run": newest.run_id,
-        **{key: getattr(newest, key) for key in ("t_unit", "t", "step")},
-        **describe_tensors(newest),
-        "bytes": sum(one.file_bytes for one in checkpoints),
-        "checkpoints": list_checkpoints(checkpoints),
-        **more,
-    }
+        "kind": "checkpoints", "path": str(place), "run": newest.run_id,
+        **{key: getattr(newest, key) for key in ("t_unit", "t", "step")}, **describe_tensors(newest),
+        "bytes": sum(one.file_bytes for one in checkpoints), "checkpoints": list_checkpoints(checkpoints), **more,
+    }  # fmt: skip
 
 
 def list_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ import numpy as np
 import xxhash
 
 from posthoc_cli.checkpoints import KINDS
-from posthoc_cli.checkpoints.read_model import FoundChunk, Tensors, tensor_shape
-from posthoc_cli.checkpoints.read_step import read_number
+from posthoc_cli.checkpoints.index import FoundChunk, Tensors, tensor_shape
+from posthoc_cli.checkpoints.steps import read_number
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, brief, shown
 from posthoc_cli.profiles import (
@@ -61,21 +61,18 @@ def _groups(pattern: str) -> int:
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """What checkpoints do not say themselves, and which of their tensors to take.
+    """What checkpoints do not say themselves, and which of their tensors to take; see the guide `checkpoints`.
 
     Attributes:
         kind: one of `checkpoints.KINDS`; None to recognise the kind of each file.
         step_from: regular expression to search in a path; its group is the step, also as 1_500 or 1.5k.
         prefix: prefix of the names of the model's tensors, which is removed.
         include, exclude: globs on the names without the prefix.
-        sigma_rels: widths of power functions: of the averages of `ema-pytorch` or `posthoc-ema` in the order of their
-            numbers, or of the one average in each file.
-        update_every, update_after_step: settings of these libraries; torchtitan's `update_every_n_steps`, `start_step`;
-            `update_every` also of ordinary EMAs.
-        ema_decay: decay of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images; "half-life:5%" for
-            power functions, such as torchtitan's `half_life_fraction` 0.05.
-        ema_warmup: "ratio" for (1 + n) / (10 + n), "power" for 1 - (1 + n)**(-2/3), "power:0.75" for another power, or
-            "ramp-up" for a half-life of 0.05 of the training so far, "ramp-up:0.1" for another share, "none" for none.
+        sigma_rels: widths of power functions: of averages in the order of the numbers in their names, or of the one
+            average in each file.
+        update_every, update_after_step: the interval of the updates of an average, and the step after which they began.
+        ema_decay: decay of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images, or "half-life:5%".
+        ema_warmup: one of `WARM_UPS`, or with its number, as "power:0.75"; "none" for none.
         ema_restarts: steps at which an ordinary EMA restarted from the weights.
         ema_uncertainty: relative uncertainty of the time constant, if an import found the decay.
         ema_late: number of steps by which a start may have been later, if an import found it.
@@ -113,9 +110,8 @@ class ImportSettings:
             check_sigma_rel(sigma_rel, "sigma_rels")
         DecayRule(**{"decay": 0.5, **self.rule()})
         if self.sigma_rels and self.ema_decay is not None:
-            raise InvalidValueError(
-                "ema_decay", "is another rule than sigma_rels: give one of them", value=self.ema_decay
-            )
+            reason = "is another rule than sigma_rels: give one of them"
+            raise InvalidValueError("ema_decay", reason, value=self.ema_decay)
 
     def rule(self, every: float = 1.0) -> dict[str, Any]:
         """Return the given arguments of `DecayRule` for an ordinary EMA that is updated at this interval."""
@@ -156,19 +152,18 @@ class ImportSettings:
     @property
     def without_findings(self) -> ImportSettings:
         """The settings without a decay and starts that an import found: with more files it finds others."""
-        late = {"update_after_step": None, "ema_restarts": (), "ema_late": None}
-        decay = {"ema_decay": None, "ema_warmup": None, "sigma_rels": (), "ema_uncertainty": None}
-        unset: dict[str, Any] = {} if self.ema_late is None else late
-        return replace(self, **unset | ({} if self.ema_uncertainty is None else decay))
+        names: tuple[str, ...] = () if self.ema_late is None else ("update_after_step", "ema_restarts", "ema_late")
+        if self.ema_uncertainty is not None:
+            names += ("ema_decay", "ema_warmup", "sigma_rels", "ema_uncertainty")
+        return replace(self, **{name: getattr(UNSPECIFIED, name) for name in names})
 
-    def select(self, tensors: Tensors, ignored: Collection[str] = ()) -> Tensors:
-        """Return the tensors that `include` and `exclude` select, without the ignored names."""
+    def select(self, tensors: Tensors) -> Tensors:
+        """Return the tensors that `include` and `exclude` select."""
         selection = make_selection(self.include, self.exclude, "copy")
         check_globs(selection, tensors)
-        selected = {name: find for name, find in tensors.items() if selection.names(name) and name not in ignored}
-        if not selected:
-            raise InvalidValueError("include and exclude", "leave no tensor of the model")
-        return selected
+        if selected := {name: find for name, find in tensors.items() if selection.names(name)}:
+            return selected
+        raise InvalidValueError("include and exclude", "leave no tensor of the model")
 
 
 UNSPECIFIED = ImportSettings()
@@ -186,7 +181,7 @@ class Updates:
         count: number of updates; None if the file does not hold it.
         every: calls between updates; for EDM images of a batch, 0 if they are unknown.
         from_first: whether the first call is an update, and not call number `every`.
-        counts_calls: whether the file counts calls, and does not say how many there are between two updates.
+        counts_calls: whether `count` is of calls, whatever their number between two updates.
         at_start: whether a first update after the begin of the training is at the step that settings name, and copies.
     """
 
@@ -236,12 +231,11 @@ class Checkpoint(Source):
     """A checkpoint, or an average that another program stored; see `Source` for what is not said here.
 
     Attributes:
-        profile: profile of its tensors: `Point` for weights, or that of an average.
-        step: step of the training; `t` is that of the profile.
+        profile: profile of its tensors: `Point` for weights, or that of an average; `t` is its time.
         sigma_rel: width that the user of another library asked for; 0 for weights and other averages.
         decay: decay of an ordinary EMA after its warm-up; 0 if it is unknown, and for other tensors.
         run_id: hash of names, shapes and content; empty until checkpoints were compared with each other.
-        kind: one of `formats.TABLE`.
+        kind: one of `layouts.TABLE`.
         label: name to show in place of that of the file or folder.
         updates: updates of an ordinary EMA; None for other tensors.
     """
@@ -279,11 +273,6 @@ class Checkpoint(Source):
         return float(getattr(self.profile, "t_first", min(1.0, self.t)))
 
     @property
-    def gamma(self) -> float:
-        """The exponent of `sigma_rel`; 0 if that is 0."""
-        return gamma_from_sigma_rel(self.sigma_rel) if self.sigma_rel else 0.0
-
-    @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
         """The pair of its step and time."""
         return ((self.step, self.t),)
@@ -302,9 +291,10 @@ class Checkpoint(Source):
             return "weights"
         if self.decay:
             return f"EMA of decay {self.decay:.12g}"
-        tracked = f" tracked as sigma_rel {self.sigma_rel:g}," * bool(self.sigma_rel)
-        is_power = isinstance(self.profile, PowerFunction)
-        return f"average of sigma_rel {self.sigma_rel:g}" if is_power else f"average{tracked} of its own profile"
+        width = f"sigma_rel {self.sigma_rel:g}"
+        if isinstance(self.profile, PowerFunction):
+            return f"average of {width}"
+        return f"average{f' tracked as {width},' * bool(self.sigma_rel)} of its own profile"
 
     @property
     def is_known(self) -> bool:
@@ -317,20 +307,18 @@ class Checkpoint(Source):
         return sum(tensor.nbytes for tensor in self.entries.values())
 
     def with_settings(self, settings: ImportSettings) -> Checkpoint:
-        """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine.
-
-        If neither says the decay, `decay` is 0, and the profile a placeholder.
-        """
+        """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine, if any."""
         if self.updates is None:
             return self
         profile = self.updates.profile(self.path, self.step, settings)
-        if settings.ema_decay is None and not settings.sigma_rels and "decay" not in self.updates.rule:
-            return replace(self, profile=profile, decay=0.0, sigma_rel=0.0)
-        rule = profile.settings
-        power = rule["power"] if rule["warm_up"] == POWER_FUNCTION else math.log(2) / rule["power"]
-        is_power = rule["decay"] == UNLIMITED and power > 1
-        found = {"sigma_rel": sigma_rel_from_gamma(power - 1)} if is_power else {"decay": rule["decay"]}
-        return replace(self, profile=profile, **{"decay": 0.0, "sigma_rel": 0.0} | found)
+        rule, decay, sigma_rel = profile.settings, 0.0, 0.0
+        if settings.ema_decay is not None or settings.sigma_rels or "decay" in self.updates.rule:
+            power = rule["power"] if rule["warm_up"] == POWER_FUNCTION else math.log(2) / rule["power"]
+            if rule["decay"] == UNLIMITED and power > 1:
+                sigma_rel = sigma_rel_from_gamma(power - 1)
+            else:
+                decay = rule["decay"]
+        return replace(self, profile=profile, decay=decay, sigma_rel=sigma_rel)
 
     @property
     def identity(self) -> str:
@@ -340,28 +328,23 @@ class Checkpoint(Source):
 
 
 def make_checkpoint(path: Path, tensors: Tensors, profile: StoredProfile, step: int, **fields: Any) -> Checkpoint:
-    """Return a checkpoint of these tensors, with further fields of `Checkpoint`.
-
-    Raises:
-        FileFormatError: a tensor's name is not possible in a model, or its chunks have several dtypes.
-    """
+    """Return a checkpoint of these tensors, with further fields of `Checkpoint`."""
     specs: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
-    layers: dict[tuple[Path, int], dict[str, FoundChunk]] = {}
     known: dict[tuple[Path, Entry], str] = {}
+    layers: dict[tuple[Path, int], dict[str, FoundChunk]] = {}  # of a file that has several chunks of a tensor
     for name, find in tensors.items():
         if name in ("", "__metadata__") or "\0" in name or name.encode("utf-8", "replace").decode() != name:
             raise FileFormatError(path, f"tensor {shown(name)}: a model's tensor cannot have this name")
         chunks = find()
-        place = chunks[0].path, chunks[0].tensor
-        if len(chunks) == 1 and place[1].nbytes and (first := known.setdefault(place, name)) != name:
-            aliases[name] = first  # tied weights: both names have the same bytes
+        first = chunks[0]
+        if len(chunks) == 1 and first.tensor.nbytes and known.setdefault((first.path, first.tensor), name) != name:
+            aliases[name] = known[first.path, first.tensor]  # tied weights: both names have the same bytes
             continue
-        dtypes = {chunk.tensor.dtype for chunk in chunks}
-        if len(dtypes) > 1:
+        if any(chunk.tensor.dtype != first.tensor.dtype for chunk in chunks):
             raise FileFormatError(path, f"tensor {shown(name)}: its chunks are of several dtypes")
-        specs[name] = Entry(dtypes.pop(), tensor_shape(chunks))
-        counts: Counter[Path] = Counter()
+        specs[name] = Entry(first.tensor.dtype, tensor_shape(chunks))
+        counts = Counter[Path]()
         for chunk in chunks:
             layers.setdefault((chunk.path, counts[chunk.path]), {})[name] = chunk
             counts[chunk.path] += 1
@@ -370,7 +353,7 @@ def make_checkpoint(path: Path, tensors: Tensors, profile: StoredProfile, step: 
         identity, stamp = next(iter(of_file.values())).identity
         entries = {name: chunk.tensor for name, chunk in of_file.items()}
         boxes = {name: chunk.box for name, chunk in of_file.items()}
-        if all(box == Box.full(specs[name].shape) for name, box in boxes.items()) and len(layers) == 1:
+        if len(layers) == 1 and all(box == Box.full(specs[name].shape) for name, box in boxes.items()):
             boxes = {}
         held.append(TensorFile(file, entries, stamp, boxes=boxes, checksum=identity))
     copied = {name for name in specs if name.rpartition(".")[2] in _STATISTICS or _is_of_spectral_norm(name, specs)}

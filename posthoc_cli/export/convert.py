@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from posthoc_cli.checkpoints.formats import stored_in
-from posthoc_cli.checkpoints.read_model import DCP_METADATA, sets_in
+from posthoc_cli.checkpoints.index import DCP_METADATA, sets_in
+from posthoc_cli.checkpoints.layouts import stored_in
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,

@@ -205,10 +205,7 @@ def find_snapshots(directory: Path) -> list[Snapshot]:
 def read_directory(directory: Path) -> list[Snapshot]:
     """Return the snapshots of one run, by time, then sigma_rel. Reads headers only.
 
-    Raises:
-        DirectoryError: the directory does not exist, cannot be read, or holds no snapshot.
-        FileFormatError: a file in it is damaged.
-        MismatchError: two files do not belong together; both are named.
+    Raises DirectoryError if it holds none, FileFormatError for a damaged file, MismatchError for two that differ.
     """
     content = inspect_directory(directory)
     if found := _checked(content):
@@ -270,11 +267,8 @@ def joined(folder: Path, parts: Sequence[Snapshot]) -> Snapshot | str:
     """Join the parts in a folder to a snapshot; if it is incomplete, return what is there, such as "2 of 4 parts".
 
     Parts are equal in all of their headers but for what describes their own tensors (`_OWN`). Readers add their
-    measurements and `inherited`. Sketches add up, too: the projected numbers and the squared distances.
-
-    Raises:
-        FileFormatError: elements of a tensor are missing.
-        MismatchError: two parts do not belong together; both are named.
+    measurements and `inherited`. Sketches add up, too: the projected numbers and the squared distances. Raises
+    FileFormatError if elements of a tensor are missing, MismatchError if two parts do not belong together.
     """
     sets: dict[tuple[int, int], list[Snapshot]] = defaultdict(list)
     for part in sorted(parts, key=lambda part: (part.part or (0, 0), part.path.name)):
@@ -449,9 +443,7 @@ class DirectoryLock:
 
     It is a `flock` on a file that also names its holder; the system releases it when the holder dies. On a file system
     without locks, or one that keeps them to one host, a second writer cannot be excluded; a warning says so if that can
-    be detected.
-
-    Raises LockedError if another tracker or command holds it, WriteError if the system refused an operation.
+    be detected. Raises LockedError if another tracker or command holds it.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -108,8 +108,8 @@ def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, 
     Raises FileFormatError, also if a name does not refer to a visible file in the index's folder on every system.
     """
     weight_map = parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index").get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise FileFormatError(path, "is not an index of shards: it has no weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileFormatError(path, "is not an index of shards: it has no weight_map, or an empty one")
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
         if not (isinstance(name, str) and is_plain_name(name, endings)):
@@ -176,12 +176,7 @@ def models_at(path: Path) -> list[Path]:
 
 
 def read_model(path: Path) -> list[TensorFile]:
-    """Read the headers of a model's files.
-
-    Raises:
-        FileFormatError: a file is damaged or missing, or lacks a tensor that its index names.
-        MismatchError: the files are of different outputs.
-    """
+    """Read the headers of a model's files; raise an error if one is damaged, missing, or of another output."""
     read, outputs = list[TensorFile](), list[tuple[Path, object]]()
     for file_path, names in model_files(path).items():
         file = read_file(file_path)
@@ -194,8 +189,6 @@ def read_model(path: Path) -> list[TensorFile]:
         if made != outputs[0][1]:
             reason = "their headers say that they were not written by one synthesis"
             raise MismatchError(f"{outputs[0][0]} and {file_path} are not of one model", reason)
-    if not read:
-        raise FileFormatError(path, "is an index that names no file")
     return read
 
 
@@ -205,12 +198,9 @@ Description = dict[str, Any]
 
 
 def describe(path: Path) -> Description:
-    """Describe a directory, a file, or a model in shards.
+    """Describe a directory, a file, or a model in shards; what is wrong with snapshots is among the "problems".
 
-    Raises:
-        DirectoryError: a directory has no snapshots, outputs or models.
-        FileFormatError: a file is damaged; in a snapshot directory this is one of the "problems" instead.
-        MismatchError: shards are of different models.
+    Raises DirectoryError without snapshots, outputs or models, and the errors of `read_model`.
     """
     if is_parts_folder(path):
         return _of_snapshot(read_snapshot(path))

@@ -96,21 +96,14 @@ def plan_pruning(
     max_error: float | None = None,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> Pruning:
-    """Plan which snapshots to delete. Reads no tensors, except a sample if headers have no measurements.
+    """Plan which snapshots of a directory to delete. Reads no tensors, except a sample if headers lack measurements.
 
     The newest snapshot of each profile stays, and those of the newest time that all profiles have, from which training
     can continue. Of very many snapshots, those that a reconstruction would not use are deleted first.
 
-    Arguments:
-        snapshots: all snapshots of one directory.
-        keep: the number of snapshots to keep of each profile; or
-        max_size: keep as many snapshots as fit in this number of bytes; or
-        max_error: keep as few snapshots as have at most this worst error over `sigma_range`, with a margin for the
-            prediction. Exactly one of the three must be given.
-
-    Raises:
-        InvalidValueError: `keep` exceeds the number of snapshots, or the newest ones take more than `max_size`.
-        InexactError: the error of all snapshots together exceeds `max_error`.
+    Exactly one of three is given: `keep` snapshots of each profile stay; or as many as fit in `max_size` bytes; or as
+    few as have at most the worst error `max_error` over `sigma_range`, with a margin for the prediction. An
+    InvalidValueError or InexactError says that no choice can fulfil it.
     """
     check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
     check_max_error(max_error)
@@ -165,10 +158,7 @@ def plan_pruning(
 def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> Pruning:
     """Carry out a plan as the one writer: verify all survivors, then delete the other snapshots.
 
-    Raises:
-        LockedError: a tracker is writing to the directory.
-        DirectoryError, MismatchError, FileFormatError: it has changed, or a survivor is damaged; nothing is deleted.
-        WriteError: the system refused a deletion. All survivors remain.
+    If the directory is locked or has changed, or a survivor is damaged, an error says so, and nothing is deleted.
     """
     with DirectoryLock(directory):
         remove_leftovers(directory)

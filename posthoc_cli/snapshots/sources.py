@@ -352,8 +352,8 @@ def scaled_run(snapshots: Sequence[Source], steps: float) -> EarlierRun:
 def sample_measurements(snapshots: Sequence[Source], local: bool = False) -> list[Measurements]:
     """Estimate the measurements of the snapshots of one run, in their order, from the stored averages.
 
-    `Distance.rounding` is the expected rounding of both averages, see `expected_rounding`. A FileFormatError or
-    NonFiniteError names the file; OverflowError is raised if values are too large to be squared.
+    `Distance.rounding` is the expected rounding of both averages. Raises NonFiniteError for nan or infinity, and
+    OverflowError for values too large to be squared.
 
     With `local`, a distance that shows recent motion alone (see `_recent_motion`) replaces all distances of another
     library's average, if at its time it is well above its rounding.

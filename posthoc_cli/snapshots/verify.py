@@ -139,8 +139,7 @@ class Verification:
 def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     """Read every byte of a directory or a file; check checksums, headers, values, and snapshots against each other.
 
-    No lock is taken: files that a training deletes meanwhile are left out, files that it adds are not read. Raises
-    DirectoryError if there is nothing to verify.
+    No lock is taken: files that a training deletes meanwhile are left out, files that it adds are not read.
     """
     started = time.perf_counter()
     listing, paths, indexes, leftovers = _listed(path)

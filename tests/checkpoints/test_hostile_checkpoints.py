@@ -7,20 +7,19 @@ import dataclasses
 import json
 import os
 import pickle
-import re
 import shutil
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import edm2_layout
 import pytest
 import torch
-from checkpoint_layouts import LAYOUTS, STEPS, distributed, filled
-from ema_command import Ema
+from checkpoint_layouts import LAYOUTS, distributed
 from safetensors.torch import save_file
 from torture.hostile import Bomb
 
@@ -76,7 +75,6 @@ _DOUBLED = b")" + b"2\x86" * 5_000
 
 OPCODES = {
     "long text": b"\x80\x04\x8d" + (2**60).to_bytes(8, "little") + b"x",
-    "long bytes": b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.",
     "long number": b"\x80\x04\x8b" + (2**31 - 1).to_bytes(4, "little"),
     "many digits": b"I" + b"9" * 100_000 + b"\n.",
     "no end": b"\x80\x04" + b"N" * 1000,
@@ -85,8 +83,8 @@ OPCODES = {
     "unknown opcode": b"\x80\x04\xff.",
     "extension": b"\x80\x02\x82\x01.",
     "buffer": b"\x80\x05\x97.",
-    "nested": b"\x80\x04" + b"(" * 200_000 + b"t" * 200_000 + b".",
     "nested lists": b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    "nested dicts": b"\x80\x04}" + b"\x8c\x00}" * 500_000 + b"s" * 500_000 + b".",
     "itself": b"\x80\x04]q\x00h\x00a.",
     "doubled key": b"\x80\x04}" + _DOUBLED + b"Ns.",
     "doubled dicts": b"\x80\x04}" + b"".join(
@@ -96,14 +94,12 @@ OPCODES = {
     "doubled storage": b"\x80\x02ctorch.storage\n_load_from_bytes\n" + _DOUBLED + b"\x85R.",
     "long line": b"V" + b"a" * 1_000_000,
     "doubled in a set": b"\x80\x04\x8f(" + _DOUBLED + b"\x90.",
-    "doubled in a frozenset": b"\x80\x04(" + _DOUBLED + b"\x91.",
     "doubled in an old dict": b"(" + _DOUBLED + b"Nd.",
     "key of many digits": b"\x80\x04}\x8b" + (10**6).to_bytes(4, "little") + b"\x7f" * 10**6 + b"Ns.",
     "many arguments": b"\x80\x04" + _MANY_CALLS % (b"cx\ny\n", b"(" + b"N" * 100_000 + b"t"),
     "many pairs": b"\x80\x04" + _MANY_CALLS % (
         b"ccollections\nOrderedDict\n", b"](" + b"".join(b"M%c\x00K\x01\x86" % i for i in range(256)) * 200 + b"e\x85"
     ),
-    "many members of a set": b"\x80\x04" + _MANY_CALLS % (b"cbuiltins\nset\n", b"](" + b"N" * 100_000 + b"e\x85"),
     "calls itself": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x00N](h\x00Nh\x01Neq\x01NtR.".replace(
         b"N](h\x00Nh\x01Neq\x01N", b"(h\x00N]q\x01(h\x00Nh\x01NeN"
     ),
@@ -122,6 +118,8 @@ OPCODES = {
     "memo": b"\x80\x04N" + b"\x94" * 3_000_000 + b".",
     "bytes beyond all files": b"\x80\x04\x8e" + (2**63 - 1).to_bytes(8, "little") + b".",
     "name of a number": b"\x80\x04K\x01K\x02\x93.",
+    "long class again and again": b"\x80\x04X\x40\x42\x0f\x00" + b"k" * 1_000_000 + b"q\x00"
+    + b"h\x00h\x00\x93" * 20_000 + b".",
     "stream in itself": b"\x80\x04ctorch.storage\n_load_from_bytes\nC\x05\x80\x04N..\x85R.",
 }  # fmt: skip
 
@@ -134,15 +132,21 @@ def test_a_pickle_that_is_none_is_one_line_at_once(what: str, tmp_path: Path) ->
     assert time.process_time() - started < 10
 
 
+@contextmanager
+def memory_below(limit: int) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("what", ["empty dicts", "long names again and again"])
 def test_what_a_pickle_makes_is_limited_by_its_length(what: str, tmp_path: Path) -> None:
     (tmp_path / "step1.pt").write_bytes(OPCODES[what])
-    tracemalloc.start()
-    try:
-        assert re.search("more objects than its length explains|longer names, than its length explains", read(tmp_path))
-        assert tracemalloc.get_traced_memory()[1] < 50_000_000 + 64 * len(OPCODES[what])
-    finally:
-        tracemalloc.stop()
+    with memory_below(50_000_000 + 64 * len(OPCODES[what])):
+        assert "it makes more objects, or longer names, than its length explains" in read(tmp_path)
 
 
 def test_what_a_pickle_could_reach_is_left_as_it_was(tmp_path: Path) -> None:
@@ -259,34 +263,28 @@ def test_chunks_make_a_complete_tensor_of_one_dtype(tmp_path: Path, offsets: Any
     assert bool(problem) == bool(message)
 
 
-@pytest.mark.parametrize("name", ["", "__metadata__", "a\0b", "\ud800"])
-def test_a_name_that_no_tensor_can_have_is_refused(name: str, tmp_path: Path) -> None:
-    torch.save({"w": torch.ones(3), name: torch.ones(2)}, tmp_path / "step1.pt")
-    assert "a model's tensor cannot have this name" in read(tmp_path)
-
-
-def test_a_tensor_without_a_name_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_no_tensor_can_have_is_refused(tmp_path: Path) -> None:
+    for name in ("", "__metadata__", "a\0b", "\ud800"):
+        torch.save({"w": torch.ones(3), name: torch.ones(2)}, tmp_path / "step1.pt")
+        assert "a model's tensor cannot have this name" in read(tmp_path)
     torch.save(torch.ones(3), tmp_path / "step1.pt")
     assert read(tmp_path) == f"{tmp_path / 'step1.pt'}: holds no tensors with names"
 
 
-SETTINGS: dict[str, Any] = {
-    "decay": {"decay": "much"}, "pair": {"decay": torch.ones(2)}, "updates": {"num_updates": float("inf")},
-    "power": {"power": "x"}, "inv_gamma": {"inv_gamma": 0}, "min_decay": {"min_decay": [1]},
-}  # fmt: skip
+@pytest.mark.parametrize("setting", [{"decay": "much"}, {"decay": torch.ones(2)}, {"num_updates": float("inf")}])
+def test_an_ema_whose_settings_are_no_numbers_is_one_line(setting: dict[str, Any], tmp_path: Path) -> None:
+    average = {"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(3)]} | setting
+    torch.save({"model": {"w": torch.ones(3)}, "ema": average}, tmp_path / "step5.pt")
+    assert "holds an EMA whose settings cannot be read" in read(tmp_path)
 
 
-@pytest.mark.parametrize("what", SETTINGS)
-def test_an_ema_whose_settings_are_no_numbers_is_one_line(what: str, tmp_path: Path) -> None:
-    if what in ("decay", "pair", "updates"):
-        average = {"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(3)]} | SETTINGS[what]
-        torch.save({"model": {"w": torch.ones(3)}, "ema": average}, tmp_path / "step5.pt")
-    else:
-        for name in ("unet", "unet_ema"):
-            (tmp_path / "checkpoint-5" / name).mkdir(parents=True)
-            save_file({"w": torch.ones(3)}, tmp_path / "checkpoint-5" / name / "model.safetensors")
-        config = {"decay": 0.9, "optimization_step": 5, "use_ema_warmup": True} | SETTINGS[what]
-        (tmp_path / "checkpoint-5" / "unet_ema" / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("setting", [{"power": "x"}, {"inv_gamma": 0}, {"min_decay": [1]}])
+def test_a_configuration_whose_settings_are_no_numbers_is_one_line(setting: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("unet", "unet_ema"):
+        (tmp_path / "checkpoint-5" / name).mkdir(parents=True)
+        save_file({"w": torch.ones(3)}, tmp_path / "checkpoint-5" / name / "model.safetensors")
+    config = {"decay": 0.9, "optimization_step": 5, "use_ema_warmup": True} | setting
+    (tmp_path / "checkpoint-5" / "unet_ema" / "config.json").write_text(json.dumps(config))
     assert "holds an EMA whose settings cannot be read" in read(tmp_path)
 
 
@@ -355,12 +353,8 @@ def test_a_header_of_empty_objects_is_refused_before_it_is_parsed(tmp_path: Path
     """They take 64 bytes of memory for 3 of the file: 24 MB took 1.2 GB."""
     header = b'{"w":[' + b",".join([b"{}"] * 1_000_000) + b"]}"
     (tmp_path / "step1.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    tracemalloc.start()
-    try:
+    with memory_below(4 * len(header)):
         assert "than its length explains" in read(tmp_path)
-        assert tracemalloc.get_traced_memory()[1] < 4 * len(header)
-    finally:
-        tracemalloc.stop()
 
 
 def test_two_thousand_files(tmp_path: Path) -> None:
@@ -372,16 +366,3 @@ def test_two_thousand_files(tmp_path: Path) -> None:
     sources = Run(tmp_path).sources
     assert (len(sources), sources[-1].step) == (2000, 2000)
     assert time.process_time() - started < 20
-
-
-def test_the_command_says_one_line_and_writes_nothing(ema: Ema, tmp_path: Path) -> None:
-    run, out = filled(tmp_path / "ck", *STEPS, size=2000), tmp_path / "out.safetensors"
-    (run / "notes.txt").write_text("not a checkpoint")
-    path = run / "step40.pt"
-    os.truncate(path, 5000)
-    result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
-    assert result.code == 1
-    assert f"{path}: cannot be read as tensors: a damaged or truncated archive" in result.error
-    result = ema("synthesize", "--checkpoints", run / "x*.pt", "--sigma-rel", "0.15", "--out", out)
-    assert result.error.endswith("no file or folder has such a name")
-    assert not out.exists()

@@ -19,7 +19,7 @@ from factories import contents
 
 from posthoc_cli import Run, errors, import_checkpoints
 from posthoc_cli.checkpoints import KINDS
-from posthoc_cli.checkpoints.formats import TABLE
+from posthoc_cli.checkpoints.layouts import TABLE
 
 Write = Callable[[str], Path]
 MANIFEST = "ema-import.json"
@@ -138,16 +138,14 @@ def test_the_same_import_again_does_nothing_and_others_ask(write: Write, tmp_pat
     assert "its folder does not exist" in ema("import", folder, "--out", tmp_path / "x" / "y").error
 
 
-def test_a_dry_run_writes_nothing(write: Write, tmp_path: Path, ema: Ema) -> None:
-    folder = write("safetensors")
-    assert ema("import", folder, "--dry-run", "--out", tmp_path / "new").out.endswith("nothing was written\n")
-    assert ema("import", folder, "--out", tmp_path / "new", "--dry-run", "--json").json["written"] is False
-    assert not (tmp_path / "new").exists()
-    assert "--out: is missing" in ema("import", folder).error
-
-
-def test_nothing_that_it_refers_to_is_deleted(write: Write, tmp_path: Path, ema: Ema) -> None:
+def test_a_dry_run_writes_nothing_and_nothing_that_an_import_refers_to_is_deleted(
+    write: Write, tmp_path: Path, ema: Ema
+) -> None:
     folder, new = write("safetensors"), tmp_path / "new"
+    assert ema("import", folder, "--dry-run", "--out", new).out.endswith("nothing was written\n")
+    assert ema("import", folder, "--out", new, "--dry-run", "--json").json["written"] is False
+    assert not new.exists()
+    assert "--out: is missing" in ema("import", folder).error
     import_checkpoints(folder, new)
     before = contents(tmp_path)
     refused = ema("prune", new, "--keep", "2", "--yes")
@@ -212,9 +210,9 @@ def rewritten(path: Path, **changed: Any) -> None:
     path.write_text(json.dumps({**values, "checksum": digest}))
 
 
-def listed(place: str, kind: str = "checkpoints", step: Any = 1) -> dict[str, Any]:
+def listed(place: str) -> dict[str, Any]:
     """Return changes that make a manifest refer to one file, as if it were empty."""
-    return {"checkpoints": [[place, kind, step]], "files": {place: [0, "0" * 16]}}
+    return {"checkpoints": [[place, "checkpoints", 1]], "files": {place: [0, "0" * 16]}}
 
 
 FIRST = "../ck/step1.pt"

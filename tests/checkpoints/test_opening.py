@@ -20,7 +20,7 @@ from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, Run, errors, import_checkpoints
-from posthoc_cli.profiles import Discrete, Point
+from posthoc_cli.profiles import Point
 
 Write = Callable[[str], Path]
 Imported = Callable[..., Run]
@@ -339,25 +339,6 @@ def test_checkpoints_are_combined_with_snapshots(tmp_path: Path) -> None:
             _ = both.sources
     with pytest.raises(errors.FileFormatError, match="is a snapshot of this package, no checkpoint"):
         _ = Run(tmp_path / "ema" / "*.safetensors").sources
-
-
-def test_torchtitan_averages_are_read_with_the_weights(tmp_path: Path, imported: Imported) -> None:
-    for step in (10, 20):
-        weights = {"a": torch.full((3,), float(step)), "b": torch.ones(2)}
-        content: dict[str, object] = dict(weights) | {"train_state": {"step": torch.tensor(step)}}
-        averages = {f"state.{name}.ema_params": value / 2 for name, value in weights.items()}
-        optimizer = {f"state.{name}.exp_avg": value for name, value in weights.items()}
-        distributed(tmp_path / f"step-{step}", content | {"ema_optimizer": averages, "optimizer": optimizer})
-    run = Run(tmp_path)
-    assert [isinstance(source.profile, Point) for source in run.sources] == [True, False] * 2
-    assert [source.sigma_rel for source in run.sources[1::2]] == pytest.approx([0.0635] * 2, abs=1e-3)
-    average = imported(tmp_path, update_every=5, update_after_step=10).sources[-1].profile
-    assert isinstance(average, Discrete)
-    masses = -np.diff(average.tail(np.arange(21.0)))
-    assert np.flatnonzero(masses > 1e-12).tolist() == [9, 14, 19]  # of the weights after steps 10, 15 and 20
-    assert set(run.tensors) == {"a", "b"}
-    average = next(source for source in run.sources if isinstance(source.profile, Discrete))
-    assert average.tensor("a").tolist() == [5.0] * 3
 
 
 def test_each_checkpoint_has_a_name_of_its_own(tmp_path: Path) -> None:

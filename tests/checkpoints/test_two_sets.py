@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -38,19 +39,6 @@ LAYOUTS: dict[str, Callable[[Weights, Weights], dict[str, Any]]] = {
     "shadow": lambda w, a: {"weights": w, "shadow": a},
 }
 
-
-def write(folder: Path, content: Callable[[Weights, Weights], dict[str, Any]]) -> Path:
-    """Write the checkpoints of a real training with an EMA of its weights, both in float32."""
-    folder.mkdir()
-    path = train()
-    average = path[0].copy()
-    for step in range(1, STEPS + 1):
-        average = ema(DECAY)(step, average, path[step - 1])
-        if step in TIMES:
-            torch.save(content(named(path[step - 1]), named(average)), folder / f"{step:07}.pt")
-    return folder
-
-
 FOLDERS: dict[str, tuple[str, str]] = {
     "guided-diffusion": ("ema_0.99_{:06}.pt", "model{:06}.pt"),
     "two files of a folder": ("{:07}/ema.safetensors", "{:07}/model.safetensors"),
@@ -60,36 +48,68 @@ FOLDERS: dict[str, tuple[str, str]] = {
 """Places of the average and of the weights of a step."""
 
 
-def write_folders(folder: Path, layout: str) -> Path:
-    path = train()
-    average = path[0].copy()
-    for step in range(1, STEPS + 1):
-        average = ema(DECAY)(step, average, path[step - 1])
-        for place, values in zip(FOLDERS[layout], (average, path[step - 1]), strict=True):
-            if step in TIMES:
-                file = folder / place.format(step)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                (save_file if file.suffix == ".safetensors" else torch.save)(named(values), file)
-        if layout == "guided-diffusion" and step in TIMES:
-            torch.save(optimizer(named(average)), folder / f"opt{step:06}.pt")
+@functools.cache
+def recorded(kept: Callable[[int], float] = lambda _: DECAY) -> list[tuple[int, Weights, Weights]]:
+    """Return the step, the weights of a real training and their EMA, both in float32, at `TIMES`."""
+    found, average = [], train()[0].copy()
+    for step, weights in enumerate(train(), 1):
+        average = ema(kept(step))(step, average, weights)
+        if step in TIMES:
+            found.append((step, named(weights), named(average)))
+    return found
+
+
+def write(folder: Path, content: Callable[[Weights, Weights], dict[str, Any]]) -> Path:
+    """Write the checkpoints of a training as files."""
+    folder.mkdir()
+    for step, weights, average in recorded():
+        torch.save(content(weights, average), folder / f"{step:07}.pt")
     return folder
 
 
-@pytest.mark.parametrize("layout", FOLDERS)
-def test_names_of_files_and_folders_say_which_is_the_average(layout: str, tmp_path: Path, ema: Ema) -> None:
-    folder = write_folders(tmp_path / "run", layout)
+def write_folders(folder: Path, layout: str) -> Path:
+    for step, weights, average in recorded():
+        for place, values in zip(FOLDERS[layout], (average, weights), strict=True):
+            file = folder / place.format(step)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            (save_file if file.suffix == ".safetensors" else torch.save)(values, file)
+        if layout == "guided-diffusion":
+            torch.save(optimizer(average), folder / f"opt{step:06}.pt")
+    return folder
+
+
+def check(folder: Path, most: float = 0.04, **settings: Any) -> None:
+    """Import checkpoints; averages of any length are then within the predicted error of the sum over every step."""
+    done = import_checkpoints(folder, folder.with_name("imported"), overwrite=True, **settings)
+    assert done.counts[f"EMA of decay {DECAY}"] == len(TIMES)
+    assert done.counts["weights"] in (0, len(TIMES))
+    found, predicted = error_of(Run(folder.with_name("imported")))
+    assert found < 2 * predicted < most
+
+
+def exported(ema: Ema, source: Path, *options: object) -> Weights:
+    out = source.parent / "exported.safetensors"
+    assert ema("export", source, "--out", out, "--force", *options).code == 0
+    return load_file(out)
+
+
+def assert_equal(found: Weights, expected: Weights) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *FOLDERS])
+def test_keys_and_names_say_which_set_is_the_average(layout: str, tmp_path: Path, ema: Ema) -> None:
+    folder = tmp_path / "run"
+    if layout in LAYOUTS:
+        write(folder, LAYOUTS[layout])
+        check(folder, ema_decay=DECAY)
+        return
+    write_folders(folder, layout)
     for settings in ({}, {"ema_decay": DECAY})[layout != "guided-diffusion" :]:  # in which names say it
-        done = import_checkpoints(folder, tmp_path / f"imported {len(settings)}", **settings)
-        assert done.counts == {f"EMA of decay {DECAY}": len(TIMES), "weights": len(TIMES)}
-        found, predicted = error_of(Run(tmp_path / f"imported {len(settings)}"))
-        assert found < 2 * predicted < 0.04
+        check(folder, **settings)
     newest = max(path for path in folder.iterdir() if not path.name.startswith(("model", "opt")))
-    assert ema("export", newest, "--out", tmp_path / "one.safetensors").code == 0
-    stored = folder / FOLDERS[layout][0].format(STEPS)
-    expected = load_file(stored) if stored.suffix == ".safetensors" else torch.load(stored)
-    exported = load_file(tmp_path / "one.safetensors")
-    assert exported.keys() == expected.keys()
-    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    assert_equal(exported(ema, newest), recorded()[-1][2])
 
 
 def test_of_files_with_two_decays_one_is_chosen(tmp_path: Path, ema: Ema) -> None:
@@ -99,10 +119,8 @@ def test_of_files_with_two_decays_one_is_chosen(tmp_path: Path, ema: Ema) -> Non
     done = ema("import", folder, "--out", tmp_path / "0")
     assert done.code == 2
     assert "--ema-decay: must be given: the files are of several averages, 0.5 or 0.99" in done.error
-    assert ema("import", folder, "--ema-decay", DECAY, "--out", tmp_path / "1").code == 0
-    assert {one.path.name[:8] for one in Run(tmp_path / "1").sources} == {"ema_0.99", "model000", "model001"}
-    found, predicted = error_of(Run(tmp_path / "1"))
-    assert found < 2 * predicted < 0.04
+    check(folder, ema_decay=DECAY)
+    assert {one.path.name[:8] for one in Run(tmp_path / "imported").sources} == {"ema_0.99", "model000", "model001"}
 
 
 @pytest.mark.parametrize(
@@ -112,9 +130,7 @@ def test_an_average_without_weights_is_not_taken_for_weights(content: Any, tmp_p
     folder = write(tmp_path / "run", lambda _, average: content(average))
     with pytest.raises(InvalidValueError, match="holds EMAs, and neither their decay nor weights next to them"):
         _ = Run(folder).sources
-    import_checkpoints(folder, tmp_path / "imported", ema_decay=DECAY)
-    found, predicted = error_of(Run(tmp_path / "imported"))
-    assert found < 2 * predicted < 0.2
+    check(folder, 0.2, ema_decay=DECAY)
 
 
 @pytest.mark.parametrize("every", [1, 10])
@@ -139,28 +155,29 @@ def test_the_width_of_a_power_function_is_given(every: int, tmp_path: Path, ema:
         assert found < 2 * predicted < 0.04
 
 
-@pytest.mark.parametrize("decay", [DECAY, "half-life:10%"])
-def test_torchtitans_decay_is_given(decay: float | str, tmp_path: Path) -> None:
-    """Its default half-life is 5 % of the training; a fixed decay begins with the weights before the first step."""
+def started_late(step: int) -> float:
+    """Return the decay of an update at step 50 and every 7 steps after, with a half-life of 5 % of the updates."""
+    updates, rest = divmod(step - 50, 7)
+    return 1.0 if rest or step < 50 else 2 ** (-1 / (0.05 * updates)) if updates else 0.0
+
+
+TITAN: list[tuple[dict[str, Any], Callable[[int], float]]] = [
+    ({"ema_decay": DECAY}, lambda _: DECAY),
+    ({"ema_decay": "half-life:10%"}, lambda step: 2 ** (-1 / (0.1 * step))),
+    ({"update_every": 7, "update_after_step": 50}, started_late),
+]
+"""Settings of torchtitan, and the decay at a step; its default half-life is 5 % of the training."""
+
+
+@pytest.mark.parametrize(("settings", "decay"), TITAN)
+def test_settings_of_torchtitan_are_given(
+    settings: dict[str, Any], decay: Callable[[int], float], tmp_path: Path
+) -> None:
     (folder := tmp_path / "run").mkdir()
-    path = train()
-    average = path[0].copy()
-    for step in range(1, STEPS + 1):
-        kept = decay if isinstance(decay, float) else 2 ** (-1 / (0.1 * step))
-        average = kept * average + (1 - kept) * path[step - 1]
-        if step in TIMES:
-            states = {f"state.{name}.ema_params": value for name, value in named(average).items()}
-            torch.save({"model": named(path[step - 1]), "ema_optimizer": states}, folder / f"step-{step}.pt")
-    import_checkpoints(folder, tmp_path / "imported", ema_decay=decay, kind="torchtitan")
-    found, predicted = error_of(Run(tmp_path / "imported"))
-    assert found < 2 * predicted < 0.04
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_average_is_the_set_that_says_so_and_the_weights_are_the_other(layout: str, tmp_path: Path) -> None:
-    """Averages of any length are then within the predicted error of the sum over every step."""
-    done = import_checkpoints(write(tmp_path / "run", LAYOUTS[layout]), tmp_path / "imported", ema_decay=DECAY)
-    assert done.counts == {f"EMA of decay {DECAY}": len(TIMES), "weights": len(TIMES)}
+    for step, weights, average in recorded(decay):
+        states = {f"state.{name}.ema_params": value for name, value in average.items()}
+        torch.save({"model": weights, "ema_optimizer": states}, folder / f"step-{step}.pt")
+    import_checkpoints(folder, tmp_path / "imported", kind="torchtitan", **settings)
     found, predicted = error_of(Run(tmp_path / "imported"))
     assert found < 2 * predicted < 0.04
 
@@ -169,13 +186,8 @@ def test_which_set_is_meant_is_asked_where_two_have_a_word_or_fit(tmp_path: Path
     two = write(tmp_path / "two", lambda w, a: {"model": w, "model_ema1": a, "model_ema2": w})
     with pytest.raises(FileFormatError, match=r"average is unclear: 'model_ema1', 'model_ema2'; name"):
         import_checkpoints(two, tmp_path / "imported")
-    newest, out = two / f"{STEPS:07}.pt", tmp_path / "raw.safetensors"
-    assert ema("export", newest, "--out", out, "--weights").code == 0
-    assert all(torch.equal(value, load_file(out)[name]) for name, value in named(train()[-1]).items())
-    asked = ema("import", two, "--out", tmp_path / "imported", "--ema-decay", DECAY, "--average", "model_ema1")
-    assert asked.code == 0
-    found, predicted = error_of(Run(tmp_path / "imported"))
-    assert found < 2 * predicted < 0.04
+    check(two, ema_decay=DECAY, average="model_ema1")
+    assert_equal(exported(ema, two / f"{STEPS:07}.pt", "--weights"), recorded()[-1][1])
     students = write(tmp_path / "students", lambda w, a: {"one": w, "other": w, "ema": a})
     with pytest.raises(FileFormatError, match="model is unclear: 'one', 'other'"):
         import_checkpoints(students, tmp_path / "again")
@@ -188,9 +200,7 @@ def test_sets_without_a_word_are_named_by_the_user(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", lambda w, a: {"student": w, "teacher": a})
     with pytest.raises(FileFormatError, match="unclear"):
         Run(folder).average(0.15)
-    import_checkpoints(folder, tmp_path / "imported", average="teacher", weights="student")
-    found, predicted = error_of(Run(tmp_path / "imported"))
-    assert found < 2 * predicted < 0.04
+    check(folder, ema_decay=DECAY, average="teacher", weights="student")
 
 
 def test_weights_are_never_taken_for_an_average(tmp_path: Path) -> None:
@@ -199,57 +209,39 @@ def test_weights_are_never_taken_for_an_average(tmp_path: Path) -> None:
         import_checkpoints(folder, tmp_path / "imported", ema_decay=DECAY)
 
 
-def test_parts_of_a_model_whose_names_have_a_word_remain_in_it(tmp_path: Path) -> None:
-    """A layer named `ema` next to others is no average of the model."""
-    layers = {f"layer{i}.weight": torch.full((4, 4), float(i)) for i in range(6)}
-    (tmp_path / "run").mkdir()
-    for step in (10, 20):
-        content = {"ema.weight": torch.ones(4, 4), **layers, "quantize.embed_avg": torch.ones(3)}
-        torch.save({"model": content}, tmp_path / f"run/{step}.pt")
-    assert set(Run(tmp_path / "run").average(0.2)) == {"ema.weight", *layers, "quantize.embed_avg"}
-
-
-def test_the_states_of_megatrons_chained_optimizers_are_no_weights(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    for step in (10, 20):
-        state = {"w": torch.ones(4), "chained_0.optimizer.state.exp_avg.w": torch.ones(4)}
-        torch.save(state, tmp_path / f"run/iter_{step}.pt")
-    assert set(Run(tmp_path / "run").average(0.2)) == {"w"}
-
-
-@pytest.mark.parametrize("norm", [torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm])
-def test_the_vectors_of_spectral_norm_are_copied(norm: Any, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    layer = norm(torch.nn.Linear(5, 4))
+@pytest.mark.parametrize("what", ["layers", "optimizers", "weight norm", "spectral norm", "old spectral norm"])
+def test_names_that_look_like_another_thing(what: str, tmp_path: Path) -> None:
+    """A layer named `ema` next to others is no average of the model; the states of Megatron's chained optimizers are no
+    weights; the vectors of spectral norm are copied, and weight norm's direction of a like name is averaged.
+    """
+    norms = torch.nn.utils.parametrizations.spectral_norm, torch.nn.utils.spectral_norm
+    layer: torch.nn.Module = norms[what.startswith("old")](torch.nn.Linear(5, 4))
     vectors = [name for name, _ in layer.named_buffers()]
-    for step in (10, 20):
-        for name in vectors:
-            buffer = layer.get_buffer(name)
-            buffer.copy_(torch.nn.functional.normalize(torch.randn(len(buffer)), dim=0))
-        torch.save(layer.state_dict(), tmp_path / f"run/step{step}.pt")
-    found = Run(tmp_path / "run").average(0.2)
-    assert len(vectors) == 2
-    assert all(torch.equal(found[name], layer.get_buffer(name)) for name in vectors)
-
-
-def test_the_directions_of_weight_norm_are_averaged(tmp_path: Path) -> None:
-    """They have the name of one of spectral norm's vectors, `weight_v`."""
     (tmp_path / "run").mkdir()
     for step in (10, 20):
-        content = {"weight_g": torch.ones(4, 1), "weight_v": torch.full((4, 5), float(step))}
-        torch.save(content, tmp_path / f"run/step{step}.pt")
-    assert 10 < float(Run(tmp_path / "run").average(0.2)["weight_v"][0, 0]) < 20
-
-
-def exported(ema: Ema, source: Path, *options: object) -> Weights:
-    out = source.parent / "exported.safetensors"
-    assert ema("export", source, "--out", out, "--force", *options).code == 0
-    return load_file(out)
-
-
-def assert_equal(found: Weights, expected: Weights) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+        values, content = torch.full((4, 5), float(step)), {}
+        if what == "layers":
+            content = {f"layer{i}.weight": values for i in range(6)} | {
+                "ema.weight": values,
+                "quantize.embed_avg": values,
+            }
+        elif what == "optimizers":
+            content = {"w": values, "chained_0.optimizer.state.exp_avg.w": torch.ones(4)}
+        elif what == "weight norm":
+            content = {"weight_g": torch.ones(4, 1), "weight_v": values}
+        else:
+            for buffer in layer.buffers():
+                buffer.copy_(torch.nn.functional.normalize(torch.randn(len(buffer)), dim=0))
+            content = layer.state_dict()
+        torch.save(content if what == "optimizers" else {"model": content}, tmp_path / f"run/step{step}.pt")
+    found = Run(tmp_path / "run").average(0.2)
+    assert found.keys() == {name for name in content if not name.startswith("chained")}
+    if what.endswith("spectral norm"):
+        assert len(vectors) == 2
+        assert all(torch.equal(found[name], layer.get_buffer(name)) for name in vectors)
+    else:
+        averaged = [name for name in found if name != "weight_g"]
+        assert all(10 < float(found[name][0, 0]) < 20 for name in averaged)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -301,8 +293,7 @@ def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path: Path, 
     assert "last.pt: holds no average that its keys name ('model'); name its key by `average`, or say" in refused.err
     assert not (tmp_path / "model.safetensors").exists()
     torch.save({"ema": named(train()[-1]), "step": 3}, tmp_path / "alone.pt")
-    assert ema("export", tmp_path / "alone.pt", "--out", tmp_path / "alone.safetensors").code == 0
-    assert load_file(tmp_path / "alone.safetensors").keys() == named(train()[-1]).keys()
+    assert_equal(exported(ema, tmp_path / "alone.pt"), named(train()[-1]))
 
 
 def test_checkpoints_of_step_0_are_left_out(tmp_path: Path, ema: Ema) -> None:
@@ -313,15 +304,3 @@ def test_checkpoints_of_step_0_are_left_out(tmp_path: Path, ema: Ema) -> None:
     assert done.code == 0
     assert "step0.pt: left out, as its weights are those before the training, of step 0" in done.err
     assert [one.step for one in Run(tmp_path / "run").sources] == [10, 20]
-
-
-def test_published_names_of_edm2_say_images_and_width(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    for width in ("0.050", "0.100"):
-        for kimg in (1_048_576, 2_147_483):
-            content = {"ema": {"w": torch.full((3,), float(kimg))}}
-            torch.save(content, tmp_path / f"run/edm2-img512-s-{kimg}-{width}.pkl")
-    sources = Run(tmp_path / "run").sources
-    assert [(one.t, one.sigma_rel) for one in sources] == [
-        (1000.0 * kimg, width) for kimg in (1_048_576, 2_147_483) for width in (0.05, 0.1)
-    ]

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -15,13 +14,11 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from ema_command import Ema, run_ema, unmeasured_environment
-from factories import RUN_ID, write_snapshot, write_tensors
+from factories import RUN_ID, write_snapshot
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli.errors import WriteError
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.outputs import Used, decode_output
-from posthoc_cli.snapshots.tensorfile import read_file
 
 
 @pytest.fixture
@@ -99,17 +96,6 @@ def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tm
     code = f"import sys; sys.stdout.reconfigure(encoding='latin-1'); {forked.EMA}"
     for arguments in (["info", folder], ["synthesize", folder, "--sigma-rel", "0.1", "--out", folder / "o.pt"]):
         assert "\\u65e5\\u672c" in forked.check(code, *arguments).out
-
-
-def test_long_texts_of_an_output_are_cut(ema: Ema, run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "o.safetensors"
-    ema("synthesize", run, "--sigma-rel", "0.1", "--out", out)
-    long = dict.fromkeys(("profile", "method", "t_unit"), "x" * 100_000)
-    info = replace(decode_output(read_file(out)), snapshots=(Used("y" * 100_000, -1e308),), **long)
-    write_tensors(out, load_file(out), info, overwrite=True)
-    assert max(map(len, ema("info", out).out.splitlines())) < 300
-    write_snapshot(tmp_path / "long", 10, 0.05, RUN_ID, {"x" * 100_000: torch.tensor([float("nan")])})
-    assert len(ema("synthesize", tmp_path / "long", "--sigma-rel", "0.1", "--out", tmp_path / "o.pt").err) < 6_000
 
 
 EVIL = """

@@ -194,7 +194,7 @@ def test_an_index_that_does_not_match_its_shards(shards: Path) -> None:
     moved = next(name for name, file in json.loads(text)["weight_map"].items() if file == last)
     changes: list[tuple[Callable[[dict[str, Any]], object], str]] = [
         (lambda c: c["weight_map"].update({moved: first}), f"tensor '{moved}' is not in it, as the index says"),
-        (lambda c: c["weight_map"].clear(), "names no file"), (lambda c: c.clear(), "it has no weight_map"),
+        (lambda c: c["weight_map"].clear(), "or an empty one"), (lambda c: c.clear(), "it has no weight_map"),
     ]  # fmt: skip
     for change, detail in changes:
         content = json.loads(text)

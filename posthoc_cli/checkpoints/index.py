@@ -1,11 +1,10 @@
 """The index of one checkpoint: a file, the shards of a model, or a folder of torch.distributed.checkpoint.
 
 Files are safetensors, or written by `torch.save` or `pickle.dump`. Each is indexed once, and its tensors are then read
-in place. They have no checksums of blocks: a file is recognised by its size, the places of its tensors, and a sample of
-its content.
+in place. They have no checksums: a file is recognised by its size, the places of its tensors, and a sample of it.
 
-Tensors are found by the keys that lead to them, since a checkpoint often holds more than the model: the model is chosen
-by `tracker.model`. A tensor consists of one chunk or several, each a box of the tensor in a file.
+Tensors are found by the keys that lead to them, since a checkpoint often holds more than the model. A tensor consists
+of one chunk or several, each a box of the tensor in a file.
 
 A folder of torch.distributed.checkpoint has a pickle `.metadata`, which names the file and range of each chunk, where
 the chunk is an archive itself; or, from its HuggingFaceStorageWriter, safetensors files with offsets in their metadata.
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from posthoc_cli.checkpoints.read_pickle import Keys, Node, read_pickled, read_tensors
+from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled, read_tensors
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots.directory import PICKLES
@@ -53,8 +52,6 @@ NOT_WEIGHTS = (
 )  # fmt: skip
 """Prefixes of the names of files and groups that do not hold the model."""
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
-_OPTIMIZER = re.compile(r"opt\d")
-"""Pattern of an optimizer beside guided-diffusion's `model000050.pt`."""
 AVERAGE_WORD = re.compile(r"(?<![a-z])(?:ema\d*|averaged?|avg|shadow|polyak)(?![a-z])", re.IGNORECASE)
 """Pattern of a key, prefix or name that says that its tensors are an average."""
 MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
@@ -63,7 +60,6 @@ weights are under `current_model_state`."""
 _OTHER_GROUPS = (*NOT_WEIGHTS, "ema_optimizer", "train_state", "dataloader")
 _STEP_NAMES = ("global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "meta.iter", "ss_steps")
 _MOST_CONFIG = 10_000_000
-
 
 Identity = tuple[str, tuple[int, int | str]]
 """What a file is recognised by: `sampled_identity` and its stamp."""
@@ -82,6 +78,18 @@ Find = Callable[[], list[FoundChunk]]
 """A function that returns the chunks of a tensor."""
 Tensors = Mapping[str, Find]
 """Tensors by their names."""
+
+
+def tensor_shape(chunks: Sequence[FoundChunk]) -> tuple[int, ...]:
+    """Return the shape of the tensor that consists of these chunks."""
+    if len(chunks) == 1:
+        return chunks[0].box.end
+    return tuple(map(max, zip(*(chunk.box.end for chunk in chunks), strict=True))) if chunks[0].box.shape else ()
+
+
+def names_in(names: Sequence[str]) -> str:
+    """Return a few names for a message."""
+    return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @dataclass(frozen=True)
@@ -134,35 +142,35 @@ class IndexedCheckpoint:
         """Return the tensors of the model by name; with a prefix, those that have it, by their names without it.
 
         The model is in the `group` if there is one of this name, else in the first of `MODEL_GROUPS`, also within the
-        only other group.
-
-        Raises:
-            FileFormatError: the model cannot be distinguished from the rest.
+        only other group; else it consists of the tensors that are in no group, or it is the only group. Raise
+        FileFormatError if it cannot be distinguished from the rest.
         """
         groups = self.groups()
         others = [name for name in groups if not name.startswith(_OTHER_GROUPS)]
-        names = (*([group] if group else []), *MODEL_GROUPS)
-        known: list[Keys] = [(name,) for name in names if name in groups]
-        if not known and len(others) == 1:
-            known = [(others[0], name) for name in MODEL_GROUPS if name in self.groups((others[0],))]
-        model: Keys = known[0] if known else tuple(others) if len(others) == 1 else ()
-        named = self.under(*model) if model else {}
-        if not known:
+        only: Keys = (others[0],) if len(others) == 1 else ()
+        model: Keys | None = next(((name,) for name in (group, *MODEL_GROUPS) if name in groups), None)
+        if model is None and only:
+            model = next(((*only, name) for name in MODEL_GROUPS if name in self.groups(only)), None)
+        if model:
+            named = self.under(*model)
+        else:
             ignored = tuple(name if name.endswith("_") else f"{name}." for name in _OTHER_GROUPS)
-            single = [keys for keys in self.tensors if len(keys) == 1 and not keys[0].startswith(ignored)]
-            named = {keys[0]: self.tensors[keys] for keys in single} or named
+            named = {keys[0]: self.tensors[keys] for keys in self.tensors if len(keys) == 1}
+            named = {name: find for name, find in named.items() if not name.startswith(ignored)}
+            named = named or (self.under(*only) if only else {})
         if prefix and not any(name.startswith(prefix) for name in named):
             named = {".".join(keys): find for keys, find in self.tensors.items()}
-        selected = {name.removeprefix(prefix): find for name, find in named.items() if name.startswith(prefix)}
-        if selected:
+        if selected := {name.removeprefix(prefix): find for name, find in named.items() if name.startswith(prefix)}:
             return selected
         if not self.tensors:
             raise FileFormatError(self.path, "holds no tensors with names")
-        if prefix:
-            all_names = names_in([".".join(keys) for keys in self.tensors])
-            raise FileFormatError(self.path, f"no tensor's name begins with {shown(prefix)}; it has {all_names}")
         reason = f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
-        raise FileFormatError(self.path, reason, "import with `prefix`, such as 'model.'")
+        if prefix:
+            reason = f"no tensor's name begins with {shown(prefix)}; it has {names_in([*named])}"
+        raise FileFormatError(self.path, reason, "" if prefix else "import with `prefix`, such as 'model.'")
+
+
+# --- files and folders
 
 
 def index_checkpoint(path: Path) -> IndexedCheckpoint:
@@ -170,23 +178,19 @@ def index_checkpoint(path: Path) -> IndexedCheckpoint:
     if not path.is_dir():
         found = _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path)
     elif sets := sets_in(path):
-        models = {key: index_checkpoint(place).model_tensors() for key, place in sets.items()}
-        tensors: dict[Keys, Find] = {(key, name): find for key in models for name, find in models[key].items()}
-        values: dict[str, Any] = {}
-        for key, place in sets.items():
-            if (config := place / CONFIG).is_file():  # where diffusers keeps the settings of an average
-                settings = parse_object(config, read_small_file(config, _MOST_CONFIG), "configuration")
-                values |= {f"{key}.{name}": value for name, value in settings.items()}
-        return IndexedCheckpoint(path, tensors, values)
+        found = _of_sets(path, sets)
     elif (model := model_in(path)) is None:
         raise FileFormatError(path, "holds no weights: no safetensors, .bin or .pt file, and no .metadata")
     elif model == path:
         found = _of_chunks(path)
-    elif model.name == DCP_METADATA:
-        found = _of_distributed(model)
     else:
-        found = index_checkpoint(model)
+        found = _of_distributed(model) if model.name == DCP_METADATA else index_checkpoint(model)
     return replace(found, path=path)
+
+
+def _names_in(folder: Path) -> list[str]:
+    with named_on_error(folder, "read"):
+        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def sets_in(folder: Path) -> dict[str, Path]:
@@ -194,25 +198,17 @@ def sets_in(folder: Path) -> dict[str, Path]:
 
     They are files, such as `ema.safetensors` and `model.safetensors`, or folders, such as `ema` and `model`.
     """
-    with named_on_error(folder, "read"):
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    folders = [entry for entry in entries if entry.is_dir() and _one_model_in(entry)]
-    files = [entry for entry in entries if entry.name.endswith((*ENDINGS, INDEX_ENDING))]
-    found = {entry.name.split(".")[0]: entry for entry in (*files, *folders) if not SHARD.search(entry.name)}
-    averages = {key: entry for key, entry in found.items() if AVERAGE_WORD.search(key)}
+    entries = [folder / name for name in _names_in(folder) if not SHARD.search(name)]
+    folders = {entry.name: entry for entry in entries if entry.is_dir() and _holds_one_model(entry)}
+    files = {entry.name.split(".")[0]: entry for entry in entries if entry.name.endswith((*ENDINGS, INDEX_ENDING))}
+    averages = {key: entry for key, entry in (files | folders).items() if AVERAGE_WORD.search(key)}
     if not averages:
         return {}
     weights = model_in(folder, skip=[entry.name for entry in averages.values()])
-    others = {entry.name: entry for entry in folders if entry.name not in averages}
-    return averages | ({"model": weights} if weights else others)
+    return averages | ({"model": weights} if weights else folders)
 
 
-def may_be_weights(name: str) -> bool:
-    """Return whether a file has a name as of weights, also of a shard."""
-    return name.endswith(ENDINGS) and not name.startswith(NOT_WEIGHTS) and not _OPTIMIZER.match(name)
-
-
-def _one_model_in(folder: Path) -> bool:
+def _holds_one_model(folder: Path) -> bool:
     """Return whether a folder holds one model, and not the checkpoints of a training."""
     try:
         return model_in(folder) is not None
@@ -220,35 +216,31 @@ def _one_model_in(folder: Path) -> bool:
         return False
 
 
+def may_be_weights(name: str) -> bool:
+    """Return whether a file has a name as of weights, also of a shard; guided-diffusion's `opt000050.pt` has not."""
+    return name.endswith(ENDINGS) and not name.startswith(NOT_WEIGHTS) and not re.match(r"opt\d", name)
+
+
 def model_in(folder: Path, skip: Collection[str] = ()) -> Path | None:
     """Return the path of the weights in a folder: an index, a file, `.metadata`, or the folder itself if it has chunks.
 
-    Entries whose names are in `skip` are ignored.
-
-    Raises:
-        FileFormatError: there are several models, or the folder cannot be read.
+    Entries whose names are in `skip` are ignored. Raise FileFormatError if there are several models.
     """
     with named_on_error(folder, "read"):
         if (folder / DCP_METADATA).is_file():
             return folder / DCP_METADATA
-        names = sorted(
-            entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in skip
-        )
-    indexes = [name for name in names if name.endswith(INDEX_ENDING)]
-    weights = [name for name in names if may_be_weights(name)]
+    names = [name for name in _names_in(folder) if name not in skip]
     for ending in (SUFFIX, ""):  # safetensors before pickles
-        listed = [name for name in indexes if name.endswith(f"{ending}{INDEX_ENDING}")]
-        single = [name for name in weights if name.endswith(ending or ENDINGS)]
-        if len(listed) == 1:
-            return folder / listed[0]
-        if not listed and len(single) == 1:
-            return folder / single[0]
-        if ending and len(single) > 1 and all("DCP_SHARDING_INFO" in _of_file(folder / one).values for one in single):
-            return folder
-        if len(listed or single) > 1:
-            raise FileFormatError(folder, f"holds several models: {names_in(listed or single)}", "name one by a glob")
-    inner = [folder / name for name in names if name.startswith("pytorch_model_fsdp")]  # accelerate's sharded models
-    return inner[0] / DCP_METADATA if inner and (inner[0] / DCP_METADATA).is_file() else None
+        listed = [name for name in names if name.endswith(f"{ending}{INDEX_ENDING}")]
+        found = listed or [name for name in names if may_be_weights(name) and name.endswith(ending)]
+        if len(found) == 1:
+            return folder / found[0]
+        if len(found) > 1:
+            if ending and not listed and all("DCP_SHARDING_INFO" in _of_file(folder / one).values for one in found):
+                return folder
+            raise FileFormatError(folder, f"holds several models: {names_in(found)}", "name one by a glob")
+    inner = [folder / name / DCP_METADATA for name in names if name.startswith("pytorch_model_fsdp")]  # accelerate's
+    return inner[0] if inner and inner[0].is_file() else None
 
 
 def _of_file(path: Path) -> IndexedCheckpoint:
@@ -281,14 +273,25 @@ def _refuse(path: Path, keys: Keys, node: Node) -> list[FoundChunk]:
     raise FileFormatError(path, f"tensor {shown('.'.join(keys))} is of a kind that is not read ({shown(kind)})")
 
 
+def _of_sets(folder: Path, sets: Mapping[str, Path]) -> IndexedCheckpoint:
+    """Return the index of several models in a folder, by their names, with diffusers' settings of an average."""
+    tensors: dict[Keys, Find] = {}
+    values: dict[str, Any] = {}
+    for key, place in sets.items():
+        tensors |= {(key, name): find for name, find in index_checkpoint(place).model_tensors().items()}
+        if (config := place / CONFIG).is_file():
+            settings = parse_object(config, read_small_file(config, _MOST_CONFIG), "configuration")
+            values |= {f"{key}.{name}": value for name, value in settings.items()}
+    return IndexedCheckpoint(folder, tensors, values)
+
+
 def _of_shards(index: Path) -> IndexedCheckpoint:
     """Return the index of a model in shards."""
     tensors: dict[Keys, Find] = {}
     values: dict[str, Any] = {}
     for name, listed in decode_index(index, ENDINGS).items():
         shard = _of_file(index.parent / name)
-        missing = [tensor for tensor in listed if (tensor,) not in shard.tensors]
-        if missing:
+        if missing := [tensor for tensor in listed if (tensor,) not in shard.tensors]:
             raise FileFormatError(shard.path, f"tensor {shown(missing[0])} is not in it, as the index says")
         tensors |= {(tensor,): shard.tensors[tensor,] for tensor in listed}
         values |= {key: value for key, value in shard.values.items() if key == "ema.format"}
@@ -300,30 +303,29 @@ def _of_shards(index: Path) -> IndexedCheckpoint:
 
 def _of_chunks(folder: Path) -> IndexedCheckpoint:
     """Return the index of a folder of chunks that the HuggingFaceStorageWriter wrote."""
-    chunks_by_name: dict[str, list[FoundChunk]] = {}
+    chunks: dict[Keys, list[FoundChunk]] = {}
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         file = _of_file(path)
         offsets = parse_object(path, file.values["DCP_SHARDING_INFO"], "DCP_SHARDING_INFO")
-        for (name,), find in file.tensors.items():
-            (chunk,), entry = find(), offsets.get(name)
+        for keys, find in file.tensors.items():
+            (chunk,), entry = find(), offsets.get(keys[0])
             offset: Any = entry.get("saved_offsets") if isinstance(entry, dict) else None
             if not is_sizes(offset) or len(offset) != len(chunk.tensor.shape):
-                raise FileFormatError(path, f"tensor {shown(name)}: DCP_SHARDING_INFO must give its offsets")
-            located = chunk._replace(box=Box(tuple(offset), chunk.tensor.shape))
-            chunks_by_name.setdefault(name, []).append(located)
-    tensors: dict[Keys, Find] = {}
-    for name, chunks in chunks_by_name.items():
-        if problem := cover_problem(tensor_shape(chunks), [chunk.box for chunk in chunks]):
-            raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
-        tensors[name,] = functools.partial(list, chunks)
-    return IndexedCheckpoint(folder, tensors)
+                raise FileFormatError(path, f"tensor {shown(keys[0])}: DCP_SHARDING_INFO must give its offsets")
+            chunks.setdefault(keys, []).append(chunk._replace(box=Box(tuple(offset), chunk.tensor.shape)))
+    for (name,), found in chunks.items():
+        _check_cover(folder, name, tensor_shape(found), [chunk.box for chunk in found])
+    return IndexedCheckpoint(folder, {keys: functools.partial(list, found) for keys, found in chunks.items()})
 
 
-def tensor_shape(chunks: Sequence[FoundChunk]) -> tuple[int, ...]:
-    """Return the shape of the tensor that consists of these chunks."""
-    if len(chunks) == 1:
-        return chunks[0].box.end
-    return tuple(map(max, zip(*(chunk.box.end for chunk in chunks), strict=True))) if chunks[0].box.shape else ()
+def _check_cover(path: Path, name: str, shape: Sequence[int], boxes: Sequence[Box]) -> None:
+    if problem := cover_problem(shape, boxes):
+        raise FileFormatError(path, f"tensor {shown(name)}: {problem}")
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object in a pickle; empty if it has none."""
+    return value.state if isinstance(value, Node) and isinstance(value.state, dict) else {}
 
 
 def _of_distributed(metadata: Path) -> IndexedCheckpoint:
@@ -337,19 +339,15 @@ def _of_distributed(metadata: Path) -> IndexedCheckpoint:
     tensors: dict[Keys, Find] = {}
     values: dict[str, Any] = {}
     for name, described in listed.items():
-        if not (isinstance(name, str) and isinstance(_state(described).get("chunks"), list)):
-            if name in _STEP_NAMES:
-                values[name] = files.read(name, ())[1]
-            continue  # an object that is no tensor
-        keys: Any = planned.get(name) if isinstance(planned, dict) else None
-        is_path = isinstance(keys, tuple) and all(isinstance(key, str | int) for key in keys)
-        tensors[tuple(map(str, keys)) if is_path else (name,)] = functools.partial(files.chunks, name, described)
+        if isinstance(name, str) and isinstance(_state(described).get("chunks"), list):
+            keys: Any = planned.get(name) if isinstance(planned, dict) else None
+            is_path = isinstance(keys, tuple) and all(isinstance(key, str | int) for key in keys)
+            tensors[tuple(map(str, keys)) if is_path else (name,)] = functools.partial(
+                files.chunks, name, _state(described)
+            )
+        elif name in _STEP_NAMES:  # the only objects to read that are no tensors
+            values[name] = files.read(name, ())[1]
     return IndexedCheckpoint(metadata.parent, tensors, values)
-
-
-def _state(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object in a pickle; empty if it has none."""
-    return value.state if isinstance(value, Node) and isinstance(value.state, dict) else {}
 
 
 class _ChunkFiles:
@@ -359,31 +357,28 @@ class _ChunkFiles:
         self._metadata = metadata
         self._identities: dict[Path, Identity] = {}
         self._places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+        ranges: list[tuple[str, int, int]] = []
         for index, place in stored.items():
-            key: dict[str, Any] = _state(index)
+            key, at = _state(index), _state(place)
             offset: Any = key.get("offset") or ()
             if isinstance(key.get("fqn"), str) and is_sizes(offset):
-                self._places[key["fqn"], tuple(offset)] = _state(place)
+                self._places[key["fqn"], tuple(offset)] = at
+                if isinstance(at.get("relative_path"), str) and is_sizes((at.get("offset"), at.get("length"))):
+                    ranges.append((at["relative_path"], at["offset"], at["offset"] + at["length"]))
         # If objects shared bytes, reading many would take the square of their number.
-        ranges: list[tuple[Any, Any, Any]] = []
-        for place in self._places.values():
-            name, begin, nbytes = map(place.get, ("relative_path", "offset", "length"))
-            if isinstance(name, str) and is_sizes((begin, nbytes)):
-                ranges.append((name, begin, nbytes))
-        for (name, begin, nbytes), (other, later, _) in pairwise(sorted(ranges)):
-            if name == other and later < begin + nbytes:
+        for (name, _, end), (other, later, _) in pairwise(sorted(ranges)):
+            if name == other and later < end:
                 raise FileFormatError(self._metadata, f"two of its objects share bytes of {shown(name)}")
 
-    def chunks(self, name: str, described: Any) -> list[FoundChunk]:
+    def chunks(self, name: str, described: dict[str, Any]) -> list[FoundChunk]:
         """Return the chunks of a tensor, with their places in the files."""
-        size: Any = _state(described).get("size")
-        listed: Any = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in map(_state, described.state["chunks"])]
+        size: Any = described.get("size")
+        listed: Any = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in map(_state, described["chunks"])]
         if not all(is_sizes(axes) and len(axes) == len(size) for pair in ((size, size), *listed) for axes in pair):
             reason = f"tensor {shown(name)}: its shape, or that of a chunk, is malformed"
             raise FileFormatError(self._metadata, reason)
         boxes = [Box(tuple(offset), tuple(shape)) for offset, shape in listed]
-        if problem := cover_problem(tuple(size), boxes):
-            raise FileFormatError(self._metadata, f"tensor {shown(name)}: {problem}")
+        _check_cover(self._metadata, name, size, boxes)
         chunks = []
         for box in boxes:
             path, entry = self.read(name, box.offset)
@@ -412,8 +407,3 @@ class _ChunkFiles:
             if begin + length > file.size:
                 raise FileFormatError(path, f"truncated: {shown(name)} would end beyond it")
             return path, read_pickled(file, begin, begin + length)
-
-
-def names_in(names: Sequence[str]) -> str:
-    """Return a few names for a message."""
-    return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,10 +1,10 @@
-"""The kinds of checkpoints, one entry of `TABLE` each: what other programs store, and how it is recognised.
+"""The layouts of checkpoints, one entry of `TABLE` each: what programs store, and how it is recognised.
 
-A kind recognises its files, names the settings that they do not hold, and reads the sources in one. To add a kind,
-write a function that reads it, add an entry to `TABLE` before "checkpoints", which takes all other files, and add its
-name to `KINDS`. A setting that only some kinds have is a field of `ImportSettings`, named in their `needs` or `takes`.
+To add one, write a function that returns what a checkpoint holds, or None, add it to `TABLE` before "checkpoints",
+which takes all other files, and add its name to `KINDS`. A setting that only some kinds have is a field of
+`ImportSettings`, named in their `takes`.
 
-Ordinary EMAs, with the places of the average and of the weights, and what the file says of the updates (`FINDERS`):
+Ordinary EMAs (of `LIBRARIES`) lie in the same checkpoint as the weights, or next to them:
 
     library                 average                           weights                 decay
     diffusers' EMAModel     a folder `<component>_ema/`       a folder `<component>/`  its `config.json`
@@ -15,14 +15,12 @@ Ordinary EMAs, with the places of the average and of the weights, and what the f
     LitEma                  `model_ema.*` without dots        in the same group        `decay`, `num_updates`
     torch-ema               a list `shadow_params`            another group            `decay`, `num_updates`
     torchtitan              `state.<name>.ema_params`         the rest of the folder   0.05 of training: its default
-    mmengine's EMAHook      `state_dict`                      `ema_state_dict`         absent; `steps`
+    mmengine's EMAHook      `state_dict`, since they swap     `ema_state_dict`         absent; `steps`
     EDM, StyleGAN           `ema`, `G_ema` of a pickle        `net`, `G`               `training_options.json`
     any other (DiT, ...)    a key with a word for it          a set with its names     absent
 
 EDM has `net` in `training-state-*.pt` next to the pickle. Both count images, with the half-life min(its largest, 0.05
 of the images so far), so that the k-th update of a batch keeps 2**(-1 / (0.05 (k - 1))), and the first one copies.
-
-mmengine stores the two under each other's names. An absent decay is given to an import as `ema_decay`, or found by it.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.checkpoints.read_model import (
+from posthoc_cli.checkpoints.index import (
     AVERAGE_WORD,
     MODEL_GROUPS,
     NOT_WEIGHTS,
@@ -49,9 +47,9 @@ from posthoc_cli.checkpoints.read_model import (
     names_in,
     tensor_shape,
 )
-from posthoc_cli.checkpoints.read_pickle import PARAMETERS, Keys
-from posthoc_cli.checkpoints.read_step import checked_step, step_of
-from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, Updates, make_checkpoint
+from posthoc_cli.checkpoints.pickles import PARAMETERS, Keys
+from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings, Updates, make_checkpoint
+from posthoc_cli.checkpoints.steps import checked_step, step_of
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import (
@@ -89,13 +87,20 @@ class Found:
     profile: Callable[[int], StoredProfile] | None = None
     sigma_rel: float = 0.0
     t_unit: str = "steps"
-    asks: dict[str, str] = field(default_factory=dict)
-    asks_with_decay: dict[str, str] = field(default_factory=dict)
+    asks: Mapping[str, str] = field(default_factory=dict)
+    asks_with_decay: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> Tensors:
         """The average, with the weights' tensors that it lacks."""
         return {name: self.averaged.get(name, find) for name, find in self.weights.items()} or self.averaged
+
+    def without_prefix(self, indexed: IndexedCheckpoint, prefix: str) -> Found:
+        """Return what has a prefix, by its names without it."""
+        averaged, weights = (_without_prefix(tensors, prefix) for tensors in (self.averaged, self.weights))
+        if not averaged:
+            raise FileFormatError(indexed.path, f"no tensor's name begins with {prefix!r}")
+        return replace(self, averaged=averaged, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -118,48 +123,42 @@ class Kind:
     check: Callable[[Sequence[Checkpoint], ImportSettings], str] | None = None
 
 
-def recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str, Found]:
-    """Return the kind of a checkpoint, the given one or the first of `TABLE` that fits, and what it holds.
-
-    Raises:
-        FileFormatError: it is not of the given kind.
-        InvalidValueError: a setting that its files do not hold is missing.
-    """
-    path = indexed.path
+def _recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str, Found]:
+    """Return the kind of a checkpoint, the given one or the first of `TABLE` that fits, and what it holds."""
     given = settings.kind or ("ema" if settings.average or settings.weights else None)
     for name in [given] if given else TABLE:
         kind = TABLE[name]
-        if (kind.name is None or kind.name.fullmatch(path.name)) and (found := kind.find(indexed, settings)):
+        if (kind.name is None or kind.name.fullmatch(indexed.path.name)) and (found := kind.find(indexed, settings)):
             return name, found
-    raise FileFormatError(path, f"is no file of {given}")
+    raise FileFormatError(indexed.path, f"is no file of {given}")
 
 
-def step_in(kind: str, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
-    """Return the step of a checkpoint of a kind; 0 before the training. For arguments and errors see `step_of`."""
-    pattern, takes = TABLE[kind].name, TABLE[kind].takes
-    if pattern and (match := pattern.fullmatch(indexed.path.name)):
-        number = TABLE[kind].of_name * int(match["step"])
+def _step_in(kind: Kind, indexed: IndexedCheckpoint, settings: ImportSettings, by_word: str) -> int:
+    """Return the step of a checkpoint of a kind; 0 before the training."""
+    if kind.name and (match := kind.name.fullmatch(indexed.path.name)):
+        number = kind.of_name * int(match["step"])
         return checked_step(indexed.path, number) if number else 0
-    is_ema = "steps_per_epoch" in takes or settings.ema_decay is not None
+    is_ema = "steps_per_epoch" in kind.takes or settings.ema_decay is not None
     return step_of(indexed, settings.step_from, by_word, settings.steps_per_epoch or 0 if is_ema else None)
 
 
-def read_found(
-    kind: str, found: Found, indexed: IndexedCheckpoint, step: int, settings: ImportSettings
+def read_checkpoint(
+    indexed: IndexedCheckpoint, settings: ImportSettings, step: int | None = None, by_word: str = ""
 ) -> list[Checkpoint]:
-    """Return the sources in a checkpoint: the weights, the average, or both.
+    """Return the sources in a checkpoint: the weights, the average, or both; none for the step 0.
 
-    Raises:
-        InvalidValueError: a setting is missing, or does not fit.
-        FileFormatError: the average and the weights are of different models.
+    The step is read if it is not given; for `by_word` see `step_of`.
     """
-    path = indexed.path
-    for name, reason in (found.asks | (found.asks_with_decay if settings.ema_decay is not None else {})).items():
-        if getattr(settings, name) is None:
+    (kind, found), path = _recognise(indexed, settings), indexed.path
+    step = _step_in(TABLE[kind], indexed, settings, by_word) if step is None else step
+    if not step:
+        log.warning("%s: left out, as its weights are those before the training, of step 0", path)
+        return []
+    for name, reason in {**found.asks, **(found.asks_with_decay if settings.ema_decay is not None else {})}.items():
+        if getattr(settings, name) in (None, ()):
             raise InvalidValueError(name, f"must be given{reason}")
     if found.updates and len(settings.sigma_rels) > 1:
-        given = names_in([f"{sigma_rel:g}" for sigma_rel in settings.sigma_rels])
-        raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}", value=given)
+        _refuse_widths(settings, f"must be one, of the average in {path.name}")
     if found.updates and found.t_unit == "images":  # names count thousands, rounded down
         every = settings.update_every or found.updates.every
         step = -(-step // every) * every
@@ -177,17 +176,21 @@ def read_found(
 
 def check_used(settings: ImportSettings, kinds: Collection[str]) -> None:
     """Raise InvalidValueError if a given setting does not apply to checkpoints of these kinds."""
-    known = {"kind", "prefix", "include", "exclude"}
+    known = {"kind", "prefix", "include", "exclude"}.union(*(TABLE[kind].takes for kind in kinds))
     for name, value in settings.given.items():
-        if name not in known and not any(name in TABLE[kind].takes for kind in kinds):
+        if name not in known:
             text = ",".join(f"{each:.12g}" for each in value) if isinstance(value, list) else str(value)
             raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", value=text)
 
 
+def _refuse_widths(settings: ImportSettings, reason: str) -> None:
+    raise InvalidValueError("sigma_rels", reason, value=names_in([f"{width:g}" for width in settings.sigma_rels]))
+
+
 # --- ema-pytorch and pytorch-posthoc-ema: averages by number, whose settings are not in their files
 
-DEFAULT_UPDATE_AFTER_STEP = 100
-"""The default of `pytorch-posthoc-ema`."""
+_DEFAULT_AFTER = 100
+"""The `update_after_step` of `pytorch-posthoc-ema` unless it was changed."""
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
 _COUNTERS = ("initted", "step")
 """Tensors of these libraries that are not of the model."""
@@ -201,46 +204,45 @@ def _find_numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSet
     match = _NUMBERED.fullmatch(path.name)
     if match is None or (_COUNTERS[0],) not in indexed.tensors or bool(inner) is not has_inner:
         return None
-    for needed in ("sigma_rels", "update_every"):
-        if not getattr(settings, needed):
-            reason = f"must be given to an import: files of {library}, such as {path.name}, do not hold it"
-            raise InvalidValueError(needed, reason)
+    tensors = {name: find for name, find in indexed.model_tensors(settings.prefix or inner).items()
+               if name not in _COUNTERS}  # fmt: skip
+    if not (settings.sigma_rels and settings.update_every):
+        unsaid = f" to an import: files of {library}, such as {path.name}, do not hold it"
+        return Found(tensors, asks={"sigma_rels": unsaid, "update_every": unsaid})
+    every = settings.update_every
     if (number := int(match["number"])) >= len(settings.sigma_rels):
-        given = names_in([f"{sigma_rel:g}" for sigma_rel in settings.sigma_rels])
-        reason = f"must be one for each average; {path.name} is of number {number}, counted from 0"
-        raise InvalidValueError("sigma_rels", reason, value=given)
+        _refuse_widths(settings, f"must be one for each average; {path.name} is of number {number}, counted from 0")
     if library == "posthoc-ema":
-        _check_update_after_step(indexed, int(match["step"]), settings.update_after_step)
-    tensors = indexed.model_tensors(settings.prefix or inner)
-    width, every = settings.sigma_rels[number], settings.update_every or 1
+        _check_update_after_step(indexed, int(match["step"]), settings)
+    width = settings.sigma_rels[number]
     return Found(
-        {name: find for name, find in tensors.items() if name not in _COUNTERS}, sigma_rel=width,
-        profile=lambda step: _numbered_profile(library, gamma_from_sigma_rel(width), step, settings, every),
-    )  # fmt: skip
+        tensors, sigma_rel=width, profile=lambda step: _numbered_profile(library, width, step, settings, every)
+    )
 
 
-def _numbered_profile(library: str, gamma: float, step: int, settings: ImportSettings, update_every: int) -> Discrete:
+def _numbered_profile(library: str, width: float, step: int, settings: ImportSettings, every: int) -> Discrete:
     """Return the profile that one of these libraries really tracks."""
-    if library == "ema-pytorch":
-        return ema_pytorch_profile(gamma, step, update_every)
-    after = DEFAULT_UPDATE_AFTER_STEP if settings.update_after_step is None else settings.update_after_step
-    return ema_pytorch_profile(gamma, step, update_every, max(after, 1))
+    first = {} if library == "ema-pytorch" else {"first": max(_update_after_step(settings), 1)}
+    return ema_pytorch_profile(gamma_from_sigma_rel(width), step, every, **first)
 
 
-def _check_update_after_step(indexed: IndexedCheckpoint, step: int, given: int | None) -> None:
+def _update_after_step(settings: ImportSettings) -> int:
+    return _DEFAULT_AFTER if settings.update_after_step is None else settings.update_after_step
+
+
+def _check_update_after_step(indexed: IndexedCheckpoint, step: int, settings: ImportSettings) -> None:
     """Raise InvalidValueError if the number of calls that `pytorch-posthoc-ema` counted contradicts the setting."""
-    value = DEFAULT_UPDATE_AFTER_STEP if given is None else given
-    counted = indexed.number("step")
+    counted, value = indexed.number("step"), _update_after_step(settings)
     if counted is None or not math.isfinite(counted):  # above the range of float16
         return
     eps = max((EPS.get(chunk.tensor.dtype, 0.0) for chunk in indexed.tensors.get(("step",), list)()), default=0.0)
-    expected = step - max(value, 1) + 1  # it counts from the call number `value` on
-    if abs(counted - expected) <= counted * eps / 2:
-        return
-    right_value = f"{'about ' * (counted * eps >= 1)}{step - counted + 1:,.12g}"
-    reason = f"does not fit the files, whose default is {DEFAULT_UPDATE_AFTER_STEP}: {indexed.path.name} has counted"
-    reason += f" {counted:,.12g} of {step:,} calls, as {right_value} makes it"
-    raise InvalidValueError("update_after_step", reason, value=value)
+    first = step - counted + 1  # it counts from the call of this number on
+    if abs(first - max(value, 1)) > counted * eps / 2:
+        reason = f"does not fit the files, whose default is {_DEFAULT_AFTER}: {indexed.path.name} has counted"
+        makes_it = f"as {'about ' * (counted * eps >= 1)}{first:,.12g} makes it"
+        raise InvalidValueError(
+            "update_after_step", f"{reason} {counted:,.12g} of {step:,} calls, {makes_it}", value=value
+        )
 
 
 _EVERY = (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, 128, 200, 250, 500, 1000)
@@ -260,26 +262,22 @@ _POOR = 1.0
 
 
 def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> str:
-    """Compare the measured distances between averages with those that each update_every would make.
-
-    With averages of one profile any value explains the distances. Raise InvalidValueError if another one fits better.
-    """
+    """Compare the measured distances between averages with those that each update_every would make."""
     given = settings.update_every or 1
     misfits = _misfits_by_interval(library, checkpoints, settings, given)
     if not misfits:
         return "update_every is as given: averages of one profile, or at one time, do not show it"
     ranked = sorted(misfits, key=lambda every: misfits[every])
-    best = ranked[0]
+    least = misfits[ranked[0]]
     hint = "check `sigma_rels`, `update_after_step`, and that one session of the training wrote all files"
-    if misfits[given] > max(_WORSE * misfits[best], misfits[best] + _MUCH_WORSE):
-        reason = "the distances between the averages do not fit it"
-        if misfits[best] < _POOR:
-            raise InvalidValueError("update_every", f"{reason}; those of {best} do", value=given)
-        raise InvalidValueError("update_every", f"{reason}; no other value fits them either", hint, value=given)
+    if misfits[given] > max(_WORSE * least, least + _MUCH_WORSE):
+        others, hint = (f"those of {ranked[0]} do", "") if least < _POOR else ("no other value fits them either", hint)
+        reason = f"the distances between the averages do not fit it; {others}"
+        raise InvalidValueError("update_every", reason, hint, value=given)
     if misfits[given] > _POOR:
         log.warning("the distances between the averages fit no update_every; %s", hint)
-    shown_misfits = ", ".join(f"{every}: {misfits[every]:.2g}" for every in ranked[:3])
-    return f"update_every {given} fits the distances between the averages (misfits: {shown_misfits})"
+    listed = ", ".join(f"{every}: {misfits[every]:.2g}" for every in ranked[:3])
+    return f"update_every {given} fits the distances between the averages (misfits: {listed})"
 
 
 def _misfits_by_interval(
@@ -293,10 +291,9 @@ def _misfits_by_interval(
     if len(times) < 2 or len(sources) < 2 * len(times):
         return {}
     measured = sample_measurements(sources)
-    least_step = min(source.step for source in sources)
-    misfits = {}
+    misfits, least_step = {}, min(source.step for source in sources)
     for every in sorted({given, *(value for value in _EVERY if value <= least_step)}):
-        profiles = {one.profile: _numbered_profile(library, one.gamma, one.step, settings, every) for one in sources}
+        profiles = {s.profile: _numbered_profile(library, s.sigma_rel, s.step, settings, every) for s in sources}
         averages = []
         for source, measurements in zip(sources, measured, strict=True):
             distances = tuple(replace(d, other=profiles[d.other]) for d in measurements.distances)
@@ -312,7 +309,7 @@ def _numbered(library: str, *takes: str) -> Kind:
     return Kind(find, _NUMBERED, takes=("sigma_rels", "update_every", *takes), check=check)
 
 
-# --- ordinary EMAs
+# --- ordinary EMAs of known libraries
 
 
 _Finder = Callable[[IndexedCheckpoint], Found | None]
@@ -325,8 +322,8 @@ def _model_tensors(indexed: IndexedCheckpoint, average: Keys) -> Tensors:
     return indexed.under(groups[0]) if groups else {}
 
 
-def _without_prefix(tensors: Tensors, prefix: str) -> dict[str, Find]:
-    """Return the tensors whose names have a prefix, by their names without it."""
+def _without_prefix(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the tensors or values whose names have a prefix, by their names without it."""
     return {name.removeprefix(prefix): find for name, find in tensors.items() if name.startswith(prefix)}
 
 
@@ -349,23 +346,6 @@ def _first_copies(count: int | None) -> Updates:
     return Updates({"copies": 1}, count, from_first=True)
 
 
-def _diffusers(indexed: IndexedCheckpoint) -> Found | None:
-    groups = [name for name in indexed.groups() if name.endswith("_ema")]
-    if len(groups) != 1:
-        return None
-    prefix = f"{groups[0]}."
-    config = {key.removeprefix(prefix): value for key, value in indexed.values.items() if key.startswith(prefix)}
-    updates = _as_count(config.get("optimization_step"))
-    if updates is None or not isinstance(config.get("decay"), float):
-        return None
-    warm_up = "power" if config.get("use_ema_warmup") else "ratio"
-    rule = {"decay": config["decay"], "warm_up": warm_up, "copies": 1 + int(config.get("update_after_step") or 0)}
-    rule |= {name: float(config[name]) for name in ("inv_gamma", "power") if name in config}
-    rule["least"] = float(config.get("min_decay") or 0.0)
-    weights = indexed.under(groups[0].removesuffix("_ema")) or indexed.under("model")
-    return Found(indexed.under(groups[0]), weights, Updates(rule, updates))
-
-
 def _under_keys(average: str, weights: str, count: Keys = (), inner: str = "") -> _Finder:
     """Return the finder of a library that stores both under fixed keys, the weights with an inner prefix."""
 
@@ -378,6 +358,20 @@ def _under_keys(average: str, weights: str, count: Keys = (), inner: str = "") -
     return find
 
 
+def _diffusers(indexed: IndexedCheckpoint) -> Found | None:
+    groups = [name for name in indexed.groups() if name.endswith("_ema")]
+    config = _without_prefix(indexed.values, f"{groups[0]}.") if len(groups) == 1 else {}
+    updates = _as_count(config.get("optimization_step"))
+    if updates is None or not isinstance(config.get("decay"), float):
+        return None
+    warm_up = "power" if config.get("use_ema_warmup") else "ratio"
+    rule = {"decay": config["decay"], "warm_up": warm_up, "copies": 1 + int(config.get("update_after_step") or 0)}
+    rule |= {name: float(config[name]) for name in ("inv_gamma", "power") if name in config}
+    rule["least"] = float(config.get("min_decay") or 0.0)
+    weights = indexed.under(groups[0].removesuffix("_ema")) or indexed.under("model")
+    return Found(indexed.under(groups[0]), weights, Updates(rule, updates))
+
+
 def _averaged_model(indexed: IndexedCheckpoint) -> Found | None:
     for parent in _parents(indexed, "n_averaged"):
         averaged = _without_prefix(indexed.under(*parent), "module.")
@@ -388,9 +382,8 @@ def _averaged_model(indexed: IndexedCheckpoint) -> Found | None:
 
 def _torchtitan(indexed: IndexedCheckpoint) -> Found | None:
     """The update at `start_step` + n `update_every` keeps 2**(-1 / (0.05 n)), or another `half_life_fraction`."""
-    averaged = {
-        match[1]: find for keys, find in indexed.tensors.items() if (match := _TITAN_EMA.fullmatch(".".join(keys)))
-    }
+    matches = ((_TITAN_EMA.fullmatch(".".join(keys)), find) for keys, find in indexed.tensors.items())
+    averaged = {match[1]: find for match, find in matches if match}
     rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
     return Found(averaged, indexed.model_tensors(), Updates(rule, at_start=True)) if averaged else None
 
@@ -398,14 +391,11 @@ def _torchtitan(indexed: IndexedCheckpoint) -> Found | None:
 def _ema_pytorch(indexed: IndexedCheckpoint) -> Found | None:
     for parent in _parents(indexed, "initted"):
         group = indexed.under(*parent)
-        averaged, weights = _without_prefix(group, "ema_model."), _without_prefix(group, "online_model.")
-        calls = _as_count(indexed.number(*parent, "step"))
-        if averaged and calls:
+        averaged, weights = _without_prefix(group, _INNER), _without_prefix(group, "online_model.")
+        if averaged and (calls := _as_count(indexed.number(*parent, "step"))):
             updates = Updates({"warm_up": "power"}, calls, from_first=True, counts_calls=True)
-            asks = {
-                name: f": {indexed.path.name} does not say it; the default of the library is {usual}"
-                for name, usual in (("update_every", 10), ("update_after_step", 100))
-            }
+            unsaid = f": {indexed.path.name} does not say it; the default of the library is"
+            asks = {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
             return Found(averaged, weights or _model_tensors(indexed, parent), updates, asks_with_decay=asks)
     return None
 
@@ -432,15 +422,14 @@ def _lit_ema(indexed: IndexedCheckpoint) -> Found | None:
 
 def _torch_ema(indexed: IndexedCheckpoint) -> Found | None:
     for parent in _parents(indexed, "decay"):
-        listed = indexed.under(*parent, PARAMETERS)
-        if not listed:
+        if not (listed := indexed.under(*parent, PARAMETERS)):
             continue
         weights = _model_tensors(indexed, parent)
-        named = iter(weights.items())
+        named = ((name, tensor_shape(find())) for name, find in weights.items() if "running_" not in name)
         averaged = {}
-        for find in listed.values():
+        for find in listed.values():  # in the order of the model's parameters
             shape = tensor_shape(find())
-            name = next((name for name, at in named if tensor_shape(at()) == shape and "running_" not in name), None)
+            name = next((name for name, at in named if at == shape), None)
             if name is None:
                 reason = "holds an EMA without names, and no weights of these shapes in the same order"
                 raise FileFormatError(indexed.path, reason)
@@ -457,39 +446,35 @@ _EDM_OPTIONS = "training_options.json"
 
 def _edm(indexed: IndexedCheckpoint) -> Found | None:
     path = indexed.path
-    averaged = indexed.under("ema") or indexed.under("G_ema")
-    match = _EDM_FILE.fullmatch(path.name)
+    averaged, match = indexed.under("ema") or indexed.under("G_ema"), _EDM_FILE.fullmatch(path.name)
     if not averaged or match is None:
         return None
-    state = path.with_name(f"training-state-{match['step']}.pt")
+    state, file = path.with_name(f"training-state-{match['step']}.pt"), path.with_name(_EDM_OPTIONS)
     if state.is_file():
         indexed = index_checkpoint(state)
-    weights = indexed.under("net") or indexed.under("G")
-    rule: dict[str, Any] = {"copies": 1}
-    file, options = path.with_name(_EDM_OPTIONS), {}
+    options: dict[str, Any] = {}
     if file.is_file():
         options = parse_object(file, read_small_file(file, 10_000_000), "options of a training")
-        rule["warm_up"] = ""
-    batch, thousands, share = (
-        next((options[name] for name in names if isinstance(options.get(name), int | float)), default)
-        for names, default in (
-            (("batch_size",), 0), (("ema_halflife_kimg", "ema_kimg"), 0), (("ema_rampup_ratio", "ema_rampup"), RAMP_UP)
-        )
-    )  # fmt: skip
-    has_no_ramp_up = any(options.get(name, RAMP_UP) is None for name in ("ema_rampup_ratio", "ema_rampup"))
-    if options and not has_no_ramp_up:
-        rule |= {"warm_up": "ramp-up", "power": float(share)}
+
+    def number(*names: str, default: float = 0) -> Any:
+        return next((options[name] for name in names if isinstance(options.get(name), int | float)), default)
+
+    rule: dict[str, Any] = {"copies": 1} | ({"warm_up": ""} if options else {})
+    ramps = ("ema_rampup_ratio", "ema_rampup")  # null for none
+    if options and not any(name in options and options[name] is None for name in ramps):
+        rule |= {"warm_up": "ramp-up", "power": float(number(*ramps, default=RAMP_UP))}
+    batch, thousands = number("batch_size"), number("ema_halflife_kimg", "ema_kimg")
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
     unsaid = f", the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
     unclear = f", ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
     return Found(
-        averaged, weights, Updates(rule, None, int(batch)), t_unit="images",
+        averaged, indexed.under("net") or indexed.under("G"), Updates(rule, None, int(batch)), t_unit="images",
         asks={} if batch else {"update_every": unsaid}, asks_with_decay={} if options else {"ema_warmup": unclear},
     )  # fmt: skip
 
 
-FINDERS: dict[str, _Finder] = {
+LIBRARIES: dict[str, _Finder] = {
     "torchtitan": _torchtitan,
     "diffusers-ema": _diffusers,
     "timm": _under_keys("state_dict_ema", "state_dict"),
@@ -504,29 +489,26 @@ FINDERS: dict[str, _Finder] = {
 """A function for each library that returns its EMA in a checkpoint, or None; in the order of the calls."""
 
 
-def _find(library: str, indexed: IndexedCheckpoint) -> Found | None:
+def _find_library(library: str, indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
     """Return the EMA that a library stored, or None; raise FileFormatError if its settings are not such numbers."""
     try:
-        found = FINDERS[library](indexed)
+        found = LIBRARIES[library](indexed)
         rule = found.updates.rule if found and found.updates else {}
         if rule.get("inv_gamma", 1.0) <= 0 or rule.get("power", 1.0) < 0:
             raise ValueError("its warm-up never begins")
     except (TypeError, ValueError, OverflowError) as error:
         raise FileFormatError(indexed.path, f"holds an EMA whose settings cannot be read: {error}") from error
-    return found
+    return found.without_prefix(indexed, settings.prefix) if found and settings.prefix else found
 
 
 # --- any other trainer: two sets of tensors with the same names, one of whose keys says that it is the average
 
 
-def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED) -> Found | None:
+def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
     """Return the average and the weights in a checkpoint, by their keys, or by prefixes of the names in one set.
 
     The average is the set whose key has a word for it, the weights are a set next to it with the same names and shapes;
-    or both are those that the settings name.
-
-    Raises:
-        FileFormatError: two sets may be the average, or the weights; or a set of that name is missing.
+    or both are those that the settings name. Raise FileFormatError if several may be meant.
     """
     sets = _sets_of_tensors(indexed)
     wanted, given = (_named_set(indexed, sets, text) for text in (settings.average, settings.weights))
@@ -536,9 +518,8 @@ def _two_sets(indexed: IndexedCheckpoint, settings: ImportSettings = UNSPECIFIED
     unclear = [*pairs] if len(pairs) > 1 else next(iter(pairs.values()), [])
     if len(unclear) > 1:
         reason = f"which of its sets of tensors is the {'average' if len(pairs) > 1 else 'model'} is unclear: "
-        listed = names_in([".".join(key) for key in unclear])
         hint = "name the average by `average`, or both by `average` and `weights` in an import"
-        raise FileFormatError(indexed.path, reason + listed, hint)
+        raise FileFormatError(indexed.path, reason + names_in([".".join(key) for key in unclear]), hint)
     for key, (weights,) in pairs.items():
         return Found(sets[key], sets[weights])
     models = [name for name in indexed.groups() if not name.startswith(NOT_WEIGHTS) and name != "opt"]
@@ -567,6 +548,10 @@ def _pairs(
     return pairs
 
 
+_DEEPEST_SET = 2
+"""The most keys that lead to a set of tensors: deeper ones are the states of optimizers."""
+
+
 def _sets_of_tensors(indexed: IndexedCheckpoint) -> dict[Keys, dict[str, Find]]:
     """Return the sets of tensors by the keys that lead to them, of which the last may be the first part of names."""
     sets: dict[Keys, dict[str, Find]] = {}
@@ -582,10 +567,6 @@ def _sets_of_tensors(indexed: IndexedCheckpoint) -> dict[Keys, dict[str, Find]]:
     return sets | {key: part for key, part in prefixes.items() if 4 * len(part) >= counts[key[:-1]]}
 
 
-_DEEPEST_SET = 2
-"""The most keys that lead to a set of tensors: deeper ones are the states of optimizers."""
-
-
 def _named_set(indexed: IndexedCheckpoint, sets: Collection[Keys], text: str | None) -> Keys | None:
     if text is None:
         return None
@@ -593,8 +574,8 @@ def _named_set(indexed: IndexedCheckpoint, sets: Collection[Keys], text: str | N
     outermost = [keys for keys in matching if len(keys) == min(map(len, matching))]
     if len(outermost) == 1:
         return outermost[0]
-    known = names_in([".".join(keys) for keys in outermost or sets])
     wrong = "has several sets of tensors" if outermost else "has no set of tensors"
+    known = names_in([".".join(keys) for keys in outermost or sets])
     raise FileFormatError(indexed.path, f"{wrong} {shown(text)}: {known}")
 
 
@@ -605,19 +586,16 @@ def _are_alike(averaged: Tensors, weights: Tensors) -> bool:
     return all(tensor_shape(find()) == tensor_shape(weights[name]()) for name, find in averaged.items())
 
 
-_NAMED_DECAY = re.compile(r"ema_(0\.\d+)_")
-"""Pattern of the decay in names of guided-diffusion, such as `ema_0.9999_000050.pt` next to `model000050.pt`."""
-
-
 def named_decay(path: Path) -> float | None:
-    """Return the decay in the name of an average's file."""
-    match = _NAMED_DECAY.match(path.name)
+    """Return the decay in the name of guided-diffusion's `ema_0.9999_000050.pt`, next to `model000050.pt`."""
+    match = re.match(r"ema_(0\.\d+)_", path.name)
     return float(match[1]) if match else None
 
 
 def _find_any(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
     """Return two sets of tensors, or one in a file that a name or the settings call an average."""
-    if (found := _without_prefixes(indexed, _two_sets(indexed, settings), settings)) is not None:
+    if (found := _two_sets(indexed, settings)) is not None:
+        found = found.without_prefix(indexed, settings.prefix) if settings.prefix else found
         return replace(found, updates=Updates())
     if not (settings.kind or settings.average or settings.weights or AVERAGE_WORD.search(indexed.path.name)):
         return None
@@ -625,59 +603,27 @@ def _find_any(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | N
     return Found(indexed.model_tensors(settings.prefix), updates=Updates({} if decay is None else {"decay": decay}))
 
 
-def _without_prefixes(indexed: IndexedCheckpoint, found: Found | None, settings: ImportSettings) -> Found | None:
-    if found is None or not settings.prefix:
-        return found
-    averaged, weights = (_without_prefix(tensors, settings.prefix) for tensors in (found.averaged, found.weights))
-    if not averaged:
-        raise FileFormatError(indexed.path, f"no tensor's name begins with {settings.prefix!r}")
-    return replace(found, averaged=averaged, weights=weights)
-
-
-_EMA_TAKES = (
-    "step_from", "sigma_rels", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty", "ema_late", "update_every",
-    "update_after_step", "steps_per_epoch",
-)  # fmt: skip
-
-
-def _ordinary(library: str, **fields: Any) -> Kind:
-
-    def find(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
-        return _without_prefixes(indexed, _find(library, indexed), settings)
-
-    return Kind(find, takes=_EMA_TAKES, **fields)
-
-
 def stored_in(path: Path, weights: bool = False, average: str | None = None) -> Checkpoint:
     """Return the average that a training's checkpoint holds, as it is, or with `weights` its raw weights.
 
-    Arguments:
-        average: the key or prefix of the average's tensors, or a glob of it; by default the one whose key says it.
-
-    Raises:
-        FileFormatError: the checkpoint cannot be read, or nothing in it says that it is an average, or two do.
+    `average` is the key or prefix of the average's tensors, or a glob of it; by default the one whose key says it.
     """
-    indexed = index_checkpoint(path)
+    indexed, settings = index_checkpoint(path), ImportSettings()
     sets = _sets_of_tensors(indexed)
-    if average and (key := _named_set(indexed, sets, average)):
+    if key := _named_set(indexed, sets, average):
         others = _pairs(sets, [key]).get(key, [])
         found: Found | None = Found(sets[key], sets[others[0]] if len(others) == 1 else {})
     else:
-        found = next(filter(None, (_find(library, indexed) for library in FINDERS)), None)
-    alone = [key for key in sets if AVERAGE_WORD.search(key[-1])]
+        found = next(filter(None, (_find_library(library, indexed, settings) for library in LIBRARIES)), None)
     if weights:
         models = {key for others in _pairs(sets).values() for key in others}
         tensors = found.weights if found else sets[models.pop()] if len(models) == 1 else {}
-        tensors = tensors or indexed.model_tensors()
-    elif found := found or _two_sets(indexed):
-        tensors = found.complete
-    elif len(alone) == 1 or AVERAGE_WORD.search(path.name):
-        tensors = sets[alone[0]] if len(alone) == 1 else indexed.model_tensors()
-    else:
-        keys = names_in([".".join(key) for key in sets if len(key) == 1])
+        return make_checkpoint(path, tensors or indexed.model_tensors(), Point(1.0), 1)
+    if not (found := found or _find_any(indexed, settings)):
+        keys = names_in(indexed.groups())
         reason = f"holds no average that its keys name ({keys})" if keys else "holds no average that a key names"
         raise FileFormatError(path, reason, "name its key by `average`, or say `weights` for the raw ones")
-    return make_checkpoint(path, tensors, Point(1.0), 1)
+    return make_checkpoint(path, found.complete, Point(1.0), 1)
 
 
 # --- EDM2: power functions, with images and width in the name
@@ -688,18 +634,21 @@ _EDM2 = re.compile(r"(?:network-snapshot|edm2(?:-[a-z0-9]+)+)-(?P<step>\d{1,20})
 def _find_edm2(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
     match = _EDM2.fullmatch(indexed.path.name)
     width = float(match["width"]) if match else 0.0
-    tensors = indexed.model_tensors(settings.prefix, "ema")
-    return Found(
-        tensors, profile=functools.partial(PowerFunction.from_sigma_rel, width), sigma_rel=width, t_unit="images"
-    )
+    profile = functools.partial(PowerFunction.from_sigma_rel, width)
+    return Found(indexed.model_tensors(settings.prefix, "ema"), profile=profile, sigma_rel=width, t_unit="images")
 
+
+_EMA_TAKES = (
+    "step_from", "sigma_rels", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty", "ema_late", "update_every",
+    "update_after_step", "steps_per_epoch",
+)  # fmt: skip
 
 TABLE = {
     "edm2": Kind(_find_edm2, _EDM2, of_name=1000),
     "ema-pytorch": _numbered("ema-pytorch"),
     "posthoc-ema": _numbered("posthoc-ema", "update_after_step"),
-    **{name: _ordinary(name) for name in FINDERS},
-    "edm": _ordinary("edm", name=_EDM_FILE, of_name=1000),
+    **{name: Kind(functools.partial(_find_library, name), takes=_EMA_TAKES) for name in LIBRARIES},
+    "edm": Kind(functools.partial(_find_library, "edm"), _EDM_FILE, of_name=1000, takes=_EMA_TAKES),
     "ema": Kind(_find_any, takes=(*_EMA_TAKES, "average", "weights")),
     "checkpoints": Kind(
         lambda indexed, settings: Found(weights=indexed.model_tensors(settings.prefix)), takes=("step_from",)

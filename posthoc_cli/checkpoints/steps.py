@@ -11,17 +11,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from posthoc_cli.checkpoints.read_model import ENDINGS, IndexedCheckpoint
+from posthoc_cli.checkpoints.index import ENDINGS, IndexedCheckpoint
 from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 
-_TRAINER_STATE = "trainer_state.json"
 _MOST_STATE = 1_000_000_000
 _MOST_STEPS = 10**15
+_MOST_DIGITS = 19
 _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-_MOST_DIGITS = 19
 _NUMBER = re.compile(
     r"((?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:_[0-9]{3})+)|[0-9]+)(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)([kmb]?)", re.I
 )
@@ -29,12 +28,12 @@ _NUMBER = re.compile(
 _MORE = r"(?P<more>(?:[.,_-][0-9]+)+|[a-z]+)?"
 """What follows digits that are only a part of a number, or have a unit."""
 _STEP = r"(?:steps?|iter(?:ation)?s?)"
-_MARKED = [
+_MARKED = (
     re.compile(rf"(?<![a-z]){_STEP}[=_.\- ]*(?P<number>[0-9]+){_MORE}", re.I),
     re.compile(
         rf"(?<![0-9])(?<![0-9][.,_-])(?P<number>[0-9]+)(?P<more>[kmb])?[_\- ]?{_STEP}(?![a-z]|[=_.\- ]*[0-9])", re.I
     ),
-]
+)
 _CHECKPOINT = re.compile(rf"(?<![a-z])(?:checkpoint|ckpt)s?[=_.\- ]*(?P<number>[0-9]+){_MORE}", re.I)
 _ALONE = re.compile(rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float)[_.\-]?)?(?P<number>[0-9]+){_MORE}", re.I)
 _DATE = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])")
@@ -43,10 +42,7 @@ _FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")
 
 
 class Reading(NamedTuple):
-    """The step in a name, or the doubt about it; neither if the name has none.
-
-    `by_word` is whether a word such as step marks the number.
-    """
+    """The step in a name, or the doubt about it, or neither; and whether a word such as step marks the number."""
 
     step: int | None = None
     doubt: str = ""
@@ -54,7 +50,7 @@ class Reading(NamedTuple):
 
 
 def step_of(indexed: IndexedCheckpoint, step_from: str | None, by_word: str, per_epoch: int | None) -> int:
-    """Return the step of a checkpoint, if given by a search for `step_from` in its path.
+    """Return the step of a checkpoint, if given by a search for `step_from` in its path; 0 before the training.
 
     Arguments:
         by_word: another checkpoint's name with a word such as step, which this name must then have too; or empty.
@@ -66,28 +62,28 @@ def step_of(indexed: IndexedCheckpoint, step_from: str | None, by_word: str, per
     path = indexed.path
     if step_from is not None:
         match = re.search(step_from, str(path))
-        number = None if match is None else read_number(match[1] or "")
+        number = read_number(match[1] or "") if match else None
         if number is None:
             raise InvalidValueError("step_from", f"finds no number in {path}", value=step_from)
         return checked_step(path, number)
-    state, step = path / _TRAINER_STATE, None
+    state, step = path / "trainer_state.json", None
     if path.is_dir() and state.is_file():
         step = parse_object(state, read_small_file(state, _MOST_STATE), "state of a Trainer").get("global_step")
     step = (step if type(step) is int else None) or indexed.step
     if step is None:
-        named = named_step(path)
-        epoch = indexed.values.get("epoch")
+        named, epoch, reason, hint = named_step(path), indexed.values.get("epoch"), "", _HINT
         if per_epoch is not None and type(epoch) is int and named.step in (None, epoch, epoch + 1):
-            if not per_epoch:
-                reason = f"must be given: {path.name} holds its epoch, {epoch} counted from 0, and not its step"
-                raise InvalidValueError("steps_per_epoch", reason)
-            return checked_step(path, (epoch + 1) * per_epoch)
+            if per_epoch:
+                return checked_step(path, (epoch + 1) * per_epoch)
+            reason = f"must be given: {path.name} holds its epoch, {epoch} counted from 0, and not its step"
+            raise InvalidValueError("steps_per_epoch", reason)
         if named.step is None:
             reason = f"neither its content nor its name tells its step{': ' * bool(named.doubt)}{named.doubt}"
-            raise InvalidValueError(path, reason, _HINT)
-        if by_word and not named.by_word:
+        elif by_word and not named.by_word:
             reason = f"its name has no word such as step at its number, as {shown(by_word)} has"
-            raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
+            hint = f"leave it out, or {_HINT}"
+        if reason:
+            raise InvalidValueError(path, reason, hint)
         step = named.step
     return checked_step(path, step) if step else 0
 
@@ -111,19 +107,17 @@ def named_step(path: Path) -> Reading:
     has_number = re.search("[0-9]", stem) is not None
     name = _FRACTION.sub("", stem if has_number else path.parent.name)
     marked = [match for pattern in _MARKED for match in pattern.finditer(name)]
-    matches = marked or [*_CHECKPOINT.finditer(name)]
-    by_word = bool(matches)
-    if has_number and not matches:
-        matches = [*_ALONE.finditer(name)]
+    by_word = marked or [*_CHECKPOINT.finditer(name)]
+    matches = by_word or [*_ALONE.finditer(name)] * has_number
     if len(matches) != 1:
         return Reading()
     parts = matches[0].groupdict("")
-    number = parts["number"]
-    if parts.get("other") or parts["more"]:
-        return Reading(doubt=f"{parts.get('other', '') + number + parts['more']!r} may be something else")
+    other, number, more = parts.get("other", ""), parts["number"], parts["more"]
+    if other or more:
+        return Reading(doubt=f"{other + number + more!r} may be something else")
     if not marked and _DATE.fullmatch(number):
         return Reading(doubt=f"{number!r} may be a date")
-    return Reading(int(number) if len(number) <= _MOST_DIGITS else None, by_word=by_word)
+    return Reading(int(number) if len(number) <= _MOST_DIGITS else None, by_word=bool(by_word))
 
 
 def read_number(text: str) -> float | None:
