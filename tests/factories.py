@@ -5,9 +5,7 @@ The averages here are NumPy float64 straight from the formulas, never this packa
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -315,12 +313,7 @@ def flip_bit(path: Path, position: int = -1) -> None:
     path.write_bytes(data)
 
 
-# --- faults ----------------------------------------------------------------------------------------
-
-
-def refuse_for_space(*_: object) -> None:
-    """Raise the error of a full disk, in place of an operation of `files.system`."""
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+# --- the solver ------------------------------------------------------------------------------------
 
 
 def solved(solver: Problem, target: Profile) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from factories import exact_average, refuse_for_space
+from factories import exact_average
+from snapshots.recorded import failing
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_state_dict
 from tracker.runs import wait_for_writers
 
-from posthoc_cli import PostHocEMA, files
+from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 
@@ -308,7 +310,7 @@ def test_after_a_cell_was_run_again_the_steps_go_to_the_later_tracker(tmp_path: 
     assert {snapshot.run_id for snapshot in read_directory(tmp_path / "one")} == {second.run_id}
 
 
-def test_after_an_error_of_the_update_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_an_error_of_the_update_training_continues(tmp_path: Path) -> None:
     """Attributes that the scaler leaves on a fused optimizer must not scale the next gradients."""
 
     def train(tracker: PostHocEMA | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -316,9 +318,7 @@ def test_after_an_error_of_the_update_training_continues(tmp_path: Path, monkeyp
         for number in range(4):
             optimizer.zero_grad()
             scaler.scale((model(X) - Y).square().mean()).backward()
-            with monkeypatch.context() as fault:
-                if tracker is not None and number == 1:
-                    fault.setattr(files.system, "fsync", refuse_for_space)
+            with failing("fsync", errno.ENOSPC) if tracker is not None and number == 1 else nullcontext():
                 with pytest.raises(WriteError, match="no space") if tracker and number == 2 else nullcontext():
                     scaler.step(optimizer)
                 if tracker is not None:
