@@ -30,6 +30,7 @@ from posthoc_cli.errors import (
     MismatchError,
     PostHocError,
     RemoteError,
+    WriteError,
     printable,
     shown,
 )
@@ -452,6 +453,8 @@ class DirectoryLock:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
             try:
+                if os.fstat(descriptor).st_nlink > 1:
+                    raise WriteError(directory / LOCK_NAME, "is not a lock: it is a hard link to another file")
                 _take(directory, descriptor)
             except BaseException:
                 os.close(descriptor)

@@ -50,7 +50,7 @@ def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, preci
     for make_link, message in (
         (lambda: lock.symlink_to(precious), str(tmp_path)),
         (lambda: lock.symlink_to(absent), str(tmp_path)),
-        (lambda: lock.hardlink_to(precious), "is not a lock: it has content"),
+        (lambda: lock.hardlink_to(precious), "is not a lock: it is a hard link"),
     ):
         make_link()
         with pytest.raises(WriteError, match=message):
