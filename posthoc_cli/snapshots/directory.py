@@ -71,9 +71,8 @@ class Directory:
     snapshots: tuple[Snapshot, ...] = ()  # complete ones, by time, then sigma_rel
     problems: tuple[PostHocError, ...] = ()  # unreadable headers, and snapshots that contradict each other
     notes: tuple[str, ...] = ()  # lines about unusual entries
-    incomplete: Mapping[Path, str] = field(
-        default_factory=dict
-    )  # folders that lack parts, with those they have in words
+    # Folders that lack parts of a snapshot, with those they have in words.
+    incomplete: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -471,7 +470,7 @@ class DirectoryLock:
 
 def _take(directory: Path, descriptor: int) -> None:
     """Lock the file and write the holder's name into it."""
-    process, host = os.getpid(), socket.gethostname()
+    process, host, is_locked = os.getpid(), socket.gethostname(), True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -482,10 +481,14 @@ def _take(directory: Path, descriptor: int) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
+        is_locked = False
         why = (error.strerror or str(error)).lower()
         log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
-    if holder := _holder(descriptor):  # it died, or its lock is not seen on this host
-        log.warning("%s: taken over from %s: make sure that it is not running any more", directory, holder)
+    if holder := _holder(descriptor):
+        state = "died without releasing it; taken over"
+        if not is_locked or not holder.endswith(f" on {host}"):
+            state = "holds no lock seen here; taken over: make sure that it is not running any more"
+        log.warning("%s: %s %s", directory, holder, state)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps({"host": host, "process": process}).encode(), 0)
 

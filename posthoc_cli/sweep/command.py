@@ -41,15 +41,17 @@ class Records:
         self._path, self._question = folder / TRIALS, json.loads(json.dumps(question))
 
     def read(self) -> list[Trial]:
-        """Return the successful trials of this question, the last of repeated ones; skip lines of any other kind."""
+        """Return the successful trials of this question, the last of repeated ones; skip other lines of any content."""
         trials = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
             try:
                 entry = json.loads(line)
-                if entry["question"] == self._question and entry["trial"]["value"] is not None:
+                if entry["question"] == self._question:
                     trial = Trial(**entry["trial"])
-                    trials[trial.x, trial.seed] = trial
-            except (ValueError, TypeError, KeyError):
+                    numbers: Any = (trial.x, trial.value, trial.standard_error or 0.0)
+                    if isinstance(trial.seed, int) and all(abs(number) < 1e300 for number in numbers):
+                        trials[trial.x, trial.seed] = trial
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
         return [*trials.values()]
 

@@ -67,7 +67,7 @@ def test_another_process_is_named_and_its_lock_is_taken_over_with_a_warning_when
         mine = DirectoryLock(tmp_path)
     (record,) = caplog.records
     assert f"process {process.pid} on " in record.getMessage()
-    assert "taken over from" in record.getMessage()
+    assert "died without releasing it; taken over" in record.getMessage()
     refused(tmp_path, OTHER_TRACKER)
     mine.release()
 

@@ -102,7 +102,11 @@ def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(run
     path.write_bytes(path.read_bytes()[:-20])
     again = swept(run, out, command, axis=GRID)
     assert calls.read_text().split() == [*map(str, LENGTHS), "0.2"]
-    path.write_text(f'{path.read_text()}{{"question": {{}}, "trial": {{"x": 1}}}}\n[]\n\n')
+    entry = json.loads(path.read_text().splitlines()[0])
+    changes = ({"x": "0.1"}, {"x": [1]}, {"seed": "0"}, {"value": "a"}, {"value": 10**400}, {"standard_error": "1"})
+    odd = [json.dumps(entry | {"trial": entry["trial"] | change}) for change in changes]
+    odd += ['{"question": {}, "trial": {"x": 1}}', "[" * 100_000, "[]", ""]
+    path.write_text(path.read_text() + "\n".join(odd))
     assert [trial.value for trial in swept(run, out, command, axis=GRID).trials] == [t.value for t in again.trials]
     assert [t.value for t in first.trials] == [t.value for t in again.trials]
 
