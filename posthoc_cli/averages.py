@@ -615,12 +615,14 @@ class EMAStats(WideBuffers):
             y = x if self._y_may_be_x else x.new_empty(0)
         own = self.cov_xx.dtype
         for name, batch, dim in (("x", x, self.num_features_x), ("y", y, self.num_features_y)):
+            reason, hint = "", ""
             if batch.dim() != 2 or batch.shape[1] != dim or not len(x) == len(batch) > 0:
-                wanted = f"[n, {dim}] with n at least 1, the same for x and y"
-                raise InvalidValueError(name, f"has the shape {list(batch.shape)}; must be {wanted}")
-            if not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
+                reason = f"has the shape {list(batch.shape)}; must be [n, {dim}], n at least 1 and the same for x and y"
+            elif not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
                 reason = f"is {batch.dtype}, the statistics are {own}; must be floating-point and no wider"
-                raise InvalidValueError(name, reason, "double() makes the statistics float64")
+                hint = "double() makes the statistics float64"
+            if reason:
+                raise InvalidValueError(name, reason, hint)
         if self.training:
             kind = x.device.type  # autocast would multiply the centred batch in half precision
             with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():

@@ -162,10 +162,9 @@ def read_manifest(folder: Path) -> Manifest:
         settings = ImportSettings(**raw["settings"])
         listed = tuple((_absolute(base, one), kind, checked_step(path, step)) for one, kind, step in raw["checkpoints"])
         identities = {_absolute(base, one): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
-        if not listed or not all(kind in TABLE for _, kind, _ in listed):
-            raise ValueError("checkpoints must be of known kinds")
-        if not all(is_whole(nbytes) and isinstance(identity, str) for nbytes, identity in identities.values()):
-            raise ValueError("files must have sizes and identities")
+        are_known = all(is_whole(nbytes) and isinstance(identity, str) for nbytes, identity in identities.values())
+        if not listed or not are_known or not all(kind in TABLE for _, kind, _ in listed):
+            raise ValueError("checkpoints must be of known kinds, and files must have sizes and identities")
         return Manifest(folder, _absolute(base, raw["from"]), settings, listed, identities)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         reason = f"lacks {error}" if isinstance(error, LookupError) else str(error)

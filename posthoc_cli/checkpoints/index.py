@@ -162,12 +162,13 @@ class IndexedCheckpoint:
             named = {".".join(keys): find for keys, find in self.tensors.items()}
         if selected := {name.removeprefix(prefix): find for name, find in named.items() if name.startswith(prefix)}:
             return selected
-        if not self.tensors:
-            raise FileFormatError(self.path, "holds no tensors with names")
+        hint = "" if prefix or not self.tensors else "import with `prefix`, such as 'model.'"
         reason = f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
-        if prefix:
+        if not self.tensors:
+            reason = "holds no tensors with names"
+        elif prefix:
             reason = f"no tensor's name begins with {shown(prefix)}; it has {names_in([*named])}"
-        raise FileFormatError(self.path, reason, "" if prefix else "import with `prefix`, such as 'model.'")
+        raise FileFormatError(self.path, reason, hint)
 
 
 # --- files and folders

@@ -109,12 +109,14 @@ class ModelFolder:
         owners = {alias: name for name, aliases in plan.names.items() for alias in aliases}
         dtypes = {owners[name]: file.entries[name].dtype for name, file in self.stored.items() if name in owners}
         averaged = [name for name, tensor in plan.tensors.items() if tensor.role == "average"]
+        reason, hint = "", _ANOTHER
         if self._is_quantized() or any(dtypes.get(name, "F32") not in EPS for name in averaged):
             reason = "its weights are quantized, as its quantization_config or their dtype says"
-            raise MismatchError(self.place, reason, _ANOTHER)
-        if absent := [name for name in averaged if name not in dtypes]:
-            missing = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
-            raise MismatchError(self.place, f"{missing}; it has tensors such as {min(self.stored)!r}", _RENAMED)
+        elif absent := [name for name in averaged if name not in dtypes]:
+            reason = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
+            reason, hint = f"{reason}; it has tensors such as {min(self.stored)!r}", _RENAMED
+        if reason:
+            raise MismatchError(self.place, reason, hint)
         plan = replace(plan, dtypes=dtypes)
         parts: dict[str, dict[str, Entry]] = {}
         for name, file in self.stored.items():

@@ -146,19 +146,21 @@ class Outputs:
 def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: OutputOptions) -> None:
     """Raise an InvalidValueError for options that contradict each other."""
     asked.shard_bytes  # noqa: B018  raises an error if invalid, also in a dry run
-    if out is None and not asked.dry_run:
-        raise InvalidValueError("out", "is missing; only a dry run needs no output")
-    if asked.like is None and asked.component is not None:
-        raise InvalidValueError("like", "is missing; component is about a model folder")
     others = (asked.distributed, asked.overwrite, asked.layout, parse_dtype(dtype))
-    if asked.like is not None and any(others):
-        reason = "determines the output: layout, dtype, overwrite and torchrun cannot be combined with it"
-        raise InvalidValueError("like", reason)
     is_file = Path(out or "").suffix in (SUFFIX, *PICKLES)
-    if asked.distributed and (is_file if asked.layout is None else asked.layout != "sharded"):
-        name, value = ("out", out) if asked.layout is None else ("layout", asked.layout)
+    name, reason, hint = "like", "", ""
+    if out is None and not asked.dry_run:
+        name, reason = "out", "is missing; only a dry run needs no output"
+    elif asked.like is None and asked.component is not None:
+        reason = "is missing; component is about a model folder"
+    elif asked.like is not None and any(others):
+        reason = "determines the output: layout, dtype, overwrite and torchrun cannot be combined with it"
+    elif asked.distributed and (is_file if asked.layout is None else asked.layout != "sharded"):
+        name = "out" if asked.layout is None else "layout"
         reason = "a job of several processes makes a folder of shards; name a folder"
-        raise InvalidValueError(name, reason, "an export makes one file of it", value=value)
+        hint = "an export makes one file of it"
+    if reason:
+        raise InvalidValueError(name, reason, hint, value={"out": out or "", "layout": asked.layout}.get(name, ""))
 
 
 # --- the synthesis
