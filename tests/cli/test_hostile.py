@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import unicodedata
@@ -14,7 +16,7 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from ema_command import Ema, run_ema, unmeasured_environment
-from factories import RUN_ID, write_snapshot
+from factories import RUN_ID, contents, write_snapshot
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli.errors import WriteError
@@ -96,6 +98,45 @@ def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tm
     code = f"import sys; sys.stdout.reconfigure(encoding='latin-1'); {forked.EMA}"
     for arguments in (["info", folder], ["synthesize", folder, "--sigma-rel", "0.1", "--out", folder / "o.pt"]):
         assert "\\u65e5\\u672c" in forked.check(code, *arguments).out
+
+
+LEAKING = """
+import sys, torch
+from posthoc_cli import PostHocEMA
+from posthoc_cli.cli import main
+model = torch.nn.Linear(3, 3)
+tracker = PostHocEMA.from_model(model, "run", update_every=1, checkpoint_every=1)
+for _ in range(3):
+    tracker.update_(model)
+tracker.close()
+for line in (
+    "synthesize run --sigma-rel 0.1 --out a.safetensors", "synthesize run --sigma-rel 0.1 --out a.pt",
+    "synthesize run --sigma-rel 0.1 --layout sharded --max-shard-size 20 --out shards",
+    "export a.safetensors --out c.safetensors", "error-plot run --out a.png", "error-plot run --out a.svg",
+    "plan --steps 1000 --params 10 --like run --out a.pdf",
+):
+    sys.argv = ["ema", *line.split()]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, line
+"""
+
+
+def test_nothing_of_the_user_the_host_or_the_environment_is_in_a_file(tmp_path: Path) -> None:
+    home = tmp_path / "home-of-somebody"
+    home.mkdir()
+    secrets = {"HOME": str(home), "HOSTNAME": "secret-host", "KEY": "s3cret"}
+    secrets |= dict.fromkeys(("USER", "LOGNAME"), "secret-user")
+    forked.check(LEAKING, cwd=home, env=unmeasured_environment() | secrets)
+    words = ["home-of-somebody", "secret-host", "secret-user", "s3cret", str(tmp_path), sys.prefix]
+    words += [word for word in (socket.gethostname(), getpass.getuser()) if len(word) >= 8]  # shorter: chance matches
+    made = contents(home)
+    assert {Path(name).suffix for name in made} >= {".safetensors", ".pt", ".png", ".svg", ".pdf", ".json"}
+    for name, content in made.items():
+        picture = [b"Date", b"Matplotlib v"] if name.endswith((".png", ".svg", ".pdf")) else []
+        for word in (*map(str.encode, words), *picture):
+            assert word not in content, (name, word)
 
 
 EVIL = """

@@ -140,6 +140,19 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
     assert (state, detail.endswith("its checksum does not match (and 3 tensors more)")) == ("damaged", True)
 
 
+# --- damage
+
+
+@pytest.mark.parametrize("place", [3, 40, 0.5, -1])
+def test_a_flip_anywhere_is_found(run: Path, output: Path, shards: Path, place: float) -> None:
+    """No other file is reported; `torture` flips every bit of small files."""
+    for path in (snapshot_files(run)[3], output, min(shards.glob("*.safetensors"))):
+        data = path.read_bytes()
+        flip_bit(path, place if isinstance(place, int) else int(len(data) * place))
+        assert {name: state for name, (state, _) in wrong(path.parent).items()} == {path.name: "damaged"}
+        path.write_bytes(data)
+
+
 # --- headers against content, and each other
 
 
