@@ -102,6 +102,24 @@ def test_averages_keep_moving_after_a_million_updates(
     assert float((plain.double() - exact).norm()) > 0.9 * moved
 
 
+def test_folds_do_not_lose_steps_below_half_a_last_digit(tmp_path: Path) -> None:
+    """At t = 10^6 a fold moves an average by 0.25 last digits of a change of 1e-4: rounded to nearest, by none."""
+    base, begin, updates, change = torch.linspace(1, 1.9, 1000), 1e6, 40 * 256, 1e-4
+    model = Scalar(torch.float32)
+    model.weight.data = base.clone()
+    options = {"update_every": 1, "checkpoint_every": 10**6, "t_unit": "images"}
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), **options) as tracker:
+        tracker.update_(model, t=begin)
+        model.weight.data.add_(change)
+        for k in range(1, updates + 1):
+            tracker.update_(model, t=begin + k)
+        found = tracked(tracker, 0.28)
+    moved = change * -math.expm1((exact_gamma(0.28) + 1) * math.log1p(-updates / (begin + updates)))
+    off = found - base.double().numpy() - moved
+    assert moved > 9 * 2**-23  # last digits; the change itself is rounded to one, which is 0.1 % of it
+    assert np.abs(off).max() < 2 * 2**-23
+
+
 @pytest.mark.parametrize("sigma_rels", [(0.05,), (0.05, 0.28), (0.01, 0.1, 0.2886)])
 @pytest.mark.parametrize(("begin", "every"), [(0, 1), (40_000, 10), (1_000_000, 64)])
 def test_float32_averages_are_right_wherever_windows_end(
