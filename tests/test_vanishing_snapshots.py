@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 from snapshots.recorded import failing, record
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import PostHocError, RankError, VanishedError
+from posthoc_cli.tracker.processes import Group
 
 
 def average(folder: Path) -> torch.Tensor:
@@ -72,3 +75,30 @@ def test_an_open_file_that_another_host_removes_is_planned_without(
         assert torch.equal(average(tmp_path), expected)
     (warning,) = caplog.records
     assert ".safetensors: cannot be read: stale file handle; planning again" in warning.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "raised"),
+    [
+        (VanishedError("a", "is gone"), (False, 1, "broke"), RankError),
+        (VanishedError("a", "is gone"), (True, 1, "b: is gone"), VanishedError),
+        (RankError("a", "broke"), (True, 1, "b: is gone"), RankError),
+        (None, (True, 1, "b: is gone"), VanishedError),
+    ],
+)
+def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
+    own: Exception | None, other: tuple[bool, int, str], raised: type[Exception]
+) -> None:
+    """All processes of a group must do the same."""
+
+    class Two(Group):
+        def from_all(self, value: Any) -> list[Any]:
+            return [value, other]
+
+    def work() -> None:
+        if own is not None:
+            raise own
+
+    with pytest.raises(PostHocError) as caught:
+        Two(0, (0, 1)).together(work)
+    assert type(caught.value) is raised
