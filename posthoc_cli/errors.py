@@ -40,7 +40,6 @@ class PostHocError(Exception):
         return one_line(f"{what}: {self.reason}" + (f"; {self.hint}" if self.hint else ""))
 
     def with_hint(self: _Error, hint: str) -> _Error:
-        """Return a copy of this error with a further hint."""
         error = copy.copy(self)
         error.hint = f"{self.hint}; {hint}" if self.hint else hint
         return error
@@ -175,7 +174,6 @@ class EachOnce(logging.Handler):
         self._show, self._seen = show, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show the record's message unless it was shown before."""
         if (text := record.getMessage()) not in self._seen:
             self._seen.add(text)
             self._show(record.levelname.lower(), text)

@@ -51,7 +51,6 @@ class FileSystem:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def open(self, path: Path) -> int:
-        """Return a descriptor for reading."""
         # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -82,7 +81,6 @@ class FileSystem:
             os.close(descriptor)
 
     def unlink(self, path: Path) -> None:
-        """Remove a file's name, or an object."""
         path.unlink()
 
     def make_directory(self, path: Path) -> None:
@@ -90,7 +88,6 @@ class FileSystem:
         path.mkdir(exist_ok=True)
 
     def list(self, path: Path) -> list[Path]:
-        """Return the paths in a directory, in arbitrary order."""
         return list(path.iterdir())
 
 
@@ -347,7 +344,6 @@ class PendingFile:
         self._open = True
 
     def write_at(self, data: bytes | memoryview, offset: int) -> None:
-        """Write all of `data` at `offset`."""
         with reported_as_write_error(self.path):
             write_at(self.descriptor, data, offset)
 
@@ -488,7 +484,6 @@ class PendingFolder:
             discard([replaced])
 
     def discard(self) -> None:
-        """Remove what was written and not published."""
         if self.temporary in _unfinished:
             discard([*self._uploaded, self.temporary])
 

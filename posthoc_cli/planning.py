@@ -5,19 +5,17 @@ Pure NumPy; nothing here reads a file, so that schedules can be compared before 
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
-from posthoc_cli.errors import InvalidValueError, brief, check_count, check_number, printable
+from posthoc_cli.errors import InvalidValueError, brief, check_count, check_number
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     FloatArray,
@@ -29,7 +27,6 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.reconstruction import (
     ASSUMED,
-    METHODS,
     MOST_SOLVED,
     ROUNDING,
     Losses,
@@ -249,8 +246,6 @@ def _combined(squares: FloatArray) -> FloatArray:
 
 # --- error curves
 
-_POINTS = 200
-"""Number of points of a curve, evenly spaced in the logarithm; tracked sigma_rels are added."""
 EVENLY = "the network moves evenly"
 """The default assumption of the predicted errors of a schedule."""
 
@@ -290,12 +285,10 @@ class ErrorCurve:
 
     @property
     def worst(self) -> float:
-        """The largest predicted error."""
         return float(self.predicted_error.max())
 
     @property
     def median(self) -> float:
-        """The median of the predicted errors."""
         return float(np.median(self.predicted_error))
 
     def ranges_below(self, threshold: float) -> list[tuple[float, float]]:
@@ -353,65 +346,28 @@ def error_curve(
     t: float | None = None,
     method: str | None = None,
     others: Mapping[str, Profile] | None = None,
+    points: int = 200,
 ) -> ErrorCurve:
     """Return the reconstruction error over a range of sigma_rel, and of `others` by their titles.
 
     Targets are at `t`, by default the time of the last snapshot; snapshots after it are not used. `label` is their name
-    in a legend, and `prior` that of all of them.
+    in a legend, and `prior` that of all of them. The `points` of the curve are evenly spaced in the logarithm; tracked
+    sigma_rels are added.
     """
     low, high = check_sigma_range(sigma_range)
     t, others = time_between(snapshots, t), others or {}
     among = [index for index, profile in enumerate(snapshots) if profile.t <= t]
     usable, assumption = [snapshots[index] for index in among], EVENLY if prior.source == ASSUMED else ""
-    tracked = _tracked(usable)
+    tracked = tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in usable if isinstance(p, PowerFunction)}))
     inside = [s for s in tracked if low <= s <= high]
-    grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, _POINTS), inside))), low, high)
+    grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, points), inside))), low, high)
     problem, n = Problem(usable, prior.of(among), t), grid.size
     _, profile_error, predicted = problem.solve([*powers(grid, t), *others.values()], check_method(method))
     # Weights of norm 0 are exact.
     predicted, widths = np.nan_to_num(predicted, nan=0.0), (relative_width(each, t) for each in others.values())
-    points = tuple(map(ErrorPoint, others, widths, profile_error[n:].tolist(), predicted[n:].tolist()))
+    further = tuple(map(ErrorPoint, others, widths, profile_error[n:].tolist(), predicted[n:].tolist()))
     label = f"{label}, if {assumption}" if assumption else label
-    return ErrorCurve(label, t, grid, profile_error[:n], predicted[:n], tracked, points, assumption)
-
-
-def forecast(
-    snapshots: Sequence[PowerFunction],
-    prior: Prior,
-    sigma_range: tuple[float, float] = USEFUL_RANGE,
-    points: int = 41,
-    label: str = "forecast",
-) -> ErrorCurve:
-    """Return the error curve of at least one snapshot by minimum variance, at the time of the last snapshot."""
-    grid = np.clip(np.geomspace(*sigma_range, points), *sigma_range)
-    t = max(p.t for p in snapshots)
-    _, profile_error, predicted = Problem(snapshots, prior, t).solve(powers(grid, t), METHODS[0])
-    return ErrorCurve(label, t, grid, profile_error, np.nan_to_num(predicted, nan=0.0), _tracked(snapshots))
-
-
-def _tracked(snapshots: Sequence[StoredProfile]) -> tuple[float, ...]:
-    return tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in snapshots if isinstance(p, PowerFunction)}))
-
-
-_FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spreadsheets
-
-
-def to_csv(curves: Sequence[ErrorCurve]) -> str:
-    """Return curves with their further targets as a table, in which no spreadsheet reads a label as a formula."""
-
-    def cell(label: str) -> str:
-        return "'" * (label.lstrip()[:1] in _FORMULAS) + printable(label)
-
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["curve", "t", "target", "sigma_rel", "predicted_error", "profile_error"])
-    for curve in curves:
-        columns = (curve.sigma_rels.tolist(), curve.profile_error.tolist(), curve.predicted_error.tolist())
-        points = [ErrorPoint("sigma_rel", *numbers) for numbers in zip(*columns, strict=True)]
-        for point in (*points, *curve.others):
-            errors = finite(point.predicted_error), point.profile_error
-            writer.writerow([cell(curve.label), curve.t, cell(point.label), point.sigma_rel, *errors])
-    return text.getvalue()
+    return ErrorCurve(label, t, grid, profile_error[:n], predicted[:n], tracked, further, assumption)
 
 
 def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:
@@ -474,7 +430,6 @@ class Proposal:
         return next(every for every in range(most, 0, -1) if self.schedule.checkpoint_every % every == 0)
 
     def call(self) -> str:
-        """Return the line of Python that makes a tracker with this schedule."""
         schedule = self.schedule
         return (
             f'PostHocEMA.from_model(model, "run/ema", sigma_rels={schedule.sigma_rels}, '
@@ -483,7 +438,6 @@ class Proposal:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the proposal as data for JSON."""
         return {
             "name": self.name,
             "sigma_rels": list(self.schedule.sigma_rels),
@@ -521,7 +475,6 @@ class PlanReport:
         return min(fitting, key=lambda each: each.errors.worst, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as data for JSON."""
         chosen = self.within_disk
         return {
             "disk": self.disk,
@@ -556,7 +509,8 @@ def propose(
         schedule = Schedule(tracked[profiles], steps, _round_interval(steps, _TAKEN * kept), kept, error)
         snapshots = schedule.snapshots(motion)
         label = f"{name}: {listed(schedule.sigma_rels)} in {dtype}, {schedule.kept} each"
-        errors = forecast(snapshots, assumed_prior(snapshots, error, motion), sigma_range, 81, label)
+        errors = error_curve(label, snapshots, assumed_prior(snapshots, error, motion), sigma_range, points=81)
+        errors = replace(errors, label=label, assumption="")
         fullest = profiles * min(schedule.taken, schedule.kept + 1)  # just before thinning
         proposals.append(Proposal(name, schedule, dtype, fullest * params * DTYPES[WORDS[dtype]].nbytes, errors))
     return proposals

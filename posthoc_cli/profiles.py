@@ -127,12 +127,10 @@ class PowerFunction:
 
     @classmethod
     def from_sigma_rel(cls, sigma_rel: float, t: float) -> PowerFunction:
-        """Return the power function of width `sigma_rel` at time `t`."""
         return cls(gamma_from_sigma_rel(sigma_rel), float(t))
 
     @property
     def sigma_rel(self) -> float:
-        """The standard deviation as a fraction of `t`."""
         return sigma_rel_from_gamma(self.gamma)
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
@@ -167,7 +165,6 @@ class Point:
 
     @property
     def jumps(self) -> FloatArray:
-        """The times at which the profile has mass: shape [1]."""
         return np.array([self.t])
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
@@ -193,7 +190,6 @@ class Discrete:
         return float(self.times[0])
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the mass after `s`."""
         return self._later[np.searchsorted(self.times, np.asarray(s, dtype=np.float64), side="right")]
 
     @cached_property
@@ -367,7 +363,6 @@ class OrdinaryEMA(Discrete):
         super().__init__(times, masses, step)
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the mass after `s`."""
         at, logs = np.asarray(s, dtype=np.float64), self._logs
         done = np.floor((at - self.settings["first"]) / self.settings["every"]) + 1
         done = np.clip(done, 0, logs.size - 1).astype(np.intp)

@@ -42,7 +42,6 @@ class Formula:
     t: float
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the mass after `s`."""
         times = np.asarray(s, dtype=np.float64)
         inside = np.clip(self.formula(np.clip(times, 0.0, self.t)), 0.0, 1.0)
         return np.where(times < 0, 1.0, np.where(times >= self.t, 0.0, inside))
@@ -75,7 +74,6 @@ class Target:
 
     @property
     def widths(self) -> dict[str, float]:
-        """The sigma_rel of each glob of `Groups`."""
         return dict(self.values)
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:

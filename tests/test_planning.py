@@ -22,7 +22,6 @@ from posthoc_cli.planning import (
     PlanReport,
     Schedule,
     error_curve,
-    forecast,
     propose,
     relative_rounding,
     snapshots_to_drop,
@@ -77,7 +76,8 @@ def test_thinning_a_long_run_is_better_than_even_spacing(sigma_rels: tuple[float
     left = thinned(range(1, 121), 8, prior_of, *sigma_rels)
     even = power_functions(range(15, 121, 15), sigma_rels)
     assert len(left) == len(even)
-    assert forecast(left, prior_of(left)).worst < forecast(even, prior_of(even)).worst
+    of_left, of_even = (error_curve("", some, prior_of(some), (0.05, 0.28)) for some in (left, even))
+    assert of_left.worst < of_even.worst
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_named_schedules_are_better_than_even_spacing(motion: Motion | None) -> 
         schedule = proposal.schedule
         even = replace(schedule, checkpoint_every=-(-40_000 // schedule.kept), max_checkpoints=None).snapshots()
         prior = assumed_prior(even, schedule.rounding, motion or Motion.even(40_000))
-        assert proposal.errors.worst < 1.1 * forecast(even, prior, (0.05, 0.28), 81).worst
+        assert proposal.errors.worst < 1.1 * error_curve("", even, prior, (0.05, 0.28)).worst
 
 
 def test_a_range_has_its_ends_tracked_and_short_averages_are_updated_more_often() -> None:

@@ -37,7 +37,6 @@ class _Flags:
     """Parameters whose help shows no type behind options without a value, and not --help, which was just used."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the parameters of a command or group."""
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for option in params:
             if getattr(option, "is_flag", False):
@@ -174,7 +173,6 @@ def main() -> NoReturn:
 
 
 def _system_text(error: OSError) -> str:
-    """Return the text of the operating system's error."""
     if error.filename == output.STDOUT:
         _drop_output()
     return (f"{error.filename}: " if error.filename else "") + (error.strerror or str(error)).lower()

@@ -112,7 +112,6 @@ def _print_synthesize(found: dict[str, Any]) -> None:
 
 
 def _largest(errors: list[float | None]) -> str:
-    """Return the largest of some errors as text."""
     if None in errors:
         return percent(None)
     return "up to " * (len(errors) > 1) + percent(max(filter(None, errors), default=0.0))
@@ -195,7 +194,6 @@ def sweep(
 
 
 def _print_trial(out: Path, show: Callable[[str], None], trial: Trial) -> None:
-    """Print the metric of a trial, or on stderr why it failed."""
     title = f"{trial.target}, seed {trial.seed}"
     if trial.value is None:
         output.print_note(f"ema: warning: {title}: {trial.error}; see {out / trial.log}.err")
@@ -345,7 +343,6 @@ def import_(
 
 
 def _parse_decay(text: str) -> float | str:
-    """Return a number, or the text for the library to interpret."""
     try:
         return float(text)
     except ValueError:

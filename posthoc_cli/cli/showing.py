@@ -15,7 +15,7 @@ from typer import Argument
 from posthoc_cli import files, resources
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, check_alone, check_word
-from posthoc_cli.planning import ErrorCurve, to_csv
+from posthoc_cli.planning import ErrorCurve
 from posthoc_cli.report.facts import facts
 from posthoc_cli.targets import bad, parse_numbers, parse_targets
 
@@ -214,9 +214,7 @@ def error_plot(
     directories: list[str] = Argument(
         [], metavar="DIR", help="Directories of snapshots or of checkpoints, or globs of checkpoints."
     ),
-    out: Path | None = options.OUTPUT(
-        None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf; or the curves as a table: .csv."
-    ),
+    out: Path | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
     target: list[str] = options.TARGETS([], metavar="TARGET", help="Also this average: window:1000. Repeatable."),
@@ -236,17 +234,15 @@ def error_plot(
     from posthoc_cli import plots
 
     if out is None and not as_json:
-        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf) or a table (.csv), or add --json")
-    path = None if out is None else files.new_file(out, (*plots.PICTURES, ".csv"), overwrite)
+        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or add --json")
+    picture = options.new_picture(out, overwrite)
     targets, ends = options.parse_targets(None, target), options.parse_sigma_range(sigma_range)
     runs = options.open_runs(directories, checkpoints)
     curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
-    if path is not None and path.suffix == ".csv":
-        files.write_atomically(path, to_csv(curves).encode(), overwrite)
-    elif path is not None:
-        output.write_picture(lambda: plots.error_figure(curves, method == "paper"), path, overwrite)
+    if picture is not None:
+        output.write_picture(lambda: plots.error_figure(curves, method == "paper"), picture, overwrite)
     found = {"curves": [curve.to_dict() for curve in curves]}
-    output.show(found, as_json, lambda _: _print_curves(curves, method == "paper"), path)
+    output.show(found, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
 
 
 def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
@@ -360,7 +356,6 @@ def profile(
 
 
 def _betas(text: str) -> list[float]:
-    """Return the decays that `--target` names."""
     targets = parse_targets(text, "--target")
     betas = [target.beta for target in targets if target.beta is not None]
     if len(betas) < len(targets):

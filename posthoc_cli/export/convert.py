@@ -54,7 +54,6 @@ class ExportReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values for JSON."""
         counts = {"tensors": self.tensors, "from_base": self.from_base, "bytes": self.nbytes}
         return {"output": str(self.output), **counts, "seconds": self.seconds}
 

@@ -420,7 +420,6 @@ class _Stream(io.RawIOBase):
 
 
 def _save(tensors: Mapping[str, torch.Tensor], file: files.PendingFile) -> None:
-    """Write a .pt file."""
     try:
         torch.save(dict(tensors), _Stream(file))  # type: ignore[arg-type]  # any object with `write`
     except RuntimeError as error:
@@ -432,7 +431,6 @@ def _save(tensors: Mapping[str, torch.Tensor], file: files.PendingFile) -> None:
 
 
 def _save_distributed(tensors: dict[str, Any], folder: files.PendingFolder) -> None:
-    """Write a folder of torch.distributed.checkpoint."""
     from torch.distributed.checkpoint.api import CheckpointException  # slow to import
     from torch.distributed.checkpoint.state_dict_saver import save
 

@@ -69,7 +69,6 @@ class SynthesisReport:
         return f"SynthesisReport({len(self.outputs)} outputs in {self.seconds:.1f} s: {self.plan!r})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values for JSON."""
         report = self.plan.to_dict()
         for index, target in enumerate(report["targets"]):
             target["output"] = str(self.outputs[index]) if self.outputs else None

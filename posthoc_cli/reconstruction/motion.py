@@ -669,7 +669,6 @@ class Prior:
         return replace(self, **arrays)
 
     def sampled(self) -> Prior:
-        """Return this prior with `source` "sampled" if it was "measured"."""
         return replace(self, source=SAMPLED) if self.source == MEASURED else self
 
     def stretched(self, steps: float, t: float, norm: float) -> Motion:

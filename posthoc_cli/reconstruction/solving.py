@@ -327,7 +327,6 @@ class Problem:
         return float(self.relative(squares, column, Goals((), self._factor @ column, np.zeros(1)))[0])
 
     def losses(self, targets: Sequence[Profile]) -> Losses:
-        """Return the targets' squared errors as snapshots are lost."""
         return Losses(self._factor, *self.goals(targets)[1:])
 
     def _best_measured(self, optimal: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:

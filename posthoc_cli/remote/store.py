@@ -118,11 +118,9 @@ class RemotePath(PosixPath):
         raise PostHocError(self, "is a URL; must be a path on a file system of this machine")
 
     def absolute(self) -> RemotePath:
-        """Return the path itself."""
         return self
 
     def resolve(self, strict: bool = False) -> RemotePath:  # noqa: ARG002
-        """Return the path itself."""
         return self
 
     def is_symlink(self) -> bool:
@@ -146,7 +144,6 @@ class RemotePath(PosixPath):
         return self._known if isinstance(self._known, ObjectInfo) else None
 
     def is_file(self, **_: Any) -> bool:
-        """Return whether the path is that of an object."""
         try:
             return self._ask() is not None
         except FileNotFoundError:
@@ -157,14 +154,12 @@ class RemotePath(PosixPath):
             return False
 
     def is_dir(self, **_: Any) -> bool:
-        """Return whether objects lie below the path."""
         try:
             return self._ask() is None
         except FileNotFoundError:
             return False
 
     def exists(self, **_: Any) -> bool:
-        """Return whether the path is that of an object or of a folder."""
         return self.is_file() or self.is_dir()
 
     def stat(self, **_: Any) -> os.stat_result:
@@ -177,7 +172,6 @@ class RemotePath(PosixPath):
     lstat = stat
 
     def unlink(self, missing_ok: bool = True) -> None:  # noqa: ARG002 - a store does not report a missing object
-        """Delete the object, if it exists."""
         delete(str(self))
 
     def rmdir(self) -> None:

@@ -91,7 +91,6 @@ class Directory:
 
     @property
     def pickles(self) -> list[Path]:
-        """The files that, by their names, are pickles."""
         return [path for path in self.entries if path.suffix in PICKLES]
 
     @property

@@ -106,7 +106,6 @@ class Selection:
         return (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
 
     def copies(self, name: str) -> bool:
-        """Return whether a glob of `copy_only` matches a name."""
         return _matches(name, self.copy_only)
 
     def resumed(self, roles: Mapping[str, str]) -> Selection:
@@ -241,7 +240,6 @@ class Snapshot(Source):
 
     @property
     def nbytes(self) -> int:
-        """The size of its files."""
         return sum(file.nbytes for file in self.files)
 
     @property
@@ -251,7 +249,6 @@ class Snapshot(Source):
 
     @property
     def profile(self) -> PowerFunction:  # type: ignore[override]  # in a frozen class no field can be assigned either
-        """The power function of the average."""
         return PowerFunction(self.gamma, self.t)
 
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:

@@ -119,7 +119,6 @@ class Source(ABC):
 
     @property
     def name(self) -> str:
-        """The file's or folder's name."""
         return self.path.name
 
     @property
@@ -138,17 +137,14 @@ class Source(ABC):
 
     @property
     def copies(self) -> list[str]:
-        """The names of the copied tensors."""
         return [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
 
     @property
     def averages(self) -> list[str]:
-        """The names of the averaged weights."""
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
 
     @property
     def roles(self) -> dict[str, str]:
-        """The role of each tensor by name."""
         return {name: tensor.role for name, tensor in self.tensors.items()}
 
     def cells(self, name: str) -> int:
@@ -418,7 +414,6 @@ class _Sample:
 
 
 def _averaged(snapshot: Source) -> dict[str, int]:
-    """Return the number of elements of each average, by name."""
     return {name: snapshot.entries[name].size for name in sorted(snapshot.averages)}
 
 

@@ -95,17 +95,14 @@ class Entry(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """The size of all elements."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def blocks(self) -> int:
-        """The number of blocks."""
         return -(-math.prod(self.shape) // BLOCK)
 
 
@@ -130,7 +127,6 @@ class Box:
 
     @property
     def size(self) -> int:
-        """The number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -270,7 +266,6 @@ class OpenedFile:
         return bytes(buffer[: self.read_into(memoryview(buffer), offset)])
 
     def close(self) -> None:
-        """Close the file."""
         self.remote.close() if self.remote else files.system.close(self._descriptor)
 
     def __enter__(self) -> OpenedFile:
@@ -342,7 +337,6 @@ class TensorFile:
 
     @property
     def nbytes(self) -> int:
-        """The size of the file."""
         return self.stamp[0]
 
     @property
@@ -614,7 +608,6 @@ def _decode_entry(value: Any, start: int) -> Entry:
 
 
 def _decode_sums(sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Return the checksums of each tensor's blocks."""
     ends = [*accumulate((16 * entry.blocks for entry in entries.values()), initial=0)]
     is_complete = isinstance(sums, str) and len(sums) == ends[-1]
     _require(is_complete, "ema: sums must have a checksum for each block of each tensor")
@@ -708,7 +701,6 @@ class TensorFileWriter:
         self._file = files.PendingFile(path, overwrite)
 
     def write(self, name: str, data: memoryview, begin: int = 0) -> None:
-        """Write complete blocks of a tensor, from byte `begin` on."""
         self.write_parts(name, [data], begin)
 
     def write_parts(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:

@@ -73,7 +73,6 @@ class FileReport:
 
     @property
     def is_fine(self) -> bool:
-        """Whether nothing is wrong with the file."""
         return self.state in (INTACT, UNCHECKED)
 
 
@@ -101,17 +100,14 @@ class Verification:
 
     @property
     def broken(self) -> tuple[Path, ...]:
-        """The files in which something is wrong."""
         return tuple(report.path for report in self.files if not report.is_fine)
 
     @property
     def is_fine(self) -> bool:
-        """Whether nothing is wrong."""
         return not (self.broken or self.problems)
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes read."""
         return sum(report.nbytes for report in self.files)
 
     def name(self, path: Path) -> str:
@@ -119,7 +115,6 @@ class Verification:
         return str(path.relative_to(self.path)) if self.is_directory else str(path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as data for JSON."""
         return {
             "kind": "directory" if self.is_directory else "file",
             "path": str(self.path),

@@ -326,7 +326,6 @@ class TensorOutput:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def open_tile(self, tile: Tile) -> Writer:
-        """Return the function that copies a tile into its tensors; see `Output`."""
         with torch.inference_mode(False):  # the caller may have enabled it
             for name in tile.names:
                 if name not in self.tensors:

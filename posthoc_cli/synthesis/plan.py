@@ -164,7 +164,6 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Number of bytes that a synthesis reads."""
         return sum(source.entries[name].nbytes for source in self.sources for name in self.tensors)
 
     def box(self, name: str) -> Box:
@@ -188,7 +187,6 @@ class Plan:
 
     @cached_property
     def nbytes(self) -> int:
-        """Number of bytes of each output."""
         return sum(entry.nbytes for entry in self.entries.values())
 
     def predicted_error(self, target: int) -> float | None:

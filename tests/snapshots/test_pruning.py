@@ -15,7 +15,7 @@ from snapshots.recorded import call_number, failing, record
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, InexactError, InvalidValueError, LockedError, MismatchError, WriteError
-from posthoc_cli.planning import ErrorCurve, forecast, removal_order
+from posthoc_cli.planning import USEFUL_RANGE, ErrorCurve, error_curve, removal_order
 from posthoc_cli.snapshots.directory import DirectoryLock, read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
 from posthoc_cli.snapshots.snapshot import Snapshot
@@ -42,7 +42,8 @@ def unmeasured(tmp_path: Path) -> Path:
 
 
 def errors_of(snapshots: Sequence[Snapshot], *sigma_range: tuple[float, float]) -> ErrorCurve:
-    return forecast([snapshot.profile for snapshot in snapshots], source_prior(snapshots), *sigma_range)
+    (ends,) = sigma_range or (USEFUL_RANGE,)
+    return error_curve("", [snapshot.profile for snapshot in snapshots], source_prior(snapshots), ends, points=41)
 
 
 def keys(snapshots: Sequence[Snapshot]) -> set[tuple[float, float]]:
