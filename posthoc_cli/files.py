@@ -54,10 +54,6 @@ class FileSystem:
         # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def open_append(self, path: Path) -> int:
-        """Return a descriptor for reading and for appending; the file is created if it does not exist."""
-        return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-
     def read(self, descriptor: int, view: memoryview, offset: int) -> int:
         """Read from `offset` into the beginning of `view`; return the number of bytes, 0 at the end of the file."""
         return os.preadv(descriptor, [view], offset)

@@ -475,7 +475,7 @@ def _take(directory: Path, descriptor: int) -> None:
     except BlockingIOError:
         holder = _holder(descriptor) or "another process"
         holder = f"another tracker of this process ({process})" if holder == f"process {process} on {host}" else holder
-        hint = "close that tracker, or take another directory"
+        hint = "end that first, or take another directory"
         raise LockedError(directory, f"{holder} is writing here", hint) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:

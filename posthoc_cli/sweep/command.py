@@ -2,72 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import os
+import math
 import re
 import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
+from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.export.writing import SynthesisReport
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
-from posthoc_cli.sweep.search import RAW, RESULT, Axis, Search, SweepReport, Trial, check_counts, good_range, has_raw
+from posthoc_cli.sweep.search import RAW, RESULT, Axis, Search, SweepReport, Trial, good_range, has_raw
 from posthoc_cli.sweep.trials import Metric, MissingMetricError, TrialError, measure
 from posthoc_cli.targets import Mean, SigmaRel, Target
 
 TRIALS = "trials.jsonl"
 _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|seed|dir)\}")
 _SCRATCH, _LOGS = ".scratch", "logs"
-
-
-class Records:
-    """The recorded trials of one question, in a file of `folder` that may contain trials of other questions.
-
-    The question is the settings that comparable trials share: the run, its time, the command, the metric, ...
-    """
-
-    def __init__(self, folder: Path, question: Mapping[str, Any]) -> None:
-        self._path, self._question = folder / TRIALS, json.loads(json.dumps(question))
-
-    def read(self) -> list[Trial]:
-        """Return the successful trials of this question, the last of repeated ones; skip other lines of any content."""
-        trials = {}
-        for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
-            try:
-                entry = json.loads(line)
-                if entry["question"] == self._question:
-                    trial = Trial(**entry["trial"])
-                    numbers: Any = (trial.x, trial.value, trial.standard_error or 0.0)
-                    if isinstance(trial.seed, int) and all(abs(number) < 1e300 for number in numbers):
-                        trials[trial.x, trial.seed] = trial
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue
-        return [*trials.values()]
-
-    def append(self, trial: Trial) -> None:
-        """Append a trial durably to the file; raise a WriteError if that fails."""
-        line = json.dumps({"question": self._question, "trial": asdict(trial)}, allow_nan=False)
-        with files.reported_as_write_error(self._path):
-            descriptor = files.system.open_append(self._path)
-            try:
-                size = os.fstat(descriptor).st_size
-                # Whatever a crash cut off becomes a line of its own, which `read` skips.
-                is_cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-                files.write_at(descriptor, f"{chr(10) * is_cut}{line}\n".encode(), size)
-                files.system.fsync(descriptor)
-            finally:
-                files.system.close(descriptor)
 
 
 @dataclass(eq=False)
@@ -100,6 +62,7 @@ class Sweep:
     again: str = ""
     say: Callable[[Trial], None] = lambda _: None
     progress: ProgressBar = no_bar
+    _settings: dict[str, Any] = field(init=False)
 
     def run_all(self) -> SweepReport:
         """Run the sweep, or continue one with the same settings that was stopped.
@@ -112,46 +75,30 @@ class Sweep:
         self._check()
         target = SigmaRel(0.2) if self.axis is None else self.axis.target(self.axis.high)
         self.t = self._write(target, None, dry_run=True).plan.t
-        axis = self.axis or good_range(self.run, self.t)
-        check_counts(self.repeats, self.budget, axis)
-        settings = {
+        self._settings = {
             "run": self.run.sources[-1].run_id, "t": self.t, "command": self.command, "metric": self.metric.text,
             "like": None if self.like is None else str(self.like.resolve()), "component": self.component,
         }  # fmt: skip
-        most = self.repeats * (self.budget if axis.values is None else len(axis.values))
-        with self._locked_folder(), self.progress("measuring", most) as advance:
-            raw_records = Records(self.out, settings | {"searched": RAW})
-            raw = raw_records.read()
-            if has_raw(self.run, self.t):
-                seeds = sorted(set(range(self.repeats)) - {trial.seed for trial in raw})
-                raw += self._measure([(0.0, seed) for seed in seeds], lambda _: Mean(1), raw_records)
-            records = Records(self.out, settings | {"searched": axis.kind})
-            search = Search(
-                axis, records.read(), minimize=self.minimize, budget=self.budget,
-                repeats=self.repeats, again=self.repeats > 1 or "{seed}" in self.command,
-            )  # fmt: skip
+        axis = self.axis or good_range(self.run, self.t)
+        search = Search(
+            axis, minimize=self.minimize, budget=self.budget, repeats=self.repeats,
+            again=self.repeats > 1 or "{seed}" in self.command, raw=has_raw(self.run, self.t),
+        )  # fmt: skip
+        with self._locked_folder(), self.progress("measuring", search.most) as advance:
+            for trial in self._recorded():
+                if trial.target == (axis.target(trial.x).title if trial.x in axis else RAW):
+                    search.trials.append(trial)
             advance(len(search.trials))
-
-            def measured(wanted: Sequence[tuple[float, int]]) -> Iterator[Trial]:
-                for trial in self._measure(wanted, axis.target, records):
-                    yield trial
-                    advance(1)
-
-            def report(outputs: tuple[Path, ...] = ()) -> SweepReport:
-                trials, label = (*raw, *search.trials), self.metric.label
-                made = SweepReport(
-                    label, self.minimize, trials, search.found, search.stopped, outputs, settings, self.again
-                )
-                made.write(self.out)
-                return made
-
-            for _ in search.rounds(measured):
-                report()  # of what is known if the next round is interrupted
+            for _ in search.rounds(functools.partial(self._measure, axis, advance)):
+                report = search.report(self.metric.label, self._settings, self.again)
+                report.write(self.out)  # if the next round is interrupted, this is known
             best = self.out / f"best{self._suffix}"
             if self.like is not None:  # a model folder is never overwritten
                 _remove(best)
-            self._write(axis.target(search.found.best), best, overwrite=self.like is None)
-            return report((best,))
+            self._write(report.best, best, overwrite=self.like is None)
+            report = replace(report, outputs=(best,))
+            report.write(self.out)
+            return report
 
     def _check(self) -> None:
         """Raise an InvalidValueError that names an argument that cannot be used."""
@@ -170,27 +117,22 @@ class Sweep:
                 hint = "a script may need its interpreter first: python3"
         if reason:
             raise InvalidValueError("command", reason, hint, value=value)
-        if self.out.exists() and not self.out.is_dir():
-            raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
 
     @contextmanager
     def _locked_folder(self) -> Iterator[None]:
-        """Make and lock the folder of the sweep, and remove averages that a killed sweep has left."""
+        """Make and lock the folder of the sweep; remove averages that a killed sweep has left, and at the end ours."""
         files.check_parent("out", self.out)
+        if self.out.exists() and not self.out.is_dir():
+            raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
         names = {path.name for path in files.system.list(self.out)} if self.out.is_dir() else set()
         if names - {LOCK_NAME, _LOGS, _SCRATCH} and not names & {TRIALS, RESULT}:
             # A sweep might replace or remove files of other programs that have the same names as its own.
             raise OutputExistsError(self.out, "is not empty, and not the folder of a sweep", "name another folder")
         with files.reported_as_write_error(self.out):
-            for folder in (self.out, self.out / _LOGS):
-                files.make_directory(folder)
-        try:
-            lock = DirectoryLock(self.out)
-        except LockedError as error:
-            raise LockedError(self.out, error.reason, "wait for that sweep, or name another folder") from error
-        with lock:
-            _remove(self.out / _SCRATCH)
+            files.make_directory(self.out / _LOGS)
+        with DirectoryLock(self.out):
             try:
+                _remove(self.out / _SCRATCH)
                 yield
             finally:
                 _remove(self.out / _SCRATCH)
@@ -206,43 +148,65 @@ class Sweep:
         return written
 
     def _measure(
-        self, wanted: Sequence[tuple[float, int]], target_of: Callable[[float], Target], records: Records
+        self, axis: Axis, advance: Callable[[int], None], wanted: Sequence[tuple[float, int]]
     ) -> Iterator[Trial]:
         """Make one average after another, run the command with each seed, and yield the recorded results."""
         scratch = (self.out / _SCRATCH).absolute()  # the command may change the directory
-        for value, pairs in itertools.groupby(wanted, lambda pair: pair[0]):
+        for x, pairs in itertools.groupby(wanted, lambda pair: pair[0]):
             with files.reported_as_write_error(scratch):
                 files.make_directory(scratch)
-            weights = scratch / f"weights{self._suffix}"
-            predicted = self._write(target_of(value), weights).plan.predicted_error(0)
+            target, weights = axis.target(x) if x else Mean(1), scratch / f"weights{self._suffix}"
+            predicted = self._write(target, weights).plan.predicted_error(0)
+            title, error = (target.title, predicted) if x else (RAW, None)
             for _, seed in pairs:
-                title = target_of(value).title if value else RAW
-                trial = Trial(title, value, seed, predicted_error=predicted if value else None)
-                trial = self._evaluate(trial, weights, is_first=not records.read())
-                records.append(trial)
+                started, name = time.monotonic(), re.sub(r"[^A-Za-z0-9_.-]", "-", f"{title}-seed-{seed}")
+                value, noise, reason = self._evaluate(name, weights, sigma_rel=str(x), seed=str(seed))
+                seconds = time.monotonic() - started
+                trial = Trial(title, x, seed, value, noise, error, seconds, reason, f"{_LOGS}/{name}")
+                self._record(trial)
                 self.say(trial)
+                advance(1)
                 yield trial
             _remove(scratch)
 
-    def _evaluate(self, trial: Trial, weights: Path, is_first: bool) -> Trial:
-        """Run the command for one trial; return the trial with its metric, or with the reason why it failed."""
-        name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{trial.target}-seed-{trial.seed}")
+    def _evaluate(self, name: str, weights: Path, **texts: str) -> tuple[float | None, float | None, str | None]:
+        """Run the command; return the metric and its standard error, or the reason why there is none."""
         # Each trial has a new folder: the process of a killed sweep may still write to its old one.
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=weights.parent))
-        texts = {"weights": str(weights), "sigma_rel": str(trial.x), "seed": str(trial.seed), "dir": str(folder)}
+        texts |= {"weights": str(weights), "dir": str(folder)}
         words = [_PLACEHOLDER.sub(lambda match: texts[match[1]], word) for word in shlex.split(self.command)]
-        started, value, standard_error, reason = time.monotonic(), None, None, None
         try:
-            value, standard_error = measure(words, folder, self.out / _LOGS / name, self.metric)
+            return *measure(words, folder, self.out / _LOGS / name, self.metric), None
         except TrialError as error:
-            if isinstance(error, MissingMetricError) and is_first:  # further trials would fail, too
+            if isinstance(error, MissingMetricError) and not self._recorded():  # further trials would fail, too
                 raise InvalidValueError("metric", str(error), value=self.metric.key or "") from None
-            reason = str(error)
-        _remove(folder)
-        return replace(
-            trial, value=value, standard_error=standard_error, seconds=time.monotonic() - started, error=reason,
-            log=f"{_LOGS}/{name}",
-        )  # fmt: skip
+            return None, None, str(error)
+        finally:
+            _remove(folder)
+
+    def _recorded(self) -> list[Trial]:
+        """Return the successful trials with these settings, the last of repeated ones; skip lines of any other content.
+
+        The file may have trials with other settings, which are not comparable.
+        """
+        path, settings = self.out / TRIALS, json.loads(json.dumps(self._settings))
+        found = {}
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with suppress(ValueError, TypeError, KeyError, RecursionError, OverflowError):
+                entry = json.loads(line)
+                trial = Trial(**entry["trial"])
+                # The sum of what is no number raises a TypeError, also of the value of a failed trial, None.
+                numbers: Any = trial.x, trial.seed, trial.value, trial.standard_error or 0.0
+                if entry["settings"] == settings and math.isfinite(math.fsum(numbers)):
+                    found[trial.target, trial.x, trial.seed] = trial
+        return [*found.values()]
+
+    def _record(self, trial: Trial) -> None:
+        """Add a trial durably to the file; raise a WriteError if that fails."""
+        path = self.out / TRIALS
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        lines.append(json.dumps({"settings": self._settings, "trial": asdict(trial)}, allow_nan=False).encode())
+        files.write_atomically(path, b"".join(line + b"\n" for line in lines), overwrite=True)
 
 
 def _remove(path: Path) -> None:

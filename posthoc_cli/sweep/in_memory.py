@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from posthoc_cli.errors import InvalidValueError, shown, warn
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.snapshot import statistics_notice
-from posthoc_cli.sweep.search import RAW, Axis, Search, SweepReport, Trial, check_counts, good_range, has_raw
+from posthoc_cli.sweep.search import RAW, Axis, Search, SweepReport, Trial, good_range, has_raw
 from posthoc_cli.targets import Mean, SigmaRel
 
 if TYPE_CHECKING:
@@ -67,10 +67,11 @@ def sweep(
     else:
         good = good_range(stored) if low is None or high is None else Axis("sigma_rel", low, high)
         axis = Axis("sigma_rel", good.low if low is None else low, good.high if high is None else high)
-    check_counts(repeats, budget, axis)
     if notice := statistics_notice(newest.copies):
         warn(notice)
     is_tracked = model is not None and tracker is not None and tracker.tracks(model)
+    raw = is_tracked or has_raw(stored)
+    search = Search(axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1, raw=raw)
     averages = functools.partial(_average, stored, tracker, model, is_tracked)
 
     def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Trial]:
@@ -84,12 +85,9 @@ def sweep(
             finite = math.isfinite(value)
             yield trial if finite else replace(trial, value=None, error=f"its metric is {value}")
 
-    raw = [*measure([(0.0, seed) for seed in range(repeats)])] if is_tracked or has_raw(stored) else []
-    search = Search(axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1)
     for _ in search.rounds(measure):
         pass
-    settings = {"run": newest.run_id, "t": newest.t if tracker is None else tracker.t, "command": None}
-    return SweepReport(name, minimize, (*raw, *search.trials), search.found, search.stopped, settings=settings)
+    return search.report(name, {"run": newest.run_id, "t": newest.t if tracker is None else tracker.t, "command": None})
 
 
 @contextmanager

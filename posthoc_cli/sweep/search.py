@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, PostHocError, check_count, check_number
 from posthoc_cli.profiles import FloatArray, Point
 from posthoc_cli.run import Run
-from posthoc_cli.targets import SHAPES, Beta, Decay, HalfLife, Mean, SigmaRel, Target, Window, parse_numbers
+from posthoc_cli.targets import SHAPES, Beta, Decay, HalfLife, Mean, SigmaRel, Target, Window, bad, parse_numbers
 
 RAW, RESULT = "raw", "sweep.json"
 """The target of trials of raw weights, which are not an average; and the file of a report in the folder of a sweep."""
@@ -111,18 +110,17 @@ class Axis:
 
         Raises an InvalidValueError about `name` that says what is accepted.
         """
-        found = re.fullmatch(r"(decay:[^:]*|[^:]*):?(.*)", text if not kind else f"{kind}:{text}", re.DOTALL)
-        kind, rest = found.groups() if found else ("", "")
+        whole = f"{kind}:{text}" if kind else text
+        kind = next((kind for kind in _KINDS if whole.startswith(f"{kind}:")), "")
+        if not kind:
+            raise bad(name, text, f"must be a range or a list of {', '.join([*_KINDS][1:])}")
+        rest = whole[len(kind) + 1 :]
         try:
-            if kind not in _KINDS:
-                raise InvalidValueError(name, f"must be a range or a list of {', '.join([*_KINDS][1:])}")
-            form = f"a range LOW:HIGH, such as {_KINDS[kind][1]}, or a list"
-            if rest.count(":") != 1:
-                return cls.of_values(kind, parse_numbers(rest, name, form))
-            low, high = (parse_numbers(end, name, form)[0] for end in rest.split(":"))
-            return cls(kind, low, high)
+            form, is_range = f"a range LOW:HIGH, such as {_KINDS[kind][1]}, or a list", rest.count(":") == 1
+            values = parse_numbers(rest.replace(":", ",") if is_range else rest, name, form)
+            return cls(kind, values[0], values[-1]) if is_range else cls.of_values(kind, values)
         except InvalidValueError as error:
-            raise InvalidValueError(name, error.reason, error.hint, value=text or "(empty)") from error
+            raise bad(name, text, error.reason, error.hint) from error
 
     def __contains__(self, value: float) -> bool:
         return value in self.values if self.values else self.low <= value <= self.high
@@ -143,11 +141,8 @@ class Axis:
         return np.asarray(1 - 1 / scaled if self.kind == "beta" else scaled)
 
     def value_at(self, place: float) -> float:
-        """Return the value at a place: a given one, or one rounded to three digits (more in a narrow range)."""
+        """Return the value at a place, rounded to three digits (more in a narrow range)."""
         exact = float(self.at(place))
-        for given in self.values or ():
-            if math.isclose(self._scaled(given), self._scaled(exact)):
-                return given
         digits = max(3, 2 - math.floor(math.log10(math.log(self._scaled(self.high) / self._scaled(self.low)))))
         if self.kind == "beta":
             rounded = round(1 - float(f"{1 - exact:.{digits}g}"), 12)
@@ -245,7 +240,7 @@ class Estimate:
 
 def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Estimate:
     """Estimate the best value from at least three successful trials."""
-    measured = [(trial, trial.value) for trial in trials if trial.value is not None]
+    measured = [(trial, trial.value) for trial in trials if trial.value is not None and trial.x]
     sign = 1.0 if minimize else -1.0
     values = sign * np.array([value for _, value in measured])
     upper = float(np.quantile(values, 0.75))
@@ -258,10 +253,10 @@ def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Esti
     places = axis.place([trial.x for trial, _ in measured])
     draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp), _GRID)
     curve, spread = centre + scale * draws.mean(axis=0), scale * draws.std(axis=0)
-    choices = _GRID if axis.values is None else axis.place(axis.values)
-    points = np.abs(_GRID - choices[:, None]).argmin(axis=1)
+    choices = axis.values or tuple(map(axis.value_at, _GRID.tolist()))
+    points = np.abs(_GRID - axis.place(choices)[:, None]).argmin(axis=1) if axis.values else np.arange(POINTS)
     chosen = int(curve[points].argmin())
-    point, best = int(points[chosen]), axis.value_at(float(choices[chosen]))
+    point, best = int(points[chosen]), choices[chosen]
     low, high = map(axis.value_at, _likely(draws).tolist())
     regret = scale * float((draws[:, point] - draws.min(axis=1)).mean())
     return Estimate(
@@ -282,7 +277,7 @@ def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repe
     (Ginsbourger et al., Kriging is well-suited to parallelize optimization, 2010.) With `repeat`, and if the metric
     varies by less than the noise where the best may be, a measured value replaces one next to it, for another seed.
     """
-    known = sorted({trial.x for trial in trials if trial.value is not None})
+    known = sorted({trial.x for trial in trials if trial.value is not None and trial.x})
     places = found.axis.place(known)
     low, high = _likely(found.draws)
     within = found.curve[(low <= _GRID) & (high >= _GRID)]
@@ -371,54 +366,58 @@ Measure = Callable[[Sequence[tuple[float, int]]], Iterable[Trial]]
 
 
 class Search:
-    """A search for the best value of an axis, which may continue from `known` successful trials.
+    """A search for the best value of an axis, which continues from successful `trials` that are added to it.
 
     At most `budget` lengths are measured, each `repeats` times; with `again`, also once more with another seed, which
-    counts again. `found` is the estimate after the latest round, and `stopped` why the search ended.
+    counts again. With `raw` the raw weights are measured as well. `found` is the estimate after the latest round, and
+    `stopped` why the search ended.
     """
 
     found: Estimate
     stopped = "it is still measuring"
 
     def __init__(
-        self, axis: Axis, known: Iterable[Trial] = (), *, minimize: bool, budget: int, repeats: int, again: bool
+        self, axis: Axis, *, minimize: bool, budget: int, repeats: int, again: bool, raw: bool = False
     ) -> None:
-        self.axis, self._minimize = axis, minimize
-        self._budget, self._repeats, self._again = budget, repeats, again
-        self._all = list(known)
+        least = FIRST if axis.values is None else 1  # all values of a list are measured
+        reason = f"be at least {least}, the number of lengths that a search begins with"
+        check_number("budget", check_count("budget", budget), lambda count: count >= least, reason)
+        self.axis, self.trials = axis, list[Trial]()
+        self._minimize, self._budget, self._repeats = minimize, budget, check_count("repeats", repeats)
+        self._again, self._raw = again, raw
 
     @property
-    def trials(self) -> list[Trial]:
-        """All trials of lengths of the axis; failed ones have an error."""
-        return [trial for trial in self._all if trial.x in self.axis]
+    def most(self) -> int:
+        """The largest number of trials."""
+        return self._repeats * (self._raw + (self._budget if self.axis.values is None else len(self.axis.values)))
 
     def rounds(self, measure: Measure) -> Iterator[Estimate]:
         """Measure until the best is known within the noise or the budget is spent; yield the estimate of each round."""
         first = first_batch(self.axis)
-        wanted = [(v, seed) for v in first for seed in range(self._repeats) if seed not in self._seeds(v)]
+        pairs = itertools.product([0.0] * self._raw + first, range(self._repeats))
+        wanted = [(x, seed) for x, seed in pairs if seed not in self._seeds(x)]
         while True:
-            self._all += measure(wanted)
+            self.trials += measure(wanted)
             self.found = self._estimate(min(3, len(first)))
+            wanted = self._next()
             yield self.found
-            values = self._next()
-            if not values:
+            if not wanted:
                 return
-            after = {value: max(self._seeds(value), default=-1) + 1 for value in values}
-            wanted = [(value, after[value] + index) for value in values for index in range(self._repeats)]
 
-    def _seeds(self, value: float) -> set[int]:
+    def report(self, metric: str, settings: dict[str, Any], again: str = "") -> SweepReport:
+        """Return the report after the latest round; `metric` is the name of what was measured."""
+        return SweepReport(
+            metric, self._minimize, tuple(self.trials), self.found, self.stopped, settings=settings, again=again
+        )
+
+    def _seeds(self, x: float) -> set[int]:
         """Return the seeds of the trials of a value."""
-        return {trial.seed for trial in self.trials if trial.x == value}
+        return {trial.seed for trial in self.trials if trial.x == x}
 
-    @property
-    def _left(self) -> int:
-        """The number of lengths that may still be measured."""
-        spent = (-(-len(self._seeds(value)) // self._repeats) for value in {trial.x for trial in self.trials})
-        return self._budget - sum(spent)
-
-    def _next(self) -> list[float]:
-        """Return the values of the next round; none if the search has ended, for the reason in `stopped`."""
-        edge, left = self.found.edge, self._left
+    def _next(self) -> list[tuple[float, int]]:
+        """Return the values of the next round with seeds; none if the search has ended, for the reason in `stopped`."""
+        spent = (math.ceil(len(self._seeds(x)) / self._repeats) for x in {trial.x for trial in self.trials} - {0.0})
+        left = self._budget - sum(spent)
         if self.axis.values is not None:
             reason = "all given lengths are measured"
         elif self.found.settled:
@@ -429,9 +428,11 @@ class Search:
             reason = "nothing is left to measure between the measured lengths"
             failed = {trial.x for trial in self.trials if trial.value is None}
             proposed = next_batch(self.found, self.trials, min(NEXT, left), self._again)
-            if values := [v for v in proposed if v not in failed and (self._again or not self._seeds(v))]:
-                return values
-        if edge is not None:
+            values = [x for x in proposed if x not in failed and (self._again or not self._seeds(x))]
+            after = {x: max(self._seeds(x), default=-1) + 1 for x in values}
+            if values:
+                return [(x, after[x] + index) for x in values for index in range(self._repeats)]
+        if (edge := self.found.edge) is not None:
             kind, title = "list" if self.axis.values else "range", self.axis.target(edge).title
             reason += f"; the best lies at the end of the {kind}, {title}, and may lie beyond"
         self.stopped = reason
@@ -439,26 +440,17 @@ class Search:
 
     def _estimate(self, least: int) -> Estimate:
         """Estimate the best value, or raise a PostHocError if less than `least` lengths allow it."""
-        trials, reason, hint = self.trials, "", ""
+        trials = [trial for trial in self.trials if trial.x]
         good = {trial.x: trial.value for trial in trials if trial.value is not None}
+        values = {trial.value for trial in trials} - {None}
         if len(good) < least:
-            *others, last = (trial for trial in trials if trial.value is None)
-            reason = f"{len(others) + 1} of {len(trials)} trials have failed, too many to choose; the last one: "
-            reason += f"{last.target}: {last.error}"
-        elif len(good) > 1 and len({trial.value for trial in trials} - {None}) == 1:
+            failed = [trial for trial in trials if trial.value is None]
+            reason = f"{len(failed)} of {len(trials)} trials have failed, too many to choose; the last one: "
+            raise PostHocError("the sweep", f"{reason}{failed[-1].target}: {failed[-1].error}")
+        if len(values) == 1:
             reason = f"every trial has the same metric, {next(iter(good.values())):.12g}"
-            hint = "does the evaluation use the weights?"
-        if reason:
-            raise PostHocError("the sweep", reason, hint)
+            raise PostHocError("the sweep", reason, "does the evaluation use the weights?")
         return estimate(trials, self.axis, self._minimize)
-
-
-def check_counts(repeats: int, budget: int, axis: Axis) -> None:
-    """Raise an InvalidValueError unless `repeats` and `budget` are counts that suffice for a search."""
-    least = FIRST if axis.values is None else 1  # all values of a list are measured
-    reason = f"be at least {least}, the number of lengths that a search begins with"
-    check_number("budget", check_count("budget", budget), lambda count: count >= least, reason)
-    check_count("repeats", repeats)
 
 
 # --- the report
@@ -488,11 +480,11 @@ class SweepReport:
     def __repr__(self) -> str:
         return f"SweepReport({', '.join(f'{name}: {text}' for name, text in answer(self.to_dict()).items())})"
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
         """Return the picture of the sweep, for a notebook."""
         from posthoc_cli import plots
 
-        return plots.as_file(functools.partial(plots.sweep_figure, self.to_dict()), ".svg").decode().partition("?>")[2]
+        return plots.sweep_figure(self.to_dict())._repr_html_()
 
     @property
     def raw(self) -> float | None:

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _GRACE, _TICK = 0.5, 0.01
 """Seconds between SIGTERM and SIGKILL, and between looks at a process."""
 _TAIL, _END_OF_LOG, _MOST_NAMES = 10_000_000, 300, 5
 """Bytes at the end of standard output that are searched for the metric, and of a log and names that a message shows."""
-_REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
+_BEGIN_OF_JSON, _REST_OF_LINE = re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)'), re.compile(r"[^\S\n]*(?=\n|$)")
 
 
 class TrialError(Exception):
@@ -61,7 +61,7 @@ def _run(words: Sequence[str], out: Path, err: Path) -> None:
         # In another thread, since the exception of a signal would lose a process that is just being started.
         starting = pool.submit(
             lambda: subprocess.Popen(
-                list(words), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+                words, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
             )
         )
         try:
@@ -73,8 +73,7 @@ def _run(words: Sequence[str], out: Path, err: Path) -> None:
         finally:
             if starting.exception() is None:
                 _end_group(starting.result())
-    if process.returncode:
-        code = process.returncode
+    if code := process.returncode:
         raise TrialError(f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}")
 
 
@@ -127,52 +126,52 @@ class Metric:
 
     def read(self, stdout: Path, folder: Path) -> tuple[float, float | None]:
         """Return the metric and its standard error, if any; raise a TrialError if there is no metric."""
-        if self.file is None or self.key is None:
-            return self._printed(_read_tail(stdout, _TAIL))
-        return _stored(folder, self.file, self.key)
-
-    def _printed(self, text: str) -> tuple[float, float | None]:
-        """Return the metric from the last line that is a number, or the last JSON object with the key."""
-        found: tuple[dict[str, Any], str] | float | None = None
+        if self.file is None:
+            values, wanted = [*_printed(_read_tail(stdout, _TAIL))], "a number"
+            if self.key is not None:
+                wanted += f" or a JSON object with {shown(self.key)}"
+            reason = f"no line of its output is {wanted}"
+        else:
+            path, value = _stored(folder, self.file)
+            values, reason = [value], f"{path.name} has no member {shown(self.key)}"
         names: list[str] = []
-        begin = end = 0
-        for line in text.splitlines(keepends=True):
-            start, begin = begin, begin + len(line)
-            if start < end:
-                continue  # within a JSON value
-            if (number := _number(line.strip())) is not None:
-                found = number
-                continue
-            value, end = _json_at(text, start + len(line) - len(line.lstrip()))
-            if self.key is not None and isinstance(value, dict):
-                holder, name = _holder(value, self.key)
-                names += holder if name is None else ()
-                found = found if name is None else (holder, name)
-        if found is None:
-            wanted = "a number" if self.key is None else f"a number or a JSON object with {shown(self.key)}"
-            raise MissingMetricError(f"no line of its output is {wanted}{_listed(names)}")
-        return _pair(*found) if isinstance(found, tuple) else (_finite(found), None)
+        for value in reversed(values):
+            members = _members(value)
+            name = self.key if self.key in members else ""
+            if name in members:
+                return _checked(name, members[name]), _standard_error(members, name)
+            names += members
+        inside = "".join((self.key or "").rpartition(".")[:2])
+        raise MissingMetricError(reason + _listed([name for name in names if name.startswith(inside)] or names))
 
 
-def _stored(folder: Path, pattern: str, key: str) -> tuple[float, float | None]:
-    """Return the metric from the newest matching file."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    matching = [path for path in paths if path.relative_to(folder).match(pattern)]
-    newest = max(matching, key=lambda path: (path.stat().st_mtime_ns, path), default=None)
-    if newest is None:
-        fault, cause = (
-            f"there is no {pattern} in its folder{_listed([str(p.relative_to(folder)) for p in paths])}",
-            None,
-        )
-    else:
-        try:
-            holder, name = _holder(json.loads(newest.read_text(encoding="utf-8-sig")), key)
-            if name is not None:
-                return _pair(holder, name)
-            fault, cause = f"{newest.name} has no member {shown(key)}{_listed([*holder])}", None
-        except (OSError, ValueError, RecursionError) as error:
-            fault, cause = f"{newest.name} cannot be read: {error}", error
-    raise MissingMetricError(fault) from cause
+def _printed(text: str) -> Iterator[Any]:
+    """Yield the numbers, and the JSON objects and lists, that take one or more complete lines."""
+    text, end = text.replace("\r", "\n"), 0
+    for line in re.finditer(r"^.+$", text, re.MULTILINE):
+        if line.start() < end:
+            continue  # within a JSON value
+        with suppress(ValueError):
+            yield float(line[0])
+        with suppress(ValueError, RecursionError):
+            if begin := _BEGIN_OF_JSON.match(text, line.start()):
+                value, end_of_value = json.JSONDecoder().raw_decode(text, begin.end())
+                if _REST_OF_LINE.match(text, end_of_value):
+                    yield value
+                    end = end_of_value
+
+
+def _stored(folder: Path, pattern: str) -> tuple[Path, Any]:
+    """Return the newest matching file and its JSON value; raise a MissingMetricError if there is none."""
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    matching = [path for name, path in paths.items() if Path(name).match(pattern)]
+    if not matching:
+        raise MissingMetricError(f"there is no {pattern} in its folder{_listed([*paths])}")
+    newest = max(matching, key=lambda path: (path.stat().st_mtime_ns, path))
+    try:
+        return newest, json.loads(newest.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MissingMetricError(f"{newest.name} cannot be read: {error}") from error
 
 
 def _read_tail(path: Path, count: int) -> str:
@@ -182,40 +181,26 @@ def _read_tail(path: Path, count: int) -> str:
         return file.read().decode(errors="replace")
 
 
-def _json_at(text: str, start: int) -> tuple[Any, int]:
-    """Return the JSON object or list that begins at `start` and ends a line, and its end; else None and 0."""
-    if text[start : start + 1] not in ("{", "["):
-        return None, 0
-    try:
-        value, end = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):
-        return None, 0
-    return (value, end) if _REST_OF_LINE.match(text, end) else (None, 0)
+def _members(value: Any) -> dict[str, Any]:
+    """Return the members of a JSON object and of objects in it, by dotted keys; a number has the key ""."""
+    if isinstance(value, float):
+        return {"": value}
+    found: dict[str, Any] = {}
+    objects = [("", value)]
+    for prefix, holder in objects:  # it grows meanwhile
+        for name, member in holder.items() if isinstance(holder, dict) else ():
+            if isinstance(member, dict):
+                objects.append((f"{prefix}{name}.", member))
+            else:
+                found.setdefault(prefix + name, member)
+    return found
 
 
-def _holder(value: Any, key: str) -> tuple[dict[str, Any], str | None]:
-    """Return the object that has the member of a dotted key, and the member's name; names may contain dots themselves.
-
-    If no object has it, return the nearest one and None.
-    """
-    nearest = value if isinstance(value, dict) else {}
-    if key in nearest:
-        return nearest, key
-    for name in [name for name in nearest if key.startswith(f"{name}.")]:
-        nearest, found = _holder(value[name], key[len(name) + 1 :])
-        if found is not None:
-            return nearest, found
-    return nearest, None
-
-
-def _pair(values: dict[str, Any], name: str) -> tuple[float, float | None]:
-    """Return a value and its standard error, such as `acc_stderr` of `acc`, or lm-eval's `acc_stderr,none`."""
+def _standard_error(members: dict[str, Any], name: str) -> float | None:
+    """Return the standard error of a member, such as `acc_stderr` of `acc`, or lm-eval's `acc_stderr,none`, if any."""
     head, comma, tail = name.partition(",")
-    names = (f"{head}_{word}{comma}{tail}" for word in ("stderr", "se", "standard_error"))
-    errors = (_number(values[other]) for other in names if other in values)
-    error = next((error for error in errors if error is not None and 0 < error < math.inf), None)
-    value = _number(values[name])
-    return _finite(value, f"{shown(name)} is {shown(values[name])}, not a number"), error
+    errors = (_number(members.get(f"{head}_{word}{comma}{tail}")) for word in ("stderr", "se", "standard_error"))
+    return next((error for error in errors if error is not None and 0 < error < math.inf), None)
 
 
 def _number(value: object) -> float | None:
@@ -226,11 +211,14 @@ def _number(value: object) -> float | None:
         return None
 
 
-def _finite(value: float | None, no_number: str = "") -> float:
-    """Return a finite value; raise a TrialError for nan and infinity, and for None the one that says `no_number`."""
-    if value is None or not math.isfinite(value):
-        raise TrialError(no_number if value is None else f"its metric is {value}")
-    return value
+def _checked(name: str, value: object) -> float:
+    """Return a finite number; raise a TrialError for other values."""
+    number = _number(value)
+    if number is None:
+        raise TrialError(f"{shown(name)} is {shown(value)}, not a number")
+    if not math.isfinite(number):
+        raise TrialError(f"its metric is {number}")
+    return number
 
 
 def _listed(names: list[str]) -> str:

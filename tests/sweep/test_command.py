@@ -308,7 +308,7 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
 
 
 def test_a_second_sweep_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None:
-    with DirectoryLock(tmp_path), refused(str(tmp_path), "name another folder", kind=LockedError):
+    with DirectoryLock(tmp_path), refused(str(tmp_path), "take another directory", kind=LockedError):
         swept(run, tmp_path, axis=GRID)
 
 
