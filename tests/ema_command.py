@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -42,7 +41,6 @@ class Result:
 
 
 Ema = Callable[..., Result]
-Asked = Callable[[str, Path], list[str]]
 
 
 @contextmanager

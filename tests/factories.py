@@ -21,7 +21,7 @@ from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import Measurements, Problem
 from posthoc_cli.snapshots.directory import snapshot_path
-from posthoc_cli.snapshots.outputs import INDEX_NAME, OutputInfo, encode_index
+from posthoc_cli.snapshots.outputs import OutputInfo
 from posthoc_cli.snapshots.path import PathSketch, decode_path, encode_path
 from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, decode_snapshot
 from posthoc_cli.snapshots.sources import TrackedTensor
@@ -165,24 +165,6 @@ def cut(value: torch.Tensor, grid: tuple[int, ...]) -> list[tuple[tuple[int, ...
     return [cell for cell in cells if cell[1].numel()] or [((0,) * value.dim(), value)]
 
 
-def write_sharded(folder: Path, info: Snapshot, parts: Sequence[Mapping[str, torch.Tensor]]) -> Path:
-    """Write a snapshot in several files, with the values of each in `parts`, and an index; return the directory.
-
-    `info` describes the complete snapshot; its measurements are written in every shard.
-    """
-    folder.mkdir(parents=True)
-    weight_map = {}
-    for number, values in enumerate(parts, 1):
-        path = folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        aliases = {alias: name for alias, name in info.aliases.items() if name in values}
-        own = replace(info, tensors={name: info.tensors[name] for name in values}, aliases=aliases)
-        write_tensors(path, values, own, overwrite=False)
-        weight_map |= dict.fromkeys(values, path.name)
-    total = sum(value.nbytes for values in parts for value in values.values())
-    (folder / INDEX_NAME).write_bytes(encode_index(weight_map, total))
-    return folder
-
-
 def rewrite_snapshot(
     path: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None, **fields: object
 ) -> None:
@@ -324,22 +306,3 @@ def solved(solver: Problem, target: Profile) -> FloatArray:
 def squared_error(solver: Problem, coefficients: FloatArray, target: Profile) -> float:
     """Return the expected squared error of any coefficients for one target."""
     return float(solver.expected_squares(coefficients[:, None], solver.goals([target])).sum())
-
-
-def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[float], rounding: float) -> float:
-    """Return the error of the best combination of snapshots for an average at the last time, from the definition.
-
-    The weights walk evenly, by a quarter of their norm over all of that time; each snapshot is off by `rounding`.
-    """
-    s = (np.arange(20_000) + 0.5) / 20_000 * max(times)
-
-    def tail(width: float, t: float) -> FloatArray:
-        return np.where(s < t, 1 - (np.minimum(s, t) / t) ** (exact_gamma(width) + 1), 0.0)
-
-    columns = np.stack([tail(width, t) for t in times for width in tracked], axis=1)
-    walk = 0.25 / np.sqrt(len(s))  # in each interval
-    rows = np.vstack([walk * columns, rounding * np.eye(columns.shape[1])])
-    wanted = np.concatenate([walk * tail(sigma_rel, max(times)), np.zeros(columns.shape[1])])
-    # The last coefficient is 1 minus the others.
-    free, rest = rows[:, :-1] - rows[:, -1:], wanted - rows[:, -1]
-    return float(np.linalg.norm(free @ np.linalg.lstsq(free, rest, rcond=None)[0] - rest))

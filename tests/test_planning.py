@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -30,28 +30,11 @@ from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Motion, Prior, Problem, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
 
-PriorOf = Callable[[list[PowerFunction]], Prior]
-
 
 def kept(snapshots: list[PowerFunction], prior: Prior, keep: int) -> list[PowerFunction]:
     dropped = snapshots_to_drop(snapshots, prior, keep)
     assert len(set(dropped)) == len(dropped)
     return [p for index, p in enumerate(snapshots) if index not in dropped]
-
-
-def thinned(arrivals: Sequence[int], keep: int, prior_of: PriorOf, *sigma_rels: float) -> list[PowerFunction]:
-    """Return the snapshots that remain when they arrive and are thinned one time after another."""
-    left: list[PowerFunction] = []
-    for t in arrivals:
-        left += power_functions(t, sigma_rels or (0.05, 0.28))
-        left = kept(left, prior_of(left), keep)
-    return left
-
-
-def walking(t: float, rounding: float = 2e-4) -> PriorOf:
-    """Return the prior of an even walk up to `t`."""
-    motion = Motion.even(t, 0.25**2)
-    return lambda snapshots: assumed_prior(snapshots, rounding, motion)
 
 
 @given(
@@ -68,16 +51,6 @@ def test_thinning_keeps_the_newest_and_the_requested_number_of_each_profile(
         of_profile = [p.t for p in left if p.gamma == profile.gamma]
         assert len(of_profile) == min(keep, len(times))
         assert max(of_profile) == max(times)
-
-
-@pytest.mark.parametrize("sigma_rels", [(0.05, 0.28), (0.05, 0.10)])
-def test_thinning_a_long_run_is_better_than_even_spacing(sigma_rels: tuple[float, ...]) -> None:
-    prior_of = walking(120.0)
-    left = thinned(range(1, 121), 8, prior_of, *sigma_rels)
-    even = power_functions(range(15, 121, 15), sigma_rels)
-    assert len(left) == len(even)
-    of_left, of_even = (error_curve("", some, prior_of(some), (0.05, 0.28)) for some in (left, even))
-    assert of_left.worst < of_even.worst
 
 
 @pytest.mark.parametrize(

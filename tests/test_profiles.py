@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,10 +18,6 @@ from posthoc_cli.profiles import (
     Clock,
     ClockRecorder,
     DecayRule,
-    Discrete,
-    Point,
-    PowerFunction,
-    Profile,
     convert,
     gamma_from_sigma_rel,
     mean_age,
@@ -30,7 +25,7 @@ from posthoc_cli.profiles import (
     sigma_rel_from_classical_beta,
     sigma_rel_from_gamma,
 )
-from posthoc_cli.targets import Beta, Between, Decay, Window
+from posthoc_cli.targets import Beta, Window
 
 
 @pytest.mark.parametrize("sigma_rel", [*np.geomspace(1e-4, 0.28867, 60), 0.288675, 1e-6, 0.999e-6, 1e-9, 0.28])
@@ -56,17 +51,6 @@ def test_the_share_of_a_new_value_keeps_its_digits_late_in_training() -> None:
     with mpmath.workdps(50):
         exact = 1 - (mpmath.mpf(10**12 - 1) / 10**12) ** (mpmath.mpf(gamma) + 1)
     assert new_value_share(gamma, 10**12 - 1, 10**12) == pytest.approx(float(exact), rel=1e-14)
-
-
-@given(st.floats(0.01, 0.288), st.lists(st.floats(0.01, 100), min_size=1, max_size=30))
-def test_a_chain_of_updates_gives_each_value_its_mass_in_the_profile(sigma_rel: float, steps: list[float]) -> None:
-    gamma, times = gamma_from_sigma_rel(sigma_rel), np.cumsum(steps)
-    weights = np.zeros(len(times))
-    for index, (t_prev, t) in enumerate(itertools.pairwise([0.0, *times])):
-        share = new_value_share(gamma, t_prev, t)
-        weights *= 1 - share
-        weights[index] += share
-    np.testing.assert_allclose(weights, np.diff((times / times[-1]) ** (gamma + 1), prepend=0.0), atol=1e-12)
 
 
 @given(st.floats(0.001, 0.2886), st.sampled_from([100, 1000, 54_321, 5_000_000]))
@@ -159,27 +143,20 @@ def lengths(name: str, steps: int = 50_000) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "steps_off"), [("20 % up and down", 3), ("growing", 0.5), ("heavy tail", 40)])
-def test_256_knots_are_enough_for_any_clock(name: str, steps_off: float) -> None:
+def test_256_knots_are_enough_and_recording_continues_exactly_from_a_state_and_closely_from_knots(
+    name: str, steps_off: float
+) -> None:
     """A clock of 50,000 steps is recorded with an error of at most `steps_off`."""
     times = np.cumsum(lengths(name))
-    recorder = recorded(times)
-    knots = recorder.knots_until(recorder.step, recorder.t)
-    assert len(knots) <= 256
-    assert worst(knots, times) <= steps_off
-
-
-@pytest.mark.parametrize("interrupted_at", [1, 10_000])
-def test_recording_continues_exactly_from_a_state_and_closely_from_knots(interrupted_at: int) -> None:
-    times = np.cumsum(lengths("20 % up and down", 30_000))
-    complete, part = recorded(times), recorded(times[:interrupted_at])
-    exact = ClockRecorder.of_state(part.state())
-    near = ClockRecorder.of_knots(part.knots_until(part.step, part.t))
-    for step, t in enumerate(times[interrupted_at:].tolist(), interrupted_at + 1):
+    complete, part = recorded(times), recorded(times[:10_000])
+    exact, near = ClockRecorder.of_state(part.state()), ClockRecorder.of_knots(part.knots_until(part.step, part.t))
+    for step, t in enumerate(times[10_000:].tolist(), 10_001):
         exact, near = exact.add(step, t), near.add(step, t)
     assert exact.state() == complete.state()
-    knots = near.knots_until(near.step, near.t)
-    assert len(knots) <= 256
-    assert worst(knots, times) <= 3
+    for recorder in (complete, near):
+        knots = recorder.knots_until(recorder.step, recorder.t)
+        assert len(knots) <= 256
+        assert worst(knots, times) <= steps_off + (recorder is near)
 
 
 @pytest.mark.parametrize(
@@ -221,28 +198,6 @@ def test_a_value_that_is_no_state_is_refused(state: list[float]) -> None:
 
 # --- other profiles ------------------------------------------------------------------------------
 
-OTHERS = {
-    "classical": Beta(0.98).profile(90.0, Clock.of_steps(), 0.0),
-    "classical, late": Beta(0.97).profile(85.0, UNEVEN, 3.0),
-    "window": Window(65).profile(85.0, UNEVEN, 1.0),
-    "uniform": Between(20, 70).profile(70.0, UNEVEN, 1.0),
-    "cosine decay": Decay("cosine", (20, 90)).profile(90.0, UNEVEN, 1.0),
-    "1-sqrt decay": Decay("1-sqrt", (20, 90)).profile(90.0, UNEVEN, 1.0),
-    "power function": PowerFunction.from_sigma_rel(0.07, 90.0),
-    "uniform power function": PowerFunction(0.0, 90.0),
-}
-
-
-@pytest.mark.parametrize("profile", OTHERS.values(), ids=OTHERS)
-def test_tails_fall_from_one_to_zero_at_times_of_any_dtype_and_shape(profile: Profile) -> None:
-    times = np.linspace(-90, 135, 451)
-    tail = profile.tail(times)
-    assert np.all(np.diff(tail) <= 1e-12)  # only rounding in a clock's step number may raise a tail
-    assert np.all(tail[times < 0] == 1)
-    assert np.all(tail[times >= profile.t] == 0)  # type: ignore[attr-defined]
-    assert profile.tail(times.astype(np.float32)).dtype == np.float64
-    np.testing.assert_array_equal(profile.tail(times.reshape(11, 41)), tail.reshape(11, 41))
-
 
 def later_weights(weights: np.ndarray) -> np.ndarray:
     """Return the sum of the weights after each step."""
@@ -281,22 +236,6 @@ def test_a_window_weighs_each_of_its_steps_the_same(steps: int) -> None:
 
 
 # --- checkpoints, and averages over known times
-
-
-def test_the_tail_of_a_discrete_average_reproduces_its_sum() -> None:
-    rng = np.random.default_rng(0)
-    masses = rng.dirichlet(np.ones(7))
-    times = np.cumsum(rng.integers(1, 9, 7)).astype(float)
-    path = rng.normal(size=60).cumsum()
-    # By partial summation: theta(0) + the sum over steps of tail(before the step) times the step's increment.
-    increments = np.diff(path, prepend=0.0)
-    profile = Discrete(times, masses, t=60)
-    by_tail = profile.tail(np.arange(60)) @ increments
-    assert by_tail == pytest.approx(masses @ path[times.astype(int) - 1], abs=1e-12)
-    assert (profile.t, profile.t_first) == (60.0, times[0])
-    assert Point(100).tail([0, 99.9, 100, 101]).tolist() == [1, 1, 0, 0]
-    assert profile.tail(-1) == profile.tail(0) == 1
-    assert profile.tail(times[-1]) == 0
 
 
 def test_the_others_of_an_estimated_decay_are_a_longer_average_and_one_that_began_later() -> None:

@@ -16,7 +16,7 @@ from ema_command import Ema
 from factories import RUN_ID, exact_gamma, random_walk, write_run, write_snapshot
 from safetensors.torch import load_file
 
-from posthoc_cli import Groups, PostHocEMA, Run, disk_sources
+from posthoc_cli import Groups, PostHocEMA, PowerFunction, Run, disk_sources
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.sources import TrackedTensor
@@ -46,8 +46,8 @@ def write_random(directory: Path, dtype: torch.dtype = torch.float32, **fields: 
             write_snapshot(directory, t, sigma_rel, RUN_ID, values, **fields)
 
 
-def plan_of(directory: Path, sigma_rels: Sequence[float] = TARGETS, **options: Any) -> Plan:
-    return plan_synthesis(disk_sources(directory), sigma_rels, **options)
+def plan_of(directory: Path, targets: Sequence[Any] = TARGETS, **options: Any) -> Plan:
+    return plan_synthesis(disk_sources(directory), targets, **options)
 
 
 def expected(directory: Path, plan: Plan, name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -95,6 +95,10 @@ def test_only_snapshots_at_or_before_the_time_are_used_and_copies_come_from_the_
     assert plan.t == (40 if t is None else t)
     assert {source.t for source in plan.sources} == {time for time in TIMES if time <= newest}
     assert [value.item() for value in dict(synthesize(plan))["count"]] == [newest] * 3
+    if t is None:  # also where no target needs the newest
+        plan = plan_of(tmp_path, [PowerFunction.from_sigma_rel(0.05, 10.0)])
+        assert not plan.reconstruction.coefficients[1:].any()
+        assert dict(synthesize(plan))["count"][0] == newest
 
 
 @pytest.mark.parametrize(("dtype", "own"), [(None, "F32"), ("keep", "F32"), ("bf16", "BF16"), (torch.float64, "F64")])

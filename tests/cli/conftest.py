@@ -1,19 +1,14 @@
-"""A run for the commands, and answers to their questions."""
+"""A run for the commands."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import typer
-from ema_command import Asked
-from factories import rewrite_snapshot
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.snapshots.directory import DirectoryLock
 
 
 @pytest.fixture(scope="session")
@@ -35,33 +30,3 @@ def _recorded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(_recorded_run: Path, tmp_path: Path) -> Path:
     """A copy of a directory with snapshots at 20 times of 2 profiles, up to step 2,000; a test may change it."""
     return Path(shutil.copytree(_recorded_run, tmp_path / "run"))
-
-
-@pytest.fixture
-def unmeasured_run(run: Path) -> Path:
-    """The directory `run` without measurements, as an early release or another tool writes it."""
-    for path in run.glob("*.safetensors"):
-        rewrite_snapshot(path, measurements=None)
-    return run
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """A function that installs the answer to confirmations ("" aborts) and returns the list of questions."""
-
-    def install(answer: str, run: Path) -> list[str]:
-        questions: list[str] = []
-
-        def confirm(question: str, err: bool) -> bool:
-            assert err
-            DirectoryLock(run).release()  # the directory is not locked while the question is open
-            questions.append(question)
-            if not answer:
-                raise typer.Abort
-            return answer == "y"
-
-        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-        monkeypatch.setattr(typer, "confirm", confirm)
-        return questions
-
-    return install

@@ -80,15 +80,18 @@ def test_texts_from_files_are_escaped_on_the_terminal(tmp_path: Path) -> None:
         assert "\\x1b" in result.out
 
 
-def test_names_that_some_file_systems_do_not_distinguish_are_different_tensors(ema: Ema, tmp_path: Path) -> None:
+def test_names_that_file_systems_do_not_distinguish_or_that_imitate_the_format_are_different_tensors(
+    ema: Ema, tmp_path: Path
+) -> None:
     names = ["w", "W", unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é"), "../../x", "/etc/x", ""]
+    names += ["ema.checksum", '"ema.checksum":"', '","x":"', "line\nbreak\x01\x1b[31m"]  # as in the format itself
     values = {name: torch.full((2,), float(index)) for index, name in enumerate(names)}
     write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, values, sigma_rels=(0.05,))
     folder = tmp_path / "out"
     command = ("synthesize", tmp_path / "run", "--sigma-rel", "0.05", "--layout", "sharded", "--max-shard-size", "8")
     assert ema(*command, "--out", folder).code == 0
     shards = sorted(folder.glob("*.safetensors"))
-    assert [path.name for path in shards] == [f"model-{n:05d}-of-00007.safetensors" for n in range(1, 8)]
+    assert [path.name for path in shards] == [f"model-{n:05d}-of-00011.safetensors" for n in range(1, 12)]
     assert_same_tensors({name: tensor for shard in shards for name, tensor in load_file(shard).items()}, values)
 
 

@@ -20,7 +20,7 @@ from snapshots.recorded import failing
 
 from posthoc_cli import disk_sources
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
+from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.outputs import INDEX_NAME
@@ -85,15 +85,6 @@ def only_wrong(path: Path) -> tuple[str, str]:
 # --- intact files
 
 
-def test_an_intact_run_has_a_report_for_each_file(run: Path) -> None:
-    found = verified(run)
-    assert (found.is_fine, found.notes) == (True, ())
-    assert [report.path for report in found.files] == sorted(run.glob("*.safetensors"))
-    assert found.files[0].what == "snapshot sigma_rel 0.05 at t = 10"
-    assert {(report.state, report.detail) for report in found.files} == {("intact", "")}
-    assert found.nbytes == sum(path.stat().st_size for path in run.glob("*.safetensors"))
-
-
 def test_outputs_in_any_layout_and_foreign_files(run: Path, output: Path, shards: Path, tmp_path: Path) -> None:
     for path in (output, shards, shards / INDEX_NAME, next(shards.glob("*.safetensors"))):
         found = verified(path)
@@ -118,24 +109,17 @@ def harm(path: Path, names: str | list[str]) -> None:
 
 def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_path: Path) -> None:
     """It takes constant memory: a bounded number of blocks is in flight."""
-    generator = torch.Generator().manual_seed(0)
     sizes = [0, 1, 3, 1_000_000, 2**21, 2**21 + 1, 5_000_000, *[7] * 2000, 1_048_575]
-    values = {f"{k}": torch.randn(size, generator=generator).half() for k, size in enumerate(sizes)}
-    values |= {"wide": torch.randn(300_001, generator=generator), "n": torch.tensor(3)}
-    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
-    advances: list[int] = []
-    read_file(path).verify(advances.append)
-    assert sum(advances) == sum(value.nbytes for value in values.values())
-    assert max(advances) <= 4 * BLOCK
-    for name in ("1500", "wide"):
-        values[name][-1] = torch.nan
-    path = write_snapshot(tmp_path, 20, 0.05, RUN_ID, values)
+    values = {f"{k}": torch.randn(size).half() for k, size in enumerate(sizes)}
+    values |= {"wide": torch.randn(300_001), "n": torch.tensor(3)}
+    values["1500"][-1] = values["wide"][-1] = torch.nan
+    path, advances = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values), list[int]()
     assert only_wrong(path) == ("nonfinite", "average 'wide' holds nan or infinity (and 1 average more)")
     harmed = ["5", "6", "1500", "wide"]
     harm(path, harmed)
-    with pytest.raises(FileFormatError, match=r"is damaged: its checksum"):
-        read_file(path).verify()
     assert read_file(path).examine(advances.append)[0].keys() == set(harmed)
+    assert sum(advances) == sum(value.nbytes for value in values.values())
+    assert max(advances) <= 4 * BLOCK
     state, detail = only_wrong(path)
     assert (state, detail.endswith("its checksum does not match (and 3 tensors more)")) == ("damaged", True)
 
@@ -280,12 +264,3 @@ def test_no_pickle_is_opened(run: Path, tmp_path: Path) -> None:
         verify(path.parent)
     shutil.copy(path, run)
     assert "1 pickled files (.pt and the like)" in notes(run)[0]
-
-
-def test_a_path_without_files_to_verify_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for name, reason in (("empty", "holds no snapshots or outputs; name"), ("absent", "no such file or dir")):
-        with pytest.raises(DirectoryError, match=reason):
-            verify(tmp_path / name)
-    (tmp_path / "text").write_text("hello")
-    assert only_wrong(tmp_path / "text")[0] == "damaged"
