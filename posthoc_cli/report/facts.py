@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,9 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "path": str,
     "bytes": size_text,
     "norm": "{:.4g}".format,
+    "value": "{:.6g}".format,
+    "standard_error": "{:.6g}".format,
+    "seconds": "{:.1f}".format,
     "measured": lambda count: f"{count:,} of them" if count else "none of them: errors are predicted from a sample",
     "relative_rounding_range": lambda ends: " to ".join(dict.fromkeys(map(percent, ends or [None]))),
     "coefficient": lambda value: f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}",
@@ -55,16 +57,3 @@ def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
     hidden |= set() if description.get("method") == "paper" else {"profile_error"}
     pairs = [(title_of(key), text(key, value)) for key, value in description.items() if key not in hidden]
     return [(name, said) for name, said in pairs if said]
-
-
-def summary(description: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return `facts`, with one line each for the profiles and the checkpoints in place of their tables."""
-    pairs = facts(description)
-    if profiles := description.get("profiles"):
-        pairs.append(("averages", ", ".join(f"sigma_rel {profile['sigma_rel']:g}" for profile in profiles)))
-    if checkpoints := description.get("checkpoints"):
-        counts = Counter(checkpoint["holds"] for checkpoint in checkpoints)
-        listed = ", ".join(f"{count:,} x {holds}" for holds, count in counts.items())
-        size = size_text(sum(checkpoint["bytes"] for checkpoint in checkpoints))
-        pairs.append(("checkpoints", f"{listed}, {size}"))
-    return pairs

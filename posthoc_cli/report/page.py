@@ -18,16 +18,9 @@ import jinja2
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
-from posthoc_cli.errors import (
-    FileFormatError,
-    InvalidValueError,
-    MismatchError,
-    PostHocError,
-    percent,
-    printable,
-    shown,
-)
-from posthoc_cli.report.facts import summary
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, printable, shown
+from posthoc_cli.report.facts import facts, text
+from posthoc_cli.resources import size_text
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.tensorfile import read_small_file
 from posthoc_cli.sweep.search import RESULT, answer
@@ -52,17 +45,15 @@ def render(runs: Run | Sequence[Run], sweeps: Sequence[Path] = (), out: Path = P
     swept = [_describe_sweep(folder, parts, out) for folder in sweeps]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, undefined=jinja2.StrictUndefined)
-    curves = [part["curve"] for part in parts]
+    environment.filters["size"] = size_text
+    packages = ("posthoc-cli", "torch", "numpy", "safetensors")
     return environment.get_template("page.html").render(
         title=printable(" and ".join(str(part["run"].directory) for part in parts)),
         parts=parts,
         sweeps=swept,
-        errors=_picture(partial(plots.error_figure, curves)) if len(parts) > 1 else None,
-        commands=[line for part in parts for line in part["commands"] or _commands(part["run"])],
-        versions=[
-            ("Python", platform.python_version()),
-            *((name, importlib.metadata.version(name)) for name in ("posthoc-cli", "torch", "numpy", "safetensors")),
-        ],
+        errors=_picture(partial(plots.error_figure, [part["curve"] for part in parts])) if len(parts) > 1 else None,
+        commands=[line for part in parts for line in part["commands"] or [_command(part["run"])]],
+        versions=[("Python", platform.python_version()), *((one, importlib.metadata.version(one)) for one in packages)],
     )
 
 
@@ -70,15 +61,9 @@ def _describe_run(run: Run) -> dict[str, Any]:
     """Return the texts and the figure of a run for the page."""
     curve, info = run.error_curve(), run.info()
     return {
-        "run": run,
-        "info": info,
-        "facts": summary(info),
-        "curve": curve,
-        "error": _picture(partial(plots.error_figure, [curve])),
-        "good": curve.ranges_text(plots.GOOD_ERROR),
-        "sweeps": [],
-        "commands": [],
-    }
+        "run": run, "info": info, "facts": facts(info), "curve": curve, "good": curve.ranges_text(plots.GOOD_ERROR),
+        "error": _picture(partial(plots.error_figure, [curve])), "sweeps": [], "commands": [],
+    }  # fmt: skip
 
 
 def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
@@ -94,15 +79,12 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
             names = (shown(str(run_id)[:8]) for run_id in (result["settings"]["run"], *run_ids))
             raise MismatchError(path, f"is of another run: {' and '.join(names)}")
         part = parts[run_ids.index(result["settings"]["run"])]
-        swept = {
-            "folder": folder,
-            "axis": str(result["axis"]),
-            **answer(result),
+        swept = answer(result) | {
+            "folder": folder, "axis": str(result["axis"]), "rows": _rows(result),
             "picture": _picture(partial(plots.sweep_figure, result)),
-            "rows": _rows(result),
             "logs": urllib.parse.quote(os.path.relpath(folder.resolve(), out.resolve().parent)),
-        }
-        part["commands"] += _commands(part["run"], result)
+        }  # fmt: skip
+        part["commands"] += [*filter(None, [result["again"]]), _command(part["run"], result)]
     except PostHocError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
@@ -112,21 +94,17 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
 
 
 def _rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the trials and the estimated best one of a sweep, by length, as texts."""
+    """Return the trials and the estimated best one of a sweep, by length, with their values as texts."""
     best = {
-        "target": f"best: {result['best']['target']}", "x": float(result["best"][result["axis"]]), "seed": "",
-        "value": result["estimate"], "standard_error": result["standard_error"], "predicted_error": None,
-        "seconds": None, "error": "estimate", "log": "",
+        "target": f"best: {result['best']['target']}", "x": float(result["best"][result["axis"]]), "best": True,
+        "value": result["estimate"], "standard_error": result["standard_error"], "error": "estimate", "log": "",
     }  # fmt: skip
-    number = "{:.6g}".format
-    formats = {"value": number, "standard_error": number, "predicted_error": percent, "seconds": "{:.1f}".format}
-    rows = []
-    for trial in sorted([*result["trials"], best], key=lambda trial: (trial["x"], trial["target"])):
-        numbers = ["–" if trial[key] is None else form(trial[key]) for key, form in formats.items()]
-        cells = [str(trial["target"]), trial["seed"], *numbers]
-        error, log = trial["error"] or "", str(trial["log"])
-        rows.append({"cells": cells, "best": trial["seed"] == "", "error": error, "log": log})
-    return rows
+    keys = ("target", "seed", "value", "standard_error", "predicted_error", "seconds")
+    rows = sorted([*result["trials"], best], key=lambda row: (row["x"], row["target"]))
+    return [
+        {"best": False, **row, "log": str(row["log"]), "error": row["error"] or "",
+         "cells": ["" if row.get(key) is None else text(key, row[key]) for key in keys]} for row in rows
+    ]  # fmt: skip
 
 
 def _picture(draw: Callable[[], Figure]) -> str:
@@ -134,22 +112,19 @@ def _picture(draw: Callable[[], Figure]) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(plots.as_file(draw, '.svg')).decode()}"
 
 
-def _commands(run: Run, result: dict[str, Any] | None = None) -> list[str]:
-    """Return the commands that repeat a sweep and make its best average; without a sweep an example."""
-    synthesize = ["ema", "synthesize"]
-    source = [str(run.directory), *([] if run.also is None else ["--checkpoints", str(run.also)])]
-    if result is None:
-        return [shlex.join([*synthesize, *source, "--sigma-rel", "0.1", "--out", "model.safetensors"])]
-    kind, settings = result["axis"], result["settings"]
-    value = f"{result['best'][kind]:.12g}"
-    target = ["--sigma-rel", value] if kind == "sigma_rel" else ["--target", f"{kind}:{value}"]
-    like = settings.get("like")
-    given = {
-        "--t": None if settings["t"] == run.t else f"{settings['t']:.12g}",
+def _command(run: Run, result: dict[str, Any] | None = None) -> str:
+    """Return the command that makes the best average of a sweep; without a sweep an example."""
+    kind, best, settings = "sigma_rel", "0.1", dict[str, Any]()
+    if result is not None:
+        kind, best, settings = result["axis"], f"{result['best'][result['axis']]:.12g}", result["settings"]
+    like, t = settings.get("like"), settings.get("t", run.t)
+    options = {
+        "--checkpoints": run.also,
+        **({"--sigma-rel": best} if kind == "sigma_rel" else {"--target": f"{kind}:{best}"}),
+        "--t": None if t == run.t else f"{t:.12g}",
         "--like": like,
         "--component": settings.get("component"),
         "--out": "model" if like else "model.safetensors",
     }
-    options = [word for option, text in given.items() if text is not None for word in (option, text)]
-    again = [result["again"]] if result["again"] else []
-    return [*again, shlex.join([*synthesize, *source, *target, *options])]
+    given = (word for name, value in options.items() if value is not None for word in (name, str(value)))
+    return shlex.join(["ema", "synthesize", str(run.directory), *given])
