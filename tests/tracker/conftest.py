@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from posthoc_cli.tracker import memory
+
 
 @pytest.fixture
-def one_run_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give all runs the same id, so that files of two directories can be compared byte for byte."""
-    monkeypatch.setattr("posthoc_cli.tracker.resuming.secrets.token_hex", lambda count: "5eed" * (count // 2))
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divide the tensors of small models into many tiles, as those of large ones are."""
+    monkeypatch.setattr(memory, "TILE", 64)

@@ -1,9 +1,10 @@
-"""Trainings whose steps depend on their number only, so that two runs can be compared, and what they leave on disk."""
+"""Trainings whose steps depend on their numbers only, so that two runs can be compared, and what they leave on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from factories import averages_in, exact_average
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.tensorfile import tensor_bytes
 
-STEPS = 50
-VALUES = torch.randn(STEPS + 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
+Weights = dict[str, torch.Tensor]
 
 
 def step(model: torch.nn.Module, number: int) -> None:
@@ -35,27 +36,44 @@ def train(model: torch.nn.Module, tracker: PostHocEMA, first: int, last: int) ->
         tracker.update_(model)
 
 
-def matrix() -> torch.nn.Linear:
-    return torch.nn.Linear(4, 4, bias=False)
+class Training:
+    """A network whose steps depend on their numbers and a `salt`; `path` holds its state after each step."""
 
+    def __init__(self, seed: int = 0, path: Sequence[Weights] = ()) -> None:
+        torch.manual_seed(seed)
+        layers = torch.nn.Linear(8, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 4)
+        self.model, self.path = torch.nn.Sequential(*layers), [*path]
 
-def walk(
-    model: torch.nn.Linear, tracker: PostHocEMA, first: int, last: int, scale: float = 1.0, t: float = 0.0
-) -> None:
-    """Set a `matrix` to the `VALUES` of these steps and track them; with `t` on a clock of that interval."""
-    for number in range(first, last + 1):
-        with torch.no_grad():
-            model.weight.copy_(VALUES[number] * scale)
-        tracker.update_(model, t * number if t else None)
+    def run(self, last: int, ema: PostHocEMA | None = None, salt: int = 0, scale: float = 0.0) -> Training:
+        """Go on to a step; with `scale`, on a clock of that interval."""
+        for number in range(len(self.path) + 1, last + 1):
+            generator = torch.Generator().manual_seed(1000 * salt + number)
+            with torch.no_grad():
+                for tensor in self.model.state_dict().values():
+                    tensor += 0.003 * torch.randn(tensor.shape, generator=generator) if tensor.dim() else 1
+            self.path.append(self.state())
+            if ema is not None:
+                ema.update_(self.model, scale * number or None)
+        return self
 
+    def state(self) -> Weights:
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
 
-def tracked_error(tracker: PostHocEMA, name: str, values: np.ndarray, updates: Sequence[int]) -> float:
-    """Return the largest relative distance of a tensor's tracked averages from the float64 sum over the updates."""
-    found, distances = averages_in(tracker.state_dict()), []
-    for sigma_rel in tracker.settings.sigma_rels:
-        exact = exact_average(values, sigma_rel, updates)
-        distances.append(np.linalg.norm(found[repr(sigma_rel)][name].numpy() - exact) / np.linalg.norm(exact))
-    return float(max(distances))
+    def at(self, number: int) -> Training:
+        """Return a new training that was restored from the checkpoint of a step."""
+        made = Training(seed=3, path=self.path[:number])
+        made.model.load_state_dict(made.path[-1])
+        return made
+
+    def error(self, ema: PostHocEMA, updates: Sequence[int] = ()) -> float:
+        """Return the largest relative distance of a tracked tensor from its average over the updates, in float64."""
+        updates, distances = updates or range(2, len(self.path) + 1, 2), []
+        assert ema.step == len(self.path)
+        for key, tensors in averages_in(ema.state_dict()).items():
+            for name, found in tensors.items():
+                exact = exact_average([self.path[k - 1][name].double().numpy() for k in updates], float(key), updates)
+                distances.append(np.linalg.norm(found.numpy() - exact) / np.linalg.norm(exact))
+        return float(max(distances))
 
 
 def wait_for_writers(folder: Path) -> None:
@@ -69,17 +87,18 @@ def times(folder: Path) -> set[float]:
     return {snapshot.t for snapshot in read_directory(folder)}
 
 
-def contents(folder: Path) -> dict[str, dict[str, bytes]]:
-    """Return the tensors of the snapshots on the schedule."""
+def superseded(folder: Path) -> int:
+    """Return how many snapshots were set aside."""
+    return len([*folder.glob("superseded/*")])
+
+
+def contents(folder: Path) -> dict[str, tuple[Snapshot, dict[str, bytes]]]:
+    """Return the headers, but for the run's id, and the tensors of the snapshots on the schedule."""
     result = {}
     for snapshot in (s for s in read_directory(folder) if not s.off_schedule):
-        result[snapshot.path.name] = {name: bytes(tensor_bytes(snapshot.tensor(name))) for name in snapshot.entries}
+        tensors = {name: bytes(tensor_bytes(snapshot.tensor(name))) for name in snapshot.entries}
+        result[snapshot.path.name] = replace(snapshot, run_id=""), tensors
     return result
-
-
-def scheduled(folder: Path) -> dict[str, bytes]:
-    """Return the complete files of the snapshots on the schedule."""
-    return {s.path.name: s.path.read_bytes() for s in read_directory(folder) if not s.off_schedule}
 
 
 def as_if_killed(folder: Path) -> None:

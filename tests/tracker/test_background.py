@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import threading
 import time
@@ -18,19 +19,19 @@ import forked
 import pytest
 import torch
 from snapshots.recorded import failing
-from tracker.runs import contents, scheduled, step, times, train, wait_for_writers
+from tracker.runs import contents, step, times, train, wait_for_writers
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import background, memory
+from posthoc_cli.tracker import background
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
 
 
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3).bfloat16())
+    return torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 8).bfloat16())
 
 
 @pytest.fixture
@@ -79,7 +80,6 @@ def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) ->
     assert len(contents(tmp_path / "plain")) == 20
 
 
-@pytest.mark.usefixtures("one_run_id")
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_late_snapshots_hold_the_averages_of_their_time(
     tmp_path: Path, device: str, slow_disk: threading.Event
@@ -91,7 +91,7 @@ def test_late_snapshots_hold_the_averages_of_their_time(
         slow_disk.set()
         train(model, late, 8, 20)
     plain(tmp_path / "prompt", 20)
-    assert scheduled(tmp_path / "late") == scheduled(tmp_path / "prompt")
+    assert contents(tmp_path / "late") == contents(tmp_path / "prompt")
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
@@ -204,24 +204,38 @@ def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
     assert "no space left" in caplog.text
 
 
-SCRIPT = """
-import os, sys, torch
+FORKS = """
+import os, signal, sys, torch
 from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import NotReadyError
 model = torch.nn.Linear(700, 700)
 tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=3, device=sys.argv[2])
 for _ in range(7):
     tracker.update_(model)
-if len(sys.argv) > 3 and os.fork() == 0:
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    for call in (lambda: tracker.update_(model), tracker.flush, tracker.state_dict):
+        try:
+            call()
+        except NotReadyError:
+            continue
+        os._exit(1)
+    tracker.close()
     sys.exit()
+assert os.waitpid(child, 0)[1] == 0
 raise SystemExit(7)
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 @pytest.mark.parametrize("device", ["cpu", "model"])
-@pytest.mark.parametrize("fork", [[], ["fork"]])
-def test_a_process_that_ends_finishes_background_work(tmp_path: Path, device: str, fork: list[str]) -> None:
-    """The work includes jobs that other jobs submit, and the last snapshot; a forked child has nothing to finish."""
-    assert forked.run(SCRIPT, tmp_path, device, *fork).code == 7
+def test_a_process_that_ends_finishes_background_work_which_a_forked_one_leaves_alone(
+    tmp_path: Path, device: str
+) -> None:
+    """The work includes jobs that other jobs submit, and the last snapshot. A forked process has none of the tracker's
+    threads, and would wait for them forever."""
+    assert forked.run(FORKS, tmp_path, device).code == 7
     assert [s.t for s in read_directory(tmp_path)] == [3, 3, 6, 6, 7, 7]
 
 
@@ -242,12 +256,14 @@ def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_
 
 @pytest.mark.parametrize(("device", "of"), [("cpu", "updates of the averages"), ("model", "snapshots")])
 def test_a_training_that_waits_gets_one_warning_with_the_times(
-    tmp_path: Path, device: str, of: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path: Path, device: str, of: str, gate: threading.Event, slow_disk: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(background, "PATIENCE", 0.2)
-    model, owner, name = network(), *((torch.linalg, "vector_norm") if device == "cpu" else (files.system, "open_new"))
-    real, said = getattr(owner, name), rf"^posthoc_cli: training has waited for {of} \(.*\) for 0\.\d+ s of .* took 0"
-    monkeypatch.setattr(owner, name, lambda *arguments, **keywords: time.sleep(0.03) or real(*arguments, **keywords))
+    slow, other = (gate, slow_disk) if device == "cpu" else (slow_disk, gate)
+    other.set()
+    threading.Timer(0.4, slow.set).start()
+    model, said = network(), rf"^posthoc_cli: training has waited for {of} \(.*\) for 0\.\d+ s of .* took 0"
     every = {"update_every": 1, "checkpoint_every": 1000 if device == "cpu" else 1}
     with PostHocEMA.from_model(model, tmp_path, device=device, **every) as tracker:
         with pytest.warns(RuntimeWarning, match=said) as warned:
@@ -255,64 +271,29 @@ def test_a_training_that_waits_gets_one_warning_with_the_times(
         assert len(warned) == 1
 
 
-FORKS = """
-import os, signal, sys, torch
-from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import NotReadyError
-model = torch.nn.Linear(2, 2)
-tracker = PostHocEMA.from_model(model, sys.argv[1], device=sys.argv[2], update_every=1, checkpoint_every=1)
-tracker.update_(model)
-child = os.fork()
-if not child:
-    signal.alarm(60)
-    for call in (lambda: tracker.update_(model), tracker.flush, tracker.state_dict):
-        try:
-            call()
-        except NotReadyError:
-            continue
-        os._exit(1)
-    tracker.close()
-    os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
-tracker.update_(model)
-tracker.close()
-"""
+def change(model: torch.nn.Sequential, what: str) -> None:
+    """Replace a part of the model by an equal one."""
+    weight = model[0].weight
+    if what == "storage":
+        weight.data = weight.data.clone()
+    elif what == "parameter":
+        model[0].weight = torch.nn.Parameter(weight.detach().clone())
+    elif what == "buffer":
+        model[1].running_mean = model[1].running_mean.clone()
+    elif what == "module":
+        model[0] = deepcopy(model[0])
+    else:  # the strides: the elements of a tile are then not in row-major order
+        weight.data = weight.detach().t().contiguous().t()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("what", ["storage", "parameter", "buffer", "module", "strides"])
 @pytest.mark.parametrize("device", ["cpu", "model"])
-def test_a_forked_process_cannot_use_the_tracker_and_leaves_the_parent_alone(tmp_path: Path, device: str) -> None:
-    """A forked process has none of the tracker's threads, and would wait for them forever."""
-    forked.check(FORKS, tmp_path, device)
-    assert times(tmp_path) == {1, 2}
-
-
-def replace_module(model: torch.nn.Sequential) -> None:
-    new = torch.nn.Linear(5, 4)
-    new.load_state_dict(model[0].state_dict())
-    model[0] = new
-
-
-CHANGES = {
-    "storage": lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()),
-    "parameter": lambda model: setattr(model[0], "weight", torch.nn.Parameter(model[0].weight.detach().clone())),
-    "buffer": lambda model: setattr(model[1], "running_mean", model[1].running_mean.clone()),
-    "module": replace_module,
-    "strides": lambda model: setattr(model[0].weight, "data", model[0].weight.detach().t().contiguous().t()),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("device", ["cpu", "model"])
-def test_tensors_that_were_replaced_are_followed(
-    tmp_path: Path, change: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tiles are small, so that each has a part of a tensor whose elements are not in row-major order."""
-    monkeypatch.setattr(memory, "TILE", 8)
+def test_tensors_that_were_replaced_are_followed(tmp_path: Path, what: str, device: str) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path / "changed", device=device, **SETTINGS) as tracker:
         train(model, tracker, 1, 6)
-        CHANGES[change](model)
+        change(model, what)
         train(model, tracker, 7, 12)
     plain(tmp_path / "plain", 12, device)
     assert contents(tmp_path / "changed") == contents(tmp_path / "plain")
@@ -328,25 +309,12 @@ def test_updates_inside_and_outside_of_inference_mode(tmp_path: Path) -> None:
     assert contents(tmp_path / "mixed") == contents(tmp_path / "plain")
 
 
-# --- directories that are deleted
-
-FORGETFUL = """
-import shutil, sys, torch
-from posthoc_cli import PostHocEMA
-model = torch.nn.Linear(4, 4)
-tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=10)
-for number in range(15):
-    tracker.update_(model)
-tracker.flush()
-shutil.rmtree(sys.argv[1])
-try:
-    tracker.close()
-except OSError as error:
-    print(error)
-"""
-
-
 def test_closing_a_tracker_whose_directory_was_deleted_says_what_is_lost(tmp_path: Path) -> None:
-    ended = forked.check(FORGETFUL, tmp_path / "run")
-    assert ended.out == f"{tmp_path / 'run'}: was deleted: the averages of step 15 are lost\n"
-    assert ended.err == ""
+    model, folder = network(), tmp_path / "run"
+    tracker = PostHocEMA.from_model(model, folder, **SETTINGS)
+    train(model, tracker, 1, 6)
+    tracker.flush()
+    shutil.rmtree(folder)
+    with pytest.raises(WriteError, match="run: was deleted: the averages of step 6 are lost"):
+        tracker.close()
+    assert not folder.exists()

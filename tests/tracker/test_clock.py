@@ -107,7 +107,7 @@ def test_the_clock_of_batches_of_changing_size_is_known_within_a_step(tmp_path: 
     assert np.abs(old.step_at(between) - expected).max() > 1.5
 
 
-@pytest.mark.parametrize("steps", [600, 650, 700, 900, 1200, None])
+@pytest.mark.parametrize("steps", [600, 700, None])
 def test_averages_over_changing_batches_are_near_the_truth(changed: Path, steps: int | None) -> None:
     """Means of the last steps, and an ordinary EMA (None); without the clock they are wrong."""
     values = path(changing_twice())
@@ -122,10 +122,9 @@ def test_averages_over_changing_batches_are_near_the_truth(changed: Path, steps:
 def test_resuming_from_the_state_keeps_the_clock_exactly(tmp_path: Path, interrupted_at: int) -> None:
     times = uneven(700).tolist()
     track(tmp_path / "straight", times)
-    tracker = track(tmp_path / "parts", times[:interrupted_at])
-    torch.save(tracker.state_dict(), tmp_path / "state.pt")
+    state = track(tmp_path / "parts", times[:interrupted_at]).state_dict()
     resumed = fresh(tmp_path / "parts")
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    resumed.load_state_dict(state)
     track(tmp_path / "parts", times, interrupted_at + 1, resumed)
     for name in ("parts", "straight"):
         as_if_killed(tmp_path / name)

@@ -24,6 +24,9 @@ class Event:
     def __init__(self, device: SimulatedDevice) -> None:
         self.device, self.done = device, False
 
+    def finish(self) -> None:
+        self.done = True
+
     def synchronize(self) -> None:
         self.device.run(until=lambda: self.done)
 
@@ -40,7 +43,7 @@ class Stream:
 
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event(self.device)
-        self.add(lambda: setattr(event, "done", True))
+        self.add(event.finish)
         return event
 
     def wait_event(self, event: Event) -> None:
@@ -119,11 +122,11 @@ class SimulatedDevice:
         return proxy
 
 
-@pytest.fixture(params=range(20))
+@pytest.fixture(params=range(12))
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    """Simulate a device: from the tenth seed on without free memory, and with tensors of several slabs."""
+    """Simulate a device: from the sixth seed on without free memory, and with tensors of several slabs."""
     simulated = SimulatedDevice(request.param)
-    if request.param >= 10:
+    if request.param >= 6:
         simulated.free = 0
         for name, elements in {"TILE": 2, "DEVICE_TILE": 2, "SLAB": 4}.items():
             monkeypatch.setattr(memory, name, elements)

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tracker.runs import matrix, walk
+from tracker.runs import Training
 
 from posthoc_cli import PostHocEMA, Run, Window
 from posthoc_cli.errors import InvalidValueError
 
 
 def test_metrics_include_the_measurements_of_the_last_snapshots(tmp_path: Path) -> None:
-    model = matrix()
-    with PostHocEMA.from_model(model, tmp_path, (0.1, 0.2), update_every=1, checkpoint_every=10) as ema:
+    training = Training()
+    with PostHocEMA.from_model(training.model, tmp_path, (0.1, 0.2), update_every=1, checkpoint_every=10) as ema:
         assert ema.metrics((0.15,)) == {"step": 0, "t": 0, "bytes": 0}
-        walk(model, ema, 1, 35)
+        training.run(35, ema)
         ema.flush()
         found = ema.metrics((0.15, 0.2))
         assert (found["step"], found["t"]) == (35, 35)
@@ -36,11 +36,11 @@ def test_metrics_include_the_measurements_of_the_last_snapshots(tmp_path: Path) 
 
 
 def test_callbacks_run_in_the_training_thread_once_after_each_time_with_snapshots(tmp_path: Path) -> None:
-    model, calls = matrix(), []
-    ema = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=10)
+    training, calls = Training(), []
+    ema = PostHocEMA.from_model(training.model, tmp_path, update_every=1, checkpoint_every=10)
     ema.on_snapshot(lambda tracker: calls.append((tracker.step, threading.get_ident())))
     for step in range(1, 26):
-        walk(model, ema, step, step)
+        training.run(step, ema)
         ema.flush()
     assert calls == [(11, threading.get_ident()), (21, threading.get_ident())]
     ema.close()  # the last snapshot, of call 25
@@ -48,20 +48,20 @@ def test_callbacks_run_in_the_training_thread_once_after_each_time_with_snapshot
 
 
 def test_an_error_of_a_callback_is_raised_by_a_call_that_has_done_its_work(tmp_path: Path) -> None:
-    model = matrix()
+    training = Training()
 
     def fail(_: PostHocEMA) -> None:
         raise KeyError("logger")
 
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5) as ema:
+    with PostHocEMA.from_model(training.model, tmp_path, update_every=1, checkpoint_every=5) as ema:
         with pytest.raises(InvalidValueError, match="on_snapshot None: must be given a function"):
             ema.on_snapshot(None)  # type: ignore[arg-type]
         ema.on_snapshot(fail)
-        walk(model, ema, 1, 5)
+        training.run(5, ema)
         ema.flush()
         with pytest.raises(KeyError, match="logger"):
-            walk(model, ema, 6, 6)
-        walk(model, ema, 7, 8)
+            training.run(6, ema)
+        training.run(8, ema)
         assert ema.step == 8
         with pytest.raises(KeyError, match="logger"):
             ema.close()

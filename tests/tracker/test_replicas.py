@@ -22,31 +22,25 @@ def go(ema, first, last):
 """
 
 
-def test_every_replica_gets_the_same_weights(tmp_path: Path) -> None:
-    averages(tmp_path, 10)
+def test_every_replica_gets_the_same_weights_and_the_first_keeps_them(tmp_path: Path) -> None:
+    """The tracker may be made before the model is wrapped, as in the training scripts of diffusers."""
+    averages(tmp_path, 10, 14)
     code = """
-model = spread(Net(), "ddp")
-ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
+bare = Net()
+ema = PostHocEMA.from_model(bare, folder / "run", **SETTINGS)
+model = spread(bare, "ddp")
 raw = held(model)
 with ema.model(model, 0.2):  # the weights themselves, in all processes
     assert equal(held(model), raw)
 go(ema, 1, 10)
 raw = held(model)
-with ema.model(model, 0.2):
-    close(model, folder / "truth-10.pt")
-    same_in_all(model)
-assert model.training and equal(held(model), raw)
 single = torch.load(folder / "average-10.pt")
-with ema.model(model, sigma_rel=0.15):
-    assert not model.training
-    close(model, folder / "average-10.pt")
-    same_in_all(model)
-assert model.training and equal(held(model), raw)
 for label, block in ema.models(model, [0.2, 0.15, "window:1000"]).items():
     with block:
+        assert not model.training
         close(model, folder / {"0.2": "truth-10.pt", "0.15": "average-10.pt"}[label])
         same_in_all(model)
-assert model.training and equal(held(model), raw)
+    assert model.training and equal(held(model), raw)
 weights = ema.state_dict(0.15, dtype="float64")
 assert weights.keys() == single.keys() and weights.predicted_error is not None
 assert all(torch.allclose(one.double(), single[name].double(), atol=1e-6) for name, one in weights.items())
@@ -61,12 +55,21 @@ ema.load_into(model, 0.15)
 close(model, folder / "average-10.pt")
 same_in_all(model)
 state = ema.state_dict()
+assert (state == {}) == (rank == 1)
 ema.close()
 dist.barrier()
+
+move(model, 10)
 ema = PostHocEMA.from_path(folder / "run", model)
+read = ema.state_dict(sigma_rel=0.15)  # every process may read the snapshots, until training continues
+assert all(torch.allclose(one.double(), single[name].double(), atol=1e-6) for name, one in read.items())
 ema.load_state_dict(state)
+assert ema.step == 10
+go(ema, 11, 14)
+assert (ema.step, ema.t, ema.state_dict() == {}) == (14, 14.0, rank == 1)
 with ema.model(model, 0.2):
-    close(model, folder / "truth-10.pt")
+    close(model, folder / "truth-14.pt")
+    same_in_all(model)
 ema.close()
 """
     check_group(TRAINED + code, 2, tmp_path)

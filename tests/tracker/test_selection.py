@@ -62,7 +62,6 @@ ALL = {
         ({"include": "*"}, ALL),
         ({"include": "2.*"}, {"2.weight", "2.bias"}),
         ({"include": ["0.*", "2.*"]}, {"0.weight", "0.bias", "2.weight", "2.bias"}),
-        ({"exclude": "1.*"}, {"0.weight", "0.bias", "2.weight"}),
         ({"include": "*.weight", "exclude": ("1.*", "0.*")}, {"2.weight"}),
         ({"include": "[02].bias"}, {"0.bias", "2.bias"}),
         (
@@ -80,20 +79,17 @@ def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path: Pat
         run.update_(network())
 
 
-@pytest.mark.parametrize(
-    ("filters", "message"),
-    [
+def test_filters_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    for filters, message in (
         ({"include": "conv.*"}, r"include 'conv\.\*': matches no tensor of the model; .* such as '0\.weight'"),
         ({"exclude": ["2.*", "3.*"]}, r"exclude '3\.\*': matches no tensor"),
         ({"include": 3}, "include 3: must be a glob on names"),
         ({"exclude": [""]}, "must be a glob on names"),
         ({"exclude": "*"}, "include and exclude leave none"),
         ({"buffers": "mean"}, "buffers 'mean': must be one of statistics, copy, average"),
-    ],
-)
-def test_filters_that_make_no_sense_are_refused(tmp_path: Path, filters: dict, message: str) -> None:
-    with pytest.raises(InvalidValueError, match=message):
-        PostHocEMA.from_model(network(), tmp_path, **filters)
+    ):
+        with pytest.raises(InvalidValueError, match=message):
+            PostHocEMA.from_model(network(), tmp_path, **filters)
 
 
 def test_a_tied_tensor_is_stored_under_its_selected_name(tmp_path: Path) -> None:
@@ -155,18 +151,15 @@ def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Pat
         assert all(torch.equal(run.state_dict()["copies"][name], raw[name]) for name in COPIED)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Holder(p=torch.zeros(2, device="meta")), "tensor 'p': is on the meta device"),
-        (lambda: Holder(p=torch.zeros(2).to(torch.float8_e4m3fnuz)), "dtype torch.float8_e4m3fnuz cannot be averaged"),
-        (lambda: torch.nn.LazyLinear(3), "'weight': has no shape yet"),
-        (lambda: torch.nn.Linear(2, 2).requires_grad_(False), r"include='\*' takes frozen"),
-    ],
-)
-def test_models_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path, make, message: str) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(InvalidValueError, match=message):
-        PostHocEMA.from_model(make(), tmp_path)
+def test_models_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path) -> None:
+    for model, message in (
+        (Holder(p=torch.zeros(2, device="meta")), "tensor 'p': is on the meta device"),
+        (Holder(p=torch.zeros(2).to(torch.float8_e4m3fnuz)), "dtype torch.float8_e4m3fnuz cannot be averaged"),
+        (torch.nn.LazyLinear(3), "'weight': has no shape yet"),
+        (torch.nn.Linear(2, 2).requires_grad_(False), r"include='\*' takes frozen"),
+    ):
+        with pytest.raises(InvalidValueError, match=message):
+            PostHocEMA.from_model(model, tmp_path)
 
 
 class Holder(torch.nn.Module):
@@ -196,16 +189,11 @@ def test_tensors_without_dimensions_and_without_elements(tmp_path: Path, stored:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     model = Holder(w=torch.linspace(-2, 2, 12).view(3, 4).to(dtype), b=torch.zeros(3))
-    states = tracked(model, tmp_path / "wide", checkpoint_dtype=torch.float32)
-    snapshot = read_directory(tmp_path / "wide")[-1]
-    assert snapshot.measurements is not None
-    assert (snapshot.tensors["w"].dtype, snapshot.entries["w"].dtype) != ("F32", "F32")
-    check_average(tmp_path / "wide", states)
+    check_average(tmp_path / "wide", tracked(model, tmp_path / "wide", checkpoint_dtype=torch.float32))
     run = PostHocEMA.from_path(tmp_path / "wide", model)
-    wide = run.state_dict(sigma_rel=0.28, dtype="float32")["w"]
-    assert run.state_dict(sigma_rel=0.28)["w"].dtype == dtype
-    assert torch.equal(run.state_dict(sigma_rel=0.28)["w"].float(), wide.to(dtype).float())
-    assert run.state_dict(sigma_rel=0.28, dtype="bf16")["w"].dtype == torch.bfloat16
+    wide, own = run.state_dict(sigma_rel=0.28, dtype="float32")["w"], run.state_dict(sigma_rel=0.28)["w"]
+    assert own.dtype == dtype
+    assert torch.equal(own.float(), wide.to(dtype).float())
     with run.model(model, sigma_rel=0.28) as averaged:
         assert torch.equal(averaged.w.float(), wide.to(dtype).float())
     states = tracked(model, tmp_path / "own")

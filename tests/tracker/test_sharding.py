@@ -1,43 +1,103 @@
-"""Averages of sharded models: the owners of chunks, the parts of snapshots, and agreement with one process."""
+"""Averages of sharded models: the parts of snapshots, averaged weights in the models, and how they continue.
+
+Each agrees with the averages of one process.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from groups import SETTINGS, Net, alone, check_group, move, run_group, train, truth, value
+import torch.distributed.checkpoint as dcp
+from groups import SETTINGS, Net, alone, averages, check_group, move, truth, value
 from tracker.runs import assert_near
 
 from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.path import decode_path
 from posthoc_cli.snapshots.snapshot import decode_snapshot
 from posthoc_cli.snapshots.tensorfile import Box, cover_problem, read_file
 
-SPREAD = [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)]
+BEGIN = """
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor.debug import CommDebugMode
+from posthoc_cli.tracker.processes import reshard
+kind = arguments[0] if arguments else "fsdp"
+model = spread(Net(), kind)
+def tracker(name, **options):
+    return PostHocEMA.from_model(model, folder / name, **SETTINGS | options)
+x = torch.arange(12.0).reshape(2, 6)
+"""
 
-TRAIN = """
-model = spread(Net(), arguments[0])
-with PostHocEMA.from_model(model, folder / "run", **SETTINGS) as ema:
-    train(model, 1, 8, ema)
+AVERAGED = """
+ema = PostHocEMA.from_path(folder / "single", model)  # a run of one process, before it resumes
+move(model, 9)
+raw = held(model)
+for time in (4, 8):
+    with ema.model(model, sigma_rel=0.15, t=time):
+        assert filled(model, Run(folder / "single").average(0.15, t=time)), time
+assert equal(held(model), raw)
+ema.load_into(model, 0.15, t=4)
+assert filled(model, Run(folder / "single").average(0.15, t=4))
+ema.close()
+
+ema = tracker("run")
+train(model, 1, 8, ema)
+raw = held(model)
+model(x).detach()
+before = model(x).detach()
+mode = CommDebugMode()
+with mode:
+    block = ema.model(model, sigma_rel=0.15)
+    averaged = block.__enter__()
+assert not [str(call) for call in mode.get_comm_counts() if "allgather_base" in str(call) or "into_tensor" in str(call)]
+complete = Run(folder / "run").average(0.15)
+assert filled(averaged, complete), "within the block"
+assert not model.training
+net = Net()
+net.load_state_dict(complete, strict=False)
+with torch.no_grad():
+    found = model(x)
+    assert torch.allclose(found, net(x), rtol=1e-5), (found, net(x))
+block.__exit__(None, None, None)
+assert model.training and equal(held(model), raw)
+assert torch.equal(model(x), before)
+reshard(model)
+train(model, 9, 10, ema)
+with ema.model(model, sigma_rel=0.15, t=8):
+    close(model, folder / "average-8.pt")
+single = torch.load(folder / "average-10.pt")
+blocks = ema.models(model, [0.15, 0.2, "window:1000"])
+assert [*blocks] == ["0.15", "0.2"]
+for label, block in blocks.items():
+    model(x).detach()  # after which some parameters are complete
+    with block:
+        close(model, folder / {"0.2": "truth-10.pt", "0.15": "average-10.pt"}[label])
+weights = ema.state_dict(0.15)
+parameters = dict(model.named_parameters())
+assert weights.keys() == single.keys() and weights.predicted_error is not None
+for name, value in weights.items():
+    assert value.shape == single[name].shape and type(value) is type(parameters.get(name, torch.empty(0)).data), name
+if kind != "tp":
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    with ema.model(model, 0.15):
+        complete = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    for name, value in single.items() if rank == 0 else ():
+        assert torch.allclose(complete[name].double(), value.double(), rtol=1e-5, atol=1e-6), name
+ema.load_into(model, 0.15)
+close(model, folder / "average-10.pt", 1e-5)
+ema.close()
 """
 
 
-def parts_of(snapshot: Path) -> list[tuple[dict[str, torch.Tensor], dict[str, Box]]]:
-    """Return the tensors of each part of a snapshot, and their boxes."""
-    found = []
-    for path in sorted(snapshot.iterdir()):
-        info = decode_snapshot(read_file(path))
-        values = {name: info.tensor(name) for name in info.entries}
-        found.append((values, {name: info.chunks[name].box(tuple(one.shape)) for name, one in values.items()}))
-    return found
-
-
-@pytest.mark.parametrize(("kind", "ranks"), SPREAD)
-def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
-    kind: str, ranks: int, tmp_path: Path
-) -> None:
-    check_group(TRAIN, ranks, tmp_path, kind)
-    alone(tmp_path / "single", 8)
+@pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)])
+def test_averages_of_a_sharded_model_are_those_of_one_process(kind: str, ranks: int, tmp_path: Path) -> None:
+    """The parts of snapshots are bit for bit; a model has them in a block, and its own weights after it."""
+    averages(tmp_path, 8, 10)
+    check_group(BEGIN + AVERAGED, ranks, tmp_path, kind)
     files = sorted((tmp_path / "single").glob("*.safetensors"))
     folders = sorted(path for path in (tmp_path / "run").iterdir() if path.is_dir())
     assert [path.name for path in folders] == [path.stem for path in files]
@@ -55,11 +115,20 @@ def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
     for method in ("minvar", "paper"):
         synthesized, wanted = (Run(tmp_path / where).average(0.15, t=8, method=method) for where in ("run", "single"))
         assert all(torch.equal(value, synthesized[name]) for name, value in wanted.items()), method
-    last = {name: tensor for name, tensor in expected.items() if not name.startswith(("mean", "count"))}
-    exact = truth(0.2, [2, 4, 6, 8])
-    assert last.keys() == exact.keys()
-    assert_near(last, exact)
-    assert torch.equal(expected["mean"], value("mean", 8, Net().mean))
+    exact = truth(0.2, [2, 4, 6, 8, 10])
+    assert {name for name in expected if not name.startswith(("mean", "count"))} == exact.keys()
+    assert_near(expected, exact)
+    assert torch.equal(expected["mean"], value("mean", 10, Net().mean))
+
+
+def parts_of(snapshot: Path) -> list[tuple[dict[str, torch.Tensor], dict[str, Box]]]:
+    """Return the tensors of each part of a snapshot, and their boxes."""
+    found = []
+    for path in sorted(snapshot.iterdir()):
+        info = decode_snapshot(read_file(path))
+        values = {name: info.tensor(name) for name in info.entries}
+        found.append((values, {name: info.chunks[name].box(tuple(one.shape)) for name, one in values.items()}))
+    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory")
@@ -96,7 +165,7 @@ def go_on():
     global ema
     ema = PostHocEMA.from_path(directory, model)
     ema.update_(model)
-for rows in (8, 2048):  # the first, small model loads modules and makes caches
+for rows in (8, 1536):  # the first, small model loads modules and makes caches
     model = fully_shard(nn.Sequential(*(nn.Linear(1024, rows, bias=False) for _ in range(16))))
     share = sum(4 * held_part(parameter).numel() for parameter in model.parameters())
     directory = folder / str(rows)
@@ -113,36 +182,27 @@ print(*found)
             assert found < derived + 0.5, out
 
 
-def test_one_process_after_the_other_updates_writes_and_thins(tmp_path: Path) -> None:
-    """A collective operation in any thread would wait forever."""
-    code = """
-import time
-model = spread(Net(), "fsdp")
-with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=2) as ema:
-    train(model, 1, 1, ema)
-    dist.barrier()
-    while not all((folder / f"done-{other}").exists() for other in range(rank + 1, world)):
-        time.sleep(0.01)
-    train(model, 2, 24, ema)
-    ema.flush()
-    (folder / f"done-{rank}").touch()
-"""
-    check_group(code, 3, tmp_path)
-    assert sorted({snapshot.t for snapshot in Run(tmp_path / "run").snapshots})[-1] == 24
-    assert len(Run(tmp_path / "run").snapshots) == 4
-
-
-def test_a_complete_snapshot_stays_until_another_process_has_written_the_next(tmp_path: Path) -> None:
+def test_processes_write_and_thin_one_after_the_other_and_skip_updates_together(tmp_path: Path) -> None:
+    """A collective operation in any thread would wait forever. Nothing is thinned before all have written the next."""
     code = """
 import time
 from posthoc_cli import files
-model = spread(Net(), "fsdp")
-def held_up(descriptor):
-    while not (folder / "go").exists():
+def wait_for(name):
+    while not (folder / name).exists():
         time.sleep(0.01)
-    own(descriptor)
+with tracker("one by one", max_checkpoints=2) as ema:
+    train(model, 1, 1, ema)
+    dist.barrier()
+    if rank == 0:
+        wait_for("done")
+    train(model, 2, 24, ema)
+    ema.flush()
+    (folder / "done").touch()
 own = files.system.fsync
-with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=1) as ema:
+def held_up(descriptor):
+    wait_for("go")
+    own(descriptor)
+with tracker("late", max_checkpoints=1) as ema:
     train(model, 1, 4, ema)
     ema.flush()
     dist.barrier()
@@ -151,23 +211,12 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=1)
     train(model, 5, 8, ema)
     if rank == 0:
         ema.flush()
-        print([snapshot.t for snapshot in Run(folder / "run").snapshots])
+        print([snapshot.t for snapshot in Run(folder / "late").snapshots])
         (folder / "go").touch()
     ema.flush()
     dist.barrier()
     train(model, 9, 12, ema)
-"""
-    first, _ = check_group(code, 2, tmp_path)
-    assert first.strip() == "[4.0, 4.0]"
-    left = {snapshot.t for snapshot in Run(tmp_path / "run").snapshots}
-    assert 12 in left
-    assert 4 not in left
-
-
-def test_a_nan_in_one_process_makes_all_skip_the_update(tmp_path: Path) -> None:
-    code = """
-model = spread(Net(), "fsdp")
-with PostHocEMA.from_model(model, folder / "run", **SETTINGS, on_nonfinite="skip") as ema:
+with tracker("skipping", on_nonfinite="skip") as ema:
     for step in range(1, 13):
         move(model, step)
         if step in (2, 8) and rank == 1:
@@ -175,34 +224,109 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, on_nonfinite="skip
                 model.odd.to_local()[0, 0] = torch.nan
         ema.update_(model)
 """
-    check_group(code, 2, tmp_path)
-    for updates, snapshot in zip((1, 2, 4), Run(tmp_path / "run").snapshots[::2], strict=True):
+    first, _ = check_group(BEGIN + code, 2, tmp_path)
+    assert first.strip() == "[4.0, 4.0]"
+    one_by_one, late, skipping = ([*Run(tmp_path / n).snapshots] for n in ("one by one", "late", "skipping"))
+    assert len(one_by_one) == 4
+    assert one_by_one[-1].t == 24
+    assert {s.t for s in late} >= {12}
+    assert 4 not in {s.t for s in late}
+    for updates, snapshot in zip((1, 2, 4), skipping[::2], strict=True):
         for path in snapshot.path.iterdir():
             assert decode_snapshot(read_file(path)).updates == updates
-    assert_near(Run(tmp_path / "run").average(0.2), truth(0.2, [4, 6, 10, 12]))
+    assert_near(Run(tmp_path / "skipping").average(0.2), truth(0.2, [4, 6, 10, 12]))
 
 
-def test_processes_with_other_options_are_named(tmp_path: Path) -> None:
+def test_an_error_of_one_process_is_raised_in_all_and_each_model_keeps_its_weights(tmp_path: Path) -> None:
+    """Also an error within the block, and an interrupt of a process that waits for the other one."""
     code = """
-model = spread(Net(), "fsdp")
-for change in ({"sigma_rels": (0.1,)}, {"checkpoint_dir": folder / "other"}, {"include": "first*"}):
-    refused(lambda: PostHocEMA.from_model(model, **({"checkpoint_dir": folder / "run"} | (change if rank else {}))))
+import signal, time
+ema = tracker("run")
+train(model, 1, 8, ema)
+ema.flush()
+raw = held(model)
+dist.barrier()
+if rank == 1:
+    for part in sorted((folder / "run").glob("*4-*/part-00002*")):
+        data = bytearray(part.read_bytes())
+        data[-1] ^= 1
+        part.write_bytes(data)
+dist.barrier()
+refused(ema.model(model, sigma_rel=0.15, t=4).__enter__)
+assert equal(held(model), raw) and model.training
+refused(ema.model(spread(Net(), "tp"), 0.2).__enter__)
+try:
+    with ema.model(model, 0.2):
+        model(x)
+        if rank == 1:
+            raise KeyError("of the evaluation")
+except KeyError:
+    pass
+assert equal(held(model), raw) and model.training
+if rank == 0:
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+else:
+    time.sleep(1)
+try:
+    ema.state_dict(0.2)
+except (KeyboardInterrupt, PostHocError) as error:
+    print(error)
+assert ema.state_dict(0.2)
+ema.close()
 """
-    for out in check_group(code, 2, tmp_path):
-        widths, directory, include = out.splitlines()
-        assert widths == "RankError rank 1: has sigma_rels (0.1,), and rank 0 has (0.05, 0.28)"
-        assert directory.startswith("RankError rank 1: has checkpoint_dir ")
-        assert include == "RankError rank 1: has include ('first*',), and rank 0 has ()"
+    (first, other, _), (second, another, left) = map(str.splitlines, check_group(BEGIN + code, 2, tmp_path))
+    assert first.startswith("RankError rank 1: ")
+    assert "is damaged" in first
+    assert second.startswith("FileFormatError ")
+    for text in (other, another):
+        assert "of another shape, or spread over the processes in another way than when tracked" in text
+    assert left.startswith("rank 0: left this call by KeyboardInterrupt")
 
 
-def test_placements_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path) -> None:
+def test_tied_parameters_and_half_precision_of_a_sharded_model(tmp_path: Path) -> None:
     code = """
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 5), nn.Linear(5, 7, bias=False)).bfloat16()
+model[2].weight = model[0].weight
+fully_shard(model)
+other = PostHocEMA.from_model(
+    model, folder / "tied", update_every=1, checkpoint_every=2, checkpoint_dtype="float32", device="cpu")
+train(model, 1, 3, other)
+other.snapshot()
+raw = held(model)
+with other.model(model, sigma_rel=0.15):
+    assert filled(model, Run(folder / "tied").average(0.15))
+    assert model[0].weight is model[2].weight and model[0].weight.dtype == torch.bfloat16
+assert equal(held(model), raw)
+weights = other.state_dict(0.15, dtype=torch.float32)
+assert weights["0.weight"].dtype == torch.float32
+assert torch.equal(weights["0.weight"].full_tensor(), weights["2.weight"].full_tensor())
+refused(lambda: other.load_into(model, 0.15, dtype=torch.float32))
+other.close()
+dist.barrier()
+dist.destroy_process_group()
+refused(lambda: other.state_dict(0.15))
+"""
+    for out in check_group(BEGIN + code, 2, tmp_path):
+        dtype, destroyed = out.splitlines()
+        assert "keeps the dtypes it has" in dtype
+        assert "their group was destroyed" in destroyed
+
+
+REFUSED = """
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
+from posthoc_cli.tracker import processes, snapshotter
+refused(lambda: tracker("taken"))
+for change in ({"sigma_rels": (0.1,)}, {"checkpoint_dir": folder / "other"}, {"include": "first*"}):
+    refused(lambda: PostHocEMA.from_model(model, **({"checkpoint_dir": folder / "run"} | (change if rank else {}))))
+
 mesh, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
 partial, strided, uneven = (nn.Linear(4, rows, bias=False) for rows in (4, 8, 7))
 partial.weight = nn.Parameter(DTensor.from_local(torch.zeros(4, 4), mesh, [Partial()]))
@@ -210,41 +334,66 @@ strided.weight = nn.Parameter(DTensor.from_local(
     torch.zeros(4, 4), mesh, [_StridedShard(0, split_factor=2)], shape=torch.Size((8, 4)), stride=(4, 1)))
 parallelize_module(uneven, grid["tp"], ColwiseParallel())
 fully_shard(uneven, mesh=grid["dp"])
-for model in (partial, strided, uneven):
-    refused(lambda: PostHocEMA.from_model(model, folder / "run"))
+for one in (partial, strided, uneven):
+    refused(lambda: PostHocEMA.from_model(one, folder / "run"))
+
+for each in (model, spread(Net(), "ddp")):
+    with PostHocEMA.from_model(each, folder / type(each).__name__, **SETTINGS) as ema:
+        train(each, 1, 8, ema)
+        for options in ({"sigma_rel": 0.15 + 0.05 * rank}, {"sigma_rel": 0.15, **({"t": 4} if rank else {})}):
+            refused(ema.model(each, **options).__enter__)
+        with ema.model(each, sigma_rel=0.15):
+            pass
+
+other = Net()
+with PostHocEMA.from_model(other, folder / "other", update_every=1, checkpoint_every=1) as ema:
+    ema.update_(other)
+    ema.flush()
+    dist.barrier()
+    spread(other, "fsdp")
+    refused(lambda: ema.update_(other))
+    refused(lambda: PostHocEMA.from_path(folder / "other").load_into(other, 0.28))
+
+if Path("/proc/self/cwd").exists():  # a path that is another directory in each process
+    import os
+    snapshotter.PATIENCE = 0.5
+    (folder / str(rank)).mkdir()
+    os.chdir(folder / str(rank))
+    ema = PostHocEMA.from_model(model, "/proc/self/cwd/run", **SETTINGS)
+    refused(lambda: ema.update_(model))
+processes.WARNING = processes.LIMIT = 0.5
+if rank == 1:
+    refused(lambda: PostHocEMA.from_model(model, folder / "alone"))
 """
-    for out in check_group(code, 2, tmp_path):
-        partial, strided, uneven = out.splitlines()
-        assert "tensor 'weight': has the placement P" in partial
-        assert "tensor 'weight': has 8 rows in dimension 0, of which _S" in strided
-        assert "tensor 'weight': has 7 rows in dimension 0, of which _S" in uneven
 
 
-def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: Path) -> None:
-    single = Net()
-    with PostHocEMA.from_model(single, tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
-        train(single, 1, 1, ema)
-        results = run_group(TRAIN, 4, tmp_path, "hsdp")  # two of the processes have nothing to write
-    assert all(result.code != 0 and "holds snapshots of run" in result.err for result in results)
-
-
-@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="no path that is another directory in each process")
-def test_processes_that_write_to_different_disks_are_refused(tmp_path: Path) -> None:
-    code = """
-import os
-from posthoc_cli.tracker import snapshotter
-snapshotter.PATIENCE = 0.5
-(folder / str(rank)).mkdir()
-os.chdir(folder / str(rank))
-model = spread(Net(), "fsdp")
-ema = PostHocEMA.from_model(model, "/proc/self/cwd/run", **SETTINGS)
-refused(lambda: ema.update_(model))
-"""
-    first, second = check_group(code, 2, tmp_path)
-    own = "/proc/self/cwd/run: is not the directory of that name in which rank 0 writes; all pro"
-    assert own in second
-    assert f"rank 1: {own}" in first
-    assert not list(tmp_path.rglob("part-*"))
+def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path: Path) -> None:
+    alone(tmp_path / "taken", 4)
+    outs = check_group(BEGIN + REFUSED, 2, tmp_path)
+    asks, hint = "RankError rank 1: asks for model(sigma_rel 0.", "rank 0 for model(sigma_rel 0.15); make the same call"
+    expected = [
+        "holds snapshots of run",
+        "RankError rank 1: has sigma_rels (0.1,), and rank 0 has (0.05, 0.28)",
+        "RankError rank 1: has checkpoint_dir ",
+        "RankError rank 1: has include ('first*',), and rank 0 has ()",
+        "tensor 'weight': has the placement P",
+        "tensor 'weight': has 8 rows in dimension 0, of which _S",
+        "tensor 'weight': has 7 rows in dimension 0, of which _S",
+        *[f"{asks}2), and {hint}", f"{asks}15, t=4), and {hint}"] * 2,
+        "was not when this tracker was made; shard the model first; then make the tracker in every",
+        "is sharded over processes, and this tracker was made before that, or without the model",
+    ]
+    if Path("/proc/self/cwd").exists():
+        expected.append("/proc/self/cwd/run: is not the directory of that name in which rank 0 writes; all pro")
+    for out in outs:
+        for line, text in zip(out.splitlines(), expected, strict=False):
+            assert text in line
+    last = outs[1].splitlines()[-1]
+    assert last.startswith("RankError rank 0: did not make this call")
+    assert "from_model" in last
+    assert [len(out.splitlines()) for out in outs] == [len(expected), len(expected) + 1]
+    assert [snapshot.t for snapshot in Run(tmp_path / "other").snapshots] == [1, 1]
+    assert not list(tmp_path.glob("[01]/**/part-*"))
 
 
 LATE = """
@@ -288,37 +437,129 @@ def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_ne
     assert_near(made, {name: tensor.double() for name, tensor in right.items()})
 
 
-def test_a_model_that_is_sharded_after_its_tracker_was_made_is_refused(tmp_path: Path) -> None:
+STAGE = """
+stages = [*map(int, arguments[2:])]
+for before, after in zip(stages, stages[1:]):
+    ema = tracker(arguments[1], resume="auto")
+    if before:
+        move(model, before)
+        dcp.load({"ema": ema}, checkpoint_id=folder / f"{arguments[1]}-{before}")
+        assert ema.step == before
+    else:
+        assert ema.state_dict()["standing"]["t"] == 0
+    train(model, before + 1, after, ema)
+    save = dcp.save if kind == "hsdp" else dcp.async_save
+    saved = save({"ema": ema}, checkpoint_id=folder / f"{arguments[1]}-{after}")
+    if kind != "hsdp":
+        saved.result()
+    ema.close()
+    dcp.save({"ema": ema}, checkpoint_id=folder / f"closed-{after}")
+"""
+
+
+def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    found = {"copies": state["copies"]}
+    for kind in ("high", "mean"):
+        found |= {f"{kind}/{key}": own for key, own in state[kind].items()}
+    return {f"{kind}/{name}": tensor for kind, own in found.items() for name, tensor in own.items()}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_other(tmp_path: Path) -> None:
+    """From one process to FSDP, HSDP, tensor parallelism and back."""
+    for kind, ranks, before, after in (
+        ("single", 1, 0, 3), ("fsdp", 3, 3, 7), ("hsdp", 4, 7, 8), ("fsdp-tp", 4, 8, 9), ("tp", 2, 9, 11),
+        ("single", 1, 11, 12),
+    ):  # fmt: skip
+        check_group(BEGIN + STAGE, ranks, tmp_path, kind, "run", before, after)
+    single = alone(tmp_path / "single", 12)
+    expected = single.state_dict()
+    for end in ("run-12", "closed-12"):
+        found = single.state_dict()
+        for tensor in tensors_of(found).values():
+            tensor.zero_()
+        dcp.load({"ema": found}, checkpoint_id=tmp_path / end)
+        loaded, right = tensors_of(found), tensors_of(expected)
+        assert loaded.keys() == right.keys()
+        assert [name for name, tensor in right.items() if not torch.equal(loaded[name], tensor)] == []
+        assert found["clock"] == expected["clock"]
+        assert found["standing"] == expected["standing"] | {"inherited": [0.0, 0.0]}
+    single_run, run = ({(s.t, s.sigma_rel): s for s in read_directory(tmp_path / name)} for name in ("single", "run"))
+    # Each stage of `run` has ended with a snapshot off the schedule, of the averages that the next resumes from.
+    assert run.keys() == single_run.keys() | {(t, sigma_rel) for t in (2, 6, 10) for sigma_rel in (0.1, 0.2)}
+    assert len(list((tmp_path / "run" / "superseded").glob("*"))) == 0
+    for key, snapshot in single_run.items():
+        assert all(torch.equal(run[key].tensor(name), snapshot.tensor(name)) for name in snapshot.entries), key
+        measured, true = run[key].measurements, snapshot.measurements
+        assert measured is not None
+        assert true is not None
+        assert measured.norm == pytest.approx(true.norm)
+        assert measured.rounding == pytest.approx(true.rounding)
+    assert_near(Run(tmp_path / "run").average(0.2, t=12), truth(0.2, [2, 4, 6, 8, 10, 12]))
+
+
+def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:
+    check_group(BEGIN + STAGE, 2, tmp_path, "fsdp", "resumed", 0, 5, 8)
+    check_group(BEGIN + STAGE, 2, tmp_path, "fsdp", "straight", 0, 8)
+    found = {name: read_directory(tmp_path / name)[-1] for name in ("straight", "resumed")}
+    assert found["resumed"].t == 8
+    assert decode_path(found["straight"].sketch).sketch.folds.sum() > 2
+    assert found["resumed"].sketch == found["straight"].sketch
+
+
+def test_a_state_of_complete_or_equally_sharded_tensors_is_loaded_and_others_are_named(tmp_path: Path) -> None:
+    torch.save(alone(tmp_path / "one", 5).state_dict(), tmp_path / "state.pt")
     code = """
-from posthoc_cli.errors import ModelMismatchError
-model = Net()
-ema = PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=1)
-ema.update_(model)
+import copy
+from torch.distributed.tensor import DTensor, distribute_tensor, Shard
+ema = tracker("run")
+train(model, 1, 5, ema)
 ema.flush()
 dist.barrier()
-spread(model, "fsdp")
-for use in (ema.update_, lambda model: PostHocEMA.from_path(folder / "run").load_into(model, 0.28)):
-    refused(lambda: use(model), ModelMismatchError)
+own = ema.state_dict()
+ema.load_state_dict(own)
+complete = torch.load(folder / "state.pt") | {key: own[key] for key in ("run_id", "snapshots")}
+ema.load_state_dict(complete)
+again = ema.state_dict()
+assert again["high"].keys() == {"0.1", "0.2"}
+for kind in ("high", "mean"):
+    for name, tensor in again[kind]["0.2"].items():
+        parameter = dict(model.named_parameters())[name]
+        assert isinstance(tensor, DTensor) and tensor.placements == parameter.placements
+        assert tensor.shape == parameter.shape and tensor.stride() == parameter.stride()
+        assert torch.equal(tensor.to_local(), groups.local(tensor, complete[kind]["0.2"][name]))
+assert (again["copies"].keys() == {"mean", "count"}) == (rank == 0)
+changed = copy.deepcopy(complete)
+changed["high"]["0.1"]["more.weight"] = torch.zeros(2)
+refused(lambda: ema.load_state_dict(changed))
+changed = copy.deepcopy(complete)
+changed["high"]["0.2"]["odd"] = torch.zeros(7, 3)
+refused(lambda: ema.load_state_dict(changed))
+changed = copy.deepcopy(complete)
+changed["high"]["0.2"]["odd"] = distribute_tensor(torch.zeros(5, 3), model.odd.device_mesh, [Shard(1)])
+refused(lambda: ema.load_state_dict(changed))
+refused(lambda: ema.load_state_dict({}) if rank else ema.load_state_dict(complete))
+move(model, 6)
+if rank:
+    ema.update_(model)
+refused(ema.state_dict)
+if not rank:
+    ema.update_(model)
+figure = ema.reconstruction_error()
+print(figure.axes[0].get_legend().get_texts()[0].get_text())
 ema.close()
+dist.destroy_process_group()
+refused(ema.state_dict)
 """
-    for out in check_group(code, 2, tmp_path):
-        updated, filled = out.splitlines()
-        assert "was not when this tracker was made; shard the model first; then make the tracker in every" in updated
-        assert "is sharded over processes, and this tracker was made before that, or without the model" in filled
-    assert [snapshot.t for snapshot in Run(tmp_path / "run").snapshots] == [1, 1]
-
-
-def test_a_tracker_in_one_process_only_names_the_others(tmp_path: Path) -> None:
-    code = """
-from posthoc_cli.tracker import processes
-processes.WARNING = processes.LIMIT = 0.5
-model = spread(Net(), "fsdp")
-if rank == 1:
-    refused(lambda: PostHocEMA.from_model(model, folder / "run"))
-"""
-    _, out = check_group(code, 2, tmp_path)
-    assert out.startswith("RankError rank 0: did not make this call")
-    assert "from_model" in out
+    for out in check_group(BEGIN + code, 2, tmp_path):
+        lines = out.splitlines()
+        assert "tensor 'more.weight': is in the state or in the model, but not in both" in lines[0]
+        assert "tensor 'odd': is torch.float32 of shape [7, 3] in the state, not " in lines[1]
+        assert "tensor 'odd': is sharded over the processes in another way in the state than in the model" in lines[2]
+        assert "state: " in lines[3]
+        assert lines[4].startswith("RankError rank 1: is at step 6, t = 6, and rank 0 at step 5")
+        assert lines[5] == "4 averages up to t = 6"
+        assert all("their group was destroyed" in line for line in lines[6:])
 
 
 @pytest.mark.cuda

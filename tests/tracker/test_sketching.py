@@ -10,9 +10,6 @@ import torch
 
 from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.snapshots.path import decode_path
-from posthoc_cli.tracker import measuring
-from posthoc_cli.tracker.measuring import Subset
-from posthoc_cli.tracker.memory import Reader
 
 
 def trained(tracker: PostHocEMA, model: torch.nn.Module, first: int, last: int) -> None:
@@ -53,73 +50,92 @@ def test_sketches_in_snapshots_have_the_length_of_the_path(tmp_path: Path) -> No
     assert squared.mean() == pytest.approx(expected, rel=0.2)
 
 
-def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {}
-    for most in (512, 20):
-        monkeypatch.setattr(measuring, "MOST_WINDOWS", most)
-        net = model()
-        with tracker_of(net, tmp_path / str(most)) as tracker:
-            trained(tracker, net, 1, 150)
-        found[most] = decode_path(sketches(tmp_path / str(most))[150]).sketch
-    fine, coarse = found[512], found[20]
-    assert 10 <= len(coarse.folds) <= 21 < len(fine.folds)
-    assert set(coarse.edges) < set(fine.edges) and coarse.folds.sum() == fine.folds.sum() == 150
-    sums = [sketch.folds @ sketch.means for sketch in (fine, coarse)]
-    # Differences of 0.3 in float16, 150 of them: 7e-5 each, 9e-4 in a mean, 0.13 in a sum over 150 folds.
-    np.testing.assert_allclose(*sums, atol=0.5)
+@pytest.mark.parametrize(("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 256, 256, 5])])
+def test_the_path_is_of_means_over_a_thousandth_of_training(first: int, windows: list[int], tmp_path: Path) -> None:
+    """A window has one value if a thousandth has fewer than two, and at most 256; the last may be open.
+
+    Of independent values of variance 1 a mean of n has 1 / n, in each of 1,000 elements.
+    """
+    net, t = torch.nn.Linear(50, 20, bias=False), first - 1
+    with tracker_of(net, tmp_path, t_unit="images") as tracker:
+        for _ in range(sum(windows)):
+            torch.nn.init.normal_(net.weight)
+            tracker.update_(net, t := t + 1)
+        tracker.snapshot()
+    sketch = decode_path(max(sketches(tmp_path).items())[1]).sketch
+    np.testing.assert_array_equal(sketch.edges[1:], first - 1 + np.cumsum(windows))
+    apart = np.sum(np.diff(sketch.means, axis=0) ** 2, axis=1) / 1000
+    variances = 1 / np.array(windows)
+    np.testing.assert_allclose(apart, variances[1:] + variances[:-1], rtol=0.6)
+
+
+def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
+    """More than 1,024 are; the sketch before has all of them."""
+    net = torch.nn.Linear(30, 10)
+    with tracker_of(net, tmp_path, max_checkpoints=None) as tracker:
+        trained(tracker, net, 1, 1050)
+    fine, coarse = (decode_path(sketches(tmp_path)[step]).sketch for step in (1000, 1050))
+    assert len(fine.folds) == 1000
+    assert len(coarse.folds) < 600
+    assert fine.folds.sum() == 1000
+    assert coarse.folds.sum() == 1050
+    known = coarse.edges[1:] <= 1000
+    assert set(coarse.edges[1:][known]) < set(fine.edges)
+    merged = fine.folds[: int(coarse.folds[known].sum())]
+    sums = [
+        folds @ means
+        for folds, means in ((merged, fine.means[: len(merged)]), (coarse.folds[known], coarse.means[known]))
+    ]
+    np.testing.assert_allclose(*sums, rtol=1e-3, atol=1)
     steps = np.diff(fine.means, axis=0)
     # Of n independent steps of variance v, the spread is v (n - 1 / n) / 6.
     n = coarse.folds[1]
     assert coarse.spread[1:-1].mean() == pytest.approx(np.sum(steps**2, axis=1).mean() * (n - 1 / n) / 6, rel=0.3)
 
 
-def test_resumed_runs_have_the_same_sketch(tmp_path: Path) -> None:
-    """A run resumed from an exact state has the same bits; one from snapshots is within float16's rounding."""
-    net = model()
-    with tracker_of(net, tmp_path / "straight") as tracker:
-        trained(tracker, net, 1, 150)
-    for name in ("exact", "snapshots"):
+def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path) -> None:
+    """Within float16's rounding; one that is resumed from its state has the same bits, see `test_continuing`."""
+    found = []
+    for name in ("straight", "resumed"):
         net = model()
         with tracker_of(net, tmp_path / name) as tracker:
             trained(tracker, net, 1, 100)
-            state = tracker.state_dict()
-        with PostHocEMA.from_path(tmp_path / name, net) as tracker:
-            if name == "exact":
-                tracker.load_state_dict(state)
+            if name == "resumed":
+                tracker.close()
+                tracker = PostHocEMA.from_path(tmp_path / name, net)
             trained(tracker, net, 101, 150)
-    straight, exact, rounded = (sketches(tmp_path / name)[150] for name in ("straight", "exact", "snapshots"))
-    assert exact == straight
-    one, other = decode_path(straight).sketch, decode_path(rounded).sketch
-    assert other.edges[-1] == one.edges[-1] and other.folds.sum() == 150
+            tracker.close()
+        found.append(decode_path(sketches(tmp_path / name)[150]).sketch)
+    one, other = found
+    assert other.edges[-1] == one.edges[-1]
+    assert other.folds.sum() == 150
     np.testing.assert_allclose(one.folds @ one.means / 150, other.folds @ other.means / 150, atol=3e-3)
 
 
-@pytest.mark.parametrize("elements", [2**15, 2**20])
 @pytest.mark.parametrize("kind", ["alike", "columns", "one rank", "one layer", "one row", "gains"])
-def test_lengths_are_kept_whatever_the_direction(kind: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The subset has half of the elements, or one of 64."""
-    monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", elements)
+def test_lengths_are_kept_whatever_the_direction(tmp_path: Path, kind: str) -> None:
+    """A quarter of the elements is measured, and all of a small tensor."""
     shapes = {"a": (1024, 1024), "gains": (1024,), "b": (1024, 1024)}
-    values = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    net = torch.nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes.items()})
     random = torch.Generator().manual_seed(1)
-    if kind == "alike":
-        values["a"][:] = 1.0
-    elif kind == "columns":
-        values["a"][:, ::64] = 1.0
-    elif kind == "one rank":
-        values["a"][:] = torch.randn(1024, 1, generator=random) * torch.randn(1, 1024, generator=random)
-    elif kind == "one layer":
-        values["b"].normal_(generator=random)
-    elif kind == "one row":
-        values["b"][7].normal_(generator=random)
-    else:
-        values["gains"].normal_(generator=random)
-    reader = Reader.of_tensors(values)
-    sketcher = measuring.Sketcher(Subset(reader.layout, shapes))
-    flat = torch.cat([one.view(-1) for one in values.values()])
-    for tile in reader.tiles:
-        sketcher.take(tile, reader.values(tile))
-    path = sketcher.path(1.0)
-    ratio = float(np.sum(path.sketch.means.astype(np.float64) ** 2)) / float(flat.double().square().sum())
-    drawn = 1024 if elements == 2**20 or kind == "gains" else 16  # elements of the row that are drawn
-    assert abs(ratio - 1) < 3 * np.sqrt(2 / measuring.NUMBERS + (3 / drawn if kind == "one row" else 0))
+    with tracker_of(net, tmp_path) as tracker:
+        tracker.update_(net)
+        with torch.no_grad():
+            if kind == "alike":
+                net["a"].fill_(1.0)
+            elif kind == "columns":
+                net["a"][:, ::64] = 1.0
+            elif kind == "one rank":
+                net["a"].copy_(torch.randn(1024, 1, generator=random) * torch.randn(1, 1024, generator=random))
+            elif kind == "one layer":
+                net["b"].normal_(generator=random)
+            elif kind == "one row":
+                net["b"][7].normal_(generator=random)
+            else:
+                net["gains"].normal_(generator=random)
+        tracker.update_(net)
+    (moved,) = np.diff(decode_path(sketches(tmp_path)[2]).sketch.means, axis=0)
+    exact = sum(float(one.detach().double().square().sum()) for one in net.values())
+    ratio = float(np.sum(moved.astype(np.float64) ** 2)) / exact
+    drawn = 256  # elements of the row that are drawn
+    assert abs(ratio - 1) < 3 * np.sqrt(2 / 64 + (3 / drawn if kind == "one row" else 0))

@@ -29,7 +29,6 @@ from factories import averages_in, exact_gamma
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import memory
 
 SIGMA_RELS = (0.2, 0.21)
 """Two similar widths: profiles that share a mean then have nearly its weights and differ from the truth only by
@@ -199,12 +198,7 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(tmp_path: Path, 
 # --- threads
 
 
-@pytest.fixture
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "TILE", 256)  # a power of two
-
-
-@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("size", [2, 7])
 def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) -> None:
     shapes, states = {"a": (37, 41), "b": (5003,), "c": (3,), "d": (64, 64), "e": ()}, []
@@ -224,7 +218,7 @@ def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) 
         assert_same_tensors(states[1][sigma_rel], average)
 
 
-@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_threads_of_training_are_left_alone(device: str | None, tmp_path: Path) -> None:
     """Their number stays, also in threads that start during an update or later."""
@@ -300,7 +294,7 @@ def test_reading_changes_no_later_bit(tmp_path: Path, begin: int) -> None:
     for reads in (True, False):
         model = Equal(500)
         with start(tmp_path / str(reads), model, "model", 10) as tracker:
-            for step in range(1, 141):
+            for step in range(1, 81):
                 model.go_to(step)
                 tracker.update_(model, begin + step)
                 if reads and step > 1:

@@ -16,10 +16,6 @@ from hypothesis import strategies as st
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import memory
-from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.measuring import Sketcher, Subset
-from posthoc_cli.tracker.memory import Reader
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -70,42 +66,11 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
         np.testing.assert_allclose(tracked(tracker, sigma_rel), exact, atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "begin", "change"),
-    # A change of all values by so much moves float32 averages by less than half their last digit an update.
-    [(torch.float32, 1e6, 1e-3), (torch.bfloat16, 1e7, 2**-7), (torch.float16, 1e7, 2**-10)],
-)
-@pytest.mark.parametrize("sigma_rel", SIGMA_RELS)
-def test_averages_keep_moving_after_a_million_updates(
-    tmp_path: Path, dtype: torch.dtype, begin: float, change: float, sigma_rel: float
-) -> None:
-    """Late in a long run the share of a new value is 1e-6 to 2e-5: float32 alone would lose all of the change."""
-    base = torch.rand(1000, generator=torch.Generator().manual_seed(0)).add(1.0).to(dtype)
-    later = (base.double() * (1 + change)).to(dtype)
-    model, plain, gamma, updates = Scalar(dtype), base.float(), exact_gamma(sigma_rel), 3000
-    model.weight.data = base.clone()
-    with PostHocEMA.from_model(model, tmp_path, (sigma_rel,), update_every=1, checkpoint_every=10_000) as tracker:
-        tracker.update_(model, t=begin)
-        model.weight.data.copy_(later)
-        for k in range(1, updates + 1):
-            tracker.update_(model, t=begin + k)
-            share = -math.expm1((gamma + 1) * math.log1p(-1 / (begin + k)))
-            plain = torch.lerp(plain, later.float(), share)
-        found = tracker.state_dict(sigma_rel=sigma_rel, dtype="float64")["weight"].double()
-    kept = math.exp((gamma + 1) * math.log1p(-updates / (begin + updates)))
-    exact = kept * base.double() + (1 - kept) * later.double()
-    # A mean moves by its own roundings, 2^-24 each of up to 31; the average is rounded once.
-    moved = float((exact - base.double()).norm())
-    assert float((found - exact).norm()) < 1e-6 * float(exact.norm())
-    if moved > 1e-6 * float(exact.norm()):
-        assert float((found - exact).norm()) < 0.1 * moved
-    assert float((plain.double() - exact).norm()) > 0.9 * moved
-
-
-def test_folds_do_not_lose_steps_below_half_a_last_digit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "change"), [(torch.float32, 1e-4), (torch.bfloat16, 2**-7)])
+def test_folds_do_not_lose_steps_below_half_a_last_digit(tmp_path: Path, dtype: torch.dtype, change: float) -> None:
     """At t = 10^6 a fold moves an average by 0.25 last digits of a change of 1e-4: rounded to nearest, by none."""
-    base, begin, updates, change = torch.linspace(1, 1.9, 1000), 1e6, 40 * 256, 1e-4
-    model = Scalar(torch.float32)
+    base, begin, updates = torch.linspace(1, 1.9, 1000).to(dtype), 1e6 * change / 1e-4, 20 * 256
+    model = Scalar(dtype)
     model.weight.data = base.clone()
     options = {"update_every": 1, "checkpoint_every": 10**6, "t_unit": "images"}
     with PostHocEMA.from_model(model, tmp_path, (0.28,), **options) as tracker:
@@ -116,11 +81,11 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(tmp_path: Path) -> None
         found = tracked(tracker, 0.28)
     moved = change * -math.expm1((exact_gamma(0.28) + 1) * math.log1p(-updates / (begin + updates)))
     off = found - base.double().numpy() - moved
-    assert moved > 9 * 2**-23  # last digits; the change itself is rounded to one, which is 0.1 % of it
+    assert moved > 4 * 2**-23  # last digits; the change itself is rounded to one, which is 0.1 % of it
     assert np.abs(off).max() < 2 * 2**-23
 
 
-@pytest.mark.parametrize("sigma_rels", [(0.05,), (0.05, 0.28), (0.01, 0.1, 0.2886)])
+@pytest.mark.parametrize("sigma_rels", [(0.05,), (0.01, 0.1, 0.2886)])
 @pytest.mark.parametrize(("begin", "every"), [(0, 1), (40_000, 10), (1_000_000, 64)])
 def test_float32_averages_are_right_wherever_windows_end(
     tmp_path: Path, sigma_rels: tuple[float, ...], begin: int, every: int
@@ -150,18 +115,19 @@ def test_float32_averages_are_right_wherever_windows_end(
 
 
 def test_small_steps_are_not_lost_early_in_a_run(tmp_path: Path) -> None:
-    """A drift of 1e-4 over the run is 0.1 units in the last place an update; means may lag by half a window of it."""
-    base, steps, model = np.random.default_rng(0).standard_normal(1000), 8000, Scalar(torch.float32)
+    """The drift over the run is 0.1 units in the last place an update; means may lag by half a window of it."""
+    base, steps, model = np.random.default_rng(0).standard_normal(1000), 3000, Scalar(torch.float32)
+    drift = 1.25e-8 * steps
     model.weight.data = torch.zeros(1000)
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=steps) as tracker:
         for t in range(1, steps + 1):
-            model.set(base * (1 + 1e-4 * t / steps))
+            model.set(base * (1 + drift * t / steps))
             tracker.update_(model)
         times = np.arange(1, steps + 1)
         for sigma_rel in SIGMA_RELS:
-            exact = base * float(exact_average(1 + 1e-4 * times / steps, sigma_rel, times))
+            exact = base * float(exact_average(1 + drift * times / steps, sigma_rel, times))
             off = np.linalg.norm(tracked(tracker, sigma_rel) - exact)
-            assert off < (128 * 1e-4 / steps + 3e-7) * np.linalg.norm(exact)
+            assert off < (128 * drift / steps + 3e-7) * np.linalg.norm(exact)
 
 
 def test_averages_of_constant_values_are_exact_to_the_last_bit(tmp_path: Path) -> None:
@@ -176,7 +142,7 @@ def test_averages_of_constant_values_are_exact_to_the_last_bit(tmp_path: Path) -
             assert torch.equal(tracker.state_dict(sigma_rel=sigma_rel)["weight"], model.weight.data)
 
 
-@pytest.mark.parametrize("kept", [(0.05, 0.15, 0.28), (0.15,), (0.28,), (0.05, 0.15), (0.15, 0.28)])
+@pytest.mark.parametrize("kept", [(0.05, 0.15, 0.28), (0.15,), (0.05, 0.15)])
 def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(tmp_path: Path, kept: tuple[float, ...]) -> None:
     """They share it from t = 256,000 on; a run resumes within a window before, from a state with more profiles."""
     model, generator = Scalar(torch.float32), torch.Generator().manual_seed(0)
@@ -214,11 +180,11 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(tmp_path: Path,
 
 def test_the_predicted_error_counts_the_error_of_a_shared_mean(tmp_path: Path) -> None:
     """The worst case is noise, here of 100 %, when profiles begin to share a mean; with twenty float32 snapshots."""
-    model, size, first, updates = Scalar(torch.float32), 1000, 256_000, 6000
+    model, size, first, updates = Scalar(torch.float32), 1000, 256_000, 4500
     model.weight.data = torch.zeros(size)
     generator, kept = torch.Generator().manual_seed(0), np.zeros(size)
     center, share = torch.randn(size, generator=generator), exact_gamma(0.28) + 1
-    options = {"update_every": 1, "checkpoint_every": 300, "checkpoint_dtype": torch.float32}
+    options = {"update_every": 1, "checkpoint_every": 225, "checkpoint_dtype": torch.float32}
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **options) as tracker:
         for k in range(1, updates + 1):
             model.weight.data.copy_(center + torch.randn(size, generator=generator))
@@ -228,42 +194,8 @@ def test_the_predicted_error_counts_the_error_of_a_shared_mean(tmp_path: Path) -
     found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["weight"].double().numpy()
     error = np.linalg.norm(found - kept) / np.linalg.norm(kept)
     predicted = plan_synthesis(disk_sources(tmp_path), [0.28]).predicted_error(0)
-    assert error > 1e-6
+    assert error > 5e-7
     assert 0.4 < error / predicted < 2.5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 256, 256, 5])])
-def test_the_path_is_of_means_over_a_thousandth_of_training(
-    dtype: torch.dtype, first: int, windows: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A window has one value if a thousandth has fewer than two, and at most 256; the last may be open; any tiles."""
-    generator, gamma = torch.Generator().manual_seed(0), exact_gamma(0.05)
-    weights = torch.zeros(1000, dtype=dtype)
-    found = []
-    for tile in (1000, 300):
-        monkeypatch.setattr(memory, "TILE", tile)
-        reader = Reader.of_tensors({"w": weights})
-        running = Averages.none_yet(SIGMA_RELS)
-        sketcher, exact = (Sketcher(Subset(reader.layout, {"w"})) for _ in range(2))
-        generator.manual_seed(0)
-        t = first - 1
-        for window in windows:
-            times = np.arange(t + 1, t + window + 1)
-            shares = [1.0] if t < first else np.diff((np.append(t, times) / times[-1]) ** (gamma + 1))
-            mean = torch.zeros(1000, dtype=torch.float64)
-            for t, share in zip(times.tolist(), shares / np.sum(shares), strict=True):
-                weights.copy_(torch.randn(1000, generator=generator, dtype=dtype))
-                running.update_(reader, {}, float(t), t, sketcher=sketcher)
-                mean += share * weights.double()
-            for part in reader.tiles:
-                exact.take(part, mean[part.begin : part.end].to(dtype))
-            exact.end_window(float(t))
-        path, expected = running.path(), exact.path()
-        np.testing.assert_array_equal(path.sketch.edges, expected.sketch.edges)
-        np.testing.assert_allclose(path.sketch.means, expected.sketch.means, atol=1e-4)
-        found.append(path.sketch.means)
-    np.testing.assert_allclose(*found, rtol=1e-6)
 
 
 def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
@@ -275,16 +207,6 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()  # making a tracker locks and writes nothing
 
 
-def test_thinning_spares_the_newest_five_times(tmp_path: Path) -> None:
-    """A training may be continued from any of its own checkpoints of that time."""
-    model = Scalar()
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1, max_checkpoints=20) as tracker:
-        for step in range(1, 41):
-            tracker.update_(model)
-            if step % 10 == 0:
-                assert sorted({s.t for s in tracker.run.snapshots})[-5:] == [*range(step - 4, step + 1)]
-
-
 def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: Path) -> None:
     """Short averages need late snapshots, long ones also early ones; a resumed run keeps its range."""
     kept = {}
@@ -294,7 +216,7 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
             model, tmp_path / name, sigma_rels, update_every=1, checkpoint_every=5, max_checkpoints=5,
             checkpoint_dtype=torch.float16,
         ) as tracker:  # fmt: skip
-            for _ in range(200):
+            for _ in range(100):
                 model.weight.data.add_(torch.randn(30, 30, generator=generator))
                 tracker.update_(model)
         snapshots = read_directory(tmp_path / name)
@@ -304,9 +226,8 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
     assert kept["short"] > 1.3 * kept["long"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_an_impossible_setting_is_a_value_error_that_names_it(tmp_path: Path) -> None:
+    for arguments, message in (
         ({"update_every": 4, "checkpoint_every": 1005}, "checkpoint_every 1005: must be a multiple of update_every 4"),
         ({"update_every": 0}, "update_every 0"),
         ({"sigma_rels": 0.1}, "sigma_rels 0.1: must be a sequence"),
@@ -319,13 +240,11 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
         ({"checkpoint_dtype": "int8"}, "dtype 'int8': must be one of"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite 'ignore'"),
         ({"device": "cuda"}, "device 'cuda': must be one of cpu, model"),
-    ],
-)
-def test_an_impossible_setting_is_a_value_error_that_names_it(tmp_path: Path, arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")) as caught:
-        PostHocEMA.from_model(Scalar(), tmp_path / "run", **arguments)
-    assert isinstance(caught.value, InvalidValueError)
-    assert not (tmp_path / "run").exists()
+    ):
+        with pytest.raises(InvalidValueError, match=message.replace(".", r"\.")) as caught:
+            PostHocEMA.from_model(Scalar(), tmp_path / "run", **arguments)
+        assert isinstance(caught.value, ValueError)
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
@@ -343,16 +262,16 @@ def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
         assert (tracker.step, tracker.t) == (2, 128)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("begin", [0, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("device", "on_nonfinite"), [("model", "raise"), ("cpu", "skip")])
+@pytest.mark.parametrize(
+    ("device", "on_nonfinite", "bad"), [("model", "raise", torch.nan), ("cpu", "skip", -torch.inf)]
+)
 def test_a_refused_update_leaves_the_averages_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, device: str, on_nonfinite: str, begin: int,
-    bad: float,
-) -> None:  # fmt: skip
+    tmp_path: Path, dtype: torch.dtype, device: str, on_nonfinite: str, begin: int, bad: float
+) -> None:
     """The bad value is in the last of many tiles, at first beside values so large that a trace of them would show."""
-    monkeypatch.setattr(memory, "TILE", 64)
     model = torch.nn.ParameterDict({"weight": torch.zeros(1000, dtype=dtype)})
     model.register_buffer("count", torch.zeros(()))
     options = {"update_every": 1, "checkpoint_every": 1000, "device": device, "on_nonfinite": on_nonfinite}
@@ -391,8 +310,11 @@ def parameter(elements: int) -> torch.nn.Parameter:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: setattr(m, "weight", parameter(4)), r"'weight': is .* \[4\], and was .* \[3\] when tracking"),
-        (lambda m: setattr(m, "extra", parameter(1)), "'extra': is averaged, .*, and was not tracked"),
+        (
+            lambda m: m.register_parameter("weight", parameter(4)),
+            r"'weight': is .* \[4\], and was .* \[3\] when tracking",
+        ),
+        (lambda m: m.register_parameter("extra", parameter(1)), "'extra': is averaged, .*, and was not tracked"),
         (lambda m: delattr(m, "weight"), "'weight': is not tracked, and was averaged"),
         (Scalar.half, "'weight': is .*float16 .*, and was .*float64 .* torch.autocast, .*a new directory"),
         (

@@ -1,0 +1,694 @@
+"""How a training continues: exactly, from the tracker's state; from snapshots of the model's weights; or not at all.
+
+A run continues at the newest time whose sample of raw weights equals the model's, or at a step that the user names.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import forked
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import xxhash
+from ema_command import Ema
+from factories import averages_in, exact_average, exact_gamma
+from groups import check_group, truth
+from integrations.truth import distance
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.stateful import Stateful
+from tracker.runs import Training, assert_near, contents, superseded, times
+
+from posthoc_cli import PostHocEMA, PostHocError, Run
+from posthoc_cli.errors import (
+    DirectoryError,
+    InvalidValueError,
+    LockedError,
+    MismatchError,
+    ModelMismatchError,
+    NonFiniteError,
+    NotReadyError,
+    WriteError,
+)
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.path import decode_sample
+
+SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
+OF_NO_SNAPSHOT = r"model: its weights are those of no snapshot of .*restore the model's checkpoint.*resume=\d+"
+
+
+def begin(model: torch.nn.Module, folder: Path, **settings: Any) -> PostHocEMA:
+    return PostHocEMA.from_model(model, folder, **SETTINGS | settings)
+
+
+def resume(model: torch.nn.Module, folder: Path, way: str = "from_model", **settings: Any) -> PostHocEMA:
+    if way == "from_path":
+        return PostHocEMA.from_path(folder, model)
+    return begin(model, folder, resume="auto", **settings)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Training, Path]:
+    """A training of 200 steps, with snapshots at 20 times."""
+    training, folder = Training(), tmp_path_factory.mktemp("trained")
+    with begin(training.model, folder) as ema:
+        training.run(200, ema)
+    return training, folder
+
+
+@pytest.fixture
+def finished(trained: tuple[Training, Path], tmp_path: Path) -> Training:
+    """That training, whose snapshots lie in `tmp_path`."""
+    shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
+    return trained[0].at(200)
+
+
+def begun(folder: Path, last: int, **settings: Any) -> Training:
+    """Return a training whose run was closed after a step."""
+    training = Training()
+    with begin(training.model, folder, **settings) as ema:
+        return training.run(last, ema)
+
+
+def state_after(training: Training, last: int, ema: PostHocEMA, scale: float = 0.0) -> dict[str, Any]:
+    """Go on to a step, and return the tracker's state."""
+    training.run(last, ema, scale=scale)
+    return ema.state_dict()
+
+
+def remove(folder: Path, *times: float, sigma_rel: float = 0.28) -> None:
+    for snapshot in read_directory(folder):
+        if snapshot.t in times and snapshot.sigma_rel == sigma_rel:
+            snapshot.path.unlink()
+
+
+# --- from the state
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path, device: str) -> None:
+    """Snapshots, also where some were thinned, are then those of a run without interruption."""
+    settings, last = {"checkpoint_every": 4, "max_checkpoints": 3, "device": device}, 18
+    training, states = Training(), []
+    with begin(training.model, tmp_path / "complete", **settings) as ema:
+        for number in range(1, last + 1):
+            training.run(number, ema)
+            states.append(ema.state_dict())
+            shutil.copytree(tmp_path / "complete", tmp_path / str(number), ignore=shutil.ignore_patterns(".ema*"))
+    for number, state in enumerate(states, 1):
+        again, folder = training.at(number), tmp_path / str(number)
+        with resume(again.model, folder, **settings) as ema:
+            ema.load_state_dict(state)
+            again.run(last, ema)
+        assert contents(folder) == contents(tmp_path / "complete")
+
+
+def test_an_abandoned_attempt_is_not_mixed_into_the_one_that_continues(tmp_path: Path) -> None:
+    """Back to an early state and on to other weights, then from a late state of the first attempt, or the other way."""
+    training = Training()
+    with begin(training.model, tmp_path) as ema:
+        early = state_after(training, 15, ema)
+        late = state_after(training, 35, ema)
+        first = contents(tmp_path)
+        ema.load_state_dict(early)
+        other = training.at(15).run(45, ema, salt=1)
+        of_other = ema.state_dict()
+        ema.load_state_dict(late)
+        training.at(35).run(50, ema)
+    left = contents(tmp_path)
+    assert all(left[name] == first[name] for name in left.keys() & first.keys())
+    assert times(tmp_path) == {10, 40, 50}
+    assert superseded(tmp_path) == 10
+    with resume(other.model, tmp_path) as ema:
+        ema.load_state_dict(of_other)
+        assert times(tmp_path) == {10}
+        other.run(46, ema, salt=1)
+        assert other.error(ema) < 1e-6
+    assert times(tmp_path) == {10, 46}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "updates"),
+    [
+        ({}, {"update_every": 5, "checkpoint_every": 5}, [*range(2, 23, 2), *range(25, 41, 5)]),
+        ({}, {"checkpoint_every": 20}, range(2, 41, 2)),
+        ({"sigma_rels": (0.05, 0.15, 0.28)}, {}, range(2, 41, 2)),
+        ({"sigma_rels": (0.05, 0.15, 0.28)}, {"sigma_rels": (0.15,)}, range(2, 41, 2)),
+    ],
+)
+@pytest.mark.parametrize("exactly", [True, False])
+def test_a_resumed_run_takes_its_new_settings_and_stays_exact(
+    tmp_path: Path, before: dict, after: dict, updates: range, exactly: bool, ema: Ema
+) -> None:
+    """From its state, or from the last snapshots; profiles that are dropped end there."""
+    training = Training()
+    with begin(training.model, tmp_path, **before) as first:
+        state = state_after(training, 22, first)
+    training = training.at(22)
+    with resume(training.model, tmp_path, **after) as second:
+        assert second.step == 22
+        if exactly:
+            second.load_state_dict(state)
+        training.run(40, second)
+        assert training.error(second, updates) < 1e-6
+        profiles = second.settings.sigma_rels
+    newest, wanted = read_directory(tmp_path)[-1], SETTINGS | after
+    assert (newest.schedule.update_every, newest.schedule.checkpoint_every) == (
+        wanted["update_every"], wanted["checkpoint_every"],
+    )  # fmt: skip
+    assert (newest.max_interval, newest.t_first, newest.t) == (wanted["update_every"], 2, 40)
+    assert {s.sigma_rel for s in read_directory(tmp_path) if s.t == 40} == {*profiles}
+    assert ema("info", tmp_path).code == 0  # which does not miss the dropped profiles
+    again = PostHocEMA.from_path(tmp_path, training.model)
+    assert (again.step, again.settings.sigma_rels, again.settings.schedule) == (40, profiles, newest.schedule)
+
+
+def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path: Path) -> None:
+    early, three = Training(), (0.05, 0.1, 0.28)
+    with begin(early.model, tmp_path / "early") as ema:
+        states = [state_after(early, last, ema) for last in (1, 4)]
+    late = early.at(1)
+    with begin(late.model, tmp_path / "late", sigma_rels=three) as ema:
+        ema.load_state_dict(states[0])
+        late.run(10, ema)
+        assert late.error(ema) < 1e-6
+        with pytest.raises(InvalidValueError, match=r"sigma_rels: 0\.1 is none of the tracked ones, 0\.05, 0\.28"):
+            ema.load_state_dict(states[1])
+        assert late.error(ema) < 1e-6
+    with pytest.raises(InvalidValueError, match=r"sigma_rels: 0\.1 is none of the tracked ones"):
+        resume(early.model, tmp_path / "early", sigma_rels=three)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, where there is no process group
+@pytest.mark.parametrize(("last", "group"), [(1, False), (15, True)])
+def test_torch_distributed_checkpoint_and_torch_save_keep_all_of_the_state(
+    tmp_path: Path, last: int, group: bool, request: pytest.FixtureRequest
+) -> None:
+    """On the user's own clock; `torch.load` needs no pickles, and fewer profiles may be loaded."""
+    training, options = Training(), {"t_unit": "images"}
+    ema = begin(training.model, tmp_path / "run", **options)
+    expected = state_after(training, last, ema, scale=1.5)
+    ema.close()
+    assert isinstance(ema, Stateful)
+    torch.save(expected, tmp_path / "state.pt")
+    assert same(torch.load(tmp_path / "state.pt", weights_only=True), expected)
+    if group:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        request.addfinalizer(dist.destroy_process_group)
+    dcp.save({"ema": ema}, checkpoint_id=tmp_path / "dcp")
+    again = training.at(last)
+    with resume(again.model, tmp_path / "fewer", sigma_rels=(0.28,), **options) as fewer:
+        dcp.load({"ema": fewer}, checkpoint_id=tmp_path / "dcp")
+        found = fewer.state_dict()
+        assert found["sigma_rels"] == [0.28]
+        assert last == 1 or same(averages_in(found)["0.28"], averages_in(expected)["0.28"])
+    with resume(again.model, tmp_path / "run", **options) as second:
+        dcp.load({"ema": second}, checkpoint_id=tmp_path / "dcp")
+        found = second.state_dict()
+        assert same(found, expected | {"snapshots": found["snapshots"]})  # the end of the run has written more
+        again.run(20, second, scale=1.5)
+    complete = Training()
+    with begin(complete.model, tmp_path / "complete", **options) as ema:
+        complete.run(20, ema, scale=1.5)
+    assert contents(tmp_path / "run") == contents(tmp_path / "complete")
+
+
+def same(one: object, other: object) -> bool:
+    """Return whether two states are equal, tensors by value."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one == other
+
+
+NOT_IN_BOTH = "is in the state or in the model, but not in both"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 6, not 2"),
+        ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
+        ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a list, each a finite number"),
+        ({"standing": {}}, r"state: inherited: must be one for each profile, not 0"),
+        ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
+        ({"high": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
+        ({"mean": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
+        ({"copies": {"more": torch.zeros(1)}}, NOT_IN_BOTH),
+        (torch.zeros(2), r"tensor '0\.weight': is .* shape \[2\] in the state, not .* shape \[24, 8\]"),
+        (torch.zeros(24, 8, dtype=torch.float16), r"tensor '0\.weight': is torch\.float16 .* in the state"),
+        (torch.full((24, 8), float("nan")), r"tensor '0\.weight': .* holds nan or infinity"),
+        ({"run_id": "0" * 32}, "holds snapshots of run .*, this tracker is run 0000"),
+    ],
+)
+def test_an_altered_state_or_one_of_another_run_is_refused(
+    finished: Training, tmp_path: Path, change: dict | torch.Tensor, message: str
+) -> None:
+    """The alteration is of an entry, or of one tensor."""
+    with resume(finished.model, tmp_path) as ema:
+        finished.run(201, ema)
+        before, files = ema.state_dict(), contents(tmp_path)
+        altered = copy.deepcopy(before)
+        if isinstance(change, dict):
+            altered |= change
+        else:
+            altered["high"]["0.28"]["0.weight"] = change
+        with pytest.raises(PostHocError, match=message) as refused:
+            ema.load_state_dict(altered)
+        assert isinstance(refused.value, InvalidValueError | ModelMismatchError | NonFiniteError | MismatchError)
+        assert len(str(refused.value)) < 500
+        assert same(ema.state_dict(), before)
+        assert contents(tmp_path) == files
+
+
+def test_a_state_shares_no_memory_with_the_tracker(tmp_path: Path) -> None:
+    training = Training()
+    with begin(training.model, tmp_path) as ema:
+        state = state_after(training, 4, ema)
+        kept = copy.deepcopy(state)
+        ema.load_state_dict(state)
+        training.run(8, ema)
+        assert same(state, kept)
+        for tensor in (tensor for kind in ("high", "mean") for tensor in state[kind]["0.28"].values()):
+            tensor.zero_()
+        assert training.error(ema) < 1e-6
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps, lambda one: torch.save(one, io.BytesIO())])
+def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(tmp_path: Path, take: Any) -> None:
+    holder = torch.nn.Linear(2, 2)
+    holder.tracker = begin(torch.nn.Linear(2, 2), tmp_path)  # type: ignore[assignment]
+    for thing in (holder.tracker, holder):
+        with pytest.raises(NotReadyError, match=r"ema\.state_dict\(\).*outside of the module"):
+            take(thing)
+
+
+# --- from the snapshots of a time at which the network had the model's weights
+
+
+@pytest.mark.parametrize("way", ["from_model", "from_path"])
+@pytest.mark.parametrize("weights", ["new", "first", "next", "permuted", "average", "of another attempt", "half"])
+def test_a_run_is_not_resumed_with_fresh_weights(finished: Training, tmp_path: Path, way: str, weights: str) -> None:
+    """Nor with others that the network had at no time with snapshots, nor if there is but one such time."""
+    if weights == "first":
+        remove(tmp_path, *range(20, 201, 10), sigma_rel=0.28)
+        remove(tmp_path, *range(20, 201, 10), sigma_rel=0.05)
+    training = {"new": Training(1), "first": Training(0)}.get(weights, finished.at(160))
+    inner, norm, outer = training.model
+    if weights == "next":
+        training.run(161)
+    elif weights == "permuted":  # two hidden units are swapped: the same function with other weights
+        order = [1, 0, *range(2, 24)]
+        for layer in (inner, norm):
+            layer.weight.data, layer.bias.data = layer.weight.data[order], layer.bias.data[order]
+        outer.weight.data = outer.weight.data[:, order]
+    elif weights == "average":
+        training.model.load_state_dict(PostHocEMA.from_path(tmp_path).state_dict(0.05))
+    elif weights == "of another attempt":
+        training.run(170, salt=1)
+    elif weights == "half":
+        inner.weight.data[:12] = finished.path[149]["0.weight"][:12]
+    before, ema = contents(tmp_path), resume(training.model, tmp_path, way)
+    for _ in range(2):  # every call raises the error
+        with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
+            ema.update_(training.model)
+    assert contents(tmp_path) == before
+    assert superseded(tmp_path) == 0
+    ema.load_into(training.model, 0.15)  # any model may be filled
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("way", ["from_model", "from_path", "resume=80", "step=80"])
+def test_an_earlier_checkpoint_resumes_from_its_own_step(
+    finished: Training, tmp_path: Path, way: str, late: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint may be loaded after the tracker was made. Later snapshots are set aside."""
+    again, checkpoint = finished.at(80), finished.path[79]
+    if late:
+        again.model.load_state_dict(finished.path[-1])
+    if way == "step=80":
+        ema = PostHocEMA.from_path(tmp_path, again.model, step=80)
+    else:
+        ema = begin(again.model, tmp_path, resume=80) if way == "resume=80" else resume(again.model, tmp_path, way)
+    again.model.load_state_dict(checkpoint)
+    assert ema.step == ema.state_dict()["clock"][-2] == 80
+    assert_near(ema.state_dict(0.28), averages_in(ema.state_dict())["0.28"])
+    assert len(times(tmp_path)) == 20
+    with ema:
+        again.run(205, ema, salt=1)
+        assert again.error(ema) < 1e-6
+    assert times(tmp_path) == {*range(10, 201, 10), 204}
+    assert superseded(tmp_path) == 24
+    assert caplog.text.count("continuing at step 80") == (0 if "80" in way else 1)
+    assert "moved to" in caplog.text
+
+
+def test_the_last_checkpoint_that_was_loaded_decides(finished: Training, tmp_path: Path) -> None:
+    """A script may build its tracker with one checkpoint, and load another one before it trains."""
+    again = finished.at(80)
+    ema = resume(again.model, tmp_path)
+    again.model.load_state_dict(finished.path[-1])
+    assert ema.step == 200
+    copy.deepcopy(again.model).load_state_dict(finished.path[79])
+    assert ema.step == 200
+    again.model.load_state_dict(finished.path[98])
+    with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
+        ema.update_(again.model)
+
+
+def test_a_checkpoint_in_half_precision_or_weights_that_do_not_move_resume(finished: Training, tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        again = finished.at(160)
+        again.model.load_state_dict({name: value.to(dtype) for name, value in finished.path[159].items()})
+        assert resume(again.model, tmp_path).step == 160
+    for last in (10, 20):
+        with resume(finished.model, tmp_path / "still") as ema:
+            for _ in range(10):
+                ema.update_(finished.model)
+            assert ema.step == last
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_snapshot_on_request_is_a_place_to_resume_from(tmp_path: Path, every: int) -> None:
+    """Between two updates it takes in the weights, with the true interval."""
+    first = Training()
+    with begin(first.model, tmp_path, update_every=every) as ema:
+        first.run(25, ema)
+        ema.snapshot()
+        ema.snapshot()  # a second call has nothing to add
+        first.run(40, ema)
+    again = first.at(25)
+    with resume(again.model, tmp_path, update_every=every) as ema:
+        assert ema.step == 25
+        again.run(50, ema, salt=1)
+        assert again.error(ema, sorted({*range(every, 51, every), 25})) < 1e-6
+
+
+def test_a_profile_without_a_snapshot_at_that_time_is_reconstructed_within_1_percent(
+    finished: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Later predicted errors contain its error. With few snapshots the error would be larger; without any the run
+    was killed while it wrote its first ones, and begins again."""
+    for name in ("few", "first"):
+        shutil.copytree(tmp_path, tmp_path / name, ignore=shutil.ignore_patterns("few"))
+    remove(tmp_path, 200)
+    again = finished.at(200)
+    with resume(again.model, tmp_path) as ema:
+        again.run(220, ema)
+        found = ema.state_dict(0.28, dtype=torch.float32)
+        assert again.error(ema) > 1e-6
+    updates = range(2, 221, 2)
+    exact = {
+        name: exact_average([again.path[t - 1][name].double().numpy() for t in updates], 0.28, updates)
+        for name in ("0.weight", "0.bias", "2.weight", "2.bias")
+    }
+    off = distance(found, {name: torch.from_numpy(value) for name, value in exact.items()})
+    assert 0.1 * found.predicted_error < off < 2 * found.predicted_error < 0.02
+    assert "sigma_rel 0.28 has no snapshot at step 200: it is reconstructed, with a predicted error of" in caplog.text
+    remove(tmp_path / "few", *range(10, 201, 10))
+    remove(tmp_path / "few", *range(10, 191, 10), sigma_rel=0.05)
+    before, again = contents(tmp_path / "few"), finished.at(200)
+    with resume(again.model, tmp_path / "few") as ema:
+        with pytest.raises(DirectoryError, match=r"sigma_rel 0\.28 has no snapshot at step 200, .*at most 1 % is acc"):
+            ema.update_(again.model)
+        assert contents(tmp_path / "few") == before
+    new, folder = Training(), tmp_path / "first"
+    remove(folder, *range(10, 201, 10))
+    remove(folder, *range(20, 201, 10), sigma_rel=0.05)
+    with resume(new.model, folder) as ema:
+        assert ema.step == 0
+        new.run(12, ema)
+        assert new.error(ema) < 1e-6
+    assert times(folder) == {10, 12}
+    assert superseded(folder) == 1
+
+
+@pytest.mark.parametrize("weights", [100, 130])
+@pytest.mark.parametrize("way", ["step", "state last", "state first", "state first, in place", "own clock"])
+def test_predicted_errors_contain_how_far_the_model_is_from_the_network_that_is_continued(
+    tmp_path: Path, way: str, weights: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The averages are those of step 100, of a state or of a step that the user names, and the model's weights may be
+    later. With an own clock the first value after the gap stands for all of it."""
+    settings, scale = ({"t_unit": "images"}, 10.0) if way == "own clock" else ({}, 0.0)
+    training = Training()
+    with begin(training.model, tmp_path, **settings) as ema:
+        state = state_after(training, 100, ema, scale=scale)
+        training.run(130, ema, scale=scale)
+    again, saved = training.at(10), training.path[weights - 1]
+    if way in ("step", "state last", "own clock"):
+        again.model.load_state_dict(saved)
+    way_in = {"resume": 100} if way == "step" else {"resume": "auto"}
+    with begin(again.model, tmp_path, **settings, **way_in) as ema:
+        if way != "step":
+            ema.load_state_dict(state)
+        if way == "state first":
+            again.model.load_state_dict(saved)
+        elif way == "state first, in place":
+            for name, value in again.model.state_dict().items():
+                value.copy_(saved[name])
+        assert ema.state_dict()["weights"] == state["weights"]
+        again.path = training.path[:130]
+        again.run(132, ema, scale=scale)
+        found = ema.state_dict(0.05).predicted_error
+    now, at_100, before = again.path[-1], training.path[99], saved
+    parameters = [name for name, _ in again.model.named_parameters()]
+    lost, last_steps = (distance(now, {name: one[name] for name in parameters}) for one in (at_100, before))
+    said = "the averages continue from step 100; the model has other weights" in caplog.text
+    if weights == 130:
+        assert said
+        assert 0.5 * lost < found < 1.5 * lost
+    elif way == "state first, in place":  # nobody notices a change in place: the present model is a step away
+        assert found < 1.5 * last_steps
+    else:
+        assert not said
+        assert found < 1e-6
+
+
+def test_headers_and_predicted_errors_count_the_error_of_resuming_from_rounded_snapshots(tmp_path: Path) -> None:
+    """Squared norms add up, and fade by beta squared as averages move on; here beta = (t_resume / t)^(gamma+1)."""
+    training, gamma, lost, last = Training(), exact_gamma(0.28), 0.0, 0
+    settings = {"update_every": 1, "checkpoint_every": 20, "checkpoint_dtype": "float16"}
+    for end in (20, 40, 60):
+        with resume(training.model, tmp_path, **settings) as ema:
+            state = state_after(training, end, ema)
+            assert (1e-6 if last else 0) < ema.state_dict(0.28).predicted_error < (1e-3 if last else 1e-6)
+        (snapshot,) = (s for s in read_directory(tmp_path) if (s.t, s.sigma_rel) == (end, 0.28))
+        lost *= ((last / end) ** (gamma + 1)) ** 2
+        assert snapshot.inherited == pytest.approx(lost, rel=1e-3)
+        assert state["standing"]["inherited"][1] == snapshot.inherited
+        assert (snapshot.updates, state["standing"]["updates"]) == (end, end)
+        stored = load_file(snapshot.path)
+        exact = {name: value for name, value in averages_in(state)["0.28"].items() if "running" not in name}
+        lost += sum(float((stored[name].double() - value).square().sum()) for name, value in exact.items())
+        last = end
+    assert lost > 0
+
+
+@pytest.mark.parametrize(("device", "last", "at"), [("cpu", 80, 80), ("model", 77, 76)])
+def test_a_header_holds_the_weights_and_the_average_of_its_time(
+    tmp_path: Path, device: str, last: int, at: int
+) -> None:
+    """The format defines the elements of the sample. A snapshot off the schedule holds those of the last update."""
+    raw = begun(tmp_path, last, device=device, buffers="copy").path[at - 1]
+    newest = read_directory(tmp_path)[-1]
+    assert newest.t == at
+    average = load_file(newest.path)
+    names, expected = sorted(newest.averages), []
+    for number, name in enumerate(names):
+        places = {
+            xxhash.xxh3_64_intdigest(f"{k}/{name}".encode()) % average[name].numel()
+            for k in range(512)
+            if k * len(names) // 512 == number
+        }
+        expected += [(float(raw[name].reshape(-1)[i]), float(average[name].reshape(-1)[i])) for i in sorted(places)]
+    weights, averages = decode_sample(newest.sample)
+    assert [*zip(weights.tolist(), averages.tolist(), strict=True)] == expected
+
+
+SHARDED = """
+from posthoc_cli.errors import ModelMismatchError
+model = spread(Net(), arguments[0]) if arguments[0] != "alone" else Net()
+for first, weights, last, expected in zip(*[map(int, arguments[1:])] * 4):
+    if weights:
+        move(model, weights)
+    with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
+        for step in range(first, last + 1):
+            move(model, step)
+            if expected < 0:
+                refused(lambda: ema.update_(model), ModelMismatchError)
+                break
+            ema.update_(model)
+            if step == first:
+                assert ema.step == expected + 1, ema.step
+"""
+
+
+@pytest.mark.parametrize(("kinds", "ranks"), [(("tp", "fsdp"), (2, 3)), (("fsdp", "alone"), (2, 1))])
+def test_processes_decide_together_with_the_samples_of_another_arrangement(
+    kinds: tuple[str, str], ranks: tuple[int, int], tmp_path: Path
+) -> None:
+    """The walk at step 8 resumes from there, not from 12; that at step 1,000 is refused."""
+    check_group(SHARDED, ranks[0], tmp_path, kinds[0], 1, 0, 16, 0)
+    for out in check_group(SHARDED, ranks[1], tmp_path, kinds[1], 1_000, 0, 1_001, -1, 9, 8, 16, 8):
+        assert "are those of no snapshot of the run" in out
+    for width in (0.1, 0.2):
+        exact = truth(width, [*range(2, 17, 2)])
+        assert_near(Run(tmp_path / "run").average(width, t=16), exact, within=2e-6)
+
+
+# --- who may write
+
+
+def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, other = begun(tmp_path / "run", 10), torch.nn.Linear(3, 4)
+    before, model, run = contents(tmp_path / "run"), training.model, tmp_path / "run"
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    ways = r"restore the model's checkpoint first, .*resume='auto'.*load_state_dict.*resume=10 .*another directory"
+    for folder, wrong, kind, message in (
+        (run, {}, MismatchError, f"{ways}$"),
+        (run, {"resume": "auto", "t_unit": "images"}, InvalidValueError, r"t_unit 'images': the run in .* counts"),
+        *((run, {"resume": one}, InvalidValueError, f"resume {one!r}: must be 'auto', a ca") for one in ("yes", True)),
+        *((run, {"resume": one}, InvalidValueError, f"resume {one}: must be a whole number") for one in (0, 3.5)),
+        (run, {"resume": 5}, InvalidValueError, "resume 5: this call of update_ has no snapshot; calls .* one: 10"),
+        (tmp_path / "new", {"resume": 10}, DirectoryError, "no such directory"),
+        *((tmp_path / name, {}, DirectoryError, "is not a directory") for name in ("file", "file/run", "nowhere")),
+        (tmp_path / ("a" * 300), {}, WriteError, "aaa: cannot be written: file name too long"),
+    ):
+        with pytest.raises(kind, match=message) as raised:
+            begin(model, folder, **wrong)
+        assert isinstance(raised.value, ValueError) or kind not in (MismatchError, InvalidValueError)
+    for name in ("absent", "empty"):
+        with pytest.raises(DirectoryError, match=name):
+            PostHocEMA.from_path(tmp_path / name)
+    for call in (lambda: resume(other, run), lambda: PostHocEMA.from_path(run, other)):
+        with pytest.raises(ModelMismatchError, match=r"is of another model; use its model, or another directory$"):
+            call()
+    assert contents(run) == before
+    PostHocEMA.from_path(run, model.requires_grad_(False))  # for an evaluation
+    with PostHocEMA.from_path(run, model.requires_grad_(True)) as third:  # no lock was taken
+        training.run(12, third)
+    access = Mock(return_value=False)
+    monkeypatch.setattr(os, "access", access)  # root may write everywhere
+    with pytest.raises(DirectoryError, match=f"{tmp_path.name}: cannot be written to"):
+        begin(model, tmp_path / "new" / "run")
+    access.assert_called_once_with(tmp_path, os.W_OK | os.X_OK)
+
+
+@pytest.mark.parametrize("way", ["auto", None])
+@pytest.mark.parametrize("first", [17, 9], ids=["between snapshots", "before the first snapshot"])
+def test_a_cell_that_is_run_again_continues_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: int, way: str | None
+) -> None:
+    """Its first tracker was interrupted and still exists, as in a notebook's list of results."""
+    training, trackers = Training(), []
+    for last in (first, 35):
+        trackers.append(begin(training.model, tmp_path, resume=way))
+        training.run(last, trackers[-1])
+    assert sum("an earlier tracker of this process" in text for text in caplog.messages) == 1
+    assert training.error(trackers[1]) < 1e-6
+    with pytest.raises(NotReadyError, match="a later tracker has taken the place of this one"):
+        trackers[0].update_(training.model)
+    for tracker in trackers:
+        tracker.close()
+    assert repr(trackers[1]) == f"PostHocEMA({str(tmp_path)!r}, step 35, sigma_rels 0.05, 0.28, closed)"
+
+
+def test_a_cell_that_makes_a_new_model_is_refused_and_leaves_the_first_tracker_unchanged(tmp_path: Path) -> None:
+    """Two networks are never averaged together."""
+    training, restored = Training(), Training(1).state()
+    with begin(training.model, tmp_path) as ema:
+        training.run(17, ema)
+        with pytest.raises(MismatchError, match=r"up to step 16; .* for a new run name another directory"):
+            begin(Training().model, tmp_path)
+        training.run(20, ema)
+        ema.flush()
+        training.model.load_state_dict(restored)  # the same tensors with another network's values
+        with pytest.raises(MismatchError, match="holds snapshots"):
+            begin(training.model, tmp_path)
+        again = resume(training.model, tmp_path)
+        with pytest.raises(LockedError, match="is writing here"):
+            again.update_(training.model)
+    with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
+        again.update_(training.model)
+    with pytest.raises(MismatchError, match="holds snapshots"):  # the tracker is closed: a finished run
+        begin(training.model, tmp_path)
+
+
+WRITER = """
+import sys, torch
+from posthoc_cli import PostHocEMA
+from tracker.runs import Training
+training = Training()
+tracker = PostHocEMA.from_model(training.model, sys.argv[1], update_every=2, checkpoint_every=10)
+training.run(10, tracker)
+tracker.flush()
+print("ready", flush=True)
+"""
+
+
+def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
+    """Also in other processes, whose death releases the directory; so does the end of a tracker."""
+    training = Training()
+    with forked.waiting(WRITER, tmp_path) as holder:
+        training.run(10)
+        reader, other = (PostHocEMA.from_path(tmp_path, training.model) for _ in range(2))
+        assert set(reader.state_dict(sigma_rel=0.15)) == set(training.path[0])
+        with pytest.raises(LockedError, match=f"process {holder.pid} on "):
+            reader.update_(training.model)
+        holder.kill()
+        holder.wait()
+    training.run(21, reader)
+    assert other.step == 10
+    reader.close()
+    before = contents(tmp_path)
+    training = training.at(10)
+    other = PostHocEMA.from_path(tmp_path, training.model) if other.closed else other
+    with pytest.raises(MismatchError, match="has advanced from step 10 to 20 since this tracker was made"):
+        other.update_(training.model)
+    assert contents(tmp_path) == before
+    last = PostHocEMA.from_path(tmp_path, training.model)
+    training.run(11, last)
+    del last  # a garbage-collected tracker releases the directory
+    with PostHocEMA.from_path(tmp_path, training.model, step=10) as again:
+        again.update_(training.model)
+
+
+def test_a_closed_tracker_reads_but_does_not_write(tmp_path: Path) -> None:
+    training = Training()
+    with begin(training.model, tmp_path) as ema:
+        state = state_after(training, 10, ema)
+        assert not ema.closed
+    ema.close()
+    assert ema.closed
+    assert set(ema.state_dict(sigma_rel=0.15)) == set(training.path[0])
+    for call in (lambda: ema.update_(training.model), lambda: ema.load_state_dict(state), ema.snapshot):
+        with pytest.raises(NotReadyError, match="was closed"):
+            call()
+    assert times(tmp_path) == {10}
+
+
+@pytest.mark.parametrize("way", ["load_state_dict", "from_path"])
+def test_a_failing_resume_releases_the_directory(finished: Training, tmp_path: Path, way: str) -> None:
+    (tmp_path / "superseded").write_text("a file where the folder should be")
+    again = finished.at(10)
+    failed = PostHocEMA.from_path(tmp_path, again.model, step=10)
+    state = failed.state_dict()
+    with pytest.raises(DirectoryError, match=r"superseded: is a link or no directory; .* move it away"):
+        failed.load_state_dict(state) if way == "load_state_dict" else failed.update_(again.model)
+    (tmp_path / "superseded").unlink()
+    with PostHocEMA.from_path(tmp_path, again.model, step=10) as ema:  # although `failed` still exists
+        again.run(12, ema)
+        assert again.error(ema) < 1e-6

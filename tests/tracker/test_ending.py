@@ -1,0 +1,138 @@
+"""Snapshots off the schedule: the last one, at the end of a training, and those that the training asks for."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+from factories import exact_average
+from safetensors.torch import load_file
+from tracker.runs import Training, contents
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import NotReadyError
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.tracker import pipeline
+
+SETTINGS: dict = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None, "max_checkpoints": 3}
+
+
+def begin(training: Training, folder: Path, **settings: object) -> PostHocEMA:
+    return PostHocEMA.from_model(training.model, folder, **SETTINGS | settings)
+
+
+def written(folder: Path) -> list[tuple[float, bool]]:
+    """Return the time of each snapshot, equal for both profiles, and whether it is off the schedule."""
+    infos = read_directory(folder)
+    narrow, wide = ([(i.t, i.off_schedule) for i in infos if i.sigma_rel == sigma_rel] for sigma_rel in (0.05, 0.28))
+    assert narrow == wide
+    return narrow
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+@pytest.mark.parametrize("end", ["block", "error", "process", "forgotten"])
+def test_the_end_writes_a_last_snapshot(tmp_path: Path, end: str, device: str) -> None:
+    training = Training()
+    tracker = begin(training, tmp_path, device=device)
+    training.run(25, tracker)
+    if end == "block":
+        with tracker:
+            pass
+    elif end == "error":
+        with pytest.raises(ZeroDivisionError), tracker:
+            raise ZeroDivisionError
+    else:
+        if end == "forgotten":
+            del tracker
+            gc.collect()
+        pipeline.finish()
+    assert written(tmp_path) == [(10, False), (20, False), (24, True)]
+    for snapshot in read_directory(tmp_path)[-2:]:
+        values = [state["0.weight"] for state in training.path[1:25:2]]
+        exact = exact_average(values, snapshot.sigma_rel, range(2, 25, 2))
+        assert abs(load_file(snapshot.path)["0.weight"].double().numpy() - exact).max() < 1e-6
+
+
+def test_the_end_writes_a_last_snapshot_without_starting_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.12 and later start no threads in functions that run at exit."""
+    training = Training()
+    tracker = begin(training, tmp_path)
+    training.run(5, tracker)  # no snapshot was due: there is no thread that writes them
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as ending:
+        ending.setattr(threading.Thread, "start", refuse)
+        pipeline.finish()
+    assert written(tmp_path) == [(4, True)]
+
+
+def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_update(tmp_path: Path) -> None:
+    training = Training()
+    with begin(training, tmp_path) as tracker:
+        with pytest.raises(NotReadyError, match="no update yet"):
+            tracker.snapshot()
+        training.run(4, tracker)
+        tracker.snapshot()
+        assert written(tmp_path) == [(4, True)]
+        before = [s.path.stat().st_ino for s in read_directory(tmp_path)]
+        tracker.snapshot()
+        assert [s.path.stat().st_ino for s in read_directory(tmp_path)] == before
+        training.run(21, tracker)
+    again, expected = training.at(20), [(4, True), (10, False), (20, False)]
+    assert written(tmp_path) == expected
+    with PostHocEMA.from_path(tmp_path, again.model) as tracker:
+        again.run(21, tracker)
+    assert written(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])
+def test_snapshots_off_the_schedule_change_no_others(tmp_path: Path, device: str, max_checkpoints: int | None) -> None:
+    """Headers hold distances, the motion so far and what thinning has left, none of them from those snapshots.
+
+    A snapshot between two updates would add an update, see `test_continuing`.
+    """
+    for name in ("complete", "run"):
+        training = Training()
+        with begin(training, tmp_path / name, max_checkpoints=max_checkpoints, device=device) as tracker:
+            for step in (2, 8, 12, 18, 20, 44, 46, 50):
+                training.run(step, tracker)
+                if name == "run":
+                    tracker.snapshot()
+    assert contents(tmp_path / "run") == contents(tmp_path / "complete")
+
+
+def test_a_due_snapshot_replaces_the_one_off_the_schedule_of_its_time(tmp_path: Path) -> None:
+    """The update at call 10 is skipped: the average of call 8 is due, which a snapshot off the schedule holds."""
+    for name in ("complete", "run"):
+        training = Training()
+        with begin(training, tmp_path / name, on_nonfinite="skip") as tracker:
+            training.run(8, tracker)
+            if name == "run":
+                tracker.snapshot()
+            training.model[0].weight.data.fill_(float("nan"))
+            with pytest.warns(RuntimeWarning, match="update skipped"):
+                training.run(10, tracker)
+    assert contents(tmp_path / "run") == contents(tmp_path / "complete")
+    assert written(tmp_path / "run") == [(8, False)]
+
+
+def test_thinning_spares_snapshots_on_request(tmp_path: Path) -> None:
+    """They stay while they are among the newest five times, as a checkpoint of the training may belong to them."""
+    training = Training()
+    with begin(training, tmp_path) as tracker:
+        for step, asked, spared, scheduled in (
+            (4, True, [4], 0), (14, True, [4, 14], 1), (30, False, [4, 14], 3), (40, False, [14], 3),
+        ):  # fmt: skip
+            training.run(step, tracker)
+            tracker.snapshot() if asked else tracker.flush()
+            found = written(tmp_path)
+            assert [t for t, is_off in found if is_off] == spared
+            assert len(found) == len(spared) + scheduled
+        training.run(44, tracker)
+    assert [t for t, is_off in written(tmp_path) if is_off] == [14, 44]
