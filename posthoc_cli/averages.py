@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -44,8 +44,7 @@ class ExponentialMovingAverage(torch.nn.Module):
         average <- (1 - momentum) average + momentum parameter
 
     `forward` runs the averaged module, in which half-precision tensors are float32. The interface and the names in the
-    state dict are those of `mmengine.model.ExponentialMovingAverage` (also of mmedit's), whose states load; one from
-    before mmengine 1.0 (names without `module.`, no `steps`) as the state after one update.
+    state dict are those of `mmengine.model.ExponentialMovingAverage` since mmengine 1.0, whose states load.
 
     Arguments:
         model: its weights are copied, but have no share in the average.
@@ -88,27 +87,15 @@ class ExponentialMovingAverage(torch.nn.Module):
         steps = int(self.steps)
         parameters, buffers = paired(self.module, model)
         share = max(self.momentum, 9 / (10 + steps)) if self.warmup else self.momentum
-        stored = self.module.state_dict() if self.update_buffers and steps else {}
-        averaged = {pair.name for pair in buffers if pair.name in stored and is_averaged(pair.average)}
-        copy_([pair for pair in buffers if pair.name not in averaged])
+        averaged = [pair for pair in buffers if is_averaged(pair[0])] if self.update_buffers and steps else []
+        average_([pair for pair in buffers if not averaged or not is_averaged(pair[0])])
         if steps == 0:
-            copy_(parameters)
+            average_(parameters)
         elif steps % self.interval == 0:
             average_(parameters, share)
-            for name, average, source in buffers:
-                if name in averaged:  # equal elements stay: the mean of two infinities in a mask would be nan
-                    source = source.to(average)
-                    average.copy_(torch.where(average == source, source, torch.lerp(average, source, share)))
+            for average, source in averaged:  # equal elements stay: the mean of two infinities in a mask would be nan
+                average.copy_(torch.where(average == source, average, torch.lerp(average, source.to(average), share)))
         self.steps += 1
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Accept the names of mmengine 0.x as well. `state_dict` is a copy that only the loader uses."""
-        found = {name for name in self.module.state_dict() if f"{prefix}{name}" in state_dict} - {"steps"}
-        if found and not any(f"{prefix}module.{name}" in state_dict for name in found):
-            state_dict.update({f"{prefix}module.{name}": state_dict.pop(f"{prefix}{name}") for name in found})
-            # After 0 steps the next update would replace the average by the model.
-            state_dict.setdefault(f"{prefix}steps", torch.tensor(1))
-        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class WideBuffers(torch.nn.Module):
@@ -190,7 +177,7 @@ class ShadowModel(WideBuffers):
             self.debias_mass.fill_(decay * float(self.debias_mass) + share)
             share /= float(self.debias_mass)
         average_(parameters, share)
-        copy_(buffers)
+        average_(buffers)
 
     def train(self, mode: bool = True) -> ShadowModel:
         """Set the mode; the shadow stays in eval mode."""
@@ -212,12 +199,8 @@ def check_decay(decay: float, examples: str) -> float:
 # --- pairs of tensors
 
 
-class Pair(NamedTuple):
-    """A tensor of the average, and the model's tensor of the same name."""
-
-    name: str
-    average: torch.Tensor
-    source: torch.Tensor
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A tensor of the average, and the model's tensor of the same name."""
 
 
 def make_average(model: torch.nn.Module) -> torch.nn.Module:
@@ -234,11 +217,11 @@ def paired(average: torch.nn.Module, model: torch.nn.Module) -> tuple[list[Pair]
         own, others = (dict(getattr(module, f"named_{kind}")()) for module in (average, unwrapped(check_model(model))))
         for name in sorted(own.keys() ^ others.keys()):
             raise ModelMismatchError("model", f"its {kind} are not the average's: only one of the two has {name!r}")
-        found.append([Pair(name, tensor, others[name]) for name, tensor in own.items()])
-        for name, tensor, source in found[-1]:
-            if source.shape != tensor.shape:
-                reason = f"has the shape {list(source.shape)} in the model, {list(tensor.shape)} in the average"
+        for name, tensor in own.items():
+            if others[name].shape != tensor.shape:
+                reason = f"has the shape {list(others[name].shape)} in the model, {list(tensor.shape)} in the average"
                 raise ModelMismatchError(f"tensor {name!r}", reason)
+        found.append([(tensor, others[name]) for name, tensor in own.items()])
     return found[0], found[1]
 
 
@@ -252,19 +235,14 @@ def is_narrow(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and torch.finfo(dtype).bits < 32
 
 
-def copy_(pairs: list[Pair]) -> None:
-    """Copy each source into its average."""
-    if pairs:
-        torch._foreach_copy_([pair.average for pair in pairs], [pair.source for pair in pairs])
-
-
-def average_(pairs: list[Pair], share: float) -> None:
-    """Set average + share (source - average) for `is_averaged` tensors; copy the others."""
-    copy_([pair for pair in pairs if not is_averaged(pair.average)])
-    averaged = [pair for pair in pairs if is_averaged(pair.average)]
-    if averaged:
-        sources = [pair.source.to(pair.average) for pair in averaged]
-        torch._foreach_lerp_([pair.average for pair in averaged], sources, share)
+def average_(pairs: list[Pair], share: float = 1.0) -> None:
+    """Set average + share (source - average); with a share of 1 copy, as tensors that are not `is_averaged` always."""
+    if copied := [pair for pair in pairs if share == 1 or not is_averaged(pair[0])]:
+        averages, sources = zip(*copied, strict=True)
+        torch._foreach_copy_(averages, sources)
+    if averaged := [(average, source.to(average)) for average, source in pairs if share < 1 and is_averaged(average)]:
+        averages, sources = zip(*averaged, strict=True)
+        torch._foreach_lerp_(averages, sources, share)
 
 
 # --- recipes that copy an average back into the model during training
@@ -287,20 +265,15 @@ class SwitchEMA:
         sigma_rel: with a tracker, the target (such as a sigma_rel) to switch to.
     """
 
-    _names = ("average", "switch_every")
+    _period = "switch_every"
 
     def __init__(self, average: Average, switch_every: int | None = None, sigma_rel: Wanted | None = None) -> None:
-        is_tracker = isinstance(average, PostHocEMA)
-        interval = average.settings.schedule.update_every if isinstance(average, PostHocEMA) else 1
-        if not (is_tracker or (hasattr(average, "module") and hasattr(average, "update_parameters"))):
-            accepted = "have `module` and `update_parameters` as torch.optim.swa_utils.AveragedModel has"
-            reason = f"must be a PostHocEMA, or {accepted}, not {type(average).__name__}"
-            raise InvalidValueError(self._names[0], reason)
-        if is_tracker != (sigma_rel is not None):
+        if isinstance(average, PostHocEMA) != (sigma_rel is not None):
             raise InvalidValueError("sigma_rel", "must be given with a PostHocEMA, such as 0.05, and only with one")
-        if switch_every is not None and check_count(self._names[1], switch_every) % interval:
+        interval = average.settings.schedule.update_every if isinstance(average, PostHocEMA) else 1
+        if switch_every is not None and check_count(self._period, switch_every) % interval:
             reason = f"must be a multiple of the tracker's update_every {interval}"
-            raise InvalidValueError(self._names[1], reason, value=switch_every)
+            raise InvalidValueError(self._period, reason, value=switch_every)
         self._average, self._every, self._sigma_rel = average, switch_every, sigma_rel
         self.step = 0
 
@@ -312,11 +285,10 @@ class SwitchEMA:
         average = self._average
         average.update_(model) if isinstance(average, PostHocEMA) else average.update_parameters(model)
         self.step += 1
-        due = self._every is not None and self.step % self._every == 0
-        if due and (not isinstance(average, PostHocEMA) or average.has_average):
-            self.switch(model)
-            return True
-        return False
+        if self._every is None or self.step % self._every or not getattr(average, "has_average", True):
+            return False
+        self.switch(model)
+        return True
 
     def switch(self, model: torch.nn.Module) -> None:
         """Copy the averaged weights into the model now."""
@@ -348,7 +320,7 @@ class HareAndTortoise(SwitchEMA):
         optimizer: its state is cleared at a reset; None keeps the state.
     """
 
-    _names = ("tortoise", "reset_every")
+    _period = "reset_every"
 
     def __init__(
         self, tortoise: Average, reset_every: int | None = None,
@@ -499,12 +471,10 @@ class DifferentiableEMA(WideBuffers):
     def _carried(self, value: torch.Tensor, leaves: Iterable[torch.Tensor] | None) -> torch.Tensor:
         """Average the value, and J: for each leaf a tensor of the shape [elements of the average, *leaf]."""
         found = () if leaves is None or isinstance(leaves, torch.Tensor) else tuple(leaves)
-        good = [leaf for leaf in found if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad]
+        good = {id(leaf) for leaf in found if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad}
         is_other = bool(self._leaves) and [*map(id, found)] != [*map(id, self._leaves)]
-        if not found or len({*map(id, good)}) < len(found) or is_other:
-            reason = (
-                "must be different leaves that require gradients, such as [w], and the same tensors at every update"
-            )
+        if not found or len(good) < len(found) or is_other:
+            reason = "must be different leaves that require gradients, such as [w], and the same ones at every update"
             raise InvalidValueError("leaves", f"{reason} in mode 'carried'", "call reset() to take others")
         if not value.requires_grad:
             raise InvalidValueError("value", "has no graph to take the derivative from", "make it outside of no_grad")
@@ -615,14 +585,13 @@ class EMAStats(WideBuffers):
             y = x if self._y_may_be_x else x.new_empty(0)
         own = self.cov_xx.dtype
         for name, batch, dim in (("x", x, self.num_features_x), ("y", y, self.num_features_y)):
-            reason, hint = "", ""
-            if batch.dim() != 2 or batch.shape[1] != dim or not len(x) == len(batch) > 0:
-                reason = f"has the shape {list(batch.shape)}; must be [n, {dim}], n at least 1 and the same for x and y"
-            elif not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
-                reason = f"is {batch.dtype}, the statistics are {own}; must be floating-point and no wider"
-                hint = "double() makes the statistics float64"
-            if reason:
-                raise InvalidValueError(name, reason, hint)
+            is_wide = not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits
+            if is_wide or batch.dim() != 2 or batch.shape[1] != dim or not len(x) == len(batch) > 0:
+                reason = (
+                    f"is {batch.dtype} of shape {list(batch.shape)}; must be floating-point, no wider than the {own} "
+                )
+                reason += f"of the statistics, and of shape [n, {dim}], n at least 1 and the same for x and y"
+                raise InvalidValueError(name, reason, "double() makes the statistics float64")
         if self.training:
             kind = x.device.type  # autocast would multiply the centred batch in half precision
             with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():

@@ -231,7 +231,7 @@ def test_bad_leaves_are_named() -> None:
     with refused("value", "no graph"):
         ema(torch.ones(2), leaves=[weight])
     ema(weight * 2, leaves=[weight])
-    with refused("leaves", "same tensors"):
+    with refused("leaves", "the same ones"):
         ema(weight * 2, leaves=[other])
     with refused("leaves", "only mode 'carried'"):
         DifferentiableEMA(2, 0.9)(weight * 2, leaves=[weight])

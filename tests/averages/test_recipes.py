@@ -156,12 +156,8 @@ def test_a_bad_period_is_named(kind: type, name: str, tmp_path: Path) -> None:
         kind(tracker(Quadratic(), tmp_path, update_every=3), 4, sigma_rel=SIGMA_REL)
 
 
-def test_what_is_no_average_is_named(tmp_path: Path) -> None:
+def test_a_length_is_given_with_a_tracker_only(tmp_path: Path) -> None:
     model = Quadratic()
-    with refused("average", "not Quadratic"):
-        SwitchEMA(model, 3)  # type: ignore[arg-type]
-    with refused("tortoise", "not NoneType"):
-        HareAndTortoise(None, 3)  # type: ignore[arg-type]
     with refused("sigma_rel", "must be given"):
         SwitchEMA(tracker(model, tmp_path), 6)
     with refused("sigma_rel", "only with one"):
