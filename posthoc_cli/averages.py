@@ -240,7 +240,7 @@ def average_(pairs: list[Pair], share: float = 1.0) -> None:
     if copied := [pair for pair in pairs if share == 1 or not is_averaged(pair[0])]:
         averages, sources = zip(*copied, strict=True)
         torch._foreach_copy_(averages, sources)
-    if averaged := [(average, source.to(average)) for average, source in pairs if share < 1 and is_averaged(average)]:
+    if averaged := [(average, source.to(average)) for average, source in pairs if share != 1 and is_averaged(average)]:
         averages, sources = zip(*averaged, strict=True)
         torch._foreach_lerp_(averages, sources, share)
 
