@@ -508,7 +508,7 @@ def propose(
         error = (rounding or {}).get(dtype, relative_rounding(dtype))
         schedule = Schedule(tracked[profiles], steps, _round_interval(steps, _TAKEN * kept), kept, error)
         snapshots = schedule.snapshots(motion)
-        label = f"{name}: {listed(schedule.sigma_rels)} in {dtype}, {schedule.kept} each"
+        label = f"{name}: {schedule.kept} each in {dtype}"
         errors = error_curve(label, snapshots, assumed_prior(snapshots, error, motion), sigma_range, points=81)
         errors = replace(errors, label=label, assumption="")
         fullest = profiles * min(schedule.taken, schedule.kept + 1)  # just before thinning
