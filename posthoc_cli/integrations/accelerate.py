@@ -33,11 +33,6 @@ def prepare(
             not. None: call `ema.update_(model)` after each step that was taken.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
     """
-    ema = make_tracker(model, checkpoint_dir, options)
-    if optimizer is not None:
-        ema.attach(optimizer)
-    ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker), step=tracker.step))
-
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     places = _prepared.setdefault(accelerator, [])
     number = len(places)
@@ -52,6 +47,10 @@ def prepare(
                 log.warning(text, earlier.checkpoint_dir)
                 earlier.close()
             break
+    ema = make_tracker(model, checkpoint_dir, options)
+    if optimizer is not None:
+        ema.attach(optimizer)
+    ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker), step=tracker.step))
 
     def save(models: object, weights: object, folder: str) -> None:
         write_state(ema, folder, model, number)

@@ -18,14 +18,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.errors import NotReadyError, WriteError, warn
+from posthoc_cli.errors import WriteError, warn
 
 log = logging.getLogger(__name__)
 
@@ -33,44 +32,6 @@ PATIENCE = 10.0  # seconds that training waits before a warning
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
-
-
-class CallGuard:
-    """Admits one call at a time to a tracker, from the process that made the tracker, until the tracker is closed."""
-
-    def __init__(self, directory: Path) -> None:
-        self.closed = False
-        self._directory, self._process, self._lock = directory, os.getpid(), threading.Lock()
-
-    @property
-    def is_forked(self) -> bool:
-        """Whether this process was forked from the one that made the tracker."""
-        return self._process != os.getpid()
-
-    def check_process(self) -> None:
-        """Raise a NotReadyError in a forked process, which has none of the tracker's threads."""
-        if self.is_forked:
-            reason = "this process was forked from the one that has the tracker, and its threads"
-            hint = "call it there, or read the snapshots with PostHocEMA.from_path"
-            raise NotReadyError(self._directory, reason, hint)
-
-    def check_open(self) -> None:
-        """Raise a NotReadyError in a forked process, and if the tracker is closed."""
-        self.check_process()
-        if self.closed:
-            raise self.closed_error()
-
-    def closed_error(self) -> NotReadyError:
-        """Return the error for a call after the tracker was closed."""
-        return NotReadyError(self._directory, "this tracker was closed", "continue with PostHocEMA.from_path")
-
-    def lock(self, name: str) -> threading.Lock:
-        """Return the lock to hold during a call; raise a NotReadyError if another call, begun earlier, is running."""
-        self.check_process()
-        if self._lock.locked():
-            reason = "another thread, or the code that this signal handler interrupts, is calling the tracker"
-            raise NotReadyError(name, reason, "call update_ from one thread, after every step")
-        return self._lock
 
 
 class Job(Generic[Result]):

@@ -17,18 +17,17 @@ that no exception of a signal handler can stop an update halfway; the counters c
 from __future__ import annotations
 
 import atexit
-import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
 import torch
 
-from posthoc_cli.errors import DirectoryError, LockedError, NonFiniteError, NotReadyError, WriteError, check_word
+from posthoc_cli.errors import DirectoryError, NonFiniteError, NotReadyError, WriteError, check_word
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
@@ -37,7 +36,6 @@ from posthoc_cli.tracker.copying import ModelCopier
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import Layout, Reader, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
-from posthoc_cli.tracker.processes import Members
 from posthoc_cli.tracker.snapshotter import (
     LiveAverages,
     LiveSource,
@@ -49,8 +47,6 @@ from posthoc_cli.tracker.snapshotter import (
 )
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
 
-log = logging.getLogger(__name__)
-
 
 class Pipeline:
     """Takes in a model's values, lets any thread read the averages, and has snapshots written in the background.
@@ -58,17 +54,18 @@ class Pipeline:
     Attributes:
         tracking: the tracker's state after the last update; only jobs of the averages' thread change it.
         snapshotter: writes the snapshots; None until the tracker is the directory's writer.
+        closed: whether calls that change the state are refused; work that was queued before is done.
     """
 
-    def __init__(self, settings: Settings, tracking: Tracking, device: str | None = None) -> None:
+    def __init__(self, directory: Path, settings: Settings, tracking: Tracking, device: str | None = None) -> None:
         check_word("device", device, ("cpu", "model", None))
         self.tracking = tracking
         self.snapshotter: Snapshotter | None = None
-        self._settings, self._device = settings, device
+        self.closed = self._has_ended = False
+        self._directory, self._settings, self._device = directory, settings, device
         self._is_async: bool | None = None  # whether updates return before they are done; known at the first update
         self._counted = tracking.progress
-        self._refusal: NotReadyError | None = None
-        self._has_ended, self._process = False, os.getpid()
+        self._process, self._lock = os.getpid(), threading.Lock()
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
         self._copier, self._streams = ModelCopier(self._pool.size), DeviceStreams()
         self._updates, self._writes = Worker("averages"), Worker("snapshots")
@@ -94,6 +91,34 @@ class Pipeline:
         counted, done = self._counted, self.tracking.progress
         return counted if counted.step > done.step else done
 
+    # --- which calls are admitted ---
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process was forked from the one that has the threads."""
+        return self._process != os.getpid()
+
+    def check_process(self) -> None:
+        """Raise a NotReadyError in a forked process."""
+        if self.is_forked:
+            reason = "this process was forked from the one that has the tracker, and its threads"
+            hint = "call it there, or read the snapshots with PostHocEMA.from_path"
+            raise NotReadyError(self._directory, reason, hint)
+
+    def check_open(self) -> None:
+        """Raise a NotReadyError in a forked process, and if the tracker is closed."""
+        self.check_process()
+        if self.closed:
+            raise NotReadyError(self._directory, "this tracker was closed", "continue with PostHocEMA.from_path")
+
+    def lock(self, call: str) -> threading.Lock:
+        """Return the lock to hold during a call; raise a NotReadyError if another call, begun earlier, is running."""
+        self.check_open()
+        if self._lock.locked():
+            reason = "another thread, or the code that this signal handler interrupts, is calling the tracker"
+            raise NotReadyError(call, reason, "call update_ from one thread, after every step")
+        return self._lock
+
     # --- called by the training ---
 
     def wait_for_turn(self, writes_too: bool) -> None:
@@ -118,7 +143,7 @@ class Pipeline:
         `tensors` must be the same object while the model is unchanged. Return the error of an update that is left out,
         unless it is asynchronous: see `take_error`.
         """
-        self._check_open()  # a signal handler may have closed the tracker since the call began
+        self.check_open()  # a signal handler may have closed the tracker since the call began
         if self._is_async is None:
             all_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
@@ -163,7 +188,7 @@ class Pipeline:
         """Count a call whose update is left out; with `writes`, have snapshots written if they are due."""
 
         def work() -> None:
-            self._check_open()
+            self.check_open()
             self.tracking = replace(self.tracking, progress=progress)
             if writes:
                 self._submit_if_due(progress)
@@ -175,7 +200,7 @@ class Pipeline:
         """Continue from another state."""
 
         def work() -> None:
-            self._check_open()
+            self.check_open()
             self._counted, self.tracking = tracking.progress, tracking
 
         self._updates.call(work)
@@ -229,12 +254,6 @@ class Pipeline:
 
         self._updates.submit(work)
 
-    def writes_to(self, directory: Path) -> bool:
-        """Return whether the tracker is, or was, the writer of a directory."""
-        with suppress(OSError):
-            return self.snapshotter is not None and self.snapshotter.directory.samefile(directory)
-        return False
-
     def end(self) -> None:
         """Queue the last snapshots of the training, once."""
         if self.snapshotter is not None and not self._has_ended:
@@ -251,22 +270,26 @@ class Pipeline:
         return self._updates.take_error() or self._writes.take_error()
 
     @contextmanager
-    def as_writer(self, directory: Path, run_id: str) -> Iterator[Snapshotter]:
+    def as_writer(self, run_id: str) -> Iterator[Snapshotter]:
         """Be the directory's writer in the block and afterwards; if the block fails, only if it was before."""
         before = self.snapshotter
-        snapshotter = before or _open_snapshotter(directory, self._settings, self.tracking.tracked.members)
         with ExitStack() as undo:
             if before is None:
-                undo.callback(snapshotter.close)
+                wait_for_writers(self._directory)  # a forgotten tracker may still be writing its last snapshot
+                try:
+                    self.snapshotter = Snapshotter(self._directory, self._settings, self.tracking.tracked.members)
+                except WriteError as error:  # a WriteError of `update_` would mean that the call has done its work
+                    raise DirectoryError(error.subject, error.reason, error.hint) from error
+                undo.callback(self.snapshotter.close)
                 undo.callback(setattr, self, "snapshotter", None)
-            snapshotter.check_run(run_id)
-            self.snapshotter = snapshotter
-            yield snapshotter
+            assert self.snapshotter is not None
+            self.snapshotter.check_run(run_id)
+            yield self.snapshotter
             undo.pop_all()
 
-    def refuse(self, error: NotReadyError) -> None:
-        """Make later calls raise `error`; work that is already queued is done."""
-        self._updates.submit(partial(setattr, self, "_refusal", error))
+    def refuse_calls(self) -> None:
+        """Refuse later calls that change the state."""
+        self._updates.submit(lambda: setattr(self, "closed", True))
 
     def close(self) -> None:
         """Finish all work, and release the directory for another writer."""
@@ -275,10 +298,6 @@ class Pipeline:
         self._writes.close()
         if self.snapshotter is not None:
             self.snapshotter.close()
-
-    def _check_open(self) -> None:
-        if self._refusal is not None:
-            raise self._refusal
 
     def _without_averages(self, current: Tracking, exact: bool = False) -> Tracking:
         """Return the state without averages, with copies on the host; unless `exact`, with the path as stored."""
@@ -324,7 +343,7 @@ class Pipeline:
         self, values: Reader, copies: Mapping[str, torch.Tensor], progress: TrainingProgress
     ) -> NonFiniteError | None:
         """Update averages and counters; return the error of an update left out."""
-        self._check_open()
+        self.check_open()
         now, averages, storage = self.tracking, self.tracking.averages, self._storage_of(values.layout)
         if self._settings.snapshot_is_due(progress.step):
             storage.allocate(len(averages.sigma_rels))  # before anything is changed: memory may run out
@@ -363,38 +382,12 @@ class Pipeline:
 _pipelines: WeakSet[Pipeline] = WeakSet()
 
 
-def _open_snapshotter(directory: Path, settings: Settings, members: Members) -> Snapshotter:
-    """Open the directory's writer; an earlier tracker of this process that holds the directory is closed."""
-    wait_for_writers(directory)  # a forgotten tracker may still be writing its last snapshot
-    try:
-        try:
-            return Snapshotter(directory, settings, members)
-        except LockedError:
-            earlier = [p for p in list(_pipelines) if p._process == os.getpid() and p.writes_to(directory)]
-            if not earlier:
-                raise
-            for pipeline in earlier:  # such as a notebook cell's
-                said = "an earlier tracker of this process is closed: this one continues in its place"
-                log.warning("%s: %s", directory, said)
-                hint = "continue with that one, or give each tracker its own directory"
-                pipeline.refuse(NotReadyError(directory, "a later tracker has taken the place of this one", hint))
-                pipeline.end()
-                pipeline.close()
-            return Snapshotter(directory, settings, members)
-    except WriteError as error:  # a WriteError of `update_` would mean that the call has done its work
-        raise DirectoryError(error.subject, error.reason, error.hint) from error
-
-
-def wait_for_writers(directory: Path, last_too: bool = False) -> None:
-    """Wait until the trackers of this process have written all due snapshots in a directory; they keep their errors.
-
-    With `last_too` they also write their last snapshots, so that another tracker can continue from there.
-    """
+def wait_for_writers(directory: Path) -> None:
+    """Wait until the trackers of this process have written all due snapshots in a directory; they keep their errors."""
     for pipeline in list(_pipelines):
-        if pipeline.writes_to(directory):
-            if last_too and not pipeline._has_ended:
-                pipeline.write_missing(at_end=True)
-            pipeline.flush()
+        with suppress(OSError):
+            if pipeline.snapshotter is not None and pipeline.snapshotter.directory.samefile(directory):
+                pipeline.flush()
 
 
 @atexit.register

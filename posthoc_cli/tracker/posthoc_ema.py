@@ -48,10 +48,9 @@ from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import as_target
-from posthoc_cli.tracker import averaged, resuming
+from posthoc_cli.tracker import averaged
 from posthoc_cli.tracker.attach import Attachment, attach
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.background import CallGuard
 from posthoc_cli.tracker.filling import check_weights, fill, swapped_in, targets_of
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
@@ -67,10 +66,24 @@ from posthoc_cli.tracker.model import (
     unwrapped,
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
-from posthoc_cli.tracker.processes import Group, Members, ShardOwners, is_first_of_group, is_in_group, mesh_of
-from posthoc_cli.tracker.resuming import Start
+from posthoc_cli.tracker.processes import Group, Members, ShardOwners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.snapshotter import LiveSource
-from posthoc_cli.tracker.state import Settings, StateInfo, Tracking, TrainingProgress, pack_state, unpack_state
+from posthoc_cli.tracker.state import (
+    Settings,
+    Start,
+    StateInfo,
+    Tracking,
+    TrainingProgress,
+    begin,
+    check_directory,
+    check_path,
+    least_distance,
+    pack_state,
+    resumed_tracking,
+    sample_of_all,
+    snapshots_until,
+    unpack_state,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,9 +94,6 @@ Dtype = torch.dtype | str | None
 
 log = logging.getLogger(__name__)
 
-_Parts = tuple[Path, Settings, Tracking, torch.nn.Module | None, str | None, Start]
-"""The directory, the settings, the state, the model, the device and the place to continue from of a tracker."""
-
 
 class PostHocEMA:
     """Tracks power-function averages of a model and makes the average of any other length from them.
@@ -93,14 +103,16 @@ class PostHocEMA:
     attributes: `checkpoint_dir`, the directory of the snapshots, and `settings`, the checked arguments.
     """
 
-    def __init__(self, *_: object, parts: _Parts | None = None, **__: object) -> None:
-        if parts is None:
+    def __init__(
+        self, start: object = None, tracking: Any = None, model: torch.nn.Module | None = None, device: Any = None,
+        **_: object,
+    ) -> None:  # fmt: skip
+        if not isinstance(start, Start):
             how = "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by"
-            raise InvalidValueError(
-                "PostHocEMA(...)", f"{how} PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
-            )
-        self.checkpoint_dir, self.settings, tracking, model, device, self._start = parts
-        self._members = tracking.tracked.members
+            reason = f"{how} PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
+            raise InvalidValueError("PostHocEMA(...)", reason)
+        self.checkpoint_dir, self.settings, self._start = start.directory, start.settings, start
+        self._members: Members = tracking.tracked.members
         self._watch = ModelWatch(self.settings.selection, self._members)
         self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
         if model is not None and tracking.resumes:
@@ -110,7 +122,7 @@ class PostHocEMA:
                 hint = f"the run in {self.checkpoint_dir} is of another model; use its model, or another directory"
                 raise error if error.hint else error.with_hint(hint) from None
         self._model = None if model is None else weakref.ref(unwrapped(model))
-        self._pipeline = Pipeline(self.settings, tracking, device)
+        self._pipeline = Pipeline(self.checkpoint_dir, self.settings, tracking, device)
         # For a tracker that nobody closes. `end` must not wait for a thread: garbage may be collected in that thread.
         weakref.finalize(self, self._pipeline.end).atexit = False
         self._attachment: Attachment | None = None
@@ -118,9 +130,7 @@ class PostHocEMA:
         self._callbacks: list[Callable[[Any], None]] = []
         self._reported = 0
         self._warned_of: set[str] = set()
-        self._calls = CallGuard(self.checkpoint_dir)
         self._has_begun = False  # whether this process is a writer, or knows the writers
-        self._is_restored = False  # whether a checkpoint of the model was loaded since the last call of `update_`
         self._weights = self._start.weights if self._has_state else ()  # at a given step or in a loaded state
         if model is not None:
             if tracking.resumes:
@@ -164,8 +174,7 @@ class PostHocEMA:
             resume: "auto" to continue the directory's run, if it holds one, from the newest snapshots at whose time the
                 network had the model's weights, exactly or as float16 or bfloat16; for any other weights the first
                 `update_` raises an error, unless `load_state_dict` was called. A number to continue from the snapshots
-                of that call of `update_`, whatever the weights. None for a new run, or to continue exactly from an open
-                tracker of this very model and directory, as of a notebook's cell that runs again.
+                of that call of `update_`, whatever the weights. None for a new run.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -177,11 +186,8 @@ class PostHocEMA:
             t_unit, selection, on_nonfinite,
         )  # fmt: skip
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
-        directory = resuming.check_path(checkpoint_dir)
-        earlier = _open_tracker(model, directory) if resume in (None, "auto") else None
-        state = None if earlier is None else earlier.state_dict()
-        resume = resume if state is None else "auto"
-        wait_for_writers(directory, last_too=state is None)
+        directory = check_path(checkpoint_dir)
+        wait_for_writers(directory)
         if isinstance(resume, bool | str) and resume != "auto":
             reason = "must be 'auto', a call of update_ that has snapshots, or None"
             raise InvalidValueError("resume", reason, value=f"{resume!r}")
@@ -191,14 +197,10 @@ class PostHocEMA:
             settings = replace(settings, selection=selection.resumed(stored[-1].roles))
         tensors = collect_tensors(model, settings.selection)
         if tensors.tracked.chunks or is_first_of_group(model):
-            resuming.check_directory(directory, is_new=resume is None)
-        tracking, step = resuming.begin(directory, stored, settings, tensors.tracked, step)
+            check_directory(directory, is_new=resume is None)
+        tracking, step = begin(directory, stored, settings, tensors.tracked, step)
         tracking = _with_members(tracking, model, tensors, settings, directory)
-        start = Start(directory, settings, step, stored)
-        tracker = cls(parts=(directory, settings, tracking, model, device, start))
-        if state is not None:
-            tracker.load_state_dict(state)
-        return tracker
+        return cls(Start(directory, settings, step, stored), tracking, model, device)
 
     @classmethod
     def from_path(
@@ -211,22 +213,21 @@ class PostHocEMA:
         weights; later ones are moved to the folder `superseded` at the first `update_`. The model's tensors are checked
         against the snapshots. The call waits for due snapshots of other trackers of this process.
         """
-        directory = resuming.check_path(checkpoint_dir)
+        directory = check_path(checkpoint_dir)
         wait_for_writers(directory)
         stored = read_directory(directory)
         profiles = stored[-1].sigma_rels
-        snapshots = resuming.snapshots_until(stored, step)
+        snapshots = snapshots_until(stored, step)
         newest = snapshots[-1]
         selection = (newest.selection or Selection()).resumed(newest.roles)
         on_nonfinite = "skip" if newest.skip_nonfinite else "raise"
         settings = Settings(profiles, newest.schedule, newest.t_unit, selection, on_nonfinite)
-        tracking = resuming.resumed_tracking(snapshots, profiles)
+        tracking = resumed_tracking(snapshots, profiles)
         if model is not None:
             # By the names in the snapshots: a model that is only to be filled may be frozen.
             tensors = collect_tensors(model, selection, tracking.tracked.known_names)
             tracking = _with_members(tracking, model, tensors, settings, directory)
-        start = Start(directory, settings, step, stored)
-        return cls(parts=(directory, settings, tracking, model, device, start))
+        return cls(Start(directory, settings, step, stored), tracking, model, device)
 
     def __repr__(self) -> str:
         profiles = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.settings.sigma_rels)
@@ -251,7 +252,7 @@ class PostHocEMA:
     @property
     def closed(self) -> bool:
         """Whether `close` was called. A closed tracker takes no updates; its averages can still be read."""
-        return self._calls.closed
+        return self._pipeline.closed
 
     @property
     def keeps_averages(self) -> bool:
@@ -296,7 +297,7 @@ class PostHocEMA:
         _check_raw(check_model(model), "update_")
         grad_mode = torch.is_grad_enabled()
         try:
-            with self._calls.lock("update_"):
+            with self._pipeline.lock("update_"):
                 self._advance(model, t)
         finally:  # a signal handler can raise just before torch.no_grad() restores the mode
             torch.set_grad_enabled(grad_mode)
@@ -310,7 +311,7 @@ class PostHocEMA:
         optimizers take the one that steps last. `t` returns the training time on your own clock, such as
         `lambda: images_seen`. The handle's `remove()` detaches the tracker, as `detach()` does.
         """
-        self._calls.check_open()
+        self._pipeline.check_open()
         unit, before = self.settings.t_unit, self._attachment
         self._attachment = attach(self.update_, self.checkpoint_dir, unit, optimizer, self._model, t, before)
         return self._attachment
@@ -335,11 +336,11 @@ class PostHocEMA:
         Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from that checkpoint.
         Between two updates it takes in the model's weights first. Thinning spares it until five later times have some.
         """
-        self._calls.check_open()
+        self._pipeline.check_open()
         model, progress = self._tracked_model(), self._pipeline.progress
         if model is not None and self.keeps_averages and 0 < progress.updated < progress.step:
             _check_raw(model, "snapshot")
-            with self._calls.lock("snapshot"):
+            with self._pipeline.lock("snapshot"):
                 self._pipeline.wait_for_turn(writes_too=False)
                 self._take_in(model, replace(progress, updated=progress.step))
         if self._pipeline.snapshotter is not None:
@@ -355,7 +356,7 @@ class PostHocEMA:
             WriteError, NonFiniteError: an error since the last call, raised once.
             RankError: another process that keeps a part of the averages has failed.
         """
-        self._calls.check_process()
+        self._pipeline.check_process()
         self._pipeline.flush()
         self._note_error()
         self._raise_pending()
@@ -511,7 +512,7 @@ class PostHocEMA:
         model has other weights than the network had then, the first `update_` warns, and later predicted errors contain
         the distance. For a sharded model all processes make the call, also with a state of complete tensors.
         """
-        self._calls.check_open()
+        self._pipeline.check_open()
         now = self._pipeline.tracking
         if not (self._has_state or state):
             # The writer loads the state. This process only counts, and must not resume from disk any more.
@@ -529,10 +530,10 @@ class PostHocEMA:
 
         def become_writer() -> None:
             if self.keeps_averages:
-                with self._pipeline.as_writer(self.checkpoint_dir, loaded.run_id) as snapshotter:
+                with self._pipeline.as_writer(loaded.run_id) as snapshotter:
                     snapshotter.continue_from(loaded)  # sets aside snapshots that are not of the state's training
 
-        with self._calls.lock("load_state_dict"):
+        with self._pipeline.lock("load_state_dict"):
             loaded, weights = group.together(unpack)
             group.first_then_others(become_writer)
             self._pipeline.set(loaded)
@@ -550,10 +551,9 @@ class PostHocEMA:
             counted = self._attachment.steps
             log.info("%s: %d steps of the attached optimizer were counted", self.checkpoint_dir, counted)
         self.detach()
-        self._calls.closed = True
-        if self._calls.is_forked:
+        if self._pipeline.is_forked:
             return  # the threads and the directory belong to another process
-        self._pipeline.refuse(self._calls.closed_error())
+        self._pipeline.refuse_calls()
         try:
             self._pipeline.end()
             self.flush()
@@ -579,11 +579,9 @@ class PostHocEMA:
     # --- one call of `update_`
 
     def _advance(self, model: torch.nn.Module, t: float | None) -> None:
-        self._calls.check_open()
         if self.settings.snapshot_is_due(self.step + 1):
             self._members.check()
         self._note_error()
-        self._is_restored = False
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
         keeps = self.keeps_averages
@@ -611,7 +609,7 @@ class PostHocEMA:
 
     def _become_writer(self) -> None:
         """Become the directory's writer, at the first call, and in a resumed run load its averages."""
-        with self._pipeline.as_writer(self.checkpoint_dir, self.run_id) as snapshotter:
+        with self._pipeline.as_writer(self.run_id) as snapshotter:
             if self._pipeline.tracking.resumes:
                 loaded = self._start.read(self._pipeline.tracking)
                 snapshotter.continue_from(loaded)
@@ -675,7 +673,7 @@ class PostHocEMA:
         group, now = self._members.keepers("update_" if is_first_call else "this tracker"), self._pipeline.tracking
         if self._sample is None:
             self._sample = group.together(lambda: self._watch.sample(model, now.tracked))
-        values = resuming.sample_of_all(group, self._sample)
+        values = sample_of_all(group, self._sample)
         chosen = self._start.choose(now, values, group, self.keeps_averages, is_first_call)
         if chosen is not now:
             self._pipeline.set(chosen)
@@ -688,9 +686,9 @@ class PostHocEMA:
         """
         group, now = self._members.keepers("update_"), self._pipeline.tracking
         present = group.together(lambda: self._watch.sample(model, now.tracked))
-        samples = [resuming.sample_of_all(group, one) for one in (self._sample or {}, present)]
+        samples = [sample_of_all(group, one) for one in (self._sample or {}, present)]
         recorded, shapes = np.array(self._weights, np.float32), now.tracked.complete_shapes
-        if missing := resuming.least_distance(samples, recorded, shapes):
+        if missing := least_distance(samples, recorded, shapes):
             averages = replace(
                 now.averages, standing=replace(now.averages.standing, missing=missing * now.tracked.leads)
             )
@@ -747,7 +745,7 @@ class PostHocEMA:
         if model is not None and not self._pipeline.tracking.resumes and not is_swapped(model):
             with suppress(ModelMismatchError):
                 own = self._watch.sample(model, tracked)
-        values = resuming.sample_of_all(group, own)
+        values = sample_of_all(group, own)
         is_known = len(values) == len(places(tracked.complete_shapes)) and bool(np.isfinite(values).all())
         return tuple(values.tolist()) if is_known else ()
 
@@ -908,21 +906,9 @@ _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDict
 """The trackers that were made with a model, by the bare model."""
 
 
-def _open_tracker(model: torch.nn.Module, directory: Path) -> PostHocEMA | None:
-    """Return the open tracker that writes averages of a model with its present weights to a directory, if any."""
-    if is_in_group():
-        return None
-    for tracker in [*_trackers.get(unwrapped(model), WeakSet[PostHocEMA]())]:
-        is_usable = not (tracker.closed or tracker._calls.is_forked or tracker._is_restored)
-        if is_usable and tracker._pipeline.tracking.averages.exist and tracker._pipeline.writes_to(directory):
-            return tracker
-    return None
-
-
 def _note_restored(model: torch.nn.Module, _: object) -> None:
     """Handle the end of the model's `load_state_dict`; a function of the module, so that models can be pickled."""
     for tracker in [*_trackers.get(model, ())]:
-        tracker._is_restored = True
         resumes = tracker._pipeline.tracking.resumes
         if (resumes or tracker._weights) and not tracker.closed:
             tracker._sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)

@@ -42,8 +42,7 @@ from posthoc_cli.tracker.measuring import Elements, Subset, Values, joined
 from posthoc_cli.tracker.memory import FlatTensors, Layout, Tile, on_host, ranges_of, tiles_of
 from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.processes import Members
-from posthoc_cli.tracker.resuming import ways_to_resume
-from posthoc_cli.tracker.state import Settings, Tracking
+from posthoc_cli.tracker.state import Settings, Tracking, ways_to_resume
 
 log = logging.getLogger(__name__)
 

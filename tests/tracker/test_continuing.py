@@ -588,22 +588,24 @@ def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("way", ["auto", None])
-@pytest.mark.parametrize("first", [17, 9], ids=["between snapshots", "before the first snapshot"])
-def test_a_cell_that_is_run_again_continues_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: int, way: str | None
-) -> None:
-    """Its first tracker was interrupted and still exists, as in a notebook's list of results."""
-    training, trackers = Training(), []
-    for last in (first, 35):
-        trackers.append(begin(training.model, tmp_path, resume=way))
-        training.run(last, trackers[-1])
-    assert sum("an earlier tracker of this process" in text for text in caplog.messages) == 1
-    assert training.error(trackers[1]) < 1e-6
-    with pytest.raises(NotReadyError, match="a later tracker has taken the place of this one"):
-        trackers[0].update_(training.model)
-    for tracker in trackers:
-        tracker.close()
-    assert repr(trackers[1]) == f"PostHocEMA({str(tmp_path)!r}, step 35, sigma_rels 0.05, 0.28, closed)"
+def test_a_cell_that_is_run_again_is_told_to_close_its_first_tracker(tmp_path: Path, way: str | None) -> None:
+    """A closed run continues at the model's weights."""
+    training = Training()
+    first = begin(training.model, tmp_path)
+    training.run(9, first)  # there is no snapshot yet
+    writes = r"another tracker of this process .* is writing here; "
+    with pytest.raises(LockedError, match=writes):
+        begin(training.model, tmp_path, resume=way).update_(training.model)
+    first.snapshot()
+    with pytest.raises(MismatchError, match=r"up to step 9; restore the model.*resume='auto'"):
+        begin(training.model, tmp_path)
+    with pytest.raises(LockedError, match=writes):
+        resume(training.model, tmp_path).update_(training.model)
+    first.close()
+    with resume(training.model, tmp_path) as tracker:
+        training.run(35, tracker)
+        assert tracker.state_dict()["standing"]["updates"] == 18  # at 2, 4, ..., 34, and at 9
+    assert repr(tracker) == f"PostHocEMA({str(tmp_path)!r}, step 35, sigma_rels 0.05, 0.28, closed)"
 
 
 def test_a_cell_that_makes_a_new_model_is_refused_and_leaves_the_first_tracker_unchanged(tmp_path: Path) -> None:
@@ -611,7 +613,7 @@ def test_a_cell_that_makes_a_new_model_is_refused_and_leaves_the_first_tracker_u
     training, restored = Training(), Training(1).state()
     with begin(training.model, tmp_path) as ema:
         training.run(17, ema)
-        with pytest.raises(MismatchError, match=r"up to step 16; .* for a new run name another directory"):
+        with pytest.raises(MismatchError, match=r"up to step 10; .* for a new run name another directory"):
             begin(Training().model, tmp_path)
         training.run(20, ema)
         ema.flush()
