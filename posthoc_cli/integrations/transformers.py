@@ -79,6 +79,9 @@ class PostHocCallback(TrainerCallback):
             raise NotReadyError("evaluate", "needs the trainer, which its callbacks are not passed", hint)
         ema = self.ema
         if ema is None or ema.closed or not args.auto_find_batch_size or owner is not self:
+            for earlier in filter(None, (owner, self)):  # an exception has ended its training
+                if earlier.ema is not None:
+                    earlier.ema.close()
             self.ema = ema = make_tracker(model, self.checkpoint_dir, self.options)
         else:  # memory ran out: the trainer begins the loop again, with the present weights
             log.warning("training begins again with smaller batches; its averages continue from step %d", ema.step)
