@@ -94,7 +94,8 @@ class ExponentialMovingAverage(torch.nn.Module):
         elif steps % self.interval == 0:
             average_(parameters, share)
             for average, source in averaged:  # equal elements stay: the mean of two infinities in a mask would be nan
-                average.copy_(torch.where(average == source, average, torch.lerp(average, source.to(average), share)))
+                value = source.to(average)
+                average.copy_(torch.where(average == value, value, torch.lerp(average, value, share)))
         self.steps += 1
 
 
@@ -197,7 +198,6 @@ def check_decay(decay: float, examples: str) -> float:
 
 
 # --- pairs of tensors
-
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A tensor of the average, and the model's tensor of the same name."""

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +56,7 @@ def sweep(
     from posthoc_cli.tracker import PostHocEMA
 
     if not callable(metric):
-        reason = "must be a function that returns the metric of a model, or of weights by name"
-        raise InvalidValueError("metric", reason, value=shown(metric))
+        raise InvalidValueError("metric", "must be a function of a model, or of weights by name", value=shown(metric))
     tracker = run if isinstance(run, PostHocEMA) else None
     stored = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
     newest = stored.sources[-1]
@@ -78,12 +76,10 @@ def sweep(
         for length, seed in wanted:
             started = time.perf_counter()
             with averages(length) as (average, error):
-                result = metric(average)
-            value, standard_error = _checked(result)
+                value, noise = _checked(metric(average))
             title, seconds = SigmaRel(length).title if length else RAW, time.perf_counter() - started
-            trial = Trial(title, length, seed, value, standard_error, error, seconds)
-            finite = math.isfinite(value)
-            yield trial if finite else replace(trial, value=None, error=f"its metric is {value}")
+            reason = None if math.isfinite(value) else f"its metric is {value}"
+            yield Trial(title, length, seed, None if reason else value, noise, error, seconds, reason)
 
     for _ in search.rounds(measure):
         pass

@@ -253,10 +253,10 @@ def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Esti
     places = axis.place([trial.x for trial, _ in measured])
     draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp), _GRID)
     curve, spread = centre + scale * draws.mean(axis=0), scale * draws.std(axis=0)
-    choices = axis.values or tuple(map(axis.value_at, _GRID.tolist()))
-    points = np.abs(_GRID - axis.place(choices)[:, None]).argmin(axis=1) if axis.values else np.arange(POINTS)
+    choices = axis.place(axis.values) if axis.values else _GRID
+    points = np.abs(_GRID - choices[:, None]).argmin(axis=1)
     chosen = int(curve[points].argmin())
-    point, best = int(points[chosen]), choices[chosen]
+    point, best = int(points[chosen]), axis.values[chosen] if axis.values else axis.value_at(float(_GRID[chosen]))
     low, high = map(axis.value_at, _likely(draws).tolist())
     regret = scale * float((draws[:, point] - draws.min(axis=1)).mean())
     return Estimate(
@@ -307,14 +307,12 @@ def _draw(
     given = bool(np.isfinite(errors).all())
     same_seed = (seeds[:, None] == seeds[None]).astype(float)
     offsets = _OFFSETS if 1 < len(set(seeds.tolist())) < len(seeds) else _OFFSETS[:1]
-    noises = (1.0,) if given else _NOISES
-    options = list(itertools.product(_LENGTHS, _SIZES, noises, offsets))
+    options = list(itertools.product(_LENGTHS, _SIZES, (1.0,) if given else _NOISES, offsets))
     scales = np.clip(errors, *_STATED) if given else np.ones_like(errors)
 
-    both = np.concatenate([places, grid])
+    both, count = np.concatenate([places, grid]), len(values)
     trends = np.vander(2 * both - 1, 3, increasing=True) * _TRENDS
     kernels = {length: _matern(both, length) for length in _LENGTHS}
-    count = len(values)
 
     def covariance(length: float, size: float) -> FloatArray:
         """Return the covariance of the metric at all places with that at the measured ones."""
@@ -325,12 +323,11 @@ def _draw(
         within = covariance(length, size)[:count] + np.diag((noise * scales) ** 2) + offset**2 * same_seed
         return np.asarray(cholesky(within, lower=True, check_finite=False))
 
-    logs = np.empty(len(options))
-    for place, option in enumerate(options):  # one at a time: all matrices for hundreds of trials would take gigabytes
-        root = factor(*option)
+    logs = []
+    for root in itertools.starmap(factor, options):  # one at a time: all for hundreds of trials would take gigabytes
         whitened = solve_triangular(root, values, lower=True, check_finite=False)
-        logs[place] = -0.5 * (whitened**2).sum() - np.log(np.diagonal(root)).sum()
-    weights = np.exp(logs - logs.max())
+        logs.append(-0.5 * (whitened**2).sum() - np.log(np.diagonal(root)).sum())
+    weights = np.exp(np.array(logs) - max(logs))
     weights /= weights.sum()
     random = np.random.default_rng(0)
     # Systematic resampling: the count of each option differs by less than one from its weight times _MIXED.

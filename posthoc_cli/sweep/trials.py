@@ -115,11 +115,6 @@ class Metric:
         return cls(key, file)
 
     @property
-    def text(self) -> str:
-        """The text that `parse` takes; empty for a line that is a number."""
-        return ":".join(filter(None, (self.file, self.key)))
-
-    @property
     def label(self) -> str:
         """The name of the metric in tables and plots."""
         return self.key or "metric"
@@ -139,7 +134,12 @@ class Metric:
             members = _members(value)
             name = self.key if self.key in members else ""
             if name in members:
-                return _checked(name, members[name]), _standard_error(members, name)
+                number = _number(members[name])
+                if number is None:
+                    raise TrialError(f"{shown(name)} is {shown(members[name])}, not a number")
+                if not math.isfinite(number):
+                    raise TrialError(f"its metric is {number}")
+                return number, _standard_error(members, name)
             names += members
         inside = "".join((self.key or "").rpartition(".")[:2])
         raise MissingMetricError(reason + _listed([name for name in names if name.startswith(inside)] or names))
@@ -203,22 +203,12 @@ def _standard_error(members: dict[str, Any], name: str) -> float | None:
     return next((error for error in errors if error is not None and 0 < error < math.inf), None)
 
 
-def _number(value: object) -> float | None:
+def _number(value: Any) -> float | None:
     """Return a number or the text of one as a float; None for other values."""
     try:
-        return None if isinstance(value, bool) or not isinstance(value, str | int | float) else float(value)
-    except (ValueError, OverflowError):
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
-
-
-def _checked(name: str, value: object) -> float:
-    """Return a finite number; raise a TrialError for other values."""
-    number = _number(value)
-    if number is None:
-        raise TrialError(f"{shown(name)} is {shown(value)}, not a number")
-    if not math.isfinite(number):
-        raise TrialError(f"its metric is {number}")
-    return number
 
 
 def _listed(names: list[str]) -> str:
