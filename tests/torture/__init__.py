@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import faulthandler
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from posthoc_cli.errors import PostHocError
-
-LONGEST = 180
-"""The time limit, in seconds, for one try on a tiny directory on a busy machine."""
 
 
 @dataclass
@@ -28,11 +23,7 @@ class Tally:
 
     @contextmanager
     def judged(self, what: str, named: str = "", refusable: bool = True) -> Iterator[None]:
-        """Require that the block ends without an error or with one short error that contains `named`.
-
-        A block that hangs ends the process.
-        """
-        faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__)  # type: ignore[arg-type]
+        """Require that the block ends without an error or with one short error that contains `named`."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 - any other error is a failure
@@ -40,5 +31,3 @@ class Tally:
             is_clear = named in text and text.isprintable() and len(text) <= 2_000
             if not (refusable and is_clear and isinstance(error, PostHocError)):
                 self.missed.append(f"{what}: {type(error).__name__}: {text[:500]!a}; {named!r} was to be named")
-        finally:
-            faulthandler.cancel_dump_traceback_later()

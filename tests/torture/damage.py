@@ -10,69 +10,61 @@ from pathlib import Path
 import numpy as np
 import torch
 from factories import split_snapshot, write_snapshot
+from safetensors.torch import load_file
 
 from posthoc_cli import Run, export_file
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.path import PathSketch, encode_path
-from posthoc_cli.snapshots.tensorfile import read_file, tensor_bytes
 from posthoc_cli.snapshots.verify import verify
 from torture import Tally
 
 VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
 
 Content = dict[str, object]
-"""The content of a file: the bytes of each tensor by name, and the header under ""."""
 
 
 def examine(path: Path) -> Content:
-    """Verify a snapshot, an output, or the shards of an index as `ema verify` does; return the content.
-
-    Raises FileFormatError, naming the file.
-    """
-    found, content = verify(path), Content()
+    """Verify a snapshot, an output, or the shards of an index as `ema verify` does; return the headers, or raise."""
+    found = verify(path)
     for report in found.files:
         if report.header is None or not report.is_fine:
             raise FileFormatError(report.path, report.detail or "is foreign")
     if found.problems:
         raise FileFormatError(path, found.problems[0])
-    for report in found.files:
-        with read_file(report.path) as file:
-            content |= {name: bytes(tensor_bytes(file.tensor(name))) for name in file.entries} | {"": report.header}
-    return content
-
-
-@dataclass(frozen=True)
-class Victim:
-    """A file that will be damaged; `source` is what a command reads it from."""
-
-    path: Path
-    source: Path
-    named: Path
-    """The path that an error must name: the file, or the folder of an index and its shards."""
-
-    def results(self, tally: Tally, what: str) -> list[Content | None]:
-        """Return the content, and that of an output made from it; None after an error, which must name the file."""
-        found: list[Content | None] = []
-        out = self.source.with_name("out.safetensors")
-        for act in (lambda: examine(self.path), lambda: used(self.source, out)):
-            found.append(None)
-            with tally.judged(what, str(self.named)):
-                found[-1] = act()
-            if found[-1] is None and out.exists():
-                tally.lost.append(f"{what}: an output was left")
-            out.unlink(missing_ok=True)
-        return found
+    return {report.path.name: report.header for report in found.files}
 
 
 def used(source: Path, out: Path) -> Content:
-    """Synthesize the tracked average of a run, or export an output; return the content of the result."""
+    """Synthesize the tracked average of a run, or export an output; return the tensors of the result."""
     if source.name == "run":
         Run(source).write([0.05], out)
     else:
         export_file(source, out)
-    return examine(out)
+    return {name: value.tolist() for name, value in load_file(out).items()}
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A file that will be damaged, what a command reads it from, and the path that an error must name."""
+
+    path: Path
+    source: Path
+    named: Path
+
+    def results(self, tally: Tally, what: str) -> list[Content | None]:
+        """Return what `examine` and `used` return; None after an error."""
+        found: list[Content | None] = [None, None]
+        out = self.source.with_name("out.safetensors")
+        with tally.judged(what, str(self.named)):
+            found[0] = examine(self.path)
+        with tally.judged(what, str(self.named)):
+            found[1] = used(self.source, out)
+        if found[1] is None and out.exists():
+            tally.lost.append(f"{what}: an output was left")
+        out.unlink(missing_ok=True)
+        return found
 
 
 def small_snapshot(folder: Path, values: dict[str, torch.Tensor] = VALUES) -> Victim:
@@ -114,29 +106,27 @@ def flip_bits(folder: Path, share: float, seed: int) -> Tally:
         byte, bit = divmod(place, 8)
         return data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
 
-    return _harm(folder, flipped, lambda data: 8 * len(data), share, seed)
+    return _harm(folder, flipped, 8, share, seed)
 
 
 def truncate(folder: Path, share: float, seed: int) -> Tally:
     """Cut every small file to every shorter length."""
-    return _harm(folder, lambda data, count: data[:count], len, share, seed)
+    return _harm(folder, lambda data, length: data[:length], 1, share, seed)
 
 
-def _harm(
-    folder: Path, change: Callable[[bytes, int], bytes], count: Callable[[bytes], int], share: float, seed: int
-) -> Tally:
-    """Damage each file in a share of all ways, one at a time: each is found or, in an index, changes nothing."""
+def _harm(folder: Path, change: Callable[[bytes, int], bytes], ways: int, share: float, seed: int) -> Tally:
+    """Damage each file in a share of the `ways` a byte: each damage is found or, in an index, changes nothing."""
     tally, chance = Tally(), random.Random(seed)
     for kind, victim in all_victims(folder).items():
         intact, data = victim.results(tally, kind), victim.path.read_bytes()
-        for number in chance.sample(range(count(data)), max(1, round(share * count(data)))):
+        count = ways * len(data)
+        for number in chance.sample(range(count), max(1, round(share * count))):
             victim.path.write_bytes(change(data, number))
             tally.tried += 1
-            what = f"{kind}, damage {number}"
-            for result, before in zip(victim.results(tally, what), intact, strict=True):
-                # An index has no checksum: some damage changes nothing.
-                if result is not None and not (kind == "index" and result == before):
-                    tally.missed.append(f"{what}: not found")
+            found = victim.results(tally, f"{kind}, damage {number}")
+            for result, before in zip(found, intact, strict=True):
+                if result is not None and not (kind == "index" and result == before):  # an index has no checksum
+                    tally.missed.append(f"{kind}, damage {number}: not found")
         victim.path.write_bytes(data)
         if victim.results(tally, kind) != intact or None in intact:
             tally.lost.append(f"{kind}: differs from before")

@@ -18,9 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ema_command import run_ema
-
-from posthoc_cli import files
+from posthoc_cli import Run, export_file, files
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
 from torture import Tally
@@ -28,16 +26,6 @@ from torture.training import STATE, contents, train, wrong_output, wrong_snapsho
 
 STEPS, STOPS, SAVES = 10, 7, 5
 """The last step of the training, the one at which it ends for the first time, and the one whose state is saved."""
-
-
-class CommandError(Exception):
-    """A command that ended with an exit code above 0."""
-
-
-def _ema(*arguments: object) -> None:
-    result = run_ema(*arguments)
-    if result.code:
-        raise CommandError(result.err.strip() or f"exit code {result.code}")
 
 
 @dataclass
@@ -55,26 +43,25 @@ class Work:
     def __post_init__(self) -> None:
         self.root.mkdir(exist_ok=True)
         self.run = self.root / "run"
-        self.outputs = [self.root / name for name in ("out/sigma_rel-0.1.safetensors", "out/sigma_rel-0.2.safetensors")]
-        self.outputs.append(self.root / "shards")
+        names = "out/sigma_rel-0.1.safetensors", "out/sigma_rel-0.2.safetensors", "shards"
+        self.outputs = [self.root / name for name in names]
 
     def do(self) -> None:
         """Do all stages; repeat a stage that fails once."""
         if not (self.run / STATE).exists():
             self._twice(lambda: self._train(STOPS))
         self._twice(lambda: self._train(STEPS))
-        out = ("--out", self.root / "out", "--overwrite")
-        self._twice(lambda: _ema("synthesize", self.run, "--sigma-rel", "0.1,0.2", *out))
-        self.done += self.outputs[:2]
-        shards = ("--out", self.outputs[2], "--max-shard-size", "40", "--overwrite")
-        self._twice(lambda: _ema("export", self.outputs[0], *shards))
-        self.done += self.outputs[2:]
-        self._twice(lambda: _ema("prune", self.run, "--keep", 2, "--yes"))
+        first, second, shards = self.outputs
+        self._twice(lambda: Run(self.run).write([0.1, 0.2], first.parent, overwrite=True))
+        self.done += [first, second]
+        self._twice(lambda: export_file(first, shards, max_shard_size="40", overwrite=True))
+        self.done.append(shards)
+        self._twice(lambda: Run(self.run).prune(keep=2))
 
-    def _twice(self, stage: Callable[[], None]) -> None:
+    def _twice(self, stage: Callable[[], object]) -> None:
         try:
             stage()
-        except (PostHocError, CommandError) as error:
+        except PostHocError as error:
             self.errors.append(str(error))
             self.make_room()
             stage()

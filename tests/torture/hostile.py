@@ -1,8 +1,6 @@
 """Hostile input: special files in place of files, and damaged checkpoints of other programs.
 
-Pipes, sockets, devices, links of every kind, and pickles that would create a marker file when loaded are put where a
-command or a function reads or writes: each use ends at once with one error, or without harm; nothing outside is
-touched, nothing partial is left. Damaged checkpoints give one error, or weights.
+Each use ends at once with one error, or without harm; nothing outside is touched, nothing partial is left.
 """
 
 from __future__ import annotations
@@ -10,8 +8,8 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import shutil
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -41,15 +39,9 @@ class Bomb:
 # --- special files
 
 
-def _socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(os.path.relpath(path))  # names of sockets are limited to about 100 bytes
-
-
 THINGS: dict[str, Callable[[Path, Path], object]] = {
-    "a pipe": lambda path, _: os.mkfifo(path), "a socket": lambda path, _: _socket(path),
+    "a pipe": lambda path, _: os.mkfifo(path),
     "a link to /dev/zero": lambda path, _: path.symlink_to("/dev/zero"),
-    "a link to /dev/full": lambda path, _: path.symlink_to("/dev/full"),
     "a link to nothing": lambda path, _: path.symlink_to("nothing"),
     "a link to itself": lambda path, _: path.symlink_to(path.name),
     "a link to a directory": lambda path, home: path.symlink_to(home / "outside"),
@@ -124,13 +116,14 @@ def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> Non
         else:
             result = run_ema(*command.split())
             errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
+            errors += re.findall("^problem.*", result.out, re.MULTILINE)[:1]  # of `ema info`
             if result.code not in (0, 1, 2) or len(errors) != (result.code > 0) or "Traceback" in result.err:
                 tally.missed.append(f"{what}: ended with {result.code}: {result.err[-500:]!a}")
     if (home / "executed").exists():
         tally.executed.append(f"{what}: the pickle was loaded")
     now = _outside(home)
     # An output folder that is itself a link is followed, since the user has named it; links in it never are.
-    if now[0] != before[0] and not (place == "out/f" and path.is_symlink()):
+    if now[0] != before[0] and not (path.is_symlink() and path.is_dir() and place in command.split()):
         tally.executed.append(f"{what}: something outside was changed")
     if now[1] != before[1]:
         tally.lost.append(f"{what}: temporaries were left")

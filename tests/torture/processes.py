@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from forked import EMA, Forked
@@ -33,32 +33,32 @@ train(Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **setting
 def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
     """Kill trainings 1,000 times in total; each is killed at random moments until it completes."""
     tally, run = Tally(), folder / "run"
-    kills = _kills(tally, 1_000 * share, random.Random(seed), lambda most: ("", [Forked(TRAIN, run, most)]))
-    for where, most, is_complete in kills:
+
+    def wrong(most: int, is_complete: bool) -> list[str]:
         due = [STEPS] if most else range(4, STEPS + 1, 4)  # the others may be thinned
-        lost = [*wrong_snapshots(run), *(_missing(run, SIGMA_RELS, due) if is_complete else ())]
-        tally.lost += [f"{where}: {line}" for line in lost]
-        if is_complete:
-            shutil.rmtree(run)
+        return [*wrong_snapshots(run), *(_missing(run, SIGMA_RELS, due) if is_complete else ())]
+
+    _kill(tally, 1_000 * share, random.Random(seed), run, lambda most: ("", [Forked(TRAIN, run, most)]), wrong)
     return tally
 
 
-def _kills(
-    tally: Tally, times: float, chance: random.Random, start: Callable[[int], tuple[str, list[Forked]]]
-) -> Iterator[tuple[str, int, bool]]:
+def _kill(
+    tally: Tally, times: float, chance: random.Random, place: Path, start: Callable[[int], tuple[str, list[Forked]]],
+    wrong: Callable[[int, bool], list[str]],
+) -> None:  # fmt: skip
     """Kill a process of each training at a random moment, until it completes; begin anew until so many kills.
 
     Arguments:
+        place: the folder of a training.
         start: starts or resumes a training with this number of snapshots a profile, 0 for all.
-
-    Yields:
-        After each end: a name for it, the number of snapshots, and whether the training is complete.
+        wrong: returns what is wrong, given that number and whether the training is complete.
     """
     Forked("").wait()  # starts the server of processes
     started = time.monotonic()
     _end(start(0)[1], 180)
     seconds = time.monotonic() - started
-    yield "not killed", 0, True
+    tally.lost += wrong(0, True)
+    shutil.rmtree(place)
     while tally.tried < max(1, round(times)):
         most, codes = chance.choice((0, 3)), [1]
         while any(codes):
@@ -70,11 +70,12 @@ def _kills(
                 chance.choice(processes).kill()
             codes = _end(processes, 180 if is_last else 10)
             where = f"kill {tally.tried}, {kind}, max_checkpoints={most}"
-            yield where, most, not any(codes)
+            tally.lost += [f"{where}: {line}" for line in wrong(most, not any(codes))]
             if any(codes) if is_last else len(codes) == 1 and codes[0] > 0:
                 errors = [process.communicate()[1][-500:] for process in processes]
                 tally.missed.append(f"{where}: the resumed training ended with {codes}: {errors}")
                 return
+        shutil.rmtree(place)
 
 
 def _end(processes: list[Forked], patience: float) -> list[int]:
@@ -115,20 +116,19 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=mo
 
 def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
     """Kill any one process, 100 times in total; each training is resumed in other processes until it completes."""
-    tally, chance, place, durable = Tally(), random.Random(seed), folder / "killed", 0
+    tally, chance, place = Tally(), random.Random(seed), folder / "killed"
 
     def start(most: int) -> tuple[str, list[Forked]]:
         kind, ranks = chance.choice(SPREAD)
         return f"{kind} on {ranks}", start_group(TRAIN_SHARDED, ranks, place, kind, most)
 
-    for where, most, is_complete in _kills(tally, 100 * share, chance, start):
-        if (place / "durable").exists():
-            durable = max(durable, int((place / "durable").read_text() or 0))
-        due = range(4, durable + 1, 4) if not most else [LAST] if is_complete else []
-        tally.lost += [f"{where}: {line}" for line in _wrong_averages(place / "run", due)]
-        if is_complete:
-            shutil.rmtree(place)
-            durable = 0
+    def wrong(most: int, is_complete: bool) -> list[str]:
+        durable = place / "durable"
+        last = int(durable.read_text() or 0) if durable.exists() else 0
+        due = range(4, last + 1, 4) if not most else [LAST] if is_complete else []
+        return _wrong_averages(place / "run", due)
+
+    _kill(tally, 100 * share, chance, place, start, wrong)
     return tally
 
 
