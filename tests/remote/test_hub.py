@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import forked
 import numpy as np
 import pytest
 import torch
-from ema_command import Result
 from remote.servers import Server, serving
 from safetensors.torch import load_file, save_file
 
@@ -38,18 +39,19 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(served: Server, tmp_
     home = {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_topsecret"}
     place, out = "hf://org/model-160m@step*", tmp_path / "mean.safetensors"
 
-    def ema(*arguments: object) -> Result:
-        return forked.run(forked.EMA, *arguments, env=os.environ | home)
+    def ema(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "posthoc_cli", *map(str, arguments)]
+        return subprocess.run(command, env=os.environ | home, capture_output=True, text=True, check=False)
 
-    info = ema("info", place, "--json").json
+    info = json.loads(ema("info", place, "--json").stdout)
     assert [checkpoint["t"] for checkpoint in info["checkpoints"]] == list(STEPS)
     done = ema("synthesize", place, "--target", "last:2", "--out", out)
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     last = [load_file(tmp_path / f"served/org/model-160m/step{step}/model.safetensors")["w"] for step in STEPS[-2:]]
     np.testing.assert_allclose(load_file(out)["w"], torch.stack(last).double().mean(0), rtol=3e-7, atol=1e-8)
     sent = sum(path.stat().st_size for path in (tmp_path / "served").rglob("model.safetensors"))
     assert served.sent < 4 * sent and not any((tmp_path / "home").rglob("*.safetensors"))
     refused = ema("info", "hf://org/model-160m@none")
-    assert refused.code == 2 and "no such" in refused.error
-    assert "topsecret" not in refused.err
+    assert refused.returncode == 2 and "no such" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert "topsecret" not in refused.stderr
     assert repr(Run("hf://org/model-160m@step1")).startswith("Run('hf://org/model-160m@step1': ")
