@@ -87,7 +87,7 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
     return {
         "out": str(out),
         "steps": steps,
-        "checkpoint_every": checkpoint_every(steps),
+        "checkpoint_every": every,
         "raw": swept.raw,
         "averages": [{"sigma_rel": trial.x, "loss": trial.value} for trial in swept.trials if trial.x],
         "best": found.best,
@@ -105,16 +105,11 @@ def run_command(say: Say, *words: str | Path) -> str:
     say("")
     say(f"$ {line}")
     command = [sys.executable, "-m", "posthoc_cli", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            out, err = process.communicate()
-        except BaseException:
-            process.terminate()  # subprocess.run would kill it, and leave partial files
-            raise
-    for printed in (out + err).splitlines():
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for printed in (done.stdout + done.stderr).splitlines():
         say(printed)
-    if process.returncode != 0:
-        raise PostHocError(f"`{line}`", f"ended with exit code {process.returncode}")
+    if done.returncode != 0:
+        raise PostHocError(f"`{line}`", f"ended with exit code {done.returncode}")
     return line
 
 

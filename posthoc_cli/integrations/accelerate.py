@@ -35,18 +35,18 @@ def prepare(
     """
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     places = _prepared.setdefault(accelerator, [])
-    number = len(places)
     # A place in checkpoints is free of the same model's tracker, or else of one that is closed or has lost its model.
-    for index, (tracker, other, earlier_hooks) in sorted(enumerate(places), key=lambda one: one[1][1]() is not bare):
-        earlier, of_model = tracker(), other()
-        if of_model is bare or of_model is None or earlier is None or earlier.closed:
-            number = index
-            earlier_hooks.close()
-            if earlier is not None and not earlier.closed:  # as when a notebook's cell runs again
-                text = "%s: this tracker is closed, as another one of its model replaces it"
-                log.warning(text, earlier.checkpoint_dir)
-                earlier.close()
-            break
+    free = [number for number, (_, other, _) in enumerate(places) if other() is bare]
+    for number, (tracker, other, _) in enumerate(places):
+        if other() is None or (earlier := tracker()) is None or earlier.closed:
+            free.append(number)
+    number = [*free, len(places)][0]
+    for tracker, _, earlier_hooks in places[number : number + 1]:
+        earlier_hooks.close()
+        if (earlier := tracker()) is not None and not earlier.closed:  # as when a notebook's cell runs again
+            text = "%s: this tracker is closed, as another one of its model replaces it"
+            log.warning(text, earlier.checkpoint_dir)
+            earlier.close()
     ema = make_tracker(model, checkpoint_dir, options)
     if optimizer is not None:
         ema.attach(optimizer)
