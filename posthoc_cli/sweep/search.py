@@ -477,12 +477,6 @@ class SweepReport:
     def __repr__(self) -> str:
         return f"SweepReport({', '.join(f'{name}: {text}' for name, text in answer(self.to_dict()).items())})"
 
-    def _repr_html_(self) -> str | None:
-        """Return the picture of the sweep, for a notebook."""
-        from posthoc_cli import plots
-
-        return plots.sweep_figure(self.to_dict())._repr_html_()
-
     @property
     def raw(self) -> float | None:
         """The mean metric of the raw weights; None if they were not measured."""

@@ -114,11 +114,6 @@ class Metric:
             raise InvalidValueError("metric", reason, value=text or "(empty)")
         return cls(key, file)
 
-    @property
-    def label(self) -> str:
-        """The name of the metric in tables and plots."""
-        return self.key or "metric"
-
     def read(self, stdout: Path, folder: Path) -> tuple[float, float | None]:
         """Return the metric and its standard error, if any; raise a TrialError if there is no metric."""
         if self.file is None:
