@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,22 +38,16 @@ class Quadratic(torch.nn.Module):
         return (torch.tensor(CURVATURE) * self.weight**2).sum() / 2
 
 
-class Trajectory(NamedTuple):
-    """The weights after each step, before a switch at that step; and whether there was a switch."""
-
-    weights: list[FloatArray]
-    switched: list[bool]
-
-
-def train(model: Quadratic, optimizer: torch.optim.Optimizer, recipe: Any, steps: int = STEPS) -> Trajectory:
-    path = Trajectory([], [])
+def train(
+    model: Quadratic, optimizer: torch.optim.Optimizer, recipe: Any, steps: int = STEPS
+) -> Iterator[tuple[FloatArray, bool]]:
+    """Take steps; yield after each the weights before a switch at that step, and whether there was a switch."""
     for _ in range(steps):
         optimizer.zero_grad()
         model.loss().backward()
         optimizer.step()
-        path.weights.append(model.weight.detach().numpy().copy())
-        path.switched.append(recipe.update(model))
-    return path
+        weights = model.weight.detach().numpy().copy()
+        yield weights, recipe.update(model)
 
 
 def sgd(model: torch.nn.Module) -> torch.optim.SGD:
@@ -83,11 +78,11 @@ def test_switching_keeps_the_momentum_unless_the_hares_optimizer_is_given(kind: 
     optimizer, average = sgd(model), averaged(model)
     given = (optimizer,) if kind == "hare and its optimizer" else ()
     recipe = SwitchEMA(average, EVERY) if kind == "switch" else HareAndTortoise(average, EVERY, *given)
-    path = train(model, optimizer, recipe)
-    assert path.switched == [step % EVERY == 0 for step in range(1, STEPS + 1)]
-    np.testing.assert_allclose(path.weights, expected_path(forget_momentum=bool(given)), rtol=0, atol=ROUNDING)
+    weights, switched = zip(*train(model, optimizer, recipe), strict=True)
+    assert [*switched] == [step % EVERY == 0 for step in range(1, STEPS + 1)]
+    np.testing.assert_allclose(weights, expected_path(forget_momentum=bool(given)), rtol=0, atol=ROUNDING)
     other = np.array(expected_path(forget_momentum=not given))
-    assert np.abs(np.array(path.weights) - other).max() > 0.1
+    assert np.abs(np.array(weights) - other).max() > 0.1
     assert torch.equal(model.weight, average.module.weight)
 
 
@@ -102,13 +97,9 @@ def test_a_switch_gives_the_trackers_average_and_later_ones_go_on_over_the_jumps
     with tracker(model, tmp_path) as ema:
         recipe = kind(ema, EVERY, sigma_rel=SIGMA_REL)
         seen: list[FloatArray] = []
-        optimizer = sgd(model)
-        for step in range(1, STEPS + 1):
-            optimizer.zero_grad()
-            model.loss().backward()
-            optimizer.step()
-            seen.append(model.weight.detach().numpy().copy())
-            assert recipe.update(model) == (step % EVERY == 0)
+        for step, (weights, switched) in enumerate(train(model, sgd(model), recipe), 1):
+            seen.append(weights)
+            assert switched == (step % EVERY == 0)
             for sigma_rel in (SIGMA_REL, 0.28):
                 expected = exact_average(seen, sigma_rel, range(1, step + 1))
                 found = ema.state_dict(sigma_rel)["weight"].numpy()
@@ -132,7 +123,7 @@ def test_switching_goes_on_exactly_after_an_interruption(tmp_path: Path) -> None
                 ema.load_state_dict(states[1])
                 recipe.load_state_dict(states[2])
             with ema:
-                weights += train(model, optimizer, recipe, stop - done).weights
+                weights += [one for one, _ in train(model, optimizer, recipe, stop - done)]
                 states = optimizer.state_dict(), ema.state_dict(), recipe.state_dict()
             done = stop
         assert recipe.step == STEPS
@@ -143,8 +134,8 @@ def test_switching_goes_on_exactly_after_an_interruption(tmp_path: Path) -> None
 def test_nothing_is_switched_before_there_is_an_average(tmp_path: Path) -> None:
     model = Quadratic()
     with tracker(model, tmp_path, update_every=3, update_after_step=9) as ema:
-        path = train(model, sgd(model), SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL), steps=12)
-    assert path.switched == [False] * 11 + [True]
+        path = [*train(model, sgd(model), SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL), steps=12)]
+    assert [switched for _, switched in path] == [False] * 11 + [True]
 
 
 @pytest.mark.parametrize(("kind", "name"), [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from averages.graphs import Saved, saving
 from checking import assert_same_tensors, refused, saved_and_loaded
 from factories import FloatArray
 
@@ -73,16 +74,16 @@ def test_statistics_are_the_formulas(running_mean: bool, momentum: float, rows: 
 
 
 def test_one_batch_has_the_unbiased_covariances_and_correlations_of_numpy() -> None:
+    stats = EMAStats(4, 3, 0.01, eps=1e-12).double()
+    with pytest.raises(NotReadyError, match="correlation"):
+        stats.correlation()
     ((x, y),) = data = batches(1, 50, 4, 3)
-    stats = feed(EMAStats(4, 3, 0.01, eps=1e-12).double(), data, torch.float64)
+    feed(stats, data, torch.float64)
     np.testing.assert_allclose(stats.correlation(), np.corrcoef(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-11)
-    both = np.cov(x, y, rowvar=False)
-    np.testing.assert_allclose(stats.cov_xx, both[:4, :4], rtol=1e-12)
-    np.testing.assert_allclose(stats.cov_yy, both[4:, 4:], rtol=1e-12)
-    np.testing.assert_allclose(stats.cov_xy, both[:4, 4:], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(stats.cov_xy, np.cov(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mean_y", "cov_xx", "cov_xy"])
+@pytest.mark.parametrize("name", ["mean_y", "cov_xx", "cov_xy", "correlation"])
 @pytest.mark.parametrize("seen", [0, 1])
 def test_gradients_are_those_of_the_newest_batch(name: str, seen: int) -> None:
     """Compared with finite differences; earlier batches are constants."""
@@ -92,30 +93,18 @@ def test_gradients_are_those_of_the_newest_batch(name: str, seen: int) -> None:
         stats = EMAStats(3, 2, 0.3).double()
         stats.load_state_dict(state)
         stats(x, y)
-        return getattr(stats, name)
+        return stats.correlation() if name == "correlation" else getattr(stats, name)
 
     x, y = (torch.randn(6, dim, dtype=torch.float64, requires_grad=True) for dim in (3, 2))
     assert torch.autograd.gradcheck(statistic, (x, y))
-    (grad,) = torch.autograd.grad(statistic(x, y).square().sum(), x if "x" in name else y)
+    (grad,) = torch.autograd.grad(statistic(x, y).square().sum(), y if name == "mean_y" else x)
     assert grad.abs().max() > 1e-3
 
 
-class Saved:
-    """A tensor that a graph holds for its backward pass."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-
 def test_what_old_batches_saved_for_their_graphs_is_freed() -> None:
-    stats = EMAStats(4, 3)
-    scale = torch.ones(4, requires_grad=True)
-    saved: weakref.WeakSet[Saved] = weakref.WeakSet()
-    sizes = set()
-
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: saved.add(kept := Saved(tensor)) or kept, lambda kept: kept.tensor
-    ):
+    stats, scale, sizes = EMAStats(4, 3), torch.ones(4, requires_grad=True), set()
+    saved = weakref.WeakSet[Saved]()
+    with saving(saved):
         for step in range(12):
             stats(torch.randn(8, 4) * scale, torch.randn(8, 3))
             if step % 3 == 2:
@@ -135,19 +124,6 @@ def test_statistics_are_float32_of_half_precision_batches_and_in_a_cast_module()
     check(stats, expected_statistics(data, 0.05), 2e-5)
     assert torch.nn.Sequential(stats).half()[0].cov_xy.dtype == torch.float32
     assert torch.nn.Sequential(stats).double()[0].cov_xy.dtype == torch.float64
-
-
-def test_correlations_are_differentiable_from_the_first_batch_on() -> None:
-    def value(*batch: torch.Tensor) -> torch.Tensor:
-        stats = EMAStats(2).double()
-        if batch:
-            stats(*batch)
-        return stats.correlation()
-
-    with pytest.raises(NotReadyError, match="correlation"):
-        value()
-    x, y = (torch.randn(6, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(value, (x, y))
 
 
 def with_graph() -> EMAStats:
@@ -202,3 +178,17 @@ def test_batches_pass_unchanged_count_in_train_mode_only_and_must_fit() -> None:
     alone = EMAStats(3)
     assert alone(x) == (x, x)
     assert torch.equal(alone.cov_xy, alone.cov_xx)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_statistics_on_the_device_under_autocast_are_those_on_the_host() -> None:
+    host, device = EMAStats(4, 3).double(), EMAStats(4, 3).double().cuda()
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        x, y = torch.randn(16, 4, generator=generator), torch.randn(16, 3, generator=generator)
+        host(x, y)
+        with torch.autocast("cuda"):
+            device(x.cuda(), y.cuda())
+    torch.testing.assert_close(device.cov_xy.cpu(), host.cov_xy, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(device.correlation().cpu(), host.correlation(), rtol=1e-9, atol=1e-9)

@@ -137,39 +137,25 @@ def train(net: ShadowModel, steps: int) -> list[FloatArray]:
     return values
 
 
-@pytest.mark.parametrize("num_updates", [None, 7, torch.tensor(7)])
-def test_the_shadow_is_tensorflows_formula(num_updates: int | torch.Tensor | None) -> None:
-    """A tensor is the caller's clock, which stays as it is here."""
-    net = ShadowModel(tiny_model(), 0.6, num_updates)
-    own = isinstance(num_updates, int)
-    shadow = numbers(net.shadow.head.weight)
-    values = train(net, 20)
+@pytest.mark.parametrize("num_updates", [None, 0, 7, torch.tensor(7)])
+@pytest.mark.parametrize(("decay", "debias"), [(0.6, False), (0.6, True), (0.9999, True)])
+def test_the_shadow_is_tensorflows_formula(decay: float, debias: bool, num_updates: int | torch.Tensor | None) -> None:
+    """A tensor is the caller's clock, which stays as it is here. Zero debiasing divides by the sum of the weights."""
+    net, own, steps = ShadowModel(tiny_model(), decay, num_updates, debias), isinstance(num_updates, int), 20
+    shadow, mass = numbers(net.shadow.head.weight) * (not debias), 0.0
+    values = train(net, steps)
     for count, value in enumerate(values):
         clock = 1e9 if num_updates is None else int(num_updates) + count * own
-        decay = min(0.6, (1 + clock) / (10 + clock))
-        shadow -= (1 - decay) * (shadow - value)
-    within = rounding(20, float(np.abs(values).max()))
+        current = min(decay, (1 + clock) / (10 + clock))
+        shadow, mass = current * shadow + (1 - current) * value, current * mass + (1 - current)
+    within = rounding(steps, float(np.abs(values).max()))
+    if debias:
+        # The mass is float32: its error, at most half a bit an update, is one of the share too.
+        assert net.debias_mass.item() == pytest.approx(mass, rel=steps * 2.0**-24)
+        shadow, within = shadow / mass, 2 * within
     assert np.abs(numbers(net.shadow.head.weight) - shadow).max() < within < 0.01 * np.abs(shadow).max()
-    assert net.num_updates is None if num_updates is None else int(net.num_updates) == 7 + 20 * own
+    assert net.num_updates is None if num_updates is None else int(net.num_updates) == int(num_updates) + steps * own
     assert ("num_updates" in net.state_dict()) == own
-
-
-@pytest.mark.parametrize("num_updates", [None, 0])
-@pytest.mark.parametrize("decay", [0.5, 0.9999])
-def test_zero_debiasing_divides_by_the_sum_of_the_weights(decay: float, num_updates: int | None) -> None:
-    net = ShadowModel(tiny_model(), decay, num_updates, zero_debias=True)
-    values = train(net, 12)
-    biased, mass = np.zeros_like(values[0]), 0.0
-    for count, value in enumerate(values):
-        current = decay if num_updates is None else min(decay, (1 + count) / (10 + count))
-        biased = current * biased + (1 - current) * value
-        mass = current * mass + (1 - current)
-    if num_updates is None:
-        assert mass == pytest.approx(1 - decay**12, rel=1e-9)  # as TensorFlow has it
-    # The mass is float32: its error, at most half a bit an update, is one of the share too.
-    assert net.debias_mass.item() == pytest.approx(mass, rel=12 * 2.0**-24)
-    within = 2 * rounding(12, float(np.abs(values).max()))
-    assert np.abs(numbers(net.shadow.head.weight) - biased / mass).max() < within
 
 
 class Dropped(torch.nn.Module):
@@ -244,3 +230,19 @@ def test_a_copy_goes_on_alone_and_exactly(kind: str, how: str, dtype: torch.dtyp
     assert_same_tensors(twin.state_dict(), first.state_dict())
     name = next(name for name in before if name.endswith("head.weight") and not name.startswith("model."))
     assert not torch.equal(twin.state_dict()[name], before[name])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_average_on_the_host_is_that_on_the_device(dtype: torch.dtype) -> None:
+    model = tiny_model().to("cuda", dtype)
+    averages = [ExponentialMovingAverage(model, momentum=0.1, device=device) for device in ("cpu", "cuda")]
+    for _ in range(5):
+        for ema in averages:
+            ema.update_parameters(model)
+        torch.nn.init.normal_(model.head.bias)
+    host, device = (ema.module.head.bias for ema in averages)
+    assert (host.device.type, device.device.type) == ("cpu", "cuda")
+    # Products are fused with sums on one of the two.
+    torch.testing.assert_close(device.cpu(), host, rtol=1e-5, atol=1e-5)

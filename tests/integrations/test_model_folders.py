@@ -93,37 +93,24 @@ def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_dtypes_are_those_of_the_folder(tmp_path: Path, ema: Ema) -> None:
+def test_dtypes_and_tensors_that_the_run_lacks_are_those_of_the_folder(tmp_path: Path, ema: Ema) -> None:
     model = MODELS["llama-tied"]()
+    model.model.norm.weight.requires_grad_(False)
     MODELS["llama-tied"]().bfloat16().save_pretrained(tmp_path / "like")
     track(model, tmp_path / "run")
-    done = ema(
-        "synthesize", tmp_path / "run", "--sigma-rel", "0.1,0.2", "--like", tmp_path / "like", "--out", tmp_path / "new"
-    )
+    words = "synthesize", tmp_path / "run", "--sigma-rel", "0.1,0.2", "--like", tmp_path / "like"
+    done = ema(*words, "--out", tmp_path / "new")
     assert done.code == 0, done.err
+    assert re.search(r"1 tensor \(.*\) copied from the model folder", done.err)
+    raw = load_file(tmp_path / "like/model.safetensors")
     for sigma_rel in (0.1, 0.2):
         folder = tmp_path / "new" / f"sigma_rel-{sigma_rel}"
-        loaded = type(model).from_pretrained(folder, dtype="auto")
-        average = Run(tmp_path / "run").average(sigma_rel)
-        assert loaded.state_dict().keys() == average.keys()
-        for tensor, value in loaded.state_dict().items():
-            assert torch.equal(value, average[tensor].bfloat16()), tensor
+        loaded = type(model).from_pretrained(folder, dtype="auto").state_dict()
+        expected = raw | {name: value.bfloat16() for name, value in Run(tmp_path / "run").average(sigma_rel).items()}
+        assert loaded.keys() == expected.keys()
+        for tensor, value in loaded.items():
+            assert torch.equal(value, expected[tensor]), tensor
         assert stored(folder) == stored(tmp_path / "like")
-
-
-def test_tensors_that_the_run_lacks_are_taken_from_the_folder_and_counted(tmp_path: Path, ema: Ema) -> None:
-    model = MODELS["llama"]()
-    model.model.embed_tokens.requires_grad_(False)
-    model.save_pretrained(tmp_path / "like")
-    track(model, tmp_path / "run")
-    done = ema(
-        "synthesize", tmp_path / "run", "--sigma-rel", "0.2", "--like", tmp_path / "like", "--out", tmp_path / "new"
-    )
-    assert done.code == 0
-    assert re.search(r"1 tensor \(.*\) copied from the model folder", done.err)
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "new")
-    PostHocEMA.from_path(tmp_path / "run").load_into(model, 0.2)
-    assert torch.equal(answer(loaded), answer(model))
 
 
 def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(tmp_path: Path) -> None:
@@ -154,46 +141,30 @@ def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
         assert torch.equal(loaded.unet.state_dict()[name], value)
 
 
-def test_broken_folders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folders_and_options_that_do_not_fit_are_errors_that_leave_nothing_behind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = MODELS["llama"]()
-    model.save_pretrained(tmp_path / "like", max_shard_size="10KB")
     track(model, tmp_path / "run")
-
-    def write(config: dict[str, Any], name: str = "like", run: str = "run", **options: Any) -> None:
-        original = json.loads((tmp_path / "like/config.json").read_text())
-        (tmp_path / name / "config.json").write_text(json.dumps(original | config))
-        Run(tmp_path / run).write(0.2, tmp_path / "new", like=tmp_path / name, **options)
-
-    model.save_pretrained(tmp_path / "other")
-    weights = load_file(tmp_path / "other/model.safetensors")
-    weights["model.norm.scale"] = weights.pop("model.norm.weight")  # a name that only a library could know
-    save_file(weights, tmp_path / "other/model.safetensors", {"format": "pt"})
-    with pytest.raises(MismatchError, match=r"other: 1 tensors .*'model\.norm\.weight'.*save_pretrained"):
-        write({}, "other")
-    weights["model.norm.weight"] = weights.pop("model.norm.scale")
-    save_file(weights, tmp_path / "other/model.safetensors", {"format": "pt"})
-    with pytest.raises(MismatchError, match=r"other: .* quantization_config"):
-        write({"quantization_config": {"quant_method": "fp8"}}, "other")
-    (tmp_path / "like/tokenizer.json").symlink_to("nowhere")
-    with pytest.raises(InvalidValueError, match=r"tokenizer\.json is a link to .*nowhere, which is no file"):
-        write({})
-    (tmp_path / "like/tokenizer.json").unlink()
-    next((tmp_path / "like").glob("*.safetensors")).unlink()
-    with pytest.raises(FileFormatError, match=r"of-0000\d\.safetensors: cannot be opened"):
-        write({})
-    assert "planning again" not in caplog.text
-    assert not (tmp_path / "new").exists()
-
-
-def test_folders_and_options_that_do_not_fit_are_errors_that_leave_nothing_behind(tmp_path: Path) -> None:
-    model = MODELS["llama"]()
-    model.save_pretrained(tmp_path / "like")
-    track(model, tmp_path / "run")
+    names = "like", "renamed", "quantized", "linked", "broken"
+    for name in names:
+        model.save_pretrained(tmp_path / name, max_shard_size="10KB" if name == "broken" else "1GB")
     LlamaForCausalLM(LlamaConfig(**(TEXT | {"hidden_size": 8}), num_key_value_heads=2)).save_pretrained(
         tmp_path / "small"
     )
     (tmp_path / "empty").mkdir()
+    weights = load_file(tmp_path / "renamed/model.safetensors")
+    weights["model.norm.scale"] = weights.pop("model.norm.weight")  # a name that only a library could know
+    save_file(weights, tmp_path / "renamed/model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "quantized/config.json").read_text())
+    (tmp_path / "quantized/config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 8}}))
+    (tmp_path / "linked/tokenizer.json").symlink_to("nowhere")
+    next((tmp_path / "broken").glob("*.safetensors")).unlink()
     for like, options, kind, words in (
+        ("renamed", {}, MismatchError, r"renamed: 1 tensors .*'model\.norm\.weight'.*save_pretrained"),
+        ("quantized", {}, MismatchError, r"quantized: .* quantization_config"),
+        ("linked", {}, InvalidValueError, r"tokenizer\.json is a link to .*nowhere, which is no file"),
+        ("broken", {}, FileFormatError, r"of-0000\d\.safetensors: cannot be opened"),
         ("small", {}, MismatchError, "has the shape"),
         ("like", {"dtype": "float16"}, InvalidValueError, "determines the output"),
         ("like", {"component": "../small"}, InvalidValueError, r"component.*must be the name of a folder"),
@@ -204,5 +175,6 @@ def test_folders_and_options_that_do_not_fit_are_errors_that_leave_nothing_behin
             Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / like, **options)
     with pytest.raises(OutputExistsError, match="new folder"):
         Run(tmp_path / "run").write(0.2, tmp_path / "small", like=tmp_path / "like")
+    assert "planning again" not in caplog.text
     assert not (tmp_path / "new").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

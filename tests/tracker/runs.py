@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from factories import averages_in, exact_average
 
@@ -65,15 +64,24 @@ class Training:
         made.model.load_state_dict(made.path[-1])
         return made
 
+    def exact(self, sigma_rel: float, updates: Sequence[int] = ()) -> Weights:
+        """Return the average of all but counters over updates at these steps, or at every second one, in float64."""
+        updates = updates or range(2, len(self.path) + 1, 2)
+        names = [name for name, value in self.path[0].items() if value.is_floating_point()]
+        values = {name: [self.path[step - 1][name].double().numpy() for step in updates] for name in names}
+        return {name: torch.from_numpy(exact_average(own, sigma_rel, updates)) for name, own in values.items()}
+
     def error(self, ema: PostHocEMA, updates: Sequence[int] = ()) -> float:
-        """Return the largest relative distance of a tracked tensor from its average over the updates, in float64."""
-        updates, distances = updates or range(2, len(self.path) + 1, 2), []
+        """Return the largest relative distance of a tracked average from the exact one."""
         assert ema.step == len(self.path)
-        for key, tensors in averages_in(ema.state_dict()).items():
-            for name, found in tensors.items():
-                exact = exact_average([self.path[k - 1][name].double().numpy() for k in updates], float(key), updates)
-                distances.append(np.linalg.norm(found.numpy() - exact) / np.linalg.norm(exact))
-        return float(max(distances))
+        averages = averages_in(ema.state_dict()).items()
+        return max(distance(found, self.exact(float(key), updates)) for key, found in averages)
+
+
+def distance(found: Mapping[str, torch.Tensor], exact: Weights) -> float:
+    """Return the relative L2 distance of weights from the exact ones, over all tensors of those."""
+    off = sum(float((found[name].double() - value).square().sum()) for name, value in exact.items())
+    return (off / sum(float(value.square().sum()) for value in exact.values())) ** 0.5
 
 
 def wait_for_writers(folder: Path) -> None:
