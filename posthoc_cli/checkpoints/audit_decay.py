@@ -47,6 +47,7 @@ _NOISE = (0.03, 0.3, 1.0, 3.0)  # theta of decaying noise, relative to the time 
 _BUILD_UP = (0.03, 0.1, 0.3, 1.0)  # theta of motion that builds up
 _CHECKPOINTS_A_COMPONENT = 5  # checkpoints for each principal component of the weights in the path
 _ROUNDS, _SOME_ROUNDS, _FEW_ROUNDS = 300, 100, 25  # for the variances: to find a value, its uncertainty, or a rule
+_UNEXPLAINED = 1e-6  # least share of variance left: with 1e-9 a path without noise has a singular covariance
 _STEP = 0.01  # difference of logarithms for the second derivative of a likelihood
 _UNLIKE = 0.01  # uncertainty for other kinds of paths, relative to interval / length / sqrt(checkpoints)
 
@@ -342,7 +343,7 @@ class _Likelihood:
         traces, half = np.trace(matrices, axis1=1, axis2=2), matrices[:, upper[0], upper[1]]
         double = half * np.where(upper[0] == upper[1], 1.0, 2.0)
         size = np.trace(covariance) / len(covariance)
-        known = self.rounding + 1e-9 * size * np.eye(len(covariance))
+        known = self.rounding + _UNEXPLAINED * size * np.eye(len(covariance))
         variances = np.where(traces > 0, size / 3 / np.maximum(traces, 1e-300), 0.0)
         total = np.empty_like(known)
 

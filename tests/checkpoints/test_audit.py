@@ -67,6 +67,17 @@ def test_a_healthy_average_is_as_claimed(
     assert (found.verdict, found.is_bad) == ("as claimed", False), found.text
 
 
+@pytest.mark.parametrize("settling", [0.3, 3.0, math.inf], ids=["soon", "slowly", "never"])
+def test_weights_without_noise_show_the_decay_too(settling: float, tmp_path: Path) -> None:
+    """They settle, in so many intervals, or move on a line; the covariance of such a path is nearly singular."""
+    start = np.random.default_rng(0).standard_normal(train().shape[1])
+    place = np.arange(STEPS)[:, None] / EVERY
+    weights = start * (1 + (place if settling == math.inf else np.exp(-place / settling)))
+    (found,) = Run(write(tmp_path / "x", weights, averaged(DECAY))).audit()
+    assert found.uncertainty is not None
+    assert log_error(found.found, DECAY) < min(3 * found.uncertainty, 0.03)
+
+
 def test_steps_that_correlate_over_many_checkpoints(tmp_path: Path) -> None:
     """A random walk whose mean step lasts for ten intervals, against the decay that the average was made with."""
     random, weights = np.random.default_rng(0), np.zeros_like(train())
