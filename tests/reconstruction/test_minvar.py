@@ -9,7 +9,7 @@ from typing import Any
 import flint
 import numpy as np
 import pytest
-from factories import FloatArray, exact_weights, power_functions, solved, squared_error
+from factories import power_functions, solved, squared_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
@@ -22,9 +22,7 @@ from posthoc_cli.reconstruction import (
     Problem,
     Steps,
     reconstruct,
-    relative_width,
 )
-from posthoc_cli.reconstruction.motion import FEW
 from posthoc_cli.targets import Beta, Between, Window
 
 T = 1000.0
@@ -98,15 +96,6 @@ def test_the_expected_error_is_the_integral(
     exact = expected_square(snapshots, c, target, motion, rounding, *kinks)
     assert (NORM * result.predicted_error[0]) ** 2 == pytest.approx(exact, rel=1e-6)
     assert c.sum() == pytest.approx(1, abs=1e-14 * np.abs(c).sum())
-
-
-def test_the_width_of_a_profile_is_its_standard_deviation() -> None:
-    for sigma_rel in (0.02, 0.1, 0.28):
-        for t in (T, 1e-3):
-            assert relative_width(power(sigma_rel, t), t) == pytest.approx(sigma_rel, rel=1e-9)
-    assert relative_width(Between(200, 620).profile(T, STEPS, START), T) == pytest.approx(0.42 / 12**0.5, rel=1e-9)
-    exponential = -1 / np.log(0.9) / T
-    assert relative_width(Beta(0.9).profile(T, STEPS, 0.0), T) == pytest.approx(exponential, rel=1e-6)
 
 
 # --- the optimum -----------------------------------------------------------------------------------
@@ -295,17 +284,6 @@ def test_errors_after_losses_are_those_of_solving_without_the_lost(problem: Case
         assert losses.squares[0] == expected
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_loss_of_a_copy_of_a_snapshot_costs_nothing(count: int) -> None:
-    """Without rounding; the coefficient of a single snapshot cannot grow either."""
-    snapshots = [power(0.1, T)] * count
-    losses = Problem(snapshots, prior_of(snapshots, uneven_motion()), T).losses([power(0.15, T)])
-    before = losses.squares.copy()
-    for lost in range(count - 1):
-        losses.lose(lost)
-    np.testing.assert_allclose(losses.squares, before)
-
-
 def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion() -> None:
     """The fit is off by factors of ten in some segments; minimum variance alone has 1.09 times the published error."""
     times = np.arange(100.0, T + 1, 100.0)
@@ -340,16 +318,6 @@ def test_with_noise_alone_minimum_variance_is_the_published_method() -> None:
     assert ours.predicted_error[0] <= paper.predicted_error[0] * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("rounding", [0.0, 1.0])
-def test_coefficients_are_small_for_a_network_that_never_moved(rounding: float) -> None:
-    snapshots = power_functions((50, 100))
-    result = reconstruct(snapshots, [power(0.1, 100.0)], prior=prior_of(snapshots, even_motion(1, 100, 0), rounding))
-    assert result.coefficients.sum() == pytest.approx(1)
-    # All four copies are rounded to the same values.
-    assert (NORM * result.predicted_error[0]) ** 2 == pytest.approx(rounding, rel=0.01)
-    assert np.abs(result.coefficients).sum() < 4
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "snapshots",
@@ -365,29 +333,3 @@ def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(
     result = reconstruct(snapshots, [power(0.1, 100.0)], method)
     assert np.isfinite(result.coefficients).all()
     assert result.coefficients.sum() == pytest.approx(1)
-
-
-# --- intervals of few updates are summed, and a clock may advance while nothing is trained -------------
-
-
-def simulated_square(
-    c: FloatArray, snapshots: list[PowerFunction], target: PowerFunction, updates: FloatArray, rate: float
-) -> float:
-    """E |error|^2 of a walk that moves by `rate` from each update to the next, as a sum over the updates."""
-    made = np.zeros(updates.size)
-    for coefficient, profile in zip(c, snapshots, strict=True):
-        count = int(np.searchsorted(updates, profile.t, side="right"))
-        made[:count] += coefficient * exact_weights(profile.sigma_rel, updates[:count])
-    missed = made - exact_weights(target.sigma_rel, updates)
-    after = np.cumsum(missed[::-1])[::-1]  # an increment at update k shifts all values from k on
-    return float(rate * np.sum(after[1:] ** 2))
-
-
-@pytest.mark.parametrize("count", [FEW, FEW + 1, 4 * FEW])
-def test_the_sum_and_the_integral_agree_at_the_threshold_between_them(count: int) -> None:
-    """Two snapshots, `count` updates apart: the expected square against the sum over updates."""
-    snapshots, target = power_functions((10 * count, 11 * count), (0.1,)), power(0.06, 11.0 * count)
-    solver = Problem(snapshots, prior_of(snapshots, even_motion(1.0, target.t), steps=Steps(STEPS)), target.t)
-    c = solved(solver, target)
-    true = simulated_square(c, snapshots, target, np.arange(1.0, target.t + 1), 1.0)
-    assert squared_error(solver, c, target) == pytest.approx(true, rel=0.1)

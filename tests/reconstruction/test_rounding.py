@@ -53,16 +53,6 @@ def test_where_elements_move_unevenly_the_slow_ones_keep_their_errors(spacings: 
     assert abs(even - true) > 0.1
 
 
-def test_errors_of_distant_averages_are_independent_and_those_of_equal_averages_are_equal() -> None:
-    root, zeros = np.array([1.0, 2.0, 3.0]), np.zeros(3)
-    np.testing.assert_array_equal(rounding_factor(root**2, zeros, 1e3 * (1 - np.eye(3))), np.diag(root))
-    equal = rounding_factor(root**2, zeros, np.zeros((3, 3)))
-    np.testing.assert_allclose(equal.T @ equal, np.outer(root, root), rtol=0.011)
-    np.testing.assert_array_equal(rounding_factor(np.zeros(3), np.zeros(3), np.zeros((3, 3))), np.zeros((3, 3)))
-    mixed = rounding_factor(np.array([0.0, 1.0]), np.array([3.0, 0.0]), np.zeros((2, 2)))
-    np.testing.assert_allclose(mixed.T @ mixed, np.diag([3.0, 1.0]), atol=1e-15)
-
-
 def test_inherited_errors_are_correlated_as_far_as_averages_contain_the_same_values() -> None:
     """100,000 averages of three profiles continue from a rounded value at each time; the last profile only at first."""
     generator, times, gammas = np.random.default_rng(0), np.array([100.0, 110.0, 150.0, 400.0]), (0.1, 4.0, 2.0)
@@ -82,15 +72,6 @@ def test_inherited_errors_are_correlated_as_far_as_averages_contain_the_same_val
     scale = np.sqrt(np.outer(np.diag(measured), np.diag(measured)))
     trusted = np.where(np.eye(12) > 0, 1.0, 0.9**2)
     np.testing.assert_allclose(factor.T @ factor / scale, trusted * measured / scale, atol=0.015)
-
-
-def test_inherited_errors_may_be_smaller_than_the_remainder_of_earlier_ones() -> None:
-    """For averages that have continued from an exact state since then, and for averages without inherited errors."""
-    times = np.array([9.0, 10.0, 11.0, 12.0])
-    factor, _ = inherited_factor(np.array([4.0, 0.1, 0.0, 0.0]), np.zeros(4), np.full(4, 0.5), times)
-    np.testing.assert_allclose(np.diag(factor.T @ factor), [4.0, 0.1, 0.0, 0.0], rtol=1e-12)
-    for part in inherited_factor(np.zeros(2), np.zeros(2), np.ones(2), np.ones(2)):
-        assert not part.any()
 
 
 def test_errors_inherited_from_a_snapshot_are_its_rounding_errors() -> None:

@@ -131,20 +131,11 @@ def test_a_trial_that_fails_is_reported_and_has_no_value(run: Run, tmp_path: Pat
     assert (tmp_path / "out" / f"{failed.log}.err").exists()
 
 
-@pytest.mark.parametrize(
-    ("script", "metric", "message"),
-    [
-        ('echo "{\\"acc\\": 1, \\"f1\\": 2}"', Metric("loss"), "metric loss: no line .*; found 'acc', 'f1'"),
-        ('echo "{\\"acc\\": 1}" > $4/r.json', Metric("loss", "r.json"), "r.json has no member 'loss'; found 'acc'"),
-    ],
-)
-def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
-    run: Run, tmp_path: Path, script: str, metric: Metric, message: str
-) -> None:
-    calls = tmp_path / "calls"
-    with pytest.raises(InvalidValueError, match=message):
-        swept(run, tmp_path / "out", shell(f"echo $2 >> {calls}; {script}"), metric, axis=GRID)
-    assert len(calls.read_text().split()) == 1
+def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(run: Run, tmp_path: Path) -> None:
+    command = shell(f'echo $2 >> {tmp_path}/calls; echo "{{\\"acc\\": 1, \\"f1\\": 2}}"')
+    with pytest.raises(InvalidValueError, match=r"metric loss: no line .*; found 'acc', 'f1'"):
+        swept(run, tmp_path / "out", command, Metric("loss"), axis=GRID)
+    assert len((tmp_path / "calls").read_text().split()) == 1
 
 
 def test_a_best_length_at_an_end_is_reported_as_such(run: Run, tmp_path: Path) -> None:
@@ -315,19 +306,16 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
     assert (out / f"{report.trials[0].log}.out").read_text() == "0.05\n"
 
 
-def test_a_second_sweep_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["best.safetensors", ".scratch/a"])
+def test_a_folder_of_other_files_or_of_another_sweep_is_refused(run: Run, tmp_path: Path, name: str) -> None:
     with DirectoryLock(tmp_path), refused(str(tmp_path), "take another directory", kind=LockedError):
         swept(run, tmp_path, axis=GRID)
-
-
-@pytest.mark.parametrize("name", ["best.safetensors", ".scratch/a"])
-def test_a_folder_of_other_files_is_refused_before_any_is_replaced(run: Run, tmp_path: Path, name: str) -> None:
     for path in (tmp_path / name, tmp_path / "model.safetensors"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("precious")
     with refused(str(tmp_path), "is not empty, and not the folder of a sweep", kind=OutputExistsError):
         swept(run, tmp_path, axis=GRID)
-    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"precious"}
+    assert {path.read_text() for path in (tmp_path / name, tmp_path / "model.safetensors")} == {"precious"}
 
 
 @pytest.mark.parametrize(
@@ -347,7 +335,6 @@ def test_each_length_of_a_narrow_range_is_measured_once(run: Run, tmp_path: Path
     [
         (Axis("beta", 0.5, 0.95), "log((1 - {sigma_rel}) / 0.2)", 0.8),
         (Axis("decay:linear", 0.05, 0.5), "log({sigma_rel} / 0.2)", 0.2),
-        (Axis("half-life", 2, 20), "log({sigma_rel} / 5)", 5),
     ],
 )
 def test_decays_and_windows_are_searched_too(run: Run, tmp_path: Path, axis: Axis, formula: str, best: float) -> None:
