@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import socket
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -229,22 +228,6 @@ def test_ema_guide_lists_every_guide_with_its_subject(ema: Ema) -> None:
     wrong = ema("guide", "trainig")
     assert wrong.code == 2
     assert "training" in wrong.error
-
-
-def test_ema_guide_renders_the_page_in_the_pager_of_a_terminal_and_gives_the_source_in_a_pipe(
-    ema: Ema, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paged: list[str] = []
-    monkeypatch.setattr("pydoc.pager", paged.append)
-    assert ema("guide", "exactness").out == (PACKAGE / "guides/exactness.md").read_text()
-    assert paged == []
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setenv("COLUMNS", "200")
-    assert ema("guide", "exactness").out == ""
-    lines = paged[0].splitlines()
-    assert lines[0].strip() == "Exactness: how close a result is to the true average"
-    assert max(map(len, lines)) <= 120
 
 
 def test_the_command_has_the_name_of_the_package_too() -> None:

@@ -147,16 +147,6 @@ def test_damage_is_found_and_the_undamaged_snapshots_are_described(run: Run) -> 
     assert "damaged header" in repr(run)
 
 
-def test_pruning_shows_asks_and_deletes(run: Run) -> None:
-    planned = run.prune(keep=4, dry_run=True)
-    assert (len(planned.to_delete), planned.deleted, len(run.snapshots)) == (12, False, 20)
-    asked = []
-    assert not run.prune(keep=4, agree=lambda pruning: bool(asked.append(pruning.to_dict()))).deleted
-    assert asked == [planned.to_dict()]
-    assert run.prune(keep=4).deleted
-    assert [snapshot.path for snapshot in run.snapshots] == [snapshot.path for snapshot in planned.kept]
-
-
 def test_every_call_reads_the_directory_anew(run: Run, tmp_path: Path) -> None:
     later = Run(tmp_path / "later")
     assert "later': no such directory" in repr(later)

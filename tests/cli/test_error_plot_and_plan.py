@@ -67,8 +67,9 @@ PLANNED = ("plan", "--steps", "4000", "--params", "1M", "--disk", "50MB")
 
 
 def test_a_plan_has_named_schedules_each_with_a_call_that_runs(
-    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ema: Ema, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It uses the motion of an earlier run, if one is given."""
     result = ema(*PLANNED)
     assert (result.code, result.err) == (0, "")
     report = ema(*PLANNED, "--json").json
@@ -84,22 +85,16 @@ def test_a_plan_has_named_schedules_each_with_a_call_that_runs(
         assert settings.schedule.checkpoint_every == each["checkpoint_every"]
         assert settings.schedule.max_checkpoints == each["max_checkpoints"]
         assert each["worst_error"] == max(each["predicted_error"])
-    assert "none is within --disk" in ema(*PLANNED[:-1], "1kB").out
-    assert "--disk" not in ema(*PLANNED[:-2]).out
-
-
-def test_a_plan_uses_the_motion_of_an_earlier_run(ema: Ema, run: Path) -> None:
-    even, like = (ema(*PLANNED, *more, "--json").json for more in ((), ("--like", run)))
-    for one, other in zip(even["schedules"], like["schedules"], strict=True):
+    assert report["assumption"] == "the network moves evenly"
+    like = ema(*PLANNED, "--like", run, "--json").json
+    for one, other in zip(report["schedules"], like["schedules"], strict=True):
         assert one["worst_error"] != pytest.approx(other["worst_error"], rel=0.05)
-    assert even["assumption"] == "the network moves evenly"
     assert like["assumption"] == f"the network moves as in {run}"
-    assert like["assumption"] in ema(*PLANNED, "--like", run).out
 
 
 def test_a_plan_is_drawn(ema: Ema, tmp_path: Path) -> None:
     out = tmp_path / "plan.png"
-    assert ema(*PLANNED, "--out", out).out.splitlines()[-1] == f"wrote {out}"
+    done = ema(*PLANNED[:-1], "1kB", "--out", out)
+    assert "none is within --disk" in done.out
+    assert done.out.splitlines()[-1] == f"wrote {out}"
     assert out.read_bytes()[:4] == b"\x89PNG"
-    assert "`overwrite` to replace" in ema(*PLANNED, "--out", out).error
-    assert ema(*PLANNED, "--out", out, "--overwrite").code == 0

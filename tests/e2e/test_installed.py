@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -19,7 +20,10 @@ import torch
 from factories import RUN_ID, exact_average, write_snapshot
 from safetensors.torch import load_file
 
+import posthoc_cli
+
 EMA = Path(sys.executable).with_name("ema")
+GUIDES = Path(posthoc_cli.__file__).parent / "guides"
 
 # The usage example in the README of pytorch-posthoc-ema, with the import changed and the results checked.
 PEERS_EXAMPLE = """
@@ -152,6 +156,18 @@ def test_errors_are_one_line_and_no_traceback(tmp_path: Path) -> None:
     module = [sys.executable, "-m", "posthoc_cli", "profile", "--json"]
     as_module = subprocess.run(module, capture_output=True, text=True, check=True)
     assert as_module.stdout == ema("profile", "--json", cwd=tmp_path).stdout
+
+
+def test_a_guide_is_rendered_in_the_pager_of_a_terminal_and_is_its_source_in_a_pipe(tmp_path: Path) -> None:
+    assert ema("guide", "exactness", cwd=tmp_path).stdout == (GUIDES / "exactness.md").read_text()
+    parent, terminal = pty.openpty()
+    environment = os.environ | {"PAGER": f"cat > {tmp_path}/paged", "TERM": "dumb", "COLUMNS": "200"}
+    subprocess.run([EMA, "guide", "exactness"], stdin=terminal, stdout=terminal, env=environment, check=True)
+    for descriptor in (parent, terminal):
+        os.close(descriptor)
+    lines = (tmp_path / "paged").read_text().splitlines()
+    assert "Exactness: how close a result is to the true average" in lines[0]
+    assert max(map(len, lines)) <= 120
 
 
 @pytest.fixture(scope="module")

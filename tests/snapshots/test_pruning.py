@@ -14,9 +14,9 @@ from factories import contents, flip_bit, random_walk, rewrite_snapshot, write_r
 from snapshots.recorded import call_number, failing, record
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import FileFormatError, LockedError, MismatchError, WriteError
+from posthoc_cli.errors import FileFormatError, MismatchError, WriteError
 from posthoc_cli.planning import USEFUL_RANGE, ErrorCurve, error_curve, removal_order
-from posthoc_cli.snapshots.directory import DirectoryLock, read_directory
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import scaled_run, source_prior
@@ -102,19 +102,6 @@ def test_the_errors_are_those_of_the_directory_before_and_after(folder: str, req
 
 
 # --- deleting
-
-
-def test_the_planned_snapshots_are_deleted_and_the_others_untouched(run: Path) -> None:
-    before = contents(run)
-    pruning = plan_pruning(read_directory(run), keep=4)
-    advances: list[int] = []
-    with DirectoryLock(run), pytest.raises(LockedError, match="is writing here"):
-        prune(run, pruning)
-    done = prune(run, pruning, advances.append)
-    assert (pruning.deleted, done.deleted) == (False, True)
-    assert sum(advances) == pruning.read_bytes
-    assert contents(run).keys() - {".ema.lock"} == {s.path.name for s in pruning.kept}
-    assert all(before.get(name, data) == data for name, data in contents(run).items())
 
 
 @pytest.mark.parametrize(
