@@ -81,7 +81,8 @@ class Sweep:
         target = SigmaRel(0.2) if self.axis is None else self.axis.target(self.axis.high)
         self.t = self._write(target, None, dry_run=True).plan.t
         self._settings = {
-            "run": self.run.sources[-1].run_id, "t": self.t, "command": self.command, "metric": asdict(self.metric),
+            "run": self.run.sources[-1].run_id, "t": self.t, "command": self.command,
+            "metric": ":".join(filter(None, (self.metric.file, self.metric.key))),  # as --metric takes it
             "like": None if self.like is None else str(self.like.resolve()), "component": self.component,
         }  # fmt: skip
         axis = self.axis or good_range(self.run, self.t)
