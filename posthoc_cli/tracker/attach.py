@@ -12,11 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from posthoc_cli.errors import InvalidValueError, NotReadyError
-
-Update = Callable[[torch.nn.Module, float | None], None]
-
-_BY_HAND = "leave attach out, and call ema.update_(model) after each step that was taken"
+from posthoc_cli.errors import InvalidValueError
 
 
 class Attachment:
@@ -24,19 +20,15 @@ class Attachment:
 
     A step counts when it has changed the parameters: not one that a GradScaler skips, nor one that only makes the
     optimizer's state for a checkpoint; and once, however often it calls its closure. `optimizer.step()` raises an error
-    of the update after it has changed the parameters.
-
-    Attributes:
-        steps: the number of steps that were counted.
-        is_updating: whether the tracker is being updated by such a step.
+    of the update after it has changed the parameters. `steps` is the number of steps that were counted, `is_updating`
+    says whether such a step is updating the tracker.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, update: Update, model: weakref.ref[torch.nn.Module],
-        t: Callable[[], float] | None,
-    ) -> None:  # fmt: skip
+        self, optimizer: torch.optim.Optimizer, update: Callable[[float | None], None], t: Callable[[], float] | None
+    ) -> None:
         self.steps, self.is_updating, self._is_attached = 0, False, True
-        self._optimizer, self._update, self._model, self._t = weakref.ref(optimizer), update, model, t
+        self._optimizer, self._update, self._t = weakref.ref(optimizer), update, t
         # A compiled step must not trace file operations and counters.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._handle = optimizer.register_step_post_hook(hook)
@@ -54,12 +46,9 @@ class Attachment:
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         try:
             if _has_changed_weights(optimizer):
-                model = self._model()
-                if model is None:
-                    raise NotReadyError("attach", "the model that this tracker was made with no longer exists")
                 self.is_updating = True
                 self.steps += 1
-                self._update(model, None if self._t is None else self._t())
+                self._update(None if self._t is None else self._t())
         except BaseException:
             # If a step raises, a GradScaler leaves these attributes set, and would multiply the next scale by them.
             for name in ("grad_scale", "found_inf"):
@@ -69,44 +58,48 @@ class Attachment:
             self.is_updating = False
 
 
-def attach(
-    update: Update, directory: Path, unit: str, optimizer: object, model: weakref.ref[torch.nn.Module] | None,
-    t: Callable[[], float] | None, before: Attachment | None,
-) -> Attachment:  # fmt: skip
-    """Attach a directory's tracker to an optimizer, in place of `before` and of another tracker of the directory."""
-    stepping, attached = _stepping_optimizer(optimizer), None if before is None else before.optimizer
-    if not callable(t) and (t is not None or unit != "steps"):
-        reason = f"t {t!r}: must be a function that returns the training time in {unit}"
-        hint = "such as attach(optimizer, t=lambda: seen)"
-    elif model is None:
-        reason, hint = "this tracker was made without a model", "pass the model to from_model or from_path"
-    elif attached not in (None, stepping):
-        reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
-        hint = "of several that train one model, attach to the one that steps last in an iteration, or detach() first"
-    else:
-        attachments = _attachments.setdefault(stepping, {})
-        # An earlier tracker of the directory is of a notebook's cell that has run again.
-        for earlier in (before, attachments.get(directory)):
-            if earlier is not None:
-                earlier.remove()
-        attachments[directory] = made = Attachment(stepping, update, model, t)
-        return made
-    raise InvalidValueError("attach", reason, hint)
-
-
 _attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
 """The last attachment of each directory's trackers to an optimizer."""
 
 
-def _stepping_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the optimizer that takes the steps: `optimizer`, or the one inside accelerate's.
+def attach(
+    update: Callable[[float | None], None], directory: Path, unit: str, optimizer: Any, has_model: bool,
+    t: Callable[[], float] | None, before: Attachment | None,
+) -> Attachment:  # fmt: skip
+    """Attach a directory's tracker to the optimizer that takes the steps, such as the one inside accelerate's.
 
-    Raise an InvalidValueError for one whose hooks do not see every step exactly once.
+    The attachment replaces `before` and that of an earlier tracker of the directory, as of a notebook's cell that has
+    run again. An InvalidValueError refuses an optimizer whose hooks do not see every step exactly once.
     """
     # A program that has not imported accelerate holds none of its optimizers.
     accelerated = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", ())
     while isinstance(optimizer, accelerated):
         optimizer = optimizer.optimizer
+    attached = None if before is None else before.optimizer
+    if reason := _refusal(optimizer):
+        hint = "leave attach out, and call ema.update_(model) after each step that was taken"
+    elif not has_model:
+        reason, hint = "this tracker was made without a model", "pass the model to from_model or from_path"
+    elif not callable(t) and (t is not None or unit != "steps"):
+        reason = f"t {t!r}: must be a function that returns the training time in {unit}"
+        hint = "such as attach(optimizer, t=lambda: seen)"
+    elif attached not in (None, optimizer):
+        reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
+        hint = "of several that train one model, attach to the one that steps last in an iteration, or detach() first"
+    else:
+        hint = ""
+    if reason:
+        raise InvalidValueError("attach", reason, hint)
+    attachments = _attachments.setdefault(optimizer, {})
+    for earlier in (before, attachments.get(directory)):
+        if earlier is not None:
+            earlier.remove()
+    attachments[directory] = Attachment(optimizer, update, t)
+    return attachments[directory]
+
+
+def _refusal(optimizer: Any) -> str:
+    """Say why hooks of an optimizer do not see every step exactly once; "" if they do."""
     kind = type(optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
         # Not `hasattr`: a wrapper may forward attributes, and the registration of hooks, to the optimizer it wraps.
@@ -114,19 +107,16 @@ def _stepping_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     else:
         wraps = hasattr(optimizer, "optimizer") and not isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler)
         if not wraps:
-            raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind.__name__}")
+            return f"must be given a torch.optim.Optimizer, not {kind.__name__}"
     # torch wraps the `step` of a class in its hooks; `unwrap` returns the method as it was written.
     steps = {inspect.unwrap(vars(base)["step"]) for base in kind.__mro__ if "step" in vars(base)}
     if wraps:
-        reason = "wraps an optimizer, whose steps it may skip"
-    elif len(steps) > 2:  # with that of torch.optim.Optimizer
-        reason = "overrides a step, and torch calls the hooks of both where one calls the other"
-    elif "grad_scaler" in inspect.signature(optimizer.step).parameters:
-        reason = "takes the GradScaler, and may skip a step unnoticed"
-    else:
-        stepping: torch.optim.Optimizer = optimizer
-        return stepping
-    raise InvalidValueError("attach", f"{kind.__name__} {reason}", _BY_HAND)
+        return f"{kind.__name__} wraps an optimizer, whose steps it may skip"
+    if len(steps) > 2:  # with that of torch.optim.Optimizer
+        return f"{kind.__name__} overrides a step, and torch calls the hooks of both where one calls the other"
+    if "grad_scaler" in inspect.signature(optimizer.step).parameters:
+        return f"{kind.__name__} takes the GradScaler, and may skip a step unnoticed"
+    return ""
 
 
 def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:

@@ -41,9 +41,8 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import ErrorCurve, error_curve
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
-from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.path import encode_path, joined_paths, places
-from posthoc_cli.snapshots.snapshot import Selection, check_globs, make_selection, statistics_notice
+from posthoc_cli.snapshots.snapshot import check_globs, make_selection, statistics_notice
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
@@ -66,7 +65,7 @@ from posthoc_cli.tracker.model import (
     unwrapped,
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
-from posthoc_cli.tracker.processes import Group, Members, ShardOwners, is_first_of_group, mesh_of
+from posthoc_cli.tracker.processes import Group, ShardOwners
 from posthoc_cli.tracker.snapshotter import LiveSource
 from posthoc_cli.tracker.state import (
     Settings,
@@ -74,14 +73,10 @@ from posthoc_cli.tracker.state import (
     StateInfo,
     Tracking,
     TrainingProgress,
-    begin,
-    check_directory,
     check_path,
     least_distance,
     pack_state,
-    resumed_tracking,
     sample_of_all,
-    snapshots_until,
     unpack_state,
 )
 
@@ -104,15 +99,19 @@ class PostHocEMA:
     """
 
     def __init__(
-        self, start: object = None, tracking: Any = None, model: torch.nn.Module | None = None, device: Any = None,
-        **_: object,
-    ) -> None:  # fmt: skip
+        self, start: object = None, model: torch.nn.Module | None = None, device: Any = None, **_: object
+    ) -> None:
         if not isinstance(start, Start):
             how = "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by"
             reason = f"{how} PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
             raise InvalidValueError("PostHocEMA(...)", reason)
-        self.checkpoint_dir, self.settings, self._start = start.directory, start.settings, start
-        self._members: Members = tracking.tracked.members
+        self.checkpoint_dir, self.settings, self._start, tracking = (
+            start.directory,
+            start.settings,
+            start,
+            start.tracking,
+        )
+        self._members = tracking.tracked.members
         self._watch = ModelWatch(self.settings.selection, self._members)
         self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
         if model is not None and tracking.resumes:
@@ -180,27 +179,14 @@ class PostHocEMA:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
             DirectoryError, MismatchError: the directory is not writable, or it holds a run and `resume` is None.
         """
-        selection = make_selection(include, exclude, buffers)
         settings = Settings.checked(
             sigma_rels, update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype,
-            t_unit, selection, on_nonfinite,
+            t_unit, make_selection(include, exclude, buffers), on_nonfinite,
         )  # fmt: skip
-        check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
+        check_globs(settings.selection, [tensor.name for tensor in named_tensors(check_model(model))])
         directory = check_path(checkpoint_dir)
         wait_for_writers(directory)
-        if isinstance(resume, bool | str) and resume != "auto":
-            reason = "must be 'auto', a call of update_ that has snapshots, or None"
-            raise InvalidValueError("resume", reason, value=f"{resume!r}")
-        step = None if isinstance(resume, str) else resume  # an existing run may be absent only without a step
-        stored = [] if resume is None else find_snapshots(directory) if step is None else read_directory(directory)
-        if stored:
-            settings = replace(settings, selection=selection.resumed(stored[-1].roles))
-        tensors = collect_tensors(model, settings.selection)
-        if tensors.tracked.chunks or is_first_of_group(model):
-            check_directory(directory, is_new=resume is None)
-        tracking, step = begin(directory, stored, settings, tensors.tracked, step)
-        tracking = _with_members(tracking, model, tensors, settings, directory)
-        return cls(Start(directory, settings, step, stored), tracking, model, device)
+        return cls(Start.of_model(model, directory, settings, resume), model, device)
 
     @classmethod
     def from_path(
@@ -215,19 +201,7 @@ class PostHocEMA:
         """
         directory = check_path(checkpoint_dir)
         wait_for_writers(directory)
-        stored = read_directory(directory)
-        profiles = stored[-1].sigma_rels
-        snapshots = snapshots_until(stored, step)
-        newest = snapshots[-1]
-        selection = (newest.selection or Selection()).resumed(newest.roles)
-        on_nonfinite = "skip" if newest.skip_nonfinite else "raise"
-        settings = Settings(profiles, newest.schedule, newest.t_unit, selection, on_nonfinite)
-        tracking = resumed_tracking(snapshots, profiles)
-        if model is not None:
-            # By the names in the snapshots: a model that is only to be filled may be frozen.
-            tensors = collect_tensors(model, selection, tracking.tracked.known_names)
-            tracking = _with_members(tracking, model, tensors, settings, directory)
-        return cls(Start(directory, settings, step, stored), tracking, model, device)
+        return cls(Start.of_run(directory, model, step), model, device)
 
     def __repr__(self) -> str:
         profiles = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.settings.sigma_rels)
@@ -312,8 +286,12 @@ class PostHocEMA:
         `lambda: images_seen`. The handle's `remove()` detaches the tracker, as `detach()` does.
         """
         self._pipeline.check_open()
-        unit, before = self.settings.t_unit, self._attachment
-        self._attachment = attach(self.update_, self.checkpoint_dir, unit, optimizer, self._model, t, before)
+
+        def update(time: float | None) -> None:
+            self.update_(self._present_model("attach"), time)
+
+        unit, has_model = self.settings.t_unit, self._model is not None
+        self._attachment = attach(update, self.checkpoint_dir, unit, optimizer, has_model, t, self._attachment)
         return self._attachment
 
     def detach(self) -> None:
@@ -783,9 +761,7 @@ class PostHocEMA:
     @torch.no_grad()
     def _raw_weights(self, model: torch.nn.Module | None, dtype: Dtype) -> Weights:
         """Return copies of the weights of the tracked model, or else of `model`, on the host, with a warning."""
-        tracked, schedule = self._tracked_model(model), self.settings.schedule
-        if tracked is None:
-            raise NotReadyError("no average yet", "the tracked model no longer exists")
+        tracked, schedule = self._present_model("no average yet", model), self.settings.schedule
         if self._is_first_warning("raw weights"):
             options = f"update_every={schedule.update_every}, update_after_step={schedule.update_after_step}"
             warn(f"no average yet, so the raw weights are used: {self.settings.first_update(0)} ({options})")
@@ -854,39 +830,22 @@ class PostHocEMA:
         model = None if self._model is None else self._model()
         return default if model is None else model  # no `or`: it would ask for a model's length
 
-    def _chunked_model(self) -> torch.nn.Module | None:
-        """Return the sharded model, which must still exist; None where the tracked model is not sharded."""
-        if not self._members.is_chunked:
-            return None
-        model = self._tracked_model()
+    def _present_model(self, call: str, default: torch.nn.Module | None = None) -> torch.nn.Module:
+        """Return the same model, which a call needs."""
+        model = self._tracked_model(default)
         if model is None:
-            raise NotReadyError("state_dict", "the model, whose parameters say where each chunk is, no longer exists")
+            raise NotReadyError(call, "the model that this tracker was made with no longer exists")
         return model
+
+    def _chunked_model(self) -> torch.nn.Module | None:
+        """Return the sharded model, whose parameters say where each chunk is; None if the model is not sharded."""
+        return self._present_model("state_dict") if self._members.is_chunked else None
 
 
 def _check_raw(model: torch.nn.Module, call: str) -> None:
     """Raise a NotReadyError if a model holds averaged weights."""
     if is_swapped(model):
         raise NotReadyError(call, "the model holds averaged weights now", "call it outside `with ema.model(...)`")
-
-
-def _with_members(
-    tracking: Tracking, model: torch.nn.Module, tensors: ModelTensors, settings: Settings, directory: Path
-) -> Tracking:
-    """Return `tracking` with the processes of the model; of a sharded one this process's part, after a rendezvous."""
-    if not tensors.tracked.chunks:
-        return replace(tracking, tracked=replace(tracking.tracked, members=Members(model, directory)))
-    if tracking.resumes:
-        tracking.tracked.check(tensors.tracked)
-    values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
-    left_out = ("schedule", "selection", "only_trainable")  # the last one says whether there is an `include`
-    options = {name: str(value) for name, value in values.items() if name not in left_out}
-    start = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
-    options |= {"checkpoint_dir": str(directory), "to resume": start}
-    held, chunks = tensors.averaged | tensors.copied, tensors.tracked.chunks
-    members = ShardOwners(held, chunks, options, tracking.run_id, mesh_of(model))
-    part = replace(tensors.tracked.of(members), everywhere=tensors.tracked.complete_shapes)
-    return replace(tracking, run_id=members.run_id, tracked=part)
 
 
 def _asked(t: float | None, step: int | None, dtype: Dtype, method: str | None) -> dict[str, Any]:

@@ -55,8 +55,17 @@ from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.memory import HOST, FlatTensors, Layout, buckets_of
-from posthoc_cli.tracker.model import TrackedModel, named_tensors, nonfinite_name
-from posthoc_cli.tracker.processes import Group, as_dtensor, held_box, reshard
+from posthoc_cli.tracker.model import ModelTensors, TrackedModel, collect_tensors, named_tensors, nonfinite_name
+from posthoc_cli.tracker.processes import (
+    Group,
+    Members,
+    ShardOwners,
+    as_dtensor,
+    held_box,
+    is_first_of_group,
+    mesh_of,
+    reshard,
+)
 
 log = logging.getLogger(__name__)
 
@@ -212,16 +221,64 @@ class Start:
     made, or when its `load_state_dict` was called since.
 
     Attributes:
+        tracking: the state before the first call.
         step, is_given: the number of that call; 0 for a new beginning, None for the newest snapshots.
         weights: the network's sampled weights at a given call; empty if unknown.
     """
 
-    def __init__(self, directory: Path, settings: Settings, step: int | None, stored: Sequence[Snapshot]) -> None:
-        self.step, self.is_given = step, step is not None
+    def __init__(
+        self, directory: Path, settings: Settings, step: int | None, stored: Sequence[Snapshot], tracking: Tracking,
+        model: torch.nn.Module | None, tensors: ModelTensors | None,
+    ) -> None:  # fmt: skip
+        self.directory, self.settings, self.step, self.is_given = directory, settings, step, step is not None
+        self.tracking = tracking
+        if model is not None and tensors is not None:
+            self.tracking = _with_members(tracking, model, tensors, settings, directory)
         recorded = None if step is None else recorded_weights(stored).get(step)
         self.weights: tuple[float, ...] = () if recorded is None else tuple(recorded.tolist())
-        self.directory, self.settings, self._stored = directory, settings, stored
-        self._newest = stored[-1].step if stored else 0
+        self._stored, self._newest = stored, stored[-1].step if stored else 0
+
+    @classmethod
+    def of_model(cls, model: torch.nn.Module, directory: Path, settings: Settings, resume: str | int | None) -> Start:
+        """Return the start of a new run, or with `resume`, see `PostHocEMA.from_model`, of the run in the directory."""
+        step = None if resume in (None, "auto") else resume  # an existing run may be absent only without a step
+        if isinstance(step, bool | str):
+            reason = "must be 'auto', a call of update_ that has snapshots, or None"
+            raise InvalidValueError("resume", reason, value=f"{resume!r}")
+        stored = read_directory(directory) if step is not None else find_snapshots(directory) if resume else []
+        if stored:
+            settings = replace(settings, selection=settings.selection.resumed(stored[-1].roles))
+        tensors = collect_tensors(model, settings.selection)
+        if tensors.tracked.chunks or is_first_of_group(model):
+            _check_directory(directory, is_new=resume is None)
+        if not stored:
+            tracking = Tracking.new(secrets.token_hex(16), tensors.tracked, settings.sigma_rels)
+            return cls(directory, settings, None, stored, tracking, model, tensors)
+        newest, schedule, sigma_rels = stored[-1], settings.schedule, settings.sigma_rels
+        if newest.t_unit != settings.t_unit:
+            reason = f"the run in {directory} counts {shown(newest.t_unit)}"
+            raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
+        _check_profiles(newest.sigma_rels, sigma_rels)
+        tracking = _resumed(_until(stored, step, "resume")[-1], sigma_rels)
+        is_first = newest.step <= schedule.update_after_step + schedule.checkpoint_every
+        if step is None and is_first and len(stored) < len(sigma_rels):
+            # The run was killed while it wrote its first snapshots: they are set aside when it begins again.
+            tracking, step = Tracking.new(newest.run_id, tensors.tracked, sigma_rels, resumes=True), 0
+        return cls(directory, settings, step, stored, tracking, model, tensors)
+
+    @classmethod
+    def of_run(cls, directory: Path, model: torch.nn.Module | None, step: int | None) -> Start:
+        """Return the start at a call, or at the newest snapshots, of the run in a directory, with its settings."""
+        stored = read_directory(directory)
+        newest = _until(stored, step)[-1]
+        selection = (newest.selection or Selection()).resumed(newest.roles)
+        on_nonfinite = "skip" if newest.skip_nonfinite else "raise"
+        settings = Settings(stored[-1].sigma_rels, newest.schedule, newest.t_unit, selection, on_nonfinite)
+        tracking = _resumed(newest, settings.sigma_rels)
+        # By the names in the snapshots: a model that is only to be filled may be frozen.
+        names = tracking.tracked.known_names
+        tensors = None if model is None else collect_tensors(model, selection, names)
+        return cls(directory, settings, step, stored, tracking, model, tensors)
 
     def choose(self, now: Tracking, values: Floats, group: Group, writes: bool, is_first_call: bool) -> Tracking:
         """Return the tracking that resumes from the newest call with the model's weights, for all processes alike.
@@ -256,7 +313,7 @@ class Start:
             text = f"continuing at step {found:,}, where the network had the model's weights"
             text += f"; later snapshots, up to step {newest:,}, will be set aside"
             log.warning("%s: %s", self.directory, text)
-        return replace(now, progress=_progress_at(snapshots_until(stored, self.step)[-1]))
+        return replace(now, progress=_progress_at(_until(stored, self.step)[-1]))
 
     def read(self, now: Tracking) -> Tracking:
         """Read the state to resume from out of the directory."""
@@ -288,7 +345,7 @@ def check_path(path: str | Path) -> Path:
     return absolute
 
 
-def check_directory(directory: Path, is_new: bool) -> None:
+def _check_directory(directory: Path, is_new: bool) -> None:
     """Raise an error if a tracker cannot write to a directory, which may not exist yet, or begin a new run there."""
     with files.reported_as_write_error(directory):  # the name may be too long
         existing = next(path for path in (directory, *directory.parents) if path.is_symlink() or path.exists())
@@ -301,22 +358,23 @@ def check_directory(directory: Path, is_new: bool) -> None:
         raise MismatchError(directory, reason, ways_to_resume(newest.step))
 
 
-def begin(
-    directory: Path, stored: Sequence[Snapshot], settings: Settings, tracked: TrackedModel, step: int | None
-) -> tuple[Tracking, int | None]:
-    """Return a new run or, if there are snapshots, their run at a `step` or at the newest, and the step to begin at."""
-    if not stored:
-        return Tracking.new(secrets.token_hex(16), tracked, settings.sigma_rels), None
-    newest, schedule, sigma_rels = stored[-1], settings.schedule, settings.sigma_rels
-    if newest.t_unit != settings.t_unit:
-        reason = f"the run in {directory} counts {shown(newest.t_unit)}"
-        raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
-    check_profiles(newest.sigma_rels, sigma_rels)
-    is_first = newest.step <= schedule.update_after_step + schedule.checkpoint_every
-    if step is None and is_first and len(stored) < len(sigma_rels):
-        # The run was killed while it wrote its first snapshots: they are set aside when it begins again.
-        return Tracking.new(newest.run_id, tracked, sigma_rels, resumes=True), 0
-    return resumed_tracking(snapshots_until(stored, step, "resume"), sigma_rels), step
+def _with_members(
+    tracking: Tracking, model: torch.nn.Module, tensors: ModelTensors, settings: Settings, directory: Path
+) -> Tracking:
+    """Return `tracking` with the processes of the model; of a sharded one this process's part, after a rendezvous."""
+    if not tensors.tracked.chunks:
+        return replace(tracking, tracked=replace(tracking.tracked, members=Members(model, directory)))
+    if tracking.resumes:
+        tracking.tracked.check(tensors.tracked)
+    values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
+    left_out = ("schedule", "selection", "only_trainable")  # the last one says whether there is an `include`
+    options = {name: str(value) for name, value in values.items() if name not in left_out}
+    start = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
+    options |= {"checkpoint_dir": str(directory), "to resume": start}
+    held, chunks = tensors.averaged | tensors.copied, tensors.tracked.chunks
+    members = ShardOwners(held, chunks, options, tracking.run_id, mesh_of(model))
+    part = replace(tensors.tracked.of(members), everywhere=tensors.tracked.complete_shapes)
+    return replace(tracking, run_id=members.run_id, tracked=part)
 
 
 def ways_to_resume(step: int) -> str:
@@ -327,9 +385,8 @@ def ways_to_resume(step: int) -> str:
     return f"{restored}; {state}; {anyway}; for a new run name another directory"
 
 
-def resumed_tracking(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> Tracking:
-    """Return the tracking at the newest time with snapshots."""
-    last = snapshots[-1]
+def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
+    """Return the tracking at the time of a snapshot."""
     tracking = Tracking.new(last.run_id, TrackedModel.of_snapshot(last), sigma_rels, resumes=True)
     return replace(tracking, progress=_progress_at(last))
 
@@ -338,7 +395,7 @@ def _progress_at(snapshot: Snapshot) -> TrainingProgress:
     return TrainingProgress.resumed(ClockRecorder.of_knots(snapshot.clock_pairs))
 
 
-def snapshots_until(snapshots: Sequence[Snapshot], step: int | None, argument: str = "step") -> Sequence[Snapshot]:
+def _until(snapshots: Sequence[Snapshot], step: int | None, argument: str = "step") -> Sequence[Snapshot]:
     """Return the snapshots up to a call, which must have one; all for None. Errors name `argument`."""
     if step is None:
         return snapshots
@@ -359,7 +416,7 @@ def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, s
 
     An average without a snapshot at that time is reconstructed from the snapshots at or before it.
     """
-    snapshots = snapshots_until(read_directory(directory), step)
+    snapshots = _until(read_directory(directory), step)
     newest = snapshots[-1]
     chosen = {s.sigma_rel: s for s in snapshots if s.t == newest.t}
     kept = AverageTensors(host_layout(tracked), len(sigma_rels))
@@ -530,7 +587,7 @@ def unpack_state(
     standing, wanted = info.standing, settings.sigma_rels
     averages = Averages.none_yet(wanted)
     if standing.t > 0 and tracked.tensors:
-        check_profiles(info.sigma_rels, wanted)
+        _check_profiles(info.sigma_rels, wanted)
         inherited = dict(zip(info.sigma_rels, standing.inherited, strict=True))
         standing = replace(standing, inherited=tuple(inherited[one] * tracked.leads for one in wanted))
         kept = AverageTensors(host_layout(tracked), len(wanted))
@@ -580,7 +637,7 @@ def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtyp
     return tensor
 
 
-def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
+def _check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
     """Raise an InvalidValueError unless the run holds every profile that is wanted."""
     for sigma_rel in wanted:
         if sigma_rel not in held:
