@@ -114,7 +114,6 @@ class AverageTensors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
         return sum(tensors.nbytes for tensors in (*self.mean, *self.high))
 
     def means(self, tile: Tile, shared: bool) -> list[torch.Tensor]:
@@ -156,7 +155,6 @@ class Averages:
 
     @classmethod
     def none_yet(cls, sigma_rels: Sequence[float]) -> Averages:
-        """Return the averages of a run before its first update."""
         return cls(tuple(sigma_rels), Standing(inherited=(0.0,) * len(sigma_rels)))
 
     @property
@@ -166,7 +164,6 @@ class Averages:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory of the averages, the copies, the sketcher and the scratch."""
         held = (self.tensors, self.sketcher, *self._scratch.values(), *self.copies.values())
         return sum(part.nbytes for part in held if part is not None)
 

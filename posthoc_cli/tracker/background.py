@@ -59,7 +59,6 @@ class Job(Generic[Result]):
         self._gate.release()
 
     def wait(self) -> None:
-        """Return when the work is done."""
         if not self._finished:
             with self._gate:
                 pass
@@ -74,7 +73,6 @@ class Job(Generic[Result]):
                 self.settle()
 
     def result(self) -> Result:
-        """Return the result of the work, or raise its error."""
         if self._error is not None:
             raise self._error
         return cast("Result", self._value)
@@ -165,7 +163,6 @@ class Worker:
             warn(f"training has waited for {what} for {times}: a larger interval makes them rarer")
 
     def take_error(self) -> Exception | None:
-        """Return and forget the oldest error of a submitted job, or None."""
         with suppress(IndexError):
             return self._errors.popleft()
         return None
@@ -260,7 +257,6 @@ class ThreadPool:
             job.result()
 
     def close(self) -> None:
-        """End the helper threads."""
         for helper in self._helpers:
             helper.close()
 
@@ -284,12 +280,10 @@ class DeviceStreams:
 
     @staticmethod
     def current(devices: Iterable[torch.device]) -> Streams:
-        """Return the streams that the calling thread uses on these devices."""
         return {device: torch.cuda.current_stream(device) for device in {*devices} if device.type == "cuda"}
 
     @staticmethod
     def record_events(streams: Streams) -> DeviceEvents:
-        """Record events after the work that is queued in the streams so far."""
         return tuple((device, stream.record_event()) for device, stream in streams.items())
 
     @contextmanager

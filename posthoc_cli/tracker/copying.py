@@ -53,7 +53,6 @@ class _Ring:
 
 
 def _fill(flat: torch.Tensor, values: list[torch.Tensor]) -> None:
-    """Copy flat tensors end to end into `flat`."""
     torch._foreach_copy_([*torch.split(flat, [value.numel() for value in values])], values)
 
 

@@ -161,7 +161,6 @@ class Sketcher:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
         return sum(tensor.nbytes for tensor in (*self._values, *self._factors))
 
     def resume(self, path: PathSketch) -> bool:
@@ -173,7 +172,6 @@ class Sketcher:
         return True
 
     def take(self, tile: Tile, values: torch.Tensor) -> None:
-        """Take in a tile of a window's mean, or of a value."""
         self.subset.take(tile, values, self._values)
 
     def end_value(self, gammas: Sequence[float], t: float, is_last: bool) -> None:
@@ -200,7 +198,6 @@ class Sketcher:
         return None if sketch is None else PathSketch(self._projection, sketch)
 
     def _fetch(self) -> None:
-        """Add the pending values to the sketch."""
         for t, share, ends, sums in self._pending:
             mean = _numbers(sums)
             if self._open is not None:
@@ -248,7 +245,6 @@ def _rounded(numbers: FloatArray) -> FloatArray:
 
 
 def _with_window(sketch: Sketch, t: float, mean: FloatArray, folds: float = 1.0) -> Sketch:
-    """Return a sketch with one more window."""
     edges, numbers = np.append(sketch.edges, t), np.append(sketch.folds, folds)
     return Sketch(edges, numbers, np.vstack((sketch.means, mean)), np.append(sketch.spread, 0.0))
 

@@ -49,12 +49,10 @@ class Bucket:
 
     @cached_property
     def size(self) -> int:
-        """The number of elements."""
         return sum(map(math.prod, self.shapes))
 
     @property
     def tile(self) -> int:
-        """The largest number of elements of a tile."""
         return TILE if self.device.type == "cpu" else DEVICE_TILE
 
     @cached_property
@@ -137,7 +135,6 @@ class FlatTensors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
         return sum(slab.nbytes for slabs in self.slabs for slab in slabs)
 
     @cached_property
@@ -156,7 +153,6 @@ class FlatTensors:
         return [slabs[number][max(begin - edges[number], 0) : end - edges[number]] for number in numbers]
 
     def tile(self, tile: Tile) -> torch.Tensor:
-        """Return a view of a tile."""
         (part,) = self.parts(*tile[1:])
         return part
 
@@ -176,7 +172,6 @@ class Reader:
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor], threads: int = 1) -> Reader:
-        """Return a reader of tensors by name."""
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
         layout = buckets_of({name: (one.device, one.dtype, tuple(one.shape)) for name, one in detached.items()})
 
@@ -192,7 +187,6 @@ class Reader:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of scratch memory."""
         return sum(buffer.nbytes for buffers in self._scratch for buffer in buffers)
 
     def current(self, tile: Tile) -> list[torch.Tensor]:

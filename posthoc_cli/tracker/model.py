@@ -48,11 +48,9 @@ class TrackedModel:
     Attributes:
         tensors: role and dtype of each. Averaged are floating-point parameters, BatchNorm's running statistics, and
             buffers that the user wants averaged; copied are other persistent buffers and parameters.
-        shapes: the shape of each, or of the part that this process holds.
+        shapes, chunks: the shape of each, or of the part that this process holds; and that part's position.
         aliases: further names of these tensors (tied parameters) -> the stored name.
-        left_out: names in the model's state that are not tracked.
-        frozen: names in `left_out` of parameters that require no gradient.
-        chunks: for each tensor of which this process holds only a part, see `processes`, the part's position.
+        left_out, frozen: names in the model's state that are not tracked; those of parameters without gradients.
         members: the processes that track the model; of a sharded one these are the tensors that this process owns.
         everywhere: then the complete shapes of all averages.
     """
@@ -68,13 +66,11 @@ class TrackedModel:
 
     @classmethod
     def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
-        """Return the entries of a snapshot."""
         shapes = {name: entry.shape for name, entry in snapshot.entries.items()}
         return cls(snapshot.tensors, shapes, snapshot.aliases, snapshot.left_out)
 
     @property
     def known_names(self) -> frozenset[str]:
-        """All names of the tensors, aliases included."""
         return frozenset(self.tensors.keys() | self.aliases.keys())
 
     def complete_shape(self, name: str) -> tuple[int, ...]:
@@ -83,7 +79,6 @@ class TrackedModel:
 
     @property
     def complete_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The complete shapes of all averages, including those of other processes."""
         return self.everywhere or {name: self.complete_shape(name) for name in self.weights}
 
     def box(self, name: str) -> Box:
@@ -137,7 +132,6 @@ class TrackedModel:
                 raise ModelMismatchError(f"tensor {name!r}", f"is {now}, and was {was} when tracking began", hint)
 
     def _described(self, name: str) -> str:
-        """Return all about a tensor that must not change, as a text."""
         if name in self.aliases:
             return f"tied to {self.aliases[name]!r}"
         if name not in self.tensors:
@@ -162,7 +156,6 @@ class ModelTensors(NamedTuple):
     tracked: TrackedModel
 
     def of(self, members: Members) -> ModelTensors:
-        """Return the tensors that this process averages and writes."""
         tracked = self.tracked.of(members)
         names = tracked.tensors.keys()
         return ModelTensors(_only(self.averaged, names), _only(self.copied, names), tracked)
@@ -183,10 +176,7 @@ The block refers to all of these objects, so that no id is reused while it is op
 
 
 def is_swapped(model: torch.nn.Module) -> bool:
-    """Return whether any part of a model holds averaged weights, which no average may take in.
-
-    Tensors and modules are compared, since the swapped model may be a part of this one, or this one a part of it.
-    """
+    """Return whether a model, a part of it, or one that it is a part of, holds averaged weights."""
     if not swapped:
         return False
     ids = frozenset(map(id, chain(model.modules(), model.parameters(), model.buffers())))
@@ -197,11 +187,7 @@ def is_swapped(model: torch.nn.Module) -> bool:
 
 
 def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozenset[str] = frozenset()) -> ModelTensors:
-    """Return a model's selected tensors, or this process's parts; parameters in `also` need not require gradients.
-
-    Raises:
-        InvalidValueError: nothing to average, or a tensor that cannot be averaged or stored, by name.
-    """
+    """Return a model's selected tensors, or this process's parts; parameters in `also` need not require gradients."""
     held, tracked = dict[str, torch.Tensor](), dict[str, TrackedTensor]()
     aliases, left_out, frozen = dict[str, str](), list[str](), set[str]()
     first_name, chunks = dict[int, str](), dict[str, Chunk]()
@@ -221,15 +207,11 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             if is_selected:
                 frozen.add(name)
             continue
-        if name == "__metadata__":
-            reason = "safetensors files reserve this name, so that no snapshot can hold it"
-            hint = f"rename it in the model, or leave it out with exclude={name!r}"
-            raise InvalidValueError("parameter" if entry.is_parameter else "buffer", reason, hint, value=f"{name!r}")
         stored = first_name.setdefault(id(tensor), name)
         if stored != name:
             aliases[name] = stored
             continue
-        _check_values(entry)
+        _check(entry)
         held[name], box = held_box(name, tensor)
         if is_sharded(tensor):
             chunks[name] = Chunk(tuple(tensor.shape), box.offset)
@@ -253,12 +235,14 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     return ModelTensors(averaged, copied, known)
 
 
-def _check_values(entry: NamedTensor) -> None:
-    """Raise an InvalidValueError for a tensor whose values are not in this process, not dense, or of another kind."""
+def _check(entry: NamedTensor) -> None:
+    """Raise an InvalidValueError for a tensor that no snapshot can hold or whose values cannot be averaged here."""
     name, tensor = entry.name, entry.tensor
     subject, reason, hint = "tensor", "", ""
     has_fractions = tensor.is_complex() or tensor.is_floating_point()
-    if torch.nn.parameter.is_lazy(tensor):
+    if name == "__metadata__":
+        reason, hint = "safetensors files reserve this name", f"rename it, or leave it out with exclude={name!r}"
+    elif torch.nn.parameter.is_lazy(tensor):
         reason, hint = "has no shape yet", "run a batch through the model first"
     elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
         reason = "is sharded over processes by DeepSpeed ZeRO-3, whose parameters have no values between steps"
@@ -288,10 +272,7 @@ def nonfinite_error(name: str | None, tracked: Mapping[str, TrackedTensor], step
     """Return the error for a tensor that holds nan or infinity; `name` is None if another process holds it."""
     subject, hint = "a parameter in another process" if name is None else f"parameter {name!r}", ""
     if name is not None and name in tracked and tracked[name].role == "statistic":
-        subject = f"running statistic {name!r}"
-        hint = (
-            "buffers='copy' copies running statistics; or recompute them, and let on_nonfinite='skip' leave these out"
-        )
+        subject, hint = f"running statistic {name!r}", "buffers='copy' copies running statistics"
     return NonFiniteError(subject, f"holds nan or infinity at step {step}; no average has taken it in", hint)
 
 
@@ -306,10 +287,7 @@ class ModelWatch:
         self._cached: tuple[weakref.ref[torch.nn.Module], TrackedModel, _ModelFingerprint, ModelTensors] | None = None
 
     def tensors(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
-        """Return the model's tensors: the same object as in the last call unless the model has changed.
-
-        Raise a ModelMismatchError unless they are the tracked ones.
-        """
+        """Return the model's tensors, the same object unless it has changed; raise an error for others than tracked."""
         if self._cached is not None:
             cached, known, fingerprint, found = self._cached
             if cached() is model and known is tracked and fingerprint.is_same():
@@ -325,10 +303,7 @@ class ModelWatch:
         return found
 
     def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float]:
-        """Return the values of the model in a snapshot's sample that this process holds, by sample index.
-
-        Raise a ModelMismatchError unless the model's tensors are the tracked ones, frozen or not.
-        """
+        """Return the model's values in a snapshot's sample that this process holds, by number, of frozen ones, too."""
         found = self._collect(model, tracked.known_names)
         tracked.check(found.tracked)
         flat = {name: found.averaged[name].detach().reshape(-1) for name, _ in tracked.sampled.values()}
@@ -348,10 +323,7 @@ class ModelWatch:
 
 
 class _ModelFingerprint:
-    """The registries of a model's modules at one moment: names, objects, memory, dtypes and required gradients.
-
-    Comparing these at every update costs less than walking through the modules.
-    """
+    """The registries of a model's modules at one moment, which takes less time to compare than to walk through them."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._registries: list[dict[str, Any]] = []
@@ -404,16 +376,13 @@ class NamedModule(NamedTuple):
 
 
 class NamedTensor(NamedTuple):
-    """A parameter or buffer, with one of its names: without wrappers, and torch's (`raw`). Tied names share a `tensor`.
-
-    `in_state` is False for non-persistent buffers.
-    """
+    """A parameter or buffer, with one of its names, without wrappers, and torch's (`raw`). Tied ones share it."""
 
     name: str
     raw: str
     tensor: torch.Tensor
     is_parameter: bool
-    in_state: bool = True
+    in_state: bool = True  # not for buffers that are not persistent
 
 
 def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
@@ -423,9 +392,8 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     """
     modules, fsdp = list(_named_modules(model)), sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(one.module, fsdp.FullyShardedDataParallel) for one in modules):
-        raise InvalidValueError(
-            "model", "FSDP1 lays parameters end to end", "use fully_shard or DistributedDataParallel"
-        )
+        way = "use fully_shard or DistributedDataParallel"
+        raise InvalidValueError("model", "FSDP1 lays parameters end to end", way)
     tensors = [
         NamedTensor(_join(path, key), _join(raw, key), parameter, True)
         for path, raw, module in modules

@@ -75,7 +75,6 @@ class Pipeline:
         _pipelines.add(self)
 
     def figures(self) -> dict[str, float]:
-        """Return the memory held, and measurements of the last written snapshots; see `PostHocEMA.metrics`."""
         held = {"bytes": float(self.tracking.averages.nbytes + self._copier.nbytes)}
         held["bytes"] += 0 if self._storage is None else sum(memory.nbytes for memory in self._storage.memory)
         held["bytes"] += 0 if self._values is None else self._values[1].nbytes
@@ -99,7 +98,6 @@ class Pipeline:
         return self._process != os.getpid()
 
     def check_process(self) -> None:
-        """Raise a NotReadyError in a forked process."""
         if self.is_forked:
             reason = "this process was forked from the one that has the tracker, and its threads"
             hint = "call it there, or read the snapshots with PostHocEMA.from_path"
@@ -197,7 +195,6 @@ class Pipeline:
         self._counted = progress
 
     def set(self, tracking: Tracking) -> None:
-        """Continue from another state."""
 
         def work() -> None:
             self.check_open()
@@ -266,7 +263,6 @@ class Pipeline:
         self._writes.wait()
 
     def take_error(self) -> Exception | None:
-        """Return and forget the oldest error of work in the background, or None."""
         return self._updates.take_error() or self._writes.take_error()
 
     @contextmanager
@@ -321,7 +317,6 @@ class Pipeline:
         return self._pool if all(bucket.device.type == "cpu" for bucket in layout) else SINGLE_THREAD
 
     def _storage_of(self, layout: Layout) -> StorageLayout:
-        """Return how averages of a layout are stored and measured."""
         storage, tracked = self._storage, self.tracking.tracked
         if storage is None or storage.layout != layout or storage.tracked is not tracked:
             self._storage = None  # its memory must go first
@@ -330,7 +325,6 @@ class Pipeline:
 
     @torch.inference_mode(False)  # scratch made in inference mode could not be written to outside it
     def _values_of(self, tensors: ModelTensors) -> Reader:
-        """Return a reader of the model's tensors, for an update or for a copy."""
         if self._values is None or self._values[0] is not tensors:
             self._values = None  # the old reader must go even if making the next one fails
             on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())

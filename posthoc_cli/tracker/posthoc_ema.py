@@ -586,7 +586,6 @@ class PostHocEMA:
         self._pipeline.count(progress)
 
     def _become_writer(self) -> None:
-        """Become the directory's writer, at the first call, and in a resumed run load its averages."""
         with self._pipeline.as_writer(self.run_id) as snapshotter:
             if self._pipeline.tracking.resumes:
                 loaded = self._start.read(self._pipeline.tracking)
@@ -619,13 +618,11 @@ class PostHocEMA:
         return nonfinite_error(name, self._pipeline.tracking.tracked.tensors, progress.step)
 
     def _is_first_warning(self, cause: str) -> bool:
-        """Return whether no warning of this cause was given before, and note that one is given now."""
         is_first = cause not in self._warned_of
         self._warned_of.add(cause)
         return is_first
 
     def _run_callbacks(self) -> None:
-        """Call the callbacks if snapshots have become durable."""
         writer = self._pipeline.snapshotter
         written = 0 if writer is None else writer.times_written
         if written != self._reported:
@@ -680,11 +677,9 @@ class PostHocEMA:
 
     @property
     def _has_state(self) -> bool:
-        """Whether this process holds any part of the tracker's own state."""
         return self._members.is_chunked or self.keeps_averages
 
     def _own_state(self) -> dict[str, Any]:
-        """Return the tracker's own state, as `state_dict()` does."""
         if not self._has_state:
             return {}
         group = self._members.keepers("state_dict()")
@@ -843,7 +838,6 @@ class PostHocEMA:
 
 
 def _check_raw(model: torch.nn.Module, call: str) -> None:
-    """Raise a NotReadyError if a model holds averaged weights."""
     if is_swapped(model):
         raise NotReadyError(call, "the model holds averaged weights now", "call it outside `with ema.model(...)`")
 

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 GRACE, WARNING, LIMIT = 2.0, 10.0, 300.0
 """Seconds that the first call of several processes waits for trackers that are not made yet; that any call waits for
 the processes that have made one before it warns; and before it gives up."""
-
-_LEFT = "left this call by "
 
 _made: Counter[str] = Counter()
 """Number of stores made for each purpose and directory; every process makes them in the same order."""
@@ -135,16 +134,13 @@ class Group:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the first."""
         return self.rank == self.ranks[0]
 
     @property
     def is_alone(self) -> bool:
-        """Whether the group has one process."""
         return len(self.ranks) == 1
 
     def from_all(self, value: Result) -> list[Result]:
-        """Return the value of each process, by rank."""
         values = [value] * len(self.ranks)
         if not self.is_alone:
             dist.all_gather_object(values, value)
@@ -173,12 +169,12 @@ class Group:
             failure = error
         own = None if failure is None else (isinstance(failure, VanishedError), self.rank, _describe(failure))
         failed = sorted(filter(None, self.from_all(own)))
-        if failure is not None and failed[0][0] == isinstance(failure, VanishedError):
-            raise failure
-        if failed:
-            vanished, rank, message = failed[0]
-            raise (VanishedError if vanished else RankError)(f"rank {rank}", message)
-        return result
+        if not failed:
+            return result
+        vanished, rank, message = failed[0]
+        if failure is None or vanished != isinstance(failure, VanishedError):
+            failure = (VanishedError if vanished else RankError)(f"rank {rank}", message)
+        raise failure
 
     def from_first(self, work: Callable[[], Result]) -> Result:
         """Do work in the first process; return its result in every process, or raise errors as `together` does."""
@@ -232,36 +228,36 @@ class Rendezvous:
         _made[name] += 1
         self.store: Store = PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
         self._hint, self._calls = hint, 0
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._rank, self._ranks = dist.get_rank(), range(dist.get_world_size())
         self.store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
 
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or makes another one."""
         self._calls += 1
         prefix = f"call/{self._calls}"
-        self.store.set(f"{prefix}/{self._rank}", call)
+        self.store.set(f"{prefix}/{self._rank}", f"asks for {call}")
         try:
             self._wait_for_all(prefix)
         except BaseException as error:
-            self.store.set(f"{prefix}/{self._rank}", f"{_LEFT}{type(error).__name__}")
+            self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
             raise
-        ranks = range(self._world)
-        kinds, calls = ([self.store.get(f"{key}/{n}").decode() for n in ranks] for key in ("made", prefix))
+        kinds, calls = ([self.store.get(f"{key}/{n}").decode() for n in self._ranks] for key in ("made", prefix))
         first = kinds.index("keeps") if "keeps" in kinds else 0
         for rank, other in enumerate(calls):
-            if (has_left := other.startswith(_LEFT)) or other != calls[first]:
-                reason = other if has_left else f"asks for {other}, and rank {first} for {calls[first]}"
-                raise RankError(
-                    f"rank {rank}", reason, self._hint if has_left else "make the same call in every process"
-                )
-        return Group(self._rank, (first, *(rank for rank in ranks if rank != first)), device)
+            if other.startswith("left"):
+                raise RankError(f"rank {rank}", other, self._hint)
+            if other != calls[first]:
+                reason = f"{other}, and rank {first} {calls[first].removeprefix('asks ')}"
+                raise RankError(f"rank {rank}", reason, "make the same call in every process")
+        return Group(self._rank, (first, *(rank for rank in self._ranks if rank != first)), device)
 
+    @cached_property
     def is_alone(self) -> bool:
-        """Return whether no other process makes a tracker within `GRACE`."""
+        """Whether no other process makes a tracker within `GRACE`."""
         began = time.monotonic()
         while not self._is_set("made") and time.monotonic() - began < GRACE:
             time.sleep(0.02)
-        return len(self._absent("made")) == self._world - 1
+        return len(self._absent("made")) == len(self._ranks) - 1
 
     def _wait_for_all(self, prefix: str) -> None:
         began, pause, warned = time.monotonic(), 0.001, False
@@ -277,11 +273,11 @@ class Rendezvous:
 
     def _is_set(self, prefix: str) -> bool:
         """Return whether every process has set a key, by one request."""
-        return bool(self.store.check([f"{prefix}/{rank}" for rank in range(self._world)]))
+        return bool(self.store.check([f"{prefix}/{rank}" for rank in self._ranks]))
 
     def _absent(self, prefix: str) -> list[int]:
         """Return the ranks of processes that have not set a key, by a request each."""
-        return [rank for rank in range(self._world) if not self.store.check([f"{prefix}/{rank}"])]
+        return [rank for rank in self._ranks if not self.store.check([f"{prefix}/{rank}"])]
 
 
 class Members:
@@ -308,7 +304,6 @@ class Members:
         self.names: frozenset[str] = frozenset()
         self.mesh: dict[str, Any] = {}
         self._meeting: Rendezvous | None = None
-        self._is_alone: bool | None = None  # whether no other process has a tracker; known at the first call for all
         if model is not None and is_in_group() and dist.get_world_size() > 1:
             # The first, second, ... tracker of a directory that each process makes meet.
             hint = f"make it in every process, with a tracker of {directory}"
@@ -332,9 +327,7 @@ class Members:
         """Return the processes that make a call for averages; this one before it tracks."""
         if self._meeting is None or not is_tracking or not dist.is_initialized():
             return THIS_PROCESS
-        if self._is_alone is None:
-            self._is_alone = self._meeting.is_alone()
-        return THIS_PROCESS if self._is_alone else self._meeting.gather(device, call)
+        return THIS_PROCESS if self._meeting.is_alone else self._meeting.gather(device, call)
 
 
 class ShardOwners(Members):
@@ -344,9 +337,7 @@ class ShardOwners(Members):
     its chunk. The owner of a chunk is the lowest rank that holds it; a chunk without elements has none, unless its
     tensor has no elements. A RankError names a process that does not come, or has other `options`.
 
-    Attributes:
-        holders: by name, the ranks that hold the same chunk of a tensor as this process, ascending; its owner first.
-        run_id: the run's id; for a new run that of rank 0.
+    `holders` are by name the ranks that hold the same chunk as this process, ascending; `run_id` is that of rank 0.
     """
 
     is_chunked = True
@@ -387,12 +378,10 @@ class ShardOwners(Members):
         return self._owned | (names - self.names)
 
     def announce_failure(self, error: BaseException) -> None:
-        """Announce to the other processes that this one's part is missing."""
         with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
             self._owners_meeting.store.set("failed", f"rank {self.rank}: {_describe(error)}")
 
     def check(self) -> None:
-        """Raise a RankError if another process has announced a failure."""
         failed, store = "", self._owners_meeting.store
         with suppress(RuntimeError):  # as in `announce_failure`
             failed = store.get("failed").decode() if store.check(["failed"]) else ""
@@ -401,7 +390,6 @@ class ShardOwners(Members):
             raise RankError(rank, reason, "snapshots lack its part from here on; make new trackers to continue")
 
     def keepers(self, call: str) -> Group:
-        """Return all processes of the model, all of which make this call."""
         if not dist.is_initialized():
             reason = "need all processes of the model, and their group was destroyed"
             hint = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
@@ -409,7 +397,6 @@ class ShardOwners(Members):
         return self._owners_meeting.gather(self._device, call)
 
     def callers(self, call: str, *_: object) -> Group:
-        """Return all processes of the model."""
         return self.keepers(call)
 
     def any(self, flag: bool) -> bool:

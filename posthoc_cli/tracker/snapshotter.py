@@ -63,7 +63,6 @@ class LiveSource(Snapshot):
 
     @property
     def name(self) -> str:
-        """The source's name in messages, in place of a file name."""
         return f"live average of sigma_rel {self.sigma_rel:g}"
 
     @property
@@ -74,12 +73,13 @@ class LiveSource(Snapshot):
     def read_box(self, name: str, box: Box, out: memoryview, begin: int = 0, verify: bool = True) -> None:  # noqa: ARG002
         """Fill `out` with the elements from `begin` on of the box that this process holds, the only one."""
         end = begin + len(out) // ITEM_BYTES[self.entries[name].dtype]
-        (values,) = self.read([ElementRange(name, begin, end)])
-        out[:] = tensor_bytes(values)
+        self._fill(out, [ElementRange(name, begin, end)])
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
-        """Fill `out` with complete tensors, end to end."""
-        for values in self.read([ElementRange(name, 0, self.entries[name].size) for name in names]):
+        self._fill(out, [ElementRange(name, 0, self.entries[name].size) for name in names])
+
+    def _fill(self, out: memoryview, ranges: Sequence[ElementRange]) -> None:
+        for values in self.read(ranges):
             data = tensor_bytes(values)
             out[: len(data)] = data
             out = out[len(data) :]
@@ -101,7 +101,6 @@ class LiveAverages:
         } | {name: Entry(stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()}
 
     def sources(self) -> list[LiveSource]:
-        """Return a source for each header, valid while in use."""
 
         def read(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
             return self._call(lambda: self._values(index, ranges))
@@ -189,17 +188,14 @@ class Snapshotter:
         self._run_id = self._stored[0].run_id if self._stored else None
 
     def close(self) -> None:
-        """Release the directory for another writer."""
         if self._lock is not None:
             self._lock.release()
 
     @property
     def checksums(self) -> frozenset[str]:
-        """Header checksums of the stored snapshots that are complete."""
         return frozenset(snapshot.identity for snapshot in self._complete())
 
     def check_run(self, run_id: str) -> None:
-        """Raise a MismatchError if the directory holds snapshots of another run."""
         if self._run_id not in (None, run_id):
             reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
             raise MismatchError(self.directory, reason, ways_to_resume(self._stored[-1].step))
@@ -267,7 +263,6 @@ class Snapshotter:
             raise
 
     def _write(self, info: Snapshot, staged: StagedAverage, copies: Mapping[str, torch.Tensor]) -> int:
-        """Write the snapshot of an average; return the bytes of its tensors."""
         others = staged.others | dict(copies)
         storage = staged.storage
         entries = {n: Entry(stored_name(dtype, n), storage.shapes[n]) for n, dtype in storage.dtypes.items()}
@@ -365,7 +360,6 @@ class StorageLayout:
         self.sample = Elements(layout, [indices[buckets == number] for number in range(len(layout))])
 
     def allocate(self, profiles: int) -> None:
-        """Allocate the memory for the averages of so many profiles."""
         pinned = any(bucket.device.type == "cuda" for bucket in self.layout)
         self.memory = self.memory or [FlatTensors(self.stored, pinned) for _ in range(profiles)]
 

@@ -95,26 +95,25 @@ class Settings:
         """Return the settings, with profiles in ascending order; an InvalidValueError names an unfit argument."""
         numbers = sigma_rels if isinstance(sigma_rels, Iterable) and not isinstance(sigma_rels, str) else ()
         profiles = sorted(map(check_sigma_rel, numbers))
-        if not profiles or len(set(profiles)) < len(profiles):
-            reason = "must be a sequence of different numbers, such as (0.05, 0.28)"
-            raise InvalidValueError("sigma_rels", reason, value=f"{sigma_rels!r}")
-        every, snapshot_every = (
-            check_count("update_every", update_every),
-            check_count("checkpoint_every", checkpoint_every),
-        )
+        every = check_count("update_every", update_every)
+        snapshot_every = check_count("checkpoint_every", checkpoint_every)
         after = check_count("update_after_step", update_after_step, 0)
         most = None if max_checkpoints is None else check_count("max_checkpoints", max_checkpoints)
+        dtype = parse_dtype(checkpoint_dtype, "checkpoint_dtype")
+        check_word("on_nonfinite", on_nonfinite, ("raise", "skip"))
         if snapshot_every % every and every == DEFAULT_UPDATE_EVERY:
             every = math.gcd(every, snapshot_every)
             warn(f"update_every is {every}, so that checkpoint_every {snapshot_every} is a multiple of it")
-        if snapshot_every % every:
-            reason = f"must be a multiple of update_every {every}, so that a snapshot holds the average of its own time"
-            raise InvalidValueError("checkpoint_every", reason, value=snapshot_every)
-        dtype = parse_dtype(checkpoint_dtype, "checkpoint_dtype")
-        if not isinstance(t_unit, str) or not t_unit or not t_unit.isprintable():
-            reason = "must name what t counts, such as 'steps' or 'images'"
-            raise InvalidValueError("t_unit", reason, value=f"{t_unit!r}")
-        check_word("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        name, value, must = "", "", ""
+        if not 0 < len(set(profiles)) == len(profiles):
+            name, value, must = "sigma_rels", f"{sigma_rels!r}", "be a sequence of different numbers, as (0.05, 0.28)"
+        elif snapshot_every % every:
+            must = f"be a multiple of update_every {every}, so that a snapshot holds the average of its own time"
+            name, value = "checkpoint_every", f"{snapshot_every}"
+        elif not isinstance(t_unit, str) or not t_unit or not t_unit.isprintable():
+            name, value, must = "t_unit", f"{t_unit!r}", "name what t counts, such as 'steps' or 'images'"
+        if name:
+            raise InvalidValueError(name, f"must {must}", value=value)
         schedule = TrackingSchedule(every, snapshot_every, after, most, dtype, range_of(profiles))
         return cls(tuple(profiles), schedule, t_unit, selection, on_nonfinite)
 
@@ -124,11 +123,9 @@ class Settings:
         return next(equal, None)
 
     def update_is_due(self, step: int) -> bool:
-        """Return whether the averages are updated at this call."""
         return step > self.schedule.update_after_step and step % self.schedule.update_every == 0
 
     def snapshot_is_due(self, step: int) -> bool:
-        """Return whether snapshots are written at this call, if averages exist."""
         return step % self.schedule.checkpoint_every == 0
 
     def skip_update(self, error: NonFiniteError) -> None:
@@ -161,12 +158,10 @@ class TrainingProgress:
 
     @property
     def step(self) -> int:
-        """The number of the last call; 0 before the first."""
         return self.clock.step
 
     @property
     def t(self) -> float:
-        """The time of the last call."""
         return self.clock.t
 
     def after(self, t: float | None, settings: Settings) -> TrainingProgress:
@@ -207,7 +202,6 @@ class Tracking:
 
     @classmethod
     def new(cls, run_id: str, tracked: TrackedModel, sigma_rels: Sequence[float], resumes: bool = False) -> Tracking:
-        """Return the state of a tracker before its first call."""
         return cls(run_id, TrainingProgress(), tracked, Averages.none_yet(sigma_rels), resumes)
 
 
@@ -316,7 +310,6 @@ class Start:
         return replace(now, progress=_progress_at(_until(stored, self.step)[-1]))
 
     def read(self, now: Tracking) -> Tracking:
-        """Read the state to resume from out of the directory."""
         if self.step == 0:
             return replace(now, progress=TrainingProgress(), resumes=False)
         return _load(self.directory, self.settings.sigma_rels, now.tracked, self.step)
@@ -346,7 +339,6 @@ def check_path(path: str | Path) -> Path:
 
 
 def _check_directory(directory: Path, is_new: bool) -> None:
-    """Raise an error if a tracker cannot write to a directory, which may not exist yet, or begin a new run there."""
     with files.reported_as_write_error(directory):  # the name may be too long
         existing = next(path for path in (directory, *directory.parents) if path.is_symlink() or path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
@@ -386,7 +378,6 @@ def ways_to_resume(step: int) -> str:
 
 
 def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
-    """Return the tracking at the time of a snapshot."""
     tracking = Tracking.new(last.run_id, TrackedModel.of_snapshot(last), sigma_rels, resumes=True)
     return replace(tracking, progress=_progress_at(last))
 
@@ -403,9 +394,8 @@ def _until(snapshots: Sequence[Snapshot], step: int | None, argument: str = "ste
     steps = sorted({snapshot.step for snapshot in snapshots})
     if step not in steps:
         known = ", ".join(["..."] * (len(steps) > 20) + [f"{number:,}" for number in steps[-20:]])
-        raise InvalidValueError(
-            argument, f"this call of update_ has no snapshot; calls that have one: {known}", value=f"{step:,}"
-        )
+        reason = f"this call of update_ has no snapshot; calls that have one: {known}"
+        raise InvalidValueError(argument, reason, value=f"{step:,}")
     return [snapshot for snapshot in snapshots if snapshot.step <= step]
 
 
@@ -571,19 +561,22 @@ def unpack_state(
     Return also the network's sampled weights. Profiles that only the state has are dropped; one that only the tracker
     has cannot begin in mid-run. In a group of processes each takes the chunks that it owns, also from complete tensors.
     """
-    version = state.get("version") if isinstance(state, Mapping) else None
+    version, reason = state.get("version") if isinstance(state, Mapping) else None, ""
     if version != STATE_VERSION:
         reason = f"must come from state_dict() of a process that keeps averages, of version {STATE_VERSION}"
-        raise InvalidValueError("state", f"{reason}, not {shown(version)}")
-    try:
-        info = converted(dict(state), StateInfo)
-        clock = ClockRecorder.of_state(info.clock)
-        if info.t_unit != settings.t_unit:
-            raise ValueError(f"counts time in {shown(info.t_unit)}, this tracker in {settings.t_unit!r}")
-        if len(info.standing.inherited) != len(info.sigma_rels):
-            raise ValueError(f"inherited: must be one for each profile, not {len(info.standing.inherited)}")
-    except ValueError as error:
-        raise InvalidValueError("state", str(error)) from error
+        reason += f", not {shown(version)}"
+    else:
+        try:
+            info = converted(dict(state), StateInfo)
+            clock = ClockRecorder.of_state(info.clock)
+            if info.t_unit != settings.t_unit:
+                reason = f"counts time in {shown(info.t_unit)}, this tracker in {settings.t_unit!r}"
+            elif len(info.standing.inherited) != len(info.sigma_rels):
+                reason = f"inherited: must be one for each profile, not {len(info.standing.inherited)}"
+        except ValueError as error:
+            reason = str(error)
+    if reason:
+        raise InvalidValueError("state", reason)
     standing, wanted = info.standing, settings.sigma_rels
     averages = Averages.none_yet(wanted)
     if standing.t > 0 and tracked.tensors:
@@ -621,15 +614,17 @@ def _check_names(tensors: Mapping[str, Any], expected: Mapping[str, object], tra
 
 def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtype: torch.dtype) -> torch.Tensor:
     """Return the part of a tensor of a state that this process owns, after checking it."""
-    subject, stored = f"tensor {name!r}", tensors[name]
+    subject, stored, reason, hint = f"tensor {name!r}", tensors[name], "", ""
     expected = f"{dtype} of shape {list(tracked.complete_shape(name))}"
+    (local, held), wanted = held_box(name, stored), tracked.box(name)
     if (found := f"{stored.dtype} of shape {list(stored.shape)}") != expected:
         model = torch_dtype(tracked.tensors[name].dtype)
-        raise ModelMismatchError(subject, f"is {found} in the state, not {expected}; the model's is {model}")
-    (local, held), wanted = held_box(name, stored), tracked.box(name)
-    if held.intersection(wanted) != wanted:
+        reason = f"is {found} in the state, not {expected}; the model's is {model}"
+    elif held.intersection(wanted) != wanted:
         reason = "is sharded over the processes in another way in the state than in the model"
-        raise ModelMismatchError(subject, reason, "let torch.distributed.checkpoint load it, which reshards it")
+        hint = "let torch.distributed.checkpoint load it, which reshards it"
+    if reason:
+        raise ModelMismatchError(subject, reason, hint)
     starts = [begin - first for begin, first in zip(wanted.offset, held.offset, strict=True)]
     tensor = local[tuple(slice(at, at + size) for at, size in zip(starts, wanted.shape, strict=True))]
     if tracked.tensors[name].role != "copy" and nonfinite_name({name: tensor}) is not None:
