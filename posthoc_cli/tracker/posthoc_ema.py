@@ -105,23 +105,11 @@ class PostHocEMA:
             how = "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by"
             reason = f"{how} PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
             raise InvalidValueError("PostHocEMA(...)", reason)
-        self.checkpoint_dir, self.settings, self._start, tracking = (
-            start.directory,
-            start.settings,
-            start,
-            start.tracking,
-        )
-        self._members = tracking.tracked.members
+        self.checkpoint_dir, self.settings, self._start = start.directory, start.settings, start
+        self._members = start.tracking.tracked.members
         self._watch = ModelWatch(self.settings.selection, self._members)
-        self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
-        if model is not None and tracking.resumes:
-            try:
-                self._sample = self._watch.sample(model, tracking.tracked)
-            except ModelMismatchError as error:
-                hint = f"the run in {self.checkpoint_dir} is of another model; use its model, or another directory"
-                raise error if error.hint else error.with_hint(hint) from None
         self._model = None if model is None else weakref.ref(unwrapped(model))
-        self._pipeline = Pipeline(self.checkpoint_dir, self.settings, tracking, device)
+        self._pipeline = Pipeline(self.checkpoint_dir, self.settings, start.tracking, device)
         # For a tracker that nobody closes. `end` must not wait for a thread: garbage may be collected in that thread.
         weakref.finalize(self, self._pipeline.end).atexit = False
         self._attachment: Attachment | None = None
@@ -130,9 +118,15 @@ class PostHocEMA:
         self._reported = 0
         self._warned_of: set[str] = set()
         self._has_begun = False  # whether this process is a writer, or knows the writers
-        self._weights = self._start.weights if self._has_state else ()  # at a given step or in a loaded state
+        self._weights = start.weights if self._has_state else ()  # at a given step or in a loaded state
+        self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
         if model is not None:
-            if tracking.resumes:
+            if start.tracking.resumes:
+                try:
+                    self._sample = self._watch.sample(model, start.tracking.tracked)
+                except ModelMismatchError as error:
+                    hint = f"the run in {self.checkpoint_dir} is of another model; use its model, or another directory"
+                    raise error if error.hint else error.with_hint(hint) from None
                 self._choose_start(model, is_first_call=False)
             bare: Any = unwrapped(model)
             if bare not in _trackers:
@@ -375,9 +369,8 @@ class PostHocEMA:
             InvalidValueError, ModelMismatchError: an argument, or a tensor on the meta device or of another shape.
             RankError: another process failed, is at another step, or does not make the call within 300 s.
         """
-        own_dtypes, asked = dtype is None, _asked(t, step, dtype, method)
-        group = self._callers(check_model(model), f"model({_described(sigma_rel, asked)})")
-        weights = self._average(group, model, sigma_rel, **asked)
+        group, asked = self._callers("model", check_model(model), sigma_rel, t=t, step=step, dtype=dtype, method=method)
+        weights, own_dtypes = self._average(group, model, sigma_rel, **asked), dtype is None
         if not group.is_alone:  # else `swapped_in` checks
             group.together(lambda: check_weights(model, weights, own_dtypes))
         with swapped_in(model, weights, own_dtypes):
@@ -393,7 +386,7 @@ class PostHocEMA:
         of processes all make the call, and enter the blocks in their order.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        group, refusals = self._callers(check_model(model), f"models({', '.join(wanted)})"), dict[str, str]()
+        (group, _), refusals = self._callers("models", check_model(model), *wanted.values()), dict[str, str]()
         if group.from_first(lambda: self.has_average):
             refusals, _ = self._in_first(group, lambda sources: averaged.plan_possible(sources, wanted)[1])
         for label, reason in refusals.items() if self.keeps_averages else ():
@@ -433,8 +426,8 @@ class PostHocEMA:
         """
         if sigma_rel is None:
             return self._own_state()
-        model, asked = self._chunked_model(), _asked(t, step, dtype, method)
-        group = self._callers(model, f"state_dict({_described(sigma_rel, asked)})")
+        model = self._chunked_model()
+        group, asked = self._callers("state_dict", model, sigma_rel, t=t, step=step, dtype=dtype, method=method)
         weights = self._average(group, model, sigma_rel, **asked)
         return weights if model is None else averaged.as_dtensors(weights, model)
 
@@ -448,9 +441,9 @@ class PostHocEMA:
         weights: between two training steps this is the switch of Switch EMA. Names, shapes and `dtype` are checked
         first; a damaged snapshot, or a value that does not fit the model's dtype, leaves the tensors before it filled.
         """
-        own_dtypes, asked = dtype is None, _asked(t, step, dtype, method)
-        group = self._callers(check_model(model), f"load_into({_described(sigma_rel, asked)})")
-        in_place = Weights()
+        arguments: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
+        group, asked = self._callers("load_into", check_model(model), sigma_rel, **arguments)
+        own_dtypes, in_place = dtype is None, Weights()
 
         def fill_at_once(plan: Plan) -> Weights:
             targets_of(model, {name: entry.shape for name, entry in plan.entries.items()}, dtype)
@@ -506,16 +499,9 @@ class PostHocEMA:
                 loaded = replace(loaded, averages=Averages.none_yet(self.settings.sigma_rels))
             return loaded, weights
 
-        def become_writer() -> None:
-            if self.keeps_averages:
-                with self._pipeline.as_writer(loaded.run_id) as snapshotter:
-                    snapshotter.continue_from(loaded)  # sets aside snapshots that are not of the state's training
-
         with self._pipeline.lock("load_state_dict"):
             loaded, weights = group.together(unpack)
-            group.first_then_others(become_writer)
-            self._pipeline.set(loaded)
-            self._has_begun = True
+            self._become_writer(group, loaded.run_id, lambda: loaded)
             self._weights, model = weights if self._has_state else (), self._tracked_model()
             if self._weights and model is not None:
                 self._sample = self._watch.sample(model, loaded.tracked)
@@ -562,15 +548,15 @@ class PostHocEMA:
         self._note_error()
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
-        keeps = self.keeps_averages
         if not self._has_begun:
-            self._members.keepers("update_").first_then_others(lambda: self._become_writer() if keeps else None)
-            self._has_begun = True
+            now = self._pipeline.tracking
+            read = (lambda: self._start.read(now)) if now.resumes and self.keeps_averages else None
+            self._become_writer(self._members.keepers("update_"), now.run_id, read)
         if self._weights:
             self._note_missing(model)
         settings, progress = self.settings, self._pipeline.progress.after(t, self.settings)
         update_is_due, snapshot_is_due = settings.update_is_due(progress.step), settings.snapshot_is_due(progress.step)
-        if not keeps:
+        if not self.keeps_averages:
             if update_is_due:
                 self._watch.check_kind(model)
             self._nonfinite_anywhere(None, progress)
@@ -585,12 +571,21 @@ class PostHocEMA:
                 return
         self._pipeline.count(progress)
 
-    def _become_writer(self) -> None:
-        with self._pipeline.as_writer(self.run_id) as snapshotter:
-            if self._pipeline.tracking.resumes:
-                loaded = self._start.read(self._pipeline.tracking)
-                snapshotter.continue_from(loaded)
-                self._pipeline.set(loaded)
+    def _become_writer(self, group: Group, run_id: str, read: Callable[[], Tracking] | None) -> None:
+        """Become a writer of the directory, if this process keeps averages, and continue from the state of `read`."""
+
+        def begin() -> Tracking | None:
+            if not self.keeps_averages:
+                return None if read is None else read()
+            with self._pipeline.as_writer(run_id) as snapshotter:
+                loaded = None if read is None else read()
+                if loaded is not None:
+                    snapshotter.continue_from(loaded)
+                return loaded
+
+        if (loaded := group.first_then_others(begin)) is not None:
+            self._pipeline.set(loaded)
+        self._has_begun = True
 
     def _take_in(self, model: torch.nn.Module, progress: TrainingProgress) -> None:
         """Queue the model's values for the averages, or skip the update as `on_nonfinite` says."""
@@ -813,12 +808,22 @@ class PostHocEMA:
 
         return group.from_first(in_first), local
 
-    def _callers(self, model: torch.nn.Module | None, call: str) -> Group:
-        """Return the processes that make a call for averages together: all that keep parts of them, or replicas."""
+    def _callers(
+        self, call: str, model: torch.nn.Module | None, *wanted: Wanted, method: str | None = None, **arguments: Any
+    ) -> tuple[Group, dict[str, Any]]:
+        """Return the processes that make a call for averages, all that keep parts of them or replicas, and its options.
+
+        The options are the arguments that are given, after checks.
+        """
+        check_method(method)
+        parse_dtype(arguments.get("dtype"))
+        asked = {name: value for name, value in (arguments | {"method": method}).items() if value is not None}
         tracked = self._tracked_model(model)
         parameter = None if tracked is None else next(tracked.parameters(), None)
         device = HOST if parameter is None else parameter.device
-        return self._members.callers(call, not self._pipeline.tracking.resumes, device)
+        said = [as_target(one).title for one in wanted] + [f"{name}={value}" for name, value in asked.items()]
+        is_tracking = not self._pipeline.tracking.resumes
+        return self._members.callers(f"{call}({', '.join(said)})", is_tracking, device), asked
 
     def _tracked_model(self, default: torch.nn.Module | None = None) -> torch.nn.Module | None:
         """Return the model that this tracker was made with if it still exists, else `default`."""
@@ -840,19 +845,6 @@ class PostHocEMA:
 def _check_raw(model: torch.nn.Module, call: str) -> None:
     if is_swapped(model):
         raise NotReadyError(call, "the model holds averaged weights now", "call it outside `with ema.model(...)`")
-
-
-def _asked(t: float | None, step: int | None, dtype: Dtype, method: str | None) -> dict[str, Any]:
-    """Return these arguments of a call for an average as keywords, without those that are not given."""
-    check_method(method)
-    parse_dtype(dtype)
-    given = {"t": t, "step": step, "dtype": dtype, "method": method}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _described(wanted: Wanted, asked: Mapping[str, object]) -> str:
-    """Return the arguments of a call for an average as a text, for comparison between processes and for messages."""
-    return ", ".join([as_target(wanted).title, *(f"{name}={value}" for name, value in asked.items())])
 
 
 _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
