@@ -558,7 +558,7 @@ refused(ema.state_dict)
         assert "tensor 'odd': is sharded over the processes in another way in the state than in the model" in lines[2]
         assert "state: " in lines[3]
         assert lines[4].startswith("RankError rank 1: is at step 6, t = 6, and rank 0 at step 5")
-        assert lines[5] == "4 averages up to t = 6"
+        assert lines[5] == "4 averages up to t = 6; tracked: 0.1, 0.2"
         assert all("their group was destroyed" in line for line in lines[6:])
 
 
