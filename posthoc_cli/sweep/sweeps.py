@@ -91,8 +91,8 @@ class Sweep:
             again=self.repeats > 1 or "{seed}" in self.command, raw=has_raw(self.run, self.t),
         )  # fmt: skip
         with self._locked_folder(), self.progress("measuring", search.most) as advance:
-            for trial in self._recorded():
-                if trial.target == (axis.target(trial.x).title if trial.x in axis else RAW):
+            for trial in self._recorded():  # of any kind of length
+                if trial.target == RAW or (trial.target.startswith(axis.kind) and trial.x in axis):
                     search.trials.append(trial)
             advance(len(search.trials))
             for _ in search.rounds(functools.partial(self._measure, axis, advance)):
@@ -203,7 +203,8 @@ class Sweep:
                 trial = Trial(**entry["trial"])
                 # The sum of what is no number raises a TypeError, also of the value of a failed trial, None.
                 numbers: Any = trial.x, trial.seed, trial.value, trial.standard_error or 0.0
-                if entry["settings"] == settings and math.isfinite(math.fsum(numbers)):
+                is_ours = entry["settings"] == settings and isinstance(trial.target, str)
+                if is_ours and math.isfinite(math.fsum(numbers)):
                     found[trial.target, trial.x, trial.seed] = trial
         return [*found.values()]
 

@@ -93,6 +93,9 @@ def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_pa
     assert len(more.trials) == 4
     swept(run, out, command, axis=GRID, t=15)
     assert len(calls.read_text().split()) == 7
+    swept(run, out, command, axis=Axis("half-life", 2, 20))  # 3.17 is no window
+    windows = swept(run, out, command, axis=Axis("window", 2, 20)).trials
+    assert {trial.target for trial in windows} == {f"window:{trial.x}" for trial in windows}
 
 
 def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(run: Run, tmp_path: Path) -> None:
