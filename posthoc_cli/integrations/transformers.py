@@ -58,10 +58,7 @@ class PostHocCallback(TrainerCallback):
 
     def install(self, trainer: Trainer) -> PostHocCallback:
         """Add the callback to a trainer, so that it can evaluate and save averages. A second call does nothing."""
-        present = trainer.callback_handler.callbacks
-        if any(isinstance(callback, PostHocCallback) and callback is not self for callback in present):
-            raise _held_twice()
-        if self not in present:
+        if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self._installed = ref(trainer)
         return self
@@ -73,7 +70,9 @@ class PostHocCallback(TrainerCallback):
         """Make the tracker, and continue from a checkpoint."""
         (owner, training), trainer = _tracking.get(model, (None, None)), self._installed()
         if training is state:
-            raise _held_twice()
+            reason = "hold two PostHocCallback, and a checkpoint has room for the state of one"
+            hint = "leave one out, or trainer.remove_callback(PostHocCallback); one yields averages of all lengths"
+            raise InvalidValueError("callbacks", reason, hint)
         if self._lengths and (trainer is None or trainer.state is not state):
             hint = "call PostHocCallback(..., evaluate=...).install(trainer), in place of callbacks=[...]"
             raise NotReadyError("evaluate", "needs the trainer, which its callbacks are not passed", hint)
@@ -103,10 +102,7 @@ class PostHocCallback(TrainerCallback):
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._is_left_out = was_left_out(optimizer)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
-        optimizer: Any = None, **_: Any,
-    ) -> None:  # fmt: skip
+    def on_step_end(self, *_: Any, model: Any = None, optimizer: Any = None, **__: Any) -> None:
         """Count the step, unless a GradScaler has skipped it."""
         if self.ema is not None and not self._is_left_out and not getattr(optimizer, "step_was_skipped", False):
             self.ema.update_(model)
@@ -133,9 +129,7 @@ class PostHocCallback(TrainerCallback):
             trainer.log(result.metrics)
             metrics.update(result.metrics)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any) -> None:
         """Add the tracker's state to the checkpoint that was just saved, and averaged models if requested."""
         if self.ema is None:
             return
@@ -186,9 +180,3 @@ def _is_of(folder: Path, state: TrainerState) -> bool:
     path = folder / TRAINER_STATE_NAME
     stored = TrainerState.load_from_json(str(path)) if path.exists() else None
     return stored is not None and json.dumps(stored.log_history) == json.dumps(state.log_history)
-
-
-def _held_twice() -> InvalidValueError:
-    reason = "hold two PostHocCallback, and a checkpoint has room for the state of one"
-    hint = "leave one out, or trainer.remove_callback(PostHocCallback); one yields averages of all lengths"
-    return InvalidValueError("callbacks", reason, hint)
