@@ -251,7 +251,7 @@ def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Esti
     errors = np.array([trial.standard_error or math.nan for trial, _ in measured]) / scale
     _, seeds = np.unique([trial.seed for trial, _ in measured], return_inverse=True)
     places = axis.place([trial.x for trial, _ in measured])
-    draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp), _GRID)
+    draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp))
     curve, spread = centre + scale * draws.mean(axis=0), scale * draws.std(axis=0)
     choices = axis.place(axis.values) if axis.values else _GRID
     points = np.abs(_GRID - choices[:, None]).argmin(axis=1)
@@ -301,16 +301,16 @@ def _likely(draws: FloatArray) -> FloatArray:
 
 
 def _draw(
-    places: FloatArray, values: FloatArray, errors: FloatArray, seeds: npt.NDArray[np.intp], grid: FloatArray
+    places: FloatArray, values: FloatArray, errors: FloatArray, seeds: npt.NDArray[np.intp]
 ) -> tuple[FloatArray, float]:
-    """Return curves on the grid drawn from the mixture over all hyperparameters, [draws, points], and the noise."""
+    """Return curves on _GRID drawn from the mixture over all hyperparameters, [draws, POINTS], and the noise."""
     given = bool(np.isfinite(errors).all())
     same_seed = (seeds[:, None] == seeds[None]).astype(float)
     offsets = _OFFSETS if 1 < len(set(seeds.tolist())) < len(seeds) else _OFFSETS[:1]
     options = list(itertools.product(_LENGTHS, _SIZES, (1.0,) if given else _NOISES, offsets))
     scales = np.clip(errors, *_STATED) if given else np.ones_like(errors)
 
-    both, count = np.concatenate([places, grid]), len(values)
+    both, count = np.concatenate([places, _GRID]), len(values)
     trends = np.vander(2 * both - 1, 3, increasing=True) * _TRENDS
     kernels = {length: _matern(both, length) for length in _LENGTHS}
 
