@@ -280,8 +280,9 @@ class Problem:
         # Coefficients below the rounding of the sum become 0, so that their snapshots need not be read.
         columns[np.abs(columns) < np.finfo(np.float64).eps * np.abs(columns).sum(axis=0)] = 0.0
         # || sum_i c_i p_i - p || / || p ||, from the parts outside and inside the span of polynomials.
-        missed = norms + np.sum((factor @ columns - profiles) ** 2, axis=0)
-        errors = np.sqrt(missed / (norms + np.sum(profiles**2, axis=0)))
+        missed, norms = (norms + np.sum(part**2, axis=0) for part in (factor @ columns - profiles, profiles))
+        # A target whose mass lies at one time is nowhere near any density.
+        errors = np.sqrt(np.divide(missed, norms, out=np.ones(norms.size), where=norms > 0))
         for column, row in goals.stored:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0

@@ -12,7 +12,7 @@ from checking import refused
 from factories import power_functions
 from scipy import integrate
 
-from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.profiles import Point, PowerFunction
 from posthoc_cli.reconstruction import reconstruct
 
 T = 100_000.0
@@ -85,3 +85,9 @@ def test_a_target_with_no_mass_within_reach_is_refused() -> None:
     """All of a very short average lies after the last snapshot: all combinations are equally far."""
     with refused("target", "none of its mass"):
         reconstruct(power_functions(1000.0), power_functions(1999.0, (0.0005,)), "paper")
+
+
+def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density() -> None:
+    result = reconstruct(power_functions(1000.0), [Point(1000.0)])
+    assert result.profile_error[0] == 1.0
+    assert np.isfinite(result.predicted_error).all()
