@@ -35,8 +35,6 @@ _METADATA: dict[str, dict[str, None]] = {
 }
 """Metadata of a file by its ending, without the time and the version of matplotlib."""
 
-FloatArray = npt.NDArray[np.float64]
-
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -113,7 +111,7 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
     return _finish(figure, axes.xaxis, title)
 
 
-def _draw_curve(axes: Axes, curve: ErrorCurve, heights: FloatArray, index: int, alone: bool) -> None:
+def _draw_curve(axes: Axes, curve: ErrorCurve, heights: npt.NDArray[np.float64], index: int, alone: bool) -> None:
     """Draw a curve, with marks at its tracked profiles; if it is `alone`, also the ranges with small errors."""
     tracked = f"; tracked: {', '.join(f'{s:g}' for s in curve.tracked)}" if curve.tracked else ""
     label = f"{curve.label[: _LONGEST_TEXT // 2]}{tracked}" + ("" if alone else f"; {_good_range(curve)}")
