@@ -16,14 +16,13 @@ import numpy as np
 
 from posthoc_cli.checkpoints.audit_decay import MOST_CHECKPOINTS, Fit, Intervals, Model, Series, likelihood, refine
 from posthoc_cli.checkpoints.source import Checkpoint
-from posthoc_cli.errors import InvalidValueError, NonFiniteError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, check_number
 from posthoc_cli.profiles import POWER_FUNCTION, RAMP_UP, DecayRule, OrdinaryEMA, Point, gamma_from_sigma_rel
 from posthoc_cli.snapshots.sources import ElementRange, Source, expected_rounding
 
 _MOST_ELEMENTS, _PIECES = 100_000, 32  # most elements in the sample; least pieces of tensors if it has enough elements
 _SLACK = 1.1  # largest factor between the found and the claimed length of an average that is as claimed
 _FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
-_AWAY = 0.7  # least cosine between the motion and the distance to the weights of an average that moves away from them
 _SHORTEST = 0.1  # smallest length that can be determined, as a share of the time between two checkpoints
 _ALL = 0.999  # share of equal elements that counts as all elements
 _CLEARLY = 0.5  # an explanation is clearly better if its residual is below this share of another one's
@@ -65,7 +64,6 @@ class Audit:
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
     starts: tuple[float, ...] = ()  # times after the begin of the training at which it started from the weights
     is_late: bool = False  # whether the first of these is its begin, and not a restart
-    choices: tuple[str, ...] = ()  # settings of an import that explain it about equally; empty if one is the best
     tensors: tuple[str, ...] = ()  # names of the tensors that the verdict is about; empty for all tensors
     intervals: tuple[Interval, ...] = ()
     elements: int = 0  # in the sample
@@ -105,7 +103,6 @@ class _Case:
     tensors: Sequence[str]
     model: Model
     unit: str
-    counts_calls: bool
 
     def __post_init__(self) -> None:
         moved = np.array([(x[1:] != x[:-1]).any(axis=1) for x, _ in self.series.values]).T
@@ -257,9 +254,9 @@ def _judge(case: _Case) -> Audit:
         intervals=tuple(_interval(case.rows[[index]], fit, note) for index, note in enumerate(case.notes)),
     )
     if rivals:
-        choices = tuple(_in_words(each) for each in (fit, *rivals))
-        text = f"the files show it about equally as {', and as '.join(choices)}"
-        return replace(audit, text=text, choices=choices)
+        return replace(
+            audit, text=f"the files show it about equally as {', and as '.join(map(_in_words, (fit, *rivals)))}"
+        )
     if restarts := audit.starts[audit.is_late :]:
         text = f"began again from the weights near step {_steps(restarts)}: the average was lost, or reset, at a resume"
         text += f"; its decay is {found:.7g} " + ("at the end, still rising" if rising else f"(± {sigma:.1%})")
@@ -268,10 +265,6 @@ def _judge(case: _Case) -> Audit:
     if not fit.model.is_power and unexplained and np.median(unexplained) > _FOREIGN:
         text = "the weights at these checkpoints do not explain how the average moves between them: they forget faster"
         text += " than checkpoints are apart, or are of another run"
-        gram = case.rows.gram.sum(axis=1)
-        away, moved = gram[:, 0, 1] - gram[:, 1, 1], gram[:, 0, 0] + gram[:, 1, 1] - 2 * gram[:, 0, 1]
-        if np.median(away / np.sqrt((gram[:, 1, 1] * moved).clip(1e-300))) > _AWAY:
-            text = "the average moves away from the weights, as if the sign of its update were wrong"
         return replace(audit, text=text)
     if lost := tuple(dict.fromkeys(np.array(case.tensors)[case.still | case.equal].tolist())):
         how = "are not followed" if case.still.any() else "are copied"
@@ -309,9 +302,6 @@ def _compare_lengths(audit: Audit, case: _Case, model: Model, value: float, sigm
     audit = replace(audit, verdict="as claimed", text=text, found=found, ratio=ratio)
     if math.log(factor) <= slack:
         return audit
-    if case.counts_calls and ratio > 1 and abs(math.log(ratio / round(ratio))) <= slack:
-        text += f" if it is updated at about every {round(ratio)}th call, which its files do not say"
-        return replace(audit, text=text)
     verdict = "too long" if ratio > 1 else "too short"
     factors = " to ".join(dict.fromkeys(f"{factor * math.exp(sign * sigma):.3g}" for sign in (-1, 1)))
     usual = f"updated {factors} times a step: once a microbatch, or by each of so many processes"
@@ -334,15 +324,21 @@ def _in_words(fit: Fit) -> str:
 
 
 def _interval(row: Intervals, fit: Fit, note: str) -> Interval:
-    """Return the findings of one interval alone; a warm-up as the constant decay that forgets as much."""
+    """Return the findings of one interval alone; a warm-up as the constant decay that forgets as much.
+
+    One interval may be explained by several values: its own is the one that the overall fit leads to.
+    """
     model, (begin,), (end,) = fit.model, row.begin.tolist(), row.end.tolist()
     plain = replace(model, rule=model.rule if model.is_power else DecayRule(0.5), claimed=None, starts=(0.0,))
-    found = plain.length(Fit(plain, row).value) if row.gram[..., 2, 2].any() else math.nan
-    claimed = None
-    if model.claimed is not None:
-        began = replace(model, starts=tuple(start for start in model.starts if start <= begin) or (begin,))
-        rate = float(np.diff(began.forgotten(model.claimed, np.array([begin, end])))[0]) / (end - begin)
-        claimed = model.length(model.claimed) if model.is_power else plain.length(rate)
+    began = replace(model, starts=tuple(start for start in model.starts if start <= begin) or (begin,))
+
+    def as_plain(value: float) -> float:
+        lost = began.forgotten(value, np.array([begin, end]))
+        return value if model.is_power else float(lost[1] - lost[0]) / (end - begin)
+
+    moves = row.gram[..., 2, 2].any()
+    found = plain.length(Fit(plain, row, as_plain(fit.value)).value) if moves else math.nan
+    claimed = None if model.claimed is None else plain.length(as_plain(model.claimed))
     moved = float((row.gram[..., 0, 0] + row.gram[..., 1, 1] - 2 * row.gram[..., 0, 1]).sum())
     left = max(float(row.residuals(model, fit.value).sum()), 0.0)
     return Interval(begin, end, found, claimed, math.sqrt(left / max(moved, 1e-300)), note)
@@ -351,28 +347,30 @@ def _interval(row: Intervals, fit: Fit, note: str) -> Interval:
 # --- sources
 
 
-def audit_sources(sources: Sequence[Source], claimed: float | None = None, every: int = 1) -> list[Audit]:
+def audit_sources(sources: Sequence[Source], claimed: float | None = None) -> list[Audit]:
     """Audit every average among the checkpoints of a run against the weights at the same times.
 
     Arguments:
-        sources: sources of one run.
+        sources: checkpoints of one run.
         claimed: claimed decay of the averages; by default the one that their files or the import say.
-        every: steps between updates where neither files nor settings say them.
 
     Raises:
         InvalidValueError: nothing can be audited, or `claimed` is no decay.
     """
-    if claimed is not None and not 0 < claimed < 1:
-        raise InvalidValueError("claimed", "must lie in (0, 1)", value=claimed)
-    audits = list(_audits([one for one in sources if isinstance(one, Checkpoint)], claimed, every))
-    if not audits:
-        reason = "holds no two times at which there are an average and the weights"
-        raise InvalidValueError("the run", reason, "an audit compares the two between checkpoints")
-    return audits
+    if claimed is not None:
+        check_number("claimed", claimed, lambda decay: 0 < decay < 1, "lie in (0, 1)")
+    for one in sources:
+        if not isinstance(one, Checkpoint):
+            reason = "holds snapshots of a tracker: their headers hold the width exactly, and `ema info` shows it"
+            raise DirectoryError(one.path.parent, reason)
+    if audits := list(audits_of(sources, claimed)):
+        return audits
+    reason = "holds no two times at which there are an average and the weights"
+    raise InvalidValueError("the run", reason, "an audit compares the two between checkpoints")
 
 
-def _audits(checkpoints: Sequence[Checkpoint], claimed: float | None, every: int) -> Iterator[Audit]:
-    """Yield the audit of each average, by sigma_rel."""
+def audits_of(checkpoints: Sequence[Any], claimed: float | None = None, every: int = 1) -> Iterator[Audit]:
+    """Yield the audit of each average, by sigma_rel; `every` is the time between updates if nothing says it."""
     weights = {one.t: one for one in checkpoints if isinstance(one.profile, Point)}
     by_width: dict[float, list[Checkpoint]] = {}
     for one in checkpoints:
@@ -385,9 +383,8 @@ def _audits(checkpoints: Sequence[Checkpoint], claimed: float | None, every: int
         before = max((t for t in weights if t < first.t), default=math.inf)
         if len(averages) == sum(t > before for t in weights) and _may_begin(first, before):
             pairs = [(weights[before],) * 2, *pairs]
-        model, updates = _claim(averages, claimed, every), averages[-1].updates
-        calls = updates is not None and updates.counts_calls and model.rule.stride == 1
-        yield _judge(_Case(f"sigma_rel {width:g}" if width else "", *_read(pairs), model, first.t_unit, calls))
+        model = _claim(averages, claimed, every)
+        yield _judge(_Case(f"sigma_rel {width:g}" if width else "", *_read(pairs), model, first.t_unit))
 
 
 def _may_begin(first: Checkpoint, before: float) -> bool:

@@ -244,8 +244,13 @@ class Intervals:
         moved = np.einsum("ipjj->ip", self.gram).clip(1e-300)
         return np.asarray((self.residuals(model, value) / moved).sum(axis=1))
 
-    def search(self, residuals: Callable[[float], FloatArray], grid: FloatArray) -> tuple[float, FloatArray]:
-        """Return the value with the smallest residuals, each weighted by its inverse, and these residuals."""
+    def search(
+        self, residuals: Callable[[float], FloatArray], grid: FloatArray, begin: float | None = None
+    ) -> tuple[float, FloatArray]:
+        """Return the value with the smallest residuals, each weighted by its inverse, and these residuals.
+
+        With `begin` it is the minimum that leads down from there.
+        """
         moved = self.gram[..., 0, 0] + self.gram[..., 2, 2]
         least = 1e-20 * moved.max() + 1e-300  # above 0 also for a piece that stands still
         weights = 1 / np.maximum(moved, least)
@@ -254,7 +259,8 @@ class Intervals:
             return float((residuals(value) * weights).sum())
 
         for _ in range(4):
-            value = _argmin(cost, grid)
+            value = _argmin(cost, grid, begin)
+            begin = None if begin is None else value
             left = np.maximum(residuals(value), 0) + self.rounding
             weights = 1 / np.maximum(left, 1e-4 * self.gram[..., 2, 2] + least)
             near = int(np.searchsorted(grid, value))
@@ -262,9 +268,12 @@ class Intervals:
         return value, left
 
 
-def _argmin(cost: Callable[[float], float], grid: FloatArray) -> float:
-    """Return where a function is smallest: on a grid, then between the neighbours."""
-    best = int(np.argmin([cost(float(value)) for value in grid]))
+def _argmin(cost: Callable[[float], float], grid: FloatArray, begin: float | None) -> float:
+    """Return where a function is smallest on a grid, or down from `begin`; then between the neighbours."""
+    costs = [cost(float(value)) for value in grid]
+    best = int(np.argmin(costs)) if begin is None else int(np.abs(np.log(grid / max(begin, grid[0]))).argmin())
+    while begin is not None and costs[best] > min(costs[max(best - 1, 0) : best + 2]):
+        best += 1 if best + 1 < len(costs) and costs[best + 1] < costs[best] else -1
     low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)])
     return float(minimize_scalar(cost, bounds=(low, high), method="bounded", options={"xatol": 1e-5 * (high - low)}).x)
 
@@ -272,9 +281,9 @@ def _argmin(cost: Callable[[float], float], grid: FloatArray) -> float:
 class Fit:
     """The value of a model that explains intervals best; `misfit` compares it with other models."""
 
-    def __init__(self, model: Model, intervals: Intervals) -> None:
-        self.model, self.intervals = model, intervals
-        self.value, left = intervals.search(lambda value: intervals.residuals(model, value), model.grid(intervals))
+    def __init__(self, model: Model, intervals: Intervals, begin: float | None = None) -> None:
+        self.model, self.intervals, grid = model, intervals, model.grid(intervals)
+        self.value, left = intervals.search(lambda value: intervals.residuals(model, value), grid, begin)
         self.misfit = float(np.log(np.maximum(left, 1e-300)).mean(axis=1).sum())
 
 

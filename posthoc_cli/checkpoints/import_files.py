@@ -32,9 +32,8 @@ from posthoc_cli.checkpoints.index import CONFIG, index_checkpoint, model_in, se
 from posthoc_cli.checkpoints.layouts import TABLE, read_checkpoint
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.checkpoints.steps import checked_step
-from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError, shown
 from posthoc_cli.snapshots.directory import MANIFEST, is_import
-from posthoc_cli.snapshots.snapshot import is_whole
 from posthoc_cli.snapshots.tensorfile import OpenedFile, parse_object, read_small_file, sampled_identity
 
 _FORMAT = {"format": "ema import", "version": 1}
@@ -52,19 +51,16 @@ class Manifest:
     checkpoints: tuple[tuple[Path, str, int], ...]
     files: dict[Path, tuple[int, str]]
 
-    def check_file(self, path: Path) -> None:
-        """Raise FileFormatError if a file is missing, or is not the one that was imported."""
-        nbytes, identity = self.files[path]
+    def check_file(self, path: Path, *read: tuple[int, str]) -> None:
+        """Raise FileFormatError unless a file, or what was `read` of it, is what was imported."""
+        reason, hint = f"was replaced, or has changed, since {self.folder} was imported", _AGAIN
         try:
-            with OpenedFile(path) as file:
-                if file.size != nbytes:
-                    reason = f"has {file.size:,} bytes, and had {nbytes:,} when {self.folder} was imported"
-                    raise FileFormatError(path, reason, _AGAIN)
-                if sampled_identity(file) != identity:
-                    raise FileFormatError(path, f"was replaced since {self.folder} was imported", _AGAIN)
-        except VanishedError as error:  # a caller would retry this error, as for a directory that a tracker writes
-            reason = f"is missing, and {self.folder} refers to it"
-            raise FileFormatError(path, reason, f"move both together, or {_AGAIN}") from error
+            for size_and_identity in read or [_identity(path)]:
+                if size_and_identity == self.files.get(path):
+                    return
+        except VanishedError:  # a caller would retry this error, as for a directory that a tracker writes
+            reason, hint = f"is missing, and {self.folder} refers to it", f"move both together, or {_AGAIN}"
+        raise FileFormatError(path, reason, hint)
 
     def read(self) -> list[Checkpoint]:
         """Return the checkpoints; raise FileFormatError if a file is not the one that was imported."""
@@ -72,11 +68,11 @@ class Manifest:
             self.check_file(path)
         checkpoints: list[Checkpoint] = []
         for path, kind, step in self.checkpoints:
-            indexed, settings = index_checkpoint(path), replace(self.settings, kind=kind)
-            checkpoints += [one.with_settings(settings) for one in read_checkpoint(indexed, settings, step)]
+            settings = replace(self.settings, kind=kind)
+            found = read_checkpoint(index_checkpoint(path), settings, step)
+            checkpoints += [one.with_settings(settings) for one in found]
         for part in (part for checkpoint in checkpoints for part in checkpoint.files):
-            if self.files.get(part.path, (0, ""))[1] != part.checksum:
-                raise FileFormatError(part.path, f"was replaced since {self.folder} was imported", _AGAIN)
+            self.check_file(part.path, (part.nbytes, part.checksum))
         return checkpoints
 
     def describe(self) -> dict[str, Any]:
@@ -93,11 +89,12 @@ def make_manifest(folder: Path, origin: Path, settings: ImportSettings, checkpoi
             model = model_in(place) if place.is_dir() else place
             config = place / CONFIG if place != path else None
             paths |= {each for each in (model, config) if each and each.is_file()}
-    identities = {}
-    for path in sorted(paths):
-        with OpenedFile(path) as file:
-            identities[path] = (file.size, sampled_identity(file))
-    return Manifest(folder, origin, settings, tuple(listed.values()), identities)
+    return Manifest(folder, origin, settings, tuple(listed.values()), {path: _identity(path) for path in sorted(paths)})
+
+
+def _identity(path: Path) -> tuple[int, str]:
+    with OpenedFile(path) as file:
+        return file.size, sampled_identity(file)
 
 
 def _values(manifest: Manifest) -> dict[str, Any]:
@@ -128,20 +125,19 @@ def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
         OutputExistsError: the folder holds something else; without `overwrite` also if it is another import.
         WriteError: the system refused.
     """
-    out, values = manifest.folder, _values(manifest)
+    out, values, reason = manifest.folder, _values(manifest), ""
     if exists := is_import(out):
         with suppress(FileFormatError):  # a damaged manifest is replaced
             present = read_manifest(out)
-            before = _values(present)
-            if before == values:
+            if _values(present) == values:
                 return False
-            reason = "" if before["from"] == values["from"] else f"is an import of {present.origin}"
-            if present.settings.without_findings != manifest.settings.without_findings:
-                reason = "has other settings"
-            if reason and not overwrite:
-                raise OutputExistsError(out, reason, "choose another name, or `overwrite` to replace it")
+            is_same = present.settings.without_findings == manifest.settings.without_findings
+            if present.origin != manifest.origin or not is_same:
+                reason = f"is an import of {present.origin}" + ("" if is_same else " with other settings")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(out, "already exists, and holds something else", "choose another name")
+        reason, overwrite = "already exists, and holds something else", False
+    if reason and not overwrite:
+        raise OutputExistsError(out, reason, "choose another name" + ", or `overwrite` to replace it" * exists)
     content = json.dumps(values | {"checksum": _checksum(values)}, indent=1) + "\n"
     with files.new_directory(out):
         files.write_atomically(out / MANIFEST, content.encode(), overwrite=exists)
@@ -153,22 +149,18 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     raw = parse_object(path, read_small_file(path, _MOST_BYTES), "import")
     try:
-        if {key: raw.get(key) for key in _FORMAT} != _FORMAT:
-            raise ValueError("is of another format or version")
-        if raw.pop("checksum") != _checksum(raw):
-            raise ValueError("its checksum does not match")
+        if {key: raw.get(key) for key in _FORMAT} != _FORMAT or raw.pop("checksum") != _checksum(raw):
+            raise ValueError("is of another format or version, or its checksum does not match")
         is_real = files.is_url(folder) or os.path.realpath(folder) == str(folder.absolute())
         base = folder if is_real else Path(os.path.realpath(folder))
         settings = ImportSettings(**raw["settings"])
         listed = tuple((_absolute(base, one), kind, checked_step(path, step)) for one, kind, step in raw["checkpoints"])
         identities = {_absolute(base, one): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
-        are_known = all(is_whole(nbytes) and isinstance(identity, str) for nbytes, identity in identities.values())
-        if not listed or not are_known or not all(kind in TABLE for _, kind, _ in listed):
-            raise ValueError("checkpoints must be of known kinds, and files must have sizes and identities")
+        if not listed or not all(kind in TABLE for _, kind, _ in listed):
+            raise ValueError("checkpoints must be of known kinds")
         return Manifest(folder, _absolute(base, raw["from"]), settings, listed, identities)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        reason = f"lacks {error}" if isinstance(error, LookupError) else str(error)
-        raise FileFormatError(path, f"damaged import: {reason}", _AGAIN) from error
+        raise FileFormatError(path, f"damaged import: {shown(str(error))[1:-1]}", _AGAIN) from error
 
 
 def _absolute(base: Path, text: str) -> Path:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.audit import Audit, audit_sources
+from posthoc_cli.checkpoints.audit import Audit, audits_of
 from posthoc_cli.checkpoints.import_files import make_manifest, write_manifest
-from posthoc_cli.checkpoints.layouts import TABLE
-from posthoc_cli.checkpoints.open_run import checked_run, is_copy, open_checkpoints
+from posthoc_cli.checkpoints.layouts import check_interval
+from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.profiles import OrdinaryEMA, Point
+from posthoc_cli.profiles import Discrete, OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 
 log = logging.getLogger(__name__)
@@ -91,26 +91,21 @@ def import_checkpoints(
         if not files.is_url(origin):
             reason = "is a URL, and would refer to files of this machine"
             raise InvalidValueError("out", reason, "upload the files, and import them by URL", value=target)
-    if is_import(origin):
-        raise DirectoryError(origin, "is an import", "import the files that it was made of")
-    if origin.is_dir() and inspect_directory(origin).snapshots:
-        raise DirectoryError(origin, "holds snapshots of a tracker, which need no import")
-    found = open_checkpoints(origin, given, unclaimed=True)
+    if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
+        reason = "holds a run already, of a tracker or an import, which needs no import"
+        raise DirectoryError(origin, reason, "import the files of other programs themselves")
+    found = checked_run(read_place(origin, given))
     if given.update_after_step and all(isinstance(one.profile, Point) or is_copy(one) for one in found):
         reason = f"is not before the last checkpoint, of step {found[-1].step:,}: no average has begun"
         raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
-    profiles = [one.profile for one in found if isinstance(one.profile, OrdinaryEMA)]
-    if profiles and given.update_every is None:  # known from all files together: one alone may not show it
-        given = replace(given, update_every=profiles[-1].settings["every"])
     checks: list[str] = []
     if not all(one.is_known for one in found):
         given, checks = _find_decay(found, given)
-    elif profiles:
+    elif any(isinstance(one.profile, OrdinaryEMA) for one in found):
         given, checks = _check_decay(found, given)
     found = checked_run([one.with_settings(given) for one in found])
-    for name, kind in TABLE.items():
-        if kind.check and (of_kind := [one for one in found if one.kind == name]):
-            checks.append(kind.check(of_kind, given))
+    if numbered := [one for one in found if isinstance(one.profile, Discrete) and one.updates is None]:
+        checks.append(check_interval(numbered, given))
     written = False
     if target is not None and not dry_run:
         files.check_parent("out", target)
@@ -122,20 +117,24 @@ def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[I
     """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about it."""
     # Some files may say their decay, of which all have the same.
     unclaimed = [replace(one, decay=0.0, sigma_rel=0.0) for one in sources]
-    try:
-        (audit, *_) = audit_sources(unclaimed, every=given.update_every or 1)
-    except InvalidValueError:
-        reason = "must be given: the files do not hold it, and it cannot be found without weights next to the averages"
-        raise InvalidValueError("ema_decay", reason) from None
-    if audit.choices:
-        raise InvalidValueError("ema_decay", f"must be given: {audit.text}", "say one of them, also its warm-up")
-    sigma, is_power = audit.uncertainty or 0.0, audit.what == "sigma_rel"
-    limit = _VAGUE * (1 if audit.found is None or is_power else (1 + audit.spacing * (1 - audit.found)) ** 2)
-    if audit.verdict not in ("found", "began again") or audit.found is None or sigma > limit:
-        vague = " the files show it too vaguely:" * (audit.verdict == "found")
-        hint = "say which width or decay the EMAs have"
-        raise InvalidValueError("sigma_rels" if is_power else "ema_decay", f"must be given:{vague} {audit.text}", hint)
-    taken = ""
+    audit = next(audits_of(unclaimed, every=given.update_every or 1), None)
+    what, limit = "ema_decay", _VAGUE
+    problem = "the files do not hold it, and it cannot be found without weights next to the averages"
+    if audit is not None:
+        problem = ""
+        if is_power := audit.what == "sigma_rel":
+            what = "sigma_rels"
+        elif audit.found is not None:
+            limit *= (1 + audit.spacing * (1 - audit.found)) ** 2
+        if audit.verdict not in ("found", "began again"):
+            problem = audit.text
+        elif (audit.uncertainty or 0.0) > limit:
+            problem = f"the files show it too vaguely: {audit.text}"
+    if audit is None or audit.found is None or problem:
+        raise InvalidValueError(
+            what, f"must be given: {problem}", "say which width, or decay and warm-up, the EMAs have"
+        )
+    sigma, taken = audit.uncertainty or 0.0, ""
     if is_power:
         found: dict[str, Any] = {"sigma_rels": (float(f"{audit.found:.4g}"),), "ema_uncertainty": sigma}
     else:
@@ -144,8 +143,9 @@ def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[I
             sigma, taken = sigma / 2, f"; taken as {decay:g}"
         found = {"ema_decay": decay, "ema_warmup": warm_up, "ema_uncertainty": sigma}
     settings = _with_starts(replace(given, **found), audit)
-    if settings.update_after_step is None and any(one.updates and one.updates.counts_calls for one in sources):
-        settings = replace(settings, update_after_step=0)
+    if any(one.updates and one.updates.counts_calls for one in sources):
+        every, after = settings.update_every or 1, settings.update_after_step or 0
+        settings = replace(settings, update_every=every, update_after_step=after)
     return settings, [f"found: {audit.text}{taken}"]
 
 
@@ -172,15 +172,13 @@ def _round_decay(decay: float, uncertainty: float) -> float:
 
 def _check_decay(found: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:
     """Compare the known decay of ordinary EMAs with the files; return the settings with starts, and lines about it."""
-    try:
-        audits = audit_sources(found)
-    except InvalidValueError:
-        return given, ["ema_decay is as given: without weights next to the averages it cannot be checked"]
-    for audit in audits:
+    checks = []
+    for audit in audits_of(found):
         if audit.is_bad:
             raise InvalidValueError("ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed)
         if audit.verdict == "undetermined":
             reason = "ema_decay is taken as given, and could not be checked: predicted errors hold if it is right"
             log.warning("%s: %s", reason, audit.text)
         given = _with_starts(given, audit)
-    return given, [f"given: {audit.text}" for audit in audits]
+        checks.append(f"given: {audit.text}")
+    return given, checks or ["ema_decay is as given: without weights next to the averages it cannot be checked"]

@@ -200,7 +200,7 @@ def sets_in(folder: Path) -> dict[str, Path]:
     They are files, such as `ema.safetensors` and `model.safetensors`, or folders, such as `ema` and `model`.
     """
     entries = [folder / name for name in _names_in(folder) if not SHARD.search(name)]
-    folders = {entry.name: entry for entry in entries if entry.is_dir() and _holds_one_model(entry)}
+    folders = {entry.name: entry for entry in entries if entry.is_dir() and holds_model(entry, several=False)}
     files = {entry.name.split(".")[0]: entry for entry in entries if entry.name.endswith((*ENDINGS, INDEX_ENDING))}
     averages = {key: entry for key, entry in (files | folders).items() if AVERAGE_WORD.search(key)}
     if not averages:
@@ -209,12 +209,12 @@ def sets_in(folder: Path) -> dict[str, Path]:
     return averages | ({"model": weights} if weights else folders)
 
 
-def _holds_one_model(folder: Path) -> bool:
-    """Return whether a folder holds one model, and not the checkpoints of a training."""
+def holds_model(folder: Path, several: bool = True) -> bool:
+    """Return whether a folder seems to hold a model, or only one, and not the checkpoints of a training."""
     try:
-        return model_in(folder) is not None
-    except FileFormatError:
-        return False
+        return model_in(folder) is not None or (several and bool(sets_in(folder)))
+    except FileFormatError:  # raised again when the folder is opened
+        return several
 
 
 def may_be_weights(name: str) -> bool:
@@ -262,16 +262,18 @@ def _of_file(path: Path) -> IndexedCheckpoint:
         if isinstance(value, Entry):
             tensors[keys] = functools.partial(list, [FoundChunk(path, identity, value, Box.full(value.shape))])
         elif isinstance(value, Node):
-            tensors[keys] = functools.partial(_refuse, path, keys, value)
+            kind = shown(value.name.removeprefix("torch._utils._rebuild_"))
+            tensors[keys] = functools.partial(_checked, path, ".".join(keys), f"is of a kind that is not read ({kind})")
         else:
             values[".".join(keys)] = value
     return IndexedCheckpoint(path, tensors, values)
 
 
-def _refuse(path: Path, keys: Keys, node: Node) -> list[FoundChunk]:
-    """Raise FileFormatError for a kind of tensor that is not read."""
-    kind = node.name.removeprefix("torch._utils._rebuild_")
-    raise FileFormatError(path, f"tensor {shown('.'.join(keys))} is of a kind that is not read ({shown(kind)})")
+def _checked(path: Path, name: str, problem: str | None, *chunks: FoundChunk) -> list[FoundChunk]:
+    """Return the chunks of a tensor; raise FileFormatError if there is a problem with it."""
+    if problem:
+        raise FileFormatError(path, f"tensor {shown(name)}: {problem}")
+    return [*chunks]
 
 
 def _of_sets(folder: Path, sets: Mapping[str, Path]) -> IndexedCheckpoint:
@@ -292,9 +294,9 @@ def _of_shards(index: Path) -> IndexedCheckpoint:
     values: dict[str, Any] = {}
     for name, listed in decode_index(index, ENDINGS).items():
         shard = _of_file(index.parent / name)
-        if missing := [tensor for tensor in listed if (tensor,) not in shard.tensors]:
-            raise FileFormatError(shard.path, f"tensor {shown(missing[0])} is not in it, as the index says")
-        tensors |= {(tensor,): shard.tensors[tensor,] for tensor in listed}
+        for tensor in listed:
+            _checked(shard.path, tensor, "" if (tensor,) in shard.tensors else "is not in it, as the index says")
+            tensors[tensor,] = shard.tensors[tensor,]
         values |= {key: value for key, value in shard.values.items() if key == "ema.format"}
     return IndexedCheckpoint(index.parent, tensors, values)
 
@@ -311,17 +313,14 @@ def _of_chunks(folder: Path) -> IndexedCheckpoint:
         for keys, find in file.tensors.items():
             (chunk,), entry = find(), offsets.get(keys[0])
             offset: Any = entry.get("saved_offsets") if isinstance(entry, dict) else None
-            if not is_sizes(offset) or len(offset) != len(chunk.tensor.shape):
-                raise FileFormatError(path, f"tensor {shown(keys[0])}: DCP_SHARDING_INFO must give its offsets")
+            is_known = is_sizes(offset) and len(offset) == len(chunk.tensor.shape)
+            _checked(path, keys[0], "" if is_known else "DCP_SHARDING_INFO must give its offsets")
             chunks.setdefault(keys, []).append(chunk._replace(box=Box(tuple(offset), chunk.tensor.shape)))
-    for (name,), found in chunks.items():
-        _check_cover(folder, name, tensor_shape(found), [chunk.box for chunk in found])
-    return IndexedCheckpoint(folder, {keys: functools.partial(list, found) for keys, found in chunks.items()})
-
-
-def _check_cover(path: Path, name: str, shape: Sequence[int], boxes: Sequence[Box]) -> None:
-    if problem := cover_problem(shape, boxes):
-        raise FileFormatError(path, f"tensor {shown(name)}: {problem}")
+    tensors: dict[Keys, Find] = {}
+    for keys, found in chunks.items():
+        problem = cover_problem(tensor_shape(found), [chunk.box for chunk in found])
+        tensors[keys] = functools.partial(_checked, folder, keys[0], problem, *found)
+    return IndexedCheckpoint(folder, tensors)
 
 
 def _state(value: Any) -> dict[str, Any]:
@@ -376,17 +375,15 @@ class _ChunkFiles:
         size: Any = described.get("size")
         listed: Any = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in map(_state, described["chunks"])]
         if not all(is_sizes(axes) and len(axes) == len(size) for pair in ((size, size), *listed) for axes in pair):
-            reason = f"tensor {shown(name)}: its shape, or that of a chunk, is malformed"
-            raise FileFormatError(self._metadata, reason)
+            return _checked(self._metadata, name, "its shape, or that of a chunk, is malformed")
         boxes = [Box(tuple(offset), tuple(shape)) for offset, shape in listed]
-        _check_cover(self._metadata, name, size, boxes)
-        chunks = []
-        for box in boxes:
+        problem, chunks = cover_problem(size, boxes), []
+        for box in () if problem else boxes:
             path, entry = self.read(name, box.offset)
             if not isinstance(entry, Entry) or entry.shape != box.shape:
-                raise FileFormatError(path, f"{shown(name)}: holds no tensor of shape {list(box.shape)}")
+                return _checked(path, name, f"holds no tensor of shape {list(box.shape)}")
             chunks.append(FoundChunk(path, self._identities[path], entry, box))
-        return chunks
+        return _checked(self._metadata, name, problem, *chunks)
 
     def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
         """Return the file and the object of a name at an offset, or of the name alone."""
@@ -399,12 +396,10 @@ class _ChunkFiles:
             problem = f"{shown(file_name)} is not the name of a file in its folder"
         elif place.get("transform_descriptors"):
             problem = "is compressed or encrypted, which is not read"
-        if problem:
-            raise FileFormatError(self._metadata, f"{shown(name)}: {problem}")
+        _checked(self._metadata, name, problem)
         path = self._metadata.parent / file_name
         with OpenedFile(path) as file:
             if path not in self._identities:
                 self._identities[path] = sampled_identity(file), file.stamp
-            if begin + length > file.size:
-                raise FileFormatError(path, f"truncated: {shown(name)} would end beyond it")
+            _checked(path, name, "truncated: it would end beyond the file" * (begin + length > file.size))
             return path, read_pickled(file, begin, begin + length)

@@ -36,6 +36,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from posthoc_cli.checkpoints.index import (
     AVERAGE_WORD,
     MODEL_GROUPS,
@@ -112,15 +114,12 @@ class Kind:
         name: pattern of its files' names, with a group for the step; None if they may have any name.
         of_name: number of steps that 1 in the name counts.
         takes: settings in addition to the selection of tensors.
-        check: compares the settings with the tensors of all checkpoints and returns the result in a line; raises an
-            InvalidValueError that names better settings.
     """
 
     find: Callable[[IndexedCheckpoint, ImportSettings], Found | None]
     name: re.Pattern[str] | None = None
     of_name: int = 1
     takes: tuple[str, ...] = ()
-    check: Callable[[Sequence[Checkpoint], ImportSettings], str] | None = None
 
 
 def _recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str, Found]:
@@ -180,7 +179,8 @@ def check_used(settings: ImportSettings, kinds: Collection[str]) -> None:
     for name, value in settings.given.items():
         if name not in known:
             text = ",".join(f"{each:.12g}" for each in value) if isinstance(value, list) else str(value)
-            raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", value=text)
+            hint = "averages that no name tells are said by kind 'ema', or by `average`" if name in _EMA_TAKES else ""
+            raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", hint, value=text)
 
 
 def _refuse_widths(settings: ImportSettings, reason: str) -> None:
@@ -206,24 +206,25 @@ def _find_numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSet
         return None
     tensors = {name: find for name, find in indexed.model_tensors(settings.prefix or inner).items()
                if name not in _COUNTERS}  # fmt: skip
-    if not (settings.sigma_rels and settings.update_every):
-        unsaid = f" to an import: files of {library}, such as {path.name}, do not hold it"
-        return Found(tensors, asks={"sigma_rels": unsaid, "update_every": unsaid})
-    every = settings.update_every
-    if (number := int(match["number"])) >= len(settings.sigma_rels):
+    number, widths = int(match["number"]), settings.sigma_rels
+    unsaid = f" to an import: files of {library}, such as {path.name}, do not hold it"
+    asks = {"sigma_rels": unsaid, "update_every": unsaid}
+    if widths and number >= len(widths):
         _refuse_widths(settings, f"must be one for each average; {path.name} is of number {number}, counted from 0")
-    if library == "posthoc-ema":
+    if not (widths and settings.update_every):
+        return Found(tensors, asks=asks)
+    if not inner:
         _check_update_after_step(indexed, int(match["step"]), settings)
-    width = settings.sigma_rels[number]
-    return Found(
-        tensors, sigma_rel=width, profile=lambda step: _numbered_profile(library, width, step, settings, every)
-    )
+    profile = functools.partial(_numbered_profile, library, widths[number], settings)
+    return Found(tensors, sigma_rel=widths[number], profile=profile)
 
 
-def _numbered_profile(library: str, width: float, step: int, settings: ImportSettings, every: int) -> Discrete:
+def _numbered_profile(
+    library: str, width: float, settings: ImportSettings, step: int, every: int | None = None
+) -> Discrete:
     """Return the profile that one of these libraries really tracks."""
     first = {} if library == "ema-pytorch" else {"first": max(_update_after_step(settings), 1)}
-    return ema_pytorch_profile(gamma_from_sigma_rel(width), step, every, **first)
+    return ema_pytorch_profile(gamma_from_sigma_rel(width), step, every or settings.update_every or 1, **first)
 
 
 def _update_after_step(settings: ImportSettings) -> int:
@@ -238,11 +239,8 @@ def _check_update_after_step(indexed: IndexedCheckpoint, step: int, settings: Im
     eps = max((EPS.get(chunk.tensor.dtype, 0.0) for chunk in indexed.tensors.get(("step",), list)()), default=0.0)
     first = step - counted + 1  # it counts from the call of this number on
     if abs(first - max(value, 1)) > counted * eps / 2:
-        reason = f"does not fit the files, whose default is {_DEFAULT_AFTER}: {indexed.path.name} has counted"
-        makes_it = f"as {'about ' * (counted * eps >= 1)}{first:,.12g} makes it"
-        raise InvalidValueError(
-            "update_after_step", f"{reason} {counted:,.12g} of {step:,} calls, {makes_it}", value=value
-        )
+        reason = f"does not fit {indexed.path.name}, which has counted {counted:,.12g} of {step:,} calls: about"
+        raise InvalidValueError("update_after_step", f"{reason} {first:,.12g} would", value=value)
 
 
 _EVERY = (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, 128, 200, 250, 500, 1000)
@@ -251,62 +249,48 @@ _EVERY = (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, 128, 200, 250, 500, 10
 _TIMES = 24
 """Largest number of times to compare, the newest; with 8 of them values half as large as the true one often passed."""
 
-_WORSE, _MUCH_WORSE = 1.25, 0.1
+_WORSE, _MUCH_WORSE, _POOR = 1.25, 0.1, 1.0
 """A value is wrong if its misfit exceeds another value's by more than this factor and this difference. In 18 runs (six
 recorded trainings, updates every 1, 10 and 100 steps) the true value was at most 1.06 times and 0.006 worse than the
-best one; values half or twice as large were refused, except some at 100."""
-
-_POOR = 1.0
-"""Misfit above which a value is doubted even if no other fits better. In recorded trainings the true value had at most
-0.42; widths in the wrong order, and two sessions of which one has replaced files of the other, had 1.2 or more."""
+best one; values half or twice as large were refused, except some at 100. Any value with a misfit above `_POOR` is
+doubted: the true one had at most 0.42; widths in the wrong order, and files of two sessions, had 1.2 or more."""
 
 
-def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> str:
-    """Compare the measured distances between averages with those that each update_every would make."""
+def check_interval(checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> str:
+    """Compare distances between numbered averages, in a sample, with those that each update_every would make.
+
+    Return the result in a line; raise InvalidValueError, with the value that fits, for a contradiction.
+    """
     given = settings.update_every or 1
-    misfits = _misfits_by_interval(library, checkpoints, settings, given)
-    if not misfits:
-        return "update_every is as given: averages of one profile, or at one time, do not show it"
-    ranked = sorted(misfits, key=lambda every: misfits[every])
-    least = misfits[ranked[0]]
-    hint = "check `sigma_rels`, `update_after_step`, and that one session of the training wrote all files"
-    if misfits[given] > max(_WORSE * least, least + _MUCH_WORSE):
-        others, hint = (f"those of {ranked[0]} do", "") if least < _POOR else ("no other value fits them either", hint)
-        reason = f"the distances between the averages do not fit it; {others}"
-        raise InvalidValueError("update_every", reason, hint, value=given)
-    if misfits[given] > _POOR:
-        log.warning("the distances between the averages fit no update_every; %s", hint)
-    listed = ", ".join(f"{every}: {misfits[every]:.2g}" for every in ranked[:3])
-    return f"update_every {given} fits the distances between the averages (misfits: {listed})"
-
-
-def _misfits_by_interval(
-    library: str, checkpoints: Sequence[Checkpoint], settings: ImportSettings, given: int
-) -> dict[int, float]:
-    """Return the misfit of each update_every, by distances in a sample of the tensors; empty if they show nothing."""
     # After the first update all averages are equal: any distance is a rounding error.
-    sources = [one for one in checkpoints if isinstance(one.profile, Discrete) and one.profile.times.size > 1]
+    sources = [one for one in checkpoints if getattr(one.profile, "times", np.zeros(0)).size > 1]
     times = sorted({source.t for source in sources})[-_TIMES:]
     sources = [source for source in sources if source.t in times]
-    if len(times) < 2 or len(sources) < 2 * len(times):
-        return {}
-    measured = sample_measurements(sources)
-    misfits, least_step = {}, min(source.step for source in sources)
-    for every in sorted({given, *(value for value in _EVERY if value <= least_step)}):
-        profiles = {s.profile: _numbered_profile(library, s.sigma_rel, s.step, settings, every) for s in sources}
-        averages = []
-        for source, measurements in zip(sources, measured, strict=True):
-            distances = tuple(replace(d, other=profiles[d.other]) for d in measurements.distances)
-            average = source.average(profiles[source.profile])
-            averages.append(replace(average, measurements=replace(measurements, distances=distances)))
-        if not math.isnan(found := misfit(averages)):  # nan if nothing moved
-            misfits[every] = found
-    return misfits
-
-
-def _numbered(library: str, *takes: str) -> Kind:
-    find, check = functools.partial(_find_numbered, library), functools.partial(_check_numbered, library)
-    return Kind(find, _NUMBERED, takes=("sigma_rels", "update_every", *takes), check=check)
+    misfits: dict[int, float] = {}
+    if len(times) > 1 and len(sources) >= 2 * len(times):
+        measured, most = sample_measurements(sources), min(source.step for source in sources)
+        for every in {given, *(value for value in _EVERY if value <= most)}:
+            others: dict[StoredProfile, StoredProfile] = {
+                one.profile: _numbered_profile(one.kind, one.sigma_rel, settings, one.step, every) for one in sources
+            }
+            averages = []
+            for one, found in zip(sources, measured, strict=True):
+                distances = tuple(replace(d, other=others[d.other]) for d in found.distances)
+                averages.append(
+                    replace(one.average(others[one.profile]), measurements=replace(found, distances=distances))
+                )
+            misfits[every] = misfit(averages)
+    if not misfits or math.isnan(misfits[given]):  # nothing moved
+        return "update_every is as given: averages of one profile, or at one time, do not show it"
+    best = min(misfits, key=lambda every: misfits[every])
+    hint = "check `sigma_rels`, `update_after_step`, and that one session of the training wrote all files"
+    if misfits[given] > max(_WORSE * misfits[best], misfits[best] + _MUCH_WORSE):
+        better = f"those of {best} do" if misfits[best] < _POOR else "no other value fits them either"
+        reason = f"the distances between the averages do not fit it; {better}"
+        raise InvalidValueError("update_every", reason, "" if misfits[best] < _POOR else hint, value=given)
+    if misfits[given] > _POOR:
+        log.warning("the distances between the averages fit no update_every; %s", hint)
+    return f"update_every {given} fits the distances between the averages (misfit {misfits[given]:.2g})"
 
 
 # --- ordinary EMAs of known libraries
@@ -645,8 +629,14 @@ _EMA_TAKES = (
 
 TABLE = {
     "edm2": Kind(_find_edm2, _EDM2, of_name=1000),
-    "ema-pytorch": _numbered("ema-pytorch"),
-    "posthoc-ema": _numbered("posthoc-ema", "update_after_step"),
+    "ema-pytorch": Kind(
+        functools.partial(_find_numbered, "ema-pytorch"), _NUMBERED, takes=("sigma_rels", "update_every")
+    ),
+    "posthoc-ema": Kind(
+        functools.partial(_find_numbered, "posthoc-ema"),
+        _NUMBERED,
+        takes=("sigma_rels", "update_every", "update_after_step"),
+    ),
     **{name: Kind(functools.partial(_find_library, name), takes=_EMA_TAKES) for name in LIBRARIES},
     "edm": Kind(functools.partial(_find_library, "edm"), _EDM_FILE, of_name=1000, takes=_EMA_TAKES),
     "ema": Kind(_find_any, takes=(*_EMA_TAKES, "average", "weights")),

@@ -13,9 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,20 +25,19 @@ from posthoc_cli.checkpoints.index import (
     DCP_METADATA,
     SHARD,
     IndexedCheckpoint,
+    holds_model,
     index_checkpoint,
     may_be_weights,
-    model_in,
     names_in,
-    sets_in,
 )
 from posthoc_cli.checkpoints.layouts import check_used, named_decay, read_checkpoint
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
 from posthoc_cli.checkpoints.steps import named_step
 from posthoc_cli.dtypes import DTYPES, EPS
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, shown
+from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError, shown
 from posthoc_cli.profiles import OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import PICKLES, is_import, is_snapshot_name, read_directory
-from posthoc_cli.snapshots.outputs import describe, describe_tensors
+from posthoc_cli.snapshots.outputs import describe_tensors
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source, by_time, run_clock
 
@@ -51,10 +48,8 @@ _COMPARED = 1024
 _CHOOSE = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
 
 
-def open_checkpoints(
-    place: str | Path, settings: ImportSettings = UNSPECIFIED, unclaimed: bool = False
-) -> list[Checkpoint]:
-    """Return the checkpoints in a directory, or of a glob, by time. Read only headers, indexes and pickles.
+def open_checkpoints(place: str | Path, unclaimed: bool = False) -> list[Checkpoint]:
+    """Return the checkpoints in a directory, of a glob or of an import, by time. Read only headers and indexes.
 
     Ordinary EMAs of unknown decay are left out with a warning. With `unclaimed` they are included, so that an audit
     can find their decay.
@@ -67,11 +62,32 @@ def open_checkpoints(
     path = files.expanded(place)
     if is_import(path):
         return checked_run(read_manifest(path).read())
-    return _as_run(place, _indexes(place, settings), settings, unclaimed)
+    found = read_place(place, UNSPECIFIED)
+    left_out = [] if unclaimed else [one for one in found if not one.is_known]
+    if len(left_out) == len(found):
+        reason = "holds EMAs, and neither their decay nor weights next to them"
+        raise InvalidValueError(place, reason, "give ema_decay to an import")
+    if left_out:
+        what = f"{len(left_out):,} EMA{'s' * (len(left_out) > 1)}, such as {left_out[0].path.name}"
+        reason = "left out of averages: their files do not say the decay; `ema import` finds it, or takes `ema_decay`"
+        log.warning("%s: %s, %s", place, what, reason)
+    return checked_run([one for one in found if unclaimed or one.is_known])
+
+
+def read_place(place: str | Path, settings: ImportSettings) -> list[Checkpoint]:
+    """Return all checkpoints at a place with the profiles that their files and the settings say."""
+    indexes = _indexes(place, settings)
+    by_word = next((one.path.name for one in indexes if named_step(one.path).by_word), "")
+    found = [one for indexed in indexes for one in read_checkpoint(indexed, settings, by_word=by_word)]
+    if not found:
+        hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
+        raise DirectoryError(place, "holds no checkpoints", hint)
+    check_used(settings, {one.kind for one in found})
+    return [one.with_settings(settings) for one in found]
 
 
 def _indexes(place: str | Path, settings: ImportSettings) -> list[IndexedCheckpoint]:
-    """Return the indexes of the checkpoints at a place, and of outputs next to them."""
+    """Return the indexes of the checkpoints at a place, without the outputs of this package next to them."""
     paths = _candidates(place)
     decays = {path: decay for path in paths if (decay := named_decay(path)) is not None}
     if len({*decays.values()}) > 1:  # guided-diffusion's averages
@@ -79,58 +95,7 @@ def _indexes(place: str | Path, settings: ImportSettings) -> list[IndexedCheckpo
             choices = " or ".join(f"{decay:g}" for decay in sorted({*decays.values()}))
             raise InvalidValueError("ema_decay", f"must be given: the files are of several averages, {choices}")
         paths = [path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay]
-    return [*map(index_checkpoint, paths)]
-
-
-def _is_output(indexed: IndexedCheckpoint) -> bool:
-    return indexed.values.get("ema.format") == "output"
-
-
-def _as_run(
-    place: str | Path, indexes: Sequence[IndexedCheckpoint], settings: ImportSettings, unclaimed: bool
-) -> list[Checkpoint]:
-    by_word = next((one.path.name for one in indexes if named_step(one.path).by_word and not _is_output(one)), "")
-    read: list[Checkpoint] = []
-    for indexed in (one for one in indexes if not _is_output(one)):
-        read += read_checkpoint(indexed, settings, by_word=by_word)
-    if not read:
-        hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
-        raise DirectoryError(place, "holds no checkpoints", hint)
-    kinds = {one.kind for one in read}
-    if settings.ema_decay is not None and settings.kind is None and kinds == {"checkpoints"}:
-        reason = f"is for averages, and nothing in {read[0].path.name} says that its tensors are one"
-        hint = "if all files are averages, say kind 'ema'; else name the average's key by `average`"
-        raise InvalidValueError("ema_decay", reason, hint, value=settings.ema_decay)
-    check_used(settings, kinds)
-    checkpoints = [one.with_settings(settings) for one in read]
-    if settings.update_every is None and (every := _common_interval(checkpoints)):
-        checkpoints = [one.with_settings(replace(settings, update_every=every)) for one in read]
-    left_out = [] if unclaimed else [one for one in checkpoints if not one.is_known]
-    if len(left_out) == len(checkpoints):
-        reason = "holds EMAs, and neither their decay nor weights next to them"
-        raise InvalidValueError(place, reason, "give ema_decay to an import")
-    if left_out:
-        what = f"{len(left_out):,} EMA{'s' * (len(left_out) > 1)}, such as {left_out[0].path.name}"
-        reason = "left out of averages: their files do not say the decay; `ema import` finds it, or takes `ema_decay`"
-        log.warning("%s: %s, %s", place, what, reason)
-    return checked_run([one for one in checkpoints if unclaimed or one.is_known])
-
-
-def _common_interval(checkpoints: Sequence[Checkpoint]) -> int | None:
-    """Return the steps between updates that all EMAs have in common; None if each one alone shows the same number."""
-    averages = [one for one in by_time(checkpoints) if isinstance(one.profile, OrdinaryEMA)]
-    counts = [one.profile.settings for one in averages if isinstance(one.profile, OrdinaryEMA)]
-    if len({count["every"] for count in counts}) < 2:
-        return None
-    updates = [after["updates"] - before["updates"] for before, after in pairwise(counts)]
-    moved = [(pair, count) for pair, count in zip(pairwise(averages), updates, strict=True) if count > 0]  # no restart
-    every = max(1, round(median((b.step - a.step) / count for (a, b), count in moved))) if moved else 1
-    for (a, b), count in moved:
-        if abs(b.step - a.step - every * count) > every:
-            reason = f"have counted {count:,} updates of their EMAs in the {b.step - a.step:,} steps between them"
-            hint = f"other files count one in {every:,}; say update_every, and ema_restarts if the EMA began again"
-            raise MismatchError(f"{a.path} and {b.path}", reason, hint)
-    return every
+    return [one for one in map(index_checkpoint, paths) if one.values.get("ema.format") != "output"]
 
 
 def disk_sources(directory: str | Path, also: str | Path | None = None, unclaimed: bool = False) -> list[Source]:
@@ -185,26 +150,15 @@ def _candidates(place: str | Path) -> list[Path]:
             matches = matching(path)
         else:
             matches = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - Path.glob takes no absolute patterns
-        for match in matches:
-            if any(map(is_snapshot_name, match.glob("*"))):
-                raise DirectoryError(match, "holds snapshots of a tracker", "name this folder itself, not by a glob")
     if not matches or (matches == [path] and not path.exists()):
         raise DirectoryError(place, "no file or folder has such a name")
     if matches != [path] or not path.is_dir() or (path / DCP_METADATA).is_file():
         return matches
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
-    folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
+    folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and holds_model(entry)]
     loose = [entry for entry in entries if may_be_weights(entry.name) and not SHARD.search(entry.name)]
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to folders, no file is one.
     return folders if not loose or any(re.search(r"\d", folder.name) for folder in folders) else loose
-
-
-def _holds_model(folder: Path) -> bool:
-    """Return whether a folder seems to hold a model."""
-    try:
-        return bool(sets_in(folder)) or model_in(folder) is not None
-    except FileFormatError:  # raised again when the folder is opened
-        return True
 
 
 # --- several checkpoints as one run
@@ -314,28 +268,22 @@ def _tensors_differ(first: Source, other: Source) -> str:
 def describe_checkpoints(place: Path) -> dict[str, Any]:
     """Return times, tensors and sizes from the indexes of files alone, for JSON.
 
-    The kind is "checkpoint" for a file whose step is not known. Outputs next to the checkpoints are under "outputs".
+    The kind is "checkpoint" for a file whose step is not known.
     """
-    more: dict[str, Any] = {}
-    if is_import(place):
-        manifest = read_manifest(place)
-        checkpoints, more = checked_run(manifest.read()), manifest.describe()
-    else:
-        indexes = _indexes(place, UNSPECIFIED)
-        if outputs := [describe(indexed.path) for indexed in indexes if _is_output(indexed)]:
-            more = {"outputs": outputs}
-        try:
-            checkpoints = _as_run(place, indexes, UNSPECIFIED, False)
-        except InvalidValueError:
-            if place.suffix not in PICKLES or place != indexes[0].path:
-                raise
-            one = make_checkpoint(place, indexes[0].model_tensors(), Point(1.0), 1)
-            return {"kind": "checkpoint", "path": str(place), **describe_tensors(one), "bytes": one.file_bytes}
+    manifest = read_manifest(place) if is_import(place) else None
+    try:
+        checkpoints = open_checkpoints(place)
+    except InvalidValueError:
+        if place.suffix not in PICKLES or is_glob(place):
+            raise
+        one = make_checkpoint(place, index_checkpoint(place).model_tensors(), Point(1.0), 1)
+        return {"kind": "checkpoint", "path": str(place), **describe_tensors(one), "bytes": one.file_bytes}
     newest = checkpoints[-1]
     return {
         "kind": "checkpoints", "path": str(place), "run": newest.run_id,
         **{key: getattr(newest, key) for key in ("t_unit", "t", "step")}, **describe_tensors(newest),
-        "bytes": sum(one.file_bytes for one in checkpoints), "checkpoints": list_checkpoints(checkpoints), **more,
+        "bytes": sum(one.file_bytes for one in checkpoints), "checkpoints": list_checkpoints(checkpoints),
+        **(manifest.describe() if manifest else {}),
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.index import FoundChunk, Tensors, tensor_shape
 from posthoc_cli.checkpoints.steps import read_number
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, InvalidValueError, brief, shown
+from posthoc_cli.errors import FileFormatError, InvalidValueError, brief, check_alone, shown
 from posthoc_cli.profiles import (
     POWER,
     POWER_FUNCTION,
@@ -45,18 +45,41 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _ANY_DECAY = 0.999
 """Placeholder for an unknown decay."""
 
-_Kind = Annotated[str, Rule(f"one of {', '.join(KINDS)}", lambda kind: kind in KINDS)]
-_Pattern = Annotated[str, Rule(
-    r"a regular expression with one group, for the step, such as 'step(\d+)'", lambda text: _groups(text) == 1
-)]  # fmt: skip
-_Restarts = Annotated[tuple[int, ...], Rule("steps, above 0", lambda steps: 0 not in steps)]
-
 
 def _groups(pattern: str) -> int:
     try:
         return re.compile(pattern).groups
     except re.error:
         return 0
+
+
+def _half_life(value: Any) -> float:
+    """Return the number in "half-life:500000" or "half-life:5%"; 0 if the value is another one."""
+    return (read_number(value.removeprefix("half-life:").removesuffix("%")) if isinstance(value, str) else None) or 0.0
+
+
+def _warm_up(text: str) -> dict[str, Any] | None:
+    """Return the arguments of `DecayRule` for "none", "ratio" or "power:0.75"; None if the text is another one."""
+    kind, colon, number = text.partition(":")
+    usual = {"power": POWER, "ramp-up": RAMP_UP}.get(kind)
+    power = read_number(number) if colon else usual
+    if kind not in (*WARM_UPS, "none") or (usual is None) is not (power is None) or power == 0:
+        return None
+    return {"warm_up": "" if kind == "none" else kind} | ({"power": float(power)} if power else {})
+
+
+_Kind = Annotated[str, Rule(f"one of {', '.join(KINDS)}", lambda kind: kind in KINDS)]
+_Pattern = Annotated[str, Rule(
+    r"a regular expression with one group, for the step, such as 'step(\d+)'", lambda text: _groups(text) == 1
+)]  # fmt: skip
+_Restarts = Annotated[tuple[int, ...], Rule("steps, above 0", lambda steps: 0 not in steps)]
+_Decay = Annotated[Any, Rule(
+    "in (0, 1), or a half-life such as half-life:500000 or half-life:5%",
+    lambda value: _half_life(value) > 0 or (isinstance(value, int | float) and 0 < value < 1),
+)]  # fmt: skip
+_WarmUp = Annotated[str, Rule(
+    f"one of none, {', '.join(WARM_UPS)}, or as power:0.75, ramp-up:0.1", lambda text: _warm_up(text) is not None
+)]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,8 +111,8 @@ class ImportSettings:
     sigma_rels: tuple[float, ...] = ()
     update_every: Count | None = None
     update_after_step: int | None = None
-    ema_decay: Any = None
-    ema_warmup: str | None = None
+    ema_decay: _Decay | None = None
+    ema_warmup: _WarmUp | None = None
     ema_restarts: _Restarts = ()
     ema_uncertainty: float | None = None
     ema_late: int | None = None
@@ -108,24 +131,15 @@ class ImportSettings:
                 raise InvalidValueError(name, str(error).partition(", not ")[0], value=brief(value)) from None
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel, "sigma_rels")
-        DecayRule(**{"decay": 0.5, **self.rule()})
-        if self.sigma_rels and self.ema_decay is not None:
-            reason = "is another rule than sigma_rels: give one of them"
-            raise InvalidValueError("ema_decay", reason, value=self.ema_decay)
+        check_alone(sigma_rels=self.sigma_rels or None, ema_decay=self.ema_decay)
 
     def rule(self, every: float = 1.0) -> dict[str, Any]:
         """Return the given arguments of `DecayRule` for an ordinary EMA that is updated at this interval."""
         rule: dict[str, Any] = {}
-        if isinstance(self.ema_decay, str):
-            text = self.ema_decay.removeprefix("half-life:")
-            half_life = read_number(text.removesuffix("%")) or 0.0
-            if half_life <= 0:
-                reason = "must lie in (0, 1), or be a half-life such as half-life:500000 or half-life:5%"
-                raise InvalidValueError("ema_decay", reason, value=repr(self.ema_decay))
-            if text.endswith("%"):
+        if half_life := _half_life(self.ema_decay):
+            rule["decay"] = 0.5 ** (every / half_life)
+            if str(self.ema_decay).endswith("%"):
                 rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": half_life / 100}
-            else:
-                rule["decay"] = 0.5 ** (every / half_life)
         elif self.ema_decay is not None:
             rule["decay"] = self.ema_decay
         elif self.sigma_rels:
@@ -133,15 +147,7 @@ class ImportSettings:
             rule = {"decay": UNLIMITED, "warm_up": POWER_FUNCTION, "power": power, "copies": 1}
         if self.ema_uncertainty is not None:
             rule["uncertainty"] = self.ema_uncertainty
-        if self.ema_warmup is not None:
-            kind, colon, text = str(self.ema_warmup).partition(":")
-            usual = {"power": POWER, "ramp-up": RAMP_UP}.get(kind)
-            number = read_number(text) if colon else usual
-            if kind not in (*WARM_UPS, "none") or (usual is None) is (number is not None) or number == 0:
-                reason = f"must be one of none, {', '.join(WARM_UPS)}, or as power:0.75, ramp-up:0.1"
-                raise InvalidValueError("ema_warmup", reason, value=repr(self.ema_warmup))
-            rule |= {"warm_up": "" if kind == "none" else kind} | ({} if number is None else {"power": float(number)})
-        return rule
+        return rule | (_warm_up(self.ema_warmup or "") or {})
 
     @property
     def given(self) -> dict[str, Any]:
@@ -209,20 +215,17 @@ class Updates:
                 return DecayRule(**rule).profile(step, 0, every, step + every)
             count = max(0, (step - first) // every + 1)
             rule |= {"late": settings.ema_late or 0} if after else {}
-        elif count > step:
-            raise FileFormatError(path, f"has counted {count:,} updates of its EMA, and is of step {step:,}")
         elif self.counts_calls:
             rule["copies"] = 1 + after
             rule["stride"], first, count = every, step - count + 1, (count - 1) // every + 1
         else:
-            if settings.update_every is None and count:
-                every = max(1, step // count)
-                every = every if -(-step // every) - count in (0, 1) else 1
             last = (step - 1) // every * every + 1 if self.from_first else step // every * every
             first = last - (count - 1) * every
-            if count and first < 1:
-                reason = f"cannot be: {path.name} has counted {count:,} updates by step {step:,}"
-                raise InvalidValueError("update_every", reason, value=every)
+            if settings.update_every is None and count and not 0 <= step - count <= 1:
+                first = 0  # 50 updates at step 100 may be one in two steps, or all since the 51st
+        if first < 1:
+            counted = f"{path.name} has counted {self.count:,} updates of its EMA by step {step:,}"
+            raise InvalidValueError("update_every", f"must be given, and fit: {counted}", "1 if the EMA began late")
         return DecayRule(**rule).profile(step, count, every, first)
 
 

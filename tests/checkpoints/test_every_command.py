@@ -100,12 +100,13 @@ def test_checkpoints_are_combined_with_snapshots_or_replace_them(ema: Ema, run: 
 
 
 def test_a_setting_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_path: Path) -> None:
-    refused = ema("import", run / "ema", "--prefix", "w", "--out", tmp_path / "new")
-    assert (refused.code, refused.error) == (1, f"{run / 'ema'}: holds snapshots of a tracker, which need no import")
-    assert "own: is an import; import the files that it" in ema("import", run / "own", "--out", tmp_path / "new").error
+    for own in ("ema", "own"):
+        refused = ema("import", run / own, "--prefix", "w", "--out", tmp_path / "new")
+        assert (refused.code, f"{run / own}: holds a run already" in refused.error) == (1, True)
     for option, value in (("--sigma-rels", "0.05,0.28"), ("--update-every", "10"), ("--update-after-step", "10")):
         refused = ema("import", run / "ck", "--step-from", r"at(\d+)", option, value, "--out", tmp_path / "new")
-        assert (refused.code, refused.error) == (2, f"{option} {value}: says nothing about checkpoints")
+        assert refused.code == 2
+        assert refused.error.startswith(f"{option} {value}: says nothing about checkpoints")
     assert not (tmp_path / "new").exists()
 
 

@@ -70,8 +70,8 @@ def _replace(path: Path) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "is missing": (lambda path: path.unlink(), "is missing, and"),
-    "is shorter": (lambda path: os.truncate(path, path.stat().st_size - 1), " bytes, and had "),
-    "is replaced": (_replace, "was replaced since"),
+    "is shorter": (lambda path: os.truncate(path, path.stat().st_size - 1), "was replaced, or has changed, since"),
+    "is replaced": (_replace, "was replaced, or has changed, since"),
     "is a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is not a regular file"),
     "is a folder": (lambda path: (path.unlink(), path.mkdir()), "is not a regular file"),
 }
@@ -105,7 +105,7 @@ def test_an_index_that_was_replaced_is_found(write: Write, tmp_path: Path) -> No
         import_checkpoints(folder, tmp_path / layout)
         path = next(folder.rglob(name))
         path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
-        with pytest.raises(errors.FileFormatError, match=f"{name}: was replaced since"):
+        with pytest.raises(errors.FileFormatError, match=f"{name}: was replaced, or has changed, since"):
             _ = Run(tmp_path / layout).sources
         shutil.rmtree(folder)
 
@@ -119,7 +119,8 @@ def test_the_same_import_again_does_nothing_and_others_ask(write: Write, tmp_pat
     assert (again["written"], len(again["checkpoints"])) == (False, len(STEPS))
     assert contents(new) == before
     other = ema("import", folder, "--out", new)
-    assert other.error == f"{new}: has other settings; choose another name, or `overwrite` to replace it"
+    reason = f"{new}: is an import of {folder} with other settings; choose another name, or `overwrite` to replace it"
+    assert other.error == reason
     (tmp_path / "else").mkdir()
     shutil.copy(folder / "step20.safetensors", tmp_path / "else")
     other = ema("import", tmp_path / "else", "--exclude", "*.bias", "--out", new)
@@ -174,7 +175,7 @@ def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch
     assert not import_checkpoints(folder / "step?0*.pt", folder / "run").written
     one = import_checkpoints(folder / "step40.pt", tmp_path / "one")
     assert Run(one.out or "").step == 40
-    with pytest.raises(errors.DirectoryError, match="is an import; import the files"):
+    with pytest.raises(errors.DirectoryError, match="holds a run already"):
         import_checkpoints(folder / "run", tmp_path / "two")
     (folder / "step40.pt").rename(folder / os.fsdecode(b"step40-\xff.pt"))
     with pytest.raises(errors.InvalidValueError, match="its name is no valid text"):
@@ -185,7 +186,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("kind", "nothing", " 'nothing': must be one of edm2, ema-pytorch, "), ("prefix", 5, ""),
     ("step_from", r"a-\d+", ".* with one group"), ("step_from", "(", ".* a regular expression"), ("include", [5], ""),
     ("exclude", "", ""), ("sigma_rels", 0.1, ""), ("update_every", True, ""), ("update_after_step", -1, ""),
-    ("ema_decay", "much", ""), ("ema_decay", [0.9], ""), ("ema_decay", 1.5, r" 1\.5: must lie in \(0, 1\)"),
+    ("ema_decay", "much", " .* or a half-life such as"), ("ema_decay", [0.9], ""),
+    ("ema_decay", 1.5, r" 1\.5: must be in \(0, 1\)"),
     ("ema_restarts", [0], ""), ("ema_warmup", "x", " 'x': must be one of none, ratio, power"),
     ("ema_uncertainty", -0.1, ""),
 ]  # fmt: skip

@@ -327,7 +327,7 @@ def test_more_checkpoints_are_taken_in_though_they_show_another_decay(tmp_path: 
     assert again.written
     assert len(again.checkpoints) == len(first.checkpoints) + 2
     assert len({one.decay for done in (first, again) for one in done.checkpoints if one.decay}) == 2
-    with pytest.raises(errors.OutputExistsError, match="has other settings"):
+    with pytest.raises(errors.OutputExistsError, match="with other settings"):
         import_checkpoints(folder, tmp_path / "run", ema_decay=0.9873)
 
 
@@ -346,30 +346,26 @@ def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(tmp_path: Path) ->
     assert import_checkpoints(folder, tmp_path / "run", ema_decay=0.98).written
 
 
-def test_counts_of_updates_are_understood_together(tmp_path: Path) -> None:
-    """From one file, 50 updates at step 100 may mean one update in 2 steps, or an average that began at step 51."""
-
+def test_the_interval_is_asked_for_where_counts_do_not_show_it(tmp_path: Path) -> None:
+    """50 updates at step 100 may mean one update in 2 steps, or an average that began at step 51."""
     averages = follow(by(lambda step: min(DECAY, ratio(step - 50)) if step > 50 else 0.0))
 
-    def late(folder: Path, count: Callable[[int], int]) -> Path:
-        folder.mkdir()
-        for step in TIMES:
-            shadow = {"shadow_params": [*named(averages[step - 1]).values()], "collected_params": None}
-            state = {"decay": DECAY, "num_updates": count(step)} | shadow
-            torch.save({"model": named(train()[step - 1]), "ema": state, "step": step}, folder / f"{step}.pt")
-        return folder
-
-    folder = late(tmp_path / "x", lambda step: step - 50)
-    import_checkpoints(folder, tmp_path / "run")
-    for run in (Run(folder), Run(tmp_path / "run")):
-        settings = [vars(one.profile)["settings"] for one in run.sources if not isinstance(one.profile, Point)]
-        assert {(one["every"], one["first"]) for one in settings} == {(1, 51)}
-        error, predicted = error_of(run)
-        assert error < 2 * predicted < 2e-3
-    late(tmp_path / "y", lambda step: 7 if step == 600 else step)
-    message = r"600\.pt and .*700\.pt.*: have counted 693 updates of their EMAs in the 100 steps between them"
-    with pytest.raises(errors.MismatchError, match=message):
-        _ = Run(tmp_path / "y").sources
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for step in TIMES:
+        shadow = {"shadow_params": [*named(averages[step - 1]).values()], "collected_params": None}
+        state = {"decay": DECAY, "num_updates": step - 50} | shadow
+        torch.save({"model": named(train()[step - 1]), "ema": state, "step": step}, folder / f"{step}.pt")
+    for wrong in ({}, {"update_every": 3}):
+        reason = r"update_every: must be given, and fit: \d+.pt has counted [\d,]+ updates of its EMA by step"
+        with pytest.raises(errors.InvalidValueError, match=reason):
+            import_checkpoints(folder, tmp_path / "run", **wrong)
+    import_checkpoints(folder, tmp_path / "run", update_every=1)
+    run = Run(tmp_path / "run")
+    settings = [vars(one.profile)["settings"] for one in run.sources if not isinstance(one.profile, Point)]
+    assert {(one["every"], one["first"]) for one in settings} == {(1, 51)}
+    error, predicted = error_of(run)
+    assert error < 2 * predicted < 2e-3
 
 
 def test_what_an_import_cannot_find_is_named(tmp_path: Path) -> None:
@@ -388,5 +384,5 @@ def test_what_an_import_cannot_find_is_named(tmp_path: Path) -> None:
     content = torch.load(tmp_path / "y" / f"{EVERY}.pt")
     content["ema"]["num_updates"] = STEPS
     torch.save(content, tmp_path / "y" / f"{EVERY}.pt")
-    with pytest.raises(errors.FileFormatError, match="has counted 1,500 updates of its EMA, and is of step 100"):
+    with pytest.raises(errors.InvalidValueError, match="has counted 1,500 updates of its EMA by step 100"):
         _ = Run(tmp_path / "y").sources

@@ -126,9 +126,7 @@ def test_rules_that_explain_the_files_equally_are_asked_for(tmp_path: Path, ema:
     folder = write(tmp_path / "x", train(falls=True), by(lambda n: min(0.99, power(n))))
     done = ema("import", folder, "--out", tmp_path / "run")
     assert done.code == 2
-    choices = (
-        "decay 0.98.* with warm-up ratio, and as decay 0.98.* with warm-up power; say one of them, also its warm-up"
-    )
+    choices = "decay 0.98.* with warm-up ratio, and as decay 0.98.* with warm-up power; say which width, or decay and"
     assert re.search(f"--ema-decay: must be given: .* equally as {choices}", done.error), done.error
     assert not (tmp_path / "run").exists()
     assert ema("audit", folder).code == 0
