@@ -15,7 +15,7 @@ import pytest
 import torch
 from bench_synthesis import peak_memory, write_sparse_snapshots
 from checking import assert_same_tensors
-from factories import RUN_ID, flip_bit, write_snapshot
+from factories import RUN_ID, flip_bit, tiny_model, write_snapshot
 from safetensors.torch import load_file
 from snapshots.recorded import failing
 
@@ -151,9 +151,9 @@ def test_averages_that_are_stored_in_eight_bits_are_read(tmp_path: Path, dtype: 
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """8 and 48 million parameters in sparse files: a copy of one of the 3 float16 snapshots would take 80 MB more."""
+    """4 and 24 million parameters in sparse files: a copy of one of the 3 float16 snapshots would take 40 MB more."""
     peaks = []
-    for name, elements in (("small", 8_000_000), ("large", 48_000_000)):
+    for name, elements in (("small", 4_000_000), ("large", 24_000_000)):
         write_sparse_snapshots(tmp_path / name, elements, tensors=4, snapshots=3)
         peaks.append(peak_memory(tmp_path / name, tmp_path / "out.safetensors"))
         (tmp_path / "out.safetensors").unlink()
@@ -260,45 +260,33 @@ def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(mixed: Pa
 # --- filling a model -------------------------------------------------------------------------------
 
 
-class Net(torch.nn.Module):
-    """A tied parameter, a buffer that is saved and one that is not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = torch.nn.Linear(3, 3, bias=False)
-        self.two = torch.nn.Linear(3, 3, bias=False)
-        self.two.weight = self.one.weight
-        self.register_buffer("count", torch.tensor(0))
-        self.register_buffer("mask", torch.ones(3), persistent=False)
-
-
 def tracked(folder: Path, scale: float = 1.0) -> PostHocEMA:
-    model = Net()
+    model = tiny_model()
     with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=1) as tracker:
         for step in range(4):
             with torch.no_grad():
-                model.one.weight.copy_(scale * draw(step, 3, 3))
+                model.embed.weight.copy_(scale * draw(step, 5, 3))
             tracker.update_(model)
     return PostHocEMA.from_path(folder)
 
 
 def test_a_model_is_filled_in_its_own_memory_and_a_damaged_snapshot_is_refused(tmp_path: Path) -> None:
-    tracker, model = tracked(tmp_path), Net()
+    tracker, model = tracked(tmp_path), tiny_model(1)
     pointers = [tensor.data_ptr() for tensor in model.state_dict().values()]
     tracker.load_into(model, 0.15)
     assert [tensor.data_ptr() for tensor in model.state_dict().values()] == pointers
-    expected = tracker.state_dict(0.15)
-    assert_same_tensors(model.state_dict(), expected)
+    frozen = {"frozen": tiny_model(1).frozen}
+    assert_same_tensors(model.state_dict(), {**tracker.state_dict(0.15), **frozen})
     flip_bit(max(tmp_path.glob("*.safetensors")))
     with pytest.raises(FileFormatError, match="damaged"):
         tracker.load_into(model, 0.28)
 
 
 def test_a_value_that_a_model_of_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
-    model, tracker = Net().half(), tracked(tmp_path, scale=1e6)
-    before = model.one.weight.clone()
-    message = r"'one.weight': the model's torch.float16 cannot hold its largest value, [\d.]+e\+06"
+    model, tracker = tiny_model().half(), tracked(tmp_path, scale=1e6)
+    before = model.embed.weight.clone()
+    message = r"'embed.weight': the model's torch.float16 cannot hold its largest value, [\d.]+e\+06"
     for fill in (tracker.load_into, lambda *given: tracker.model(*given).__enter__()):
         with pytest.raises(NonFiniteError, match=message):
             fill(model, 0.15)
-    assert torch.equal(model.one.weight, before)  # no infinity
+    assert torch.equal(model.embed.weight, before)  # no infinity

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from factories import exact_weights
+from safetensors.torch import save_file
 
 from posthoc_cli import Between, Decay, PostHocEMA, disk_sources, import_checkpoints, plan_synthesis, synthesize
 from posthoc_cli.profiles import Profile
@@ -188,6 +189,15 @@ def test_pruning_to_an_error_leaves_that_error(
     assert options.get("checkpoint_dtype") or np.all(actual < 3 * predicted)
 
 
+def test_the_rounding_of_updates_is_predicted(tmp_path: Path) -> None:
+    """Of averages that are stored in float32, and so exactly; values, folds and a read are rounded."""
+    path = walk("constant", 1000)
+    track(tmp_path, path, 1, checkpoint_every=1000, checkpoint_dtype="float32")
+    found, predicted = made(tmp_path, [0.05, 0.28], "minvar")
+    actual = errors(found, true(path, 1)[[0, -1]])
+    assert np.all(np.abs(np.log(actual / predicted)) < np.log(1.6)), actual / predicted
+
+
 def test_a_combination_replaces_the_newest_snapshot_only_if_it_is_clearly_better(tmp_path: Path) -> None:
     """The rounding of a combination is known; projections overestimate the snapshot's error by a fifth here."""
     place, direction = np.random.default_rng(23).normal(size=(2, SIZE)) / SIZE**0.5
@@ -287,6 +297,31 @@ def test_four_files_of_one_width_give_hardly_worse_than_published_averages_of_an
         folder = tmp_path / f"{periods}-{phase}"
         actual, theirs, _ = judged_files(folder, path, range(1000, STEPS + 1, 1000), (0.1,))
         assert np.all(actual < 1.27 * theirs + 3e-8)
+
+
+@pytest.mark.parametrize(
+    ("still", "noise", "every"),
+    [("copy", 0.0, 500), ("copy", 5.0, 200), ("middle", 5.0, 500), ("last fifth", 0.0, 200), ("half", 5.0, 500)],
+)
+def test_a_standstill_of_checkpoints_says_nothing_about_motion_elsewhere(
+    tmp_path: Path, still: str, noise: float, every: int
+) -> None:
+    """With equal checkpoints, or weights that did not move for a while, errors were up to 200 times too large."""
+    random = np.random.default_rng(0)
+    path = 100 + np.cumsum(random.normal(size=(STEPS, SIZE)), axis=0)
+    path += noise * random.normal(size=path.shape)
+    stop = STEPS * 4 // 5 if still == "last fifth" else STEPS // 2
+    if still == "middle":
+        path = np.insert(path[: STEPS * 3 // 4], [stop] * (STEPS // 4), path[stop - 1], axis=0)
+    elif still == "copy":
+        path = np.concatenate((path, path[-1:]))
+    else:
+        path[stop:] = path[stop - 1]
+    for step in {*range(every, STEPS + 1, every), len(path)}:
+        save_file({"w": torch.from_numpy(path[step - 1]).float()[None]}, tmp_path / f"step{step}.safetensors")
+    found, predicted = made(tmp_path, [*WIDTHS], "minvar")
+    ratios = errors(found, true(path.astype(np.float32), 1)) / predicted
+    assert np.all((ratios > 0.5) & (ratios < 2)), ratios
 
 
 def test_checkpoints_show_that_weights_forget_between_them(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from ema_command import Ema
 from factories import contents, flip_bit, rewrite_snapshot
 from safetensors.torch import load_file
 
-from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis, synthesize
-from posthoc_cli.targets import Beta, Between, Decay, Window
+from posthoc_cli import PostHocEMA
 
 
 def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -48,27 +47,6 @@ def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) ->
         assert (target["t"], target["output"]) == (1000, None)
         assert all(int(s["file"].split("-")[0]) <= 1000 for s in target["snapshots"])
     assert contents(run) == before
-
-
-def test_every_kind_at_once_each_into_a_file_of_its_name(ema: Ema, run: Path, tmp_path: Path) -> None:
-    result = ema(
-        "synthesize", run, "--target", "beta:0.99,0.999,0.99", "--target", "window:500", "--target", "between:500:1500",
-        "--target", "decay:linear:30%", "--sigma-rel", "0.15", "--out", tmp_path / "of", "--json",
-    )  # fmt: skip
-    targets = {
-        "sigma_rel-0.15": 0.15, "beta-0.99": Beta(0.99), "beta-0.999": Beta(0.999), "window-500": Window(500),
-        "between-500-1500": Between(500, 1500), "decay-linear-30%": Decay("linear", 0.3),
-    }  # fmt: skip
-    report = result.json["targets"]
-    assert [(target["target"], target["sigma_rel"]) for target in report] == [
-        ("sigma_rel 0.15", 0.15), ("beta:0.99", None), ("beta:0.999", None), ("window:500", None),
-        ("between:500:1500", None), ("decay:linear:30%", None),
-    ]  # fmt: skip
-    assert all(0 < target["predicted_error"] < 0.1 for target in report)
-    assert [target["output"] for target in report] == [f"{tmp_path}/of/{name}.safetensors" for name in targets]
-    made = dict(synthesize(plan_synthesis(disk_sources(run), [*targets.values()])))
-    for index, target in enumerate(report):
-        assert_same_tensors(load_file(target["output"]), {name: values[index] for name, values in made.items()})
 
 
 def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema: Ema, tmp_path: Path) -> None:

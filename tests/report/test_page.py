@@ -22,34 +22,22 @@ from posthoc_cli.sweep import Axis, Sweep
 from posthoc_cli.sweep.trials import Metric
 
 EVIL = "<script>alert(1)</script>\"'&"
-VOID = {"meta", "link", "br", "img"}
 
 
 class Page(HTMLParser):
-    """The parsed parts of a page."""
+    """The tags of a page with their attributes, and its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, Any]]] = []
-        self.open: list[str] = []
         self.text = ""
-        self.feed(text)
-        assert self.open == []
+        self.feed(re.sub("<style>.*?</style>", "", text, flags=re.DOTALL))
 
     def handle_starttag(self, tag: str, attributes: Any) -> None:
         self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: Any) -> None:
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += f"{data} "
+        self.text += f"{data} "
 
     def all(self, tag: str) -> list[dict[str, Any]]:
         return [attributes for name, attributes in self.tags if name == tag]

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from snapshots.recorded import Walk, new_tracker
-from torture.damage import small_output, small_snapshot
+from snapshots.recorded import Walk, new_tracker, small_output, small_snapshot
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +27,7 @@ def run(_recorded: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def _small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     makers = {"snapshot": small_snapshot, "output": small_output}
-    return {kind: make(tmp_path_factory.mktemp(kind)).path for kind, make in makers.items()}
+    return {kind: make(tmp_path_factory.mktemp(kind)) for kind, make in makers.items()}
 
 
 @pytest.fixture

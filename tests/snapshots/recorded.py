@@ -1,4 +1,4 @@
-"""Runs of a real tracker, and failing file operations, for tests that damage runs."""
+"""Runs of a real tracker, failing file operations, and small files, for tests that damage them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
+from factories import write_snapshot
+from safetensors.torch import load_file
 
-from posthoc_cli import PostHocEMA, files
+from posthoc_cli import PostHocEMA, Run, export_file, files
+from posthoc_cli.errors import FileFormatError
+from posthoc_cli.reconstruction import Measurements, Sketch
+from posthoc_cli.snapshots.path import PathSketch, encode_path
+from posthoc_cli.snapshots.verify import verify
 
 
 class Walk:
@@ -67,3 +74,46 @@ def call_number(number: int) -> Callable[..., bool]:
     """Return a condition for `failing` that is true for one call, counted from 0."""
     calls = count()
     return lambda *_: next(calls) == number
+
+
+# --- small files
+
+SMALL = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
+
+Content = dict[str, object]
+
+
+def examine(path: Path) -> Content:
+    """Verify a snapshot, an output, or the shards of an index as `ema verify` does; return the headers, or raise."""
+    found = verify(path)
+    for report in found.files:
+        if report.header is None or not report.is_fine:
+            raise FileFormatError(report.path, report.detail or "is foreign")
+    if found.problems:
+        raise FileFormatError(path, found.problems[0])
+    return {report.path.name: report.header for report in found.files}
+
+
+def used(source: Path, out: Path) -> Content:
+    """Synthesize the tracked average of a run, or export an output; return the tensors of the result."""
+    if source.name == "run":
+        Run(source).write([0.05], out)
+    else:
+        export_file(source, out)
+    return {name: value.tolist() for name, value in load_file(out).items()}
+
+
+def small_snapshot(folder: Path, values: dict[str, torch.Tensor] = SMALL) -> Path:
+    """Write a snapshot with most of what a header can have; return its path, in `folder`/run."""
+    sketch = Sketch(np.array([1.0, 5.0, 10.0]), np.ones(2), np.array([[0.0, 0.0], [0.5, 0.25]]), np.zeros(2))
+    return write_snapshot(
+        folder / "run", 10, 0.05, "ab12" * 8, values, sigma_rels=(0.05, 0.28), aliases={"tied": "a"},
+        left_out=("frozen",), measurements=Measurements(7.25, 1e-7), clock=((10, 10.0),),
+        sketch=encode_path(PathSketch(1, sketch)),
+    )  # fmt: skip
+
+
+def small_output(folder: Path) -> Path:
+    """Write the output of a synthesis; return its path."""
+    used(small_snapshot(folder).parent, folder / "made.safetensors")
+    return folder / "made.safetensors"

@@ -14,7 +14,6 @@ import torch
 from factories import (
     OTHER_RUN_ID,
     RUN_ID,
-    flip_bit,
     make_info,
     read_snapshot,
     rewrite_snapshot,
@@ -84,18 +83,6 @@ def test_all_results_from_parts_equal_those_from_single_files(run: Path, unsplit
         listed["file"] = listed["file"].removesuffix(".safetensors")
     for key in ("run", "t", "step", "tensors", "parameters", "dtypes", "averaged", "snapshots", "notes", "problems"):
         assert infos[0][key] == infos[1][key]
-
-
-def test_each_block_that_a_box_touches_is_verified_completely_and_no_other_is_read(tmp_path: Path) -> None:
-    folder = split_snapshot(
-        write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.randn(4000, 1000)}), 2, {"w": (1, 2)}
-    )
-    flip_bit(parts_of(folder)[0])  # in the last block
-    (snapshot,) = read_directory(tmp_path)
-    for box in (Box((0, 0), (2000, 1000)), Box((0, 500), (4000, 500))):
-        snapshot.tensor("w", box)
-    with pytest.raises(FileFormatError, match=f"{parts_of(folder)[0].name}: tensor 'w' is damaged"):
-        snapshot.tensor("w", Box((3999, 499), (1, 1)))
 
 
 def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None:

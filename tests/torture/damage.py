@@ -7,42 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from factories import split_snapshot, write_snapshot
-from safetensors.torch import load_file
+from factories import split_snapshot
+from snapshots.recorded import SMALL, Content, examine, small_output, small_snapshot, used
 
-from posthoc_cli import Run, export_file
-from posthoc_cli.errors import FileFormatError
-from posthoc_cli.reconstruction import Measurements, Sketch
+from posthoc_cli import export_file
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.path import PathSketch, encode_path
-from posthoc_cli.snapshots.verify import verify
 from torture import Tally
-
-VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
-
-Content = dict[str, object]
-
-
-def examine(path: Path) -> Content:
-    """Verify a snapshot, an output, or the shards of an index as `ema verify` does; return the headers, or raise."""
-    found = verify(path)
-    for report in found.files:
-        if report.header is None or not report.is_fine:
-            raise FileFormatError(report.path, report.detail or "is foreign")
-    if found.problems:
-        raise FileFormatError(path, found.problems[0])
-    return {report.path.name: report.header for report in found.files}
-
-
-def used(source: Path, out: Path) -> Content:
-    """Synthesize the tracked average of a run, or export an output; return the tensors of the result."""
-    if source.name == "run":
-        Run(source).write([0.05], out)
-    else:
-        export_file(source, out)
-    return {name: value.tolist() for name, value in load_file(out).items()}
 
 
 @dataclass(frozen=True)
@@ -67,34 +38,17 @@ class Victim:
         return found
 
 
-def small_snapshot(folder: Path, values: dict[str, torch.Tensor] = VALUES) -> Victim:
-    """Write a snapshot."""
-    sketch = Sketch(np.array([1.0, 5.0, 10.0]), np.ones(2), np.array([[0.0, 0.0], [0.5, 0.25]]), np.zeros(2))
-    path = write_snapshot(
-        folder / "run", 10, 0.05, "ab12" * 8, values, sigma_rels=(0.05, 0.28), aliases={"tied": "a"},
-        left_out=("frozen",), measurements=Measurements(7.25, 1e-7), clock=((10, 10.0),),
-        sketch=encode_path(PathSketch(1, sketch)),
-    )  # fmt: skip
-    return Victim(path, path.parent, path)
-
-
-def small_output(folder: Path) -> Victim:
-    """Write the output of a synthesis."""
-    path = folder / "made.safetensors"
-    used(small_snapshot(folder).source, path)
-    return Victim(path, path, path)
-
-
 def all_victims(folder: Path) -> dict[str, Victim]:
-    """Write one file of each kind: alone, the second of two parts of a snapshot, the index and a shard of an output."""
+    """Write one file of each kind."""
     snapshot, output = small_snapshot(folder / "snapshot"), small_output(folder / "output")
-    unsplit = small_snapshot(folder / "parts", VALUES | {"a": torch.tensor([[1.0], [-2.5]])}).path
+    unsplit = small_snapshot(folder / "parts", SMALL | {"a": torch.tensor([[1.0], [-2.5]])})
     part = split_snapshot(unsplit, 2) / "part-00002-of-00002.safetensors"
     shards = folder / "shards"
-    export_file(output.path, shards, max_shard_size="10")
+    export_file(output, shards, max_shard_size="10")
     index, shard = shards / INDEX_NAME, shards / "model-00001-of-00002.safetensors"
     return {
-        "snapshot": snapshot, "output": output, "part": Victim(part, unsplit.parent, part.parent),
+        "snapshot": Victim(snapshot, snapshot.parent, snapshot), "output": Victim(output, output, output),
+        "part": Victim(part, unsplit.parent, part.parent),
         "index": Victim(index, shards, shards), "shard": Victim(shard, shards, shard),
     }  # fmt: skip
 

@@ -129,7 +129,8 @@ KINDS = (*ERRORS, "short", "torn", "full")
 `make_room`."""
 HALVED = {"short": ("write", "read"), "torn": ("write",)}
 """The operations that can be done by half."""
-TAKES_ROOM = ("open_new", "write", "make_directory")
+NEVER, TAKE_ROOM = ("close", "remove_directory"), ("open_new", "write", "make_directory")
+"""The operations that do not fail, and those that need room on the disk."""
 
 
 class Faulty:
@@ -147,30 +148,25 @@ class Faulty:
 
     def do(self, name: str, *arguments: Any) -> Any:
         """Do an operation, or fail."""
-        by_half = name not in ("close", "remove_directory") and self._fails(name, arguments)
-        if by_half:
+        with self._lock:
+            fails = len(self.operations) == self._at and name in HALVED.get(self._kind, (name,)) and name not in NEVER
+            self.operations += [name] * (name not in NEVER)
+            if fails:
+                self.failed = f"{self._kind} at operation {self._at}, {name} {arguments[:1]}"
+                self._full = self._kind == "full"
+        if (fails and self._kind in ERRORS) or (self._full and name in TAKE_ROOM):
+            raise _error(ERRORS.get(self._kind, errno.ENOSPC))
+        if fails and self._kind in HALVED:
             descriptor, view, offset = arguments
             arguments = descriptor, view[: max(1, len(view) // 2)], offset
         done = really(name, *arguments)
-        if by_half and self._kind == "torn":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if fails and self._kind == "torn":
+            raise _error(errno.ENOSPC)
         return done
 
-    def _fails(self, name: str, arguments: tuple[Any, ...]) -> bool:
-        """Count an operation and raise if it is to fail; return whether it is to be done by half."""
-        with self._lock:
-            is_it = len(self.operations) == self._at and name in HALVED.get(self._kind, (name,))
-            self.operations.append(name)
-            if is_it:
-                where = arguments[0] if isinstance(arguments[0], int) else arguments[-1]
-                self.failed = f"{self._kind} at operation {self._at}, {name} {where}"
-                self._full = self._kind == "full"
-            if is_it and self._kind in HALVED:
-                return True
-            if (is_it and self._kind in ERRORS) or (self._full and name in TAKES_ROOM):
-                code = ERRORS.get(self._kind, errno.ENOSPC)
-                raise OSError(code, os.strerror(code))
-            return False
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
 
 
 # --- crashes

@@ -179,6 +179,15 @@ def readers(folder: Path, share: float, seed: int) -> Tally:
     """Synthesize 1,000 times: while a training writes and thins, and after it while another process prunes."""
     tally, chance, times = Tally(), random.Random(seed), max(1, round(1_000 * share))
     run, stop, out = folder / "run", folder / "stop", folder / "out.safetensors"
+
+    def read(most: int) -> None:
+        """Synthesize random targets, and compare outputs with the snapshots and coefficients that they name."""
+        for _ in range(min(most, times - tally.tried)):
+            tally.tried += 1
+            with tally.judged(f"reading {tally.tried}", refusable=False):
+                Run(run).write(chance.uniform(0.03, 0.28), out, overwrite=True)
+                tally.lost += [f"reading {tally.tried}: {line}" for line in wrong_output(out)]
+
     while tally.tried < times:
         stop.unlink(missing_ok=True)
         # If thinning happens every few milliseconds, readers never find a stable plan.
@@ -186,28 +195,16 @@ def readers(folder: Path, share: float, seed: int) -> Tally:
             if not training.first_line().startswith("trains"):
                 tally.missed.append(f"the training: {training.communicate()}")
                 break
-            _read(tally, run, out, min(40, times - tally.tried), chance)
-            refused = Forked(EMA, "prune", run, "--keep", 2, "--yes").communicate()
-            if f"process {training.pid} on " not in refused[1]:
-                tally.missed.append(f"pruning during the training {training.pid}: {refused}")
+            read(40)
             stop.touch()
             if training.wait():
                 tally.missed.append(f"the training: {training.communicate()}")
         pruning = Forked(EMA, "prune", run, "--keep", chance.randint(1, 5), "--yes")
-        _read(tally, run, out, min(5, times - tally.tried), chance)
+        read(5)
         if pruning.wait():
             tally.missed.append(f"pruning after the training: {pruning.communicate()}")
         tally.lost += wrong_snapshots(run)
     return tally
-
-
-def _read(tally: Tally, run: Path, out: Path, times: int, chance: random.Random) -> None:
-    """Synthesize random targets, and compare outputs with the snapshots and coefficients that they name."""
-    for _ in range(times):
-        tally.tried += 1
-        with tally.judged(f"reading {tally.tried}", refusable=False):
-            Run(run).write(chance.uniform(0.03, 0.28), out, overwrite=True)
-            tally.lost += [f"reading {tally.tried}: {line}" for line in wrong_output(out)]
 
 
 def writers(folder: Path, share: float, seed: int) -> Tally:
@@ -217,17 +214,16 @@ def writers(folder: Path, share: float, seed: int) -> Tally:
     for number in range(max(1, round(300 * share))):
         tally.tried += 1
         stop.unlink(missing_ok=True)
-        both = [Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) for _ in range(2)]
-        lines = {process.first_line(): process for process in both}
-        refused, holds = sorted(lines)[0], sorted(lines)[-1]
-        holder, wrongs = lines[holds], []
+        both = {process.first_line(): process for process in [Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) for _ in "ab"]}
+        refused, holds = min(both), max(both)
+        holder, wrongs = both[holds], []
         if not holds.startswith("trains") or f"process {holder.pid} on " not in refused:
             wrongs.append(f"{holds}, {refused}")
         if is_killed := chance.random() < 0.7:
             time.sleep(chance.uniform(0, 0.02))
             holder.kill()
         stop.touch()
-        wrongs += [f"{process.communicate()}" for process in both if process.wait() and process is not holder]
+        wrongs += [f"{one.communicate()}" for one in both.values() if one.wait() and not (is_killed and one is holder)]
         stop.unlink()
         remove_half_begun(run)
         with Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) as third:
