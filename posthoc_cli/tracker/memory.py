@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
@@ -54,6 +54,9 @@ class Bucket:
     @property
     def tile(self) -> int:
         return TILE if self.device.type == "cpu" else DEVICE_TILE
+
+    def named_shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]:
+        return zip(self.names, self.shapes, strict=True)
 
     @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
@@ -141,9 +144,9 @@ class FlatTensors:
     def views(self) -> dict[str, torch.Tensor]:
         """Views of the tensors by name; of memory that is not pinned."""
         return {
-            name: flat[begin:end].view(shape)
+            name: flat[slice(*bucket.places[name])].view(shape)
             for bucket, (flat,) in zip(self.layout, self.slabs, strict=True)
-            for (name, (begin, end)), shape in zip(bucket.places.items(), bucket.shapes, strict=True)
+            for name, shape in bucket.named_shapes()
         }
 
     def parts(self, bucket: int, begin: int, end: int) -> list[torch.Tensor]:

@@ -74,7 +74,6 @@ class TrackedModel:
         return frozenset(self.tensors.keys() | self.aliases.keys())
 
     def complete_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor in the model, of which this process may hold a part."""
         return self.chunks[name].shape if name in self.chunks else self.shapes[name]
 
     @property
@@ -82,12 +81,12 @@ class TrackedModel:
         return self.everywhere or {name: self.complete_shape(name) for name in self.weights}
 
     def box(self, name: str) -> Box:
-        """Return the elements of a tensor that this process holds."""
         return self.chunks[name].box(self.shapes[name]) if name in self.chunks else Box.full(self.shapes[name])
 
-    def boxes(self) -> dict[str, Box] | None:
-        """Return the elements that this process holds of each tensor of a sharded model; None for any other model."""
-        return {name: self.box(name) for name in self.tensors} if self.members.is_chunked else None
+    @cached_property
+    def boxes(self) -> dict[str, Box]:
+        """The elements that this process holds of each tensor of a sharded model; none of any other model."""
+        return {name: self.box(name) for name in self.tensors} if self.members.is_chunked else {}
 
     @property
     def weights(self) -> list[str]:

@@ -1,16 +1,10 @@
 """The pipeline from the model to the averages and to disk: one thread for the averages, one for the snapshots.
 
-A value has at most six forms from `update_` to a file:
-
-1. the model's tensor (`ModelTensors`);
-2. if averages are on the host, its copy there (`ModelCopy`), sent from an accelerator through a buffer (`_Ring`);
-3. the mean of the last values (`AverageTensors.mean`);
-4. from the next fold on, each profile's average (`AverageTensors.high`);
-5. the average in the storage dtype, on the host (`StagedAverage`);
-6. the bytes of the file (`TensorFileWriter`).
-
-Each step works tile by tile, see `memory`, and selects the elements for measurements, for the sample of the weights and
-for the sketch of their path in the same pass. Only jobs of the first thread change and read averages, one at a time, so
+From `update_` to a file a value is in the model's tensor (`ModelTensors`); if averages are on the host, in a copy there
+(`ModelCopy`); in the mean of the last values (`AverageTensors.mean`); from the next fold on in each profile's average
+(`AverageTensors.high`); in the storage dtype on the host (`StagedAverage`); and in the file (`TensorFileWriter`). Each
+step works tile by tile, see `memory`, and selects the elements for measurements, for the sample of the weights and for
+the sketch of their path in the same pass. Only jobs of the first thread change and read averages, one at a time, so
 that no exception of a signal handler can stop an update halfway; the counters change with them, see `Tracking`.
 """
 
@@ -94,7 +88,6 @@ class Pipeline:
 
     @property
     def is_forked(self) -> bool:
-        """Whether this process was forked from the one that has the threads."""
         return self._process != os.getpid()
 
     def check_process(self) -> None:
@@ -136,10 +129,9 @@ class Pipeline:
             self._counted = progress
 
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> NonFiniteError | None:
-        """Take in a model's values, and have snapshots written if they are due; call `wait_for_turn` first.
+        """Take in a model's values, the same object while it is unchanged, after `wait_for_turn`; write due snapshots.
 
-        `tensors` must be the same object while the model is unchanged. Return the error of an update that is left out,
-        unless it is asynchronous: see `take_error`.
+        Return the error of an update that is left out, unless it is asynchronous: see `take_error`.
         """
         self.check_open()  # a signal handler may have closed the tracker since the call began
         if self._is_async is None:

@@ -1,8 +1,7 @@
 """Models that several processes train: which chunk of a tensor each process averages, and how the processes meet.
 
-Processes meet in the key-value store of their process group, see `Rendezvous`. Those of a sharded model meet when their
-trackers are made, to agree on the owners of its chunks, and at the first update, where the first process takes the
-directory; no later update waits for another process. Replicas meet when averaged weights are asked for.
+Those of a sharded model meet when their trackers are made, to agree on the owners of its chunks, and at the first
+update, where the first process takes the directory; replicas meet when averaged weights are asked for.
 """
 
 from __future__ import annotations
@@ -123,10 +122,7 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that make one call together, or one process that makes it alone.
-
-    The first of `ranks` makes the plan and, among replicas, the averages; tensors are exchanged on `device`.
-    """
+    """Processes that make one call together, or one alone; the first of `ranks` makes what others take."""
 
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
@@ -217,8 +213,7 @@ THIS_PROCESS = Group()
 class Rendezvous:
     """A meeting point for trackers of several processes, of which the one that `keeps` averages leads.
 
-    They meet in the store, so that an error can name a process that does not make the call; a collective operation
-    would wait for it in silence.
+    It is in the group's store, so that errors can name a process that is missing; a collective would wait in silence.
     """
 
     def __init__(self, name: str, keeps: bool, hint: str) -> None:
@@ -281,28 +276,17 @@ class Rendezvous:
 
 
 class Members:
-    """The processes that track one model: which of them keep its averages, and how they communicate.
+    """The processes that track one model, of which each has all: one keeps averages and writes, others count."""
 
-    In this class each process has the complete model: one process keeps the averages and writes, and the others count.
-
-    Attributes:
-        is_chunked: whether each process keeps chunks of the averages, see `ShardOwners`.
-        keeps: whether this process keeps averages, and writes them to the directory.
-        rank: rank of this process among those that keep averages; the first has the directory's lock, and thins.
-        part: the number, from 1, of this process's part of a snapshot, and the number of parts; None if not in parts.
-        session: number of this training, set when the processes meet; later trainings have larger numbers.
-        names: names of all tracked tensors of a sharded model, including those of other processes.
-        mesh: the processes' arrangement, as a snapshot's header has it.
-    """
-
-    is_chunked = False
+    is_chunked = False  # whether each process keeps chunks of the averages, see `ShardOwners`
 
     def __init__(self, model: torch.nn.Module | None = None, directory: Path | None = None) -> None:
-        self.keeps = is_first_of_group(model)
-        self.rank, self.session = 0, 0
-        self.part: tuple[int, int] | None = None
-        self.names: frozenset[str] = frozenset()
-        self.mesh: dict[str, Any] = {}
+        self.keeps = is_first_of_group(model)  # averages, and writes them to the directory
+        self.rank = 0  # among those that keep averages; the first has the directory's lock, and thins
+        self.part: tuple[int, int] | None = None  # this process's part of snapshots, from 1, and the number of parts
+        self.session = 0  # of this training, set when processes meet; later trainings have larger numbers
+        self.names: frozenset[str] = frozenset()  # of all tracked tensors of a sharded model
+        self.mesh: dict[str, Any] = {}  # the processes' arrangement, as a snapshot's header has it
         self._meeting: Rendezvous | None = None
         if model is not None and is_in_group() and dist.get_world_size() > 1:
             # The first, second, ... tracker of a directory that each process makes meet.
@@ -310,7 +294,7 @@ class Members:
             self._meeting = Rendezvous(_digest(str(directory)), self.keeps, hint)
 
     def owned(self, names: Set[str]) -> Set[str]:
-        """Return those of the model's tensors that this process averages and writes, completely or a chunk of them."""
+        """Return those of the model's tensors that this process averages and writes, or has a chunk of."""
         return names
 
     def announce_failure(self, error: BaseException) -> None:

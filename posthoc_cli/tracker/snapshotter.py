@@ -94,21 +94,19 @@ class LiveAverages:
     ) -> None:  # fmt: skip
         self._headers, self._read, self._call = headers, read, call
         self._held = [dict(copies) for _ in headers]  # what need not be read in place, by name
-        self._entries = {
-            name: Entry(stored_name(bucket.wide), shape)
-            for bucket in layout
-            for name, shape in zip(bucket.names, bucket.shapes, strict=True)
-        } | {name: Entry(stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()}
+        shapes = {name: (stored_name(b.wide), shape) for b in layout for name, shape in b.named_shapes()}
+        shapes |= {name: (stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()}
+        self._entries = {name: Entry(*entry) for name, entry in shapes.items()}
 
     def sources(self) -> list[LiveSource]:
-
         def read(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
             return self._call(lambda: self._values(index, ranges))
 
-        return [
-            LiveSource(**vars(header) | {"entries": self._entries, "read": partial(read, index)})
-            for index, header in enumerate(self._headers)
+        made = [
+            vars(header) | {"entries": self._entries, "read": partial(read, i)}
+            for i, header in enumerate(self._headers)
         ]
+        return [LiveSource(**one) for one in made]
 
     def copy(self) -> None:
         """Copy the averages, once; called in the thread that changes them, before it does."""
@@ -129,7 +127,7 @@ def headers(
     """Return the headers of snapshots of a state's averages, one a profile."""
     averages, standing, tracked = state.averages, state.averages.standing, state.tracked
     knots, members = state.progress.clock.knots_until(standing.step, standing.t), tracked.members
-    chunks = {n: Chunk(tracked.complete_shape(n), tracked.box(n).offset) for n in tracked.boxes() or ()}
+    chunks = {n: Chunk(tracked.complete_shape(n), tracked.box(n).offset) for n in tracked.boxes}
     sketch = encode_path(averages.known_path)
     return [
         Snapshot(
@@ -154,9 +152,7 @@ class Snapshotter:
     """The one writer of a directory, from its construction until `close`; makes the directory if it is missing.
 
     Of several processes each writes a part of every snapshot; that of rank 0 has the directory's lock, and thins.
-
-    Construction raises a LockedError if another writer holds the directory. `times_written` is the number of times with
-    snapshots that were written, and `nbytes` the size of the last ones.
+    `times_written` is the number of times with snapshots that were written, and `nbytes` the size of the last ones.
     """
 
     def __init__(self, directory: Path, settings: Settings, members: Members) -> None:
@@ -208,10 +204,8 @@ class Snapshotter:
         """
         stored, t = self._complete(), state.progress.t
         known = state.snapshots | {s.identity for s in stored if s.off_schedule and _holds_average(s, state)}
-        own: list[Snapshot] = []
-        others: list[Snapshot] = []
-        for snapshot in stored:
-            (own if snapshot.t <= t and snapshot.identity in known else others).append(snapshot)
+        own = [s for s in stored if s.t <= t and s.identity in known]
+        others = [s for s in stored if s.t > t or s.identity not in known]
         if moved := set_aside(others) if self._leads else []:
             names = ", ".join(path.name for path in moved[:2]) + f" and {len(moved) - 2:,} more" * (len(moved) > 2)
             what = f"{len(moved):,} snapshot{'s' * (len(moved) > 1)}, later or of another attempt"
@@ -238,12 +232,8 @@ class Snapshotter:
         standing, copies = state.averages.standing, state.averages.copies
         off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
         infos = headers(self._settings, state, [one.measurements for one in staged], off_schedule)
-        pairs = zip(infos, staged, strict=True)
-        due = [
-            (replace(info, sample=one.sample), one)
-            for info, one in pairs
-            if not self._has(standing.t, info.sigma_rel, scheduled=not off_schedule)
-        ]
+        is_new = [not self._has(standing.t, info.sigma_rel, scheduled=not off_schedule) for info in infos]
+        due = [(replace(i, sample=one.sample), one) for i, one, new in zip(infos, staged, is_new, strict=True) if new]
         if not due:
             return
         try:
@@ -335,23 +325,17 @@ def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
 
 
 class StorageLayout:
-    """How averages of a layout are stored, and which of their elements are measured.
-
-    Attributes:
-        stored: the same buckets on the host in the storage dtype, in which values are stored if they fit.
-        weights: names of the tensors that are measured and rounded: all but running statistics.
-        subset, sample: the elements that are measured, and those of a snapshot's sample.
-        memory: for each profile; made by `allocate`, and reused, since allocation is slow.
-    """
+    """How averages of a layout are stored, and which of their elements are measured, or are of a snapshot's sample."""
 
     def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
         self.layout, self.tracked = layout, tracked
+        # The same buckets on the host in the storage dtype, in which values are stored if they fit.
         self.stored = tuple(replace(b, dtype=torch_dtype(dtype) if dtype else b.dtype) for b in on_host(layout))
-        self.weights = frozenset(tracked.weights)
+        self.weights = frozenset(tracked.weights)  # are measured and rounded: all but running statistics
         self.subset = Subset(layout, self.weights)
-        self.shapes = {n: shape for bucket in layout for n, shape in zip(bucket.names, bucket.shapes, strict=True)}
+        self.shapes = {name: shape for bucket in layout for name, shape in bucket.named_shapes()}
         self.dtypes = {name: bucket.dtype for bucket in self.stored for name in bucket.names}
-        self.memory: list[FlatTensors] = []
+        self.memory: list[FlatTensors] = []  # for each profile; reused, since allocation is slow
         places = {name: (index, begin) for index, b in enumerate(layout) for name, (begin, _) in b.places.items()}
         sampled = [(places[name][0], places[name][1] + i) for name, i in tracked.sampled.values()]
         pairs = np.array(sampled, np.int64).reshape(-1, 2)
@@ -373,20 +357,14 @@ class StorageLayout:
 
 @dataclass(frozen=True, eq=False)
 class StagedAverage:
-    """An average as it is stored.
-
-    Attributes:
-        memory: the values, except tensors that are stored in another dtype, which are in `others`.
-        nonfinite: the first tensor that holds a nan or an infinity.
-        sample: the model's and the exact values of the sample, encoded for the header; "" if the model's are unknown.
-    """
+    """An average as it is stored."""
 
     storage: StorageLayout
     memory: FlatTensors
-    others: dict[str, torch.Tensor]
-    nonfinite: str | None
+    others: dict[str, torch.Tensor]  # those that are stored in another dtype
+    nonfinite: str | None  # the first tensor that holds a nan or an infinity
     measurements: Measurements | None
-    sample: str
+    sample: str  # the model's and the exact values, encoded for the header; "" if the model's are unknown
 
     def parts(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
         """Yield the stored tensors in `memory`: several end to end in one flat tensor, or one in several."""
@@ -396,9 +374,8 @@ class StagedAverage:
                 places = [bucket.places[name] for name in names]
                 if places and len(parts := self.memory.parts(number, places[0][0], places[-1][1])) == 1:
                     yield names, parts
-                    continue
-                for name, place in zip(names, places, strict=True):
-                    yield [name], self.memory.parts(number, *place)
+                else:
+                    yield from (([name], self.memory.parts(number, *bucket.places[name])) for name in names)
 
 
 @torch.no_grad()
@@ -444,8 +421,7 @@ def _stored_in_other_dtypes(
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of an average that are stored in another dtype than their bucket's, in that dtype.
 
-    These are running statistics, and weights that their bucket's dtype cannot hold: those are stored in float32, or
-    else in float64, and their measured values are changed in `stored`.
+    These are running statistics, and weights that their bucket's dtype cannot hold, whose values `stored` then gets.
     """
     subset, found = storage.subset, {}
 
@@ -472,10 +448,7 @@ def _stored_in_other_dtypes(
 
 
 def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
-    """Return whether a squared rounding error is that of ordinary values: at most eps / 2 relative.
-
-    It is larger if a value becomes infinite, or if all values are about as small as the dtype's subnormal numbers.
-    """
+    """Return whether a squared rounding error is at most eps / 2 relative: not for values out of the dtype's range."""
     return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
 
 

@@ -142,14 +142,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """The progress of a training: the clock of all calls, and `updated`, the last call at which an update was due.
-
-    `own_clock` says whether the calls pass `t`; None while unknown.
-    """
+    """The progress of a training: the clock of all calls."""
 
     clock: ClockRecorder = field(default_factory=ClockRecorder)
-    own_clock: bool | None = None
-    updated: int = 0
+    own_clock: bool | None = None  # whether the calls pass `t`; None while unknown
+    updated: int = 0  # the last call at which an update was due
 
     @classmethod
     def resumed(cls, clock: ClockRecorder, updated: int | None = None) -> TrainingProgress:
@@ -187,18 +184,14 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class Tracking:
-    """The complete state of a tracker; replaced in one assignment, so that its fields are always consistent.
-
-    `resumes` says whether the averages are still to be loaded from the directory; in a state to continue from,
-    `snapshots` are the header checksums of the snapshots written until its time.
-    """
+    """The complete state of a tracker; replaced in one assignment, so that its fields are always consistent."""
 
     run_id: str
     progress: TrainingProgress
     tracked: TrackedModel
     averages: Averages
-    resumes: bool = False
-    snapshots: frozenset[str] = frozenset()
+    resumes: bool = False  # whether the averages are still to be loaded from the directory
+    snapshots: frozenset[str] = frozenset()  # header checksums of those written, in a state to continue from
 
     @classmethod
     def new(cls, run_id: str, tracked: TrackedModel, sigma_rels: Sequence[float], resumes: bool = False) -> Tracking:
@@ -209,15 +202,11 @@ class Tracking:
 
 
 class Start:
-    """The call of `update_` from which a tracker resumes the run in its directory.
+    """Where a tracker starts: a new run, or the call of `update_` from which it resumes the run in its directory.
 
     It is a given one, or the newest one at which the network had the weights that the model has when its tracker is
-    made, or when its `load_state_dict` was called since.
-
-    Attributes:
-        tracking: the state before the first call.
-        step, is_given: the number of that call; 0 for a new beginning, None for the newest snapshots.
-        weights: the network's sampled weights at a given call; empty if unknown.
+    made, or when its `load_state_dict` was called since. `step` is its number: 0 for a new beginning, None for the
+    newest snapshots. `weights` are the network's sampled weights at a given call; empty if unknown.
     """
 
     def __init__(
@@ -416,13 +405,10 @@ def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, s
         else _reconstruct(directory, snapshots, sigma_rel, high, tracked)
         for sigma_rel, high in zip(sigma_rels, kept.high, strict=True)
     )
-    boxes = tracked.boxes() or {}
     with newest:
-        copies = {name: newest.tensor(name, boxes.get(name)) for name in tracked.dtypes(copied=True)}
-    standing = Standing(
-        newest.t, newest.step, newest.t_first, newest.max_interval, newest.updates,
-        folded_t=newest.t, inherited=inherited,
-    )  # fmt: skip
+        copies = {name: newest.tensor(name, tracked.boxes.get(name)) for name in tracked.dtypes(copied=True)}
+    since = newest.t, newest.step, newest.t_first, newest.max_interval, newest.updates
+    standing = Standing(*since, folded_t=newest.t, inherited=inherited)
     path = path_of_part(newest.sketch, tracked.members.part)
     averages = Averages(tuple(sigma_rels), standing, kept, copies, known_path=path)
     known = frozenset(snapshot.identity for snapshot in snapshots)
@@ -432,11 +418,7 @@ def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, s
 def _reconstruct(
     directory: Path, snapshots: Sequence[Snapshot], sigma_rel: float, average: FlatTensors, tracked: TrackedModel
 ) -> float:
-    """Fill `average` with a reconstruction at the time of the newest snapshot; return its expected squared error.
-
-    Raises:
-        DirectoryError: the predicted error is above 1 %.
-    """
+    """Fill `average` with a reconstruction at the time of the newest snapshot; return its expected squared error."""
     plan = plan_synthesis(snapshots, [sigma_rel], dtype=torch.float32)
     predicted, at = plan.predicted_error(0), f"sigma_rel {sigma_rel:g} has no snapshot at step {snapshots[-1].step:,}"
     if predicted is None or predicted > _MOST_MISSING:
@@ -448,9 +430,8 @@ def _reconstruct(
         raise DirectoryError(directory, reason, hint)
     if tracked.leads:
         log.warning("%s: %s: it is reconstructed, with a predicted error of %s", directory, at, percent(predicted))
-    names, boxes = frozenset(average.views), tracked.boxes()
-    held = {name: box for name, box in (boxes or {}).items() if name in names}
-    norm = 0.0
+    names, norm = frozenset(average.views), 0.0
+    held = {name: box for name, box in tracked.boxes.items() if name in names}
     for name, (value,) in synthesize(replace(plan, subset=names, boxes=held)):
         if name in names:  # else another name of the tensor
             average.views[name].copy_(value)
@@ -467,10 +448,9 @@ def _read_average(
     snapshot of its profile is estimated from the samples of both.
     """
     expected = norm = 0.0
-    boxes = tracked.boxes()
     with snapshot:
         for name, view in average.views.items():
-            value = snapshot.tensor(name, (boxes or {}).get(name))
+            value = snapshot.tensor(name, tracked.boxes.get(name))
             view.copy_(value)
             if tracked.tensors[name].role == "statistic":
                 continue  # the measurements in snapshots cover weights only
@@ -487,7 +467,9 @@ def _read_average(
         share = new_value_share(snapshot.gamma, before[-1].t, snapshot.t)
     rounding = expected if measured is None else measured.rounding
     # The snapshot's measurements cover the complete tensors; this process may own a part of them.
-    part = 1.0 if boxes is None or measured is None else norm / measured.norm if measured.norm else 0.0
+    part = 1.0
+    if measured is not None and tracked.members.is_chunked:
+        part = norm / measured.norm if measured.norm else 0.0
     error = error_after_rounding(part * snapshot.inherited, part * rounding, expected, part * moved, share)
     return error if math.isfinite(error) else 0.0
 
@@ -497,21 +479,16 @@ def _read_average(
 
 @dataclass(frozen=True)
 class StateInfo:
-    """A tracker's state without its tensors.
-
-    `clock` is from `ClockRecorder.state`, and ends at the last call; `snapshots` are the header checksums of the
-    snapshots on disk; `weights` are the network's at the last call, at the elements of a snapshot's sample, empty if
-    unknown.
-    """
+    """A tracker's state without its tensors."""
 
     run_id: RunId
     t_unit: str
     sigma_rels: tuple[float, ...]
     standing: Standing
-    clock: Any  # `ClockRecorder.of_state` checks it
+    clock: Any  # `ClockRecorder.state` at the last call; `of_state` checks it
     sketch: SketchText
-    snapshots: tuple[str, ...]
-    weights: tuple[Annotated[float, ANY_SIGN], ...]
+    snapshots: tuple[str, ...]  # header checksums of those on disk
+    weights: tuple[Annotated[float, ANY_SIGN], ...]  # of a snapshot's sample at the last call; empty if unknown
 
 
 @torch.inference_mode(False)
@@ -519,9 +496,8 @@ class StateInfo:
 def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None = None) -> dict[str, Any]:
     """Return the state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it.
 
-    Averages have their sigma_rel as key, so that a tracker of fewer profiles finds its own. Before the first update
-    (`standing` has t = 0) the tensors are zeros, for loaders that fill the tensors of a fresh object's state, such as
-    torch.distributed.checkpoint. With a sharded `model` the chunks that this process owns are DTensors.
+    Averages have their sigma_rel as key. Before the first update the tensors are zeros, for loaders that fill those of
+    a fresh object's state, such as torch.distributed.checkpoint. Of a sharded `model` owned chunks are DTensors.
     """
     averages, tracked = state.averages, state.tracked
     kept, copies = averages.tensors, averages.copies
