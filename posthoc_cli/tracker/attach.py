@@ -122,11 +122,9 @@ def _refusal(optimizer: Any) -> str:
 def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the step that ends now counts.
 
-    A GradScaler that finds infinities in gradients does not call most optimizers. It does call those that scale
-    gradients themselves (`fused=True`), with the attribute `found_inf`, and they leave the parameters unchanged.
-
-    If an optimizer has no state yet, torch.distributed.checkpoint.state_dict takes a step with rates and gradients of
-    0, with plain SGD every time. The first step of a warm-up may have a rate of 0, too, but its gradients are not 0.
+    A GradScaler that finds infinities calls optimizers that scale gradients themselves (`fused=True`), with the
+    attribute `found_inf`. torch.distributed.checkpoint.state_dict makes an optimizer's state by a step with rates and
+    gradients of 0. The first step of a warm-up may have a rate of 0, too, but its gradients are not 0.
     """
     if getattr(optimizer, "found_inf", None):
         return False

@@ -1,8 +1,8 @@
 """The average that several processes ask for together.
 
 The first process plans it, and sends the plan. Of replicas it also makes the average; of a sharded model each process
-makes the chunks that it owns, from the boxes of the snapshots that it needs. Other holders of the same elements receive
-them from their owner, tensor by tensor. An error in one process is raised in all of them before a model has changed.
+makes the chunks that it owns, and other holders of the same elements receive them, tensor by tensor. An error in one
+process is raised in all of them before a model has changed.
 """
 
 from __future__ import annotations
@@ -63,20 +63,15 @@ def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
 
 def joined(parts: Sequence[Snapshot]) -> LiveSource:
     """Return the live average of complete tensors, without values, from the headers of its owners' chunks."""
+    entries = ((name, part.chunks[name].shape, entry) for part in parts for name, entry in part.entries.items())
     complete = vars(parts[0]) | {
         "tensors": {name: tensor for part in parts for name, tensor in part.tensors.items()},
         "aliases": {alias: name for part in parts for alias, name in part.aliases.items()},
         "measurements": sum_of_parts([part.measurements for part in parts]),
         "inherited": sum(part.inherited for part in parts),
-        "part": None,
-        "chunks": {},
-        "entries": {
-            name: entry._replace(shape=part.chunks[name].shape)
-            for part in parts
-            for name, entry in part.entries.items()
-        },
+        "entries": {name: entry._replace(shape=shape) for name, shape, entry in entries},
     }
-    return LiveSource(**complete)
+    return LiveSource(**complete | {"part": None, "chunks": {}})
 
 
 def _read_again(path: Path, checksum: str) -> Snapshot:
@@ -115,8 +110,7 @@ def exchanged(
 ) -> Weights:  # fmt: skip
     """Return all that this process holds of an average, under all names, on the host, after exchanging it.
 
-    `live` are the live averages in this process, by name: of its chunks of a sharded `model`; in the first one of
-    others all.
+    `live` are the live averages in this process, by name: of its chunks of a sharded `model`, or in the first one all.
     """
     plan, used = replace(sent[0], targets=(as_target(wanted),)), sent[1]
     tensors, holders, boxes = dict[str, torch.Tensor](), None, {}

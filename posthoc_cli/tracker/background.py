@@ -85,9 +85,8 @@ class Job(Generic[Result]):
 class Worker:
     """Runs jobs in order, in one thread that starts with the first job, uses one torch thread, and ends with `close`.
 
-    The thread also ends when the worker is garbage-collected, and it does not keep the process alive: call `wait` for
-    jobs that must finish. `concurrent.futures` would refuse new jobs while the process ends, even those that running
-    jobs submit, and holds locks. `job_seconds` is how long the last submitted job took, `wait_seconds` the wait before.
+    The thread also ends when the worker is garbage-collected, and does not keep the process alive: `wait` does.
+    `concurrent.futures` would refuse new jobs while the process ends, even those that running jobs submit.
     """
 
     def __init__(self, name: str) -> None:
@@ -116,10 +115,7 @@ class Worker:
         self.put(Job(guarded))
 
     def call(self, work: Callable[[], Result]) -> Result:
-        """Queue `work`, wait for it, and return its result or raise its error.
-
-        An exception that a signal handler raises meanwhile withdraws work that has not begun, or waits for its end.
-        """
+        """Return the result of queued `work`; an exception of a signal handler withdraws it, or waits for its end."""
         job = Job(work)
         try:
             self.put(job)
@@ -179,10 +175,7 @@ _threads: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job[object] | 
 
 
 def end_threads() -> None:
-    """End the threads of all workers when their jobs are done.
-
-    A thread that frees tensors while the interpreter shuts down aborts the process: torch's C++ code is not unwound.
-    """
+    """End the threads of all workers when their jobs are done: one that frees tensors at shutdown aborts Python."""
     for thread, queue in list(_threads.items()):
         while thread.is_alive():
             queue.put(None)
@@ -217,9 +210,8 @@ def _openmp() -> ThreadpoolController:
 class ThreadPool:
     """A pool of `size` threads: the calling thread, limited to one torch thread, and helper threads.
 
-    torch's own threads wait for each other at every operation: on busy cores an update of 50 M parameters took them
-    840 ms and ten times the processor time, where a pool of two took 41 ms and one thread 61 ms. Here each thread takes
-    one item after another. One thread does all of an item, so that bits do not depend on the number of threads.
+    torch's own threads wait for each other at every operation: on busy cores an update took them 20 times as long. One
+    thread does all of an item, so that bits do not depend on the number of threads.
     """
 
     def __init__(self, size: int) -> None:
@@ -227,10 +219,7 @@ class ThreadPool:
         self._helpers = [Worker(f"averages-{number}") for number in range(1, size)]
 
     def each(self, work: Callable[[Item, int], object], items: Iterable[Item]) -> None:
-        """Call `work(item, thread)` for every item, in any order, with thread < `size`.
-
-        After an error no further item is begun, and the error is raised when all threads have stopped.
-        """
+        """Call `work(item, thread)` for every item, in any order, with thread < `size`; stop at an error."""
         pending = deque(items)
 
         @torch.no_grad()

@@ -17,10 +17,7 @@ from posthoc_cli.tracker.processes import held_part, is_fully_sharded, is_sharde
 def targets_of(
     model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: object = None
 ) -> dict[str, NamedTensor]:
-    """Return the model's tensors of these names and, in this process, shapes; an error names one that cannot be loaded.
-
-    `dtype` names dtypes other than the model's that its tensors are to take; None to keep its own.
-    """
+    """Return the model's tensors to load, after checking names, shapes and, unless None, that it can take a `dtype`."""
     tensors = {tensor.name: tensor for tensor in named_tensors(check_model(model))}
     for name, shape in shapes.items():
         tensor = tensors[name].tensor if name in tensors else None
@@ -46,8 +43,9 @@ def check_weights(
     model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True
 ) -> dict[str, NamedTensor]:
     """Return the model's tensors that `weights` are for, see `targets_of`; a NonFiniteError names one out of range."""
-    dtypes = None if own_dtypes else ", ".join(sorted({str(value.dtype) for value in weights.values()})) or None
-    targets = targets_of(model, {name: tuple(value.shape) for name, value in weights.items()}, dtypes)
+    dtypes = {str(value.dtype) for value in weights.values()} if not own_dtypes else ()
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    targets = targets_of(model, shapes, ", ".join(sorted(dtypes)) or None)
     for name, target in targets.items() if own_dtypes else ():
         _check_fits(name, weights[name], target.tensor.dtype)
     return targets
@@ -75,10 +73,9 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) ->
 
 
 def fill(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool = True) -> None:
-    """Load weights, whose names and shapes are known to fit, one by one.
+    """Load weights, whose names and shapes fit, one by one; the model keeps its dtypes or takes theirs.
 
-    With `own_dtypes` the model keeps its dtypes, else it takes those of `weights`. An error of `weights`, or a value
-    that the model's dtype cannot hold, leaves the tensors before it filled.
+    An error of `weights`, or a value that the model's dtype cannot hold, leaves the tensors before it filled.
     """
     with torch.inference_mode(False), torch.no_grad():
         targets = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
@@ -111,8 +108,7 @@ def _is_writable(tensor: torch.Tensor) -> bool:
 def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> Iterator[None]:
     """Give the model `weights` and eval mode for the block; restore everything afterwards, also on an error.
 
-    Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second copy. For
-    `own_dtypes` see `fill`.
+    Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second copy.
     """
     reshard(check_model(model))
     targets = check_weights(model, weights, own_dtypes)

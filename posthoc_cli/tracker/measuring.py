@@ -1,13 +1,11 @@
 """Measurements of averages and of the weights' path, on a subset of the elements.
 
 Norms and rounding errors, see `reconstruction.Measurements`, are sums over the subset in float64, scaled to all
-elements: exact for small models. With n elements of about one size the relative error of a sum is (2 / n)^(1/2), 0.2 %
-for half a million, and larger if few elements dominate.
+elements: exact for small models, and for n elements of about one size within (2 / n)^(1/2), 0.2 % for half a million.
 
 The path of the weights is projected to a few numbers at every fold, see `reconstruction.Sketch`: each element of the
 subset is multiplied by a random sign and the square root of the number of elements that it represents, and added to one
-of the numbers, drawn by its column. The projection is linear, and depends on the positions of elements alone: not on
-threads, tiles or devices. Running statistics have no path.
+of the numbers, drawn by its column. The projection depends on the positions of elements alone, not on tiles or devices.
 """
 
 from __future__ import annotations
@@ -67,9 +65,6 @@ class Subset(Elements):
 
     One of every k neighbouring elements is drawn, the same in every run. Small tensors get a smaller k, up to an even
     share of the subset: few elements, such as gains of normalization, may be as large as many others, or move as far.
-
-    `sizes` are the numbers of elements of tensors that have any, by name; `edges` the index of each tensor's first
-    element in the subset, and the size of the subset; `scales` the elements of each tensor / those that are drawn.
     """
 
     def __init__(self, layout: Layout, measured: Iterable[str]) -> None:
@@ -78,7 +73,7 @@ class Subset(Elements):
             [(name, begin, end) for name, (begin, end) in bucket.places.items() if name in wanted and begin < end]
             for bucket in layout
         ]
-        self.sizes = {name: end - begin for bucket in spans for name, begin, end in bucket}
+        self.sizes = {name: end - begin for bucket in spans for name, begin, end in bucket}  # where there are elements
         most, share = -(-sum(self.sizes.values()) // MEASURED_ELEMENTS), MEASURED_ELEMENTS // max(1, len(self.sizes))
         drawn = [
             [begin + _draw(name, end - begin, min(most, (end - begin) // max(1, share))) for name, begin, end in bucket]
@@ -86,7 +81,7 @@ class Subset(Elements):
         ]
         super().__init__(layout, [np.concatenate([np.empty(0, np.int64), *bucket]) for bucket in drawn])
         counts = [len(indices) for bucket in drawn for indices in bucket]
-        self.edges = np.array([0, *accumulate(counts)], np.int64)
+        self.edges = np.array([0, *accumulate(counts)], np.int64)  # of each tensor's elements in the subset
         self.scales = np.array([*self.sizes.values()], np.float64) / np.array(counts, np.float64)
 
     def sums(self, values: Values, others: Values | None = None) -> FloatArray:

@@ -248,9 +248,8 @@ class PostHocEMA:
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
         """Count a training step of the model, wrapped or bare. Call it after every optimizer step.
 
-        `t` is the training time on your own clock (images, tokens), larger at every call; or None at every call.
-
-        An error of the first call, such as another writer, means that the call has no effect.
+        `t` is the training time on your own clock (images, tokens), larger at every call; or None at every call. An
+        error of the first call, such as another writer, means that the call has no effect.
 
         Raises:
             NonFiniteError, ModelMismatchError: a parameter holds nan or infinity, or the model has changed. The
@@ -363,11 +362,7 @@ class PostHocEMA:
         of `state_dict`, except that without `dtype` the weights take the model's dtypes.
 
         In a group of processes all that have made a tracker of this directory make the call, between the same two calls
-        of `update_`; an error in one is raised in all. Of a sharded model each process fills the chunks that it holds.
-
-        Raises:
-            InvalidValueError, ModelMismatchError: an argument, or a tensor on the meta device or of another shape.
-            RankError: another process failed, is at another step, or does not make the call within 300 s.
+        of `update_`, within 300 s; an error in one is raised in all. Each fills the chunks that it holds.
         """
         group, asked = self._callers("model", check_model(model), sigma_rel, t=t, step=step, dtype=dtype, method=method)
         weights, own_dtypes = self._average(group, model, sigma_rel, **asked), dtype is None
@@ -407,22 +402,18 @@ class PostHocEMA:
         self, sigma_rel: Wanted | None = None, t: float | None = None, step: int | None = None,
         dtype: Dtype = None, method: str | None = None,
     ) -> Weights | dict[str, Any]:  # fmt: skip
-        """Return averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
+        """Return averaged weights, copies by name on the CPU with their `predicted_error`; or the tracker's own state.
 
-        Save that state in your training checkpoint; `load_state_dict` continues from it exactly. In processes that
-        keep no averages it is empty. For a sharded model all processes make the call, and each gets the chunks that it
-        owns, as DTensors in host memory: torch.distributed.checkpoint saves and loads them, also for another
-        arrangement of processes.
+        Without `sigma_rel` it is that state: save it in your training checkpoint; `load_state_dict` continues from it
+        exactly. In processes that keep no averages it is empty. For a sharded model all processes make the call, and
+        each gets the chunks that it owns, as DTensors in host memory: torch.distributed.checkpoint saves and loads
+        them, also for another arrangement of processes.
 
         Arguments:
             sigma_rel: length of the average, in (0, 0.2887); or another target, such as `targets.Beta(0.9999)`, or its
                 text form, "beta:0.9999"; or any object with a function `tail`.
             t, step: time of the average, or its number of calls; by default that of a live tracker, or the newest.
-            dtype: dtype of the averages; None for each parameter's own.
-            method: the solver, "minvar" or "paper"; None for the first.
-
-        Returns:
-            Copies of the tensors by name, on the CPU, with their `predicted_error`; of a sharded model DTensors.
+            dtype, method: dtype of the averages, by default each parameter's own; the solver, "minvar" or "paper".
         """
         if sigma_rel is None:
             return self._own_state()
@@ -651,18 +642,14 @@ class PostHocEMA:
     def _note_missing(self, model: torch.nn.Module) -> None:
         """Note how far the model is from the network of a loaded state or a given step; later predicted errors have it.
 
-        The model may have been restored in place meanwhile, which nobody notices: then the present model, one step
-        later, is the nearer one.
+        If nobody noticed that the model was restored in place, the present one, one step later, is the nearer one.
         """
         group, now = self._members.keepers("update_"), self._pipeline.tracking
         present = group.together(lambda: self._watch.sample(model, now.tracked))
         samples = [sample_of_all(group, one) for one in (self._sample or {}, present)]
-        recorded, shapes = np.array(self._weights, np.float32), now.tracked.complete_shapes
-        if missing := least_distance(samples, recorded, shapes):
-            averages = replace(
-                now.averages, standing=replace(now.averages.standing, missing=missing * now.tracked.leads)
-            )
-            self._pipeline.set(replace(now, averages=averages))
+        if missing := least_distance(samples, np.array(self._weights, np.float32), now.tracked.complete_shapes):
+            standing = replace(now.averages.standing, missing=missing * now.tracked.leads)
+            self._pipeline.set(replace(now, averages=replace(now.averages, standing=standing)))
             if group.leads:
                 text = "the model has other weights than the network had then, and later predicted errors contain that"
                 log.warning("%s: the averages continue from step %d; %s", self.checkpoint_dir, now.progress.step, text)
@@ -789,8 +776,7 @@ class PostHocEMA:
     ) -> tuple[Result, dict[str, Source]]:
         """Return in each process what `work` returns in the first one, for the sources of complete tensors.
 
-        Return also the sources in this process, by name: the live averages of its chunks of a sharded model; in the
-        first process of others all.
+        Return also this process's sources by name: live averages of its chunks of a sharded model, or in the first all.
         """
         live: Sequence[LiveSource] | None = None
         local: dict[str, Source] = {}
@@ -811,10 +797,7 @@ class PostHocEMA:
     def _callers(
         self, call: str, model: torch.nn.Module | None, *wanted: Wanted, method: str | None = None, **arguments: Any
     ) -> tuple[Group, dict[str, Any]]:
-        """Return the processes that make a call for averages, all that keep parts of them or replicas, and its options.
-
-        The options are the arguments that are given, after checks.
-        """
+        """Return the processes that make a call for averages, of parts or as replicas, and its given options."""
         check_method(method)
         parse_dtype(arguments.get("dtype"))
         asked = {name: value for name, value in (arguments | {"method": method}).items() if value is not None}

@@ -66,10 +66,7 @@ def held_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
-    """Return the elements of a tensor that this process holds, sharing their memory, and their box in the tensor.
-
-    An InvalidValueError names a tensor of which this process's elements are no box.
-    """
+    """Return the elements of a tensor that this process holds, sharing their memory, and their box in the tensor."""
     if not is_sharded(tensor):
         return tensor.detach(), Box.full(tuple(tensor.shape))
     try:
@@ -106,8 +103,7 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     sharded: Any = like
-    # A storage of the tensor's size: torch cannot stage or deepcopy DTensors of others. `torch.set_default_device` puts
-    # a copy on another device.
+    # A storage of the tensor's size: torch cannot stage or deepcopy DTensors of others.
     if local.device.type == "cpu" and local.numel():
         local = torch.from_numpy(local.reshape(-1).view(torch.uint8).numpy()).view(local.dtype)
     dtensor = DTensor.from_local(
@@ -152,7 +148,7 @@ class Group:
         return [*values]
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Do work in every process, and return its result; if one fails, all raise its error or a RankError with it.
+        """Return the result of work in every process; if one fails, all raise its error or a RankError with it.
 
         If nothing else went wrong in any of them, all raise a VanishedError: they may try again.
         """
@@ -396,10 +392,9 @@ def is_in_group() -> bool:
 
 
 def is_first_of_group(model: torch.nn.Module | None) -> bool:
-    """Return whether this process keeps and writes the averages of a model.
+    """Return whether this process keeps the averages of a model: the first of its DistributedDataParallel's group.
 
-    The first process of the group in which DistributedDataParallel holds the model keeps them. For a model without
-    wrapper it is the first of all processes: training scripts may make their tracker before they wrap the model.
+    For a model without that wrapper it is the first of all: scripts may make their tracker before they wrap the model.
     """
     if not is_in_group():
         return True

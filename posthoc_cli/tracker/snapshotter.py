@@ -177,8 +177,7 @@ class Snapshotter:
                 for folder, parts in inspect_directory(directory).incomplete.items():
                     log.warning("%s: has %s, left by an interrupted training, and is removed", folder, parts)
                     remove_snapshot(folder)
-            # From now on nobody else writes to the directory, so that it need not be read again. Ordered by time: later
-            # snapshots are set aside before an earlier one is written.
+            # Nobody else writes here from now on. By time: later ones are set aside before an earlier one is written.
             self._stored = [*find_snapshots(directory)]
             stack.pop_all()
         self._run_id = self._stored[0].run_id if self._stored else None
@@ -253,8 +252,7 @@ class Snapshotter:
             raise
 
     def _write(self, info: Snapshot, staged: StagedAverage, copies: Mapping[str, torch.Tensor]) -> int:
-        others = staged.others | dict(copies)
-        storage = staged.storage
+        others, storage = staged.others | dict(copies), staged.storage
         entries = {n: Entry(stored_name(dtype, n), storage.shapes[n]) for n, dtype in storage.dtypes.items()}
         entries |= {n: Entry(stored_name(one.dtype, n), tuple(one.shape)) for n, one in others.items()}
         path = snapshot_path(self.directory, info.t, info.sigma_rel, info.part)

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from posthoc_cli.tracker import copying, memory
-from posthoc_cli.tracker.copying import ModelCopier, ModelCopy
-from posthoc_cli.tracker.memory import Reader
+from posthoc_cli.tracker import memory
+from posthoc_cli.tracker.memory import ModelCopier, ModelCopy, Reader
 
 
 class Event:
@@ -87,7 +86,7 @@ class SimulatedDevice:
         self.current = before
 
     def as_torch(self) -> Any:
-        """Return the replacement of torch in `copying`."""
+        """Return the replacement of torch in `memory`."""
         used_by = self.used_by
         cuda = SimpleNamespace(
             Stream=self.stream, Event=lambda **_: Event(self), current_stream=lambda _: self.current, stream=self.on,
@@ -131,8 +130,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
         for name, elements in {"TILE": 2, "DEVICE_TILE": 2, "SLAB": 4}.items():
             monkeypatch.setattr(memory, name, elements)
 
-    for module in (copying, memory):
-        monkeypatch.setattr(module, "torch", simulated.as_torch())
+    monkeypatch.setattr(memory, "torch", simulated.as_torch())
     return simulated
 
 
