@@ -206,11 +206,11 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             if is_selected:
                 frozen.add(name)
             continue
+        _check(entry)
         stored = first_name.setdefault(id(tensor), name)
         if stored != name:
             aliases[name] = stored
             continue
-        _check(entry)
         held[name], box = held_box(name, tensor)
         if is_sharded(tensor):
             chunks[name] = Chunk(tuple(tensor.shape), box.offset)
@@ -240,7 +240,8 @@ def _check(entry: NamedTensor) -> None:
     subject, reason, hint = "tensor", "", ""
     has_fractions = tensor.is_complex() or tensor.is_floating_point()
     if name == "__metadata__":
-        reason, hint = "safetensors files reserve this name", f"rename it, or leave it out with exclude={name!r}"
+        subject, reason = "parameter" if entry.is_parameter else "buffer", "safetensors files reserve this name"
+        hint = f"rename it in the model, or leave it out with exclude={name!r}"
     elif torch.nn.parameter.is_lazy(tensor):
         reason, hint = "has no shape yet", "run a batch through the model first"
     elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
