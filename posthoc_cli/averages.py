@@ -77,7 +77,6 @@ class ExponentialMovingAverage(torch.nn.Module):
         self.register_buffer("steps", torch.tensor(0, device=device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the averaged module."""
         return self.module(*args, **kwargs)
 
     @torch.inference_mode(False)
@@ -609,7 +608,6 @@ class EMAStats(WideBuffers):
         return self.cov_xy * torch.outer(scale_x, scale_y)
 
     def reset(self) -> None:
-        """Forget all batches."""
         x, y, like = self.num_features_x, self.num_features_y, self.cov_xx
         empty = torch.zeros(x), torch.zeros(y), torch.eye(x), torch.eye(y), torch.zeros(x, y)
         for name, value in zip(_STATISTICS, empty, strict=True):

@@ -220,7 +220,6 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> torch.Tensor:
-        """Return the loss of each image, the mean over its draws: float64, shape [images]."""
         sigmas = self._sigmas.reshape(-1, 1, 1).expand(-1, len(self._data.images), 1)
         rows = [losses(model, self._data, *draw) for draw in zip(sigmas, self._noise, strict=True)]
         return torch.stack(rows).double().mean(dim=0)

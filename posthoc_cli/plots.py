@@ -200,7 +200,6 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _line(index: int) -> dict[str, Any]:
-    """Return the colour and the style of a line by its index."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
 
 

@@ -179,7 +179,6 @@ def _system_text(error: OSError) -> str:
 
 
 def _print_message(kind: str, message: object) -> None:
-    """Print a message to stderr as one line of limited length."""
     output.print_note(f"ema: {kind}: {one_line(' '.join(str(message).split()))}")
 
 

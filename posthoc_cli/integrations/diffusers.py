@@ -132,7 +132,6 @@ class PostHocEMAModel:
         return {} if self._folder is None else {_FOLDER: str(self._folder)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly from a tracker's own state."""
         if self._is_kept_elsewhere:
             return
         ema, _ = self._tracking()

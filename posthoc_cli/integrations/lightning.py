@@ -149,7 +149,6 @@ class PostHocWeightAveraging(Callback):
         return {"steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the number of steps from a checkpoint."""
         self._steps = state_dict["steps"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

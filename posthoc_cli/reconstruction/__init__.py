@@ -8,6 +8,7 @@ from posthoc_cli.reconstruction.motion import (
     ASSUMED,
     MEASURED,
     ROUNDING,
+    SAMPLED,
     Distance,
     Measurements,
     Motion,
@@ -34,8 +35,8 @@ from posthoc_cli.reconstruction.solving import (
 )
 
 __all__ = [
-    "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "Distance", "Losses", "Measurements", "Motion",
-    "Prior", "Problem", "Reconstruction", "Sketch", "Steps", "StoredAverage", "assumed_prior", "check_method",
+    "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance", "Losses", "Measurements",
+    "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps", "StoredAverage", "assumed_prior", "check_method",
     "error_after_rounding", "measured_prior", "misfit", "one_blas_thread", "reconstruct", "relative_width",
     "thinned_subset",
 ]  # fmt: skip

@@ -668,9 +668,6 @@ class Prior:
             arrays["shared"] = lost if self.shared is None else np.hstack((arrays["shared"], lost))
         return replace(self, **arrays)
 
-    def sampled(self) -> Prior:
-        return replace(self, source=SAMPLED) if self.source == MEASURED else self
-
     def stretched(self, steps: float, t: float, norm: float) -> Motion:
         """Return the motion of a run with `steps` steps that takes the path up to `t`, relative to a squared norm."""
         motion = self.motion

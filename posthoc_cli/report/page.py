@@ -58,7 +58,6 @@ def render(runs: Run | Sequence[Run], sweeps: Sequence[Path] = (), out: Path = P
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
-    """Return the texts and the figure of a run for the page."""
     curve, info = run.error_curve(), run.info()
     return {
         "run": run, "info": info, "facts": facts(info), "curve": curve, "good": curve.ranges_text(plots.GOOD_ERROR),
@@ -108,7 +107,6 @@ def _rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _picture(draw: Callable[[], Figure]) -> str:
-    """Return the address of a figure, which is in the page itself."""
     return f"data:image/svg+xml;base64,{base64.b64encode(plots.as_file(draw, '.svg')).decode()}"
 
 

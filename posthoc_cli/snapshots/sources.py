@@ -34,6 +34,8 @@ from posthoc_cli.files import is_url
 from posthoc_cli.profiles import Clock, Discrete, FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
     ASSUMED,
+    MEASURED,
+    SAMPLED,
     Distance,
     Measurements,
     Motion,
@@ -314,7 +316,7 @@ def source_prior(sources: Sequence[Source]) -> Prior:
         shown = (*on_disk, *sources)[0]
         uneven = uneven_motion(samples.values(), {name: shown.entries[name] for name in shown.averages})
     prior = measured_prior(averages, decode_path(text).sketch if text else None, uneven)
-    return prior.sampled() if is_sampled else prior
+    return replace(prior, source=SAMPLED) if is_sampled and prior.source == MEASURED else prior
 
 
 @dataclass(frozen=True)

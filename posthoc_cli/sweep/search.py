@@ -126,7 +126,6 @@ class Axis:
         return value in self.values if self.values else self.low <= value <= self.high
 
     def target(self, value: float) -> Target:
-        """Return the target of a value."""
         return _KINDS[self.kind][0](value)
 
     def place(self, values: FloatArray | Sequence[float]) -> FloatArray:
@@ -351,7 +350,6 @@ def _draw(
 
 
 def _matern(x: FloatArray, length: float) -> FloatArray:
-    """Return the Matern 5/2 kernel of all pairs of places."""
     distance = math.sqrt(5) * np.abs(x[:, None] - x[None]) / length
     return np.asarray((1 + distance + distance**2 / 3) * np.exp(-distance))
 
@@ -408,7 +406,6 @@ class Search:
         )
 
     def _seeds(self, x: float) -> set[int]:
-        """Return the seeds of the trials of a value."""
         return {trial.seed for trial in self.trials if trial.x == x}
 
     def _next(self) -> list[tuple[float, int]]:
@@ -491,7 +488,6 @@ class SweepReport:
         files.write_atomically(folder / RESULT, f"{json.dumps(self.to_dict(), indent=1)}\n".encode(), overwrite=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values for JSON."""
         found = self.found
         curve = zip(found.xs.tolist(), found.curve.tolist(), found.errors.tolist(), strict=True)
         return {

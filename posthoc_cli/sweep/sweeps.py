@@ -148,7 +148,6 @@ class Sweep:
         return ".safetensors" if self.like is None else ""
 
     def _write(self, target: Target, path: Path | None, **options: Any) -> SynthesisReport:
-        """Write one average."""
         written = self.run.write(target, path, t=self.t, like=self.like, component=self.component, **options)
         assert written is not None  # as of a process other than the first one
         return written
