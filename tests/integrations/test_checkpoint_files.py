@@ -62,19 +62,6 @@ def test_lightning(kind: str | None, tmp_path: Path) -> None:
     check(Run(tmp_path / "out"), states)
 
 
-@pytest.mark.parametrize("shard", ["5GB", "2KB"])
-def test_a_part_of_diffusers(shard: str, tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
-    from integrations.unet import network
-
-    model, states = network(), {}
-    for step in (10, 20, 40):
-        states[step] = moved(model, step)
-        model.save_pretrained(tmp_path / f"checkpoint-{step}" / "unet", max_shard_size=shard)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 3 or shard == "2KB"
-    check(Run(tmp_path / "checkpoint-*" / "unet"), states)
-
-
 @pytest.mark.parametrize("safe", [True, False])
 def test_the_state_of_accelerate(safe: bool, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")

@@ -275,22 +275,3 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
     assert all(wrong_state(one) == [] and one["clock"][-2] in (23, 24) for one in found)
     assert wrong_state(tracker.state_dict()) == []
     tracker.close()
-
-
-@pytest.mark.parametrize("begin", [0, 10**6])
-def test_reading_changes_no_later_bit(tmp_path: Path, begin: int) -> None:
-    states = []
-    for reads in (True, False):
-        model = Equal(500)
-        with start(tmp_path / str(reads), model, "model", 10) as tracker:
-            for step in range(1, 81):
-                model.go_to(step)
-                tracker.update_(model, begin + step)
-                if reads and step > 1:
-                    tracker.state_dict()
-                    with tracker.model(model, 0.2):
-                        pass
-            state = tracker.state_dict()
-            sets = [(kind, key, own) for kind in ("high", "mean") for key, own in state[kind].items()]
-            states.append({f"{kind} {key} {name}": value for kind, key, own in sets for name, value in own.items()})
-    assert_same_tensors(*states)
