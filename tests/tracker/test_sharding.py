@@ -238,9 +238,10 @@ with tracker("skipping", on_nonfinite="skip") as ema:
 
 
 def test_an_error_of_one_process_is_raised_in_all_and_each_model_keeps_its_weights(tmp_path: Path) -> None:
-    """Also an error within the block, and an interrupt of a process that waits for the other one."""
+    """Also an error within the block, an interrupt of a process that waits for the other one, and a full disk."""
     code = """
-import signal, time
+import errno, signal, time
+from posthoc_cli import files
 ema = tracker("run")
 train(model, 1, 8, ema)
 ema.flush()
@@ -273,15 +274,30 @@ try:
 except (KeyboardInterrupt, PostHocError) as error:
     print(error)
 assert ema.state_dict(0.2)
-ema.close()
+
+def full(descriptor):
+    raise OSError(errno.ENOSPC, "No space left")
+if rank == 0:
+    train(model, 9, 12, ema)
+dist.barrier()
+if rank == 1:
+    own, files.system.fsync = files.system.fsync, full
+    train(model, 9, 12, ema)
+    refused(ema.flush)
+    files.system.fsync = own
+dist.barrier()
+ema.close() if rank == 1 else refused(ema.close)
 """
-    (first, other, _), (second, another, left) = map(str.splitlines, check_group(BEGIN + code, 2, tmp_path))
+    (first, other, _, lacks), (second, another, left, own) = map(str.splitlines, check_group(BEGIN + code, 2, tmp_path))
     assert first.startswith("RankError rank 1: ")
     assert "is damaged" in first
     assert second.startswith("FileFormatError ")
     for text in (other, another):
         assert "of another shape, or spread over the processes in another way than when tracked" in text
     assert left.startswith("rank 0: left this call by KeyboardInterrupt")
+    assert own.startswith("WriteError ")
+    assert "no space left" in lacks
+    assert "snapshots lack its part from here on" in lacks
 
 
 def test_tied_parameters_and_half_precision_of_a_sharded_model(tmp_path: Path) -> None:
