@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from integrations.programs import task
 from integrations.truth import recorded
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -83,17 +82,19 @@ class Sharded(Regression):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    folder, recorder = Path(sys.argv[1]), Recorder(killed_at=int(sys.argv[2]))
-    strategy, checkpoint = ([*sys.argv[3:], None, None])[:2]
-    group = {} if strategy is None else {"strategy": strategy, "devices": 2}
-    if strategy == "sharded":
+    folder, killed_at, kind, resumes = task()
+    recorder, group = Recorder(killed_at), {} if kind == "alone" else {"strategy": "ddp", "devices": 2}
+    if kind == "sharded":
         group["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     callback = PostHocWeightAveraging(folder / "ema", validate=0.2, **EVERY)
-    trainer = make_trainer(folder, callback, recorder, **group)
-    module = Sharded() if strategy == "sharded" else Regression()
-    trainer.fit(module, loader(), loader(), ckpt_path=checkpoint)
+    trainer, module = (
+        make_trainer(folder, callback, recorder, **group),
+        (Sharded if kind == "sharded" else Regression)(),
+    )
+    trainer.fit(module, loader(), loader(), ckpt_path=folder / "out/step=4.ckpt" if resumes else None)
     with callback.ema.model(module, 0.2) as averaged:
         average = recorded(averaged)
     made = [recorder.weights, average, callback.ema.step, module.validated]
+    if kind != "sharded":
+        made += [8, torch.load(folder / "out/step=8.ckpt", weights_only=True)["state_dict"]]
     torch.save(made, folder / f"made-{trainer.global_rank}.pt")

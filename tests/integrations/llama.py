@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from integrations.programs import task, use_fsdp_on_the_cpu
 from integrations.truth import recorded
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from posthoc_cli.integrations.transformers import PostHocCallback
 
 EVERY = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
+BEST = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
 DATA = [{"input_ids": row, "labels": row} for row in torch.randint(0, 32, (40, 8), generator=torch.manual_seed(1))]
 
 
@@ -59,11 +60,25 @@ def make_trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, *
     return trainer
 
 
+class Evaluated(TrainerCallback):
+    """Records the weights that were evaluated last."""
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        self.weights = recorded(model)
+
+
 if __name__ == "__main__":
-    folder, recorder = Path(sys.argv[1]), Recorder(killed_at=int(sys.argv[2]))
-    trainer = make_trainer(folder, recorder, eval_strategy="steps")
-    callback = PostHocCallback(folder / "ema", evaluate=0.2, folders=True, **EVERY)
-    callback.install(trainer)
+    folder, killed_at, kind, resumes = task()
+    recorder, evaluated, options = Recorder(killed_at), Evaluated(), dict(BEST)
+    if kind == "sharded":
+        use_fsdp_on_the_cpu()
+        options |= {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, "cpu_ram_efficient_loading": False}}
+    trainer = make_trainer(folder, recorder, evaluated, **options)
+    callback = PostHocCallback(folder / "ema", evaluate=0.2, **EVERY).install(trainer)
     recorder.before_end = lambda: callback.ema.flush()  # the snapshots of step 4 are on disk
-    trainer.train()
-    torch.save(recorder.weights, folder / f"weights-{trainer.args.process_index}.pt")
+    trainer.train(resume_from_checkpoint=resumes)
+    best, loaded = int(trainer.state.best_model_checkpoint.rpartition("-")[2]), recorded(trainer.model)
+    with callback.ema.model(trainer.model, 0.2) as averaged:
+        average = recorded(averaged)
+    made = [recorder.weights, average, callback.ema.step, evaluated.weights, best, loaded]
+    torch.save(made, folder / f"made-{trainer.args.process_index}.pt")

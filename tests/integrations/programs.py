@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,25 @@ def exit_codes_of_two(program: str, *arguments: object, **environment: str) -> l
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     processes = [start(program, *arguments, RANK=rank, LOCAL_RANK=rank, **environment) for rank in "01"]
     return [process.wait(250) for process in processes]
+
+
+def task() -> tuple[Path, int, str, bool]:
+    """Return what this program is asked for: see `train`."""
+    warnings.simplefilter("ignore")
+    folder, killed_at, kind, resumes = sys.argv[1:]
+    return Path(folder), int(killed_at), kind, resumes == "True"
+
+
+def train(program: str, folder: Path, kind: str, killed_at: int = 0, resumes: bool = False) -> list[int]:
+    """Run a module of this folder, "alone" or in two processes that are replicas ("ddp") or have a "sharded" model.
+
+    Each process saves to `made-RANK.pt` the weights after each step, the live average, the number of updates, the
+    weights that were evaluated last, and a step with the weights in its checkpoint. Return the exit codes.
+    """
+    folder.mkdir(exist_ok=True)
+    if kind == "alone":
+        return [start(program, folder, killed_at, kind, resumes).wait(250)]
+    return exit_codes_of_two(program, folder, killed_at, kind, resumes)
 
 
 def skip_steps(monkeypatch: pytest.MonkeyPatch, skipped: Sequence[int]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 pytest.importorskip("lightning.pytorch", reason="lightning is not installed: make integrations installs it")
 
 from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, make_trainer
-from integrations.programs import exit_codes_of_two, heavy, start
 from integrations.truth import assert_exact, distance, exact, live
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
@@ -37,18 +35,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.T
     recorder = Recorder()
     fit(tmp_path_factory.mktemp("expected"), recorder)
     return recorder.weights
-
-
-def test_a_killed_training_resumes_exactly_within_an_epoch(tmp_path: Path, expected: list[Any]) -> None:
-    assert start("digits", tmp_path, 10).wait() == -signal.SIGKILL
-    callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY)
-    recorder = Recorder()
-    module = fit(tmp_path, callback, recorder, ckpt_path=tmp_path / "out/step=8.ckpt")
-    # This release restarts the data of an epoch when it resumes within one.
-    weights = expected[:8] + recorder.weights
-    assert len(weights) >= 18
-    assert_exact(callback.ema, module, weights)
-    assert distance(expected[7], weights[7]) == 0
 
 
 def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_path: Path, expected: list[Any]) -> None:
@@ -184,33 +170,6 @@ def test_a_fast_dev_run_writes_nothing_and_a_short_training_writes_snapshots(tmp
     module, recorder = Regression(), Recorder()
     fit(tmp_path, callback, recorder, module=module)
     assert_exact(callback.ema, module, recorder.weights)
-
-
-@heavy
-def test_replicas_in_two_processes_validate_one_average(tmp_path: Path) -> None:
-    assert exit_codes_of_two("digits", tmp_path, 0, "ddp") == [0, 0]
-    (weights, average, _, validated), (*_, other) = (torch.load(tmp_path / f"made-{rank}.pt") for rank in (0, 1))
-    assert distance(validated, other) == 0
-    assert distance(average, exact(weights, 0.2)) < 1e-6
-    module = Regression()
-    module.load_state_dict(torch.load(tmp_path / "out/step=8.ckpt", weights_only=True)["state_dict"])
-    assert distance(dict(module.named_parameters()), exact(weights[:8], 0.2)) < 1e-6
-
-
-@heavy
-def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) -> None:
-    assert exit_codes_of_two("digits", tmp_path / "expected", 0, "sharded") == [0, 0]
-    expected, average, *_ = torch.load(tmp_path / "expected/made-0.pt")
-    assert distance(average, exact(expected, 0.2)) < 1e-6
-    assert 0 not in exit_codes_of_two("digits", tmp_path, 7, "sharded")
-    checkpoint = tmp_path / "out/step=4.ckpt"
-    assert len(list((checkpoint / "posthoc_ema").glob("*.distcp"))) == 2
-    assert exit_codes_of_two("digits", tmp_path, 0, "sharded", checkpoint) == [0, 0]
-    for rank in (0, 1):
-        resumed, average, step, _ = torch.load(tmp_path / f"made-{rank}.pt")
-        weights = expected[:4] + resumed  # Lightning restarts the data of an epoch here, too
-        assert step == len(weights) >= 9
-        assert distance(average, exact(weights, 0.2)) < 1e-6
 
 
 def test_a_training_has_only_one_averaging_callback(tmp_path: Path) -> None:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from groups import check_group, run_group
 
 pytest.importorskip("transformers", reason="transformers is not installed: make integrations installs it")
 pytest.importorskip("accelerate", reason="accelerate is not installed: make integrations installs it")
 
-import transformers
-from integrations.llama import DATA, EVERY, Recorder, make_trainer, network
-from integrations.programs import FRAMEWORKS, exit_codes_of_two, heavy, start
+from integrations.llama import BEST, DATA, EVERY, Recorder, make_trainer, network
 from integrations.truth import assert_exact, distance, exact
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
@@ -28,8 +23,6 @@ from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyEr
 from posthoc_cli.integrations.transformers import PostHocCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
-
-BEST = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
 
 
 def with_weights(weights: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:
@@ -54,19 +47,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.T
     recorder = Recorder()
     make_trainer(tmp_path_factory.mktemp("expected"), recorder, save_strategy="no").train()
     return recorder.weights
-
-
-def test_a_killed_training_resumes_exactly_and_each_step_counts_once(tmp_path: Path, expected: list[Any]) -> None:
-    assert start("llama", tmp_path, 7).wait(250) == -signal.SIGKILL
-    assert (tmp_path / "out/checkpoint-4/posthoc_ema.pt").exists()
-    callback = PostHocCallback(tmp_path / "ema", **EVERY)
-    resumed = make_trainer(tmp_path, callback)
-    resumed.train(resume_from_checkpoint=True)
-    assert_exact(callback.ema, resumed.model, expected)
-    assert distance(dict(resumed.model.named_parameters()), expected[-1]) == 0
-    run = Run(tmp_path / "ema")
-    assert sorted({snapshot.t for snapshot in run.snapshots}) == [4, 8, 10]
-    assert distance(run.average(0.2, dtype=torch.float32), exact(expected, 0.2)) < 1e-3  # stored in float16
 
 
 def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(tmp_path: Path, expected: list[Any]) -> None:
@@ -187,61 +167,6 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
 
 def mean(weights: list[Any], count: int) -> dict[str, torch.Tensor]:
     return {name: sum(step[name] for step in weights[-count:]) / count for name in weights[0]}
-
-
-@heavy
-def test_replicas_in_two_processes_evaluate_one_average(tmp_path: Path) -> None:
-    assert exit_codes_of_two("llama", tmp_path, 0) == [0, 0]
-    weights = [torch.load(tmp_path / f"weights-{rank}.pt") for rank in "01"]
-    assert distance(weights[1][-1], weights[0][-1]) == 0
-    history = json.loads((tmp_path / "out/checkpoint-8/trainer_state.json").read_text())["log_history"]
-    (found,) = (entry["eval_ema_loss"] for entry in history if "eval_ema_loss" in entry and entry["step"] == 8)
-    average = exact(weights[0][:8], 0.2)
-    assert found == pytest.approx(loss(average, tmp_path), rel=1e-5)
-    folder = LlamaForCausalLM.from_pretrained(tmp_path / "out/checkpoint-8/ema")
-    assert distance(dict(folder.named_parameters()), average) < 1e-6
-    assert Run(tmp_path / "ema").step == 10
-
-
-SHARDED = """
-import integrations.programs, torch, warnings
-warnings.simplefilter("ignore")
-integrations.programs.announce(rank, world)
-integrations.programs.use_fsdp_on_the_cpu()
-from integrations.llama import EVERY, Recorder, make_trainer
-from integrations.truth import recorded
-from posthoc_cli.integrations.transformers import PostHocCallback
-recorder = Recorder(killed_at=7 if "killed" in arguments else 0)
-options = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, "cpu_ram_efficient_loading": False}}
-options |= {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
-trainer = make_trainer(folder, recorder, max_steps=8, **options)
-callback = PostHocCallback(folder / "ema", evaluate=0.2, **EVERY).install(trainer)
-trainer.train(resume_from_checkpoint="resumed" in arguments)
-best = recorded(trainer.model)
-with callback.ema.model(trainer.model, 0.2) as averaged:
-    found = recorded(averaged)
-torch.save([recorder.weights, found, callback.ema.step, best, trainer.state.best_metric], folder / f"made-{rank}.pt")
-"""
-
-
-@heavy
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 shards models on accelerators only")
-def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) -> None:
-    check_group(SHARDED, 2, tmp_path / "expected", modules=FRAMEWORKS)
-    weights, *_ = torch.load(tmp_path / "expected/made-0.pt")
-    killed = run_group(SHARDED, 2, tmp_path, "killed", modules=FRAMEWORKS)
-    assert -signal.SIGKILL in {result.code for result in killed}
-    assert len(list((tmp_path / "out/checkpoint-4/posthoc_ema").glob("*.distcp"))) == 2
-    check_group(SHARDED, 2, tmp_path, "resumed", modules=FRAMEWORKS)
-    averages = [exact(weights[:step], 0.2) for step in (4, 8)]
-    losses = [loss(average, tmp_path) for average in averages]
-    for rank in (0, 1):
-        resumed, average, step, best, metric = torch.load(tmp_path / f"made-{rank}.pt")
-        assert metric == pytest.approx(min(losses), rel=1e-5)
-        assert distance(best, averages[losses.index(min(losses))]) < 1e-6
-        assert step == len(weights) == 8
-        assert distance(resumed[-1], weights[-1]) == 0
-        assert distance(average, exact(weights, 0.2)) < 1e-6
 
 
 def test_several_evaluation_sets_and_figures_in_the_log(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""A training within accelerate, also as a program that kills itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from integrations.programs import task, use_fsdp_on_the_cpu
+from integrations.truth import recorded
+
+from posthoc_cli.integrations.accelerate import prepare
+
+EVERY: dict[str, Any] = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
+X = torch.randn(60, 4, generator=torch.manual_seed(5))
+
+
+class Training:
+    """A training of fifteen batches with a step after every third one, which saves after the second step."""
+
+    def __init__(
+        self, folder: Path, before: bool = False, sharded: bool = False, resume: str | None = None, **arguments: Any
+    ) -> None:
+        torch.manual_seed(0)
+        every = EVERY | {"resume": resume}
+        if sharded:
+            use_fsdp_on_the_cpu()
+            arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+        self.accelerator = Accelerator(gradient_accumulation_steps=3, cpu=True, **arguments)
+        self.folder, bare = folder, torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
+        plain = torch.optim.Adam(bare.parameters(), lr=0.05)
+        if before:
+            self.ema = prepare(self.accelerator, bare, folder / "ema", plain, **every)
+        self.model, self.optimizer = self.accelerator.prepare(bare, plain)
+        if not before:
+            self.ema = prepare(self.accelerator, self.model, folder / "ema", self.optimizer, **every)
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def run(self, first: int = 0, killed_at: int = 0) -> None:
+        for number in range(first, 15):
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(X[number * 4 : number * 4 + 4]).square().mean()
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped:
+                self.weights.append(recorded(self.accelerator.unwrap_model(self.model)))
+            if number == 5:
+                self.accelerator.save_state(str(self.folder / "saved"))
+            if number == killed_at > 0:
+                self.ema.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    folder, killed_at, kind, resumes = task()
+    training = Training(folder, sharded=kind == "sharded", resume="auto")
+    if resumes:
+        training.accelerator.load_state(str(folder / "saved"))
+    training.run(first=6 if resumes else 0, killed_at=killed_at)
+    with training.ema.model(training.model, 0.2) as averaged:
+        average = recorded(training.accelerator.unwrap_model(averaged))
+    torch.save(
+        [training.weights, average, training.ema.step, average],
+        folder / f"made-{training.accelerator.process_index}.pt",
+    )
