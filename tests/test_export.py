@@ -111,20 +111,16 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
     assert contents(tmp_path / "one").keys() == {"model.safetensors"}
 
 
-@pytest.mark.parametrize(
-    ("name", "layout", "expected"),
-    [
-        ("x.safetensors", None, "safetensors"), ("x.pth", None, "pt"), ("x", None, "sharded"), ("x.y", "pt", "pt"),
-        ("x.pt", "safetensors", None), ("x.bin", "sharded", None),
-    ],
-)  # fmt: skip
 def test_the_name_decides_the_layout_unless_it_is_given_and_must_not_have_the_ending_of_another(
-    tmp_path: Path, name: str, layout: str | None, expected: str | None
+    tmp_path: Path,
 ) -> None:
-    with refused("layout", name) if expected is None else nullcontext():
-        assert layout_of(tmp_path / name, layout) == expected
-    (tmp_path / name).mkdir()  # a folder may have any name
-    assert layout_of(tmp_path / name, layout or "sharded") == (layout or "sharded")
+    names = {("x.safetensors", None): "safetensors", ("x.pth", None): "pt", ("x", None): "sharded", ("x.y", "pt"): "pt"}
+    assert {given: layout_of(tmp_path / given[0], given[1]) for given in names} == names
+    for name, layout in (("x.pt", "safetensors"), ("x.bin", "sharded")):
+        with refused("layout", name):
+            layout_of(tmp_path / name, layout)
+        (tmp_path / name).mkdir()  # a folder may have any name
+        assert layout_of(tmp_path / name, layout) == layout
     (tmp_path / "v1.5").mkdir()
     assert layout_of(tmp_path / "v1.5", None) == "sharded"
 
@@ -144,17 +140,15 @@ def test_a_size_is_a_number_with_a_unit(size: str) -> None:
 # --- dtypes ----------------------------------------------------------------------------------------
 
 
-TOO_LARGE, NOT_FINITE = ".* cannot hold its largest value", "holds nan or infinity"
-
-
 @pytest.mark.parametrize(
     ("value", "stored", "dtype", "message"),
     [
-        (70_000.0, torch.float32, "float16", TOO_LARGE), (1e300, torch.float64, "float32", TOO_LARGE),
-        (3e38, torch.bfloat16, "float16", TOO_LARGE), (float("nan"), torch.float32, None, NOT_FINITE),
-        (float("inf"), torch.float32, "float16", NOT_FINITE), (float("-inf"), torch.float32, "float64", NOT_FINITE),
+        (70_000.0, torch.float32, "float16", ".* cannot hold its largest value"),
+        (1e300, torch.float64, "float32", ".* cannot hold its largest value"),
+        (float("nan"), torch.float32, None, "holds nan or infinity"),
+        (float("-inf"), torch.bfloat16, "float64", "holds nan or infinity"),
     ],
-)  # fmt: skip
+)
 def test_an_average_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
     tmp_path: Path, value: float, stored: torch.dtype, dtype: str | None, message: str
 ) -> None:
@@ -162,9 +156,8 @@ def test_an_average_that_is_not_finite_is_refused_by_name_and_nothing_is_written
     snapshot = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
     for source in (snapshot, write_output(tmp_path / "in.safetensors", values, ())):
         before = contents(tmp_path)
-        with pytest.raises(NonFiniteError, match=f"tensor 'bad': {message}") as caught:
+        with pytest.raises(NonFiniteError, match=f"{source}.*tensor 'bad': {message}"):
             export_file(source, tmp_path / "out.safetensors", dtype=dtype)
-        assert str(source) in str(caught.value)
         assert contents(tmp_path) == before
 
 

@@ -247,16 +247,3 @@ def test_the_next_training_removes_incomplete_snapshots(run: Path, caplog: pytes
 
 
 # --- other readers
-
-
-def test_torch_reads_a_folder_of_parts(run: Path) -> None:
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-
-    path = snapshot_files(run)[-1]
-    wanted = load_file(path)
-    folder = split_snapshot(path, 4, GRIDS)
-    state = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
-    with pytest.warns(UserWarning, match="intent is to load in a single process"):
-        load(state, storage_reader=HuggingFaceStorageReader(path=str(folder)))
-    for name, tensor in wanted.items():
-        assert torch.equal(state[name], tensor), name

@@ -90,7 +90,7 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
         reference.do()
     for kind in KINDS:
         able = [at for at, name in enumerate(counting.operations) if name in HALVED.get(kind, (name,))]
-        for at in chance.sample(able, max(2, round(share * len(able)))):
+        for at in chance.sample(able, max(1, round(share * len(able)))):
             system = Faulty(at, kind)
             work = Work(folder / "faulty", make_room=system.make_room)
             with tally.judged(f"{kind} at operation {at}", refusable=False), installed(system.do):

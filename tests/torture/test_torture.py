@@ -10,7 +10,7 @@ from torture import Tally, damage, faults, hostile, processes
 
 EXPERIMENTS = {
     "an error at every file operation": (faults.errors_at_every_operation, 0.002),
-    "a kill or a loss of power at every file operation": (faults.crashes_at_every_operation, 0.008),
+    "a kill or a loss of power at every file operation": (faults.crashes_at_every_operation, 0.005),
     "trainings killed and resumed by their own script": (processes.killed_trainings, 0.01),
     "one process of a sharded training killed": (processes.killed_ranks, 0.01),
     "two writers on one directory": (processes.writers, 0.02),
