@@ -24,7 +24,7 @@ from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.snapshot import Selection, Snapshot, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Chunk
-from posthoc_cli.tracker.processes import Members, held_box, is_sharded, local_tensors, reshard
+from posthoc_cli.tracker.processes import Members, ShardOwners, held_box, is_sharded, local_tensors, reshard
 
 Value = TypeVar("Value")
 
@@ -308,6 +308,12 @@ class ModelWatch:
         tracked.check(found.tracked)
         flat = {name: found.averaged[name].detach().reshape(-1) for name, _ in tracked.sampled.values()}
         return {number: flat[name][index].float().item() for number, (name, index) in tracked.sampled.items()}
+
+    def nonfinite_anywhere(self, found: ModelTensors | None, step: int) -> NonFiniteError | None:
+        """Return the error for which all processes of a sharded model skip an update together, or None."""
+        name = None if found is None or not self._members.is_chunked else nonfinite_name(found.averaged)
+        is_anywhere = isinstance(self._members, ShardOwners) and self._members.any(name is not None)
+        return nonfinite_error(name, {} if found is None else found.tracked.tensors, step) if is_anywhere else None
 
     def check_kind(self, model: torch.nn.Module) -> None:
         """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was made."""

@@ -29,15 +29,7 @@ from posthoc_cli.tracker.background import SINGLE_THREAD, DeviceStreams, ThreadP
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import Layout, ModelCopier, Reader, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
-from posthoc_cli.tracker.snapshotter import (
-    LiveAverages,
-    LiveSource,
-    Snapshotter,
-    StorageLayout,
-    headers,
-    measured_now,
-    stage,
-)
+from posthoc_cli.tracker.snapshotter import LiveAverages, LiveSource, Snapshotter, Storage, headers, measured_now, stage
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
 
 
@@ -63,7 +55,7 @@ class Pipeline:
         self._copier, self._streams = ModelCopier(self._pool.size), DeviceStreams()
         self._updates, self._writes = Worker("averages"), Worker("snapshots")
         self._values: tuple[ModelTensors, Reader] | None = None
-        self._storage: StorageLayout | None = None
+        self._storage: Storage | None = None
         self._live: WeakSet[LiveAverages] = WeakSet()
         _pipelines.add(self)
 
@@ -307,11 +299,11 @@ class Pipeline:
         """Return the pool for work on a layout: one thread for accelerators, so that one stream keeps the order."""
         return self._pool if all(bucket.device.type == "cpu" for bucket in layout) else SINGLE_THREAD
 
-    def _storage_of(self, layout: Layout) -> StorageLayout:
+    def _storage_of(self, layout: Layout) -> Storage:
         storage, tracked = self._storage, self.tracking.tracked
         if storage is None or storage.layout != layout or storage.tracked is not tracked:
             self._storage = None  # its memory must go first
-            storage = self._storage = StorageLayout(layout, tracked, self._settings.schedule.checkpoint_dtype)
+            storage = self._storage = Storage(layout, tracked, self._settings.schedule.checkpoint_dtype)
         return storage
 
     @torch.inference_mode(False)  # scratch made in inference mode could not be written to outside it

@@ -29,20 +29,12 @@ import numpy as np
 import torch
 
 from posthoc_cli.dtypes import parse_dtype, torch_dtype
-from posthoc_cli.errors import (
-    InvalidValueError,
-    ModelMismatchError,
-    NonFiniteError,
-    NotReadyError,
-    PostHocError,
-    shown,
-    warn,
-)
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError, PostHocError, shown, warn
 from posthoc_cli.planning import ErrorCurve, error_curve
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.path import encode_path, joined_paths, places
-from posthoc_cli.snapshots.snapshot import check_globs, make_selection, statistics_notice
+from posthoc_cli.snapshots.snapshot import make_selection, statistics_notice
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
@@ -52,20 +44,9 @@ from posthoc_cli.tracker.attach import Attachment, attach
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.filling import check_weights, fill, swapped_in, targets_of
 from posthoc_cli.tracker.memory import HOST
-from posthoc_cli.tracker.model import (
-    ModelTensors,
-    ModelWatch,
-    TrackedModel,
-    check_model,
-    collect_tensors,
-    is_swapped,
-    named_tensors,
-    nonfinite_error,
-    nonfinite_name,
-    unwrapped,
-)
+from posthoc_cli.tracker.model import ModelWatch, check_model, collect_tensors, is_swapped, unwrapped
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
-from posthoc_cli.tracker.processes import Group, ShardOwners
+from posthoc_cli.tracker.processes import Group
 from posthoc_cli.tracker.snapshotter import LiveSource
 from posthoc_cli.tracker.state import (
     Settings,
@@ -177,7 +158,6 @@ class PostHocEMA:
             sigma_rels, update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype,
             t_unit, make_selection(include, exclude, buffers), on_nonfinite,
         )  # fmt: skip
-        check_globs(settings.selection, [tensor.name for tensor in named_tensors(check_model(model))])
         directory = check_path(checkpoint_dir)
         wait_for_writers(directory)
         return cls(Start.of_model(model, directory, settings, resume), model, device)
@@ -550,7 +530,8 @@ class PostHocEMA:
         if not self.keeps_averages:
             if update_is_due:
                 self._watch.check_kind(model)
-            self._nonfinite_anywhere(None, progress)
+            if update_is_due and settings.on_nonfinite == "skip":
+                self._watch.nonfinite_anywhere(None, progress.step)
         elif update_is_due or snapshot_is_due:
             # Nothing is counted during the wait: if it is interrupted, as for a slow disk, the call has no effect.
             self._pipeline.wait_for_turn(snapshot_is_due)
@@ -585,23 +566,14 @@ class PostHocEMA:
         except PostHocError:
             self._pipeline.skip(progress, writes=False)
             raise
-        nonfinite = self._nonfinite_anywhere(tensors, progress)
+        skips = self.settings.on_nonfinite == "skip" and self.settings.update_is_due(progress.step)
+        nonfinite = self._watch.nonfinite_anywhere(tensors, progress.step) if skips else None
         if nonfinite is None:
             nonfinite = self._pipeline.update(tensors, progress)
         else:
             self._pipeline.skip(progress)
         if nonfinite is not None:
             self.settings.skip_update(nonfinite)
-
-    def _nonfinite_anywhere(self, tensors: ModelTensors | None, progress: TrainingProgress) -> NonFiniteError | None:
-        """Return the error for which all processes of a sharded model skip an update together, or None."""
-        may_skip = self.settings.on_nonfinite == "skip" and self.settings.update_is_due(progress.step)
-        if not (may_skip and isinstance(self._members, ShardOwners)):
-            return None
-        name = None if tensors is None else nonfinite_name(tensors.averaged)
-        if not self._members.any(name is not None):
-            return None
-        return nonfinite_error(name, self._pipeline.tracking.tracked.tensors, progress.step)
 
     def _is_first_warning(self, cause: str) -> bool:
         is_first = cause not in self._warned_of
@@ -679,7 +651,7 @@ class PostHocEMA:
         part = averages.standing.errors, encode_path(averages.known_path, exact=True)
         # Each process knows the rounding and the path of its own part, and some processes have no average.
         errors, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
-        weights = self._present_weights(group, tracking.tracked)
+        weights = self._present_weights(group)
 
         def read_info() -> StateInfo:
             snapshotter, total = self._pipeline.snapshotter, tuple(map(sum, zip(*errors, strict=True)))
@@ -692,11 +664,11 @@ class PostHocEMA:
 
         return pack_state(tracking, group.from_first(read_info), self._chunked_model())
 
-    def _present_weights(self, group: Group, tracked: TrackedModel) -> tuple[float, ...]:
+    def _present_weights(self, group: Group) -> tuple[float, ...]:
         """Return the network's sampled weights at the last call; empty if they are unknown."""
         if self._weights or not self._pipeline.progress.updated:
             return self._weights
-        model, own = self._tracked_model(), dict[int, float]()
+        model, own, tracked = self._tracked_model(), dict[int, float](), self._pipeline.tracking.tracked
         if model is not None and not self._pipeline.tracking.resumes and not is_swapped(model):
             with suppress(ModelMismatchError):
                 own = self._watch.sample(model, tracked)

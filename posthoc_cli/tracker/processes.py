@@ -323,11 +323,14 @@ class ShardOwners(Members):
     is_chunked = True
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], chunks: Mapping[str, Chunk], options: Mapping[str, str], run_id: str,
-        mesh: dict[str, Any],
+        self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], chunks: Mapping[str, Chunk],
+        options: Mapping[str, str], run_id: str,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.rank, self.names, self.mesh = dist.get_rank(), frozenset(tensors), mesh
+        self.rank, self.names = dist.get_rank(), frozenset(tensors)
+        meshes: list[Any] = [tensor.device_mesh for tensor in model.parameters() if hasattr(tensor, "device_mesh")]
+        if (mesh := max(meshes, key=lambda mesh: mesh.mesh.numel(), default=None)) is not None:
+            self.mesh = {"shape": list(mesh.mesh.shape), "names": mesh.mesh_dim_names}
         self._device = next((tensor.device for tensor in tensors.values()), HOST)
         hint = "call from_model, from_path or update_ in every process, with the same arguments"
         self._owners_meeting = Rendezvous("members", self.rank == 0, hint)
@@ -401,13 +404,6 @@ def is_first_of_group(model: torch.nn.Module | None) -> bool:
     ddp, modules = torch.nn.parallel.DistributedDataParallel, () if model is None else model.modules()
     wrapper = next((module for module in modules if isinstance(module, ddp)), None)
     return dist.get_rank(getattr(wrapper, "process_group", None)) <= 0
-
-
-def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
-    """Return the largest arrangement of processes that a model's parameters are sharded over, as a header has it."""
-    meshes: list[Any] = [parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")]
-    mesh = max(meshes, key=lambda mesh: mesh.mesh.numel(), default=None)
-    return {} if mesh is None else {"shape": list(mesh.mesh.shape), "names": mesh.mesh_dim_names}
 
 
 def _digest(text: str) -> str:

@@ -322,7 +322,7 @@ def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
 # --- what is stored of averages
 
 
-class StorageLayout:
+class Storage:
     """How averages of a layout are stored, and which of their elements are measured, or are of a snapshot's sample."""
 
     def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
@@ -357,7 +357,7 @@ class StorageLayout:
 class StagedAverage:
     """An average as it is stored."""
 
-    storage: StorageLayout
+    storage: Storage
     memory: FlatTensors
     others: dict[str, torch.Tensor]  # those that are stored in another dtype
     nonfinite: str | None  # the first tensor that holds a nan or an infinity
@@ -377,7 +377,7 @@ class StagedAverage:
 
 
 @torch.no_grad()
-def stage(storage: StorageLayout, averages: Averages, pool: ThreadPool = SINGLE_THREAD) -> list[StagedAverage]:
+def stage(storage: Storage, averages: Averages, pool: ThreadPool = SINGLE_THREAD) -> list[StagedAverage]:
     """Round the averages as they are now into `storage.memory`: complete when the current stream is."""
     subset, memory, tiles, ranges = storage.subset, storage.memory, tiles_of(storage.layout), ranges_of(storage.layout)
     measured, samples = ([elements.buffers() for _ in memory] for elements in (subset, storage.sample))
@@ -415,7 +415,7 @@ def stage(storage: StorageLayout, averages: Averages, pool: ThreadPool = SINGLE_
 
 
 def _stored_in_other_dtypes(
-    storage: StorageLayout, averages: Averages, index: int, doubtful: set[str], measured: Values, stored: Values
+    storage: Storage, averages: Averages, index: int, doubtful: set[str], measured: Values, stored: Values
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of an average that are stored in another dtype than their bucket's, in that dtype.
 

@@ -48,6 +48,7 @@ from posthoc_cli.snapshots.snapshot import (
     SketchText,
     Snapshot,
     TrackingSchedule,
+    check_globs,
     converted,
     recorded_weights,
 )
@@ -55,17 +56,15 @@ from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.memory import HOST, FlatTensors, Layout, buckets_of
-from posthoc_cli.tracker.model import ModelTensors, TrackedModel, collect_tensors, named_tensors, nonfinite_name
-from posthoc_cli.tracker.processes import (
-    Group,
-    Members,
-    ShardOwners,
-    as_dtensor,
-    held_box,
-    is_first_of_group,
-    mesh_of,
-    reshard,
+from posthoc_cli.tracker.model import (
+    ModelTensors,
+    TrackedModel,
+    check_model,
+    collect_tensors,
+    named_tensors,
+    nonfinite_name,
 )
+from posthoc_cli.tracker.processes import Group, Members, ShardOwners, as_dtensor, held_box, is_first_of_group, reshard
 
 log = logging.getLogger(__name__)
 
@@ -231,6 +230,7 @@ class Start:
         stored = read_directory(directory) if step is not None else find_snapshots(directory) if resume else []
         if stored:
             settings = replace(settings, selection=settings.selection.resumed(stored[-1].roles))
+        check_globs(settings.selection, [tensor.name for tensor in named_tensors(check_model(model))])
         tensors = collect_tensors(model, settings.selection)
         if tensors.tracked.chunks or is_first_of_group(model):
             _check_directory(directory, is_new=resume is None)
@@ -353,7 +353,7 @@ def _with_members(
     start = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to resume": start}
     held, chunks = tensors.averaged | tensors.copied, tensors.tracked.chunks
-    members = ShardOwners(held, chunks, options, tracking.run_id, mesh_of(model))
+    members = ShardOwners(model, held, chunks, options, tracking.run_id)
     part = replace(tensors.tracked.of(members), everywhere=tensors.tracked.complete_shapes)
     return replace(tracking, run_id=members.run_id, tracked=part)
 
