@@ -49,6 +49,7 @@ _CHECKPOINTS_A_COMPONENT = 5  # checkpoints for each principal component of the 
 _ROUNDS, _SOME_ROUNDS, _FEW_ROUNDS = 300, 100, 25  # for the variances: to find a value, its uncertainty, or a rule
 _UNEXPLAINED = 1e-6  # least share of variance left: with 1e-9 a path without noise has a singular covariance
 _STEP = 0.01  # difference of logarithms for the second derivative of a likelihood
+_FEW = 0.04  # uncertainty of checkpoints too few to compare the earlier half with the later one
 _UNLIKE = 0.01  # uncertainty for other kinds of paths, relative to interval / length / sqrt(checkpoints)
 
 Mask = npt.NDArray[np.bool_]
@@ -403,8 +404,8 @@ def refine(fit: Fit, series: Series, pieces: Mask, first: int, last: int) -> tup
     elements = min(sum(values.shape[2] for values in compress(series.values, pieces)), _MOST_INDEPENDENT)
     curvature = elements * (cost(log - _STEP) + cost(log + _STEP) - 2 * cost(log))
     parts = [2 * _STEP * math.sqrt(2 / max(curvature, 1e-9)), (roughly(first, last, with_motion=False) - log) / 2]
-    if (half := (last - first) // 2) > 2:
-        parts.append((roughly(first, last - half) - roughly(last - half - 1, last)) / 2)
+    half = (last - first) // 2
+    parts.append((roughly(first, last - half) - roughly(last - half - 1, last)) / 2 if half > 2 else _FEW)
     if not fit.model.is_power:
         share = float(np.median(np.diff(series.times[first:last]))) / fit.model.length(value)
         parts.append(_UNLIKE * share / math.sqrt(last - first))

@@ -52,6 +52,11 @@ def test_a_name_that_may_mean_something_else_is_refused(tmp_path: Path, name: st
         _ = save(tmp_path, name).step
 
 
+def test_a_number_of_another_folder_is_no_step(tmp_path: Path) -> None:
+    with pytest.raises(errors.InvalidValueError, match=r"best.safetensors: neither .* import with `step_from`"):
+        _ = save(tmp_path / "exp2024", "best").step
+
+
 def test_a_number_without_a_word_is_refused_next_to_one_with_a_word(tmp_path: Path) -> None:
     run = save(tmp_path, "step100", "step200", "best-2")
     reason = "best-2.safetensors: its name has no word such as step at its number, as 'step100.safetensors' has"
