@@ -51,13 +51,12 @@ class Manifest:
     checkpoints: tuple[tuple[Path, str, int], ...]
     files: dict[Path, tuple[int, str]]
 
-    def check_file(self, path: Path, *read: tuple[int, str]) -> None:
-        """Raise FileFormatError unless a file, or what was `read` of it, is what was imported."""
+    def check_file(self, path: Path, found: tuple[int, str] | None = None) -> None:
+        """Raise FileFormatError unless a file is the one that was imported, by its bytes and identity if `found`."""
         reason, hint = f"was replaced, or has changed, since {self.folder} was imported", _AGAIN
         try:
-            for size_and_identity in read or [_identity(path)]:
-                if size_and_identity == self.files.get(path):
-                    return
+            if (found or _identity(path)) == self.files.get(path):
+                return
         except VanishedError:  # a caller would retry this error, as for a directory that a tracker writes
             reason, hint = f"is missing, and {self.folder} refers to it", f"move both together, or {_AGAIN}"
         raise FileFormatError(path, reason, hint)
