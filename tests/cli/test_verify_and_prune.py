@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from ema_command import Ema
 from factories import OTHER_RUN_ID, contents, flip_bit, forge, rewrite_snapshot, snapshot_files
-from safetensors.torch import save_file
 
 from posthoc_cli.snapshots.directory import DirectoryLock
 
@@ -76,25 +74,6 @@ def test_contradictions_and_files_of_a_later_release_are_reported(ema: Ema, run:
     result = ema("verify", run)
     assert result.code == 1
     assert "unreadable: this release does not know 'future' of format 3" in result.out
-
-
-def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:
-    out, foreign = tmp_path / "model.safetensors", tmp_path / "foreign.safetensors"
-    ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
-    save_file({"w": torch.ones(3)}, foreign)
-    for path, row, last in (
-        (snapshot_files(run)[0], ["snapshot sigma_rel 0.05 at t = 100", "intact"], "all intact"),
-        (out, ["output sigma_rel 0.15 at t = 2,000", "intact"], "all intact"),
-        (foreign, ["foreign", "unchecked"], "0 intact, 1 without checksums"),
-    ):
-        result = ema("verify", path)
-        assert result.code == 0
-        assert result.out.splitlines()[1].split("  ")[-2:] == row
-        assert result.out.splitlines()[-1].endswith(last)
-    flip_bit(out)
-    result = ema("verify", out)
-    assert result.code == 1
-    assert result.out.splitlines()[-1] == f"1 of 1 file is damaged: {out}"
 
 
 def test_nothing_is_changed_while_a_tracker_writes(ema: Ema, run: Path) -> None:

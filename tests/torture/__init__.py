@@ -14,12 +14,9 @@ class Tally:
     """The number of faults, kills or hostile inputs that were tried, and a line for each failure."""
 
     tried: int = 0
-    lost: list[str] = field(default_factory=list)
-    """Something durable was missing, changed or incomplete."""
-    missed: list[str] = field(default_factory=list)
-    """A fault was not found, or was not reported as one clear error of this package."""
-    executed: list[str] = field(default_factory=list)
-    """Foreign code ran, or a file outside the given paths was touched."""
+    lost: list[str] = field(default_factory=list)  # something durable was missing, changed or incomplete
+    missed: list[str] = field(default_factory=list)  # a fault was not found, or not reported as one clear error
+    executed: list[str] = field(default_factory=list)  # foreign code ran, or a file outside was touched
 
     @contextmanager
     def judged(self, what: str, named: str = "", refusable: bool = True) -> Iterator[None]:

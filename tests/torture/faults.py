@@ -33,12 +33,10 @@ class Work:
     """A user's work in a folder: a training with thinning and a resume, synthesis, export into shards, pruning."""
 
     root: Path
-    note: Callable[[dict[str, bytes]], None] | None = None
-    """Called with the content of the snapshots when they are durable."""
+    note: Callable[[dict[str, bytes]], None] | None = None  # called with the snapshots when they are durable
     make_room: Callable[[], None] = lambda: None
     errors: list[str] = field(default_factory=list)
-    done: list[Path] = field(default_factory=list)
-    """The outputs that have been made."""
+    done: list[Path] = field(default_factory=list)  # the outputs that have been made
 
     def __post_init__(self) -> None:
         self.root.mkdir(exist_ok=True)
@@ -128,9 +126,8 @@ KINDS = (*ERRORS, "short", "torn", "full")
 """The faults: one error; a short read or write, which is allowed; half a write, then an error; a full disk until
 `make_room`."""
 HALVED = {"short": ("write", "read"), "torn": ("write",)}
-"""The operations that can be done by half."""
 NEVER, TAKE_ROOM = ("close", "remove_directory"), ("open_new", "write", "make_directory")
-"""The operations that do not fail, and those that need room on the disk."""
+"""The operations that can be done by half, those that do not fail, and those that need room on the disk."""
 
 
 class Faulty:
@@ -139,8 +136,7 @@ class Faulty:
     def __init__(self, at: int | None = None, kind: str = "EIO") -> None:
         self._at, self._kind, self._full, self._lock = at, kind, False, threading.Lock()
         self.operations: list[str] = []
-        self.failed = ""
-        """The fault in words, once it has happened."""
+        self.failed = ""  # the fault in words, once it has happened
 
     def make_room(self) -> None:
         """End the full disk."""
@@ -155,18 +151,15 @@ class Faulty:
                 self.failed = f"{self._kind} at operation {self._at}, {name} {arguments[:1]}"
                 self._full = self._kind == "full"
         if (fails and self._kind in ERRORS) or (self._full and name in TAKE_ROOM):
-            raise _error(ERRORS.get(self._kind, errno.ENOSPC))
+            code = ERRORS.get(self._kind, errno.ENOSPC)
+            raise OSError(code, os.strerror(code))
         if fails and self._kind in HALVED:
             descriptor, view, offset = arguments
             arguments = descriptor, view[: max(1, len(view) // 2)], offset
         done = really(name, *arguments)
         if fails and self._kind == "torn":
-            raise _error(errno.ENOSPC)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return done
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))
 
 
 # --- crashes
@@ -222,14 +215,11 @@ class Disk:
 
     def __init__(self, root: Path, after: Callable[[str], None]) -> None:
         self._root, self._after, self._lock = root, after, threading.Lock()
-        self.kept: dict[str, bytes] = {}
-        """The content of snapshots that were durable and have not been removed or replaced since."""
+        self.kept: dict[str, bytes] = {}  # snapshots that were durable and have not been removed or replaced since
         self._now: Entries = {}
         self._durable: Entries = {}
-        self._pending: list[Entries] = []
-        """The operations on directories that are not synced yet; each is atomic."""
-        self._open: dict[int, Inode] = {}
-        """The files of descriptors."""
+        self._pending: list[Entries] = []  # atomic operations on directories that are not synced yet
+        self._open: dict[int, Inode] = {}  # by descriptor
 
     def keep(self, contents: dict[str, bytes]) -> None:
         """Take note that these snapshots are durable."""
@@ -282,11 +272,9 @@ class Disk:
         self._now |= edits
 
     def leave(self, place: Path, crash: str, chance: random.Random) -> None:
-        """Build in `place` what is on the disk after a crash.
+        """Build in `place` what is on the disk after a "kill" of the process, or after a loss of power.
 
-        Arguments:
-            crash: "kill" (the process dies, the system lives), or a power loss after which of everything unsynced
-                "nothing", all "names" without content, or "some" at random has survived.
+        Of everything unsynced "nothing", all "names" without content, or "some" at random has survived the latter.
         """
         entries = dict(self._now if crash in ("kill", "names") else self._durable)
         for edits in self._pending if crash == "some" else ():

@@ -46,12 +46,10 @@ def _kill(
     tally: Tally, times: float, chance: random.Random, place: Path, start: Callable[[int], tuple[str, list[Forked]]],
     wrong: Callable[[int, bool], list[str]],
 ) -> None:  # fmt: skip
-    """Kill a process of each training at a random moment, until it completes; begin anew until so many kills.
+    """Kill a process of each training in `place` at a random moment until it completes; begin anew until so many kills.
 
-    Arguments:
-        place: the folder of a training.
-        start: starts or resumes a training with this number of snapshots a profile, 0 for all.
-        wrong: returns what is wrong, given that number and whether the training is complete.
+    `start` starts or resumes a training with a number of snapshots a profile, 0 for all; `wrong` returns what is wrong,
+    given that number and whether the training is complete.
     """
     Forked("").wait()  # starts the server of processes
     started = time.monotonic()

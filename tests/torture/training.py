@@ -97,9 +97,7 @@ def train(
 ) -> list[str]:  # fmt: skip
     """Resume the run in a directory and train to step `until`; return the errors of writing that training survived.
 
-    Arguments:
-        save_at: steps at which the tracker's state is saved.
-        note: called with the durable snapshots at every second step; None: nothing waits for the disk.
+    The state is saved at the steps `save_at`. `note` is called with the durable snapshots at every second step.
     """
     network, errors = Network(rows), []
     remove_half_begun(directory)
