@@ -71,9 +71,7 @@ def test_contradictions_and_files_of_a_later_release_are_reported(ema: Ema, run:
     assert re.search(rf"^problem: .*{files[3].name}: are of different runs", result.out, re.MULTILINE)
     assert ema("info", run).code == 1
     forge(files[3], {"kind": '"future"'})
-    result = ema("verify", run)
-    assert result.code == 1
-    assert "unreadable: this release does not know 'future' of format 3" in result.out
+    assert "unreadable: this release does not know 'future' of format 3" in ema("verify", run).out
 
 
 def test_nothing_is_changed_while_a_tracker_writes(ema: Ema, run: Path) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ema_command import Ema
 from factories import (
     contents,
     flip_bit,
@@ -20,12 +19,6 @@ from snapshots.recorded import Walk
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.snapshots.verify import verify
-
-
-def synthesize_shards(ema: Ema, run: Path, out: Path) -> None:
-    options = ("--sigma-rel", "0.15", "--layout", "sharded", "--max-shard-size", "1KB")
-    result = ema("synthesize", run, "--out", out, *options)
-    assert result.code == 0, result.err
 
 
 def leave(path: Path, age: float) -> Path:
@@ -82,10 +75,10 @@ def test_outputs_remove_leftovers_an_hour_old(run: Path, tmp_path: Path) -> None
         assert young.exists()
 
 
-def test_nothing_in_another_directory_is_moved_or_deleted(ema: Ema, run: Path, tmp_path: Path) -> None:
+def test_nothing_in_another_directory_is_moved_or_deleted(run: Path, tmp_path: Path) -> None:
     """Links in place of `superseded` and of a folder of shards lead to directories with other locks."""
     other, shards = Path(shutil.copytree(run, tmp_path / "other")), tmp_path / "shards"
-    synthesize_shards(ema, run, shards)
+    Run(run).write(0.15, shards, layout="sharded", max_shard_size="1KB")
     flip_bit(snapshot_files(other)[0])
     flip_bit(min(shards.glob("*.safetensors")))
     leave(other / ".ema-1.tmp", 7200)
