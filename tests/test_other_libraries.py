@@ -1,6 +1,5 @@
 """The profiles of other libraries' averages, against runs of the installed packages."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from posthoc_ema import PostHocEMA as NextmlEMA
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.profiles import (
     MOST_TIMES,
-    UNLIMITED,
-    DecayRule,
     Discrete,
     ema_pytorch_profile,
     gamma_from_sigma_rel,
@@ -105,27 +102,6 @@ def test_very_many_updates_are_joined() -> None:
     assert np.abs(profile.tail(s) - power).max() < 10 * (gamma + 1) / step
     mean = (profile.masses @ profile.times, (step + 1) * (gamma + 1) / (gamma + 2) - 0.5)
     assert mean[0] == pytest.approx(mean[1], rel=1e-6)
-
-
-@pytest.mark.parametrize(("update_every", "start_step"), [(1, 0), (10, 0), (1, 300), (7, 100)])
-def test_torchtitan(update_every: int, start_step: int) -> None:
-    """Against its rule, step by step in float64: it begins as a copy of the weights before the training, here zeros."""
-    path = walk()
-    average = torch.zeros_like(path[0])
-    for step, weights in enumerate(path, 1):
-        elapsed = step - start_step
-        if elapsed >= 0 and elapsed % update_every == 0:
-            decay = 2.0 ** (-20 / max(elapsed // update_every, 1))
-            average = decay * average + (1 - decay) * weights
-        if step in (start_step or update_every, start_step + 3 * update_every, 1000):
-            first = start_step or update_every
-            rule = DecayRule(UNLIMITED, "ramp-up", power=0.05, copies=int(start_step > 0))
-            profile = rule.profile(step, (step - first) // update_every + 1, update_every, first)
-            masses = torch.from_numpy(-np.diff(profile.tail(np.arange(0.0, step + 1))))
-            assert (masses @ path[:step] - average).norm() <= 2e-6 * average.norm() + 1e-12
-    steps = np.arange(400.0, 1000)
-    power = 1 - (steps / 1000) ** (20 * math.log(2))
-    assert start_step or np.abs(profile.tail(steps) - power).max() < 0.015 * update_every
 
 
 def test_a_step_before_the_first_update_is_refused() -> None:
