@@ -154,20 +154,6 @@ def test_errors_are_as_predicted_and_no_larger_than_published(
         assert np.median(actual / predicted) == pytest.approx(1, abs=0.7)
 
 
-def errors_of_pruned(folder: Path, path: npt.NDArray[np.float32], bound: float, widest: float) -> tuple[Floats, Floats]:
-    """Prune a directory to an error; return the errors of WIDTHS up to `widest`, and the predicted ones."""
-    pruning = plan_pruning(read_directory(folder), max_error=bound, sigma_range=(0.05, widest))
-    assert pruning.to_delete
-    assert pruning.before.worst <= pruning.after.worst <= bound
-    assert np.all(pruning.after.predicted_error >= pruning.before.predicted_error)
-    prune(folder, pruning)
-    wanted = [index for index, width in enumerate(WIDTHS) if width <= widest + 1e-9]
-    found, predicted = made(folder, [WIDTHS[index] for index in wanted], "minvar")
-    actual = errors(found, true(path)[wanted])
-    assert actual.max() <= bound
-    return actual, predicted
-
-
 @pytest.mark.parametrize(
     ("path", "tracked", "bound", "widest", "options"),
     [
@@ -185,7 +171,15 @@ def test_pruning_to_an_error_leaves_that_error(
     """A judgement by the survivors alone left errors of 5 to 15 % for a bound of 1 %."""
     weights = path()
     track(tmp_path, weights, sigma_rels=tracked, **options)
-    actual, predicted = errors_of_pruned(tmp_path, weights, bound, widest)
+    pruning = plan_pruning(read_directory(tmp_path), max_error=bound, sigma_range=(0.05, widest))
+    assert pruning.to_delete
+    assert pruning.before.worst <= pruning.after.worst <= bound
+    assert np.all(pruning.after.predicted_error >= pruning.before.predicted_error)
+    prune(tmp_path, pruning)
+    wanted = [index for index, width in enumerate(WIDTHS) if width <= widest + 1e-9]
+    found, predicted = made(tmp_path, [WIDTHS[index] for index in wanted], "minvar")
+    actual = errors(found, true(weights)[wanted])
+    assert actual.max() <= bound
     assert options.get("checkpoint_dtype") or np.all(actual < 3 * predicted)
 
 
