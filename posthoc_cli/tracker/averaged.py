@@ -105,7 +105,7 @@ def to_send(plan: Plan) -> SentPlan:
 @torch.inference_mode(False)
 @torch.no_grad()
 def exchanged(
-    group: Group, sent: SentPlan, wanted: Wanted, live: Mapping[str, Source], tracked: TrackedModel,
+    group: Group, sent: SentPlan, live: Mapping[str, Source], wanted: Wanted, tracked: TrackedModel,
     model: torch.nn.Module | None, directory: Path,
 ) -> Weights:  # fmt: skip
     """Return all that this process holds of an average, under all names, on the host, after exchanging it.

@@ -96,9 +96,8 @@ def _load(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
 
 def _is_writable(tensor: torch.Tensor) -> bool:
     """Return whether values can be copied into a tensor: not if elements share memory (expanded), nor if sparse."""
-    return tensor.layout == torch.strided and all(
-        stride > 0 or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
+    is_dense = tensor.layout == torch.strided
+    return is_dense and all(step > 0 or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 # --- for a block

@@ -345,9 +345,9 @@ class _ModelFingerprint:
     def is_same(self) -> bool:
         """Return whether nothing has changed; the memory of sparse tensors is not compared."""
         local, properties = self._read()
-        return properties == self._properties and all(
-            view is None or p.is_set_to(view) for p, view in zip(local, self._views, strict=True)
-        )
+        if properties != self._properties:
+            return False
+        return all(view is None or p.is_set_to(view) for p, view in zip(local, self._views, strict=True))
 
     def _read(self) -> tuple[Sequence[torch.Tensor], tuple[object, ...]]:
         """Return the parts of the tensors that this process holds, and all compared properties except their memory."""
@@ -392,10 +392,7 @@ class NamedTensor(NamedTuple):
 
 
 def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
-    """Return the parameters, then the buffers, in the order of the modules, tied names included.
-
-    An InvalidValueError refuses a model in a wrapper of FSDP (version 1).
-    """
+    """Return the parameters, then the buffers, in the order of the modules, tied names included."""
     modules, fsdp = list(_named_modules(model)), sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(one.module, fsdp.FullyShardedDataParallel) for one in modules):
         way = "use fully_shard or DistributedDataParallel"

@@ -285,9 +285,8 @@ class Pipeline:
             pool = SINGLE_THREAD if averages.tensors is None else self._pool_for(averages.tensors.layout)
             path = averages.path(pool, exact=exact)
             copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
-        return replace(
-            current, averages=Averages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
-        )
+        state = Averages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
+        return replace(current, averages=state)
 
     def _current(self) -> Tracking:
         """Return the state with all calls counted since the last update; without them if an update is queued."""

@@ -160,7 +160,7 @@ class PostHocEMA:
         )  # fmt: skip
         directory = check_path(checkpoint_dir)
         wait_for_writers(directory)
-        return cls(Start.of_model(model, directory, settings, resume), model, device)
+        return cls(Start.of_model(check_model(model), directory, settings, resume), model, device)
 
     @classmethod
     def from_path(
@@ -273,10 +273,7 @@ class PostHocEMA:
             self._attachment.remove()
 
     def on_snapshot(self, callback: Callable[[Any], None]) -> None:
-        """Register `callback(ema)`, called once for all profiles when new snapshots of this process are durable.
-
-        The training's thread calls it in its next `update_` or `close`, which raises its errors after its own work.
-        """
+        """Register `callback(ema)`: the next `update_` or `close` calls it, last, when new snapshots are durable."""
         if not callable(callback):
             raise InvalidValueError("on_snapshot", "must be given a function of the tracker", value=shown(callback))
         self._callbacks.append(callback)
@@ -690,7 +687,8 @@ class PostHocEMA:
             return self._raw_weights(model, asked.get("dtype"))
         tracking, target, live = self._pipeline.tracking, as_target(wanted), None
         if target.sigma_rel is not None and not (tracking.resumes or {"t", "step"} & asked.keys()):
-            live = self.settings.tracked_index(target.sigma_rel)
+            near = (math.isclose(target.sigma_rel, one, rel_tol=1e-6) for one in self.settings.sigma_rels)  # float32's
+            live = next((index for index, is_near in enumerate(near) if is_near), None)
 
         def plan(sources: list[Source]) -> Plan:
             if live is not None:
@@ -701,9 +699,7 @@ class PostHocEMA:
             return with_consistent_plan(lambda: plan(self._sources(live is not None)), use)
         return with_consistent_plan(
             lambda: self._in_first(group, lambda sources: averaged.to_send(plan(sources)), live is not None),
-            lambda found: averaged.exchanged(
-                group, found[0], wanted, found[1], tracking.tracked, model, self.checkpoint_dir
-            ),
+            lambda found: averaged.exchanged(group, *found, wanted, tracking.tracked, model, self.checkpoint_dir),
         )
 
     @torch.inference_mode(False)

@@ -56,14 +56,7 @@ from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.memory import HOST, FlatTensors, Layout, buckets_of
-from posthoc_cli.tracker.model import (
-    ModelTensors,
-    TrackedModel,
-    check_model,
-    collect_tensors,
-    named_tensors,
-    nonfinite_name,
-)
+from posthoc_cli.tracker.model import ModelTensors, TrackedModel, collect_tensors, named_tensors, nonfinite_name
 from posthoc_cli.tracker.processes import Group, Members, ShardOwners, as_dtensor, held_box, is_first_of_group, reshard
 
 log = logging.getLogger(__name__)
@@ -115,11 +108,6 @@ class Settings:
             raise InvalidValueError(name, f"must {must}", value=value)
         schedule = TrackingSchedule(every, snapshot_every, after, most, dtype, range_of(profiles))
         return cls(tuple(profiles), schedule, t_unit, selection, on_nonfinite)
-
-    def tracked_index(self, wanted: float) -> int | None:
-        """Return the index of a tracked profile, also of its float32 value; None for any other."""
-        equal = (i for i, tracked in enumerate(self.sigma_rels) if math.isclose(wanted, tracked, rel_tol=1e-6))
-        return next(equal, None)
 
     def update_is_due(self, step: int) -> bool:
         return step > self.schedule.update_after_step and step % self.schedule.update_every == 0
@@ -230,7 +218,7 @@ class Start:
         stored = read_directory(directory) if step is not None else find_snapshots(directory) if resume else []
         if stored:
             settings = replace(settings, selection=settings.selection.resumed(stored[-1].roles))
-        check_globs(settings.selection, [tensor.name for tensor in named_tensors(check_model(model))])
+        check_globs(settings.selection, [tensor.name for tensor in named_tensors(model)])
         tensors = collect_tensors(model, settings.selection)
         if tensors.tracked.chunks or is_first_of_group(model):
             _check_directory(directory, is_new=resume is None)
