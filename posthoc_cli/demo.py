@@ -52,8 +52,7 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
     files.check_parent("out", out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputExistsError(out, "already exists, and is no empty folder", "name another one")
-    with files.reported_as_write_error(out):
-        files.make_directory(out)
+    files.make_directory(out)
     snapshots, every = out / "snapshots", checkpoint_every(steps)
     say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook updates two averages")
     say(f"every {UPDATE_EVERY} steps and writes snapshots of both every {every:,} steps to {snapshots}")

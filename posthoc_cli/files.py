@@ -63,9 +63,7 @@ class FileSystem:
         return os.pwrite(descriptor, view, offset)
 
     def fsync_directory(self, path: Path) -> None:
-        """Wait until the directory's entries are on the disk, where the file system supports that; a store has none."""
-        if is_url(path):
-            return
+        """Wait until the directory's entries are on the disk, where the file system supports that."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -93,9 +91,6 @@ system = FileSystem()
 
 # --- paths and URLs
 
-EMPTY = "is empty; for the working directory give '.'"
-"""Why an empty path is refused: `Path` would take it for the working directory."""
-
 _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
 """The beginning of a URL: one slash, since a Path drops the second; two letters or more, since one is a drive."""
 
@@ -107,10 +102,10 @@ def is_url(path: str | Path) -> bool:
 
 def given_path(name: str, path: str | Path) -> Path:
     """Return an argument as a path; raise InvalidValueError, naming the argument, for an empty or invalid one."""
-    if path == "":
-        raise InvalidValueError(name, EMPTY)
-    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
-        raise InvalidValueError(name, "must be a path", value=shown(path))
+    is_empty = path == ""  # which `Path` would take for the working directory
+    if is_empty or not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        reason = "is empty; for the working directory give '.'" if is_empty else "must be a path"
+        raise InvalidValueError(name, reason, value="" if is_empty else shown(path))
     return as_path(path)
 
 
@@ -187,25 +182,25 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
 
 def make_directory(path: Path) -> list[Path]:
     """Create a directory and its missing parents durably; return those created, outermost first; none in a store."""
-    missing = [] if is_url(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
-    made = []
-    try:
-        for directory in reversed(missing):
-            _unfinished[directory] = os.getpid()
-            system.make_directory(directory)
-            made.append(directory)
-            system.fsync_directory(directory.parent)
-    except BaseException:
-        _remove_empty(made)
-        raise
+    made: list[Path] = []
+    with reported_as_write_error(path):
+        missing = [] if is_url(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
+        try:
+            for directory in reversed(missing):
+                _unfinished[directory] = os.getpid()
+                system.make_directory(directory)
+                made.append(directory)
+                system.fsync_directory(directory.parent)
+        except BaseException:
+            _remove_empty(made)
+            raise
     return made
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[None]:
     """Create a directory for the block; remove it if the block fails and leaves it empty."""
-    with reported_as_write_error(path):
-        made = make_directory(path)
+    made = make_directory(path)
     try:
         yield
     except BaseException:
@@ -263,19 +258,15 @@ def remove_unfinished() -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a name has the form of those from `temporary_path`."""
+    """Return whether a name is that of a temporary file or folder."""
     return name.startswith(TEMPORARY_PREFIX) and name.endswith(".tmp")
 
 
-def temporary_path(directory: Path) -> Path:
-    """Return a new path in `directory` with a name that every reader ignores."""
-    return directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}.tmp"
-
-
-def _temporary_path_for(path: Path) -> Path:
-    """Return a temporary path for writing `path`: in the same folder, or for a URL in the system's temporary folder."""
+def _temporary_path(path: Path) -> Path:
+    """Return a path that readers ignore for writing `path`: in its folder, or for a URL in that of temporary files."""
     check_writable("out", path)
-    return temporary_path(Path(tempfile.gettempdir()) if is_url(path) else path.parent)
+    folder = Path(tempfile.gettempdir()) if is_url(path) else path.parent
+    return folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}.tmp"
 
 
 def leftovers(directory: Path) -> list[Path]:
@@ -305,14 +296,6 @@ def remove_leftovers(directory: Path, still: float = 3600.0) -> None:
 # --- writing
 
 
-def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`."""
-    view = memoryview(data).cast("B")
-    while view:
-        written = system.write(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
 def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:
     """Write a small file durably and atomically, as `PendingFile` does."""
     with PendingFile(path, overwrite) as pending:
@@ -332,7 +315,7 @@ class PendingFile:
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         self.path, self._overwrite = path, overwrite
-        self.temporary = _temporary_path_for(path)
+        self.temporary = _temporary_path(path)
         _unfinished[self.temporary] = os.getpid()
         with reported_as_write_error(path):
             _check_free(path, overwrite)
@@ -340,8 +323,11 @@ class PendingFile:
         self._open = True
 
     def write_at(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data).cast("B")
         with reported_as_write_error(self.path):
-            write_at(self.descriptor, data, offset)
+            while view:
+                written = system.write(self.descriptor, view, offset)
+                view, offset = view[written:], offset + written
 
     def publish(self) -> None:
         """Make the content durable and give the file its name; remove a new name if a later step fails.
@@ -414,7 +400,7 @@ class PendingFolder:
     """
 
     def __init__(self, path: Path, replaces: re.Pattern[str] | None = None) -> None:
-        self.path, self.temporary = path, _temporary_path_for(path)
+        self.path, self.temporary = path, _temporary_path(path)
         self._replaces, self._uploaded = replaces, list[Path]()
         with reported_as_write_error(path):
             self._is_taken()

@@ -32,14 +32,13 @@ from posthoc_cli.snapshots.outputs import (
     Used,
     decode_output,
     index_of,
-    model_files,
     models_at,
     read_model,
     training_metadata,
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, running_statistics
 from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile, file_size
+from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile
 from posthoc_cli.synthesis.engine import holds
 
 
@@ -88,7 +87,7 @@ def export_file(
         max_shard_size: largest size of a shard, such as "5GB", which is the default.
         weights: of a training's checkpoint take the raw weights, not the average.
         average: the key or prefix of the average in a training's checkpoint, or a glob of it, if no word says it.
-        progress: opens a progress bar of the bytes to read.
+        progress: opens a progress bar of the bytes to write.
 
     Raises:
         FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
@@ -107,10 +106,8 @@ def export_file(
     info, metadata = None, dict[str, str]()
     with ExitStack() as stack:
         if is_checkpoint:
-            stored = stack.enter_context(stored_in(source, weights, average))
-            total, tensors = stored.file_bytes, _of_source(stored)
+            tensors = _of_source(stack.enter_context(stored_in(source, weights, average)))
         else:
-            total = sum(map(file_size, model_files(source)))
             tensors, info, metadata = _read_model(stack, source)
         own, tensors = len(tensors), _rename(tensors, prefix, strip_prefix)
         if base is not None:
@@ -121,7 +118,7 @@ def export_file(
             copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
             content = replace(info, copies=copies).encoded()
         parts, others = files_of(layout, entries, options.shard_bytes)
-        advance = stack.enter_context(progress("exporting", total))
+        advance = stack.enter_context(progress("exporting", nbytes(entries)))
 
         def fill(outputs: Sequence[Output], in_file: Mapping[str, Entry]) -> None:
             for name, entry in in_file.items():

@@ -120,9 +120,6 @@ class RemotePath(PosixPath):
     def absolute(self) -> RemotePath:
         return self
 
-    def resolve(self, strict: bool = False) -> RemotePath:  # noqa: ARG002
-        return self
-
     def is_symlink(self) -> bool:
         """Return False: a store has no links."""
         return False
@@ -144,20 +141,18 @@ class RemotePath(PosixPath):
         return self._known if isinstance(self._known, ObjectInfo) else None
 
     def is_file(self, **_: Any) -> bool:
+        """Return whether it is an object that may be read: an optional file is often one without permission."""
         try:
             return self._ask() is not None
-        except FileNotFoundError:
-            return False
-        except RemoteError as error:
-            if error.errno != errno.EACCES:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EACCES):
                 raise
             return False
 
     def is_dir(self, **_: Any) -> bool:
-        try:
+        with suppress(FileNotFoundError):
             return self._ask() is None
-        except FileNotFoundError:
-            return False
+        return False
 
     def exists(self, **_: Any) -> bool:
         return self.is_file() or self.is_dir()
@@ -174,13 +169,10 @@ class RemotePath(PosixPath):
     def unlink(self, missing_ok: bool = True) -> None:  # noqa: ARG002 - a store does not report a missing object
         delete(str(self))
 
-    def rmdir(self) -> None:
-        """Do nothing: a folder ends with its last object."""
-
     def iterdir(self) -> Generator[RemotePath, None, None]:
         """Yield the paths in the folder; raise a FileNotFoundError without one, a NotADirectoryError for an object."""
         if self._ask() is not None:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self))
+            raise _system_error(errno.ENOTDIR, str(self))
         for name, info in listed(str(self)).items():
             child = self / name
             child._known = info or "folder"
@@ -219,7 +211,7 @@ def head(url: str) -> ObjectInfo:
     """Return the facts about an object; raise a FileNotFoundError if it does not exist."""
     store, key = _place(url)
     if not key:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)  # a bucket
+        raise _system_error(errno.ENOENT, url)  # a bucket
     try:
         with request_errors(url):
             return _info(store.head(key))
@@ -283,7 +275,7 @@ def put(url: str, data: bytes | Path, *, create: bool = True) -> None:
     elif create:
         with suppress(FileNotFoundError):
             head(url)
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url)
+            raise _system_error(errno.EEXIST, url)
     with request_errors(url, "written"):
         store.put(key, data, **options)
 
@@ -302,8 +294,14 @@ def _info(facts: Any) -> ObjectInfo:
 # --- errors
 
 
+def _system_error(number: int, url: str) -> OSError:
+    """Return the system's error of this number, such as a FileNotFoundError, about a URL."""
+    return OSError(number, os.strerror(number), url)
+
+
 _ACCESS = "`ema guide remote` says where they are read from"
 _REASONS = (
+    ("^(FileExistsError|AlreadyExistsError):", errno.EEXIST, "", ""),
     ("status code: 416 ", errno.ERANGE, "it is shorter than the range asked for", ""),
     ("<Code>(NoSuchBucket|ContainerNotFound)<", errno.EIO, "there is no such bucket or container", ""),
     ("status code: 404", errno.ENOENT, "", ""),
@@ -338,8 +336,6 @@ def request_errors(url: str, verb: str = "read") -> Iterator[None]:
         raise
     except Exception as error:  # noqa: BLE001 - the libraries of three stores have different classes
         kind, answer = type(error).__name__, getattr(error, "response", None)
-        if kind in ("FileExistsError", "AlreadyExistsError"):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url) from None
         status = 404 if isinstance(error, FileNotFoundError) else getattr(answer, "status_code", "")
         text = f"{kind}: {f'status code: {status}' * bool(status)} {error}"
         text = re.sub(r"\(code: (\w+)\)", r"<Code>\1<", text)  # the form of an error of a bulk deletion
@@ -348,7 +344,7 @@ def request_errors(url: str, verb: str = "read") -> Iterator[None]:
             for pattern, number, reason, hint in _REASONS
             if (match := re.search(pattern, text, re.DOTALL))
         )
-        if number == errno.ENOENT:
-            raise FileNotFoundError(number, os.strerror(number), url) from None
+        if number in (errno.ENOENT, errno.EEXIST):
+            raise _system_error(number, url) from None
         reason = reason if number == errno.ESTALE else f"cannot be {verb}: {reason}"
         raise RemoteError(url, reason, hint, errno=number) from None  # the library's text holds the request

@@ -38,7 +38,7 @@ from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, 
 from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.path import decode_path, index_within, joined_paths, joined_sample, places
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, read_one
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Box, Entry, cover_problem, in_turn, read_file
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, cover_problem, in_turn, read_file
 
 log = logging.getLogger(__name__)
 
@@ -312,11 +312,7 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     """Return the snapshot of these parts; raise the errors of `joined` if their chunks are not complete tensors."""
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     boxes = [{name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()} for part in parts]
-    holders: dict[str, list[tuple[Snapshot, Box]]] = defaultdict(list)
-    for part, held in zip(parts, boxes, strict=True):
-        for name, box in held.items():
-            holders[name].append((part, box))
-    entries = {name: _joined_entry(folder, name, of_tensor) for name, of_tensor in holders.items()}
+    entries = {name: _joined_entry(folder, name, parts) for name in tensors}
     shapes = {name: entries[name].shape for name, tensor in tensors.items() if tensor.role == "average"}
     samples = []
     for part, held_boxes in zip(parts, boxes, strict=True):
@@ -335,15 +331,14 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     )  # fmt: skip
 
 
-def _joined_entry(folder: Path, name: str, holders: Sequence[tuple[Snapshot, Box]]) -> Entry:
+def _joined_entry(folder: Path, name: str, parts: Sequence[Snapshot]) -> Entry:
     """Return a complete tensor; raise an error unless the chunks of it hold each of its elements exactly once."""
-    parts = [part for part, _ in holders]
+    parts = [part for part in parts if name in part.chunks]
     shape = parts[0].chunks[name].shape
     for part in parts:
         if (other := part.chunks[name].shape) != shape:
-            reason = f"do not match: tensor {shown(name)} has the shapes {list(shape)} and {list(other)}"
-            raise _apart(parts[0], part, reason)
-    if problem := cover_problem(shape, [box for _, box in holders]):
+            raise _apart(parts[0], part, _two_shapes(name, shape, other))
+    if problem := cover_problem(shape, [part.chunks[name].box(part.entries[name].shape) for part in parts]):
         raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
     # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
     return Entry(max((part.entries[name].dtype for part in parts), key=ITEM_BYTES.__getitem__), shape)
@@ -361,17 +356,13 @@ def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
 
 def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     """Return an error for each pair of snapshots that cannot be in one directory; `snapshots` are in order of time."""
-    errors = [
-        _apart(snapshots[0], other, reason)
-        for other in snapshots[1:]
-        if (reason := _difference(snapshots[0], other)) is not None
-    ]
+    differing = ((other, _difference(snapshots[0], other)) for other in snapshots[1:])
+    errors = [_apart(snapshots[0], other, reason) for other, reason in differing if reason]
     seen: dict[tuple[float, float], Snapshot] = {}
     for snapshot in snapshots:
-        t, sigma_rel = snapshot.t, snapshot.sigma_rel
-        first = seen.setdefault((t, sigma_rel), snapshot)
+        first = seen.setdefault((snapshot.t, snapshot.sigma_rel), snapshot)
         if first is not snapshot:
-            reason = f"both hold sigma_rel {sigma_rel:g} at t = {t:,.12g}"
+            reason = f"both hold sigma_rel {first.sigma_rel:g} at t = {first.t:,.12g}"
             errors.append(_apart(first, snapshot, reason, "remove one"))
     return errors
 
@@ -385,18 +376,20 @@ def _difference(a: Snapshot, b: Snapshot) -> str | None:
     # A run that lost all snapshots of a profile may have been resumed without that profile.
     if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
         return f"do not match: their runs track the profiles {_widths(a.sigma_rels)} and {_widths(b.sigma_rels)}"
-    if a.tensors != b.tensors or any(entry.shape != b.entries[name].shape for name, entry in a.entries.items()):
-        both = [{name: (tensor, one.entries[name].shape) for name, tensor in one.tensors.items()} for one in (a, b)]
-        name = min(name for name in a.tensors.keys() | b.tensors.keys() if both[0].get(name) != both[1].get(name))
-        if name not in a.tensors or name not in b.tensors:
-            missing = b if name in a.tensors else a
-            return f"do not match: tensor {shown(name)} is missing in {missing.path.name}"
-        kinds = [f"{tensor.role} of {tensor.dtype}" for tensor, _ in (both[0][name], both[1][name])]
-        if kinds[0] != kinds[1]:
-            return f"do not match: tensor {shown(name)} is {kinds[0]} and {kinds[1]}"
-        shapes = [list(shape) for _, shape in (both[0][name], both[1][name])]
-        return f"do not match: tensor {shown(name)} has the shapes {shapes[0]} and {shapes[1]}"
+    for name in sorted(a.tensors.keys() ^ b.tensors.keys()):
+        missing = b if name in a.tensors else a
+        return f"do not match: tensor {shown(name)} is missing in {missing.path.name}"
+    for name, one in a.tensors.items():
+        if one != (other := b.tensors[name]):
+            kinds = [f"{tensor.role} of {tensor.dtype}" for tensor in (one, other)]
+            return f"do not match: tensor {shown(name)} is {' and '.join(kinds)}"
+        if (shape := a.entries[name].shape) != (other_shape := b.entries[name].shape):
+            return _two_shapes(name, shape, other_shape)
     return None if a.aliases == b.aliases else "do not match: they tie different names together"
+
+
+def _two_shapes(name: str, one: Sequence[int], other: Sequence[int]) -> str:
+    return f"do not match: tensor {shown(name)} has the shapes {list(one)} and {list(other)}"
 
 
 def missing_at_newest(snapshots: Sequence[Snapshot]) -> list[str]:
@@ -551,8 +544,8 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
+    files.make_directory(folder)
     with files.reported_as_write_error(folder):
-        files.make_directory(folder)
         moved = []
         for path in (snapshot.path for snapshot in stored if not files.is_absent(snapshot.path)):
             stem, suffix = path.name.removesuffix(SUFFIX), SUFFIX * path.name.endswith(SUFFIX)

@@ -26,7 +26,6 @@ from posthoc_cli.snapshots.directory import (
     inspect_directory,
     is_parts_folder,
     is_snapshot_name,
-    list_folder,
     read_snapshot,
 )
 from posthoc_cli.snapshots.snapshot import (
@@ -136,12 +135,10 @@ def is_plain_name(name: str, endings: tuple[str, ...] = (SUFFIX,)) -> bool:
 
 
 def model_files(path: Path) -> dict[Path, list[str] | None]:
-    """Return the files of a model or snapshot, each with the tensors that an index names; None without an index."""
+    """Return the files of a model, each with the tensors that an index names; None without an index."""
     index = index_of(path)
     if index is not None:
         return {index.parent / name: names for name, names in decode_index(index).items()}
-    if is_parts_folder(path):
-        return dict.fromkeys(list_folder(path).files)
     return {path / SINGLE_NAME if path.is_dir() else path: None}
 
 
@@ -202,9 +199,7 @@ def describe(path: Path) -> Description:
 
     Raises DirectoryError without snapshots, outputs or models, and the errors of `read_model`.
     """
-    if is_parts_folder(path):
-        return _of_snapshot(read_snapshot(path))
-    if not path.is_dir():
+    if not path.is_dir() or is_parts_folder(path):
         return _of_model(path)
     content = inspect_directory(path)
     if content.snapshots or content.problems or content.incomplete:
@@ -223,6 +218,8 @@ def describe(path: Path) -> Description:
 
 
 def _of_model(path: Path) -> Description:
+    if is_parts_folder(path):
+        return _of_snapshot(read_snapshot(path))
     shards = read_model(path)
     is_sharded, kinds = index_of(path) is not None, {shard.kind for shard in shards}
     if kinds == {"snapshot"} and not is_sharded:

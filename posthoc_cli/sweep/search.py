@@ -483,8 +483,7 @@ class SweepReport:
     def write(self, folder: str | Path) -> None:
         """Write the report to a folder, for `ema report`; raise a WriteError if that fails."""
         folder = files.expanded(folder)
-        with files.reported_as_write_error(folder):
-            files.make_directory(folder)
+        files.make_directory(folder)
         files.write_atomically(folder / RESULT, f"{json.dumps(self.to_dict(), indent=1)}\n".encode(), overwrite=True)
 
     def to_dict(self) -> dict[str, Any]:

@@ -134,8 +134,7 @@ class Sweep:
         if names - {LOCK_NAME, _LOGS, _SCRATCH} and not names & {TRIALS, RESULT}:
             # A sweep might replace or remove files of other programs that have the same names as its own.
             raise OutputExistsError(self.out, "is not empty, and not the folder of a sweep", "name another folder")
-        with files.reported_as_write_error(self.out):
-            files.make_directory(self.out / _LOGS)
+        files.make_directory(self.out / _LOGS)
         with DirectoryLock(self.out):
             try:
                 _remove(self.out / _SCRATCH)
@@ -158,8 +157,7 @@ class Sweep:
         """Make one average after another, run the command with each seed, and yield the recorded results."""
         scratch = (self.out / _SCRATCH).absolute()  # the command may change the directory
         for x, pairs in itertools.groupby(wanted, lambda pair: pair[0]):
-            with files.reported_as_write_error(scratch):
-                files.make_directory(scratch)
+            files.make_directory(scratch)
             target, weights = axis.target(x) if x else Mean(1), scratch / f"weights{self._suffix}"
             predicted = self._write(target, weights).plan.predicted_error(0)
             title, error = (target.title, predicted) if x else (RAW, None)
