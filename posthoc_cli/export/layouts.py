@@ -69,10 +69,8 @@ class OutputOptions(Options):
 
     @property
     def shard_bytes(self) -> int:
-        """`max_shard_size` in bytes."""
-        return resources.parse_bytes(
-            "5GB" if self.max_shard_size is None else str(self.max_shard_size), "max_shard_size"
-        )
+        size = "5GB" if self.max_shard_size is None else str(self.max_shard_size)
+        return resources.parse_bytes(size, "max_shard_size")
 
     def layout_of(self, path: Path) -> str:
         """Return the layout of an output, see `layout_of`, after checking that shards have a size only in shards."""
@@ -104,8 +102,7 @@ def check_space(out: Path, needed: int) -> None:
 def layout_of(path: Path, layout: str | None) -> str:
     """Return the given layout, or choose it by the output's name: .pt, .safetensors, or a folder of shards.
 
-    Raises:
-        InvalidValueError: the name has the ending of another layout, or of none.
+    Raises InvalidValueError if the name has the ending of another layout, or of none.
     """
     named = next((name for name, endings in LAYOUTS.items() if path.suffix in endings), None)
     if layout is None:
@@ -125,10 +122,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     """Return the path of each target's output, and the folder to create for them if `out` names one.
 
     `out` is a file (for one target), or a folder with a file per target. A folder of shards holds one model, so several
-    targets get a folder each within it.
-
-    Raises:
-        InvalidValueError: two targets would have the same path.
+    targets get a folder each within it. Raises InvalidValueError if two targets would have the same path.
     """
     path = files.expanded(files.given_path("out", out))
     files.check_writable("out", path)
@@ -235,9 +229,7 @@ def write_outputs(
     in an object store. Of several processes each writes to temporary folders of its own; the first moves the files of
     all into its own folders, and gives these their names; to a store each sends its files, and the first the index.
 
-    Raises:
-        WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
-        OutputExistsError: an output already exists, and `overwrite` is False.
+    Raises WriteError, before anything is written if the outputs do not fit on the disk, and OutputExistsError.
     """
     rank, world, is_remote = ranks.rank, ranks.world, files.is_url(paths[0])
     own = {name: parts[name] for name in [*parts][rank::world]}
@@ -316,7 +308,6 @@ class Output:
             self._file = TensorFileWriter(place, self._parts[name], *self._header)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a complete tensor."""
         if self._memory is not None:
             self._memory.tensors[name] = tensor.cpu()
         else:

@@ -42,18 +42,15 @@ class ModelFolder:
     def find(cls, like: Path | str, component: str | None, tensors: Iterable[str]) -> ModelFolder:
         """Return a model folder; for a pipeline with the named component, or the only one with some of these tensors.
 
-        Raises:
-            InvalidValueError: the path is no folder with weights in safetensors files; or no component, or several, fit
-                the tensors; or something in the folder is neither a file nor a link to a file in the folder.
+        Raises InvalidValueError for a path without weights in safetensors files, if no component, or several, fit the
+        tensors, or for something in the folder that is neither a file nor a link to a file in the folder.
         """
-        path = files.expanded(like)
-        if not path.is_dir():
-            raise InvalidValueError("like", "is not a folder", value=path)
+        path, known = files.expanded(like), set(tensors)
         if component and (component == ".." or Path(component).name != component):
             raise InvalidValueError("component", "must be the name of a folder in the model folder", value=component)
-        parts = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _weights_at(entry) is not None]
+        entries = sorted(path.iterdir()) if path.is_dir() else []
+        parts = [entry.name for entry in entries if entry.is_dir() and _weights_at(entry) is not None]
         if component is None and _weights_at(path) is None and parts:
-            known = set(tensors)
             fitting = [part for part in parts if known & cls(path, part).stored.keys()]
             if len(fitting) != 1:
                 reason = f"has weights in: {', '.join(parts)}; with names of the run's in {len(fitting)}"
@@ -62,7 +59,8 @@ class ModelFolder:
         folder = cls(path, component or "")
         if _weights_at(folder.place) is None:
             names = " or ".join(f"{stem}{SUFFIX}" for stem in _STEMS)
-            raise InvalidValueError("like", f"has no weights: {names}, or their index", value=folder.place)
+            reason = f"has no weights: {names}, or their index" if path.is_dir() else "is not a folder"
+            raise InvalidValueError("like", reason, value=folder.place)
         for file in (*folder.others.values(), *{stored.path for stored in folder.stored.values()}):
             if reason := _foreign(file, path):
                 reason = f"{file.relative_to(path)} {reason}; only its own files are copied"
@@ -102,9 +100,7 @@ class ModelFolder:
     def arranged(self, plan: Plan) -> tuple[Plan, Parts]:
         """Return a plan whose tensors have the dtypes of this folder, and the tensors of each of its weight files.
 
-        Raises:
-            MismatchError: a tensor of the run has another shape in the folder, or is not in it; or the folder's weights
-                are quantized.
+        Raises MismatchError for a tensor that has another shape in the folder or is not in it, or quantized weights.
         """
         owners = {alias: name for name, aliases in plan.names.items() for alias in aliases}
         dtypes = {owners[name]: file.entries[name].dtype for name, file in self.stored.items() if name in owners}

@@ -49,20 +49,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SynthesisReport:
-    """The plan of a synthesis, and its result.
-
-    Attributes:
-        plan: the plan of all targets.
-        outputs: one path per target; empty in a dry run.
-        taken: tensors that the run lacks and that were copied from the model folder.
-        device: device that computed the sums.
-        seconds: duration of the synthesis.
-    """
+    """The plan of a synthesis, and its result."""
 
     plan: Plan
-    outputs: tuple[Path, ...] = ()
-    taken: tuple[str, ...] = ()
-    device: str = "cpu"
+    outputs: tuple[Path, ...] = ()  # one per target; empty in a dry run
+    taken: tuple[str, ...] = ()  # tensors that the run lacks and that were copied from the model folder
+    device: str = "cpu"  # computed the sums
     seconds: float = 0.0
 
     def __repr__(self) -> str:
@@ -87,20 +79,10 @@ class SynthesisReport:
 
 
 class Outputs:
-    """The outputs that a caller of `Run.write` requests, checked before anything is read.
+    """The outputs that a caller of `Run.write` requests by `asked`, checked before anything is read.
 
-    Arguments:
-        asked: the options of the caller.
-        like: the model folder that the outputs are modelled on.
-
-    Attributes:
-        paths: one path per target; none in a dry run.
-        container: a folder to create for the outputs.
-        dtype: dtype of the averages.
-        options: the caller's options, with the device and the layout filled in.
-
-    Raises:
-        InvalidValueError: an option is invalid, or contradicts another.
+    There is one path per target; none in a dry run. `container` is a folder to create for them. `options` are those of
+    the caller, with the device and the layout filled in. Raises InvalidValueError if one contradicts another.
     """
 
     def __init__(
@@ -237,8 +219,7 @@ WAIT = timedelta(minutes=30)
 class Ranks(Alone):
     """The process group of a torchrun job, until the end of the `with` block.
 
-    Raises:
-        RankError: the ranks could not connect; in `together`, another one failed.
+    Raises RankError if the ranks cannot connect or, in `together`, another one failed.
     """
 
     def __init__(self) -> None:

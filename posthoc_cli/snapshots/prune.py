@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -110,12 +109,9 @@ def plan_pruning(
     check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
     check_max_error(max_error)
     check_sigma_range(sigma_range)
-    most = max(Counter(snapshot.sigma_rel for snapshot in snapshots).values())
-    if max_size is not None:
-        check_count("max_size", max_size)
-    if keep is not None and check_count("keep", keep) > most:
-        existing = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
-        raise InvalidValueError("keep", f"{existing} a profile; nothing was deleted", value=keep)
+    for name, number in (("max_size", max_size), ("keep", keep)):
+        if number is not None:
+            check_count(name, number)
     everyone = [snapshot.profile for snapshot in snapshots]
     needed = _needed(everyone)
     used = sorted({*thinned_subset(everyone, keep=keep or 1), *needed})
@@ -170,7 +166,8 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
             raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")
         for snapshot in pruning.kept:
             for file in snapshot.files:
-                file.verify(progress)
+                for error in file.examine(progress)[0].values():
+                    raise error
         for snapshot in pruning.to_delete:
             remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):

@@ -215,8 +215,6 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
         kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
         hint = "raise the limit of open files, as by ulimit -n 4096" if error.errno == errno.EMFILE else ""
         raise kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint) from error
-    except ValueError as error:
-        raise FileFormatError(f"{str(path)!r}", f"cannot be {verb}: no file can have this name") from error
 
 
 class OpenedFile:
@@ -448,11 +446,6 @@ class TensorFile:
                 strided = as_strided(stored, entry.shape, [dtype.itemsize * step for step in entry.strides])
                 self._reordered = name, np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
             return self._reordered[1]
-
-    def verify(self, progress: Callable[[int], object] = lambda _: None) -> None:
-        """Read and verify every byte; raise FileFormatError for the first damaged tensor."""
-        for error in self.examine(progress)[0].values():
-            raise error
 
     def examine(self, progress: Callable[[int], object]) -> tuple[dict[str, FileFormatError], list[str]]:
         """Read every byte, on several threads; return the damaged tensors, and those that hold nan or infinity."""

@@ -129,30 +129,19 @@ MAX_BATCH = 1024
 
 @dataclass(frozen=True)
 class Tile:
-    """The elements from `begin` on of a large tensor, or several complete small tensors, end to end.
+    """The elements from `begin` on of a large tensor, or several complete small tensors of one kind, end to end."""
 
-    Attributes:
-        plan: the plan with the coefficients of its tensors.
-        names: the stored names of the tensors.
-        bounds: the offset of each tensor in the tile, in elements, and the number of elements.
-        role: "average", "copy" or "variance" (an average that is kept positive); the same for all tensors.
-        dtype: safetensors name of the output's dtype, the same for all tensors.
-        wide: safetensors name of the sums' dtype; for copies of the stored dtype.
-        last: whether this tile and the tiles before it complete its tensors.
-    """
-
-    plan: Plan
-    names: tuple[str, ...]
-    bounds: tuple[int, ...]
-    role: str
-    dtype: str
-    wide: str
+    plan: Plan  # with the coefficients of its tensors
+    names: tuple[str, ...]  # the stored names of the tensors
+    bounds: tuple[int, ...]  # the offset of each tensor in the tile, in elements, and the number of elements
+    role: str  # "average", "copy" or "variance" (an average that is kept positive)
+    dtype: str  # safetensors name of the output's dtype
+    wide: str  # safetensors name of the sums' dtype; for copies of the stored dtype
     begin: int = 0
-    last: bool = True
+    last: bool = True  # whether this tile and the tiles before it complete its tensors
 
     @property
     def size(self) -> int:
-        """The number of elements."""
         return self.bounds[-1]
 
     @property
@@ -218,16 +207,10 @@ REMOTE_THREADS, READING_THREADS = 4, 16
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a synthesis that change no value, except for its last rounding.
+    """Options of a synthesis that change no value, except for its last rounding."""
 
-    Attributes:
-        device: device that computes the sums.
-        workers: number of threads; None for one per core. The results are the same bits for any number.
-        progress: called with the number of bytes read since the last call.
-    """
-
-    device: torch.device | str = "cpu"
-    workers: int | None = None
+    device: torch.device | str = "cpu"  # computes the sums
+    workers: int | None = None  # number of threads; None for one per core. The results are the same bits for any number
     progress: Progress | None = None
 
 
@@ -342,10 +325,8 @@ def check_device(device: torch.device | str) -> torch.device:
     """Return the device for the sums; "cuda" is the calling thread's current device, which differs between threads.
 
     "auto" is always the CPU: it reads and verifies every byte in any case, and the sums take a fraction of that time;
-    `scripts/bench_synthesis.py --device cuda` prints both times.
-
-    Raises:
-        InvalidValueError: the device does not exist or cannot be used; the hint lists the devices of this machine.
+    `scripts/bench_synthesis.py --device cuda` prints both times. Raises InvalidValueError, with a list of the devices
+    of this machine, if the device does not exist or cannot be used.
     """
     reason = "holds no values"
     try:

@@ -46,36 +46,24 @@ POOR_ERROR = 0.01
 class Plan:
     """The snapshots and the coefficients that make the targets.
 
-    Attributes:
-        sources: the averages in use, all at or before `t`; if there are copies, also the newest one.
-        reconstruction: coefficients [sources, columns] and errors [columns]; a target has one column, but `Groups` has
-            one per group.
-        dtype: safetensors name of the averages' dtype in the outputs; None for each parameter's own.
-        output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to the results.
-        solved, available: number of sources at or before `t` that the coefficients were solved for, and of all; beyond
-            `reconstruction.MOST_SOLVED` some are left out.
-        last: time of the newest source, used or not.
-        coarse: tensors that some source stores in fewer bytes than float32. All others, and parameters in float64, are
-            summed in float64: large coefficients of both signs would cost a float32 sum too many digits.
-        subset: the stored tensors to make; None for all.
-        boxes: the box of a tensor to make, in place of the complete tensor.
-        dtypes: the dtypes of tensors in the outputs that do not follow from `dtype`.
+    Tensors that a source stores in fewer bytes than float32 are `coarse`. All others, and parameters in float64, are
+    summed in float64: large coefficients of both signs would cost a float32 sum too many digits.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...]  # those in use, all at or before `t`; if there are copies, also the newest one
     targets: tuple[Target, ...]
     t: float
     method: str
-    reconstruction: Reconstruction
-    dtype: str | None = None
-    output_rounding: float = 0.0
-    solved: int = 0
-    available: int = 0
-    last: float = 0.0
+    reconstruction: Reconstruction  # coefficients [sources, columns], errors [columns]; `Groups` has a column per group
+    dtype: str | None = None  # safetensors name of the averages' dtype in the outputs; None for each parameter's own
+    output_rounding: float = 0.0  # root mean square error of rounding to the outputs' dtype, relative to the results
+    solved: int = 0  # number of sources at or before `t` that were solved for, at most `reconstruction.MOST_SOLVED`
+    available: int = 0  # number of all sources at or before `t`
+    last: float = 0.0  # time of the newest source, used or not
     coarse: frozenset[str] = frozenset()
-    subset: frozenset[str] | None = None
-    boxes: Mapping[str, Box] = field(default_factory=dict)
-    dtypes: Mapping[str, str] = field(default_factory=dict)
+    subset: frozenset[str] | None = None  # the stored tensors to make; None for all
+    boxes: Mapping[str, Box] = field(default_factory=dict)  # what to make in place of complete tensors
+    dtypes: Mapping[str, str] = field(default_factory=dict)  # those of outputs that do not follow from `dtype`
 
     def __repr__(self) -> str:
         each = [
