@@ -174,15 +174,13 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     kept: dict[tuple[float, str], Checkpoint] = {}
     for other in by_time(checkpoints):
         one = kept.setdefault((other.t, other.holds), other)
-        if one is not other and not _are_equal(one, other):
-            reason = f"are both of step {one.t:,.12g}"
-            raise MismatchError(f"{one.path} and {other.path}", reason, "name the files of one run by a glob")
+        is_same = one is other or _are_equal(one, other)
+        _check_alike(one, other, "" if is_same else f"are both of step {one.t:,.12g}")
     weights = {one.t for one in kept.values() if isinstance(one.profile, Point)}
     ordered = _with_labels([one for one in kept.values() if one.t not in weights or not is_copy(one)])
     first = ordered[0]
     for one in ordered[1:]:
-        if difference := _difference(first, one):
-            raise MismatchError(f"{first.path} and {one.path}", difference, _CHOOSE)
+        _check_alike(first, one, _difference(first, one))
     names = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
     return [replace(one, run_id=run_id) for one in ordered]
@@ -225,33 +223,32 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
     clock = run_clock(snapshots)
     converted = []
     for one in checkpoints:
-        difference, hint = "are averages of two libraries", "open one of them"
-        if isinstance(one.profile, Point):
-            lacking, hint = sorted(newest.tensors.keys() - one.entries.keys()), _CHOOSE
-            difference = f"are of different models: {one.name} has no {names_in(lacking)}" if lacking else ""
-            difference = difference or _tensors_differ(newest, one)
-        if difference:
-            raise MismatchError(f"{newest.path} and {one.path}", difference, hint)
+        if not isinstance(one.profile, Point):
+            _check_alike(newest, one, "are averages of two libraries", "open one of them")
+        _check_alike(newest, one, _difference(newest, one, may_have_more=True))
         shared = {name: getattr(newest, name) for name in ("run_id", "t_unit", "tensors", "aliases", "left_out")}
         converted.append(replace(one, profile=Point(float(clock.time_at(one.step))), **shared))
     return converted
 
 
-def _difference(first: Checkpoint, other: Checkpoint) -> str:
-    """Return why two checkpoints cannot be of one run, as a phrase to follow their names; empty if they can."""
-    names = [{*one.entries, *one.aliases} for one in (first, other)]
-    if differing := sorted(names[0] ^ names[1]):
-        only = first if differing[0] in names[0] else other
-        more = f", and {len(differing) - 1} more differ" * (len(differing) > 1)
-        return f"are of different models: only {only.name} has {names_in(differing[:1])}{more}"
-    if first.aliases != other.aliases:
+def _check_alike(first: Source, other: Source, difference: str, hint: str = _CHOOSE) -> None:
+    """Raise MismatchError if there is a difference between two sources, a phrase to follow their names."""
+    if difference:
+        raise MismatchError(f"{first.path} and {other.path}", difference, hint)
+
+
+def _difference(first: Source, other: Source, may_have_more: bool = False) -> str:
+    """Return why two sources cannot be of one run, as a phrase to follow their names; empty if they can.
+
+    `other` may have more tensors, and other tied ones, if only those of the first source are taken.
+    """
+    own, others = ({*one.entries} | ({*one.aliases} if not may_have_more else set()) for one in (first, other))
+    if differing := sorted(own - others if may_have_more else own ^ others):
+        only = first if differing[0] in own else other
+        return f"are of different models: only {only.name} has {names_in(differing)}"
+    if first.aliases != other.aliases and not may_have_more:
         tied = sorted(first.aliases.keys() ^ other.aliases.keys()) or sorted(first.aliases)
         return f"differ in what {shown(tied[0])} is tied to"
-    return _tensors_differ(first, other)
-
-
-def _tensors_differ(first: Source, other: Source) -> str:
-    """Return how a tensor of the first source differs in the other one, as a phrase; empty if none does."""
     for name, entry in first.entries.items():
         found = other.entries[name]
         if entry.shape != found.shape:
