@@ -6,7 +6,6 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +52,6 @@ def train(program: str, folder: Path, kind: str, killed_at: int = 0, resumes: bo
     if kind == "alone":
         return [start(program, folder, killed_at, kind, resumes).wait(250)]
     return exit_codes_of_two(program, folder, killed_at, kind, resumes)
-
-
-def skip_steps(monkeypatch: pytest.MonkeyPatch, skipped: Sequence[int]) -> list[int]:
-    """Make accelerate skip these calls of `step`, from 1, as for a GradScaler's infinities; return the calls so far."""
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    real, calls = AcceleratedOptimizer.step, list[int]()
-
-    def step(self: AcceleratedOptimizer, closure: Any = None) -> None:
-        calls.append(len(calls) + 1)
-        self._is_overflow = calls[-1] in skipped
-        if not self._is_overflow:
-            real(self, closure)
-
-    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
-    return calls
 
 
 def forget() -> None:

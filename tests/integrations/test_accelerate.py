@@ -12,7 +12,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 
 from accelerate import Accelerator
 from integrations.batches import EVERY, Training, X
-from integrations.programs import forget, skip_steps
+from integrations.programs import forget
 from integrations.truth import assert_exact, recorded
 
 from posthoc_cli.errors import MismatchError
@@ -27,14 +27,6 @@ def test_accumulated_steps_count_once(tmp_path: Path, before: bool) -> None:
     training = Training(tmp_path, before)
     training.run()
     assert len(training.weights) == 5
-    assert_exact(training.ema, training.model, training.weights)
-
-
-def test_a_skipped_step_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    skip_steps(monkeypatch, (6,))
-    training = Training(tmp_path)
-    training.run()
-    assert len(training.weights) == 4
     assert_exact(training.ema, training.model, training.weights)
 
 

@@ -65,6 +65,8 @@ read = ema.state_dict(sigma_rel=0.15)  # every process may read the snapshots, u
 assert all(torch.allclose(one.double(), single[name].double(), atol=1e-6) for name, one in read.items())
 ema.load_state_dict(state)
 assert ema.step == 10
+with ema.model(model, 0.2):
+    close(model, folder / "truth-10.pt")
 go(ema, 11, 14)
 assert (ema.step, ema.t, ema.state_dict() == {}) == (14, 14.0, rank == 1)
 with ema.model(model, 0.2):
