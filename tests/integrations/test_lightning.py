@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ pytest.importorskip("lightning.pytorch", reason="lightning is not installed: mak
 
 from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, make_trainer
 from integrations.truth import assert_exact, distance, exact, live
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, callbacks
 from lightning.pytorch.loggers import CSVLogger
 
+from posthoc_cli import Run
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
+from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.directory import read_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
@@ -178,3 +181,27 @@ def test_a_training_has_only_one_averaging_callback(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match="several that average weights"):
         fit(tmp_path, *ours)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", [None, "WeightAveraging", "EMAWeightAveraging"])
+def test_lightnings_own_checkpoints_are_opened_as_runs(kind: str | None, tmp_path: Path) -> None:
+    """An average is the planned combination of their weights, or of the averages that Lightning keeps in their place."""
+    states: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Saved(Callback):
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+            states[trainer.global_step] = copy.deepcopy(pl_module.state_dict())
+
+    fit(tmp_path, Saved(), *([] if kind is None else [getattr(callbacks, kind)()]))
+    held = torch.load(min((tmp_path / "out").iterdir()), weights_only=True)
+    assert ("current_model_state" in held) == (kind is not None)
+    run = Run(tmp_path / "out")
+    assert [source.profile for source in run.sources] == [Point(float(step)) for step in sorted(states)]
+    plan, average, last = run.plan(0.2), run.average(0.2, dtype="float64"), states[max(states)]
+    coefficients = plan.reconstruction.coefficients[:, 0].tolist()
+    assert average.keys() == last.keys()
+    for name, value in average.items():
+        terms = [c * states[s.step][name].double() for s, c in zip(plan.sources, coefficients, strict=True)]
+        is_copy = not last[name].is_floating_point() or name.endswith(("running_mean", "running_var"))
+        wanted = last[name].double() if is_copy else sum(terms)
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-12, atol=1e-12)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from factories import exact_weights
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.profiles import gamma_from_sigma_rel
 
 Recorded = Sequence[Mapping[str, torch.Tensor]]
 """The weights after each optimizer step, the first one at index 0."""
@@ -21,11 +21,9 @@ def recorded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def exact(history: Recorded, sigma_rel: float, every: int = 1) -> dict[str, torch.Tensor]:
     """Return the power-function average: an update at t has the profile's mass since the last update."""
-    power = gamma_from_sigma_rel(sigma_rel) + 1
     times = range(every, len(history) + 1, every)
-    last = times[-1]
-    shares = {t: (t / last) ** power - ((t - every) / last) ** power for t in times}
-    return {name: sum(share * history[t - 1][name] for t, share in shares.items()) for name in history[0]}
+    shares = [*zip(exact_weights(sigma_rel, times), times, strict=True)]
+    return {name: sum(share * history[t - 1][name] for share, t in shares) for name in history[0]}
 
 
 def distance(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> float:

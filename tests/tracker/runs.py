@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from factories import averages_in, exact_average
+from integrations.truth import distance
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError
@@ -76,12 +77,6 @@ class Training:
         assert ema.step == len(self.path)
         averages = averages_in(ema.state_dict()).items()
         return max(distance(found, self.exact(float(key), updates)) for key, found in averages)
-
-
-def distance(found: Mapping[str, torch.Tensor], exact: Weights) -> float:
-    """Return the relative L2 distance of weights from the exact ones, over all tensors of those."""
-    off = sum(float((found[name].double() - value).square().sum()) for name, value in exact.items())
-    return (off / sum(float(value.square().sum()) for value in exact.values())) ** 0.5
 
 
 def wait_for_writers(folder: Path) -> None:

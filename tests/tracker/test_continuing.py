@@ -23,9 +23,10 @@ import xxhash
 from ema_command import Ema
 from factories import averages_in, exact_gamma
 from groups import check_group, truth
+from integrations.truth import distance
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.stateful import Stateful
-from tracker.runs import Training, assert_near, contents, distance, superseded, times
+from tracker.runs import Training, assert_near, contents, superseded, times
 
 from posthoc_cli import PostHocEMA, PostHocError, Run
 from posthoc_cli.errors import (

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from factories import rewrite_snapshot
+from integrations.truth import distance
 from safetensors.torch import load_file
-from tracker.runs import Training, distance
+from tracker.runs import Training
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.errors import NonFiniteError

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import forked
 import pytest
-import torch
 from safetensors.torch import load_file
 from tracker.runs import Training
 
@@ -113,20 +112,5 @@ def test_snapshots_take_little_more_than_their_own_bytes_in_addition_to_the_aver
     would take 4 bytes.
     """
     peak, held = map(float, forked.check(PEAK, tmp_path, device, then or "none").out.split())
-    assert held < most - (4.0 if then else 0.0) + 1.0
+    assert abs(held - (most - (4.0 if then else 0.0))) < 1.0  # what metrics tell
     assert peak < most + 3.5  # 2.5 was passed once in ten runs
-
-
-def test_metrics_tell_the_bytes_held(tmp_path: Path) -> None:
-    """They include snapshots and the copy of the model; threads' scratch comes to some MB for any model."""
-    model = torch.nn.Linear(1500, 1000)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2, device="cpu") as ema:
-        assert ema.metrics()["bytes"] == 0
-        ema.update_(model)
-        ema.flush()
-        before = ema.metrics()["bytes"]
-        ema.update_(model)
-        ema.flush()
-        assert ema.metrics()["bytes"] - before == 2 * 2 * count
-        assert before > 4 * count  # the bytes of the copy of the model
