@@ -185,7 +185,7 @@ def test_a_training_has_only_one_averaging_callback(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [None, "WeightAveraging", "EMAWeightAveraging"])
 def test_lightnings_own_checkpoints_are_opened_as_runs(kind: str | None, tmp_path: Path) -> None:
-    """An average is the planned combination of their weights, or of the averages that Lightning keeps in their place."""
+    """An average is the planned combination of their weights, or of the averages that Lightning has in their place."""
     states: dict[int, dict[str, torch.Tensor]] = {}
 
     class Saved(Callback):

@@ -106,11 +106,7 @@ class SimulatedDevice:
                 self.current.add(lambda: call(*plain))
                 return args[0]
 
-        class Torch:
-            def __getattr__(_, name: str) -> Any:  # noqa: N805
-                return getattr(torch, name)
-
-        proxy: Any = Torch()
+        proxy = SimpleNamespace(**vars(torch))
         proxy.cuda = cuda
 
         def empty(elements: int, dtype: torch.dtype, device: Any = None, pin_memory: bool = False) -> torch.Tensor:
