@@ -16,6 +16,8 @@ transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: make integrations installs it"
 )
 
+pytestmark = pytest.mark.xdist_group("frameworks")  # one server that has imported them
+
 KILLED = {"llama": (7, 4), "digits": (7, 4), "batches": (13, 2)}
 """By program the step, of the last one the batch, that kills it, and the step of the checkpoint before."""
 
