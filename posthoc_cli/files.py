@@ -20,7 +20,6 @@ import logging
 import os
 import re
 import secrets
-import stat
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -306,11 +305,8 @@ def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:
 class PendingFile:
     """A file that is being written. `publish` gives it its name; the end of the `with` block removes it otherwise.
 
-    A file for an object store is first written to the system's temporary folder.
-
-    Raises:
-        OutputExistsError: `path` exists and `overwrite` is False. Checked at the start and, atomically, in `publish`.
-        WriteError: the system refused an operation.
+    A file for an object store is first written to the system's temporary folder. Raises WriteError if the system
+    refuses, and OutputExistsError if `path` exists and may not be replaced: at the start and, atomically, in `publish`.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
@@ -390,13 +386,9 @@ class PendingFile:
 class PendingFolder:
     """A folder that is being written under another name. `publish` gives it its name, see also `PendingFile`.
 
-    A folder for an object store is written to the system's temporary folder; in a store it replaces nothing.
-
-    Arguments:
-        replaces: the pattern of the names of files that a folder at `path` may hold, which is replaced then.
-
-    Raises:
-        OutputExistsError: at `path` is something else than a new folder's place, an empty folder, or what is replaced.
+    A folder for an object store is written to the system's temporary folder; in a store it replaces nothing. Raises
+    OutputExistsError if there is something at `path` but an empty folder, or one whose files all have names of the
+    pattern `replaces`, which is replaced.
     """
 
     def __init__(self, path: Path, replaces: re.Pattern[str] | None = None) -> None:
@@ -488,20 +480,16 @@ def _upload(file: Path, target: Path, create: bool = True) -> None:
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
-    """Raise OutputExistsError if a new file cannot take a name."""
+    """Raise OutputExistsError if a new file cannot take a name. Replacing a link keeps the file that it names."""
     if is_url(path):
-        if not overwrite and path.is_file():
-            raise _exists(path)
-        return
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if path.is_dir():
+        is_taken = not overwrite and path.is_file()
+    elif path.is_dir():
         raise OutputExistsError(path, "is a directory", "name a file")
-    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):  # replacing a link keeps the file that it names
-        raise OutputExistsError(path, "is a pipe, socket or device, which is never replaced", "choose another name")
-    if not overwrite:
+    else:
+        is_taken = os.path.lexists(path)
+        if is_taken and not (path.is_file() or path.is_symlink()):
+            raise OutputExistsError(path, "is a pipe, socket or device, which is never replaced", "choose another name")
+    if is_taken and not overwrite:
         raise _exists(path)
 
 

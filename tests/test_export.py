@@ -36,7 +36,8 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import layout_of
-from posthoc_cli.snapshots.outputs import OutputInfo, Used, decode_output
+from posthoc_cli.snapshots.outputs import OutputInfo, Used
+from posthoc_cli.snapshots.snapshot import decode
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import read_file
 
@@ -183,7 +184,7 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
     for path, name in ((source, source.name), (folder, folder.name)):
         export_file(path, out, overwrite=True)
         assert_same_tensors(load_output(out), {"w": w.float(), "tied": w.float(), "var": var, "var too": var})
-        info = decode_output(read_file(out))
+        info = decode(read_file(out), "output", OutputInfo)
         assert (info.sigma_rel, info.t, info.method, info.profile_error) == (0.05, 10, "tracked", 0)
         assert (info.snapshots, sorted(info.copies)) == ((Used(name, 1.0),), ["var", "var too"])
     export_file(source, tmp_path / "half.pt", dtype="float16")

@@ -30,13 +30,12 @@ from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import (
     OutputInfo,
     Used,
-    decode_output,
     index_of,
     models_at,
     read_model,
     training_metadata,
 )
-from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, running_statistics
+from posthoc_cli.snapshots.snapshot import Snapshot, decode, decode_snapshot, running_statistics
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile
 from posthoc_cli.synthesis.engine import holds
@@ -212,7 +211,7 @@ def _read_file(file: TensorFile | Snapshot, model: str) -> tuple[_Tensors, Outpu
         )  # fmt: skip
     info, roles = None, dict.fromkeys(file.entries, "other")
     if file.kind is not None:
-        info = decode_output(file)
+        info = decode(file, "output", OutputInfo)
         roles = dict.fromkeys(file.entries, "average") | dict.fromkeys(running_statistics(file.entries), "statistic")
         roles |= dict.fromkeys(info.copies, "copy")
     return {name: _Tensor(file, name, entry.dtype, roles[name]) for name, entry in file.entries.items()}, info

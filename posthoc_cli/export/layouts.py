@@ -318,10 +318,10 @@ class Output:
         if self._memory is not None:
             copy = self._memory.open_tile(tile)
             for name in tile.names:
-                self._memory.tensors |= dict.fromkeys(tile.aliases[name], self._memory.tensors[name])
+                self._memory.tensors |= dict.fromkeys(tile.plan.names[name], self._memory.tensors[name])
             return copy
         file, size = self._writer, ITEM_BYTES[tile.dtype]
-        aliases = [[alias for alias in tile.aliases[name] if alias in self._names] for name in tile.names]
+        aliases = [[alias for alias in tile.plan.names[name] if alias in self._names] for name in tile.names]
 
         def write(values: torch.Tensor) -> None:
             view = tensor_bytes(values)

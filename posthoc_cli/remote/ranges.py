@@ -49,11 +49,8 @@ def reading_ahead(objects: int, threads: int) -> Iterator[Ahead | None]:
 class RemoteBytes:
     """The bytes of an object, read at any offset by any number of threads; its replacement meanwhile is an error.
 
-    It holds a few pieces of the object: short ones that small reads share, or long ones that are requested ahead.
-
-    Attributes:
-        tag: the store's tag of the content; may be empty.
-        stamp: a value that differs for other content; every request checks it.
+    It holds a few pieces of the object: short ones that small reads share, or long ones that are requested ahead. Size
+    and `tag`, which may be empty, are its `stamp`, which differs for other content; every request checks it.
     """
 
     def __init__(self, path: Path) -> None:

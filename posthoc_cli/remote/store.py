@@ -48,8 +48,7 @@ class ObjectInfo(NamedTuple):
 def shown_url(text: str) -> str:
     """Return the URL that a text names, which may be what a Path made of it, with one slash.
 
-    Raises:
-        InvalidValueError: its scheme is unknown, or it holds credentials, which the error does not show.
+    Raises InvalidValueError for an unknown scheme, and for credentials, which the error does not show.
     """
     scheme, _, rest = text.partition(":")
     host, slash, path = rest.strip("/").partition("/")

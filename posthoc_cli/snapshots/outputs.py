@@ -87,11 +87,6 @@ class OutputInfo:
         return {"kind": "output", "format": FORMAT, **vars(self)}
 
 
-def decode_output(file: TensorFile) -> OutputInfo:
-    """Return the checked content of an output; raise FileFormatError, naming the key, if it is invalid."""
-    return decode(file, "output", OutputInfo)
-
-
 def training_metadata(file: TensorFile) -> dict[str, str]:
     """Return the metadata that kohya's scripts keep about a training, without hashes of tensors, which may change."""
     return {
@@ -180,7 +175,7 @@ def read_model(path: Path) -> list[TensorFile]:
         if missing := set(names or ()) - file.entries.keys():
             raise FileFormatError(file_path, f"tensor {shown(min(missing))} is not in it, as the index says")
         read.append(file)
-        info = decode_output(file) if file.kind == "output" else None
+        info = decode(file, "output", OutputInfo) if file.kind == "output" else None
         made = info and (info.run_id, info.profile, info.t, info.method, [used.file for used in info.snapshots])
         outputs.append((file_path, made))
         if made != outputs[0][1]:
@@ -228,7 +223,7 @@ def _of_model(path: Path) -> Description:
     sizes = _counts([shard.entries for shard in shards]) | {"bytes": sum(shard.nbytes for shard in shards)}
     if kinds != {"output"}:
         return {"kind": "safetensors", **place, **sizes}
-    output = decode_output(shards[0])
+    output = decode(shards[0], "output", OutputInfo)
     notice = statistics_notice(output.copies)
     return {
         "kind": "output", **place, "run": output.run_id,

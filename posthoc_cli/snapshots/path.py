@@ -75,9 +75,8 @@ def joined_sample(parts: Sequence[tuple[str, Sequence[int]]]) -> str:
     samples = [decode_sample(text) for text, _ in parts]
     positions = np.concatenate([np.asarray(held, np.int64) for _, held in parts])
     order = np.argsort(positions)
-    if any(len(held) != len(weights) for (_, held), (weights, _) in zip(parts, samples, strict=True)):
-        return ""
-    if not np.array_equal(positions[order], np.arange(len(order))):
+    fits = all(len(held) == len(weights) for (_, held), (weights, _) in zip(parts, samples, strict=True))
+    if not (fits and np.array_equal(positions[order], np.arange(len(order)))):
         return ""
     weights, averages = (np.concatenate(values)[order] for values in zip(*samples, strict=True))
     return encode_sample(weights, averages)

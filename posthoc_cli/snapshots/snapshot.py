@@ -433,15 +433,10 @@ def _check(is_right: bool, words: str, value: Any) -> None:
         raise ValueError(f"must be {words}, not {shown(value)}")
 
 
-def is_whole(value: Any) -> bool:
-    """Return whether a JSON value is a whole number of at least 0."""
-    return type(value) is int and 0 <= value < 2**63
-
-
 _PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: isinstance(value, bool), "true or false"),
     str: (lambda value: isinstance(value, str), "a string"),
-    int: (is_whole, "a whole number, at least 0"),
+    int: (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number, at least 0"),
     float: (lambda value: is_number(value) and value >= 0, "a finite number, at least 0"),
 }
 """The plain types of JSON values, each with a test and its description."""

@@ -37,10 +37,9 @@ from posthoc_cli.snapshots.outputs import (
     INDEX_SUFFIX,
     OutputInfo,
     decode_index,
-    decode_output,
     read_model,
 )
-from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot, decode, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
 from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, TensorFile, file_size, read_file
 
@@ -241,7 +240,7 @@ def _described(file: TensorFile) -> FileReport:
     if file.kind is None:
         return FileReport(file.path, "foreign", UNCHECKED, nbytes=file.nbytes)
     if file.kind == "output":
-        output = decode_output(file)
+        output = decode(file, "output", OutputInfo)
         profile = output.profile if len(output.profile) <= 60 else f"{output.profile[:57]}..."
         return FileReport(file.path, f"output {profile} at t = {output.t:,.12g}", nbytes=file.nbytes, header=output)
     snapshot = decode_snapshot(file)

@@ -145,11 +145,6 @@ class Tile:
         return self.bounds[-1]
 
     @property
-    def aliases(self) -> Mapping[str, Sequence[str]]:
-        """All names of each tensor, the stored name first."""
-        return self.plan.names
-
-    @property
     def stored_bytes(self) -> int:
         """The bytes to read for the tile, over all sources."""
         counts = [end - begin for begin, end in pairwise(self.bounds)]
@@ -217,11 +212,8 @@ class Options:
 def synthesize(plan: Plan, options: Options = Options()) -> Iterator[tuple[str, list[torch.Tensor]]]:
     """Yield (name, one tensor per target) for each tensor, on `options.device`. Small tensors come in batches.
 
-    Memory is needed for a few tiles per thread, and for the tensors that the next few tiles belong to.
-
-    Raises:
-        FileFormatError: a snapshot is damaged; the error names it and the tensor.
-        NonFiniteError: a result is not finite, or the plan's dtype cannot hold it; the error names the tensor.
+    Memory is needed for a few tiles per thread, and for the tensors that the next few tiles belong to. Errors name the
+    tensor: FileFormatError of a damaged snapshot, NonFiniteError of a result that the plan's dtype cannot hold.
     """
     device = check_device(options.device)
     shapes = {name: plan.box(name).shape for name in plan.tensors}
@@ -230,7 +222,7 @@ def synthesize(plan: Plan, options: Options = Options()) -> Iterator[tuple[str, 
         for tile in made:
             for name in tile.names if tile.last else ():
                 values = [output.tensors.pop(name) for output in outputs]
-                for alias in tile.aliases[name]:
+                for alias in tile.plan.names[name]:
                     yield alias, list(values)
                 del values  # release the memory before the next tensor is made
 

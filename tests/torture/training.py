@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError, WriteError
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots, read_directory, snapshot_path
-from posthoc_cli.snapshots.outputs import decode_output
+from posthoc_cli.snapshots.outputs import OutputInfo
+from posthoc_cli.snapshots.snapshot import decode
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.snapshots.verify import verify
 
@@ -155,7 +156,7 @@ def wrong_snapshots(directory: Path) -> list[str]:
 def wrong_output(path: Path) -> list[str]:
     """Return what is wrong with an output, or with shards, by the snapshots and coefficients that they name."""
     try:
-        wrong, info = problems(path), None if path.is_dir() else decode_output(read_file(path))
+        wrong, info = problems(path), None if path.is_dir() else decode(read_file(path), "output", OutputInfo)
     except PostHocError as error:
         return [str(error)]
     if wrong or info is None:
