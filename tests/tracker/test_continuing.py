@@ -306,8 +306,13 @@ def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(tmp_path: Path
 # --- from the snapshots of a time at which the network had the model's weights
 
 
-@pytest.mark.parametrize("way", ["from_model", "from_path"])
-@pytest.mark.parametrize("weights", ["new", "first", "next", "permuted", "average", "of another attempt", "half"])
+@pytest.mark.parametrize(
+    ("way", "weights"),
+    [
+        *(("from_model", one) for one in ("new", "first", "next", "of another attempt")),
+        *(("from_path", one) for one in ("new", "permuted", "average", "half")),
+    ],
+)
 def test_a_run_is_not_resumed_with_fresh_weights(finished: Training, tmp_path: Path, way: str, weights: str) -> None:
     """Nor with others that the network had at no time with snapshots, nor if there is but one such time."""
     if weights == "first":

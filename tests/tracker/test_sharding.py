@@ -455,7 +455,8 @@ def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_ne
 
 STAGE = """
 stages = [*map(int, arguments[2:])]
-for before, after in zip(stages, stages[1:]):
+for kind, before, after in zip(kind.split(",") * len(stages), stages, stages[1:]):
+    model = spread(Net(), kind)
     ema = tracker(arguments[1], resume="auto")
     if before:
         move(model, before)
@@ -483,11 +484,10 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_other(tmp_path: Path) -> None:
     """From one process to FSDP, HSDP, tensor parallelism and back."""
-    for kind, ranks, before, after in (
-        ("single", 1, 0, 3), ("fsdp", 3, 3, 7), ("hsdp", 4, 7, 8), ("fsdp-tp", 4, 8, 9), ("tp", 2, 9, 11),
-        ("single", 1, 11, 12),
+    for kinds, ranks, *stages in (
+        ("single", 1, 0, 3), ("fsdp", 3, 3, 7), ("hsdp,fsdp-tp", 4, 7, 8, 9), ("tp", 2, 9, 11), ("single", 1, 11, 12),
     ):  # fmt: skip
-        check_group(BEGIN + STAGE, ranks, tmp_path, kind, "run", before, after)
+        check_group(BEGIN + STAGE, ranks, tmp_path, kinds, "run", *stages)
     single = alone(tmp_path / "single", 12)
     expected = single.state_dict()
     for end in ("run-12", "closed-12"):

@@ -68,12 +68,9 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
     assert coarse.folds.sum() == 1050
     known = coarse.edges[1:] <= 1000
     assert set(coarse.edges[1:][known]) < set(fine.edges)
-    merged = fine.folds[: int(coarse.folds[known].sum())]
-    sums = [
-        folds @ means
-        for folds, means in ((merged, fine.means[: len(merged)]), (coarse.folds[known], coarse.means[known]))
-    ]
-    np.testing.assert_allclose(*sums, rtol=1e-3, atol=1)
+    pairs = fine.means[:200].reshape(100, 2, -1).mean(axis=1)
+    # Differences of 0.05 in float16, 200 of them: 1.5e-5 each, 2e-4 in a mean; steps are a hundred times as large.
+    assert np.sqrt(np.mean((coarse.means[:100] - pairs) ** 2)) < 1e-3
     steps = np.diff(fine.means, axis=0)
     # Of n independent steps of variance v, the spread is v (n - 1 / n) / 6.
     n = coarse.folds[1]
