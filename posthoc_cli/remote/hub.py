@@ -13,8 +13,6 @@ from typing import Any
 from huggingface_hub import HfApi, HfFileSystem
 
 _PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
-_MOST_OPEN = 256
-"""Number of files whose download addresses are cached."""
 _api: Any = HfApi()
 _files: Any = HfFileSystem(skip_instance_cache=True)
 
@@ -31,7 +29,7 @@ def _pinned(key: str) -> str:
     return f"{_PREFIXES[place.repo_type]}{place.repo_id}@{commit}/{place.path_in_repo}".rstrip("/")
 
 
-@lru_cache(maxsize=_MOST_OPEN)
+@lru_cache(maxsize=256)  # files whose download addresses are kept
 def _opened(pinned: str) -> Any:
     return _files.open(pinned, "rb", cache_type="none")
 

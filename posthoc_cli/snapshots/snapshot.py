@@ -87,8 +87,6 @@ class TrackingSchedule:
 BUFFERS = ("statistics", "copy", "average")
 """The treatments of buffers."""
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-GLOBS = ("include", "exclude", "copy_only")
-"""The fields of a selection that are globs on names."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def make_selection(include: str | Iterable[str] | None, exclude: str | Iterable[
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
     """Raise InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
     names = list(names)
-    for argument in GLOBS:
+    for argument in ("include", "exclude", "copy_only"):
         for glob in getattr(selection, argument):
             if not any(fnmatchcase(name, glob) for name in names):
                 examples = ", ".join(map(repr, names[:3])) or "none"

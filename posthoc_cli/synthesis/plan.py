@@ -155,7 +155,6 @@ class Plan:
         return sum(source.entries[name].nbytes for source in self.sources for name in self.tensors)
 
     def box(self, name: str) -> Box:
-        """Return the box of a tensor to make."""
         return self.boxes.get(name) or Box.full(self.newest.entries[name].shape)
 
     def output_dtype(self, name: str) -> str:
