@@ -215,6 +215,8 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
         kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
         hint = "raise the limit of open files, as by ulimit -n 4096" if error.errno == errno.EMFILE else ""
         raise kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint) from error
+    except ValueError as error:
+        raise FileFormatError(f"{str(path)!r}", f"cannot be {verb}: no file can have this name") from error
 
 
 class OpenedFile:
