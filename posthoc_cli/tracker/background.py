@@ -90,27 +90,29 @@ class Worker:
     """
 
     def __init__(self, name: str) -> None:
-        self.job_seconds = self.wait_seconds = self._waited = 0.0
+        self.wait_seconds = self._waited = 0.0
         self._name, self._process, self._begin, self._has_warned = name, os.getpid(), time.monotonic(), False
         self._queue: SimpleQueue[Job[object] | None] = SimpleQueue()
         self._vacancy: deque[None] = deque((None,))  # empty while the worker has a thread
-        self._errors: deque[Exception] = deque()
+        self._errors, self._seconds = deque[Exception](), deque([0.0], maxlen=1)
         # Not at exit: running jobs may still submit others.
         weakref.finalize(self, self._queue.put, None).atexit = False
 
     def submit(self, work: Callable[[], None]) -> None:
         """Queue `work`, and return at once. Its error is logged and kept until `take_error`; later jobs still run."""
 
+        errors, seconds = self._errors, self._seconds  # a job must not keep the worker alive
+
         def guarded() -> None:
             began = time.monotonic()
             try:
                 work()
             except Exception as error:  # noqa: BLE001  # raised at the next call
-                self._errors.append(error)
+                errors.append(error)
                 # A deleted directory is not worth a message when the process ends; the next call raises the error.
                 if not (isinstance(error, WriteError) and error.errno == errno.ENOENT):
                     log.error("in the background: %s", error)
-            self.job_seconds = time.monotonic() - began
+            seconds.append(time.monotonic() - began)
 
         self.put(Job(guarded))
 
@@ -130,12 +132,17 @@ class Worker:
         if self._vacancy:
             arguments = (self._queue, self._vacancy)
             thread = threading.Thread(target=_run_jobs, args=arguments, name=f"ema-{self._name}", daemon=True)
-            _threads[thread] = self._queue
+            _threads[thread] = self._queue, weakref.ref(self)
             try:
                 thread.start()
             except RuntimeError:  # while the process ends, Python 3.12 and later start no thread
                 self._queue.put(None)
                 _run_jobs(*arguments)
+
+    @property
+    def job_seconds(self) -> float:
+        """How long the last submitted job took."""
+        return self._seconds[0]
 
     def wait(self) -> None:
         """Wait until every job is done; return at once in a forked process, which has no thread."""
@@ -170,13 +177,21 @@ class Worker:
             self._queue.put(None)
 
 
-_threads: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job[object] | None]] = weakref.WeakKeyDictionary()
-"""The threads of all workers, with the queues that they serve."""
+_Served = tuple[SimpleQueue[Job[object] | None], weakref.ref[Worker]]
+_threads: weakref.WeakKeyDictionary[threading.Thread, _Served] = weakref.WeakKeyDictionary()
+"""The threads of all workers, with the queues that they serve, and the workers."""
+
+
+def wait_for_abandoned() -> None:
+    """Wait for the threads of workers that are gone, which do what was queued before they end."""
+    for thread, (_, worker) in list(_threads.items()):
+        if worker() is None:
+            thread.join()
 
 
 def end_threads() -> None:
     """End the threads of all workers when their jobs are done: one that frees tensors at shutdown aborts Python."""
-    for thread, queue in list(_threads.items()):
+    for thread, (queue, _) in list(_threads.items()):
         while thread.is_alive():
             queue.put(None)
             thread.join(0.1)  # a job queued after the None has kept the thread alive: ask again

@@ -25,7 +25,14 @@ from posthoc_cli.errors import DirectoryError, NonFiniteError, NotReadyError, Wr
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.background import SINGLE_THREAD, DeviceStreams, ThreadPool, Worker, end_threads
+from posthoc_cli.tracker.background import (
+    SINGLE_THREAD,
+    DeviceStreams,
+    ThreadPool,
+    Worker,
+    end_threads,
+    wait_for_abandoned,
+)
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import Layout, ModelCopier, Reader, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
@@ -359,11 +366,20 @@ _pipelines: WeakSet[Pipeline] = WeakSet()
 
 
 def wait_for_writers(directory: Path) -> None:
-    """Wait until the trackers of this process have written all due snapshots in a directory; they keep their errors."""
-    for pipeline in list(_pipelines):
+    """Wait until the trackers of this process have written all due snapshots in a directory; they keep their errors.
+
+    Those that nothing refers to any more, as of a notebook's cell that has run again, release it.
+    """
+
+    def flush(pipeline: Pipeline) -> None:
         with suppress(OSError):
             if pipeline.snapshotter is not None and pipeline.snapshotter.directory.samefile(directory):
                 pipeline.flush()
+
+    pipelines = list(_pipelines)
+    while pipelines:
+        flush(pipelines.pop())
+    wait_for_abandoned()
 
 
 @atexit.register

@@ -604,6 +604,8 @@ class PostHocEMA:
         if self._sample is None:
             self._sample = group.together(lambda: self._watch.sample(model, now.tracked))
         values = sample_of_all(group, self._sample)
+        if is_first_call:
+            wait_for_writers(self.checkpoint_dir)
         chosen = self._start.choose(now, values, group, self.keeps_averages, is_first_call)
         if chosen is not now:
             self._pipeline.set(chosen)

@@ -622,6 +622,20 @@ def test_a_cell_that_is_run_again_is_told_to_close_its_first_tracker(tmp_path: P
     assert repr(tracker) == f"PostHocEMA({str(tmp_path)!r}, step 35, sigma_rels 0.05, 0.28, closed)"
 
 
+def test_a_cell_that_is_run_again_releases_its_first_tracker(tmp_path: Path) -> None:
+    """Nothing refers to that tracker any more, though its threads may still write."""
+    training = Training()
+    ema = begin(training.model, tmp_path)
+    training.run(20, ema)  # which has a snapshot
+    ema = resume(training.model, tmp_path)
+    training.run(27, ema)
+    assert ema.step == 27
+    training = Training()
+    ema = resume(training.model, tmp_path)
+    with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
+        ema.update_(training.model)
+
+
 def test_a_cell_that_makes_a_new_model_is_refused_and_leaves_the_first_tracker_unchanged(tmp_path: Path) -> None:
     """Two networks are never averaged together."""
     training, restored = Training(), Training(1).state()
