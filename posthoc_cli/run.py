@@ -21,23 +21,8 @@ from posthoc_cli.checkpoints.open_run import (
     list_checkpoints,
 )
 from posthoc_cli.checkpoints.source import Checkpoint
-from posthoc_cli.errors import (
-    DirectoryError,
-    FileFormatError,
-    PostHocError,
-    VanishedError,
-    check_count,
-    percent,
-)
-from posthoc_cli.planning import (
-    EVENLY,
-    USEFUL_RANGE,
-    ErrorCurve,
-    PlanReport,
-    error_curve,
-    propose,
-    time_between,
-)
+from posthoc_cli.errors import DirectoryError, FileFormatError, PostHocError, VanishedError, check_count, percent
+from posthoc_cli.planning import EVENLY, USEFUL_RANGE, ErrorCurve, PlanReport, error_curve, propose, time_between
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.resources import ProgressBar, no_bar, parse_bytes
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, list_directory, read_directory
@@ -45,15 +30,7 @@ from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.snapshots.sources import (
-    EarlierRun,
-    Source,
-    chosen_up_to,
-    counted,
-    run_clock,
-    scaled_run,
-    source_prior,
-)
+from posthoc_cli.snapshots.sources import EarlierRun, Source, chosen_up_to, counted, run_clock, scaled_run, source_prior
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHECKED, FileReport, Verification, verify
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis

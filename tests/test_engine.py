@@ -25,11 +25,7 @@ from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import read_file
-from posthoc_cli.synthesis.engine import (
-    SLOTS,
-    Options,
-    synthesize,
-)
+from posthoc_cli.synthesis.engine import SLOTS, Options, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
 LARGE = 2_500_003

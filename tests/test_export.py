@@ -14,14 +14,7 @@ import pytest
 import safetensors
 import torch
 from checking import assert_same_tensors, load_output, refused
-from factories import (
-    RUN_ID,
-    contents,
-    exact_gamma,
-    split_snapshot,
-    write_snapshot,
-    write_tensors,
-)
+from factories import RUN_ID, contents, exact_gamma, split_snapshot, write_snapshot, write_tensors
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import call_number, failing
 
@@ -112,9 +105,7 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
     assert contents(tmp_path / "one").keys() == {"model.safetensors"}
 
 
-def test_the_name_decides_the_layout_unless_it_is_given_and_must_not_have_the_ending_of_another(
-    tmp_path: Path,
-) -> None:
+def test_the_name_decides_the_layout_unless_it_is_given_and_must_not_have_the_ending_of_another(tmp_path: Path) -> None:
     names = {("x.safetensors", None): "safetensors", ("x.pth", None): "pt", ("x", None): "sharded", ("x.y", "pt"): "pt"}
     assert {given: layout_of(tmp_path / given[0], given[1]) for given in names} == names
     for name, layout in (("x.pt", "safetensors"), ("x.bin", "sharded")):

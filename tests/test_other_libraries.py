@@ -11,12 +11,7 @@ from ema_pytorch import PostHocEMA as LucidrainsEMA
 from posthoc_ema import PostHocEMA as NextmlEMA
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.profiles import (
-    MOST_TIMES,
-    Discrete,
-    ema_pytorch_profile,
-    gamma_from_sigma_rel,
-)
+from posthoc_cli.profiles import MOST_TIMES, Discrete, ema_pytorch_profile, gamma_from_sigma_rel
 from posthoc_cli.snapshots.sources import with_sampled_measurements
 
 WIDTHS = (0.05, 0.28)

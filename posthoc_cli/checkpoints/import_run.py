@@ -57,12 +57,7 @@ class Import:
 
 
 def import_checkpoints(
-    directory: str | Path,
-    out: str | Path | None,
-    *,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    **settings: Any,
+    directory: str | Path, out: str | Path | None, *, overwrite: bool = False, dry_run: bool = False, **settings: Any
 ) -> Import:
     """Make a run of other programs' checkpoints or averages, which every command and `Run` opens.
 

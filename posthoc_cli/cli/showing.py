@@ -373,8 +373,7 @@ def _read_guides() -> dict[str, str]:
 
 
 def guide(
-    name: str | None = Argument(None, metavar="NAME", help="The guide (default: a list)."),
-    as_json: bool = options.JSON,
+    name: str | None = Argument(None, metavar="NAME", help="The guide (default: a list)."), as_json: bool = options.JSON
 ) -> None:
     """Show a guide, or list the guides.
 

@@ -27,14 +27,7 @@ from posthoc_cli.export.layouts import Output, OutputOptions, check_shape, files
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES as PICKLED
 from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.outputs import (
-    OutputInfo,
-    Used,
-    index_of,
-    models_at,
-    read_model,
-    training_metadata,
-)
+from posthoc_cli.snapshots.outputs import OutputInfo, Used, index_of, models_at, read_model, training_metadata
 from posthoc_cli.snapshots.snapshot import Snapshot, decode, decode_snapshot, running_statistics
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile

@@ -22,12 +22,7 @@ from typing import Annotated, Any
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
-from posthoc_cli.snapshots.directory import (
-    inspect_directory,
-    is_parts_folder,
-    is_snapshot_name,
-    read_snapshot,
-)
+from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, is_snapshot_name, read_snapshot
 from posthoc_cli.snapshots.snapshot import (
     ANY_SIGN,
     RunId,

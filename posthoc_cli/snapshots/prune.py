@@ -26,14 +26,7 @@ from posthoc_cli.errors import (
     check_max_error,
     percent,
 )
-from posthoc_cli.planning import (
-    USEFUL_RANGE,
-    ErrorCurve,
-    check_sigma_range,
-    error_curve,
-    exchanged,
-    removal_order,
-)
+from posthoc_cli.planning import USEFUL_RANGE, ErrorCurve, check_sigma_range, error_curve, exchanged, removal_order
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import DirectoryLock, read_directory, remove_leftovers, remove_snapshot

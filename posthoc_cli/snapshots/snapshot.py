@@ -20,14 +20,7 @@ import xxhash
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, check_word, shown
 from posthoc_cli.planning import USEFUL_RANGE
-from posthoc_cli.profiles import (
-    Clock,
-    Discrete,
-    Point,
-    PowerFunction,
-    StoredProfile,
-    gamma_from_sigma_rel,
-)
+from posthoc_cli.profiles import Clock, Discrete, Point, PowerFunction, StoredProfile, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Measurements, Steps, StoredAverage
 from posthoc_cli.snapshots.path import Floats, decode_sample, is_path, places
 from posthoc_cli.snapshots.sources import Dtype, Rule, Source, TrackedTensor

@@ -11,22 +11,8 @@ import numpy as np
 import pytest
 from factories import FloatArray, power_functions
 
-from posthoc_cli.profiles import (
-    Clock,
-    Discrete,
-    Point,
-    PowerFunction,
-    Profile,
-    ema_pytorch_profile,
-)
-from posthoc_cli.reconstruction import (
-    METHODS,
-    Motion,
-    Prior,
-    Problem,
-    Steps,
-    reconstruct,
-)
+from posthoc_cli.profiles import Clock, Discrete, Point, PowerFunction, Profile, ema_pytorch_profile
+from posthoc_cli.reconstruction import METHODS, Motion, Prior, Problem, Steps, reconstruct
 from posthoc_cli.targets import Decay
 
 STEPS = 4000

@@ -15,14 +15,7 @@ from hypothesis import strategies as st
 from scipy import integrate
 
 from posthoc_cli.profiles import Clock, PowerFunction, Profile
-from posthoc_cli.reconstruction import (
-    METHODS,
-    Motion,
-    Prior,
-    Problem,
-    Steps,
-    reconstruct,
-)
+from posthoc_cli.reconstruction import METHODS, Motion, Prior, Problem, Steps, reconstruct
 from posthoc_cli.targets import Beta, Between, Window
 
 T = 1000.0

@@ -14,11 +14,7 @@ from remote.faulty import FaultyServer
 from safetensors.torch import save_file
 
 from posthoc_cli import Run, export_file, import_checkpoints
-from posthoc_cli.errors import (
-    FileFormatError,
-    InvalidValueError,
-    OutputExistsError,
-)
+from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError
 from posthoc_cli.remote import store
 from posthoc_cli.remote.store import remote_path
 

@@ -93,8 +93,7 @@ AS_F32 = {"w": TrackedTensor("average", "F32")}
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{}, {"sigma_rel": 0.28}, {"sigma_rels": (0.05,)}, {"values": {"w": W["w"].half()}, "tensors": AS_F32}],
+    "fields", [{}, {"sigma_rel": 0.28}, {"sigma_rels": (0.05,)}, {"values": {"w": W["w"].half()}, "tensors": AS_F32}]
 )
 def test_profiles_and_stored_dtypes_may_change_within_a_run(tmp_path: Path, fields: dict[str, Any]) -> None:
     """A run may be resumed without a deleted profile, and a value too large for float16 is stored in float32."""

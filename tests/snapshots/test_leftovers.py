@@ -9,11 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from factories import (
-    contents,
-    flip_bit,
-    snapshot_files,
-)
+from factories import contents, flip_bit, snapshot_files
 from snapshots.recorded import Walk
 
 from posthoc_cli import PostHocEMA, Run

@@ -20,14 +20,7 @@ from snapshots.recorded import call_number, failing
 from posthoc_cli import disk_sources
 from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
 from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots.tensorfile import (
-    BLOCK,
-    Entry,
-    TensorFileWriter,
-    read_file,
-    read_small_file,
-    tensor_bytes,
-)
+from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, TensorFileWriter, read_file, read_small_file, tensor_bytes
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 Small = Callable[[str], Path]

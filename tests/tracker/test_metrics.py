@@ -99,10 +99,7 @@ print((resident("VmHWM") - before - kept) / count, (held - kept) / count)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not report memory")
-@pytest.mark.parametrize(
-    ("device", "then", "most"),
-    [("model", "", 4.0), ("cpu", "", 8.0), ("model", "query", 8.0)],
-)
+@pytest.mark.parametrize(("device", "then", "most"), [("model", "", 4.0), ("cpu", "", 8.0), ("model", "query", 8.0)])
 def test_snapshots_take_little_more_than_their_own_bytes_in_addition_to_the_averages(
     tmp_path: Path, device: str, then: str, most: float
 ) -> None:

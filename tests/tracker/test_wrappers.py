@@ -14,13 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checking import assert_same_tensors
-from peft import (
-    LoHaConfig,
-    LoraConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoHaConfig, LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
