@@ -12,6 +12,7 @@ through their public interfaces.
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import platform
 import shutil
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> None:
     """Measure one target and 31 targets of a model, and one with the peers, warm and cold."""
-    run, out, buffer, options = folder / "run", folder / "out.safetensors", bytearray(4 * 2**20), Options(device)
+    run, out, buffer, options = folder / "run", folder / "out.safetensors", mmap.mmap(-1, 4 * 2**20), Options(device)
     write_snapshots(run, large_tensors(parameters))
     one, many = planned(run, [0.15]), planned(run, MANY)
     print(f"\n20 float16 snapshots of {parameters:,} parameters; one target")
@@ -161,8 +162,11 @@ def _tracked(shapes: Shapes) -> dict[str, Any]:
 # --- plain loops -----------------------------------------------------------------------------------
 
 
-def read_plainly(folder: Path, buffer: bytearray) -> None:
-    """Read every byte of every snapshot by `readinto`, in one thread."""
+def read_plainly(folder: Path, buffer: mmap.mmap) -> None:
+    """Read every byte of every snapshot by `readinto`, in one thread, to the start of a page.
+
+    To a place 16 bytes after it, where a bytearray begins, some processors copy at a sixth of the speed.
+    """
     for path in sorted(folder.iterdir()):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
