@@ -254,7 +254,7 @@ class Run:
         if asked.like is not None:
             from posthoc_cli.export.model_folder import ModelFolder
 
-            like = ModelFolder.find(asked.like, asked.component, self.tensors)
+            like = ModelFolder.find(asked.like, self.tensors)
         outputs = Outputs(wanted, out, dtype, asked, like)
         plan = functools.partial(
             self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=outputs.dtype

@@ -381,25 +381,3 @@ def test_no_link_out_of_the_folder_is_followed(tmp_path: Path, run: Run, kind: s
         run.write(0.2, tmp_path / "new", like=like)
     assert not (tmp_path / "new").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_kohyas_metadata_stays_with_an_adapter(tmp_path: Path) -> None:
-    """Without hashes of the tensors, which may change."""
-    run, same = tmp_path / "run", {"ss_network_dim": "3", "modelspec.title": "x"}
-    run.mkdir()
-    for step in range(1, 11):
-        factors = {f"lora_unet_q.lora_{part}.weight": torch.full((3, 3), float(step)) for part in ("down", "up")}
-        facts = same | {"ss_steps": str(step), "sshs_model_hash": "0" * 64}
-        save_file(factors | {"lora_unet_q.alpha": torch.tensor(12.0)}, run / f"x-{step:06}.safetensors", facts)
-    newest = run / "x-000010.safetensors"
-
-    def kept(name: str) -> dict[str, str]:
-        metadata = read_file(tmp_path / name).metadata
-        return {key: value for key, value in metadata.items() if not key.startswith("ema.")}
-
-    export_file(newest, tmp_path / "same.safetensors")
-    assert kept("same.safetensors") == same | {"ss_steps": "10", "format": "pt"}
-    Run(run).write(0.2, tmp_path / "average.safetensors")
-    assert kept("average.safetensors") == same | {"ss_steps": "10", "format": "pt"}
-    export_file(tmp_path / "average.safetensors", tmp_path / "again.safetensors")
-    assert kept("again.safetensors") == kept("average.safetensors")

@@ -36,7 +36,6 @@ def synthesize(
     layout: options.Layout | None = options.LAYOUT,
     max_shard_size: str | None = options.MAX_SHARD_SIZE,
     like: Path | None = options.LIKE_MODEL,
-    component: str | None = options.COMPONENT,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
     checkpoints: str | None = options.CHECKPOINTS,
@@ -74,7 +73,7 @@ def synthesize(
         targets, out, t=t, step=options.optional(options.parse_count, step, "--step"), method=method,
         max_error=options.optional(options.parse_max_error, max_error), dtype=dtype, layout=layout,
         max_shard_size=max_shard_size, device=device, overwrite=overwrite,
-        dry_run=dry_run, distributed=is_rank(), like=like, component=component,
+        dry_run=dry_run, distributed=is_rank(), like=like,
         progress=output.progress_bar(),
     )  # fmt: skip
     if report is not None:
@@ -159,7 +158,6 @@ def sweep(
         "sweep", "--out", "-o", help="Folder for trials, logs and the best average: new, or of an earlier sweep."
     ),
     like: Path | None = options.LIKE_MODEL,
-    component: str | None = options.COMPONENT,
     as_json: bool = options.JSON,
     checkpoints: str | None = options.CHECKPOINTS,
     t: float | None = options.TIME,
@@ -187,7 +185,7 @@ def sweep(
     report = Sweep(
         run, command, Metric() if metric is None else Metric.parse(metric), out,
         axis=axis, minimize=minimize, repeats=repeats, budget=budget, t=t,
-        like=None if like is None else files.expanded(like), component=component,
+        like=None if like is None else files.expanded(like),
         again=shlex.join(["ema", *sys.argv[1:]]), say=say, progress=output.progress_bar("trials"),
     ).run_all()  # fmt: skip
     output.show(report.to_dict(), as_json, _print_sweep)

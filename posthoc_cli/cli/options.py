@@ -49,7 +49,6 @@ LAYOUT = OUTPUT(
 DTYPE = OUTPUT(
     "keep", metavar="DTYPE", help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own."
 )
-COMPONENT = OUTPUT(None, metavar="NAME", help="With --like: the averaged component of a pipeline, such as unet.")
 LIKE_MODEL = OUTPUT(
     None, metavar="MODEL_FOLDER", help="Copy this model folder (transformers, diffusers or PEFT) with averaged weights."
 )

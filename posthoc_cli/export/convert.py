@@ -27,7 +27,7 @@ from posthoc_cli.export.layouts import Output, OutputOptions, check_shape, files
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES as PICKLED
 from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.outputs import OutputInfo, Used, index_of, models_at, read_model, training_metadata
+from posthoc_cli.snapshots.outputs import OutputInfo, Used, index_of, models_at, read_model
 from posthoc_cli.snapshots.snapshot import Snapshot, decode, decode_snapshot, running_statistics
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile
@@ -95,12 +95,12 @@ def export_file(
     wanted = parse_dtype(dtype)
     options = OutputOptions(layout=layout, overwrite=overwrite, max_shard_size=max_shard_size)
     layout = options.layout_of(out)
-    info, metadata = None, dict[str, str]()
+    info = None
     with ExitStack() as stack:
         if is_checkpoint:
             tensors = _of_source(stack.enter_context(stored_in(source, weights, average)))
         else:
-            tensors, info, metadata = _read_model(stack, source)
+            tensors, info = _read_model(stack, source)
         own, tensors = len(tensors), _rename(tensors, prefix, strip_prefix)
         if base is not None:
             tensors |= _read_base(stack, base, tensors)
@@ -117,7 +117,7 @@ def export_file(
                 outputs[0].write(name, tensors[name].read(entry.dtype))
                 advance(entry.nbytes)
 
-        write_outputs([out], layout, parts, [(content, metadata)], fill, others, overwrite)
+        write_outputs([out], layout, parts, [content], fill, others, overwrite)
     return ExportReport(out, len(entries), len(entries) - own, nbytes(entries), time.perf_counter() - started)
 
 
@@ -177,18 +177,17 @@ def _open_model(stack: ExitStack, path: Path) -> Sequence[TensorFile | Snapshot]
     return [stack.enter_context(file) for file in opened]
 
 
-def _read_model(stack: ExitStack, source: Path) -> tuple[_Tensors, OutputInfo | None, dict[str, str]]:
-    """Return the tensors of a model, its header as an output, and what kohya's scripts keep about the training."""
+def _read_model(stack: ExitStack, source: Path) -> tuple[_Tensors, OutputInfo | None]:
+    """Return the tensors of a model, and its header as an output."""
     opened, index = _open_model(stack, source), index_of(source)
     name = source.name if index is None else index.parent.name
-    tensors, info, kept = _Tensors(), None, dict[str, str]()
+    tensors, info = _Tensors(), None
     for file in opened:
         in_file, info = _read_file(file, name)
         if twice := in_file.keys() & tensors.keys():
             raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
         tensors |= in_file
-        kept = training_metadata(file) if len(opened) == 1 and isinstance(file, TensorFile) else {}
-    return tensors, info, kept
+    return tensors, info
 
 
 def _read_file(file: TensorFile | Snapshot, model: str) -> tuple[_Tensors, OutputInfo | None]:

@@ -55,7 +55,6 @@ class OutputOptions(Options):
         distributed: all processes of a torchrun job make this call, and each writes some of the shards in a folder.
         like: a model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged weights:
             the same names, files and dtypes, and copies of all other files. Tensors that the run lacks come from it.
-        component: the folder in a pipeline that holds the weights, such as "unet"; by default the only one that fits.
     """
 
     device: torch.device | str = "auto"
@@ -65,7 +64,6 @@ class OutputOptions(Options):
     dry_run: bool = False
     distributed: bool = False
     like: str | Path | None = None
-    component: str | None = None
 
     @property
     def shard_bytes(self) -> int:
@@ -165,8 +163,8 @@ _FOLDERS = {
 Parts = Mapping[str, Mapping[str, Entry]]
 """The tensors of each file of an output: its path within the folder, or "" for an output that is one file."""
 
-Header = tuple[Mapping[str, Any], Mapping[str, str]]
-"""The content of an output's header, see `TensorFileWriter`, and further strings."""
+Header = Mapping[str, Any]
+"""The content of an output's header, see `TensorFileWriter`."""
 
 Others = Mapping[str, Path | bytes]
 """The other files of a folder: their content, or the file to copy."""
@@ -298,14 +296,14 @@ class Output:
         elif layout == "pt":
             self._file = files.PendingFile(path, overwrite)
         else:
-            self._file = TensorFileWriter(path, parts[""], *header, overwrite)
+            self._file = TensorFileWriter(path, parts[""], header, {}, overwrite)
 
     def begin(self, name: str) -> None:
         """Begin a file, into which the tensors go from now on."""
         if self._folder is not None and self._memory is None:
             place, self._names = self.place / name, self._parts[name].keys()
             files.make_directory(place.parent)
-            self._file = TensorFileWriter(place, self._parts[name], *self._header)
+            self._file = TensorFileWriter(place, self._parts[name], self._header, {})
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         if self._memory is not None:

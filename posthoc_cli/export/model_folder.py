@@ -39,24 +39,23 @@ class ModelFolder:
     component: str = ""
 
     @classmethod
-    def find(cls, like: Path | str, component: str | None, tensors: Iterable[str]) -> ModelFolder:
-        """Return a model folder; for a pipeline with the named component, or the only one with some of these tensors.
+    def find(cls, like: Path | str, tensors: Iterable[str]) -> ModelFolder:
+        """Return a model folder; for a pipeline with the only component that has some of these tensors.
 
         Raises InvalidValueError for a path without weights in safetensors files, if no component, or several, fit the
         tensors, or for something in the folder that is neither a file nor a link to a file in the folder.
         """
-        path, known = files.expanded(like), set(tensors)
-        if component and (component == ".." or Path(component).name != component):
-            raise InvalidValueError("component", "must be the name of a folder in the model folder", value=component)
+        path, known, component = files.expanded(like), set(tensors), ""
         entries = sorted(path.iterdir()) if path.is_dir() else []
         parts = [entry.name for entry in entries if entry.is_dir() and _weights_at(entry) is not None]
-        if component is None and _weights_at(path) is None and parts:
+        if _weights_at(path) is None and parts:
             fitting = [part for part in parts if known & cls(path, part).stored.keys()]
             if len(fitting) != 1:
                 reason = f"has weights in: {', '.join(parts)}; with names of the run's in {len(fitting)}"
-                raise InvalidValueError("like", reason, "name the part: component", value=path)
+                hint = f"name the folder of one component, such as {path / parts[0]}"
+                raise InvalidValueError("like", reason, hint, value=path)
             component = fitting[0]
-        folder = cls(path, component or "")
+        folder = cls(path, component)
         if _weights_at(folder.place) is None:
             names = " or ".join(f"{stem}{SUFFIX}" for stem in _STEMS)
             reason = f"has no weights: {names}, or their index" if path.is_dir() else "is not a folder"

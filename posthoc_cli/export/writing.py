@@ -28,7 +28,6 @@ from posthoc_cli.export.layouts import (
     ALONE,
     PICKLES,
     Alone,
-    Header,
     Output,
     OutputOptions,
     files_of,
@@ -36,9 +35,8 @@ from posthoc_cli.export.layouts import (
     write_outputs,
 )
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
-from posthoc_cli.snapshots.outputs import training_metadata
 from posthoc_cli.snapshots.sources import counted
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry
 from posthoc_cli.synthesis.engine import check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
@@ -132,8 +130,6 @@ def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: Outpu
     name, reason, hint = "like", "", ""
     if out is None and not asked.dry_run:
         name, reason = "out", "is missing; only a dry run needs no output"
-    elif asked.like is None and asked.component is not None:
-        reason = "is missing; component is about a model folder"
     elif asked.like is not None and any(others):
         reason = "determines the output: layout, dtype, overwrite and torchrun cannot be combined with it"
     elif asked.distributed and (is_file if asked.layout is None else asked.layout != "sharded"):
@@ -167,7 +163,8 @@ def write_synthesis(
         plan, parts = like.arranged(plan)
         layout, others = "like", like.others
     fill = partial(_fill, plan, options, like)
-    write_outputs(paths, layout, parts, _headers(plan), fill, others, options.overwrite, container, ranks)
+    headers = [plan.output_info(index).encoded() for index in range(len(plan.targets))]
+    write_outputs(paths, layout, parts, headers, fill, others, options.overwrite, container, ranks)
     return tuple(name for entries in parts.values() for name in entries if name not in plan.entries)
 
 
@@ -188,14 +185,6 @@ def _fill(
     with closing(synthesize_into(replace(plan, subset=subset), outputs, options)) as tiles:
         for _ in tiles:
             pass
-
-
-def _headers(plan: Plan) -> list[Header]:
-    """Return the header of the output of each target, with what kohya's scripts keep about the training."""
-    newest, kept = plan.newest, dict[str, str]()
-    if newest.files and newest.path.suffix == SUFFIX and newest.path.is_file():
-        kept = training_metadata(read_file(newest.path))
-    return [(plan.output_info(index).encoded(), kept) for index in range(len(plan.targets))]
 
 
 # --- processes

@@ -121,7 +121,6 @@ def _command(run: Run, result: dict[str, Any] | None = None) -> str:
         **({"--sigma-rel": best} if kind == "sigma_rel" else {"--target": f"{kind}:{best}"}),
         "--t": None if t == run.t else f"{t:.12g}",
         "--like": like,
-        "--component": settings.get("component"),
         "--out": "model" if like else "model.safetensors",
     }
     given = (word for name, value in options.items() if value is not None for word in (name, str(value)))

@@ -82,15 +82,6 @@ class OutputInfo:
         return {"kind": "output", "format": FORMAT, **vars(self)}
 
 
-def training_metadata(file: TensorFile) -> dict[str, str]:
-    """Return the metadata that kohya's scripts keep about a training, without hashes of tensors, which may change."""
-    return {
-        name: value
-        for name, value in file.metadata.items()
-        if name.startswith(("ss_", "modelspec.")) and not name.startswith("modelspec.hash")
-    }
-
-
 def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, list[str]]:
     """Return the tensors of each shard that an index names, by file name; shards have these endings.
 

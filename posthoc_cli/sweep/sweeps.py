@@ -48,7 +48,7 @@ class Sweep:
         axis: the lengths; by default every sigma_rel whose predicted error is below 1 %.
         repeats: trials of each length, with the seeds 0, 1, ...
         budget: the most lengths to measure.
-        like, component: as in `Run.write`.
+        like: as in `Run.write`.
         again: the command line that repeats this sweep.
         say: called with every trial when it ends.
     """
@@ -63,7 +63,6 @@ class Sweep:
     budget: int = 20
     t: float | None = None
     like: Path | None = None
-    component: str | None = None
     again: str = ""
     say: Callable[[Trial], None] = lambda _: None
     progress: ProgressBar = no_bar
@@ -83,7 +82,7 @@ class Sweep:
         self._settings = {
             "run": self.run.sources[-1].run_id, "t": self.t, "command": self.command,
             "metric": ":".join(filter(None, (self.metric.file, self.metric.key))),  # as --metric takes it
-            "like": None if self.like is None else str(self.like.resolve()), "component": self.component,
+            "like": None if self.like is None else str(self.like.resolve()),
         }  # fmt: skip
         axis = self.axis or good_range(self.run, self.t)
         search = Search(
@@ -147,7 +146,7 @@ class Sweep:
         return ".safetensors" if self.like is None else ""
 
     def _write(self, target: Target, path: Path | None, **options: Any) -> SynthesisReport:
-        written = self.run.write(target, path, t=self.t, like=self.like, component=self.component, **options)
+        written = self.run.write(target, path, t=self.t, like=self.like, **options)
         assert written is not None  # as of a process other than the first one
         return written
 

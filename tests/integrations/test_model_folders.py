@@ -167,7 +167,6 @@ def test_folders_and_options_that_do_not_fit_are_errors_that_leave_nothing_behin
         ("broken", {}, FileFormatError, r"of-0000\d\.safetensors: cannot be opened"),
         ("small", {}, MismatchError, "has the shape"),
         ("like", {"dtype": "float16"}, InvalidValueError, "determines the output"),
-        ("like", {"component": "../small"}, InvalidValueError, r"component.*must be the name of a folder"),
         ("nowhere", {}, InvalidValueError, "is not a folder"),
         ("empty", {}, InvalidValueError, r"has no weights: model\.safetensors or"),
     ):
