@@ -132,7 +132,7 @@ class Worker:
         if self._vacancy:
             arguments = (self._queue, self._vacancy)
             thread = threading.Thread(target=_run_jobs, args=arguments, name=f"ema-{self._name}", daemon=True)
-            _threads[thread] = self._queue, weakref.ref(self)
+            _threads[thread] = self._queue
             try:
                 thread.start()
             except RuntimeError:  # while the process ends, Python 3.12 and later start no thread
@@ -177,21 +177,13 @@ class Worker:
             self._queue.put(None)
 
 
-_Served = tuple[SimpleQueue[Job[object] | None], weakref.ref[Worker]]
-_threads: weakref.WeakKeyDictionary[threading.Thread, _Served] = weakref.WeakKeyDictionary()
-"""The threads of all workers, with the queues that they serve, and the workers."""
-
-
-def wait_for_abandoned() -> None:
-    """Wait for the threads of workers that are gone, which do what was queued before they end."""
-    for thread, (_, worker) in list(_threads.items()):
-        if worker() is None:
-            thread.join()
+_threads: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job[object] | None]] = weakref.WeakKeyDictionary()
+"""The threads of all workers, with the queues that they serve."""
 
 
 def end_threads() -> None:
     """End the threads of all workers when their jobs are done: one that frees tensors at shutdown aborts Python."""
-    for thread, (queue, _) in list(_threads.items()):
+    for thread, queue in list(_threads.items()):
         while thread.is_alive():
             queue.put(None)
             thread.join(0.1)  # a job queued after the None has kept the thread alive: ask again

@@ -109,7 +109,6 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
 
     Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second copy.
     """
-    reshard(check_model(model))
     targets = check_weights(model, weights, own_dtypes)
     for name, target in targets.items():
         if target.tensor.is_inference():

@@ -25,14 +25,7 @@ from posthoc_cli.errors import DirectoryError, NonFiniteError, NotReadyError, Wr
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.background import (
-    SINGLE_THREAD,
-    DeviceStreams,
-    ThreadPool,
-    Worker,
-    end_threads,
-    wait_for_abandoned,
-)
+from posthoc_cli.tracker.background import SINGLE_THREAD, DeviceStreams, ThreadPool, Worker, end_threads
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import Layout, ModelCopier, Reader, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
@@ -54,7 +47,7 @@ class Pipeline:
         self.tracking = tracking
         self.snapshotter: Snapshotter | None = None
         self.closed = self._has_ended = False
-        self._directory, self._settings, self._device = directory, settings, device
+        self.directory, self._settings, self._device = directory, settings, device
         self._is_async: bool | None = None  # whether updates return before they are done; known at the first update
         self._counted = tracking.progress
         self._process, self._lock = os.getpid(), threading.Lock()
@@ -64,7 +57,6 @@ class Pipeline:
         self._values: tuple[ModelTensors, Reader] | None = None
         self._storage: Storage | None = None
         self._live: WeakSet[LiveAverages] = WeakSet()
-        _pipelines.add(self)
 
     def figures(self) -> dict[str, float]:
         held = {"bytes": float(self.tracking.averages.nbytes + self._copier.nbytes)}
@@ -92,13 +84,13 @@ class Pipeline:
         if self.is_forked:
             reason = "this process was forked from the one that has the tracker, and its threads"
             hint = "call it there, or read the snapshots with PostHocEMA.from_path"
-            raise NotReadyError(self._directory, reason, hint)
+            raise NotReadyError(self.directory, reason, hint)
 
     def check_open(self) -> None:
         """Raise a NotReadyError in a forked process, and if the tracker is closed."""
         self.check_process()
         if self.closed:
-            raise NotReadyError(self._directory, "this tracker was closed", "continue with PostHocEMA.from_path")
+            raise NotReadyError(self.directory, "this tracker was closed", "continue with PostHocEMA.from_path")
 
     def lock(self, call: str) -> threading.Lock:
         """Return the lock to hold during a call; raise a NotReadyError if another call, begun earlier, is running."""
@@ -174,21 +166,15 @@ class Pipeline:
 
     def skip(self, progress: TrainingProgress, writes: bool = True) -> None:
         """Count a call whose update is left out; with `writes`, have snapshots written if they are due."""
+        self.set(replace(self.tracking, progress=progress), writes)
 
-        def work() -> None:
-            self.check_open()
-            self.tracking = replace(self.tracking, progress=progress)
-            if writes:
-                self._submit_if_due(progress)
-
-        self._updates.call(work)
-        self._counted = progress
-
-    def set(self, tracking: Tracking) -> None:
+    def set(self, tracking: Tracking, writes: bool = False) -> None:
 
         def work() -> None:
             self.check_open()
             self._counted, self.tracking = tracking.progress, tracking
+            if writes:
+                self._submit_if_due(tracking.progress)
 
         self._updates.call(work)
 
@@ -261,13 +247,14 @@ class Pipeline:
         before = self.snapshotter
         with ExitStack() as undo:
             if before is None:
-                wait_for_writers(self._directory)  # a forgotten tracker may still be writing its last snapshot
+                wait_for_writers(self.directory)  # a forgotten tracker may still be writing its last snapshot
+                undo.callback(setattr, self, "snapshotter", None)
+                undo.callback(self.release)
+                _writers.add(self)
                 try:
-                    self.snapshotter = Snapshotter(self._directory, self._settings, self.tracking.tracked.members)
+                    self.snapshotter = Snapshotter(self.directory, self._settings, self.tracking.tracked.members)
                 except WriteError as error:  # a WriteError of `update_` would mean that the call has done its work
                     raise DirectoryError(error.subject, error.reason, error.hint) from error
-                undo.callback(self.snapshotter.close)
-                undo.callback(setattr, self, "snapshotter", None)
             assert self.snapshotter is not None
             self.snapshotter.check_run(run_id)
             yield self.snapshotter
@@ -278,10 +265,21 @@ class Pipeline:
         self._updates.submit(lambda: setattr(self, "closed", True))
 
     def close(self) -> None:
-        """Finish all work, and release the directory for another writer."""
+        """Finish all work, and release the directory."""
         self._updates.close()
         self._pool.close()
         self._writes.close()
+        self.release()
+
+    def abandon(self) -> None:
+        """Queue the last snapshots and the release of the directory; for a tracker that nothing refers to any more."""
+        if self in _writers:
+            self.end()
+            self._updates.submit(lambda: self._writes.submit(self.release))
+
+    def release(self) -> None:
+        """Release the directory for another writer."""
+        _writers.discard(self)
         if self.snapshotter is not None:
             self.snapshotter.close()
 
@@ -362,32 +360,26 @@ class Pipeline:
         self._writes.submit(lambda: snapshotter.record(state, staged, is_due))
 
 
-_pipelines: WeakSet[Pipeline] = WeakSet()
+_writers: set[Pipeline] = set()
+"""The pipelines that are the writer of their directory."""
 
 
 def wait_for_writers(directory: Path) -> None:
     """Wait until the trackers of this process have written all due snapshots in a directory; they keep their errors.
 
-    Those that nothing refers to any more, as of a notebook's cell that has run again, release it.
+    Those that nothing refers to any more, as of a notebook's cell that has run again, have then released it.
     """
-
-    def flush(pipeline: Pipeline) -> None:
+    for pipeline in list(_writers):
         with suppress(OSError):
-            if pipeline.snapshotter is not None and pipeline.snapshotter.directory.samefile(directory):
+            if pipeline.directory.samefile(directory):
                 pipeline.flush()
-
-    pipelines = list(_pipelines)
-    while pipelines:
-        flush(pipelines.pop())
-    wait_for_abandoned()
 
 
 @atexit.register
 def finish() -> None:
     """Finish the work of every tracker, release its directory, and end all threads; called when the process ends."""
-    for pipeline in list(_pipelines):
+    for pipeline in list(_writers):
         pipeline.end()
         pipeline.flush()
-        if pipeline.snapshotter is not None:
-            pipeline.snapshotter.close()
+        pipeline.release()
     end_threads()

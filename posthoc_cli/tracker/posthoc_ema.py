@@ -91,8 +91,8 @@ class PostHocEMA:
         self._watch = ModelWatch(self.settings.selection, self._members)
         self._model = None if model is None else weakref.ref(unwrapped(model))
         self._pipeline = Pipeline(self.checkpoint_dir, self.settings, start.tracking, device)
-        # For a tracker that nobody closes. `end` must not wait for a thread: garbage may be collected in that thread.
-        weakref.finalize(self, self._pipeline.end).atexit = False
+        # For a tracker that nobody closes. It must not wait for a thread: garbage may be collected in that thread.
+        weakref.finalize(self, self._pipeline.abandon).atexit = False
         self._attachment: Attachment | None = None
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[Any], None]] = []
