@@ -407,9 +407,7 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
         for path, raw, module in modules
         for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
-    renamed: dict[str, str] = {}
-    for root, adapter in _adapter_roots(modules):
-        renamed |= _adapter_names(root, adapter, modules, tensors)
+    renamed = _adapter_names(modules, tensors)
     return [tensor._replace(name=renamed.get(tensor.raw, tensor.name)) for tensor in tensors] if renamed else tensors
 
 
@@ -448,54 +446,37 @@ def _join(path: str, key: str) -> str:
 # --- adapters of PEFT ---
 
 
-def _adapter_roots(modules: Sequence[NamedModule]) -> Iterator[tuple[NamedModule, str]]:
-    """Yield the outermost modules with one adapter, and the adapter's name, which PEFT omits from its tensors' names.
+def _adapter_names(modules: Sequence[NamedModule], tensors: Sequence[NamedTensor]) -> dict[str, str]:
+    """Return the names under which PEFT saves and loads adapters' tensors, by torch's names.
 
     Tensors of several adapters keep torch's names; so do those of prompt learning, which PEFT computes when it saves.
     """
     if "peft" not in sys.modules:
-        return
-    from peft import PeftConfig, PeftModel
+        return {}
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
-    roots: list[str] = []
-    for entry in modules:
-        if any(entry.raw == raw or entry.raw.startswith(f"{raw}." if raw else "") for raw in roots):
+    names, roots = dict[str, str](), list[str]()  # the outermost modules with adapters
+    for _, root, module in modules:
+        if any(root.startswith(outer) for outer in roots):
             continue
-        module: Any = entry.module
         # Not `getattr`: wrappers forward the attributes of the module that they wrap.
         found = module.peft_config if isinstance(module, PeftModel) else vars(module).get("peft_config")
         configs = found if isinstance(found, Mapping) else {}
         adapters = {name: config for name, config in configs.items() if isinstance(config, PeftConfig)}
-        if adapters:
-            roots.append(entry.raw)
-            adapter, config = next(iter(adapters.items()))
-            if len(adapters) == 1 and not config.is_prompt_learning:
-                yield entry, adapter
-
-
-def _adapter_names(
-    root: NamedModule, adapter: str, modules: list[NamedModule], tensors: list[NamedTensor]
-) -> dict[str, str]:
-    """Return the names under which PEFT saves and loads an adapter's tensors, by torch's names."""
-    from peft import get_peft_model_state_dict
-
-    start = f"{root.raw}." if root.raw else ""
-    # One tensor object for each name: the identity of a tensor in PEFT's result shows which name it had.
-    state = {t.raw.removeprefix(start): t.tensor.detach() for t in tensors if t.raw.startswith(start)}
-    raw_names = {id(tensor): raw for raw, tensor in state.items()}
-    saved_as = get_peft_model_state_dict(
-        root.module, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False
-    )
-    wrappers = [(path, raw, child) for path, raw, m in modules if raw.startswith(start) and (child := wrapped_child(m))]
-    names = {}
-    for saved, tensor in saved_as.items():
-        if id(tensor) not in raw_names:
+        start = _join(root, "")
+        roots += [start] * bool(adapters)
+        if len(adapters) != 1 or any(config.is_prompt_learning for config in adapters.values()):
             continue
-        raw, name = start + raw_names[id(tensor)], start + saved
-        names[raw] = _join(root.path, saved)
-        # The innermost wrapper last: its path is without its parents' prefixes.
-        for path, wrapper, child in wrappers:
-            prefix = f"{_join(wrapper, child)}."
-            if raw.startswith(prefix) and name.startswith(prefix):
-                names[raw] = _join(path, name.removeprefix(prefix))
+        # One tensor object for each name: the identity of a tensor in PEFT's result shows which name it had.
+        state = {t.raw.removeprefix(start): t.tensor.detach() for t in tensors if t.raw.startswith(start)}
+        raw_names = {id(tensor): start + raw for raw, tensor in state.items()}
+        options: dict[str, Any] = {"adapter_name": next(iter(adapters)), "save_embedding_layers": False}
+        saved_as = get_peft_model_state_dict(module, state_dict=dict(state), **options)
+        names |= {raw_names[id(one)]: start + saved for saved, one in saved_as.items() if id(one) in raw_names}
+    for _, wrapper, module in reversed(modules) if names else ():  # the innermost first
+        if (child := wrapped_child(module)) is not None:
+            prefix = _join(wrapper, f"{child}.")
+            for raw, name in names.items():
+                if name.startswith(prefix):
+                    names[raw] = _join(wrapper, name.removeprefix(prefix))
     return names

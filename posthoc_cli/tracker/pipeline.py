@@ -16,8 +16,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -29,7 +30,7 @@ from posthoc_cli.tracker.background import SINGLE_THREAD, DeviceStreams, ThreadP
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import Layout, ModelCopier, Reader, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
-from posthoc_cli.tracker.snapshotter import LiveAverages, LiveSource, Snapshotter, Storage, headers, measured_now, stage
+from posthoc_cli.tracker.snapshotter import LiveSource, Snapshotter, Storage, headers, measured_now, stage
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
 
 
@@ -56,7 +57,7 @@ class Pipeline:
         self._updates, self._writes = Worker("averages"), Worker("snapshots")
         self._values: tuple[ModelTensors, Reader] | None = None
         self._storage: Storage | None = None
-        self._live: WeakSet[LiveAverages] = WeakSet()
+        self._live: WeakValueDictionary[int, LiveSource] = WeakValueDictionary()  # by id
 
     def figures(self) -> dict[str, float]:
         held = {"bytes": float(self.tracking.averages.nbytes + self._copier.nbytes)}
@@ -196,10 +197,13 @@ class Pipeline:
                 with self._streams.in_own_streams():
                     return averages.read(index, ranges, pool)
 
-            made = headers(self._settings, state, measured)
-            live = LiveAverages(tensors.layout, made, state.averages.copies, read, self._updates.call)
-            self._live.add(live)
-            return live.sources()
+            copies, call = state.averages.copies, self._updates.call
+            made = [
+                LiveSource.of(header, tensors.layout, copies, read=partial(read, index), call=call)
+                for index, header in enumerate(headers(self._settings, state, measured))
+            ]
+            self._live.update((id(one), one) for one in made)
+            return made
 
         return self._updates.call(work) if self.tracking.averages.exist else []
 
@@ -216,13 +220,13 @@ class Pipeline:
 
         return self._updates.call(work)
 
-    def write_missing(self, at_end: bool = False) -> None:
+    def write_missing(self) -> None:
         """Queue snapshots of the averages, unless they are stored when all earlier snapshots are durable."""
 
         def work() -> None:
             self._writes.wait()
             current, snapshotter = self._current(), self.snapshotter
-            if snapshotter is not None and snapshotter.is_behind(current, at_end):
+            if snapshotter is not None and snapshotter.is_behind(current):
                 self._submit_snapshots(current, is_due=False)
 
         self._updates.submit(work)
@@ -231,7 +235,7 @@ class Pipeline:
         """Queue the last snapshots of the training, once."""
         if self.snapshotter is not None and not self._has_ended:
             self._has_ended = True
-            self.write_missing(at_end=True)
+            self.write_missing()
 
     def flush(self) -> None:
         """Wait until all work is done and durable."""
@@ -328,7 +332,7 @@ class Pipeline:
         now, averages, storage = self.tracking, self.tracking.averages, self._storage_of(values.layout)
         if self._settings.snapshot_is_due(progress.step):
             storage.allocate(len(averages.sigma_rels))  # before anything is changed: memory may run out
-        for live in list(self._live):
+        for live in list(self._live.values()):
             live.copy()
         # The path is known from the first update on, or continues a known one.
         path, sketcher = averages.known_path, averages.sketcher

@@ -341,8 +341,8 @@ class PostHocEMA:
         In a group of processes all that have made a tracker of this directory make the call, between the same two calls
         of `update_`, within 300 s; an error in one is raised in all. Each fills the chunks that it holds.
         """
-        group, asked = self._callers("model", check_model(model), sigma_rel, t=t, step=step, dtype=dtype, method=method)
-        weights, own_dtypes = self._average(group, model, sigma_rel, **asked), dtype is None
+        asked: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
+        (group, weights), own_dtypes = self._average("model", check_model(model), sigma_rel, asked), dtype is None
         if not group.is_alone:  # else `swapped_in` checks
             group.together(lambda: check_weights(model, weights, own_dtypes))
         with swapped_in(model, weights, own_dtypes):
@@ -358,7 +358,7 @@ class PostHocEMA:
         of processes all make the call, and enter the blocks in their order.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        (group, _), refusals = self._callers("models", check_model(model), *wanted.values()), dict[str, str]()
+        group, refusals = self._callers("models", check_model(model), [*wanted.values()], {}), dict[str, str]()
         if group.from_first(lambda: self.has_average):
             refusals, _ = self._in_first(group, lambda sources: averaged.plan_possible(sources, wanted)[1])
         for label, reason in refusals.items() if self.keeps_averages else ():
@@ -394,9 +394,8 @@ class PostHocEMA:
         """
         if sigma_rel is None:
             return self._own_state()
-        model = self._chunked_model()
-        group, asked = self._callers("state_dict", model, sigma_rel, t=t, step=step, dtype=dtype, method=method)
-        weights = self._average(group, model, sigma_rel, **asked)
+        model, asked = self._chunked_model(), {"t": t, "step": step, "dtype": dtype, "method": method}
+        _, weights = self._average("state_dict", model, sigma_rel, asked)
         return weights if model is None else averaged.as_dtensors(weights, model)
 
     def load_into(
@@ -409,8 +408,7 @@ class PostHocEMA:
         weights: between two training steps this is the switch of Switch EMA. Names, shapes and `dtype` are checked
         first; a damaged snapshot, or a value that does not fit the model's dtype, leaves the tensors before it filled.
         """
-        arguments: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
-        group, asked = self._callers("load_into", check_model(model), sigma_rel, **arguments)
+        asked: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
         own_dtypes, in_place = dtype is None, Weights()
 
         def fill_at_once(plan: Plan) -> Weights:
@@ -421,7 +419,7 @@ class PostHocEMA:
             fill(model, chain(first, values), own_dtypes)
             return in_place
 
-        weights = self._average(group, model, sigma_rel, fill_at_once, **asked)
+        group, weights = self._average("load_into", check_model(model), sigma_rel, asked, fill_at_once)
         if weights is not in_place:
             group.together(lambda: check_weights(model, weights, own_dtypes))
             fill(model, weights.items(), own_dtypes)
@@ -485,6 +483,8 @@ class PostHocEMA:
         self.detach()
         if self._pipeline.is_forked:
             return  # the threads and the directory belong to another process
+        if self.step and not self.has_average:
+            log.warning("%s: no snapshot: %s", self.checkpoint_dir, self.settings.first_update(0))
         self._pipeline.refuse_calls()
         try:
             self._pipeline.end()
@@ -619,7 +619,8 @@ class PostHocEMA:
         present = group.together(lambda: self._watch.sample(model, now.tracked))
         samples = [sample_of_all(group, one) for one in (self._sample or {}, present)]
         if missing := least_distance(samples, np.array(self._weights, np.float32), now.tracked.complete_shapes):
-            standing = replace(now.averages.standing, missing=missing * now.tracked.leads)
+            standing = now.averages.standing
+            standing = replace(standing, missing=standing.missing + missing * now.tracked.leads)
             self._pipeline.set(replace(now, averages=replace(now.averages, standing=standing)))
             if group.leads:
                 text = "the model has other weights than the network had then, and later predicted errors contain that"
@@ -646,19 +647,19 @@ class PostHocEMA:
             return tracking
 
         tracking = group.together(read)
-        averages = tracking.averages
-        part = averages.standing.errors, encode_path(averages.known_path, exact=True)
-        # Each process knows the rounding and the path of its own part, and some processes have no average.
-        errors, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
+        averages, standing = tracking.averages, tracking.averages.standing
+        part = standing.inherited, standing.missing, encode_path(averages.known_path, exact=True)
+        # Each process knows the errors and the path of its own part, and some processes have no average.
+        inherited, missing, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
         weights = self._present_weights(group)
 
         def read_info() -> StateInfo:
-            snapshotter, total = self._pipeline.snapshotter, tuple(map(sum, zip(*errors, strict=True)))
-            stored = tracking.snapshots if snapshotter is None else snapshotter.checksums
+            snapshotter, errors = self._pipeline.snapshotter, tuple(map(sum, zip(*inherited, strict=True)))
             return StateInfo(
                 tracking.run_id, self.settings.t_unit, averages.sigma_rels,
-                replace(averages.standing, inherited=total, missing=0.0), tracking.progress.clock.state(),
-                joined_paths([*filter(None, sketches)]), tuple(sorted(stored)), weights,
+                replace(standing, inherited=errors, missing=sum(missing)), tracking.progress.clock.state(),
+                joined_paths([*filter(None, sketches)]),
+                tuple(sorted(tracking.snapshots if snapshotter is None else snapshotter.checksums)), weights,
             )  # fmt: skip
 
         return pack_state(tracking, group.from_first(read_info), self._chunked_model())
@@ -678,15 +679,18 @@ class PostHocEMA:
     # --- one average from sources
 
     def _average(
-        self, group: Group, model: torch.nn.Module | None, wanted: Wanted,
-        use: Callable[[Plan], Weights] = make_weights, **asked: Any,
-    ) -> Weights:  # fmt: skip
-        """Return an average, of a sharded `model` the chunks of it that this process holds; before any, raw weights.
+        self, call: str, model: torch.nn.Module | None, wanted: Wanted, given: dict[str, Any],
+        use: Callable[[Plan], Weights] = make_weights,
+    ) -> tuple[Group, Weights]:  # fmt: skip
+        """Return the processes that make a call, and the average; of a sharded `model` the chunks in this process.
 
-        A tracked length at the present time is the live average alone. A process that is alone makes it by `use`.
+        A tracked length at the present time is the live average alone; before any average it is the raw weights. A
+        process that is alone makes it by `use`.
         """
+        asked = {name: value for name, value in given.items() if value is not None}
+        group = self._callers(call, model, [wanted], asked)
         if not group.from_first(lambda: self.has_average):
-            return self._raw_weights(model, asked.get("dtype"))
+            return group, self._raw_weights(model, asked.get("dtype"))
         tracking, target, live = self._pipeline.tracking, as_target(wanted), None
         if target.sigma_rel is not None and not (tracking.resumes or {"t", "step"} & asked.keys()):
             near = (math.isclose(target.sigma_rel, one, rel_tol=1e-6) for one in self.settings.sigma_rels)  # float32's
@@ -698,8 +702,8 @@ class PostHocEMA:
             return averaged.logged(plan_synthesis(sources, [wanted], **asked))
 
         if group.is_alone and not self._members.is_chunked:
-            return with_consistent_plan(lambda: plan(self._sources(live is not None)), use)
-        return with_consistent_plan(
+            return group, with_consistent_plan(lambda: plan(self._sources(live is not None)), use)
+        return group, with_consistent_plan(
             lambda: self._in_first(group, lambda sources: averaged.to_send(plan(sources)), live is not None),
             lambda found: averaged.exchanged(group, *found, wanted, tracking.tracked, model, self.checkpoint_dir),
         )
@@ -765,18 +769,16 @@ class PostHocEMA:
         return group.from_first(in_first), local
 
     def _callers(
-        self, call: str, model: torch.nn.Module | None, *wanted: Wanted, method: str | None = None, **arguments: Any
-    ) -> tuple[Group, dict[str, Any]]:
-        """Return the processes that make a call for averages, of parts or as replicas, and its given options."""
-        check_method(method)
-        parse_dtype(arguments.get("dtype"))
-        asked = {name: value for name, value in (arguments | {"method": method}).items() if value is not None}
+        self, call: str, model: torch.nn.Module | None, wanted: Sequence[Wanted], asked: dict[str, Any]
+    ) -> Group:
+        """Return the processes that make a call for averages, of parts or as replicas, after checking its options."""
+        check_method(asked.get("method"))
+        parse_dtype(asked.get("dtype"))
         tracked = self._tracked_model(model)
         parameter = None if tracked is None else next(tracked.parameters(), None)
         device = HOST if parameter is None else parameter.device
         said = [as_target(one).title for one in wanted] + [f"{name}={value}" for name, value in asked.items()]
-        is_tracking = not self._pipeline.tracking.resumes
-        return self._members.callers(f"{call}({', '.join(said)})", is_tracking, device), asked
+        return self._members.callers(f"{call}({', '.join(said)})", not self._pipeline.tracking.resumes, device)
 
     def _tracked_model(self, default: torch.nn.Module | None = None) -> torch.nn.Module | None:
         """Return the model that this tracker was made with if it still exists, else `default`."""

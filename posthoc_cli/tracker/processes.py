@@ -284,7 +284,7 @@ class Members:
         self.names: frozenset[str] = frozenset()  # of all tracked tensors of a sharded model
         self.mesh: dict[str, Any] = {}  # the processes' arrangement, as a snapshot's header has it
         self._meeting: Rendezvous | None = None
-        if model is not None and is_in_group() and dist.get_world_size() > 1:
+        if model is not None and dist.is_initialized() and dist.get_world_size() > 1:
             # The first, second, ... tracker of a directory that each process makes meet.
             hint = f"make it in every process, with a tracker of {directory}"
             self._meeting = Rendezvous(_digest(str(directory)), self.keeps, hint)
@@ -389,17 +389,12 @@ class ShardOwners(Members):
         return bool(flags.item())
 
 
-def is_in_group() -> bool:
-    """Return whether this process is in a process group."""
-    return dist.is_available() and dist.is_initialized()
-
-
 def is_first_of_group(model: torch.nn.Module | None) -> bool:
     """Return whether this process keeps the averages of a model: the first of its DistributedDataParallel's group.
 
     For a model without that wrapper it is the first of all: scripts may make their tracker before they wrap the model.
     """
-    if not is_in_group():
+    if not dist.is_initialized():
         return True
     ddp, modules = torch.nn.parallel.DistributedDataParallel, () if model is None else model.modules()
     wrapper = next((module for module in modules if isinstance(module, ddp)), None)

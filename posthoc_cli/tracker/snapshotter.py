@@ -8,10 +8,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby, pairwise, takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,18 +48,26 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds that a network file system may take to show a file
 
-ReadRanges = Callable[[int, Sequence[ElementRange]], list[torch.Tensor]]
-"""Returns ranges of the average of an index, on the host."""
-
 
 # --- sources of a synthesis ---
 
 
 @dataclass(frozen=True, repr=False)
 class LiveSource(Snapshot):
-    """One running average, with its copies: the snapshot that would be written now; `read` returns ranges, flat."""
+    """One running average, with its copies: the snapshot that would be written now.
 
+    It is read in place until the next update, which has it copied first; `call` runs `read`, which returns flat ranges.
+    """
+
+    held: dict[str, torch.Tensor] = field(default_factory=dict)  # what need not be read in place
     read: Callable[[Sequence[ElementRange]], list[torch.Tensor]] = lambda _: []
+    call: Callable[[Callable[[], list[torch.Tensor]]], list[torch.Tensor]] = lambda work: work()
+
+    @classmethod
+    def of(cls, header: Snapshot, layout: Layout, copies: Mapping[str, torch.Tensor], **functions: Any) -> LiveSource:
+        entries = {name: Entry(stored_name(b.wide), shape) for b in layout for name, shape in b.named_shapes()}
+        entries |= {name: Entry(stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()}
+        return cls(**vars(header) | {"entries": entries, "held": dict(copies)} | functions)
 
     @property
     def name(self) -> str:
@@ -78,46 +86,19 @@ class LiveSource(Snapshot):
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
         self._fill(out, [ElementRange(name, 0, self.entries[name].size) for name in names])
 
+    def copy(self) -> None:
+        """Copy what would be read in place; called in the thread that changes the averages, before it does."""
+        missing = [ElementRange(name, 0, one.size) for name, one in self.entries.items() if name not in self.held]
+        self.held.update(zip([one.name for one in missing], self.read(missing), strict=True))
+
     def _fill(self, out: memoryview, ranges: Sequence[ElementRange]) -> None:
-        for values in self.read(ranges):
+        for values in self.call(lambda: self._values(ranges)):
             data = tensor_bytes(values)
             out[: len(data)] = data
             out = out[len(data) :]
 
-
-class LiveAverages:
-    """The averages of one update, read in place until the next, which has them copied; `call` runs `read` safely."""
-
-    def __init__(
-        self, layout: Layout, headers: Sequence[Snapshot], copies: Mapping[str, torch.Tensor], read: ReadRanges,
-        call: Callable[[Callable[[], list[torch.Tensor]]], list[torch.Tensor]],
-    ) -> None:  # fmt: skip
-        self._headers, self._read, self._call = headers, read, call
-        self._held = [dict(copies) for _ in headers]  # what need not be read in place, by name
-        shapes = {name: (stored_name(b.wide), shape) for b in layout for name, shape in b.named_shapes()}
-        shapes |= {name: (stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()}
-        self._entries = {name: Entry(*entry) for name, entry in shapes.items()}
-
-    def sources(self) -> list[LiveSource]:
-        def read(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-            return self._call(lambda: self._values(index, ranges))
-
-        made = [
-            vars(header) | {"entries": self._entries, "read": partial(read, i)}
-            for i, header in enumerate(self._headers)
-        ]
-        return [LiveSource(**one) for one in made]
-
-    def copy(self) -> None:
-        """Copy the averages, once; called in the thread that changes them, before it does."""
-        for index, held in enumerate(self._held):
-            missing = [ElementRange(name, 0, one.size) for name, one in self._entries.items() if name not in held]
-            held.update(zip([one.name for one in missing], self._read(index, missing), strict=True))
-
-    def _values(self, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        """Return ranges of the average of an index, and of copies."""
-        held = self._held[index]
-        values = iter(self._read(index, [one for one in ranges if one.name not in held]))
+    def _values(self, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+        held, values = self.held, iter(self.read([one for one in ranges if one.name not in self.held]))
         return [held[name].reshape(-1)[i:j] if name in held else next(values) for name, i, j in ranges]
 
 
@@ -207,20 +188,14 @@ class Snapshotter:
         others = [s for s in stored if s.t > t or s.identity not in known]
         if moved := set_aside(others) if self._leads else []:
             names = ", ".join(path.name for path in moved[:2]) + f" and {len(moved) - 2:,} more" * (len(moved) > 2)
-            what = f"{len(moved):,} snapshot{'s' * (len(moved) > 1)}, later or of another attempt"
+            what = f"{len(moved):,} snapshot{'s' * (len(moved) > 1)}, later, of another attempt or of a dropped profile"
             log.warning("training continues from t = %.12g: %s, moved to %s: %s", t, what, moved[0].parent, names)
         self._stored = own
 
-    def is_behind(self, tracking: Tracking, at_end: bool = False) -> bool:
-        """Return whether the averages are not stored; with `at_end`, log why a directory stays empty."""
-        standing, schedule = tracking.averages.standing, self._settings.schedule
-        behind = standing.t > 0 and not all(self._has(standing.t, one) for one in self._settings.sigma_rels)
-        if at_end and not behind and not self._stored and not files.is_absent(self.directory):
-            log.warning(
-                "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d",
-                self.directory, standing.updates, schedule.update_every, schedule.update_after_step,
-            )  # fmt: skip
-        return behind
+    def is_behind(self, tracking: Tracking) -> bool:
+        """Return whether the averages are not stored."""
+        t = tracking.averages.standing.t
+        return t > 0 and not all(self._has(t, one) for one in self._settings.sigma_rels)
 
     def record(self, state: Tracking, staged: Sequence[StagedAverage], is_due: bool = True) -> None:
         """Write the snapshots of one time durably, and thin; none if an average is not finite.
@@ -386,10 +361,7 @@ def stage(storage: Storage, averages: Averages, pool: ThreadPool = SINGLE_THREAD
     def stage_tile(tile: Tile, thread: int) -> None:
         for index, stored in enumerate(memory):
             exact, out = averages.values(tile, index, thread), stored.tile(tile)
-            if exact.device.type == "cpu":
-                out.copy_(exact)
-            else:
-                out.copy_(exact.to(out.dtype), non_blocking=True)
+            out.copy_(exact if exact.device.type == "cpu" else exact.to(out.dtype), non_blocking=True)
             norms[index][tile.number] = torch.linalg.vector_norm(exact)
             subset.take(tile, exact, measured[index])
             storage.sample.take(tile, exact, samples[index])

@@ -546,7 +546,8 @@ def unpack_state(
     if standing.t > 0 and tracked.tensors:
         _check_profiles(info.sigma_rels, wanted)
         inherited = dict(zip(info.sigma_rels, standing.inherited, strict=True))
-        standing = replace(standing, inherited=tuple(inherited[one] * tracked.leads for one in wanted))
+        errors = tuple(inherited[one] * tracked.leads for one in wanted)
+        standing = replace(standing, inherited=errors, missing=standing.missing * tracked.leads)
         kept = AverageTensors(host_layout(tracked), len(wanted))
         for kind, flats in (("high", kept.high), ("mean", kept.mean)):
             for one, flat in zip(wanted, flats, strict=True):
