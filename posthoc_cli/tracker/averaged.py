@@ -91,12 +91,11 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
 
 
 SentPlan = tuple[Plan, Sequence[tuple[str, str]]]
-"""A plan with the newest header as its only source and without its target, which may be a user's object; and the name
-and the checksum of each source."""
 
 
 def to_send(plan: Plan) -> SentPlan:
-    """Return what the first process sends of a plan to others, which may hold other tensors, or none."""
+    """Return what the first process sends of a plan: without its target, which may be a user's object, and with the
+    newest header as its only source; and the name and the checksum of each source."""
     newest: Any = plan.newest
     header = newest.header if isinstance(newest, LiveSource) else replace(newest, files=(), sketch="", sample="")
     return replace(plan, sources=(header,), targets=()), [(source.name, source.identity) for source in plan.sources]

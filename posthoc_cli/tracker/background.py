@@ -85,8 +85,8 @@ class Job(Generic[Result]):
 class Worker:
     """Runs jobs in order, in one thread that starts with the first job, uses one torch thread, and ends with `close`.
 
-    The thread also ends when the worker is garbage-collected, and does not keep the process alive: `wait` does.
-    `concurrent.futures` would refuse new jobs while the process ends, even those that running jobs submit.
+    It also ends when the worker is garbage-collected, and does not keep the process alive. `concurrent.futures` would
+    refuse new jobs while the process ends, even those that running jobs submit.
     """
 
     def __init__(self, name: str) -> None:
@@ -94,14 +94,13 @@ class Worker:
         self._name, self._process, self._begin, self._has_warned = name, os.getpid(), time.monotonic(), False
         self._queue: SimpleQueue[Job[object] | None] = SimpleQueue()
         self._vacancy: deque[None] = deque((None,))  # empty while the worker has a thread
-        self._errors, self._seconds = deque[Exception](), deque([0.0], maxlen=1)
+        self._errors, self.job_seconds = deque[Exception](), deque([0.0], maxlen=1)  # of the last submitted job
         # Not at exit: running jobs may still submit others.
         weakref.finalize(self, self._queue.put, None).atexit = False
 
     def submit(self, work: Callable[[], None]) -> None:
         """Queue `work`, and return at once. Its error is logged and kept until `take_error`; later jobs still run."""
-
-        errors, seconds = self._errors, self._seconds  # a job must not keep the worker alive
+        errors, seconds = self._errors, self.job_seconds  # a job must not keep the worker alive
 
         def guarded() -> None:
             began = time.monotonic()
@@ -139,11 +138,6 @@ class Worker:
                 self._queue.put(None)
                 _run_jobs(*arguments)
 
-    @property
-    def job_seconds(self) -> float:
-        """How long the last submitted job took."""
-        return self._seconds[0]
-
     def wait(self) -> None:
         """Wait until every job is done; return at once in a forked process, which has no thread."""
         is_idle = self._vacancy and self._queue.empty()
@@ -162,7 +156,7 @@ class Worker:
         passed, waited = time.monotonic() - self._begin, self._waited
         if not self._has_warned and waited >= max(PATIENCE, 0.1 * (passed - waited)):
             self._has_warned = True
-            times = f"{waited:.3g} s of {passed:.3g} s; the last one took {self.job_seconds:.3g} s"
+            times = f"{waited:.3g} s of {passed:.3g} s; the last one took {self.job_seconds[0]:.3g} s"
             warn(f"training has waited for {what} for {times}: a larger interval makes them rarer")
 
     def take_error(self) -> Exception | None:

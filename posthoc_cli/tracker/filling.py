@@ -73,10 +73,7 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) ->
 
 
 def fill(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool = True) -> None:
-    """Load weights, whose names and shapes fit, one by one; the model keeps its dtypes or takes theirs.
-
-    An error of `weights`, or a value that the model's dtype cannot hold, leaves the tensors before it filled.
-    """
+    """Load weights, whose names and shapes fit, one by one; the model keeps its dtypes or takes theirs."""
     with torch.inference_mode(False), torch.no_grad():
         targets = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
         for name, value in weights:

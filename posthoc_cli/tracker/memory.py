@@ -127,8 +127,8 @@ def _edges(count: int, most: int) -> list[int]:
 class FlatTensors:
     """Memory for the tensors of a layout, not initialized: each bucket in one flat tensor, or pinned in several slabs.
 
-    torch rounds pinned memory up to powers of two. Slabs have such sizes, except the last one of each bucket: it is
-    the last CPU tile, which rounding extends by less than half of `TILE` elements. Each tile lies in one slab.
+    torch rounds pinned memory up to powers of two: slabs have such sizes, but for a bucket's last CPU tile. Each tile
+    lies in one slab.
     """
 
     def __init__(self, layout: Layout, pinned: bool = False) -> None:
@@ -163,8 +163,7 @@ class FlatTensors:
         return part
 
 
-TilePart = torch.Tensor | tuple[torch.Tensor, slice]
-"""A flat tensor, or a tensor that is not contiguous with a range of its elements in row-major order."""
+TilePart = torch.Tensor | tuple[torch.Tensor, slice]  # flat, or not contiguous with a range of row-major elements
 
 
 class Reader:
@@ -247,8 +246,7 @@ class Reader:
 class _Ring:
     """A ring of buffers on an accelerator, through which tiles go to the host in a separate stream.
 
-    The ring holds all tiles if they take a small share of the free memory. Otherwise the training stream waits, before
-    it fills a buffer, until the tile that the buffer held before has been copied to the host.
+    If the free memory is too small for all tiles, the training stream waits before it fills a buffer again.
     """
 
     def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:

@@ -31,11 +31,8 @@ Value = TypeVar("Value")
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes for which torch has no arithmetic
 AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
 
-ON_META = (
-    "is on the meta device and has no values",
-    "model.load_state_dict(ema.state_dict(sigma_rel=...), assign=True) gives it those of an average",
-)
-"""Reason and hint for a tensor without values."""
+_WITH_VALUES = "model.load_state_dict(ema.state_dict(sigma_rel=...), assign=True) gives it those of an average"
+ON_META = ("is on the meta device and has no values", _WITH_VALUES)  # reason and hint
 
 _OTHER_DTYPE = "convert the model before the tracker is made; or use torch.autocast, which does not change parameters"
 _FROZEN_TOO = "make the tracker with include='*', which tracks frozen parameters, too"
@@ -45,24 +42,18 @@ _FROZEN_TOO = "make the tracker with include='*', which tracks frozen parameters
 class TrackedModel:
     """The tracked tensors of a model, by the name they are stored under, as far as they must not change during a run.
 
-    Attributes:
-        tensors: role and dtype of each. Averaged are floating-point parameters, BatchNorm's running statistics, and
-            buffers that the user wants averaged; copied are other persistent buffers and parameters.
-        shapes, chunks: the shape of each, or of the part that this process holds; and that part's position.
-        aliases: further names of these tensors (tied parameters) -> the stored name.
-        left_out, frozen: names in the model's state that are not tracked; those of parameters without gradients.
-        members: the processes that track the model; of a sharded one these are the tensors that this process owns.
-        everywhere: then the complete shapes of all averages.
+    Averaged are floating-point parameters, BatchNorm's running statistics, and buffers that the user wants averaged;
+    copied are other persistent buffers and parameters. Of a sharded model these are the tensors that this process owns.
     """
 
     tensors: dict[str, TrackedTensor]
-    shapes: Mapping[str, tuple[int, ...]]
-    aliases: dict[str, str]
-    left_out: tuple[str, ...]
-    frozen: frozenset[str] = frozenset()
-    chunks: dict[str, Chunk] = field(default_factory=dict)
-    members: Members = field(default_factory=Members)
-    everywhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]]  # of the parts that this process holds
+    aliases: dict[str, str]  # further names of these tensors (tied parameters) -> the stored name
+    left_out: tuple[str, ...]  # names in the model's state that are not tracked
+    frozen: frozenset[str] = frozenset()  # those of parameters without gradients
+    chunks: dict[str, Chunk] = field(default_factory=dict)  # the parts' positions
+    members: Members = field(default_factory=Members)  # the processes that track the model
+    everywhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of a sharded one: all averages' shapes
 
     @classmethod
     def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
@@ -168,10 +159,8 @@ def check_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 swapped: list[frozenset[int]] = []
-"""For each open block with averaged weights, the ids of the swapped tensors and of the modules that hold them.
-
-The block refers to all of these objects, so that no id is reused while it is open.
-"""
+"""For each open block with averaged weights, the ids of the swapped tensors and of the modules that hold them; the
+block refers to all of these objects, so that no id is reused."""
 
 
 def is_swapped(model: torch.nn.Module) -> bool:
@@ -188,7 +177,7 @@ def is_swapped(model: torch.nn.Module) -> bool:
 def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozenset[str] = frozenset()) -> ModelTensors:
     """Return a model's selected tensors, or this process's parts; parameters in `also` need not require gradients."""
     held, tracked = dict[str, torch.Tensor](), dict[str, TrackedTensor]()
-    aliases, left_out, frozen = dict[str, str](), list[str](), set[str]()
+    aliases, left_out = dict[str, str](), list[str]()
     first_name, chunks = dict[int, str](), dict[str, Chunk]()
     reshard(check_model(model))
     tensors = named_tensors(model)
@@ -199,12 +188,10 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
         name, tensor = entry.name, entry.tensor
         if not entry.in_state:
             continue
-        is_copied, is_selected = id(tensor) in copy_only, selection.names(name)
+        is_copied = id(tensor) in copy_only
         is_wanted = not selection.only_trainable or tensor.requires_grad or is_copied or name in also
-        if not is_selected or (entry.is_parameter and not is_wanted):
+        if not selection.names(name) or (entry.is_parameter and not is_wanted):
             left_out.append(name)
-            if is_selected:
-                frozen.add(name)
             continue
         _check(entry)
         stored = first_name.setdefault(id(tensor), name)
@@ -221,6 +208,7 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             elif entry.is_parameter or selection.buffers == "average":
                 role = "average"
         tracked[name] = TrackedTensor(role, stored_name(tensor.dtype, name))
+    frozen = frozenset(filter(selection.names, left_out))
     if all(one.role != "average" for one in tracked.values()):
         reason, hint = "none of floating-point values requires gradients", "include='*' takes frozen ones, too"
         if not frozen and (selection.include or selection.exclude):
@@ -228,9 +216,9 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
         raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
     shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
     averaged = {name: tensor for name, tensor in held.items() if tracked[name].role != "copy"}
-    copied = {name: tensor for name, tensor in held.items() if name not in averaged}
+    copied = _only(held, held.keys() - averaged.keys())
     ordered = {name: tracked[name] for name in (*averaged, *copied)}
-    known = TrackedModel(ordered, shapes, aliases, tuple(left_out), frozenset(frozen), chunks)
+    known = TrackedModel(ordered, shapes, aliases, tuple(left_out), frozen, chunks)
     return ModelTensors(averaged, copied, known)
 
 
@@ -373,12 +361,8 @@ _WRAPPERS = (
 """The module and the name of each wrapper class. A wrapper has one child, the module that it wraps."""
 
 
-class NamedModule(NamedTuple):
-    """A module or wrapper, with one of its paths: without wrappers ("" for the model itself), and torch's (`raw`)."""
-
-    path: str
-    raw: str
-    module: torch.nn.Module
+NamedModule = tuple[str, str, torch.nn.Module]
+"""A path of a module without wrappers ("" for the model itself), and torch's (`raw`); and the module or wrapper."""
 
 
 class NamedTensor(NamedTuple):
@@ -394,7 +378,7 @@ class NamedTensor(NamedTuple):
 def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     """Return the parameters, then the buffers, in the order of the modules, tied names included."""
     modules, fsdp = list(_named_modules(model)), sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(one.module, fsdp.FullyShardedDataParallel) for one in modules):
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for *_, module in modules):
         way = "use fully_shard or DistributedDataParallel"
         raise InvalidValueError("model", "FSDP1 lays parameters end to end", way)
     tensors = [
@@ -419,7 +403,7 @@ def _named_modules(model: torch.nn.Module) -> Iterator[NamedModule]:
         above, wrapped = parents.get(parent, ("", ""))
         path = above if key == wrapped else _join(above, key)
         parents[raw] = path, wrapped_child(module)
-        yield NamedModule(path, raw, module)
+        yield path, raw, module
 
 
 def wrapped_child(module: torch.nn.Module) -> str | None:

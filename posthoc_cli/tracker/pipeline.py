@@ -66,7 +66,7 @@ class Pipeline:
         writer, writes = self.snapshotter, self._writes
         if writer is None or not writer.times_written:
             return held
-        figures = {"bytes": writer.nbytes, "seconds": writes.job_seconds, "waited": writes.wait_seconds}
+        figures = {"bytes": writer.nbytes, "seconds": writes.job_seconds[0], "waited": writes.wait_seconds}
         return held | {f"snapshot_{name}": float(value) for name, value in figures.items()}
 
     @property
@@ -208,7 +208,7 @@ class Pipeline:
         return self._updates.call(work) if self.tracking.averages.exist else []
 
     def read_exactly(self) -> Tracking:
-        """Return the tracker's state, with an exact copy of the averages on the host."""
+        """Return the state with an exact copy of the averages on the host."""
 
         def work() -> Tracking:
             current = self._current()
@@ -232,9 +232,10 @@ class Pipeline:
         self._updates.submit(work)
 
     def end(self) -> None:
-        """Queue the last snapshots of the training, once."""
-        if self.snapshotter is not None and not self._has_ended:
+        """Refuse later calls that change the state, and queue the last snapshots of the training, once."""
+        if not self._has_ended:
             self._has_ended = True
+            self._updates.submit(lambda: setattr(self, "closed", True))
             self.write_missing()
 
     def flush(self) -> None:
@@ -263,10 +264,6 @@ class Pipeline:
             self.snapshotter.check_run(run_id)
             yield self.snapshotter
             undo.pop_all()
-
-    def refuse_calls(self) -> None:
-        """Refuse later calls that change the state."""
-        self._updates.submit(lambda: setattr(self, "closed", True))
 
     def close(self) -> None:
         """Finish all work, and release the directory."""

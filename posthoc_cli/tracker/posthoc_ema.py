@@ -485,7 +485,6 @@ class PostHocEMA:
             return  # the threads and the directory belong to another process
         if self.step and not self.has_average:
             log.warning("%s: no snapshot: %s", self.checkpoint_dir, self.settings.first_update(0))
-        self._pipeline.refuse_calls()
         try:
             self._pipeline.end()
             self.flush()

@@ -314,10 +314,8 @@ class ShardOwners(Members):
     """The processes that track one sharded model; each keeps the averages of the chunks that it owns.
 
     All processes make this object, in the same order of trackers, with their part of each tensor and, unless complete,
-    its chunk. The owner of a chunk is the lowest rank that holds it; a chunk without elements has none, unless its
-    tensor has no elements. A RankError names a process that does not come, or has other `options`.
-
-    `holders` are by name the ranks that hold the same chunk as this process, ascending; `run_id` is that of rank 0.
+    its chunk. The owner of a chunk is the lowest rank that holds it (`holders`, by name, ascending); a chunk without
+    elements has none, unless its tensor has no elements. A RankError names a process that has other `options`.
     """
 
     is_chunked = True
@@ -342,7 +340,7 @@ class ShardOwners(Members):
         }
         own = dict(options), [*held.values()], run_id, time.time_ns()
         everyone = self.keepers("a tracker of this model").from_all(own)
-        first, _, self.run_id, self.session = everyone[0]
+        first, _, self.run_id, self.session = everyone[0]  # those of rank 0
         holders: dict[str, list[int]] = defaultdict(list)
         for rank, (others, digests, *_) in enumerate(everyone):
             for option, value in first.items():
@@ -390,10 +388,8 @@ class ShardOwners(Members):
 
 
 def is_first_of_group(model: torch.nn.Module | None) -> bool:
-    """Return whether this process keeps the averages of a model: the first of its DistributedDataParallel's group.
-
-    For a model without that wrapper it is the first of all: scripts may make their tracker before they wrap the model.
-    """
+    """Return whether this process keeps a model's averages: the first of its DistributedDataParallel's group, or, as
+    scripts may make their tracker before they wrap the model, of all."""
     if not dist.is_initialized():
         return True
     ddp, modules = torch.nn.parallel.DistributedDataParallel, () if model is None else model.modules()
