@@ -20,14 +20,13 @@ class Attachment:
 
     A step counts when it has changed the parameters: not one that a GradScaler skips, nor one that only makes the
     optimizer's state for a checkpoint; and once, however often it calls its closure. `optimizer.step()` raises an error
-    of the update after it has changed the parameters. `steps` is the number of steps that were counted, `is_updating`
-    says whether such a step is updating the tracker.
+    of the update after it has changed the parameters. `steps` is the number of steps that were counted.
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, update: Callable[[float | None], None], t: Callable[[], float] | None
     ) -> None:
-        self.steps, self.is_updating, self._is_attached = 0, False, True
+        self.steps, self.is_updating, self._is_attached = 0, False, True  # updating: within such a step
         self._optimizer, self._update, self._t = weakref.ref(optimizer), update, t
         # A compiled step must not trace file operations and counters.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
@@ -68,14 +67,13 @@ def attach(
 ) -> Attachment:  # fmt: skip
     """Attach a directory's tracker to the optimizer that takes the steps, such as the one inside accelerate's.
 
-    The attachment replaces `before` and that of an earlier tracker of the directory, as of a notebook's cell that has
-    run again. An InvalidValueError refuses an optimizer whose hooks do not see every step exactly once.
+    This replaces `before` and an earlier tracker of the directory, as of a notebook's cell that has run again.
     """
     # A program that has not imported accelerate holds none of its optimizers.
     accelerated = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", ())
     while isinstance(optimizer, accelerated):
         optimizer = optimizer.optimizer
-    attached = None if before is None else before.optimizer
+    attached, hint = None if before is None else before.optimizer, ""
     if reason := _refusal(optimizer):
         hint = "leave attach out, and call ema.update_(model) after each step that was taken"
     elif not has_model:
@@ -86,8 +84,6 @@ def attach(
     elif attached not in (None, optimizer):
         reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
         hint = "of several that train one model, attach to the one that steps last in an iteration, or detach() first"
-    else:
-        hint = ""
     if reason:
         raise InvalidValueError("attach", reason, hint)
     attachments = _attachments.setdefault(optimizer, {})

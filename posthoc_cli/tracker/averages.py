@@ -57,11 +57,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class Standing:
-    """The state of the averages, except their tensors, at the last update.
-
-    `inherited` are expected squared norms of the errors left by rounded snapshots that the run resumed from, and by
-    lost steps; `missing` is the squared distance of the model from their end.
-    """
+    """The state of the averages, except their tensors, at the last update."""
 
     t: float = 0.0
     step: int = 0
@@ -72,8 +68,8 @@ class Standing:
     folds: int = 0
     folded_t: float = 0.0  # the time of the last fold
     shared: bool = False  # whether the first profile's mean serves all profiles since the last fold
-    inherited: tuple[float, ...] = ()
-    missing: float = 0.0
+    inherited: tuple[float, ...] = ()  # expected squared norms of the errors left by resumes, and by lost steps
+    missing: float = 0.0  # the squared distance of the model, after a resume, from the network of the last update
 
     @property
     def errors(self) -> tuple[float, ...]:
@@ -159,8 +155,7 @@ class Averages:
     ) -> str | None:  # fmt: skip
         """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values - averages).
 
-        The averages move to the layout of `values` if it has changed; the other arguments replace earlier ones. If a
-        value is nan or infinite, nothing changes, and the first tensor with such a value is returned.
+        If a value is nan or infinite, nothing changes, and the first tensor with such a value is returned.
         """
         before, gammas, limits = self.standing, self.gammas, self._limits
         self._limits = []  # after an update that is refused or fails, the next one checks all values first

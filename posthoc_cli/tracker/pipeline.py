@@ -35,19 +35,13 @@ from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
 
 
 class Pipeline:
-    """Takes in a model's values, lets any thread read the averages, and has snapshots written in the background.
-
-    Attributes:
-        tracking: the tracker's state after the last update; only jobs of the averages' thread change it.
-        snapshotter: writes the snapshots; None until the tracker is the directory's writer.
-        closed: whether calls that change the state are refused; work that was queued before is done.
-    """
+    """Takes in a model's values, lets any thread read the averages, and has snapshots written in the background."""
 
     def __init__(self, directory: Path, settings: Settings, tracking: Tracking, device: str | None = None) -> None:
         check_word("device", device, ("cpu", "model", None))
-        self.tracking = tracking
-        self.snapshotter: Snapshotter | None = None
-        self.closed = self._has_ended = False
+        self.tracking = tracking  # the state after the last update; only jobs of the averages' thread change it
+        self.snapshotter: Snapshotter | None = None  # until the tracker is the directory's writer
+        self.closed = self._has_ended = False  # closed: calls that change the state are refused
         self.directory, self._settings, self._device = directory, settings, device
         self._is_async: bool | None = None  # whether updates return before they are done; known at the first update
         self._counted = tracking.progress
@@ -120,9 +114,9 @@ class Pipeline:
             self._counted = progress
 
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> NonFiniteError | None:
-        """Take in a model's values, the same object while it is unchanged, after `wait_for_turn`; write due snapshots.
+        """Take in a model's values, after `wait_for_turn`; return the error of an update left out, if it is known.
 
-        Return the error of an update that is left out, unless it is asynchronous: see `take_error`.
+        `tensors` must be the same object while the model is unchanged.
         """
         self.check_open()  # a signal handler may have closed the tracker since the call began
         if self._is_async is None:

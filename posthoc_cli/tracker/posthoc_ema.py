@@ -30,12 +30,11 @@ import torch
 
 from posthoc_cli.dtypes import parse_dtype, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError, PostHocError, shown, warn
-from posthoc_cli.planning import ErrorCurve, error_curve
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.path import encode_path, joined_paths, places
 from posthoc_cli.snapshots.snapshot import make_selection, statistics_notice
-from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
+from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import as_target
@@ -427,18 +426,10 @@ class PostHocEMA:
     def reconstruction_error(
         self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
     ) -> Figure:
-        """Return a figure of reconstruction error against sigma_rel, from the lowest to the highest of a range."""
+        """Return a figure of the snapshots' error against sigma_rel, from the lowest to the highest of a range."""
         from posthoc_cli import plots
 
-        def curve_of(sources: list[Source]) -> ErrorCurve:
-            last = max(source.t for source in sources)
-            chosen, _ = chosen_up_to(sources, last)
-            of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
-            label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
-            profiles = [source.profile for source in chosen]
-            return error_curve(label, profiles, source_prior(chosen), sigma_range, method=method)
-
-        curve, _ = self._in_first(self._members.keepers("reconstruction_error()"), curve_of)
+        curve = self.run.error_curve(sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -133,12 +133,11 @@ class Snapshotter:
     """The one writer of a directory, from its construction until `close`; makes the directory if it is missing.
 
     Of several processes each writes a part of every snapshot; that of rank 0 has the directory's lock, and thins.
-    `times_written` is the number of times with snapshots that were written, and `nbytes` the size of the last ones.
     """
 
     def __init__(self, directory: Path, settings: Settings, members: Members) -> None:
         self.directory = directory
-        self.times_written = self.nbytes = 0
+        self.times_written = self.nbytes = 0  # how often; and the size of the last snapshots
         self._settings, self._members = settings, members
         self._leads = members.rank == 0
         with files.reported_as_write_error(directory):
@@ -179,8 +178,7 @@ class Snapshotter:
     def continue_from(self, state: Tracking) -> None:
         """Set aside the snapshots that are later than a state, or of another attempt, which the state does not list.
 
-        Those off the schedule that were written after it was saved, as by `close`, belong to it if they hold its
-        averages.
+        Those that `close` wrote after it was saved belong to it if they hold its averages.
         """
         stored, t = self._complete(), state.progress.t
         known = state.snapshots | {s.identity for s in stored if s.off_schedule and _holds_average(s, state)}
@@ -200,8 +198,7 @@ class Snapshotter:
     def record(self, state: Tracking, staged: Sequence[StagedAverage], is_due: bool = True) -> None:
         """Write the snapshots of one time durably, and thin; none if an average is not finite.
 
-        Averages that are stored already, as after skipped updates, are not written again; but snapshots on the schedule
-        are written as if none existed off the schedule.
+        Averages that are stored already, as after skipped updates, are not written again, unless those files are off the schedule.
         """
         standing, copies = state.averages.standing, state.averages.copies
         off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
@@ -389,10 +386,8 @@ def stage(storage: Storage, averages: Averages, pool: ThreadPool = SINGLE_THREAD
 def _stored_in_other_dtypes(
     storage: Storage, averages: Averages, index: int, doubtful: set[str], measured: Values, stored: Values
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of an average that are stored in another dtype than their bucket's, in that dtype.
-
-    These are running statistics, and weights that their bucket's dtype cannot hold, whose values `stored` then gets.
-    """
+    """Return, in their dtype, running statistics and the weights that their bucket's dtype cannot hold; `stored` gets
+    the values of these."""
     subset, found = storage.subset, {}
 
     def holds(dtype: torch.dtype) -> bool:

@@ -174,15 +174,11 @@ class Tracking:
     """The complete state of a tracker; replaced in one assignment, so that its fields are always consistent."""
 
     run_id: str
-    progress: TrainingProgress
     tracked: TrackedModel
     averages: Averages
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
     resumes: bool = False  # whether the averages are still to be loaded from the directory
     snapshots: frozenset[str] = frozenset()  # header checksums of those written, in a state to continue from
-
-    @classmethod
-    def new(cls, run_id: str, tracked: TrackedModel, sigma_rels: Sequence[float], resumes: bool = False) -> Tracking:
-        return cls(run_id, TrainingProgress(), tracked, Averages.none_yet(sigma_rels), resumes)
 
 
 # --- where a run begins ---
@@ -223,7 +219,7 @@ class Start:
         if tensors.tracked.chunks or is_first_of_group(model):
             _check_directory(directory, is_new=resume is None)
         if not stored:
-            tracking = Tracking.new(secrets.token_hex(16), tensors.tracked, settings.sigma_rels)
+            tracking = Tracking(secrets.token_hex(16), tensors.tracked, Averages.none_yet(settings.sigma_rels))
             return cls(directory, settings, None, stored, tracking, model, tensors)
         newest, schedule, sigma_rels = stored[-1], settings.schedule, settings.sigma_rels
         if newest.t_unit != settings.t_unit:
@@ -234,7 +230,7 @@ class Start:
         is_first = newest.step <= schedule.update_after_step + schedule.checkpoint_every
         if step is None and is_first and len(stored) < len(sigma_rels):
             # The run was killed while it wrote its first snapshots: they are set aside when it begins again.
-            tracking, step = Tracking.new(newest.run_id, tensors.tracked, sigma_rels, resumes=True), 0
+            tracking, step = replace(tracking, tracked=tensors.tracked, progress=TrainingProgress()), 0
         return cls(directory, settings, step, stored, tracking, model, tensors)
 
     @classmethod
@@ -254,8 +250,7 @@ class Start:
     def choose(self, now: Tracking, values: Floats, group: Group, writes: bool, is_first_call: bool) -> Tracking:
         """Return the tracking that resumes from the newest call with the model's weights, for all processes alike.
 
-        When the tracker is made, or the model restored, any other model is left as it is; at the first call of
-        `update_` it is an error.
+        At the first call of `update_`, not before it, any other model is an error.
         """
         # A process that only counts must not see which snapshots the writer sets aside meanwhile.
         stored = find_snapshots(self.directory) if writes else self._stored
@@ -355,8 +350,8 @@ def ways_to_resume(step: int) -> str:
 
 
 def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
-    tracking = Tracking.new(last.run_id, TrackedModel.of_snapshot(last), sigma_rels, resumes=True)
-    return replace(tracking, progress=_progress_at(last))
+    averages = Averages.none_yet(sigma_rels)
+    return Tracking(last.run_id, TrackedModel.of_snapshot(last), averages, _progress_at(last), resumes=True)
 
 
 def _progress_at(snapshot: Snapshot) -> TrainingProgress:
@@ -379,10 +374,7 @@ def _until(snapshots: Sequence[Snapshot], step: int | None, argument: str = "ste
 @torch.inference_mode(False)
 @torch.no_grad()
 def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, step: int | None) -> Tracking:
-    """Load the averages of a call `step`, of None the newest one, from snapshots, with their rounding.
-
-    An average without a snapshot at that time is reconstructed from the snapshots at or before it.
-    """
+    """Load the averages of a call `step`, of None the newest, from snapshots; reconstruct those without one then."""
     snapshots = _until(read_directory(directory), step)
     newest = snapshots[-1]
     chosen = {s.sigma_rel: s for s in snapshots if s.t == newest.t}
@@ -400,7 +392,7 @@ def _load(directory: Path, sigma_rels: Sequence[float], tracked: TrackedModel, s
     path = path_of_part(newest.sketch, tracked.members.part)
     averages = Averages(tuple(sigma_rels), standing, kept, copies, known_path=path)
     known = frozenset(snapshot.identity for snapshot in snapshots)
-    return Tracking(newest.run_id, _progress_at(newest), tracked, averages, snapshots=known)
+    return Tracking(newest.run_id, tracked, averages, _progress_at(newest), snapshots=known)
 
 
 def _reconstruct(
@@ -430,10 +422,9 @@ def _reconstruct(
 def _read_average(
     snapshot: Snapshot, earlier: Sequence[Snapshot], average: FlatTensors, tracked: TrackedModel
 ) -> float:
-    """Fill `average` from a snapshot, and return the expected squared norm of its error.
+    """Fill `average` from a snapshot, and return the expected squared norm of its error; see `error_after_rounding`.
 
-    The errors of two resumes may add up, see `error_after_rounding`. How far the average has moved since the `earlier`
-    snapshot of its profile is estimated from the samples of both.
+    How far the average has moved since the `earlier` snapshot of its profile is estimated from the samples of both.
     """
     expected = norm = 0.0
     with snapshot:
@@ -561,7 +552,7 @@ def unpack_state(
         path = path_of_part(info.sketch, tracked.members.part)
         averages = Averages(wanted, standing, kept, copies, known_path=path)
     progress = TrainingProgress.resumed(clock, standing.step)
-    return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots)), info.weights
+    return Tracking(info.run_id, tracked, averages, progress, snapshots=frozenset(info.snapshots)), info.weights
 
 
 def host_layout(tracked: TrackedModel) -> Layout:
