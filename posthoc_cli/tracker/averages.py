@@ -45,14 +45,9 @@ from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.measuring import Elements, Sketcher, closed
 from posthoc_cli.tracker.memory import FlatTensors, Layout, Reader, Tile, tiles_of
 
-EXPONENT = 0x7F80_0000
-"""The exponent bits of a float32; alone they are the largest power of two that is not above the number's size."""
-
-MOST_UNDONE = 3 / 4
-"""The largest share of a new value in a mean that may be undone: roundings grow by 1 / (1 - share)."""
-
-GOLDEN = (math.sqrt(5) - 1) / 2
-"""The inverse of the golden ratio, whose multiples, modulo 1, are the most evenly spread for any number of them."""
+EXPONENT = 0x7F80_0000  # of a float32; alone these bits are the largest power of two not above the number's size
+MOST_UNDONE = 3 / 4  # the largest share of a new value in a mean that may be undone: roundings grow by 1 / (1 - share)
+GOLDEN = (math.sqrt(5) - 1) / 2  # the inverse of the golden ratio, whose multiples, modulo 1, are spread most evenly
 
 
 @dataclass(frozen=True)

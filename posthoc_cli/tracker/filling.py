@@ -72,14 +72,15 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) ->
     fill(model, weights.items())
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def fill(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool = True) -> None:
     """Load weights, whose names and shapes fit, one by one; the model keeps its dtypes or takes theirs."""
-    with torch.inference_mode(False), torch.no_grad():
-        targets = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
-        for name, value in weights:
-            if own_dtypes:
-                _check_fits(name, value, targets[name].dtype)
-            _load(targets[name], value, own_dtypes)
+    targets = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
+    for name, value in weights:
+        if own_dtypes:
+            _check_fits(name, value, targets[name].dtype)
+        _load(targets[name], value, own_dtypes)
 
 
 def _load(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:

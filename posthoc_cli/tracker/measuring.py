@@ -25,8 +25,7 @@ from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.path import PathSketch
 from posthoc_cli.tracker.memory import Layout, Tile, tiles_of
 
-MEASURED_ELEMENTS = 2**19
-"""The number of elements that are measured of a large model, about."""
+MEASURED_ELEMENTS = 2**19  # of a large model, about
 
 Values = npt.NDArray[Any]
 
@@ -117,20 +116,13 @@ def _draw(name: str, size: int, stride: int) -> Values:
 
 # --- the path of the weights
 
-NUMBERS = 64
-"""D, the numbers of a projection: the relative error of squared lengths is about sqrt(2 / D), 0.18."""
-
-ROW = 1021
-"""Columns that elements are summed into first: a prime, so that a column of a matrix is spread over all of them."""
-
+NUMBERS = 64  # D, of a projection: the relative error of squared lengths is about sqrt(2 / D), 0.18
+ROW = 1021  # columns that elements are summed into first: a prime, so that a column of a matrix is spread over all
+# The index of the number that each column is added to: shape [ROW].
 _NUMBER = (_hashed(np.arange(ROW, dtype=np.uint64)) % np.uint64(NUMBERS)).astype(np.int64)
-"""The index of the number that each column is added to: shape [ROW]."""
 
-MOST_WINDOWS = 1024
-"""The largest number of windows of a sketch; beyond it each two are merged."""
-
-_PENDING = 64
-"""Windows whose numbers may still be on an accelerator: fetching them waits for the device."""
+MOST_WINDOWS = 1024  # of a sketch; beyond it each two are merged
+_PENDING = 64  # windows whose numbers may still be on an accelerator: fetching them waits for the device
 
 
 class Sketcher:

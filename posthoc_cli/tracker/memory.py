@@ -23,15 +23,10 @@ from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 
 HOST = torch.device("cpu")
 
+# Elements of a tile; on an accelerator starting a kernel costs more than leaving the cache.
 TILE, DEVICE_TILE = 2**19, 2**22
-"""Elements of a tile on the CPU, where one thread works on it, and on an accelerator, where starting a kernel costs
-more than leaving the cache."""
-
-SLAB = 2**26
-"""Elements of the largest slabs of pinned memory."""
-
-FREE_SHARE = 0.1
-"""Largest share of an accelerator's free memory that is used as a buffer for copies to the host."""
+SLAB = 2**26  # elements of the largest slabs of pinned memory
+FREE_SHARE = 0.1  # of an accelerator's free memory, the most that is used as a buffer for copies to the host
 
 _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)  # norms of ordinary values are finite in these dtypes
 

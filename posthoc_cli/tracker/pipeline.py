@@ -355,8 +355,7 @@ class Pipeline:
         self._writes.submit(lambda: snapshotter.record(state, staged, is_due))
 
 
-_writers: set[Pipeline] = set()
-"""The pipelines that are the writer of their directory."""
+_writers: set[Pipeline] = set()  # each of its directory
 
 
 def wait_for_writers(directory: Path) -> None:

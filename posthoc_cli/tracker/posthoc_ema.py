@@ -508,7 +508,7 @@ class PostHocEMA:
             self._choose_start(model, is_first_call=True)
         if not self._has_begun:
             now = self._pipeline.tracking
-            read = (lambda: self._start.read(now)) if now.resumes and self.keeps_averages else None
+            read = (lambda: self._start.read(now)) if now.resumes and self.keeps_averages else (lambda: None)
             self._become_writer(self._members.keepers("update_"), now.run_id, read)
         if self._weights:
             self._note_missing(model)
@@ -530,15 +530,14 @@ class PostHocEMA:
                 return
         self._pipeline.count(progress)
 
-    def _become_writer(self, group: Group, run_id: str, read: Callable[[], Tracking] | None) -> None:
+    def _become_writer(self, group: Group, run_id: str, read: Callable[[], Tracking | None]) -> None:
         """Become a writer of the directory, if this process keeps averages, and continue from the state of `read`."""
 
         def begin() -> Tracking | None:
             if not self.keeps_averages:
-                return None if read is None else read()
+                return read()
             with self._pipeline.as_writer(run_id) as snapshotter:
-                loaded = None if read is None else read()
-                if loaded is not None:
+                if (loaded := read()) is not None:
                     snapshotter.continue_from(loaded)
                 return loaded
 
@@ -792,8 +791,7 @@ def _check_raw(model: torch.nn.Module, call: str) -> None:
         raise NotReadyError(call, "the model holds averaged weights now", "call it outside `with ema.model(...)`")
 
 
-_trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
-"""The trackers that were made with a model, by the bare model."""
+_trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()  # by the bare model
 
 
 def _note_restored(model: torch.nn.Module, _: object) -> None:

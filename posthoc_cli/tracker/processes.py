@@ -30,12 +30,10 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
-GRACE, WARNING, LIMIT = 2.0, 10.0, 300.0
-"""Seconds that the first call of several processes waits for trackers that are not made yet; that any call waits for
-the processes that have made one before it warns; and before it gives up."""
+GRACE = 2.0  # seconds that the first call of several processes waits for trackers that are not made yet
+WARNING, LIMIT = 10.0, 300.0  # seconds that a call waits for processes that have one before it warns, and gives up
 
-_made: Counter[str] = Counter()
-"""Number of stores made for each purpose and directory; every process makes them in the same order."""
+_made: Counter[str] = Counter()  # stores for each purpose and directory, which all processes make in the same order
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

@@ -198,7 +198,7 @@ class Snapshotter:
     def record(self, state: Tracking, staged: Sequence[StagedAverage], is_due: bool = True) -> None:
         """Write the snapshots of one time durably, and thin; none if an average is not finite.
 
-        Averages that are stored already, as after skipped updates, are not written again, unless those files are off the schedule.
+        Averages that are stored on the schedule already, as after skipped updates, are not written again.
         """
         standing, copies = state.averages.standing, state.averages.copies
         off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)

@@ -260,9 +260,8 @@ class Start:
             return max(same, default=None), stored[-1].step
 
         found, newest = group.from_first(find)
-        leads, has_advanced = group.leads and writes, newest > self._newest
-        if is_first_call and (found is None or has_advanced):
-            if leads:
+        if is_first_call and (found is None or newest > self._newest):
+            if group.leads and writes:
                 DirectoryLock(self.directory).release()  # a training that is still running here is the better reason
             if found is not None:
                 reason = f"has advanced from step {self._newest:,} to {newest:,} since this tracker was made"
@@ -273,13 +272,7 @@ class Start:
             reason = f"its weights are those of no snapshot of the run in {self.directory} ({times}; {compared})"
             raise ModelMismatchError("model", reason, ways_to_resume(steps[-1]))
         self.step, self._newest = None if found == newest else found, newest
-        if found is None:
-            return now
-        if is_first_call and leads and found < newest:
-            text = f"continuing at step {found:,}, where the network had the model's weights"
-            text += f"; later snapshots, up to step {newest:,}, will be set aside"
-            log.warning("%s: %s", self.directory, text)
-        return replace(now, progress=_progress_at(_until(stored, self.step)[-1]))
+        return now if found is None else replace(now, progress=_progress_at(_until(stored, self.step)[-1]))
 
     def read(self, now: Tracking) -> Tracking:
         if self.step == 0:
