@@ -1,7 +1,4 @@
-"""The tracker within training frameworks, one module per framework. See the guide `trainers`.
-
-Each module imports its framework, and uses only the public tracker.
-"""
+"""The tracker within training frameworks, one module per framework; see the guide `trainers`."""
 
 from __future__ import annotations
 
@@ -16,18 +13,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from posthoc_cli.errors import MismatchError
-from posthoc_cli.targets import Target, as_target
+from posthoc_cli.targets import Target
 from posthoc_cli.tracker import PostHocEMA
 
+# The name of the tracker's own state in a framework's checkpoint: for a sharded model a folder of
+# torch.distributed.checkpoint, else, with a suffix, a file of `torch.save`.
 STATE_NAME = "posthoc_ema"
-"""The name of the tracker's own state in a framework's checkpoint: for a sharded model a folder of
-torch.distributed.checkpoint, else, with a suffix, a file of `torch.save`."""
-
-
-def lengths(requested: Any) -> dict[str, Target]:
-    """Return by label the targets in an argument: a sigma_rel, a target's text form, a list of these, or None."""
-    wanted = [] if requested is None else requested if isinstance(requested, list | tuple) else [requested]
-    return {target.label: target for target in map(as_target, wanted)}
 
 
 def make_tracker(model: torch.nn.Module, checkpoint_dir: str | Path, options: dict[str, Any]) -> PostHocEMA:
@@ -64,8 +55,7 @@ def read_state(ema: PostHocEMA, folder: str | Path, number: int = 0) -> bool:
     """Continue from the state in a checkpoint, also of other processes; return False if it has none."""
     paths = [path for name in _state_names(number) if (path := Path(folder) / name).exists()]
     if len(paths) > 1:
-        names = f"{paths[0]} and {paths[1]}"
-        raise MismatchError(names, "are the tracker's states of two saves", "remove the older one")
+        raise MismatchError(" and ".join(map(str, paths)), "are the tracker's states of two saves", "remove the older")
     for path in paths:
         if path.is_dir():
             state = ema.state_dict()

@@ -44,8 +44,7 @@ def prepare(
     for tracker, _, earlier_hooks in places[number : number + 1]:
         earlier_hooks.close()
         if (earlier := tracker()) is not None and not earlier.closed:  # as when a notebook's cell runs again
-            text = "%s: this tracker is closed, as another one of its model replaces it"
-            log.warning(text, earlier.checkpoint_dir)
+            log.warning("%s: closed, as another tracker of its model replaces this one", earlier.checkpoint_dir)
             earlier.close()
     ema = make_tracker(model, checkpoint_dir, options)
     if optimizer is not None:
@@ -66,7 +65,5 @@ def prepare(
     return ema
 
 
-_Place = tuple[ref[PostHocEMA], ref[torch.nn.Module], ExitStack]
-"""A tracker, its bare model, and the hooks that put it into checkpoints."""
-
+_Place = tuple[ref[PostHocEMA], ref[torch.nn.Module], ExitStack]  # the hooks put the tracker into checkpoints
 _prepared: WeakKeyDictionary[Accelerator, list[_Place]] = WeakKeyDictionary()

@@ -186,8 +186,7 @@ class PostHocWeightAveraging(Callback):
             self.ema.close()
 
 
-_saving: WeakKeyDictionary[Trainer, Any] = WeakKeyDictionary()
-"""The path of the last checkpoint that each trainer has begun to save."""
+_saving: WeakKeyDictionary[Trainer, Any] = WeakKeyDictionary()  # the last checkpoint that each has begun to save
 
 
 def _watch_saving(trainer: Trainer) -> None:

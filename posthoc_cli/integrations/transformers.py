@@ -16,13 +16,14 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import figures, lengths, make_tracker, read_state, was_left_out, write_state
+from posthoc_cli.integrations import figures, make_tracker, read_state, was_left_out, write_state
+from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
 
+# The callback that tracks each model, and the state of the training in which it does.
 _tracking: WeakKeyDictionary[torch.nn.Module, tuple[PostHocCallback, TrainerState]] = WeakKeyDictionary()
-"""The callback that tracks each model, and the state of the training in which it does."""
 
 
 class PostHocCallback(TrainerCallback):
@@ -37,8 +38,7 @@ class PostHocCallback(TrainerCallback):
             `install`. Each evaluation runs again with averaged weights, whose metrics have the prefix `eval_ema`, of a
             list `eval_ema_0.15`. With one of them as `metric_for_best_model`, checkpoints hold the averaged model, and
             `load_best_model_at_end` loads it. Before the first update the raw weights are evaluated and saved.
-        folders: save the model with that average in each checkpoint, as the folder `ema` for `from_pretrained`; of a
-            list each, as `ema_0.15`.
+        folders: save the model with that average in each checkpoint, as the folder `ema`, or of a list `ema_0.15`.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
     """
 
@@ -48,9 +48,10 @@ class PostHocCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         if folders and evaluate is None:
             raise InvalidValueError("folders", "needs the length of the average to save", "say evaluate=0.15")
-        self._lengths = lengths(evaluate)
-        names = "ema_{}" if isinstance(evaluate, list | tuple) else "ema"
-        self._names = {label: names.format(label) for label in self._lengths}  # of metrics, and of folders
+        wanted: Any = evaluate if isinstance(evaluate, list | tuple) else [evaluate]
+        self._lengths = {} if evaluate is None else {target.label: target for target in map(as_target, wanted)}
+        # Of metrics, and of folders.
+        self._names = {label: f"ema_{label}" if wanted is evaluate else "ema" for label in self._lengths}
         self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
         self.ema: PostHocEMA | None = None
         self._installed: Callable[[], Trainer | None] = lambda: None  # the trainer of `install`

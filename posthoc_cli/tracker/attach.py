@@ -57,8 +57,7 @@ class Attachment:
             self.is_updating = False
 
 
-_attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
-"""The last attachment of each directory's trackers to an optimizer."""
+_attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()  # the last ones
 
 
 def attach(
@@ -116,11 +115,10 @@ def _refusal(optimizer: Any) -> str:
 
 
 def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the step that ends now counts.
+    """Return whether the step that ends now counts: see `Attachment`.
 
-    A GradScaler that finds infinities calls optimizers that scale gradients themselves (`fused=True`), with the
-    attribute `found_inf`. torch.distributed.checkpoint.state_dict makes an optimizer's state by a step with rates and
-    gradients of 0. The first step of a warm-up may have a rate of 0, too, but its gradients are not 0.
+    A GradScaler that finds infinities calls fused optimizers with the attribute `found_inf`. An optimizer's state is
+    made by a step with rates and gradients of 0; the first step of a warm-up may have a rate of 0, too.
     """
     if getattr(optimizer, "found_inf", None):
         return False

@@ -2,8 +2,7 @@
 
 A signal handler runs in the main thread, between any two steps of its code, and may call the very function that it has
 interrupted. So no lock is held while Python code runs: a handler that waited for it would deadlock with the interrupted
-code. Appending to and popping from queues and deques is atomic, and so is `dict.setdefault`, which decides who runs a
-job.
+code. Appending to and popping from queues and deques is atomic, and so is `dict.setdefault`.
 """
 
 from __future__ import annotations
@@ -251,8 +250,7 @@ class ThreadPool:
             helper.close()
 
 
-SINGLE_THREAD = ThreadPool(1)
-"""A pool of the calling thread alone."""
+SINGLE_THREAD = ThreadPool(1)  # the calling thread alone
 
 
 # --- accelerators

@@ -150,11 +150,9 @@ def _restorer(
         return lambda: contents.__setitem__(key, None)
     held, device = held_part(tensor), tensor.device
     gradients = (tensor.requires_grad, tensor.grad) if isinstance(tensor, torch.nn.Parameter) else None
-    saves, is_replaced = new_dtype is not None, False
+    saves, is_replaced = new_dtype is not None, not own_dtypes and new_dtype not in (None, tensor.dtype)
     if gradients is None:  # a forward pass may change a buffer; on meta it has no values to save
-        saves = not tensor.is_meta and _is_writable(tensor)
-    elif saves:
-        is_replaced = not own_dtypes and new_dtype != tensor.dtype
+        saves, is_replaced = not tensor.is_meta and _is_writable(tensor), False
     storage = None if is_replaced else held.data
     values = held.data.to("cpu", copy=True) if saves else None
 

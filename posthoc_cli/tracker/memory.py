@@ -122,8 +122,7 @@ def _edges(count: int, most: int) -> list[int]:
 class FlatTensors:
     """Memory for the tensors of a layout, not initialized: each bucket in one flat tensor, or pinned in several slabs.
 
-    torch rounds pinned memory up to powers of two: slabs have such sizes, but for a bucket's last CPU tile. Each tile
-    lies in one slab.
+    torch rounds pinned memory up to powers of two, which slabs have, but for the last CPU tile. A tile is in one slab.
     """
 
     def __init__(self, layout: Layout, pinned: bool = False) -> None:

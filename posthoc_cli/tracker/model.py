@@ -2,8 +2,7 @@
 
 Names do not depend on wrappers. `torch.compile`, DataParallel, DistributedDataParallel and activation checkpointing
 insert a child between a module and its tensors' names. Such a child is recognised by its parent's type,
-never by its name: a user's module may have a child called `module`. Tensors of a PEFT adapter have the names under
-which PEFT saves and loads them.
+never by its name: a user's module may have a child called `module`. Tensors of PEFT's adapters have PEFT's names.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.path import index_within, places
-from posthoc_cli.snapshots.snapshot import Selection, Snapshot, running_statistics
+from posthoc_cli.snapshots.snapshot import Selection, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Chunk
 from posthoc_cli.tracker.processes import Members, ShardOwners, held_box, is_sharded, local_tensors, reshard
@@ -54,11 +53,6 @@ class TrackedModel:
     chunks: dict[str, Chunk] = field(default_factory=dict)  # the parts' positions
     members: Members = field(default_factory=Members)  # the processes that track the model
     everywhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of a sharded one: all averages' shapes
-
-    @classmethod
-    def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
-        shapes = {name: entry.shape for name, entry in snapshot.entries.items()}
-        return cls(snapshot.tensors, shapes, snapshot.aliases, snapshot.left_out)
 
     @property
     def known_names(self) -> frozenset[str]:

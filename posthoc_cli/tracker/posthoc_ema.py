@@ -382,8 +382,7 @@ class PostHocEMA:
 
         Without `sigma_rel` it is that state: save it in your training checkpoint; `load_state_dict` continues from it
         exactly. In processes that keep no averages it is empty. For a sharded model all processes make the call, and
-        each gets the chunks that it owns, as DTensors in host memory: torch.distributed.checkpoint saves and loads
-        them, also for another arrangement of processes.
+        each gets the chunks that it owns, as DTensors in host memory, which torch.distributed.checkpoint reshards.
 
         Arguments:
             sigma_rel: length of the average, in (0, 0.2887); or another target, such as `targets.Beta(0.9999)`, or its
@@ -640,15 +639,14 @@ class PostHocEMA:
         part = standing.inherited, standing.missing, encode_path(averages.known_path, exact=True)
         # Each process knows the errors and the path of its own part, and some processes have no average.
         inherited, missing, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
-        weights = self._present_weights(group)
+        standing = replace(standing, inherited=tuple(map(sum, zip(*inherited, strict=True))), missing=sum(missing))
+        weights, snapshotter = self._present_weights(group), self._pipeline.snapshotter
 
         def read_info() -> StateInfo:
-            snapshotter, errors = self._pipeline.snapshotter, tuple(map(sum, zip(*inherited, strict=True)))
+            stored = tracking.snapshots if snapshotter is None else snapshotter.checksums
             return StateInfo(
-                tracking.run_id, self.settings.t_unit, averages.sigma_rels,
-                replace(standing, inherited=errors, missing=sum(missing)), tracking.progress.clock.state(),
-                joined_paths([*filter(None, sketches)]),
-                tuple(sorted(tracking.snapshots if snapshotter is None else snapshotter.checksums)), weights,
+                tracking.run_id, self.settings.t_unit, averages.sigma_rels, standing, tracking.progress.clock.state(),
+                joined_paths([*filter(None, sketches)]), tuple(sorted(stored)), weights,
             )  # fmt: skip
 
         return pack_state(tracking, group.from_first(read_info), self._chunked_model())
@@ -673,8 +671,7 @@ class PostHocEMA:
     ) -> tuple[Group, Weights]:  # fmt: skip
         """Return the processes that make a call, and the average; of a sharded `model` the chunks in this process.
 
-        A tracked length at the present time is the live average alone; before any average it is the raw weights. A
-        process that is alone makes it by `use`.
+        A tracked length at the present time is the live average alone. A process that is alone makes it by `use`.
         """
         asked = {name: value for name, value in given.items() if value is not None}
         group = self._callers(call, model, [wanted], asked)

@@ -67,11 +67,7 @@ def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
     """Return the elements of a tensor that this process holds, sharing their memory, and their box in the tensor."""
     if not is_sharded(tensor):
         return tensor.detach(), Box.full(tuple(tensor.shape))
-    try:
-        from torch.distributed.tensor import Shard
-    except ImportError:
-        hint = "install 2.5 or newer"
-        raise InvalidValueError("torch", "is too old for sharded models", hint, value=torch.__version__) from None
+    from torch.distributed.tensor import Shard
 
     dtensor: Any = tensor
     mesh, reason, hint = dtensor.device_mesh, "", ""

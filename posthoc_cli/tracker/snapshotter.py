@@ -386,8 +386,7 @@ def stage(storage: Storage, averages: Averages, pool: ThreadPool = SINGLE_THREAD
 def _stored_in_other_dtypes(
     storage: Storage, averages: Averages, index: int, doubtful: set[str], measured: Values, stored: Values
 ) -> dict[str, torch.Tensor]:
-    """Return, in their dtype, running statistics and the weights that their bucket's dtype cannot hold; `stored` gets
-    the values of these."""
+    """Return running statistics, and weights that their bucket's dtype cannot hold, whose values `stored` then gets."""
     subset, found = storage.subset, {}
 
     def holds(dtype: torch.dtype) -> bool:

@@ -1,7 +1,6 @@
 """The settings and the state of a tracker: new, from a dict, which holds the averages exactly, or from snapshots.
 
-Snapshots hold the averages rounded to their storage dtype. A run continues from those of the newest time at which the
-network had the model's weights, or of a given one.
+A run continues from the snapshots of the newest time at which the network had the model's weights, or of a given one.
 """
 
 from __future__ import annotations
@@ -343,8 +342,9 @@ def ways_to_resume(step: int) -> str:
 
 
 def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
-    averages = Averages.none_yet(sigma_rels)
-    return Tracking(last.run_id, TrackedModel.of_snapshot(last), averages, _progress_at(last), resumes=True)
+    shapes = {name: entry.shape for name, entry in last.entries.items()}
+    tracked = TrackedModel(last.tensors, shapes, last.aliases, last.left_out)
+    return Tracking(last.run_id, tracked, Averages.none_yet(sigma_rels), _progress_at(last), resumes=True)
 
 
 def _progress_at(snapshot: Snapshot) -> TrainingProgress:

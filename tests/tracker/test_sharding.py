@@ -561,8 +561,10 @@ if rank:
 refused(ema.state_dict)
 if not rank:
     ema.update_(model)
+ema.flush()
+dist.barrier()
 figure = ema.reconstruction_error()
-print(figure.axes[0].get_legend().get_texts()[0].get_text())
+print(*figure.axes[0].get_legend().get_texts()[0].get_text().split())
 ema.close()
 dist.destroy_process_group()
 refused(ema.state_dict)
@@ -574,7 +576,7 @@ refused(ema.state_dict)
         assert "tensor 'odd': is sharded over the processes in another way in the state than in the model" in lines[2]
         assert "state: " in lines[3]
         assert lines[4].startswith("RankError rank 1: is at step 6, t = 6, and rank 0 at step 5")
-        assert lines[5] == "4 averages up to t = 6; tracked: 0.1, 0.2"
+        assert "2 snapshots up to 4 steps; tracked: 0.1, 0.2" in lines[5]
         assert all("their group was destroyed" in line for line in lines[6:])
 
 
