@@ -20,28 +20,12 @@ from posthoc_cli.snapshots.tensorfile import tensor_bytes
 Weights = dict[str, torch.Tensor]
 
 
-def step(model: torch.nn.Module, number: int) -> None:
-    """Add noise to the parameters, and 1 to the buffers."""
-    generator = torch.Generator().manual_seed(number)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator))
-        for buffer in model.buffers():
-            buffer.add_(1)
-
-
-def train(model: torch.nn.Module, tracker: PostHocEMA, first: int, last: int) -> None:
-    for number in range(first, last + 1):
-        step(model, number)
-        tracker.update_(model)
-
-
 class Training:
     """A network whose steps depend on their numbers and a `salt`; `path` holds its state after each step."""
 
-    def __init__(self, seed: int = 0, path: Sequence[Weights] = ()) -> None:
+    def __init__(self, seed: int = 0, path: Sequence[Weights] = (), last: torch.dtype = torch.float32) -> None:
         torch.manual_seed(seed)
-        layers = torch.nn.Linear(8, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 4)
+        layers = torch.nn.Linear(8, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 4, dtype=last)
         self.model, self.path = torch.nn.Sequential(*layers), [*path]
 
     def run(self, last: int, ema: PostHocEMA | None = None, salt: int = 0, scale: float = 0.0) -> Training:

@@ -18,8 +18,9 @@ from typing import Any
 import forked
 import pytest
 import torch
+from integrations.truth import distance
 from snapshots.recorded import failing
-from tracker.runs import contents, step, times, train, wait_for_writers
+from tracker.runs import Training, contents, times, wait_for_writers
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, WriteError
@@ -29,9 +30,9 @@ from posthoc_cli.tracker import background
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
 
 
-def network() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 8).bfloat16())
+def begin(folder: Path, device: str = "model", **settings: Any) -> tuple[Training, PostHocEMA]:
+    training = Training(last=torch.bfloat16)
+    return training, PostHocEMA.from_model(training.model, folder, device=device, **SETTINGS | settings)
 
 
 @pytest.fixture
@@ -55,25 +56,24 @@ def held(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[thr
 
 def plain(folder: Path, steps: int, device: str = "model") -> None:
     """Track a run in which every call waits for all background work."""
-    model = network()
-    with PostHocEMA.from_model(model, folder, device=device, **SETTINGS) as tracker:
+    training, tracker = begin(folder, device)
+    with tracker:
         for number in range(1, steps + 1):
-            train(model, tracker, number, number)
+            training.run(number, tracker)
             tracker.flush()
 
 
 def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) -> None:
     """The model's values change before the worker begins with its copy of them."""
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "background", device="cpu", **SETTINGS) as tracker:
-        for first in range(1, 40, 2):
-            train(model, tracker, first, first + 1)
-            kept = deepcopy(model.state_dict())
-            step(model, 1000)  # values that no average may take in
+    training, tracker = begin(tmp_path / "background", "cpu")
+    with tracker:
+        for last in range(2, 41, 2):
+            training.run(last, tracker)
+            training.model.load_state_dict(Training(1).state())  # values that no average may take in
             gate.set()
             tracker.flush()
             gate.clear()
-            model.load_state_dict(kept)
+            training.model.load_state_dict(training.path[-1])
         gate.set()
     plain(tmp_path / "plain", 40)
     assert contents(tmp_path / "background") == contents(tmp_path / "plain")
@@ -85,13 +85,39 @@ def test_late_snapshots_hold_the_averages_of_their_time(
     tmp_path: Path, device: str, slow_disk: threading.Event
 ) -> None:
     """Three more updates are taken in while the first snapshots wait for the disk."""
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "late", device=device, **SETTINGS) as late:
-        train(model, late, 1, 7)
+    training, late = begin(tmp_path / "late", device)
+    with late:
+        training.run(7, late)
         slow_disk.set()
-        train(model, late, 8, 20)
+        training.run(20, late)
     plain(tmp_path / "prompt", 20)
     assert contents(tmp_path / "late") == contents(tmp_path / "prompt")
+
+
+def test_snapshots_that_another_thread_asks_for_are_not_overwritten_while_they_wait_for_the_disk(
+    tmp_path: Path, gate: threading.Event, slow_disk: threading.Event
+) -> None:
+    """The request comes while the training waits for its turn, and is staged before the update that comes next."""
+    training, tracker = begin(tmp_path, "cpu", update_every=1, checkpoint_every=7)
+    with tracker:
+        gate.set()
+        training.run(5, tracker)
+        tracker.flush()
+        gate.clear()
+        training.run(6, tracker)
+        threads = [threading.Thread(target=work) for work in (lambda: training.run(7, tracker), tracker.snapshot)]
+        for thread in threads:
+            thread.start()
+            thread.join(0.3)
+        gate.set()
+        threads[0].join(0.3)
+        slow_disk.set()
+        for thread in threads:
+            thread.join()
+    assert times(tmp_path) == {6, 7}
+    for snapshot in read_directory(tmp_path):
+        right = training.exact(snapshot.sigma_rel, range(1, snapshot.step + 1))
+        assert distance({name: snapshot.tensor(name) for name in snapshot.entries}, right) < 1e-3  # float16's rounding
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
@@ -99,12 +125,13 @@ def test_a_reader_in_the_same_process_waits_for_due_snapshots(
     tmp_path: Path, device: str, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The working directory changes in the meantime."""
-    model, found = network(), []
+    found: list[PostHocEMA] = []
     monkeypatch.chdir(tmp_path)
-    with PostHocEMA.from_model(model, "run", device=device, **SETTINGS) as tracker:
+    training, tracker = begin(Path("run"), device)
+    with tracker:
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
-        train(model, tracker, 1, 4)
+        training.run(4, tracker)
         reader = threading.Thread(target=lambda: found.append(PostHocEMA.from_path("../run")))
         reader.start()
         reader.join(0.2)
@@ -116,18 +143,18 @@ def test_a_reader_in_the_same_process_waits_for_due_snapshots(
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_an_interrupted_wait_for_disk_counts_nothing(tmp_path: Path, device: str, slow_disk: threading.Event) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "cut", device=device, **SETTINGS) as tracker:
-        train(model, tracker, 1, 7)
-        step(model, 8)
+    training, tracker = begin(tmp_path / "cut", device)
+    with tracker:
+        training.run(7, tracker)
+        training.run(8)
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt), interrupted(after=0.2):
-            tracker.update_(model)
+            tracker.update_(training.model)
         assert time.monotonic() - started < 30  # the disk would have taken 60 s
         assert tracker.step == 7
         slow_disk.set()
-        tracker.update_(model)
-        train(model, tracker, 9, 12)
+        tracker.update_(training.model)
+        training.run(12, tracker)
     plain(tmp_path / "plain", 12, device)
     assert contents(tmp_path / "cut") == contents(tmp_path / "plain")
 
@@ -151,19 +178,19 @@ def interrupted(after: float) -> Iterator[None]:
 def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(
     tmp_path: Path, gate: threading.Event
 ) -> None:
-    model = torch.nn.Linear(3, 2)
-    with PostHocEMA.from_model(model, tmp_path, device="cpu", update_every=2, checkpoint_every=100) as tracker:
+    training, tracker = begin(tmp_path, "cpu", checkpoint_every=100)
+    model = training.model
+    with tracker:
         gate.set()
-        train(model, tracker, 1, 3)
+        training.run(3, tracker)
         tracker.flush()
         gate.clear()
-        kept = model.weight[0, 0].item()
-        model.weight.data[0, 0] = torch.nan
+        model[0].weight.data[0, 0] = torch.nan
         tracker.update_(model)
-        model.weight.data[0, 0] = kept
+        model.load_state_dict(training.path[-1])
         tracker.update_(model)
         threading.Timer(0.2, gate.set).start()  # the worker has not seen the nan when the call begins
-        with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 4"):
+        with pytest.raises(NonFiniteError, match=r"'0\.weight': holds nan or infinity at step 4"):
             tracker.update_(model)
         tracker.update_(model)  # raised once
         state = tracker.state_dict()
@@ -175,31 +202,27 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
     tmp_path: Path, device: str, next_fails: bool
 ) -> None:
     """If the next call fails itself, the error is raised at a later one."""
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, device=device, **SETTINGS) as tracker:
+    training, tracker = begin(tmp_path, device)
+    with tracker:
         with failing("fsync", errno.ENOSPC):
-            train(model, tracker, 1, 4)
+            training.run(4, tracker)
             wait_for_writers(tmp_path)  # the write has failed when this returns, and no call has raised its error
         if next_fails:
             with pytest.raises(InvalidValueError, match="pass it at every call or at none"):
-                tracker.update_(model, t=5.0)
+                tracker.update_(training.model, t=5.0)
         with pytest.raises(WriteError, match="no space left"):
-            tracker.update_(model)
+            training.run(5, tracker)
         assert tracker.step == 5
-        train(model, tracker, 6, 8)
+        training.run(8, tracker)
     assert times(tmp_path) == {8}
 
 
 def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = network()
-    with (
-        failing("fsync", errno.ENOSPC),
-        pytest.raises(ZeroDivisionError),
-        PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker,
-    ):
-        train(model, tracker, 1, 4)
+    training, tracker = begin(tmp_path)
+    with failing("fsync", errno.ENOSPC), pytest.raises(ZeroDivisionError), tracker:
+        training.run(4, tracker)
         raise ZeroDivisionError
     assert "no space left" in caplog.text
 
@@ -240,11 +263,12 @@ def test_a_process_that_ends_finishes_background_work_which_a_forked_one_leaves_
 
 
 def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_path: Path) -> None:
-    model, before = network(), set(threading.enumerate())
-    tracker, reference = PostHocEMA.from_model(model, tmp_path, device="cpu", **SETTINGS), weakref.ref(model)
-    train(model, tracker, 1, 8)
+    before = set(threading.enumerate())
+    training, tracker = begin(tmp_path, "cpu")
+    reference = weakref.ref(training.model)
+    training.run(8, tracker)
     tracker.flush()
-    del model
+    del training
     assert reference() is None
     begun = set(threading.enumerate()) - before
     assert len(begun) == 2
@@ -263,11 +287,11 @@ def test_a_training_that_waits_gets_one_warning_with_the_times(
     slow, other = (gate, slow_disk) if device == "cpu" else (slow_disk, gate)
     other.set()
     threading.Timer(0.4, slow.set).start()
-    model, said = network(), rf"^posthoc_cli: training has waited for {of} \(.*\) for 0\.\d+ s of .* took 0"
-    every = {"update_every": 1, "checkpoint_every": 1000 if device == "cpu" else 1}
-    with PostHocEMA.from_model(model, tmp_path, device=device, **every) as tracker:
+    said = rf"^posthoc_cli: training has waited for {of} \(.*\) for 0\.\d+ s of .* took 0"
+    training, tracker = begin(tmp_path, device, update_every=1, checkpoint_every=1000 if device == "cpu" else 1)
+    with tracker:
         with pytest.warns(RuntimeWarning, match=said) as warned:
-            train(model, tracker, 1, 15)
+            training.run(15, tracker)
         assert len(warned) == 1
 
 
@@ -290,31 +314,30 @@ def change(model: torch.nn.Sequential, what: str) -> None:
 @pytest.mark.parametrize("what", ["storage", "parameter", "buffer", "module", "strides"])
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_tensors_that_were_replaced_are_followed(tmp_path: Path, what: str, device: str) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "changed", device=device, **SETTINGS) as tracker:
-        train(model, tracker, 1, 6)
-        change(model, what)
-        train(model, tracker, 7, 12)
+    training, tracker = begin(tmp_path / "changed", device)
+    with tracker:
+        training.run(6, tracker)
+        change(training.model, what)
+        training.run(12, tracker)
     plain(tmp_path / "plain", 12, device)
     assert contents(tmp_path / "changed") == contents(tmp_path / "plain")
 
 
 def test_updates_inside_and_outside_of_inference_mode(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "mixed", **SETTINGS) as tracker:
+    training, tracker = begin(tmp_path / "mixed")
+    with tracker:
         for number in range(1, 13):
             with torch.inference_mode(number < 5):
-                train(model, tracker, number, number)
+                training.run(number, tracker)
     plain(tmp_path / "plain", 12)
     assert contents(tmp_path / "mixed") == contents(tmp_path / "plain")
 
 
 def test_closing_a_tracker_whose_directory_was_deleted_says_what_is_lost(tmp_path: Path) -> None:
-    model, folder = network(), tmp_path / "run"
-    tracker = PostHocEMA.from_model(model, folder, **SETTINGS)
-    train(model, tracker, 1, 6)
+    training, tracker = begin(tmp_path / "run")
+    training.run(6, tracker)
     tracker.flush()
-    shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "run")
     with pytest.raises(WriteError, match="run: was deleted: the averages of step 6 are lost"):
         tracker.close()
-    assert not folder.exists()
+    assert not (tmp_path / "run").exists()
