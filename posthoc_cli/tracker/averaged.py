@@ -52,9 +52,6 @@ def logged(plan: Plan) -> Plan:
     return plan
 
 
-# --- sources
-
-
 def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
     """Return the snapshots of a run on disk; none if the directory belongs to another run."""
     snapshots = find_snapshots(directory)
@@ -85,9 +82,6 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
     if snapshot.identity != checksum:
         raise FileFormatError(path, "was replaced while it was being used", "run again")
     return snapshot
-
-
-# --- what each process makes
 
 
 SentPlan = tuple[Plan, Sequence[tuple[str, str]]]

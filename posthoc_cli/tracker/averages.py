@@ -21,12 +21,11 @@ serves all, and the others rest. Within a window of relative length L the weight
 The relative L2 error against sums in float64 is 3e-7 at most after 100,000 updates, and 1e-6 after 1,000,000
 (scripts/long_runs.py). Tensors of float64 parameters are float64: their folds are not dithered, and they share no mean.
 
-On the CPU an update reads the model once: checking all values first would take up to twice the time (2,000 small
-tensors). A tile whose norm is finite, and at most twice that at the last update, is taken in immediately, while it is
-in the cache. The other tiles wait until all values are known to be finite. If a value is not, the tiles already taken
-in with share f are undone by an interpolation by f / (f - 1), to 50 u A for means of values up to A, with u = 2^-24.
-All values are checked first if that error would be larger (f above `MOST_UNDONE`), at a fold, after a refused update,
-so that errors do not add up, and on accelerators, where each check would wait for the device.
+On the CPU an update reads the model once: checking all values first would take up to twice the time. A tile whose norm
+is finite, and at most twice that at the last update, is taken in immediately; the others wait until all values are
+known to be finite. If one is not, the tiles taken in with share f are undone by an interpolation by f / (f - 1),
+to 50 u A for means of values up to A, with u = 2^-24. All values are checked first if that error would be larger (f
+above `MOST_UNDONE`), at a fold, after a refused update, so that errors do not add up, and on accelerators.
 """
 
 from __future__ import annotations

@@ -63,9 +63,6 @@ def _check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         raise NonFiniteError(f"tensor {name!r}", reason)
 
 
-# --- for good
-
-
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy `weights` into the model's tensors of these names; an error leaves the model unchanged."""
     check_weights(model, weights)
@@ -96,9 +93,6 @@ def _is_writable(tensor: torch.Tensor) -> bool:
     """Return whether values can be copied into a tensor: not if elements share memory (expanded), nor if sparse."""
     is_dense = tensor.layout == torch.strided
     return is_dense and all(step > 0 or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-# --- for a block
 
 
 @contextmanager

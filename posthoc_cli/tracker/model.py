@@ -258,9 +258,6 @@ def nonfinite_error(name: str | None, tracked: Mapping[str, TrackedTensor], step
     return NonFiniteError(subject, f"holds nan or infinity at step {step}; no average has taken it in", hint)
 
 
-# --- whether the model is still the tracked one ---
-
-
 class ModelWatch:
     """A cache of the model's tensors, invalidated when the model changes."""
 
@@ -419,9 +416,6 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
-
-
-# --- adapters of PEFT ---
 
 
 def _adapter_names(modules: Sequence[NamedModule], tensors: Sequence[NamedTensor]) -> dict[str, str]:

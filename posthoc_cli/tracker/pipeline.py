@@ -4,8 +4,7 @@ From `update_` to a file a value is in the model's tensor (`ModelTensors`); if a
 (`ModelCopy`); in the mean of the last values (`AverageTensors.mean`); from the next fold on in each profile's average
 (`AverageTensors.high`); in the storage dtype on the host (`StagedAverage`); and in the file (`TensorFileWriter`). Each
 step works tile by tile, see `memory`, and selects the elements for measurements, for the sample of the weights and for
-the sketch of their path in the same pass. Only jobs of the first thread change and read averages, one at a time, so
-that no exception of a signal handler can stop an update halfway; the counters change with them, see `Tracking`.
+the sketch of their path in the same pass. No exception of a signal handler can stop a job of these threads halfway.
 """
 
 from __future__ import annotations

@@ -107,9 +107,6 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return dtensor.cpu()  # `from_local` has moved it to the mesh's device
 
 
-# --- calls of several processes
-
-
 @dataclass(frozen=True)
 class Group:
     """Processes that make one call together, or one alone; the first of `ranks` makes what others take."""

@@ -49,9 +49,6 @@ log = logging.getLogger(__name__)
 PATIENCE = 60.0  # seconds that a network file system may take to show a file
 
 
-# --- sources of a synthesis ---
-
-
 @dataclass(frozen=True, repr=False)
 class LiveSource(Snapshot):
     """One running average, with its copies: the snapshot that would be written now.
@@ -124,9 +121,6 @@ def headers(
             averages.sigma_rels, averages.gammas, standing.errors, measurements, strict=True
         )
     ]  # fmt: skip
-
-
-# --- snapshots ---
 
 
 class Snapshotter:
@@ -289,9 +283,6 @@ def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
     own = averages.read(averages.sigma_rels.index(snapshot.sigma_rel), ranges)
     values = np.array([float(value) for value in own], np.float32)
     return len(recorded) > max(sampled, default=-1) and np.array_equal(recorded[list(sampled)], values)
-
-
-# --- what is stored of averages
 
 
 class Storage:

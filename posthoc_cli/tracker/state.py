@@ -180,9 +180,6 @@ class Tracking:
     snapshots: frozenset[str] = frozenset()  # header checksums of those written, in a state to continue from
 
 
-# --- where a run begins ---
-
-
 class Start:
     """Where a tracker starts: a new run, or the call of `update_` from which it resumes the run in its directory.
 

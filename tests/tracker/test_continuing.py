@@ -470,8 +470,7 @@ def test_predicted_errors_contain_how_far_the_model_is_from_the_network_that_is_
         assert ema.state_dict()["weights"] == state["weights"]
         again.path = training.path[:130]
         again.run(131, ema, scale=scale)
-        if not scale:
-            ema.load_state_dict(ema.state_dict())  # which contains it
+        ema.load_state_dict(ema.state_dict())  # which contains it
         again.run(132, ema, scale=scale)
         found = ema.state_dict(0.05).predicted_error
     now, at_100, before = again.path[-1], training.path[99], saved

@@ -236,6 +236,23 @@ def test_threads_of_training_are_left_alone(device: str | None, tmp_path: Path) 
     assert {*seen, torch.get_num_threads()} == {2}
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list threads")
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_threads_of_averages_use_no_more_of_torchs_own(device: str, tmp_path: Path) -> None:
+    """On busy cores those wait for each other at every operation. Operations on a tile of this model would use some."""
+    torch.set_num_threads(4)
+    model = torch.nn.Linear(600, 600)
+    model.weight.detach().mul(2)  # the training's own threads are there
+    counts = []
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2, device=device) as tracker:
+        for _ in range(2):
+            counts.append(len([*Path("/proc/self/task").iterdir()]) - threading.active_count())
+            for _ in range(4):
+                tracker.update_(model)
+            tracker.flush()
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("way", ["state", "load", "update", "close"])
 def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
