@@ -131,25 +131,22 @@ def test_switching_goes_on_exactly_after_an_interruption(tmp_path: Path) -> None
     np.testing.assert_array_equal(paths[0], paths[1])
 
 
+@pytest.mark.parametrize(("kind", "name"), [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")])
+def test_a_bad_period_or_length_is_named(kind: type, name: str, tmp_path: Path) -> None:
+    for every in (0, -1, 2.5, True, "6"):
+        with pytest.raises(InvalidValueError, match=name):
+            kind(averaged(Quadratic()), every)
+    tracked = tracker(Quadratic(), tmp_path, update_every=3)
+    with refused(name, "multiple of the tracker's update_every 3"):
+        kind(tracked, 4, sigma_rel=SIGMA_REL)
+    with refused("sigma_rel", "must be given"):
+        kind(tracked, 6)
+    with refused("sigma_rel", "only with one"):
+        kind(averaged(Quadratic()), 6, sigma_rel=0.1)
+
+
 def test_nothing_is_switched_before_there_is_an_average(tmp_path: Path) -> None:
     model = Quadratic()
     with tracker(model, tmp_path, update_every=3, update_after_step=9) as ema:
         path = [*train(model, sgd(model), SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL), steps=12)]
     assert [switched for _, switched in path] == [False] * 11 + [True]
-
-
-@pytest.mark.parametrize(("kind", "name"), [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")])
-def test_a_bad_period_is_named(kind: type, name: str, tmp_path: Path) -> None:
-    for every in (0, -1, 2.5, True, "6"):
-        with pytest.raises(InvalidValueError, match=name):
-            kind(averaged(Quadratic()), every)
-    with refused(name, "multiple of the tracker's update_every 3"):
-        kind(tracker(Quadratic(), tmp_path, update_every=3), 4, sigma_rel=SIGMA_REL)
-
-
-def test_a_length_is_given_with_a_tracker_only(tmp_path: Path) -> None:
-    model = Quadratic()
-    with refused("sigma_rel", "must be given"):
-        SwitchEMA(tracker(model, tmp_path), 6)
-    with refused("sigma_rel", "only with one"):
-        HareAndTortoise(averaged(model), 6, sigma_rel=0.1)
