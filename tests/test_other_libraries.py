@@ -12,7 +12,6 @@ from posthoc_ema import PostHocEMA as NextmlEMA
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.profiles import MOST_TIMES, Discrete, ema_pytorch_profile, gamma_from_sigma_rel
-from posthoc_cli.snapshots.sources import with_sampled_measurements
 
 WIDTHS = (0.05, 0.28)
 STEPS, EVERY = 1000, 250
@@ -107,8 +106,9 @@ def test_a_step_before_the_first_update_is_refused() -> None:
 # --- the motion between stored averages
 
 
-def drifting_walk(elements: int = 1000) -> torch.Tensor:
-    """Return weights of norm about 1 whose steps fall to a tenth and have a common drift: shape [STEPS, elements]."""
+def drifting_walk() -> torch.Tensor:
+    """Return weights of norm about 1 whose steps fall to a tenth and have a common drift: shape [STEPS, 1000]."""
+    elements = 1000
     generator = torch.Generator().manual_seed(1)
     moves = torch.randn(STEPS, elements, generator=generator, dtype=torch.float64)
     moves += 0.2 * torch.randn(elements, generator=generator, dtype=torch.float64)
@@ -117,40 +117,14 @@ def drifting_walk(elements: int = 1000) -> torch.Tensor:
     return begin + 0.3 * path / path[-1].norm()
 
 
-def stored_run(library: str, folder: Path, path: torch.Tensor, update_every: int, dtype: torch.dtype) -> Run:
-    """Return the imported run that a library has stored every 50 steps of a path."""
-    store(library, folder, path, 50, update_every=update_every, checkpoint_dtype=dtype)
-    more = {} if library == "ema-pytorch" else {"update_after_step": 1}
-    out = import_checkpoints(folder, folder / "run", kind=library, sigma_rels=WIDTHS, update_every=update_every, **more)
-    return Run(out.out or "")
-
-
-@pytest.mark.parametrize(("library", "update_every"), [("ema-pytorch", 1), ("posthoc-ema", 10)])
-def test_three_successive_averages_show_recent_motion(tmp_path: Path, library: str, update_every: int) -> None:
-    """The partner of a distance has the values of its profile, and no motion before the last two intervals."""
-    path = drifting_walk(elements=50)
-    sources = stored_run(library, tmp_path, path, update_every, torch.float64).sources
-    early = path.clone()
-    early[:400] += torch.randn(400, path.shape[1], generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    for source, info in zip(sources, with_sampled_measurements(sources), strict=True):
-        assert info.measurements is not None
-        if source.t < 150:  # without two earlier averages
-            assert len(info.measurements.distances) == source.t // 50 * 2 - 1
-            continue
-        (distance,) = info.measurements.distances
-        assert isinstance(distance.other, Discrete)
-        assert isinstance(source.profile, Discrete)
-        for values in (path, early) if source.t > 500 else (path,):
-            difference = averaged(source.profile, values) - averaged(distance.other, values)
-            assert float(difference.square().sum()) == pytest.approx(distance.squared, rel=1e-6)
-        assert distance.other.t == source.t - 50
-
-
 @pytest.mark.parametrize(("library", "dtype"), [("ema-pytorch", torch.float16), ("posthoc-ema", torch.float32)])
 def test_predicted_errors_from_another_librarys_averages_hold(tmp_path: Path, library: str, dtype: torch.dtype) -> None:
     """With distances of long averages from earlier ones alone, late motion and errors seemed much larger."""
     path = drifting_walk()
-    stored = stored_run(library, tmp_path, path, 10, dtype)
+    store(library, tmp_path, path, 50, update_every=10, checkpoint_dtype=dtype)
+    more = {} if library == "ema-pytorch" else {"update_after_step": 1}
+    out = import_checkpoints(tmp_path, tmp_path / "run", kind=library, sigma_rels=WIDTHS, update_every=10, **more)
+    stored = Run(out.out or "")
     ends = np.arange(STEPS + 1) / STEPS
     for width in (0.07, 0.1, 0.15, 0.2, 0.25):
         true = torch.from_numpy(np.diff(ends ** (gamma_from_sigma_rel(width) + 1))) @ path

@@ -9,27 +9,16 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from factories import FloatArray, power_functions
+from factories import FloatArray
 
-from posthoc_cli.profiles import Clock, Discrete, Point, PowerFunction, Profile, ema_pytorch_profile
+from posthoc_cli.profiles import Clock, Point, PowerFunction, Profile, ema_pytorch_profile
 from posthoc_cli.reconstruction import METHODS, Motion, Prior, Problem, Steps, reconstruct
 from posthoc_cli.targets import Decay
 
-STEPS = 4000
-TARGETS = power_functions(STEPS, (0.05, 0.1, 0.15, 0.25))
-
 
 def masses(profile: Profile, steps: int) -> FloatArray:
-    """Return the weight of each step in an average, by definition."""
-    if isinstance(profile, Discrete | Point):
-        return np.asarray(-np.diff(profile.tail(np.arange(steps + 1))))
-    if isinstance(profile, PowerFunction):
-        return np.diff(np.minimum(np.arange(steps + 1) / profile.t, 1) ** (profile.gamma + 1))
-    return np.asarray(-np.diff(profile.tail(np.arange(steps + 1))))  # a mean of whole steps
-
-
-def points(count: int) -> list[Point]:
-    return [Point(round(STEPS * (i + 1) / count)) for i in range(count)]
+    """Return the weight of each step in an average."""
+    return np.asarray(-np.diff(profile.tail(np.arange(steps + 1))))
 
 
 def even_prior(count: int, t: float, noise: float = 0.0) -> Prior:
@@ -80,6 +69,7 @@ def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape: str, d: Callable
 @pytest.mark.parametrize("method", METHODS)
 def test_given_coefficients_are_not_changed(method: str) -> None:
     wanted = np.array([0.5, 0.0, -0.25, 0.75])
-    result = reconstruct(points(4), [TARGETS[1], wanted], method, even_prior(4, float(STEPS)), float(STEPS))
+    stored, target = [Point(t) for t in (1000, 2000, 3000, 4000)], PowerFunction.from_sigma_rel(0.1, 4000)
+    result = reconstruct(stored, [target, wanted], method, even_prior(4, 4000.0), 4000.0)
     assert result.coefficients[:, 1].tolist() == wanted.tolist()
     assert (result.predicted_error[1], result.profile_error[1]) == (0, 0)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
-from factories import FloatArray, exact_gamma, exact_weights, power_functions
+from factories import FloatArray, exact_gamma, power_functions
 from scipy import integrate
 
 from posthoc_cli.profiles import Clock, PowerFunction
@@ -34,10 +33,6 @@ EDGES = np.array([START, *range(50, 1001, 50)])
 def motion_on(edges: FloatArray, walk: object = 1.0, noise: object = 0.0) -> Motion:
     """Return a motion; a number holds for all segments."""
     return Motion(edges, *(np.broadcast_to(np.asarray(v, np.float64), edges.size - 1) for v in (walk, noise)))
-
-
-def fitted_motion(*arguments: Any) -> Motion:
-    return fit_motion(*arguments)[0]
 
 
 def distance(p: PowerFunction, q: PowerFunction, motion: Motion) -> Pair:
@@ -68,7 +63,7 @@ def neighbours(times: Sequence[float], motion: Motion, sigma_rels: tuple[float, 
 def test_a_walk_is_recovered() -> None:
     """Wherever later averages contain the segment too, which the last one lacks."""
     motion = motion_on(EDGES, np.where(EDGES[1:] <= 500, 1.0, 0.1))
-    fitted = fitted_motion(START, EDGES[1:], neighbours(EDGES[1:], motion))
+    fitted = fit_motion(START, EDGES[1:], neighbours(EDGES[1:], motion))[0]
     assert set(EDGES) <= set(fitted.edges)
     walk, noise = fitted.on(EDGES)
     np.testing.assert_allclose(walk[2:10], 1.0, rtol=0.1)
@@ -80,7 +75,7 @@ def test_a_walk_is_recovered() -> None:
 def test_noise_is_distinguished_from_a_walk(sigma_rels: tuple[float, ...]) -> None:
     edges = np.array([START, *range(100, 1001, 100)])
     distances = neighbours(edges[1:], motion_on(edges, 1e-6, 1.0), sigma_rels)
-    walk, noise = fitted_motion(START, edges[1:], distances).on(edges)
+    walk, noise = fit_motion(START, edges[1:], distances)[0].on(edges)
     np.testing.assert_allclose(noise[3:-1], 1.0, rtol=0.1)
     assert walk[3:-1].max() * 100**2 < 0.1
 
@@ -90,28 +85,8 @@ def test_too_large_and_too_small_fits_cost_the_same() -> None:
     x^2 = sum_i s_i / sum_i (1 / s_i): between the harmonic mean and the mean.
     """
     p, q = power_functions(100.0)
-    fitted = fitted_motion(START, [100.0], [(p, Distance(q, squared, 0.0)) for squared in (1.0, 8.0, 1.0)])
+    fitted = fit_motion(START, [100.0], [(p, Distance(q, squared, 0.0)) for squared in (1.0, 8.0, 1.0)])[0]
     assert distance(p, q, fitted)[1].squared == pytest.approx((10 / (1 + 1 + 1 / 8)) ** 0.5, rel=1e-4)
-
-
-def test_the_rate_of_a_walk_is_recovered_if_each_update_has_a_snapshot() -> None:
-    """From squared distances of averages one update apart, computed with the discrete weights."""
-    updates = np.arange(10.0, 401.0, 10.0)
-
-    def average(sigma_rel: float, last: int) -> tuple[PowerFunction, FloatArray]:
-        """The profile and its mass after each update, for the average at update `last`."""
-        weights = np.zeros(updates.size)
-        weights[: last + 1] = exact_weights(sigma_rel, updates[: last + 1])
-        return PowerFunction(exact_gamma(sigma_rel), float(updates[last])), np.cumsum(weights[::-1])[::-1][1:]
-
-    distances = []
-    for last in range(1, updates.size):
-        p, mass = average(0.05, last)
-        for q, other in (average(0.28, last), average(0.05, last - 1)):
-            distances.append((p, Distance(q, 30.0 * float(np.sum((mass - other) ** 2)), 0.0)))
-    fitted = fitted_motion(10.0, updates.tolist(), distances, Steps(Clock.of_steps(), 10))
-    np.testing.assert_allclose(fitted.on(updates)[0], 3.0, rtol=0.15)  # the last ones have few distances
-    np.testing.assert_allclose(fitted.on(updates)[0][:-3], 3.0, rtol=0.05)
 
 
 # --- the prior from headers ------------------------------------------------------------------------
@@ -134,7 +109,7 @@ ALONE = average(10.0, 0.1, 4.0)
 
 def test_weights_that_stand_still_have_no_motion() -> None:
     late, early = PowerFunction(6.9, 100.0), PowerFunction(6.9, 50.0)
-    fitted = fitted_motion(START, [50.0, 100.0], [(late, Distance(early, 1e-30, 1e-30))])
+    fitted = fit_motion(START, [50.0, 100.0], [(late, Distance(early, 1e-30, 1e-30))])[0]
     assert np.all(np.isfinite(fitted.walk))
     prior = measured_prior([ALONE, average(20.0, 0.1, 4.0, Distance(power(0.1, 10.0), 0.0, 0.0))])
     result = reconstruct(power_functions(20.0, (0.1,)), power_functions(20.0, (0.2,)), prior=prior.of([1]))

@@ -74,13 +74,6 @@ def test_the_stated_error_is_the_distance_of_the_profiles(target: PowerFunction)
     assert result.profile_error[0] == pytest.approx((distance2 / norm2) ** 0.5, rel=1e-6)
 
 
-def test_a_stored_profile_is_its_own_reconstruction() -> None:
-    snapshots = uniform_snapshots(40)
-    result = reconstruct(snapshots, [snapshots[-2]], "paper")
-    np.testing.assert_array_equal(result.coefficients[:, 0], np.eye(40)[-2])
-    assert result.profile_error[0] == 0.0
-
-
 def test_a_target_with_no_mass_within_reach_is_refused() -> None:
     """All of a very short average lies after the last snapshot: all combinations are equally far."""
     with refused("target", "none of its mass"):

@@ -100,14 +100,6 @@ def test_one_far_value_does_not_hide_the_best() -> None:
     assert 0.08 < estimate(well, AXIS).best < 0.2
 
 
-@pytest.mark.parametrize("axis", [Axis("sigma_rel", 0.05, 0.2), Axis.of_values("sigma_rel", [0.05, 0.1, 0.2])])
-def test_the_end_of_a_steep_metric_is_the_best(axis: Axis) -> None:
-    values = {x: (x - 0.1) ** 2 for x in first_batch(axis)}
-    found = estimate([trial(x, value) for x, value in values.items()], axis, minimize=False)
-    assert found.best == found.edge == pytest.approx(0.2)
-    assert abs(found.mean - values[0.2]) < 2 * found.standard_error
-
-
 # --- the rounds of a search
 
 
