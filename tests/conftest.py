@@ -14,9 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
-from ema_command import Ema, Result, as_command  # noqa: E402
+from ema_command import Ema, run_ema  # noqa: E402
 
-from posthoc_cli.cli import main  # noqa: E402
 from posthoc_cli.tracker import pipeline  # noqa: E402
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # other work runs at the same time
@@ -53,14 +52,6 @@ def _ended() -> Iterator[None]:
 
 
 @pytest.fixture
-def ema(capsys: pytest.CaptureFixture[str]) -> Ema:
+def ema() -> Ema:
     """Return a function that runs `ema` with its arguments."""
-
-    def run(*arguments: object) -> Result:
-        with as_command(*arguments), pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Result(ended.value.code, captured.out, captured.err)
-
-    return run
+    return run_ema

@@ -125,7 +125,7 @@ def paused() -> Floats:
         # In step with the snapshots, an oscillation looks like a standstill: errors were up to 47 times the predicted.
         *(
             pytest.param(lambda a=a, phase=phase: wave(20, a, phase), HALF, 2.5, id=f"in step {a} {phase}")
-            for a, phase in ((1.0, 0.0), (1.0, 2.0), (0.1, 1.0))
+            for a, phase in ((1.0, 0.0), (0.1, 1.0))
         ),
         # Slow ones, and one of two updates: treated as a walk, errors were up to 110 times the published method's.
         pytest.param(lambda: wave(2.5, 0.5), EXACT, 3, id="slow"),
@@ -133,13 +133,7 @@ def paused() -> Floats:
         pytest.param(lambda: wave(2.5, 0.5), {**EXACT, **CLOSE}, 3, id="slow, close"),
         pytest.param(lambda: wave(200, 0.5), EXACT, 3, id="fast"),
         pytest.param(lambda: walk("cosine"), {**EXACT, "times": paused()}, 3, id="a pause of the clock"),
-        *(
-            pytest.param(
-                lambda r=r, n=n: walk(r, 25, n), {**EXACT, **c, "checkpoint_every": 5, "stride": 1}, 3, id=f"25 {r}"
-            )
-            for n, r in enumerate(("constant", "cosine"))
-            for c in (ONE, {})
-        ),
+        pytest.param(lambda: walk("cosine", 25), {**EXACT, "checkpoint_every": 5, "stride": 1}, 3, id="25 steps"),
     ],
 )
 def test_errors_are_as_predicted_and_no_larger_than_published(
@@ -265,7 +259,7 @@ def judged_files(
     return errors(found, truth), errors(published, truth), predicted
 
 
-@pytest.mark.parametrize("moved", [1e-6, 3e-5, 1e-4])
+@pytest.mark.parametrize("moved", [1e-6, 1e-4])
 def test_the_rounding_of_files_is_not_taken_for_motion(tmp_path: Path, moved: float) -> None:
     """The weights move less than float16 resolves; if rounding counts as motion, predictions are half as large."""
     random = np.random.default_rng(0)
@@ -283,14 +277,6 @@ def test_predictions_allow_for_oscillations_that_files_do_not_show(tmp_path: Pat
         actual, _, predicted = judged_files(tmp_path / f"{number}", path, range(800, STEPS + 1, 800))
         holds.append(bool(np.all(actual < 3 * predicted)))
     assert sum(holds) >= 9
-
-
-def test_four_files_of_one_width_give_hardly_worse_than_published_averages_of_an_oscillation(tmp_path: Path) -> None:
-    for periods, phase in product((20, 40), (0, 1, 2)):
-        path = wave(periods, 0.1, phase).astype(np.float64)
-        folder = tmp_path / f"{periods}-{phase}"
-        actual, theirs, _ = judged_files(folder, path, range(1000, STEPS + 1, 1000), (0.1,))
-        assert np.all(actual < 1.27 * theirs + 3e-8)
 
 
 @pytest.mark.parametrize(

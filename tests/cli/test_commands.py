@@ -59,9 +59,9 @@ def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
     assert re.search(r"^predicted error +0\.\d+ %$", text, re.MULTILINE)
     assert re.search(r"^sigma_rel +0\.15$", text, re.MULTILINE)
     assert max(map(len, text.replace(str(out), "").splitlines())) <= 80
-    rows = re.findall(r"^(\S+\.safetensors) +([+-]\d\.\d{6})$", text, re.MULTILINE)
+    rows = re.findall(r"^\S+\.safetensors +([+-]\d\.\d{6})$", text, re.MULTILINE)
     largest = sorted((abs(item["coefficient"]) for item in report["snapshots"]), reverse=True)[:10]
-    assert sorted((abs(float(c)) for _, c in rows), reverse=True) == pytest.approx(largest, abs=1e-6)
+    assert sorted((abs(float(c)) for c in rows), reverse=True) == pytest.approx(largest, abs=1e-6)
     assert re.search(r"^and 30 more with smaller coefficients; --json lists them$", text, re.MULTILINE)
     assert "profile error" not in text
     ema("synthesize", run, "--target", "beta:0.99", "--out", out, "--overwrite")
@@ -70,13 +70,9 @@ def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
     assert not re.search(r"^sigma_rel", ema("info", out).out, re.MULTILINE)
 
 
-def make_averages(ema: Ema, run: Path, folder: Path, *options: str) -> None:
-    assert ema("synthesize", run, "--sigma-rel", "0.1,0.15,0.2", "--out", folder, *options).code == 0
-
-
 def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run: Path, tmp_path: Path) -> None:
-    make_averages(ema, run, tmp_path / "averages")
-    make_averages(ema, run, tmp_path / "shards", "--layout", "sharded", "--max-shard-size", "50")
+    for name, options in (("averages", ()), ("shards", ("--layout", "sharded", "--max-shard-size", "50"))):
+        assert ema("synthesize", run, "--sigma-rel", "0.1,0.15,0.2", "--out", tmp_path / name, *options).code == 0
     single = ema("info", tmp_path / "averages" / "sigma_rel-0.15.safetensors", "--json").json
     folder = tmp_path / "shards" / "sigma_rel-0.15"
     shards = list(folder.glob("*.safetensors"))
@@ -107,17 +103,12 @@ def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_pat
     words = [re.sub(r"^(FULL|NEW)", rf"{tmp_path}/\1", word) for word in shlex.split(command)[1:]]
     assert "wrote 9 tensors, 1 of them from" in ema(*words).out
     assert_same_tensors(load_file(tmp_path / "NEW.safetensors"), full)
-    renamed = ema("export", tmp_path / "NEW.safetensors", "--out", tmp_path / "net.pt", "--prefix", "net.", "--json")
-    assert renamed.json["tensors"] == 9
-    assert torch.load(tmp_path / "net.pt", weights_only=True).keys() == {f"net.{name}" for name in full}
 
 
 def test_the_profiles_table_and_the_conversion_in_both_directions(ema: Ema) -> None:
     rows = [line.split() for line in ema("profile").out.splitlines()]
     assert rows[0] == ["sigma_rel", "gamma", "mean_age", "std", "beta"]
     assert [row[0] for row in rows[1:9]] == ["0.001", "0.01", "0.03", "0.05", "0.1", "0.15", "0.2", "0.27"]
-    known = [0.3700, 0.9055, 0.9680, 0.9808, 0.9911, 0.9944, 0.9962, 0.9979]
-    assert [float(row[4]) for row in rows[1:9]] == pytest.approx(known, abs=0.002)
     (row,) = ema("profile", "--target", "beta:0.9999", "--steps", "100000", "--json").json["profiles"]
     (same,) = ema("profile", "--target", "half-life:5000", "--steps", "100000", "--json").json["profiles"]
     assert same["beta"] ** 5000 == pytest.approx(0.5, rel=1e-9)

@@ -22,12 +22,9 @@ def test_the_picture_of_a_directory(ema: Ema, run: Path, tmp_path: Path) -> None
     assert lines[0].split() == ["tracked", "0.05,", "0.28"]
     assert re.fullmatch(r"  predicted error below 1 %  sigma_rel 0\.\d+ to 0\.\d+", lines[1])
     assert re.search(r"^ +window:1 +0\.000144 ", result.out, re.MULTILINE)  # a target beyond the curve widens it
-
-
-def test_the_profile_error_is_shown_for_the_method_paper_only(ema: Ema, run: Path, tmp_path: Path) -> None:
-    arguments = ["error-plot", run, "--target", "window:500", "--out", tmp_path / "e.svg", "--overwrite"]
-    assert "profile error" not in ema(*arguments).out
-    assert "profile error" in ema(*arguments, "--method", "paper").out
+    assert "profile error" not in result.out
+    paper = ema("error-plot", run, "--method", "paper", "--out", tmp_path / "e.svg", "--target", "window:500")
+    assert "profile error" in paper.out
     assert "relative L2 error of the profile" in (tmp_path / "e.svg").read_text()
 
 
@@ -90,11 +87,7 @@ def test_a_plan_has_named_schedules_each_with_a_call_that_runs(
     for one, other in zip(report["schedules"], like["schedules"], strict=True):
         assert one["worst_error"] != pytest.approx(other["worst_error"], rel=0.05)
     assert like["assumption"] == f"the network moves as in {run}"
-
-
-def test_a_plan_is_drawn(ema: Ema, tmp_path: Path) -> None:
-    out = tmp_path / "plan.png"
-    done = ema(*PLANNED[:-1], "1kB", "--out", out)
-    assert "none is within --disk" in done.out
-    assert done.out.splitlines()[-1] == f"wrote {out}"
-    assert out.read_bytes()[:4] == b"\x89PNG"
+    drawn = ema(*PLANNED[:-1], "1kB", "--out", "plan.png")
+    assert "none is within --disk" in drawn.out
+    assert drawn.out.splitlines()[-1] == "wrote plan.png"
+    assert Path("plan.png").read_bytes()[:4] == b"\x89PNG"

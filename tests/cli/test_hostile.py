@@ -8,16 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
-import unicodedata
 from pathlib import Path
 
 import forked
 import pytest
 import torch
-from checking import assert_same_tensors
 from ema_command import Ema, run_ema, unmeasured_environment
 from factories import RUN_ID, contents, write_snapshot
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from posthoc_cli.errors import WriteError
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
@@ -78,21 +76,6 @@ def test_texts_from_files_are_escaped_on_the_terminal(tmp_path: Path) -> None:
         assert result.code == 1
         assert (result.out + result.err).replace("\n", "").isprintable()
         assert "\\x1b" in result.out
-
-
-def test_names_that_file_systems_do_not_distinguish_or_that_imitate_the_format_are_different_tensors(
-    ema: Ema, tmp_path: Path
-) -> None:
-    names = ["w", "W", unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é"), "../../x", "/etc/x", ""]
-    names += ["ema.checksum", '"ema.checksum":"', '","x":"', "line\nbreak\x01\x1b[31m"]  # as in the format itself
-    values = {name: torch.full((2,), float(index)) for index, name in enumerate(names)}
-    write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, values, sigma_rels=(0.05,))
-    folder = tmp_path / "out"
-    command = ("synthesize", tmp_path / "run", "--sigma-rel", "0.05", "--layout", "sharded", "--max-shard-size", "8")
-    assert ema(*command, "--out", folder).code == 0
-    shards = sorted(folder.glob("*.safetensors"))
-    assert [path.name for path in shards] == [f"model-{n:05d}-of-00011.safetensors" for n in range(1, 12)]
-    assert_same_tensors({name: tensor for shard in shards for name, tensor in load_file(shard).items()}, values)
 
 
 def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tmp_path: Path) -> None:

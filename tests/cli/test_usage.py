@@ -45,11 +45,10 @@ def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
     found = [(one["kind"], one["path"]) for one in report["paths"]]
     assert (report["kind"], found) == ("several", [("directory", "run"), ("file", "model.safetensors")])
     flip_bit(sorted(Path("other").glob("*.safetensors"))[0])
-    for order in (["run", "other"], ["other", "run"]):
-        result = ema("verify", *order)
-        assert result.code == 1
-        assert "1 of 40 files is damaged" in result.out
-        assert "all intact" in result.out
+    result = ema("verify", "other", "run")
+    assert result.code == 1
+    assert "1 of 40 files is damaged" in result.out
+    assert "all intact" in result.out
 
 
 def commands() -> dict:

@@ -213,7 +213,7 @@ def test_an_unusable_command_is_refused_before_anything_is_made(
 
 
 def gone(path: Path) -> bool:
-    """Return whether the process of an id in a file ends within seconds; one that was killed may have to be waited for."""
+    """Return whether the process of an id in a file ends within seconds: after a kill it must be scheduled."""
     state = Path(f"/proc/{int(path.read_text())}/stat")
     return any(not state.exists() or ") Z " in state.read_text() or time.sleep(0.05) for _ in range(100))
 
