@@ -13,11 +13,10 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import Audit, audits_of
 from posthoc_cli.checkpoints.import_files import make_manifest, write_manifest
-from posthoc_cli.checkpoints.layouts import check_interval
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.profiles import Discrete, OrdinaryEMA, Point
+from posthoc_cli.profiles import OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 
 log = logging.getLogger(__name__)
@@ -99,8 +98,6 @@ def import_checkpoints(
     elif any(isinstance(one.profile, OrdinaryEMA) for one in found):
         given, checks = _check_decay(found, given)
     found = checked_run([one.with_settings(given) for one in found])
-    if numbered := [one for one in found if isinstance(one.profile, Discrete) and one.updates is None]:
-        checks.append(check_interval(numbered, given))
     written = False
     if target is not None and not dry_run:
         files.check_parent("out", target)

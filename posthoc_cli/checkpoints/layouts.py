@@ -36,8 +36,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from posthoc_cli.checkpoints.index import (
     AVERAGE_WORD,
     MODEL_GROUPS,
@@ -64,8 +62,6 @@ from posthoc_cli.profiles import (
     ema_pytorch_profile,
     gamma_from_sigma_rel,
 )
-from posthoc_cli.reconstruction import misfit
-from posthoc_cli.snapshots.sources import sample_measurements
 from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 
 log = logging.getLogger(__name__)
@@ -215,16 +211,13 @@ def _find_numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSet
         return Found(tensors, asks=asks)
     if not inner:
         _check_update_after_step(indexed, int(match["step"]), settings)
-    profile = functools.partial(_numbered_profile, library, widths[number], settings)
+    first = {} if inner else {"first": max(_update_after_step(settings), 1)}
+    gamma, every = gamma_from_sigma_rel(widths[number]), settings.update_every
+
+    def profile(step: int) -> Discrete:
+        return ema_pytorch_profile(gamma, step, every, **first)
+
     return Found(tensors, sigma_rel=widths[number], profile=profile)
-
-
-def _numbered_profile(
-    library: str, width: float, settings: ImportSettings, step: int, every: int | None = None
-) -> Discrete:
-    """Return the profile that one of these libraries really tracks."""
-    first = {} if library == "ema-pytorch" else {"first": max(_update_after_step(settings), 1)}
-    return ema_pytorch_profile(gamma_from_sigma_rel(width), step, every or settings.update_every or 1, **first)
 
 
 def _update_after_step(settings: ImportSettings) -> int:
@@ -241,56 +234,6 @@ def _check_update_after_step(indexed: IndexedCheckpoint, step: int, settings: Im
     if abs(first - max(value, 1)) > counted * eps / 2:
         reason = f"does not fit {indexed.path.name}, which has counted {counted:,.12g} of {step:,} calls: about"
         raise InvalidValueError("update_after_step", f"{reason} {first:,.12g} would", value=value)
-
-
-_EVERY = (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, 128, 200, 250, 500, 1000)
-"""Values of update_every that a given one is compared with."""
-
-_TIMES = 24
-"""Largest number of times to compare, the newest; with 8 of them values half as large as the true one often passed."""
-
-_WORSE, _MUCH_WORSE, _POOR = 1.25, 0.1, 1.0
-"""A value is wrong if its misfit exceeds another value's by more than this factor and this difference. In 18 runs (six
-recorded trainings, updates every 1, 10 and 100 steps) the true value was at most 1.06 times and 0.006 worse than the
-best one; values half or twice as large were refused, except some at 100. Any value with a misfit above `_POOR` is
-doubted: the true one had at most 0.42; widths in the wrong order, and files of two sessions, had 1.2 or more."""
-
-
-def check_interval(checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> str:
-    """Compare distances between numbered averages, in a sample, with those that each update_every would make.
-
-    Return the result in a line; raise InvalidValueError, with the value that fits, for a contradiction.
-    """
-    given = settings.update_every or 1
-    # After the first update all averages are equal: any distance is a rounding error.
-    sources = [one for one in checkpoints if getattr(one.profile, "times", np.zeros(0)).size > 1]
-    times = sorted({source.t for source in sources})[-_TIMES:]
-    sources = [source for source in sources if source.t in times]
-    misfits: dict[int, float] = {}
-    if len(times) > 1 and len(sources) >= 2 * len(times):
-        measured, most = sample_measurements(sources), min(source.step for source in sources)
-        for every in {given, *(value for value in _EVERY if value <= most)}:
-            others: dict[StoredProfile, StoredProfile] = {
-                one.profile: _numbered_profile(one.kind, one.sigma_rel, settings, one.step, every) for one in sources
-            }
-            averages = []
-            for one, found in zip(sources, measured, strict=True):
-                distances = tuple(replace(d, other=others[d.other]) for d in found.distances)
-                averages.append(
-                    replace(one.average(others[one.profile]), measurements=replace(found, distances=distances))
-                )
-            misfits[every] = misfit(averages)
-    if not misfits or math.isnan(misfits[given]):  # nothing moved
-        return "update_every is as given: averages of one profile, or at one time, do not show it"
-    best = min(misfits, key=lambda every: misfits[every])
-    hint = "check `sigma_rels`, `update_after_step`, and that one session of the training wrote all files"
-    if misfits[given] > max(_WORSE * misfits[best], misfits[best] + _MUCH_WORSE):
-        better = f"those of {best} do" if misfits[best] < _POOR else "no other value fits them either"
-        reason = f"the distances between the averages do not fit it; {better}"
-        raise InvalidValueError("update_every", reason, "" if misfits[best] < _POOR else hint, value=given)
-    if misfits[given] > _POOR:
-        log.warning("the distances between the averages fit no update_every; %s", hint)
-    return f"update_every {given} fits the distances between the averages (misfit {misfits[given]:.2g})"
 
 
 # --- ordinary EMAs of known libraries

@@ -19,7 +19,6 @@ from posthoc_cli.reconstruction.motion import (
     assumed_prior,
     error_after_rounding,
     measured_prior,
-    misfit,
     relative_width,
 )
 from posthoc_cli.reconstruction.solving import (
@@ -37,6 +36,6 @@ from posthoc_cli.reconstruction.solving import (
 __all__ = [
     "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance", "Losses", "Measurements",
     "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps", "StoredAverage", "assumed_prior", "check_method",
-    "error_after_rounding", "measured_prior", "misfit", "one_blas_thread", "reconstruct", "relative_width",
+    "error_after_rounding", "measured_prior", "one_blas_thread", "reconstruct", "relative_width",
     "thinned_subset",
 ]  # fmt: skip

@@ -733,22 +733,6 @@ def measured_prior(
     return Prior(motion, rounding, arithmetic, norm, source, steps, doubt, sketch, shared, passed_on, uneven)
 
 
-def misfit(averages: Sequence[StoredAverage]) -> float:
-    """Return the root mean square of log(measured / expected) for the best motion; infinity where none explains the
-    distances, and nan with fewer than two of them.
-    """
-    measured = [(one.profile, one.measurements, 0.0) for one in averages if one.measurements is not None]
-    pairs = _pairs(measured)
-    if len(pairs) < 2:
-        return math.nan
-    start, times = min(average.start for average in averages), [profile.t for profile, _, _ in measured]
-    if start >= max(times):
-        return math.inf
-    _, expected = fit_motion(start, times, pairs, averages[0].steps)
-    # Profiles that are equal have no distance, whatever the motion.
-    return float(np.sqrt(np.mean(np.log(expected) ** 2))) if expected.all() else math.inf
-
-
 def _shared(
     averages: Sequence[StoredAverage], rounding: FloatArray, sketch: Sketch | None
 ) -> tuple[FloatArray | None, FloatArray | None]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import edm2_layout
 import numpy as np
 import pytest
 import torch
-from checking import refused
 from checkpoint_layouts import check_average
 from factories import exact_weights
 
 from posthoc_cli import Run, errors, import_checkpoints, synthesize
-from posthoc_cli.profiles import Discrete, ema_pytorch_profile, gamma_from_sigma_rel
+from posthoc_cli.profiles import Discrete, gamma_from_sigma_rel
 
 STEPS = 400
 
@@ -109,33 +106,6 @@ def test_the_error_of_a_repair_is_known(tmp_path: Path, imported: Imported, upda
     assert np.all((ratios > 0.5) & (ratios < 1.7)), ratios
 
 
-def test_files_of_two_sessions_are_doubted(
-    tmp_path: Path, imported: Imported, caplog: pytest.LogCaptureFixture
-) -> None:
-    """`pytorch-posthoc-ema` counts from 0 again when it is continued, and replaces its first files."""
-    library = pytest.importorskip("posthoc_ema")
-    settings = {"sigma_rels": WIDTHS, "update_every": 5, "checkpoint_every": 20, "checkpoint_dtype": torch.float32}
-
-    def start(model: torch.nn.Module) -> Update:
-        trackers = [library.PostHocEMA.from_model(model, str(tmp_path / "x"), **settings)]
-
-        def update(model: torch.nn.Module) -> None:
-            if trackers[0].step == 260:
-                trackers.insert(0, library.PostHocEMA.from_path(str(tmp_path / "x"), model, **settings))
-            trackers[0].update_(model)
-
-        return update
-
-    history = train(start)
-    options: dict[str, Any] = {"kind": "posthoc-ema", "sigma_rels": WIDTHS, "update_every": 5}
-    imported(tmp_path / "x", **options)
-    assert "fit no update_every; check `sigma_rels`, `update_after_step`, and that one session" in caplog.text
-    caplog.clear()
-    second = imported(tmp_path / "x" / "*.1[0-4]0.pt", **options).average(0.1)  # on the clock of the second session
-    assert "fit no update_every" not in caplog.text
-    assert distance(second, {name: values[-140:] for name, values in history.items()}, 0.1) < 0.03
-
-
 @pytest.mark.parametrize(
     ("true", "wrong", "dtype"),
     [(150, 30, None), (30, None, torch.float16), (0, 40, torch.bfloat16), (100, 150, torch.float16)],
@@ -187,47 +157,9 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
         import_checkpoints(other, None, dry_run=True, kind="edm2")
 
 
-def numbered(
-    folder: Path, path: torch.Tensor, steps: Iterable[int], every: int, dtype: torch.dtype = torch.float32,
-    widths: tuple[float, ...] = WIDTHS,
-) -> Path:  # fmt: skip
-    """Write averages as `ema-pytorch` does, of `path`, the weights after each step: [steps, elements]."""
-    folder.mkdir()
-    for step in steps:
-        for index, width in enumerate(widths):
-            profile = ema_pytorch_profile(gamma_from_sigma_rel(width), step, every)
-            average = -torch.from_numpy(np.diff(profile.tail(np.arange(len(path) + 1)))) @ path
-            content = {"ema_model.w": average.to(dtype), "ema_model.n": torch.tensor(3)}
-            content |= {"initted": torch.tensor(True), "step": torch.tensor(step)}
-            torch.save(content, folder / f"{index}.{step}.pt")
-    return folder
-
-
-def falling_walk() -> torch.Tensor:
-    """Return the weights after each of 4,000 steps with a falling rate."""
-    increments = torch.randn(4000, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return 100 + (increments * torch.linspace(1, 0.1, 4000, dtype=torch.float64)[:, None]).cumsum(0)
-
-
-@pytest.mark.parametrize("every", [1, 10, 50])
-def test_a_true_claim_fits_and_a_wrong_one_is_refused(every: int, tmp_path: Path) -> None:
-    folder = numbered(tmp_path / "x", falling_walk(), range(400, 4001, 400), every, torch.float16)
-    claim = functools.partial(import_checkpoints, folder, None, dry_run=True, sigma_rels=WIDTHS)
-    assert f"update_every {every} fits" in claim(update_every=every).checks[0]
-    for wrong in {1: (5, 10, 100), 10: (1, 5, 20, 100), 50: (1, 10)}[every]:
-        with refused("update_every", f"{wrong}: the distances between the averages do not fit it; those of {every} do"):
-            claim(update_every=wrong)
-
-
-def test_one_profile_or_one_time_does_not_show_the_interval(tmp_path: Path) -> None:
-    for steps, widths in (((1000, 2000, 3000), WIDTHS[:1]), ((1000,), WIDTHS)):
-        folder = numbered(tmp_path / f"{len(steps)}", falling_walk(), steps, 10, widths=widths)
-        done = import_checkpoints(folder, None, dry_run=True, sigma_rels=widths, update_every=1)
-        assert done.checks == ("update_every is as given: averages of one profile, or at one time, do not show it",)
-
-
 def test_weights_in_the_models_dtype_have_no_rounding_error(tmp_path: Path) -> None:
-    path = falling_walk()
+    increments = torch.randn(4000, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    path = 100 + (increments * torch.linspace(1, 0.1, 4000, dtype=torch.float64)[:, None]).cumsum(0)
     for t in (1000, 2000, 3000, 4000):
         torch.save({"w": path[t - 1].bfloat16()}, tmp_path / f"step{t}.pt")
     plan = Run(tmp_path).plan("between:3000:4000")
