@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torture.training import STATE, Tally, contents, train, wrong_output, wrong_snapshots
+
 from posthoc_cli import Run, export_file, files
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
-from torture import Tally
-from torture.training import STATE, contents, train, wrong_output, wrong_snapshots
 
 STEPS, STOPS, SAVES = 10, 7, 5
 """The last step of the training, the one at which it ends for the first time, and the one whose state is saved."""
@@ -89,8 +89,7 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     for kind in KINDS:
         able = [at for at, name in enumerate(counting.operations) if name in HALVED.get(kind, (name,))]
         for at in chance.sample(able, max(1, round(share * len(able)))):
-            system = Faulty(at, kind)
-            work = Work(folder / "faulty", make_room=system.make_room)
+            work = Work(folder / "faulty", make_room=(system := Faulty(at, kind)).make_room)
             with tally.judged(f"{kind} at operation {at}", refusable=False), installed(system.do):
                 work.do()
             if what := system.failed:
@@ -139,11 +138,9 @@ class Faulty:
         self.failed = ""  # the fault in words, once it has happened
 
     def make_room(self) -> None:
-        """End the full disk."""
         self._full = False
 
     def do(self, name: str, *arguments: Any) -> Any:
-        """Do an operation, or fail."""
         with self._lock:
             fails = len(self.operations) == self._at and name in HALVED.get(self._kind, (name,)) and name not in NEVER
             self.operations += [name] * (name not in NEVER)
@@ -198,16 +195,12 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
 
 @dataclass(eq=False)
 class Inode:
-    """A file: its current content, and the durable part of it."""
-
-    data: bytes = b""
+    data: bytes = b""  # the current content of a file
     durable: bytes = b""
 
 
-FOLDER = Inode()
-"""The entry of every directory."""
-Entries = dict[Path, Inode | None]
-"""Entries by path; None for a removed name."""
+FOLDER = Inode()  # the entry of every directory
+Entries = dict[Path, Inode | None]  # by path; None for a removed name
 
 
 class Disk:
@@ -222,12 +215,10 @@ class Disk:
         self._open: dict[int, Inode] = {}  # by descriptor
 
     def keep(self, contents: dict[str, bytes]) -> None:
-        """Take note that these snapshots are durable."""
         with self._lock:
             self.kept = contents
 
     def do(self, name: str, *arguments: Any) -> Any:
-        """Do an operation."""
         if name in ("list", "read"):
             return really(name, *arguments)
         with self._lock:

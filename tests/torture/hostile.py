@@ -1,4 +1,4 @@
-"""Hostile input: special files in place of files, and damaged checkpoints of other programs.
+"""Hostile input: special files in place of files, damaged checkpoints of other programs, and damaged files of our own.
 
 Each use ends at once with one error, or without harm; nothing outside is touched, nothing partial is left.
 """
@@ -12,28 +12,27 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoint_layouts import LAYOUTS, walk
 from ema_command import run_ema
-from factories import random_walk, write_run
+from factories import random_walk, split_snapshot, write_run
+from snapshots.recorded import SMALL, Content, examine, small_output, small_snapshot, used
+from torture.training import Tally
 
 from posthoc_cli import PostHocEMA, Run, export_file
 from posthoc_cli.files import is_temporary
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from torture import Tally
 
 
-class Bomb:
-    """An object that creates a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
+class Bomb(str):
+    """The path of a file that is created when this is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return open, (str(self.marker), "w")
+        return open, (str(self), "w")
 
 
 # --- special files
@@ -181,5 +180,78 @@ def _changed(intact: bytes, chance: random.Random, marker: Path) -> bytes:
     if kind == "bomb":
         return pickle.dumps({"model": {"w": torch.ones(2)}, "x": Bomb(marker), "step": Bomb(marker)})
     place = chance.randrange(min(len(intact), chance.choice([100, 2_000, 10**9])))
-    flipped = bytes([intact[place] ^ 1 << chance.randrange(8)]) + intact[place + 1 :]
-    return intact[:place] + flipped * (kind == "flip")
+    return _flipped(intact, 8 * place + chance.randrange(8)) if kind == "flip" else intact[:place]
+
+
+def _flipped(data: bytes, place: int) -> bytes:
+    byte, bit = divmod(place, 8)
+    return data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
+
+
+# --- one small file of each kind: every flipped bit and every truncation is found before a result is written
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A file that will be damaged, what a command reads it from, and the path that an error must name."""
+
+    path: Path
+    source: Path
+    named: Path
+
+    def results(self, tally: Tally, what: str) -> list[Content | None]:
+        """Return what `examine` and `used` return; None after an error."""
+        found: list[Content | None] = [None, None]
+        out = self.source.with_name("out.safetensors")
+        with tally.judged(what, str(self.named)):
+            found[0] = examine(self.path)
+        with tally.judged(what, str(self.named)):
+            found[1] = used(self.source, out)
+        if found[1] is None and out.exists():
+            tally.lost.append(f"{what}: an output was left")
+        out.unlink(missing_ok=True)
+        return found
+
+
+def all_victims(folder: Path) -> dict[str, Victim]:
+    """Write one file of each kind."""
+    snapshot, output = small_snapshot(folder / "snapshot"), small_output(folder / "output")
+    unsplit = small_snapshot(folder / "parts", SMALL | {"a": torch.tensor([[1.0], [-2.5]])})
+    part = split_snapshot(unsplit, 2) / "part-00002-of-00002.safetensors"
+    shards = folder / "shards"
+    export_file(output, shards, max_shard_size="10")
+    index, shard = shards / INDEX_NAME, shards / "model-00001-of-00002.safetensors"
+    return {
+        "snapshot": Victim(snapshot, snapshot.parent, snapshot), "output": Victim(output, output, output),
+        "part": Victim(part, unsplit.parent, part.parent),
+        "index": Victim(index, shards, shards), "shard": Victim(shard, shards, shard),
+    }  # fmt: skip
+
+
+def flip_bits(folder: Path, share: float, seed: int) -> Tally:
+    """Flip every single bit of every small file."""
+    return _harm(folder, _flipped, 8, share, seed)
+
+
+def truncate(folder: Path, share: float, seed: int) -> Tally:
+    """Cut every small file to every shorter length."""
+    return _harm(folder, lambda data, length: data[:length], 1, share, seed)
+
+
+def _harm(folder: Path, change: Callable[[bytes, int], bytes], ways: int, share: float, seed: int) -> Tally:
+    """Damage each file in a share of the `ways` a byte: each damage is found or, in an index, changes nothing."""
+    tally, chance = Tally(), random.Random(seed)
+    for kind, victim in all_victims(folder).items():
+        intact, data = victim.results(tally, kind), victim.path.read_bytes()
+        count = ways * len(data)
+        for number in chance.sample(range(count), max(1, round(share * count))):
+            victim.path.write_bytes(change(data, number))
+            tally.tried += 1
+            found = victim.results(tally, f"{kind}, damage {number}")
+            for result, before in zip(found, intact, strict=True):
+                if result is not None and not (kind == "index" and result == before):  # an index has no checksum
+                    tally.missed.append(f"{kind}, damage {number}: not found")
+        victim.path.write_bytes(data)
+        if victim.results(tally, kind) != intact or None in intact:
+            tally.lost.append(f"{kind}: differs from before")
+    return tally

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from forked import EMA, Forked
 from groups import SETTINGS, start_group, truth
+from torture.training import SIGMA_RELS, Tally, remove_half_begun, wrong_output, wrong_snapshots
 
 from posthoc_cli import Run
 from posthoc_cli.snapshots.directory import find_snapshots
-from torture import Tally
-from torture.training import SIGMA_RELS, remove_half_begun, wrong_output, wrong_snapshots
 
 # --- trainings killed and resumed by their own script
 
@@ -25,9 +24,8 @@ from pathlib import Path
 from torture.training import train
 torch.set_num_threads(1)
 settings = {{"update_every": 2, "checkpoint_every": 4, "max_checkpoints": int(sys.argv[2]) or None}}
-train(Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **settings)
+train(Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **settings)  # 120 kB a snapshot
 """
-"""A training with snapshots of 120 kB."""
 
 
 def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
@@ -35,8 +33,8 @@ def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
     tally, run = Tally(), folder / "run"
 
     def wrong(most: int, is_complete: bool) -> list[str]:
-        due = [STEPS] if most else range(4, STEPS + 1, 4)  # the others may be thinned
-        return [*wrong_snapshots(run), *(_missing(run, SIGMA_RELS, due) if is_complete else ())]
+        due = range(STEPS if most else 4, STEPS + 1, 4) if is_complete else ()  # the others may be thinned
+        return [*wrong_snapshots(run), *_missing(run, SIGMA_RELS, due)]
 
     _kill(tally, 1_000 * share, random.Random(seed), run, lambda most: ("", [Forked(TRAIN, run, most)]), wrong)
     return tally
@@ -179,7 +177,6 @@ def readers(folder: Path, share: float, seed: int) -> Tally:
     run, stop, out = folder / "run", folder / "stop", folder / "out.safetensors"
 
     def read(most: int) -> None:
-        """Synthesize random targets, and compare outputs with the snapshots and coefficients that they name."""
         for _ in range(min(most, times - tally.tried)):
             tally.tried += 1
             with tally.judged(f"reading {tally.tried}", refusable=False):

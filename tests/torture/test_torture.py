@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from torture import Tally, damage, faults, hostile, processes
+from torture import faults, hostile, processes
+from torture.training import Tally
 
 EXPERIMENTS = {
     "an error at every file operation": (faults.errors_at_every_operation, 0.002),
@@ -15,8 +15,8 @@ EXPERIMENTS = {
     "one process of a sharded training killed": (processes.killed_ranks, 0.01),
     "two writers on one directory": (processes.writers, 0.02),
     "readers during thinning and pruning": (processes.readers, 0.015),
-    "every flipped bit": (damage.flip_bits, 0.02),
-    "every truncation": (damage.truncate, 0.1),
+    "every flipped bit": (hostile.flip_bits, 0.02),
+    "every truncation": (hostile.truncate, 0.1),
     "checkpoints of other programs, damaged at random": (hostile.damage_checkpoints, 0.005),
     "pipes, devices, links and pickles in place of files": (hostile.replace_files, 0.03),
 }

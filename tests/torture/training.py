@@ -6,7 +6,9 @@ Every snapshot and every output therefore has one correct content, which is comp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,10 +29,29 @@ SIGMA_RELS = (0.05, 0.28)
 STATE = "state.pt"
 
 
+@dataclass
+class Tally:
+    """The number of faults, kills or hostile inputs that were tried, and a line for each failure."""
+
+    tried: int = 0
+    lost: list[str] = field(default_factory=list)  # something durable was missing, changed or incomplete
+    missed: list[str] = field(default_factory=list)  # a fault was not found, or not reported as one clear error
+    executed: list[str] = field(default_factory=list)  # foreign code ran, or a file outside was touched
+
+    @contextmanager
+    def judged(self, what: str, named: str = "", refusable: bool = True) -> Iterator[None]:
+        """Require that the block ends without an error or with one short error that contains `named`."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - any other error is a failure
+            text = str(error)
+            is_clear = named in text and text.isprintable() and len(text) <= 2_000
+            if not (refusable and is_clear and isinstance(error, PostHocError)):
+                self.missed.append(f"{what}: {type(error).__name__}: {text[:500]!a}; {named!r} was to be named")
+
+
 class Network(torch.nn.Module):
     """A network of two parameters, with 4 `rows` and with 3 elements, and a buffer."""
-
-    count: torch.Tensor
 
     def __init__(self, rows: int = 4) -> None:
         super().__init__()
@@ -124,7 +145,6 @@ def train(
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Return the content of the snapshots in a directory by file name."""
     return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
 
 
