@@ -18,11 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torture.training import STATE, Tally, contents, train, wrong_output, wrong_snapshots
-
 from posthoc_cli import Run, export_file, files
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
+from torture.training import STATE, Tally, contents, train, wrong_output, wrong_snapshots
 
 STEPS, STOPS, SAVES = 10, 7, 5
 """The last step of the training, the one at which it ends for the first time, and the one whose state is saved."""

@@ -21,11 +21,11 @@ from checkpoint_layouts import LAYOUTS, walk
 from ema_command import run_ema
 from factories import random_walk, split_snapshot, write_run
 from snapshots.recorded import SMALL, Content, examine, small_output, small_snapshot, used
-from torture.training import Tally
 
 from posthoc_cli import PostHocEMA, Run, export_file
 from posthoc_cli.files import is_temporary
 from posthoc_cli.snapshots.outputs import INDEX_NAME
+from torture.training import Tally
 
 
 class Bomb(str):

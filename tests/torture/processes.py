@@ -10,10 +10,10 @@ from pathlib import Path
 
 from forked import EMA, Forked
 from groups import SETTINGS, start_group, truth
-from torture.training import SIGMA_RELS, Tally, remove_half_begun, wrong_output, wrong_snapshots
 
 from posthoc_cli import Run
 from posthoc_cli.snapshots.directory import find_snapshots
+from torture.training import SIGMA_RELS, Tally, remove_half_begun, wrong_output, wrong_snapshots
 
 # --- trainings killed and resumed by their own script
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from torture import faults, hostile, processes
 from torture.training import Tally
 
