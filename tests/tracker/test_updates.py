@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,22 +114,6 @@ def test_float32_averages_are_right_wherever_windows_end(
                 # One rounding is 0.2 * 2^-23 of the norm. Each update leaves at most one, in the mean or the average,
                 # and reading one more; a window's weights of what moves in it, 0.01 an update, are up to 1/60 wrong.
                 assert away < 0.2 * 2**-23 * math.sqrt(1 + k) + 0.01 / 60 * min(1, every * k / t) ** 1.5 / 4
-
-
-def test_small_steps_are_not_lost_early_in_a_run(tmp_path: Path) -> None:
-    """The drift over the run is 0.1 units in the last place an update; means may lag by half a window of it."""
-    base, steps, model = np.random.default_rng(0).standard_normal(1000), 3000, Scalar(torch.float32)
-    drift = 1.25e-8 * steps
-    model.weight.data = torch.zeros(1000)
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=steps) as tracker:
-        for t in range(1, steps + 1):
-            model.set(base * (1 + drift * t / steps))
-            tracker.update_(model)
-        times = np.arange(1, steps + 1)
-        for sigma_rel in SIGMA_RELS:
-            exact = base * float(exact_average(1 + drift * times / steps, sigma_rel, times))
-            off = np.linalg.norm(tracked(tracker, sigma_rel) - exact)
-            assert off < (128 * drift / steps + 3e-7) * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("kept", [(0.05, 0.15, 0.28), (0.15,), (0.05, 0.15)])
@@ -295,28 +281,19 @@ def parameter(elements: int) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.zeros(elements, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda m: m.register_parameter("weight", parameter(4)),
-            r"'weight': is .* \[4\], and was .* \[3\] when tracking",
-        ),
-        (lambda m: m.register_parameter("extra", parameter(1)), "'extra': is averaged, .*, and was not tracked"),
-        (lambda m: delattr(m, "weight"), "'weight': is not tracked, and was averaged"),
-        (Scalar.half, "'weight': is .*float16 .*, and was .*float64 .* torch.autocast, .*a new directory"),
-        (
-            lambda m: m.weight.requires_grad_(False),
-            r"'weight': is left out, as it requires no gradients, .*include='\*'.*a new directory",
-        ),
-        (
-            lambda m: m.frozen.requires_grad_(True),
-            r"'frozen': is averaged, .*, and was left out.*include='\*'.*a new directory",
-        ),
-        (lambda m: m.register_buffer("count", torch.zeros(())), "'count': is copied, .*, and was not tracked"),
-    ],
-)
-def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+CHANGES: list[tuple[Callable[[Any], object], str]] = [
+    (lambda m: m.register_parameter("weight", parameter(4)), r"'weight': is .* \[4\], and was .* \[3\] when tracking"),
+    (lambda m: m.register_parameter("extra", parameter(1)), "'extra': is averaged, .*, and was not tracked"),
+    (lambda m: delattr(m, "weight"), "'weight': is not tracked, and was averaged"),
+    (lambda m: m.half(), "'weight': is .*float16 .*, and was .*float64 .* torch.autocast, .*a new directory"),
+    (lambda m: m.weight.requires_grad_(False), r"'weight': is left out, as .* no gradients, .*include='\*'.*directory"),
+    (lambda m: m.frozen.requires_grad_(True), r"'frozen': is averaged, .*, and was left out.*include='\*'.*directory"),
+    (lambda m: m.register_buffer("count", torch.zeros(())), "'count': is copied, .*, and was not tracked"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, change: Any, message: str) -> None:
     model = Scalar()
     model.other_weight, model.frozen = parameter(2), parameter(2).requires_grad_(False)
     with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, checkpoint_every=2) as tracker:
