@@ -141,15 +141,12 @@ def test_an_abandoned_attempt_is_not_mixed_into_the_one_that_continues(tmp_path:
         assert times(tmp_path) == {10}
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "updates"),
-    [
-        ({}, {"update_every": 5, "checkpoint_every": 5}, [*range(2, 23, 2), *range(25, 41, 5)]),
-        ({}, {"checkpoint_every": 20}, range(2, 41, 2)),
-        ({"sigma_rels": (0.05, 0.15, 0.28)}, {}, range(2, 41, 2)),
-        ({"sigma_rels": (0.05, 0.15, 0.28)}, {"sigma_rels": (0.15,)}, range(2, 41, 2)),
-    ],
-)
+@pytest.mark.parametrize(("before", "after", "updates"), [
+    ({}, {"update_every": 5, "checkpoint_every": 5}, [*range(2, 23, 2), *range(25, 41, 5)]),
+    ({}, {"checkpoint_every": 20}, range(2, 41, 2)),
+    ({"sigma_rels": (0.05, 0.15, 0.28)}, {}, range(2, 41, 2)),
+    ({"sigma_rels": (0.05, 0.15, 0.28)}, {"sigma_rels": (0.15,)}, range(2, 41, 2)),
+])  # fmt: skip
 @pytest.mark.parametrize("exactly", [True, False])
 def test_a_resumed_run_takes_its_new_settings_and_stays_exact(
     tmp_path: Path, before: dict, after: dict, updates: range, exactly: bool, ema: Ema
@@ -241,23 +238,20 @@ def same(one: object, other: object) -> bool:
 NOT_IN_BOTH = "is in the state or in the model, but not in both"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 6, not 2"),
-        ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
-        ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a list, each a finite number"),
-        ({"standing": {}}, r"state: inherited: must be one for each profile, not 0"),
-        ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
-        ({"high": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
-        ({"mean": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
-        ({"copies": {"more": torch.zeros(1)}}, NOT_IN_BOTH),
-        (torch.zeros(2), r"tensor '0\.weight': is .* shape \[2\] in the state, not .* shape \[24, 8\]"),
-        (torch.zeros(24, 8, dtype=torch.float16), r"tensor '0\.weight': is torch\.float16 .* in the state"),
-        (torch.full((24, 8), float("nan")), r"tensor '0\.weight': .* holds nan or infinity"),
-        ({"run_id": "0" * 32}, "holds snapshots of run .*, this tracker is run 0000"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 6, not 2"),
+    ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
+    ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a list, each a finite number"),
+    ({"standing": {}}, r"state: inherited: must be one for each profile, not 0"),
+    ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
+    ({"high": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
+    ({"mean": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
+    ({"copies": {"more": torch.zeros(1)}}, NOT_IN_BOTH),
+    (torch.zeros(2), r"tensor '0\.weight': is .* shape \[2\] in the state, not .* shape \[24, 8\]"),
+    (torch.zeros(24, 8, dtype=torch.float16), r"tensor '0\.weight': is torch\.float16 .* in the state"),
+    (torch.full((24, 8), float("nan")), r"tensor '0\.weight': .* holds nan or infinity"),
+    ({"run_id": "0" * 32}, "holds snapshots of run .*, this tracker is run 0000"),
+])  # fmt: skip
 def test_an_altered_state_or_one_of_another_run_is_refused(
     finished: Training, tmp_path: Path, change: dict | torch.Tensor, message: str
 ) -> None:
@@ -306,13 +300,10 @@ def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(tmp_path: Path
 # --- from the snapshots of a time at which the network had the model's weights
 
 
-@pytest.mark.parametrize(
-    ("way", "weights"),
-    [
-        *(("from_model", one) for one in ("new", "first", "next", "of another attempt")),
-        *(("from_path", one) for one in ("new", "permuted", "average", "half")),
-    ],
-)
+@pytest.mark.parametrize(("way", "weights"), [
+    *(("from_model", one) for one in ("new", "first", "next", "of another attempt")),
+    *(("from_path", one) for one in ("new", "permuted", "average", "half")),
+])  # fmt: skip
 def test_a_run_is_not_resumed_with_fresh_weights(finished: Training, tmp_path: Path, way: str, weights: str) -> None:
     """Nor with others that the network had at no time with snapshots, nor if there is but one such time."""
     if weights == "first":

@@ -55,21 +55,18 @@ ALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("filters", "taken"),
-    [
-        ({}, ALL - {"2.bias"}),
-        ({"include": "*"}, ALL),
-        ({"include": "2.*"}, {"2.weight", "2.bias"}),
-        ({"include": ["0.*", "2.*"]}, {"0.weight", "0.bias", "2.weight", "2.bias"}),
-        ({"include": "*.weight", "exclude": ("1.*", "0.*")}, {"2.weight"}),
-        ({"include": "[02].bias"}, {"0.bias", "2.bias"}),
-        (
-            {"exclude": ["*.running_*", "*.num_batches_tracked"]},
-            {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight"},
-        ),
-    ],
-)
+@pytest.mark.parametrize(("filters", "taken"), [
+    ({}, ALL - {"2.bias"}),
+    ({"include": "*"}, ALL),
+    ({"include": "2.*"}, {"2.weight", "2.bias"}),
+    ({"include": ["0.*", "2.*"]}, {"0.weight", "0.bias", "2.weight", "2.bias"}),
+    ({"include": "*.weight", "exclude": ("1.*", "0.*")}, {"2.weight"}),
+    ({"include": "[02].bias"}, {"0.bias", "2.bias"}),
+    (
+        {"exclude": ["*.running_*", "*.num_batches_tracked"]},
+        {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight"},
+    ),
+])  # fmt: skip
 def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path: Path, filters: dict, taken: set) -> None:
     tracked(network(), tmp_path, **filters)
     info = read_directory(tmp_path)[-1]
@@ -224,14 +221,11 @@ def test_the_name_that_safetensors_reserves_is_refused(tmp_path: Path, kind: str
     assert set(roles(tmp_path)) == {"weight", "bias"}
 
 
-@pytest.mark.parametrize(
-    ("normalize", "originals"),
-    [
-        (torch.nn.utils.parametrizations.weight_norm, {"parametrizations.weight.original0", "bias"}),
-        (torch.nn.utils.parametrizations.orthogonal, {"parametrizations.weight.original", "bias"}),
-        (torch.nn.utils.weight_norm, {"weight_g", "weight_v", "bias"}),
-    ],
-)
+@pytest.mark.parametrize(("normalize", "originals"), [
+    (torch.nn.utils.parametrizations.weight_norm, {"parametrizations.weight.original0", "bias"}),
+    (torch.nn.utils.parametrizations.orthogonal, {"parametrizations.weight.original", "bias"}),
+    (torch.nn.utils.weight_norm, {"weight_g", "weight_v", "bias"}),
+])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_the_originals_of_a_parametrized_module_are_averaged(tmp_path: Path, normalize, originals: set) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
