@@ -1,15 +1,20 @@
-"""The training of a small diffusion model with accelerate and its save hooks, as in diffusers' scripts."""
+"""The training of a small diffusion model as in diffusers' scripts, also as a program that kills itself."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
+from integrations.programs import task
 from integrations.truth import recorded
 
+from posthoc_cli.errors import NotReadyError
 from posthoc_cli.integrations.diffusers import PostHocEMAModel
 
 EVERY: dict[str, Any] = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
@@ -49,9 +54,9 @@ class Training:
         self.ema_model.to(self.accelerator.device)
         models.pop().load_state_dict(UNet2DModel.from_pretrained(input_dir, subfolder="unet").state_dict())
 
-    def run(self, first: int = 0, last: int = len(IMAGES) - 1) -> None:
+    def run(self, first: int = 0, killed_at: int = 0) -> None:
         scheduler = DDPMScheduler(num_train_timesteps=10)
-        for number in range(first, last + 1):
+        for number in range(first, len(IMAGES)):
             generator = torch.manual_seed(number)
             noise, times = torch.randn(2, 1, 8, 8, generator=generator), torch.randint(0, 10, (2,), generator=generator)
             with self.accelerator.accumulate(self.model):
@@ -64,3 +69,23 @@ class Training:
                 self.weights.append(recorded(self.bare))
             if number == 3 and self.accelerator.is_main_process:
                 self.accelerator.save_state(str(self.folder / "saved"))
+            if number == killed_at > 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    folder, killed_at, _, resumes = task()
+    training, other = Training(folder), network()
+    if resumes:
+        training.accelerator.load_state(str(folder / "saved"))
+    training.run(4 if resumes else 0, killed_at)
+    training.accelerator.wait_for_everyone()
+    if training.accelerator.is_main_process:
+        training.ema_model.copy_to(other.parameters())
+        average = recorded(other)
+        torch.save([training.weights, average, training.ema_model.optimization_step, average], folder / "made-0.pt")
+    else:
+        training.ema_model.save_pretrained(folder / "none")
+        with pytest.raises(NotReadyError, match="the first process keeps the averages"):
+            training.ema_model.copy_to(other.parameters())
+    training.ema_model.close()
