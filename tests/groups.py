@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def start_group(code: str, ranks: int, folder: Path, *arguments: object, modules: tuple[str, ...] = ()) -> list[Forked]:
+def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[Forked]:
     """Start processes that run `code` with `rank`, `world`, `folder` and `arguments`, in a gloo group.
 
     All that is in `__all__` here is at hand. The group is left at the end of the code unless the code did so itself.
@@ -54,14 +54,12 @@ def start_group(code: str, ranks: int, folder: Path, *arguments: object, modules
         "with groups.joined(int(rank), int(world), meeting) as (rank, world):\n"
         + "".join(f"    {line}\n" for line in ["folder = Path(folder)", *code.splitlines()])
     )
-    return [Forked(program, rank, ranks, meeting, folder, *arguments, modules=modules) for rank in range(ranks)]
+    return [Forked(program, rank, ranks, meeting, folder, *arguments) for rank in range(ranks)]
 
 
-def run_group(
-    code: str, ranks: int, folder: Path, *arguments: object, timeout: float = 120, modules: tuple[str, ...] = ()
-) -> list[Result]:
+def run_group(code: str, ranks: int, folder: Path, *arguments: object, timeout: float = 120) -> list[Result]:
     """Run processes as `start_group` does until they end; return the result of each."""
-    processes = start_group(code, ranks, folder, *arguments, modules=modules)
+    processes = start_group(code, ranks, folder, *arguments)
     try:
         return [Result(process.wait(timeout), *process.communicate()) for process in processes]
     finally:
@@ -69,9 +67,9 @@ def run_group(
             process.kill()
 
 
-def check_group(code: str, ranks: int, folder: Path, *arguments: object, modules: tuple[str, ...] = ()) -> list[str]:
+def check_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[str]:
     """Run processes that must succeed; return what each has printed."""
-    results = run_group(code, ranks, folder, *arguments, modules=modules)
+    results = run_group(code, ranks, folder, *arguments)
     assert all(result.code == 0 for result in results), "\n".join(result.err for result in results)
     return [result.out for result in results]
 

@@ -61,11 +61,6 @@ def forget() -> None:
         getattr(module, kind)._reset_state()
 
 
-def announce(rank: int, world: int) -> None:
-    """Set the environment as a launcher does."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-
-
 def use_fsdp_on_the_cpu() -> None:
     """Let accelerate shard models on the CPU: it can, but accepts its FSDP plugin for accelerators only."""
     from accelerate.state import AcceleratorState, PartialState

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from factories import averages_in, exact_average
@@ -23,10 +24,11 @@ Weights = dict[str, torch.Tensor]
 class Training:
     """A network whose steps depend on their numbers and a `salt`; `path` holds its state after each step."""
 
-    def __init__(self, seed: int = 0, path: Sequence[Weights] = (), last: torch.dtype = torch.float32) -> None:
+    def __init__(self, seed: int = 0, path: Sequence[Weights] = (), model: Any = None, size: float = 0.003) -> None:
         torch.manual_seed(seed)
-        layers = torch.nn.Linear(8, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 4, dtype=last)
-        self.model, self.path = torch.nn.Sequential(*layers), [*path]
+        layers = torch.nn.Linear(8, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 4)
+        self.model: Any = torch.nn.Sequential(*layers) if model is None else model
+        self.path, self.size = [*path], size
 
     def run(self, last: int, ema: PostHocEMA | None = None, salt: int = 0, scale: float = 0.0) -> Training:
         """Go on to a step; with `scale`, on a clock of that interval."""
@@ -34,7 +36,8 @@ class Training:
             generator = torch.Generator().manual_seed(1000 * salt + number)
             with torch.no_grad():
                 for tensor in self.model.state_dict().values():
-                    tensor += 0.003 * torch.randn(tensor.shape, generator=generator) if tensor.dim() else 1
+                    change = self.size * torch.randn(tensor.shape, generator=generator)
+                    tensor.copy_(tensor.float() + change if tensor.is_floating_point() else tensor + 1)
             self.path.append(self.state())
             if ema is not None:
                 ema.update_(self.model, scale * number or None)

@@ -31,7 +31,8 @@ SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_check
 
 
 def begin(folder: Path, device: str = "model", **settings: Any) -> tuple[Training, PostHocEMA]:
-    training = Training(last=torch.bfloat16)
+    training = Training()
+    training.model[2].bfloat16()
     return training, PostHocEMA.from_model(training.model, folder, device=device, **SETTINGS | settings)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import exact_average
+from tracker.runs import Training, assert_near
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
@@ -18,31 +18,15 @@ SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_eve
 
 
 def network() -> torch.nn.Sequential:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    model = Training().model
     model[2].bias.requires_grad_(False)
     return model
 
 
-def wander(model: torch.nn.Module, step: int) -> None:
-    """Move parameters and buffers by changes that depend on the step only."""
-    generator = torch.Generator().manual_seed(step)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            change = torch.randn(tensor.shape, generator=generator)
-            tensor.copy_((tensor.float() + change).to(tensor.dtype) if tensor.is_floating_point() else tensor + 1)
-
-
-def tracked(model: torch.nn.Module, folder: Path, steps: int = 6, **settings: object) -> list[dict[str, torch.Tensor]]:
-    """Track a model through steps; return its state after each step, floating-point tensors in float64."""
-    states = []
+def tracked(model: torch.nn.Module, folder: Path, **settings: object) -> Training:
+    """Track a model through six steps."""
     with PostHocEMA.from_model(model, folder, **(SETTINGS | settings)) as run:
-        for step in range(steps):
-            wander(model, step)
-            run.update_(model)
-            state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-            states.append({n: t.double() if t.is_floating_point() else t for n, t in state.items()})
-    return states
+        return Training(model=model, size=1.0).run(6, run)
 
 
 def roles(folder: Path) -> dict[str, str]:
@@ -105,15 +89,14 @@ def test_a_tied_tensor_is_stored_under_its_selected_name(tmp_path: Path) -> None
 
 
 def test_floating_point_buffers_can_be_averaged_as_parameters_are(tmp_path: Path) -> None:
-    states = tracked(network(), tmp_path, buffers="average")
+    training = tracked(network(), tmp_path, buffers="average")
     found = roles(tmp_path)
     assert found["1.running_mean"] == found["1.running_var"] == "average"
     assert found["1.num_batches_tracked"] == "copy"
     weights = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)
-    assert torch.equal(weights["1.num_batches_tracked"], states[-1]["1.num_batches_tracked"])
-    for name in ("1.running_mean", "0.weight"):
-        expected = exact_average([state[name] for state in states], 0.28, range(1, 7))
-        np.testing.assert_allclose(weights[name], expected, rtol=1e-5, atol=1e-6)
+    assert weights["1.num_batches_tracked"] == 6
+    exact = training.exact(0.28, range(1, 7))
+    assert_near(weights, {name: exact[name] for name in ("1.running_mean", "0.weight")}, within=1e-5)
     with pytest.raises(ModelMismatchError, match=r"is copied, .*, and was averaged, .* when tracking began"):
         PostHocEMA.from_model(network(), tmp_path, **SETTINGS, buffers="copy", resume="auto")
 
@@ -124,22 +107,19 @@ COPIED = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Path) -> None:
     """The average may be of float16 snapshots, of the live tracker or of a resumed one."""
     model = network()
-    states = tracked(model, tmp_path, buffers="copy", checkpoint_dtype=torch.float16)
+    training = tracked(model, tmp_path, buffers="copy", checkpoint_dtype=torch.float16)
     assert {name for name, role in roles(tmp_path).items() if role == "copy"} == COPIED
     assert read_directory(tmp_path)[-1].entries["1.running_mean"].dtype == "F32"
     finished = PostHocEMA.from_path(tmp_path)
     for step in (3, 6):
         weights = finished.state_dict(sigma_rel=0.15, step=step)
-        assert all(torch.equal(weights[name], states[step - 1][name].to(weights[name].dtype)) for name in COPIED)
-    expected = exact_average([state["2.weight"] for state in states], 0.28, range(1, 7))
+        assert all(torch.equal(weights[name], training.path[step - 1][name]) for name in COPIED)
+    expected = training.exact(0.28, range(1, 7))["2.weight"]
     np.testing.assert_allclose(finished.state_dict(sigma_rel=0.28)["2.weight"], expected, rtol=2**-11)
 
     with PostHocEMA.from_path(tmp_path, model) as run:
-        wander(model, 7)
-        run.update_(model)
-        raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        state = run.state_dict()
-        wander(model, 8)
+        raw, state = training.run(7, run).path[-1], run.state_dict()
+        training.run(8)
         with pytest.warns(RuntimeWarning, match="running statistics"):
             for block in (run.model(model, sigma_rel=0.15), run.model(model, 0.05)):
                 with block:
@@ -166,20 +146,19 @@ class Holder(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(tensor))
 
 
-def check_average(folder: Path, states: list[dict[str, torch.Tensor]], sigma_rel: float = 0.28) -> None:
-    weights = PostHocEMA.from_path(folder).state_dict(sigma_rel=sigma_rel, dtype="float32")
-    for name in states[0]:
-        expected = exact_average([state[name] for state in states], sigma_rel, range(1, len(states) + 1))
-        assert weights[name].shape == expected.shape
-        np.testing.assert_allclose(weights[name], expected, rtol=1e-5, atol=1e-5)
+def check_average(folder: Path, training: Training) -> None:
+    weights, exact = PostHocEMA.from_path(folder).state_dict(0.28, dtype="float32"), training.exact(0.28, range(1, 7))
+    averaged = [name for name, role in roles(folder).items() if role == "average"]
+    assert all(weights[name].shape == exact[name].shape for name in averaged)
+    assert_near(weights, {name: exact[name] for name in averaged}, within=1e-5)
 
 
 @pytest.mark.parametrize("stored", [None, torch.float16])
 def test_tensors_without_dimensions_and_without_elements(tmp_path: Path, stored: torch.dtype | None) -> None:
     model = Holder(scale=torch.tensor(2.0), none=torch.zeros(0), flat=torch.zeros(3, 0, 2), w=torch.ones(2, 2))
-    states = tracked(model, tmp_path, checkpoint_dtype=stored)
+    training = tracked(model, tmp_path, checkpoint_dtype=stored)
     if stored is None:
-        check_average(tmp_path, states)
+        check_average(tmp_path, training)
     assert PostHocEMA.from_path(tmp_path, model).state_dict(sigma_rel=0.15)["flat"].shape == (3, 0, 2)
 
 
@@ -193,11 +172,10 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
     assert torch.equal(own.float(), wide.to(dtype).float())
     with run.model(model, sigma_rel=0.28) as averaged:
         assert torch.equal(averaged.w.float(), wide.to(dtype).float())
-    states = tracked(model, tmp_path / "own")
+    training = tracked(model, tmp_path / "own")
     for snapshot in read_directory(tmp_path / "own"):
-        count = snapshot.step
         assert snapshot.entries["w"].dtype == stored_name(dtype)
-        exact = exact_average([state["w"] for state in states[:count]], snapshot.sigma_rel, range(1, count + 1))
+        exact = training.exact(snapshot.sigma_rel, range(1, snapshot.step + 1))["w"]
         stored = snapshot.tensor("w")
         np.testing.assert_allclose(stored.float(), exact, rtol=1.01 * torch.finfo(dtype).eps / 2, atol=1e-5)
     with PostHocEMA.from_model(model, tmp_path / "nan", **SETTINGS) as run:
@@ -228,19 +206,10 @@ def test_the_name_that_safetensors_reserves_is_refused(tmp_path: Path, kind: str
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_the_originals_of_a_parametrized_module_are_averaged(tmp_path: Path, normalize, originals: set) -> None:  # type: ignore[no-untyped-def]
-    torch.manual_seed(0)
     model = torch.nn.Sequential(normalize(torch.nn.Linear(3, 3)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    states = []
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as run:
-        for _ in range(6):
-            model(torch.randn(4, 3)).square().mean().backward()
-            optimizer.step()
-            run.update_(model)
-            states.append({name: p.detach().clone().double() for name, p in model.named_parameters()})
+    check_average(tmp_path, tracked(model, tmp_path))
     averaged = {name for name, role in roles(tmp_path).items() if role == "average"}
     assert {f"0.{name}" for name in originals} <= averaged == {name for name, _ in model.named_parameters()}
-    check_average(tmp_path, states)
     x, tracker = torch.randn(4, 3), PostHocEMA.from_path(tmp_path)
     with tracker.model(model, sigma_rel=0.28), torch.no_grad():
         inside = model(x)
