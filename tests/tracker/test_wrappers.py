@@ -18,6 +18,7 @@ from peft import LoHaConfig, LoraConfig, get_peft_model, get_peft_model_state_di
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from tracker.runs import Training, contents
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NotReadyError
@@ -82,13 +83,6 @@ WRAPPERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
 }
 
 
-def step(model: torch.nn.Module, number: int) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(torch.randn(5, 3, generator=torch.Generator().manual_seed(number))).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def values_of(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors that a tracker finds in a model: the average after the first update."""
     with PostHocEMA.from_model(model, folder, update_every=1) as tracker:
@@ -105,19 +99,12 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
         PostHocEMA.from_model(bare, tmp_path / "bare", **SETTINGS) as one,
         PostHocEMA.from_model(network(), tmp_path / "wrapped", **SETTINGS) as other,  # made before the wrapper
     ):
-        for number in range(4):
-            step(bare, number)
-            one.update_(bare)
-            step(wrapped, number)
-            other.update_(wrapped)
-    for name in ("bare", "wrapped"):
-        info = read_directory(tmp_path / name)[-1]
-        assert (set(info.tensors), info.aliases) == (NAMES | BUFFERS, {"head.1.weight": "head.0.weight"})
-    weights = PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
-    expected = PostHocEMA.from_path(tmp_path / "bare").state_dict(sigma_rel=0.15)
-    for name, tensor in expected.items():
-        assert torch.allclose(weights[name], tensor, rtol=1e-5, atol=1e-6), name
-    fresh = network()
+        Training(model=bare).run(4, one)
+        Training(model=wrapped).run(4, other)
+    info = read_directory(tmp_path / "bare")[-1]
+    assert (set(info.tensors), info.aliases) == (NAMES | BUFFERS, {"head.1.weight": "head.0.weight"})
+    assert contents(tmp_path / "wrapped") == contents(tmp_path / "bare")
+    fresh, weights = network(), PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
     fresh.load_state_dict(weights)
 
     x = torch.randn(6, 3)
@@ -166,20 +153,11 @@ class Adapted(torch.nn.Module):
         self.middle = torch.nn.Linear(4, 4)
         self.head = torch.nn.Linear(4, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.middle(self.embed(x).mean(1))))
-
 
 def average_of(model: torch.nn.Module, folder: Path, **filters: str) -> dict[str, torch.Tensor]:
     """Train for a few steps, and return an average."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    settings = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
-    with PostHocEMA.from_model(model, folder, **settings, **filters) as run:
-        for _ in range(4):
-            model(torch.randint(0, 7, (8, 3))).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            run.update_(model)
+    with PostHocEMA.from_model(model, folder, **SETTINGS, **filters) as run:
+        Training(model=model).run(4, run)
     return PostHocEMA.from_path(folder).state_dict(sigma_rel=0.15)
 
 
@@ -198,19 +176,8 @@ def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(tmp_path: P
         model.base_model.model.middle = compiled(middle)
         assert set(average_of(model, tmp_path / "part")) == found
         model.base_model.model.middle = middle
-    both = Both(model)
+    both = torch.nn.ModuleDict({"text": model, "image": torch.nn.Linear(2, 2)})  # a larger model, with one adapted part
     assert {f"text.{name}" for name in found} | {"image.weight"} <= set(average_of(both, tmp_path / "both"))
     model.add_adapter("second", CONFIGS[kind])
     several = set(average_of(model, tmp_path / "several", include="*"))
     assert {name for name, _ in model.named_parameters() if ".second" in name or ".default" in name} <= several
-
-
-class Both(torch.nn.Module):
-    """A larger model, of which one part has an adapter."""
-
-    def __init__(self, text: torch.nn.Module) -> None:
-        super().__init__()
-        self.text, self.image = text, torch.nn.Linear(2, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.image(self.text(x))
