@@ -104,11 +104,9 @@ class Pipeline:
             self._writes.wait_for_turn()
 
     def count(self, progress: TrainingProgress) -> None:
-        """Count a call without update; snapshots that are due hold the averages of the last update."""
+        """Count a call without update."""
         if self.tracking.resumes:  # this process only counts: its averages differ from those on disk from now on
             self.set(replace(self.tracking, progress=progress, resumes=False))
-        elif self._settings.snapshot_is_due(progress.step) and self.tracking.averages.exist:
-            self.skip(progress)
         else:
             self._counted = progress
 

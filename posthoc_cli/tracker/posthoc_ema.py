@@ -512,15 +512,13 @@ class PostHocEMA:
         if self._weights:
             self._note_missing(model)
         settings, progress = self.settings, self._pipeline.progress.after(t, self.settings)
-        update_is_due, snapshot_is_due = settings.update_is_due(progress.step), settings.snapshot_is_due(progress.step)
-        if not self.keeps_averages:
-            if update_is_due:
-                self._watch.check_kind(model)
-            if update_is_due and settings.on_nonfinite == "skip":
+        if settings.update_is_due(progress.step) and not self.keeps_averages:
+            self._watch.check_kind(model)
+            if settings.on_nonfinite == "skip":
                 self._watch.nonfinite_anywhere(None, progress.step)
-        elif update_is_due or snapshot_is_due:
+        elif settings.update_is_due(progress.step):
             # Nothing is counted during the wait: if it is interrupted, as for a slow disk, the call has no effect.
-            self._pipeline.wait_for_turn(snapshot_is_due)
+            self._pipeline.wait_for_turn(settings.snapshot_is_due(progress.step))
             self._note_error()
             # The last update may have been interrupted after it was queued.
             progress = self._pipeline.progress.after(t, settings)

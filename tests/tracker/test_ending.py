@@ -72,7 +72,13 @@ def test_the_end_writes_a_last_snapshot_without_starting_a_thread(
     assert written(tmp_path) == [(4, True)]
 
 
-def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_update(tmp_path: Path) -> None:
+def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_update(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = Training()
+    with begin(training, tmp_path / "short") as tracker:
+        training.run(1, tracker)
+    assert "short: no snapshot: the first update is at call 2 of update_" in caplog.text
     training = Training()
     with begin(training, tmp_path) as tracker:
         with pytest.raises(NotReadyError, match="no update yet"):
