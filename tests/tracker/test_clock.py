@@ -31,7 +31,7 @@ def changing_twice() -> np.ndarray:
     return np.cumsum(batch)
 
 
-def uneven(steps: int = STEPS) -> np.ndarray:
+def uneven(steps: int) -> np.ndarray:
     """Return the tokens seen after each step; a step has a thousand, up to 20 % more or fewer."""
     return np.cumsum(np.random.default_rng(0).integers(800, 1201, steps)).astype(np.float64)
 
@@ -93,18 +93,6 @@ def test_every_header_holds_the_clock_up_to_its_own_time(changed: Path) -> None:
     assert clocks(changed) == expected
     clock = run_clock(read_directory(changed))
     np.testing.assert_allclose(clock.step_at(times), np.arange(1, STEPS + 1), atol=1e-9)
-
-
-def test_the_clock_of_batches_of_changing_size_is_known_within_a_step(tmp_path: Path) -> None:
-    times = uneven()
-    track(tmp_path, times.tolist())
-    infos = read_directory(tmp_path)
-    assert all(len(info.clock) <= 256 for info in infos)
-    between = np.concatenate((times, times - 300))
-    expected = np.interp(between, np.append(0, times), np.arange(STEPS + 1))
-    assert np.abs(run_clock(infos).step_at(between) - expected).max() < 1
-    old = run_clock([replace(info, clock=()) for info in infos])
-    assert np.abs(old.step_at(between) - expected).max() > 1.5
 
 
 @pytest.mark.parametrize("steps", [600, 700, None])

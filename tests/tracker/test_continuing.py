@@ -478,6 +478,20 @@ def test_predicted_errors_contain_how_far_the_model_is_from_the_network_that_is_
         assert found < 1e-6
 
 
+def test_errors_of_two_gaps_add_up(tmp_path: Path) -> None:
+    """The second one is noticed before an update has followed on the first; both are of 30 steps of one random walk."""
+    training = Training()
+    with begin(training.model, tmp_path) as ema:
+        state = state_after(training, 100, ema)
+        training.run(160, ema)
+    for weights in (130, 160):
+        again = training.at(weights)
+        with resume(again.model, tmp_path) as ema:
+            ema.load_state_dict(state)
+            gap, state = state["standing"]["missing"], state_after(again, weights + 1, ema)
+    assert all(1.6 < one / gap < 2.4 for one in state["standing"]["inherited"])
+
+
 def test_headers_and_predicted_errors_count_the_error_of_resuming_from_rounded_snapshots(tmp_path: Path) -> None:
     """Squared norms add up, and fade by beta squared as averages move on; here beta = (t_resume / t)^(gamma+1)."""
     training, gamma, lost, last = Training(), exact_gamma(0.28), 0.0, 0
