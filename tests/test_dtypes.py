@@ -9,10 +9,9 @@ from posthoc_cli.dtypes import WORDS, parse_dtype, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError
 
 
-@pytest.mark.parametrize("dtype", [torch.complex128, torch.quint8])
-def test_a_dtype_that_the_format_lacks_is_refused_with_the_tensor(dtype: torch.dtype) -> None:
+def test_a_dtype_that_the_format_lacks_is_refused_with_the_tensor() -> None:
     with pytest.raises(InvalidValueError, match=r"tensor 'w': dtype .* cannot be stored"):
-        stored_name(dtype, "w")
+        stored_name(torch.complex128, "w")
 
 
 def test_dtypes_of_averages_are_given_as_words_or_torch_dtypes() -> None:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -61,7 +60,7 @@ def test_an_average_equals_that_of_the_tracker_and_that_in_a_file(run: Run, tmp_
     assert_same_tensors(weights, expected)
     assert weights.predicted_error == expected.predicted_error
     assert weights.profile_error == run.plan(target, dtype="float64").to_dict()["targets"][0]["profile_error"]
-    report = written(run, target, tmp_path / "a.safetensors", dtype="float64")
+    report = run.write(target, tmp_path / "a.safetensors", dtype="float64")
     assert_same_tensors(load_file(tmp_path / "a.safetensors"), weights)
     assert report.to_dict()["targets"][0]["predicted_error"] == weights.predicted_error
 
@@ -77,14 +76,8 @@ def test_an_average_of_another_time_and_dtype_loads_without_this_package(run: Ru
     assert curve.others[0].predicted_error == pytest.approx(plan.predicted_error(1))
 
 
-def written(run: Run, *arguments: Any, **options: Any) -> Any:
-    report = run.write(*arguments, **options)
-    assert report is not None
-    return report
-
-
 def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema: Ema, tmp_path: Path) -> None:
-    report = written(run, [0.1, Beta(0.9)], tmp_path / "new", max_error=0.9)
+    report = run.write([0.1, Beta(0.9)], tmp_path / "new", max_error=0.9)
     assert [path.name for path in report.outputs] == ["sigma_rel-0.1.safetensors", "beta-0.9.safetensors"]
     arguments = ("--sigma-rel", "0.1", "--target", "beta:0.9", "--out", tmp_path / "new", "--overwrite", "--json")
     printed, expected = ema("synthesize", run.directory, *arguments).json, json.loads(json.dumps(report.to_dict()))
@@ -99,7 +92,7 @@ def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema:
     with pytest.raises(InexactError):
         run.write(0.1, tmp_path / "no.safetensors", max_error=1e-9)
     assert not (tmp_path / "no.safetensors").exists()
-    assert written(run, 0.1, None, dry_run=True).to_dict()["targets"][0]["output"] is None
+    assert run.write(0.1, None, dry_run=True).to_dict()["targets"][0]["output"] is None
     with refused("out"):
         run.write(0.1, None)
     with pytest.raises(TypeError, match="unexpected keyword argument 'force'"):

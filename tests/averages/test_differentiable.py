@@ -23,7 +23,7 @@ MODES: dict[str, dict[str, Any]] = {"truncated": {}, "window": {"window": 7}, "c
 
 
 class Problem:
-    """Values x_i = tanh(A_i w_i), whose derivative is (1 - x_i**2) A_i; and a target for their average."""
+    """Values x_i = tanh(A_i w_i**2), whose derivative is 2 (1 - x_i**2) A_i w_i; and a target for their average."""
 
     def __init__(self, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
@@ -32,14 +32,15 @@ class Problem:
         self.target = random.normal(size=ROWS)
 
     def value(self, step: int, weight: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(torch.as_tensor(self.data[step]) @ weight)
+        return torch.tanh(torch.as_tensor(self.data[step]) @ weight**2)
 
     def values(self, weights: Sequence[FloatArray]) -> FloatArray:
-        return np.tanh([data @ weight for data, weight in zip(self.data, weights, strict=False)])
+        return np.tanh([data @ weight**2 for data, weight in zip(self.data, weights, strict=False)])
 
     def derivatives(self, weights: Sequence[FloatArray]) -> FloatArray:
         """Return df_i/dw at the weights of step i: [steps, rows, weights]."""
-        return (1 - self.values(weights)[:, :, None] ** 2) * self.data[: len(weights)]
+        slopes = 2 * (1 - self.values(weights)[:, :, None] ** 2)
+        return slopes * self.data[: len(weights)] * np.array(weights)[:, None, :]
 
     def leaf(self) -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.tensor(self.start))

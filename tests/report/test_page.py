@@ -132,20 +132,14 @@ def test_the_command_of_a_page_makes_the_same_average(
     assert Path("model.safetensors").read_bytes() == Path("out/best.safetensors").read_bytes()
 
 
-HARMS: dict[str, Any] = {
-    "settings": None, "trials": [{}], "estimate": "x", "equal_within_noise": [0.1], "best": {}, "axis": 1,
-    "metric": "a\ud800",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("harm", ["empty", "list", "huge", *HARMS])
-def test_a_file_that_is_no_result_of_a_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path, harm: str) -> None:
+def test_a_file_that_is_no_result_of_a_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path) -> None:
     run, out = swept
     path, result = tmp_path / "sweep.json", json.loads((out / "sweep.json").read_text())
-    texts = {"empty": "", "list": "[]", "huge": json.dumps(result | {"estimate": 10**400})}
-    path.write_text(texts.get(harm) if harm in texts else json.dumps(result | {harm: HARMS[harm]}))
-    with refused(str(path), "no result of a sweep", kind=FileFormatError):
-        render(run, [tmp_path])
+    harms = {"settings": None, "trials": [{}], "estimate": 10**400, "best": {}, "axis": 1, "metric": "a\ud800"}
+    for text in ("", "[]", *(json.dumps(result | {name: value}) for name, value in harms.items())):
+        path.write_text(text)
+        with refused(str(path), "no result of a sweep", kind=FileFormatError):
+            render(run, [tmp_path])
 
 
 def test_two_runs_and_two_sweeps_are_compared_on_one_page(ema: Ema, swept: tuple[Run, Path], tmp_path: Path) -> None:
@@ -156,14 +150,10 @@ def test_two_runs_and_two_sweeps_are_compared_on_one_page(ema: Ema, swept: tuple
     done = ema("report", *both, "--out", tmp_path / "page.html")
     assert done.code == 0, done.err
     page = Page((tmp_path / "page.html").read_text())
-    compared = page.text.partition("The best of each sweep")[2].partition("How exact each run")[0]
     for folder in (tmp_path / "s", out):
         best = json.loads((folder / "sweep.json").read_text())["best"]["target"]
-        assert re.search(rf"{re.escape(str(folder))} +{re.escape(best)}", compared)
+        assert re.search(rf"{re.escape(str(folder))} +{re.escape(best)}", page.text)
     first, second = page.text.partition("How exact each run")[2].split(f" {tmp_path / 'other'} ", 1)
-    for words in ("The run", "Trials of"):
-        assert words in first
-        assert words in second
     assert ("ended with exit code 1" in first, "ended with exit code 1" in second) == (True, False)
     with refused(str(tmp_path / "s" / "sweep.json"), "another run", kind=MismatchError):
         render(run, [out, tmp_path / "s"])
