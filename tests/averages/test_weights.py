@@ -12,6 +12,7 @@ import torch
 from checking import assert_same_tensors, refused, saved_and_loaded
 from factories import FloatArray, tiny_model
 
+from posthoc_cli import averages
 from posthoc_cli.averages import ExponentialMovingAverage, ShadowModel
 from posthoc_cli.errors import ModelMismatchError
 
@@ -224,3 +225,31 @@ def test_a_copy_goes_on_alone_and_exactly(kind: str, how: str, dtype: torch.dtyp
     assert_same_tensors(twin.state_dict(), first.state_dict())
     name = next(name for name in before if name.endswith("head.weight") and not name.startswith("model."))
     assert not torch.equal(twin.state_dict()[name], before[name])
+
+
+# --- arguments of the averages are checked
+
+LAYER = torch.nn.Linear(1, 1)
+NUMBERS: list[object] = [-0.1, 2, float("nan"), True, "0.1", None]
+BAD = [
+    (averages.ExponentialMovingAverage, {"model": LAYER}, "momentum", [0.0, 1.0, float("inf"), [0.1], *NUMBERS]),
+    (averages.ExponentialMovingAverage, {"model": LAYER}, "interval", [0, -1, 1.5, True, "2"]),
+    (averages.ShadowModel, {"model": LAYER}, "decay", [1.0, *NUMBERS]),
+    (averages.ShadowModel, {"model": LAYER, "decay": 0.9}, "num_updates", [-1, 1.5, True, "3"]),
+    (averages.EMAStats, {"dim_x": 2}, "momentum", [0.0, *NUMBERS]),
+    (averages.EMAStats, {"dim_x": 2}, "eps", [-1e-9, float("nan"), float("inf"), "small"]),
+    (averages.EMAStats, {}, "dim_x", [0, 2.0]),
+    (averages.EMAStats, {"dim_x": 2}, "dim_y", [0, True]),
+    (averages.DifferentiableEMA, {"shape": 2}, "decay", [1.0, *NUMBERS]),
+    (averages.DifferentiableEMA, {"shape": 2, "decay": 0.9}, "mode", ["half"]),
+    (averages.DifferentiableEMA, {"shape": 2, "decay": 0.9, "mode": "full"}, "window", [3]),
+    (averages.DifferentiableEMA, {"shape": 2, "decay": 0.9, "mode": "window"}, "window", [None, 0]),
+    (averages.DifferentiableEMA, {"shape": 2, "decay": 0.9}, "dtype", [torch.float16]),
+]
+
+
+@pytest.mark.parametrize(("kind", "usual", "name", "values"), BAD)
+def test_a_bad_argument_is_named(kind: type, usual: dict[str, object], name: str, values: list[object]) -> None:
+    for value in values:
+        with refused(name):
+            kind(**usual | {name: value})

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import pickle
 import re
+import shlex
 import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
 from ema_command import Ema
-from factories import flip_bit
+from factories import OTHER_RUN_ID, contents, flip_bit, read_snapshot, rewrite_snapshot
 from safetensors.torch import save_file
 
 import posthoc_cli
@@ -74,3 +81,151 @@ def test_help_of_a_command_and_the_version(ema: Ema) -> None:
     assert "synthesise" in wrong.error
     assert ema("-V").out == ema("--version").out == f"ema {posthoc_cli.__version__}\n"
     assert re.search(rf"--method +<{re.escape('|'.join(METHODS))}> ", ema("synthesize", "--help").out)
+
+
+# --- the output of --json: all commands use the same names for the same things
+
+COMMANDS = (
+    "synthesize run --sigma-rel 0.1,0.2 --target window:500 --dry-run",
+    "synthesize run --sigma-rel 0.15 --out a.safetensors",
+    "synthesize run --sigma-rel 0.1 --out shards --layout sharded",
+    "export a.safetensors --out b.pt", "info run", "info run/0000000000000100-0.05.safetensors", "info a.safetensors",
+    "info shards", "verify run", "verify run a.safetensors", "prune run --keep 5 --dry-run", "error-plot run",
+    "error-plot run --target window:500", "plan --steps 3000 --params 100K --disk 100MB --like run",
+    "profile", "guide", "guide sweep",
+    "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
+    "report run --out page.html",
+    "report run --sweep sweep --out page.html --overwrite",
+)  # fmt: skip
+COLUMNS = {"sigma_rel", "predicted_error", "profile_error"}
+"""These are lists in curves, with a number for each point, and single numbers elsewhere."""
+VOCABULARY = {
+    "bytes": {"number"}, "snapshots": {"list"}, "t": {"number"}, "step": {"number"},
+    **{name: {"number", "list"} for name in COLUMNS},
+}  # fmt: skip
+SYNONYMS = {"nbytes", "size", "time", "sigma", "error", "width", "mean"}
+
+
+def kind(value: Any) -> str:
+    names = {bool: "flag", int: "number", float: "number", str: "text", list: "list", dict: "object"}
+    return names[type(value)]
+
+
+def members(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all names with their values, also those of nested objects."""
+    for name, item in value.items() if isinstance(value, dict) else ():
+        yield name, item
+        yield from members(item)
+    for item in value if isinstance(value, list) else ():
+        yield from members(item)
+
+
+def test_one_name_means_one_thing_in_the_json_of_all_commands(
+    ema: Ema, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for line in COMMANDS:
+        words = shlex.split(line)
+        done = ema(*words, "--json")
+        assert done.code == 0, done.err
+        for name, value in members(done.json):
+            if value is not None:
+                kinds[name].add(kind(value))
+    assert {name: kinds[name] for name in VOCABULARY} == VOCABULARY
+    assert {name for name, found in kinds.items() if len(found) > 1} == COLUMNS
+    assert not kinds.keys() & SYNONYMS
+
+
+def test_every_command_that_reports_has_json() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    without = {name for name, one in commands.items() if not any("--json" in option.opts for option in one.params)}
+    assert without == set()
+
+
+# --- the messages for wrong input: one line that names the input and what is accepted; no file is written or changed
+
+MESSAGES = Path(__file__).parent.parent / "messages.txt"
+
+
+def recorded() -> dict[str, str]:
+    """Return the exit code and message of each command."""
+    found = re.findall(r"^\$ ema (.*)\n(.*)$", MESSAGES.read_text(), re.MULTILINE)
+    return dict(found)
+
+
+def lose_a_tensor(path: Path) -> None:
+    tensors = dict(read_snapshot(path).tensors)
+    del tensors["0.weight"]
+    rewrite_snapshot(path, lambda values: values.pop("0.weight"), tensors=tensors)
+
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "flipped-payload": lambda path: flip_bit(path, -3), "flipped-header": lambda path: flip_bit(path, 40),
+    "other-run": lambda path: rewrite_snapshot(path, run_id=OTHER_RUN_ID), "lost-tensor": lose_a_tensor,
+}  # fmt: skip
+"""The harm done to one snapshot of the directory of each name."""
+
+
+@pytest.fixture(scope="module")
+def places(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a run, and with files and directories that cannot be used instead of one."""
+    places = tmp_path_factory.mktemp("place")
+    shutil.copytree(_recorded_run, places / "run")
+    for name, harm in HARMS.items():
+        shutil.copytree(_recorded_run, places / name)
+        harm(places / name / "0000000000000300-0.28.safetensors")
+    for folder in ("empty", "foreign", "other"):
+        (places / folder).mkdir()
+    for model in ("model", "foreign/model"):
+        save_file({"w": torch.ones(3)}, places / f"{model}.safetensors")
+    (places / "m.pt").write_bytes(pickle.dumps({"w": 1}))
+    (places / "broken.safetensors").write_bytes(b"no header")
+    for name in ("text", "there.safetensors", "there.png", "other/notes.txt"):
+        (places / name).write_text("precious")
+    return places
+
+
+@pytest.mark.parametrize("command", sorted({line.split()[0] for line in recorded()}))
+def test_wrong_input_is_one_line_and_changes_nothing(
+    ema: Ema, places: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(places)
+    before = contents(places)
+    expected = {line: answer for line, answer in recorded().items() if line.split()[0] == command}
+    found = {}
+    for line in expected:
+        result = ema(*shlex.split(line))
+        # Ids are random, and the last digits of measurements in headers differ between processors.
+        message = re.sub(r"\b[0-9a-f]{8} and", "ID and", re.sub(r"[\d,]+ bytes|says [\d,]+", "N bytes", result.error))
+        found[line] = f"{result.code} {message}"
+        assert result.out == "" or result.code == 1, line
+    assert contents(places) == before
+    if os.environ.get("EMA_RECORD_MESSAGES"):
+        head = MESSAGES.read_text().split("\n")[0]
+        cases = "".join(f"$ ema {line}\n{answer}\n" for line, answer in (recorded() | found).items())
+        MESSAGES.write_text(f"{head}\n\n{cases}")
+    else:
+        assert found == expected
+
+
+def test_no_error_of_the_library_names_an_option_or_a_command() -> None:
+    package = Path(posthoc_cli.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] in ("cli", "demo"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
+                assert not re.search(r"""(\s|`|["'])--[a-z]|\bema [a-z]+\b""", ast.unparse(node)), path
+
+
+def test_a_warning_comes_once_for_one_cause(ema: Ema, tmp_path: Path) -> None:
+    """A report reads the checkpoints several times; here they contain EMAs with an unknown decay."""
+    for step in (10, 20):
+        weights = {"w": torch.full((3, 2), float(step))}
+        average = {"n_averaged": torch.tensor(step), "module.w": weights["w"]}
+        torch.save({"model": weights, "ema": average}, tmp_path / f"{step}.pt")
+    done = ema("report", tmp_path, "--out", tmp_path / "page.html")
+    assert done.code == 0, done.err
+    assert done.err.count("left out of averages") == 1

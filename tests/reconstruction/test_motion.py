@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from factories import FloatArray, exact_gamma, power_functions
+from safetensors.torch import load_file
 from scipy import integrate
 
-from posthoc_cli.profiles import Clock, PowerFunction
+from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.profiles import Clock, PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import (
     Distance,
     Measurements,
     Motion,
     Prior,
+    Sketch,
     Steps,
     StoredAverage,
     assumed_prior,
     measured_prior,
     reconstruct,
 )
-from posthoc_cli.reconstruction.motion import ASSUMED_STRETCH, Pair, fit_motion
+from posthoc_cli.reconstruction.motion import (
+    ASSUMED_STRETCH,
+    Pair,
+    error_after_rounding,
+    fit_motion,
+    inherited_factor,
+    rounding_factor,
+)
+from posthoc_cli.snapshots.path import encode_sample, places, uneven_motion
+from posthoc_cli.snapshots.tensorfile import Entry
 
 power = PowerFunction.from_sigma_rel
 START = 2.0
@@ -162,3 +176,267 @@ def test_a_longer_run_of_the_same_training_has_the_same_errors(steps: Steps | No
         targets = [PowerFunction.from_sigma_rel(width, t) for width in (0.08, 0.15)]
         found.append(reconstruct(snapshots, targets, prior=assumed_prior(snapshots, motion=expected)).predicted_error)
     assert found[1] == pytest.approx(found[0], rel=0.01)  # the short run begins with its first update, at 1
+
+
+# --- correlated rounding errors of stored copies, against values that are really rounded
+
+
+@pytest.mark.parametrize("spacings", [0.0, 0.05, 0.15, 0.3, 0.6, 3.0])
+def test_the_correlation_is_that_of_values_that_move(spacings: float) -> None:
+    """Displacements are Gaussian, in units of the spacing; 200,000 elements of one binade are rounded to float16."""
+    generator = np.random.default_rng(0)
+    spacing = 2.0**-10
+    values = generator.uniform(1.1, 1.9, 200_000)
+    moved = values + spacings * spacing * generator.normal(size=values.size)
+    errors = [x.astype(np.float16).astype(np.float64) - x for x in (values, moved)]
+    measured = np.array([[a @ b for b in errors] for a in errors])
+    apart = np.sum((moved - values) ** 2) * (1 - np.eye(2))
+    factor = rounding_factor(np.diag(measured), np.zeros(2), apart)
+    # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000); the correlation is limited to 0.99.
+    np.testing.assert_allclose(factor.T @ factor, measured, atol=0.025 * measured[0, 0])
+
+
+@pytest.mark.parametrize("spacings", [0.1, 0.3, 1.0])
+def test_where_elements_move_unevenly_the_slow_ones_keep_their_errors(spacings: float) -> None:
+    """A sample of 512 shows how unevenly: by log-normal distances, in few large values and many small ones."""
+    generator, sizes = np.random.default_rng(0), {"large": 4_000, "small": 496_000}
+    values = np.concatenate(
+        [scale * generator.uniform(1.1, 1.9, n) for scale, n in zip((8, 1), sizes.values(), strict=True)]
+    )
+    steps = spacings * 2.0**-10 * np.exp(generator.normal(0, 1, values.size)) * generator.normal(size=(20, values.size))
+    path = values + np.vstack((np.zeros(values.size), np.cumsum(steps / np.sqrt(20), axis=0)))
+    errors = [x.astype(np.float16).astype(np.float64) - x for x in path[[0, -1]]]
+    measured = np.array([[a @ b for b in errors] for a in errors])
+    apart = np.sum((path[-1] - path[0]) ** 2) * (1 - np.eye(2))
+    stored = {name: Entry("F16", (size,)) for name, size in sizes.items()}
+    chosen = [
+        index + sizes["large"] * (name == "small") for name, index in places({n: e.shape for n, e in stored.items()})
+    ]
+    uneven = uneven_motion([[encode_sample(row[chosen], row[chosen]) for row in path]], stored)
+    found = [rounding_factor(np.diag(measured), np.zeros(2), apart, each) for each in (uneven, None)]
+    right, even = ((factor.T @ factor)[0, 1] / measured[0, 0] for factor in found)
+    # A sample of 512 shows a correlation up to about 1 / sqrt(512).
+    true = measured[0, 1] / measured[0, 0]
+    assert abs(right - true) < 0.08
+    assert abs(even - true) > 0.1
+
+
+def test_inherited_errors_are_correlated_as_far_as_averages_contain_the_same_values() -> None:
+    """100,000 averages of three profiles continue from a rounded value at each time; the last profile only at first."""
+    generator, times, gammas = np.random.default_rng(0), np.array([100.0, 110.0, 150.0, 400.0]), (0.1, 4.0, 2.0)
+    errors: list[np.ndarray] = []
+    for index, (gamma, fresh) in enumerate(zip(gammas, (1.0, 2.0, 0.0), strict=True)):
+        error = generator.normal(size=100_000)
+        for place, t in enumerate(times):
+            if place:
+                error = error * (times[place - 1] / t) ** (gamma + 1) + fresh * generator.normal(size=error.size)
+            errors.insert(place * (index + 1) + index, error)  # in the order of time
+    measured = np.array([[np.mean(a * b) for b in errors] for a in errors])
+    gamma, t = np.tile(gammas, 4), np.repeat(times, 3)
+    factor, passed_on = inherited_factor(np.diag(measured), np.zeros(12), gamma, t)
+    assert not passed_on.any()
+    np.testing.assert_allclose(np.diag(factor.T @ factor), np.diag(measured), rtol=1e-12)
+    # Means of 100,000 products scatter by 1 / sqrt(100,000); correlations count as 0.9 of a standard deviation.
+    scale = np.sqrt(np.outer(np.diag(measured), np.diag(measured)))
+    trusted = np.where(np.eye(12) > 0, 1.0, 0.9**2)
+    np.testing.assert_allclose(factor.T @ factor / scale, trusted * measured / scale, atol=0.015)
+
+
+def test_errors_inherited_from_a_snapshot_are_its_rounding_errors() -> None:
+    """100,000 averages are rounded at four times, and continue from the rounded value of the second."""
+    generator, times, rounding = np.random.default_rng(0), np.array([100.0, 110.0, 150.0, 400.0]), np.ones(4)
+    own = generator.normal(size=(4, 100_000))
+    shares = np.array([0.0, 0.0, (110 / 150) ** 1.5, (110 / 400) ** 1.5])
+    inherited = shares[:, None] * own[1]
+    factor, passed_on = inherited_factor(shares**2, rounding, np.full(4, 0.5), times)
+    stored, errors = np.eye(4) + passed_on, own + inherited
+    expected, measured = stored.T @ stored + factor.T @ factor, errors @ errors.T / 100_000
+    np.testing.assert_allclose(np.diag(expected), np.diag(measured), atol=0.015)
+    np.testing.assert_allclose(expected[1, 2:], 0.9 * measured[1, 2:], atol=0.015)
+    # Without the second and its rounding, what came from it is still an error that the later two have in common.
+    prior = replace(assumed_prior([PowerFunction(0.5, t) for t in times], 1.0), passed_on=passed_on).of([0, 2, 3])
+    assert prior.shared is not None and prior.passed_on is not None
+    np.testing.assert_allclose(prior.shared @ prior.shared.T, 0.81 * np.outer(shares, shares)[[0, 2, 3]][:, [0, 2, 3]])
+    assert not prior.passed_on.any()
+
+
+@pytest.mark.parametrize(("share", "resumes"), [(0.5, 30), (0.05, 30), (0.01, 100), (1e-3, 30), (1e-4, 100)])
+def test_the_error_of_resumes_is_that_of_averages_that_are_rounded_repeatedly(share: float, resumes: int) -> None:
+    """20,000 averages on a grid of spacing 1 move towards values 3 to 30 away, and are rounded after every step:
+    averages that move by less than half a spacing do not change, and their errors add up.
+    """
+    generator = np.random.default_rng(4)
+    values = generator.uniform(3, 30, 20_000)
+    exact = begun = np.round(generator.uniform(-0.5, 0.5, 20_000))
+    error = 0.0
+    for _ in range(resumes):
+        exact = exact + share * (values - exact)
+        moving = begun + share * (values - begun)
+        rounded = np.round(moving)
+        error = error_after_rounding(
+            error * (1 - share) ** 2, float(np.sum((rounded - moving) ** 2)), rounded.size / 12,
+            float(np.sum((moving - begun) ** 2)), share,
+        )  # fmt: skip
+        begun = rounded
+    true = float(np.sum((rounded - exact) ** 2))
+    assert 0.5 < np.sqrt(true / error) < 2
+
+
+# --- errors measured by a sketch of the weights' path, against averages that the tests sum in float64
+
+T, SIZE = 600, 40
+
+
+def averages(path: FloatArray, profiles: list[PowerFunction]) -> FloatArray:
+    """Return averages of the weights after each step: shape [profiles, SIZE]."""
+    steps = np.arange(1, T + 1)
+    until = [np.minimum(steps / profile.t, 1.0) ** (profile.gamma + 1) for profile in profiles]
+    return np.diff(np.array(until), axis=1, prepend=0.0) @ path
+
+
+def sketch_of(path: FloatArray, length: int) -> Sketch:
+    """Return windows as the hook makes them: the first step alone, then `length` steps each; without projection."""
+    ends = np.unique([1, *range(1 + length, T, length), T])
+    windows = np.split(path, ends[:-1])
+    means = np.array([window.mean(axis=0) for window in windows])
+    spread = [np.sum((window - mean) ** 2, axis=1).mean() for window, mean in zip(windows, means, strict=True)]
+    return Sketch(np.append(1.0, ends), np.diff(ends, prepend=0).astype(float), means, np.array(spread))
+
+
+def wave(periods: float, amplitude: float) -> FloatArray:
+    """Return a path that oscillates about one place in one direction."""
+    place, direction = np.random.default_rng(1).standard_normal((2, SIZE))
+    return place + amplitude * np.sin(2 * np.pi * periods * np.arange(1, T + 1) / T + 1)[:, None] * direction
+
+
+def walk() -> FloatArray:
+    """Return a path with independent steps."""
+    random = np.random.default_rng(2)
+    return random.standard_normal(SIZE) + np.cumsum(0.02 * random.standard_normal((T, SIZE)), axis=0)
+
+
+SNAPSHOTS = power_functions(range(30, T + 1, 30))
+TARGETS = power_functions(T, (0.03, 0.08, 0.15, 0.28))
+
+
+def prior_of(path: FloatArray, length: int, walk: float, rounding: FloatArray | float) -> Prior:
+    """Return the prior of snapshots whose motion by their distances is `walk`; `rounding` is relative to squares."""
+    norm = np.sum(averages(path, SNAPSHOTS) ** 2, axis=1)
+    motion = Motion(np.array([1.0, T]), np.array([walk]), np.zeros(1))
+    return Prior(motion, rounding * norm, 0 * norm, norm, "measured", sketch=sketch_of(path, length))
+
+
+def test_the_error_of_single_updates_is_measured_exactly() -> None:
+    path = wave(7, 0.3)
+    sketch = sketch_of(path, 1)
+    stored, wanted = SNAPSHOTS[:3], TARGETS[:1]
+    seen, unseen = sketch.measured([*stored, *wanted])
+    exact = averages(path, [*stored, *wanted]) - path[0]
+    # The mass of power functions before the first update lies on that update, as in these sums.
+    np.testing.assert_allclose(seen.T, exact, atol=1e-12)
+    assert not unseen.any()
+
+
+@pytest.mark.parametrize(("beta", "after"), [(0.999, 500), (0.9999, 0)])
+def test_the_share_of_the_first_value_is_known(beta: float, after: int, tmp_path: Path) -> None:
+    """Weights that alternate, and an average that keeps much of its initial value, which is not its window's mean."""
+    random, steps = np.random.default_rng(0), 2000
+    place, side = random.standard_normal((2, 400)) * [[1], [0.1]]
+    drift = np.cumsum(2e-4 * random.standard_normal((steps, 400)), axis=0)
+    path = place + drift + side * np.where(np.arange(steps) % 2, 1, -1)[:, None]
+    model = torch.nn.Linear(400, 1, bias=False)
+    tracker = PostHocEMA.from_model(model, tmp_path, checkpoint_every=100, update_every=1, update_after_step=after)
+    for weights in path:
+        model.weight.data = torch.tensor(weights[None], dtype=torch.float32)
+        tracker.update_(model)
+    tracker.close()
+    truth = path[after]
+    for weights in path[after:]:
+        truth = beta * truth + (1 - beta) * weights
+    made = Run(tmp_path).average(f"beta:{beta}", dtype="float64")
+    error = np.linalg.norm(made["weight"].numpy().ravel() - truth) / np.linalg.norm(truth)
+    assert made.predicted_error is not None
+    assert error < 2 * made.predicted_error
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_path_of_one_window_or_two_has_an_error_too(count: int) -> None:
+    means = np.arange(count * SIZE, dtype=float).reshape(count, SIZE)
+    sketch = Sketch(np.arange(count + 1.0) + 1, np.full(count, 2.0), means, np.ones(count))
+    assert all(np.isfinite(rows).all() for rows in sketch.measured(TARGETS))
+
+
+@pytest.mark.parametrize(("motion", "length"), [("noise", 3), ("walk", 20), ("wave", 6)])
+def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(motion: str, length: int) -> None:
+    """Folds whose older values have another profile's weights, as the hook's, from time 300,000 on; windows of four.
+
+    From t = 256,000 on 256 updates are less than a thousandth of training.
+    """
+    updates, before, random = 7201, 300_000, np.random.default_rng(6)
+    free = random.standard_normal((updates, SIZE))
+    slow = np.sin(np.arange(updates) / 300 + 1)[:, None] * random.standard_normal(SIZE)
+    path = {"noise": free, "walk": np.cumsum(0.1 * free, axis=0), "wave": 9 * slow}[motion]
+    short = PowerFunction(17.0, 1.0)
+    profiles = [PowerFunction(g, t) for g, t in ((0.2, 304e3), (0.2, 307e3), (5.0, 307e3))]
+    ends = np.array([1, *range(1 + length, updates, length)])
+    errors = np.zeros((3, SIZE))
+    for profile, error in zip(profiles, errors, strict=True):
+        for begin, end in pairwise(ends[ends + before <= profile.t].tolist()):
+            times = before + np.arange(begin, end + 1.0)
+            right, shared = (np.diff((times / times[-1]) ** (p.gamma + 1))[:-1] for p in (profile, short))
+            wrong = shared * right.sum() / shared.sum() - right
+            error += (times[-1] / profile.t) ** (profile.gamma + 1) * wrong @ path[begin : end - 1]
+    means = np.array([fold.mean(axis=0) for fold in np.split(path, ends)[:-1]])
+    joined = [means[:1], *np.split(means[1:], range(4, len(means) - 1, 4))]
+    spread = np.array([np.sum((folds - folds.mean(axis=0)) ** 2, axis=1).mean() for folds in joined])
+    counts = np.array([len(folds) for folds in joined])
+    edges = np.append(1, ends[np.cumsum(counts) - 1])
+    sketch = Sketch(edges + before, counts.astype(float), np.array([folds.mean(axis=0) for folds in joined]), spread)
+    early = Sketch(edges + 1000, sketch.folds, sketch.means, spread)
+    assert not early.of_shared_means([PowerFunction(0.2, 8e3)], short.gamma, edges)[1].any()
+    seen, unseen = sketch.of_shared_means(profiles, short.gamma, edges)
+    expected, actual = seen.T @ seen + unseen.T @ unseen, errors @ errors.T
+    size, true = (np.sqrt(np.diag(covariance)) for covariance in (expected, actual))
+    np.testing.assert_allclose(size, true, rtol=0.4)
+    # A walk of this length has few of the forty directions.
+    np.testing.assert_allclose(expected / np.outer(size, size), actual / np.outer(true, true), atol=0.4)
+
+
+def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_distances_show() -> None:
+    """No combination is nearer than one copy, while independent errors would average out."""
+    path = np.tile(np.random.default_rng(3).standard_normal(SIZE), (T, 1))
+    exact = averages(path, SNAPSHOTS)
+    rounding = np.sum((exact.astype(np.float16) - exact) ** 2, axis=1) / np.sum(exact**2, axis=1)
+    prior = prior_of(path, 2, float(path[0] @ path[0]) / T, rounding)
+    predicted = reconstruct(SNAPSHOTS, TARGETS, None, prior, float(T)).predicted_error
+    np.testing.assert_allclose(predicted, np.sqrt(rounding[0]), rtol=0.05)
+
+
+@pytest.mark.parametrize(("rounding", "stays"), [(1e-8, True), (1e-3, False)])
+def test_the_published_coefficients_stay_where_others_are_hardly_better(rounding: float, stays: bool) -> None:
+    """The target is a stored profile; its only error is rounding, which others could lower by a few hundredths."""
+    prior = prior_of(walk(), 1, 0.02**2 * SIZE, rounding)
+    column = reconstruct(SNAPSHOTS, TARGETS[-1:], None, prior, float(T)).coefficients[:, 0]
+    assert (np.count_nonzero(column) == 1) == stays
+
+
+def test_an_earlier_snapshot_alone_may_be_nearest(tmp_path: Path) -> None:
+    """For a sawtooth out of step with the snapshots, coefficients of all of them were 5 times as far from the truth."""
+    updates, sigma_rel = 2000, 0.03
+    place, height = np.random.default_rng(0).normal(size=(2, 200))
+    path = (place + height * (np.arange(1, updates + 1)[:, None] / 70 % 1)).astype(np.float32)
+    model = torch.nn.Linear(20, 10, bias=False)
+    with PostHocEMA.from_model(
+        model, tmp_path, update_every=1, checkpoint_every=100, max_checkpoints=None, checkpoint_dtype=torch.float16
+    ) as ema:
+        for weights in path:
+            with torch.no_grad():
+                model.weight.copy_(torch.from_numpy(weights).reshape(10, 20))
+            ema.update_(model)
+    truth = np.diff((np.arange(updates + 1) / updates) ** (gamma_from_sigma_rel(sigma_rel) + 1)) @ path.astype(float)
+
+    def error(weights: Mapping[str, torch.Tensor]) -> float:
+        return float(np.linalg.norm(weights["weight"].double().numpy().ravel() - truth))
+
+    best = min(error(load_file(file)) for file in tmp_path.glob("*.safetensors"))
+    assert error(Run(tmp_path).average(sigma_rel, dtype=torch.float64)) <= 1.05 * best
