@@ -18,8 +18,7 @@ from ema_command import Ema, unmeasured_environment
 from safetensors.torch import save_file
 from torture.test_torture import EXPERIMENTS
 
-from posthoc_cli import PostHocEMA
-from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli import PostHocEMA, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
@@ -127,8 +126,7 @@ def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path: Path) -> No
         processes = [forked.Forked(program, cwd=tmp_path, env=environment) for environment in environments]
         printed = [process.communicate() for process in processes]
         assert [process.returncode for process in processes] == [0, 0], printed
-    *_, snapshot = read_directory(tmp_path / "run/ema")
-    stored = snapshot.tensor("0.weight").float()
+    stored = Run(tmp_path / "run/ema").snapshots[-1].tensor("0.weight").float()
     assert torch.equal(torch.cat([torch.load(tmp_path / f"held-{rank}.pt") for rank in range(2)]), stored)
 
 
@@ -176,8 +174,8 @@ def test_the_hook_in_the_readme_saves_the_final_averages_and_continues_when_it_i
         Path("task.py").write_text(programs["task.py"].replace("torch.randn(2000,", f"torch.randn({count},"))
         os.utime("task.py", (count, count))  # a cached module of equal size and time would be used instead
         forked.check(programs["train.py"])
-        assert {s.t for s in read_directory(Path("run/ema"))} >= {100, 200, 290}
-    assert read_directory(Path("run/ema"))[-1].t == 290 + 20
+        assert {s.t for s in Run("run/ema").snapshots} >= {100, 200, 290}
+    assert Run("run/ema").t == 290 + 20
 
 
 def test_the_readme_is_short_and_links_to_every_guide_and_every_link_to_a_file_leads_somewhere() -> None:
