@@ -123,12 +123,12 @@ def test_the_profiles_table_and_the_conversion_in_both_directions(ema: Ema) -> N
 
 def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     """Texts to the left and numbers to the right, by their width on a terminal, and control characters escaped."""
-    rows = [{"file": "名\x1b", "bytes": 1, "predicted_error": 0.1}, {"file": "longer-name", "bytes": 12_000}]
+    rows = [{"file": "名\x1b", "bytes": 1, "predicted_error": 0.1}, {"file": "長い名前です", "bytes": 12_000}]
     print_rows(rows, ["file", "size:bytes", "predicted_error"])
     assert capsys.readouterr().out.splitlines() == [
-        "file          size  predicted error",
-        "名\\x1b         1 B             10 %",
-        "longer-name  12 kB",
+        "file           size  predicted error",
+        "名\\x1b          1 B             10 %",
+        "長い名前です  12 kB",
     ]
     print_pairs([("run", "x"), ("schedule", "y")])
     assert capsys.readouterr().out == "run       x\nschedule  y\n"
