@@ -17,7 +17,9 @@ STEPS, EVERY = 1500, 100
 TIMES = range(EVERY, STEPS + 1, EVERY)
 Average = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """What an average becomes at a step, from what it was and the weights after the step."""
-Errors = tuple[float, float]
+Weights = dict[str, torch.Tensor]
+Form = Callable[[int, Weights, Weights], object]
+"""What a training saves at a step, of the weights and their average."""
 
 
 def network() -> torch.nn.Module:
@@ -46,7 +48,7 @@ def train(rate: float = 3e-3, falls: bool = False, optimizer: str = "Adam", seed
     return found
 
 
-def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> Weights:
     """Return the tensors of the network by name."""
     found, begin = {}, 0
     for name, parameter in network().named_parameters():
@@ -79,13 +81,19 @@ def follow(update: Average, weights: np.ndarray | None = None) -> np.ndarray:
     return np.array(averages[1:])
 
 
-def write(folder: Path, weights: np.ndarray, update: Average, dtype: torch.dtype = torch.float32) -> Path:
-    """Write checkpoints with the weights and the average."""
+def timm(step: int, weights: Weights, average: Weights) -> dict[str, Any]:
+    return {"state_dict": weights, "state_dict_ema": average, "step": step}
+
+
+def write(
+    folder: Path, weights: np.ndarray, update: Average, dtype: torch.dtype = torch.float32, form: Form = timm
+) -> Path:
+    """Write checkpoints with the weights and the average, in a dtype."""
     folder.mkdir()
     averages = follow(update, weights)
     for step in TIMES:
-        content = {"state_dict": named(weights[step - 1]), "state_dict_ema": named(averages[step - 1], dtype)}
-        torch.save(content | {"step": step}, folder / f"step{step}.pt")
+        content = form(step, named(weights[step - 1]), named(averages[step - 1], dtype))
+        torch.save(content, folder / f"step{step}.pt")
     return folder
 
 
@@ -94,7 +102,9 @@ def true_average(weights: np.ndarray, sigma_rel: float) -> np.ndarray:
     return exact_weights(sigma_rel, range(1, STEPS + 1)) @ weights
 
 
-def error_of(run: Run, sigma_rel: float = 0.15, prefix: str = "", weights: np.ndarray | None = None) -> Errors:
+def error_of(
+    run: Run, sigma_rel: float = 0.15, prefix: str = "", weights: np.ndarray | None = None
+) -> tuple[float, float]:
     """Return the relative distance of an average from the sum over every step in float64, and the predicted error."""
     made = run.average(sigma_rel, dtype="float64")
     vector = np.concatenate([made[prefix + name].numpy().ravel() for name, _ in network().named_parameters()])

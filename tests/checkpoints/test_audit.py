@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ema_command import Ema
-from trained import EVERY, STEPS, Average, named, train, write
+from trained import EVERY, STEPS, Average, Weights, named, timm, train, write
 from trained import ema as averaged
 
 from posthoc_cli import PostHocEMA, Run, errors, import_checkpoints
@@ -126,16 +126,16 @@ def test_what_an_average_did_is_named(case: str, tmp_path: Path) -> None:
 
 
 def test_an_average_that_does_not_fit_its_weights_or_is_not_finite_is_named(tmp_path: Path) -> None:
-    run = write(tmp_path / "x", train(), averaged(DECAY))
-    content = torch.load(run / "step700.pt")
-    content["state_dict_ema"]["2.weight"][0, 0] = math.nan
-    torch.save(content, run / "step700.pt")
+    def form(step: int, weights: Weights, average: Weights) -> object:
+        if step == 700:
+            average["2.weight"][0, 0] = math.nan
+        return timm(step, weights, average)
+
     with pytest.raises(errors.NonFiniteError, match=r"step700\.pt: tensor '2\.weight': holds nan or infinity"):
-        Run(run).audit()
-    for path in run.iterdir():
-        content = torch.load(path)
-        content["state_dict_ema"]["other"] = torch.zeros(3)
-        torch.save(content, path)
+        Run(write(tmp_path / "x", train(), averaged(DECAY), form=form)).audit()
+    run = write(
+        tmp_path / "y", train(), averaged(DECAY), form=lambda step, w, a: timm(step, w, a | {"other": torch.zeros(3)})
+    )
     reason = "an EMA and weights of different models: only the EMA has 'other'"
     with pytest.raises(errors.FileFormatError, match=reason):
         import_checkpoints(run, tmp_path / "run", ema_decay=DECAY)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import xxhash
 from checking import assert_same_tensors
-from checkpoint_layouts import LAYOUTS, STEPS, Weights, filled
+from checkpoint_layouts import STEPS, Weights, filled
 from ema_command import Ema
 from factories import contents
 
@@ -27,22 +27,6 @@ MANIFEST = "ema-import.json"
 
 def test_the_kinds_that_the_command_names_are_those_of_the_table() -> None:
     assert set(KINDS) == set(TABLE)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_that_refers_to_files_is_the_same_run(layout: str, write: Write, tmp_path: Path) -> None:
-    folder = write(layout)
-    before = contents(folder)
-    done = import_checkpoints(folder, tmp_path / "new")
-    assert contents(folder) == before
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [MANIFEST]
-    assert (tmp_path / "new" / MANIFEST).stat().st_size < 10_000
-    first, second = Run(folder), Run(tmp_path / "new")
-    assert second.sources == first.sources
-    assert done.to_dict()["run"] == second.sources[0].run_id
-    assert_same_tensors(second.average(0.2), first.average(0.2))
-    assert second.info()["checkpoints"] == first.info()["checkpoints"]
-    assert second.info()["refers_to"] == str(folder)
 
 
 def test_an_import_and_its_files_can_be_moved_together_only(write: Write, tmp_path: Path, ema: Ema) -> None:
@@ -73,7 +57,6 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "is shorter": (lambda path: os.truncate(path, path.stat().st_size - 1), "was replaced, or has changed, since"),
     "is replaced": (_replace, "was replaced, or has changed, since"),
     "is a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is not a regular file"),
-    "is a folder": (lambda path: (path.unlink(), path.mkdir()), "is not a regular file"),
 }
 
 
@@ -92,7 +75,7 @@ def test_a_file_that_is_not_the_one_imported_is_named(change: str, tmp_path: Pat
     verified = ema("verify", new, "--json")
     assert verified.code == 1
     assert [one["path"] for one in verified.json["files"] if one["state"] == "damaged"] == [str(path)]
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     _replace(path)
     assert "wrote a run that refers" in ema("import", tmp_path / "ck", "--out", new).out  # without --overwrite
     assert Run(new).average("last:1", t=2)["w"].tolist() == [-1.0] * 3000
@@ -129,13 +112,12 @@ def test_the_same_import_again_does_nothing_and_others_ask(write: Write, tmp_pat
     assert ema("import", folder, "--out", new, "--overwrite").code == 0
     assert any(name.endswith("bias") for name in Run(new).tensors)
     shutil.copy(folder / "step20.safetensors", folder / "step300.safetensors")
-    assert ema("import", folder, "--out", new).code == 0  # adds the new file
-    assert Run(new).step == 300
-    Run(new).write(0.2, new / "average.safetensors")  # an output in the folder is no obstacle
-    assert ema("import", folder, "--out", new).code == 0
-    assert Run(new).step == 300
-    for place, reason in ((folder, "holds something else"), (folder / "step20.safetensors", "holds something else")):
-        assert reason in ema("import", folder, "--out", place, "--overwrite").error
+    for _ in range(2):  # adds the new file; then an output in the folder is no obstacle
+        assert ema("import", folder, "--out", new).code == 0
+        assert Run(new).step == 300
+        Run(new).write(0.2, new / "average.safetensors", overwrite=True)
+    for place in (folder, folder / "step20.safetensors"):
+        assert "holds something else" in ema("import", folder, "--out", place, "--overwrite").error
     assert "its folder does not exist" in ema("import", folder, "--out", tmp_path / "x" / "y").error
 
 
@@ -231,7 +213,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "a zero": listed("a\0b"), "a url": listed("s3://bucket/x.pt"), "no files": {"files": {}},
     "no checkpoints": {"checkpoints": []}, "a kind that is a list": first([]), "a wrong kind": first("edm2"),
     "a text for a step": first(step="1"), "half a step": first(step=0.5), "a far step": first(step=10**300),
-    "updates without end": first("torchtitan", 10**15), "settings that are a list": {"settings": []},
+    "settings that are a list": {"settings": []},
     "an unknown setting": {"settings": {"x": 1}}, "widths of letters": {"settings": {"sigma_rels": "ab"}},
     "no pattern": {"settings": {"step_from": "("}}, "files that are a list": {"files": [FIRST]},
     "a far version": {"version": 2}, "a place that is a number": {"from": 5},

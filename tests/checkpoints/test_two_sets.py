@@ -13,14 +13,14 @@ import torch
 from checkpoint_layouts import distributed
 from ema_command import Ema
 from safetensors.torch import load_file, save_file
-from trained import STEPS, TIMES, ema, error_of, named, train
+from trained import STEPS, TIMES, Average, Weights, by, ema, error_of, follow, named, train
+from trained import write as write_all
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError
 from posthoc_cli.profiles import Point
 
 DECAY = 0.99
-Weights = dict[str, torch.Tensor]
 
 
 def prefixed(prefix: str, weights: Weights) -> Weights:
@@ -38,10 +38,12 @@ LAYOUTS: dict[str, Callable[[Weights, Weights], dict[str, Any]]] = {
     "in a state dict": lambda w, a: {"state_dict": prefixed("model.", w) | prefixed("averaged_model.", a)},
     "MAR": lambda w, a: {"model": w, "model_ema": a, "epoch": 3},
     "shadow": lambda w, a: {"weights": w, "shadow": a},
+    "torchtitan": lambda w, a: {"model": w, "ema_optimizer": {f"state.{n}.ema_params": v for n, v in a.items()}},
 }
 
 FOLDERS: dict[str, tuple[str, str]] = {
     "guided-diffusion": ("ema_0.99_{:06}.pt", "model{:06}.pt"),
+    "two files": ("ema_{:06}.safetensors", "model_{:06}.safetensors"),
     "two files of a folder": ("{:07}/ema.safetensors", "{:07}/model.safetensors"),
     "a folder next to a file": ("{:07}/ema/model.safetensors", "{:07}/model.safetensors"),
     "two folders": ("{:07}/model_ema/model.safetensors", "{:07}/model/model.safetensors"),
@@ -50,19 +52,10 @@ FOLDERS: dict[str, tuple[str, str]] = {
 
 
 @functools.cache
-def recorded(kept: Callable[[int], float] = lambda _: DECAY) -> list[tuple[int, Weights, Weights]]:
-    """Return the step, the weights of a real training and their EMA, both in float32, at `TIMES`."""
-    found, average = [], train()[0].copy()
-    for step, weights in enumerate(train(), 1):
-        average = ema(kept(step))(step, average, weights)
-        if step in TIMES:
-            found.append((step, named(weights), named(average)))
-    return found
-
-
 def stored() -> list[tuple[int, Weights, Weights]]:
-    """Return the last of them, which most tests store."""
-    return recorded()[-3:]
+    """Return three steps, the weights of a real training and their EMA, both in float32."""
+    averages = follow(ema(DECAY))
+    return [(step, named(train()[step - 1]), named(averages[step - 1])) for step in TIMES[-3:]]
 
 
 def write(folder: Path, content: Callable[[Weights, Weights], dict[str, Any]]) -> Path:
@@ -108,16 +101,21 @@ def assert_equal(found: Weights, expected: Weights) -> None:
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *FOLDERS])
 def test_keys_and_names_say_which_set_is_the_average(layout: str, tmp_path: Path, ema: Ema) -> None:
-    folder = tmp_path / "run"
+    """It is imported, and exported from one file and from a folder of torch.distributed.checkpoint."""
+    folder, (_, weights, average) = tmp_path / "run", stored()[-1]
     if layout in LAYOUTS:
         write(folder, LAYOUTS[layout])
         check(folder, ema_decay=DECAY)
+        distributed(tmp_path / "last", LAYOUTS[layout](weights, average))
+        for source in (folder / f"{STEPS:07}.pt", tmp_path / "last"):
+            assert_equal(exported(ema, source), average)
+            assert_equal(exported(ema, source, "--weights"), weights)
         return
     write_folders(folder, layout)
     for settings in ({}, {"ema_decay": DECAY})[layout != "guided-diffusion" :]:  # in which names say it
         check(folder, **settings)
     newest = max(path for path in folder.iterdir() if not path.name.startswith(("model", "opt")))
-    assert_equal(exported(ema, newest), recorded()[-1][2])
+    assert_equal(exported(ema, newest), average)
 
 
 def test_of_files_with_two_decays_one_is_chosen(tmp_path: Path, ema: Ema) -> None:
@@ -144,16 +142,10 @@ def test_an_average_without_weights_is_not_taken_for_weights(content: Any, tmp_p
 @pytest.mark.parametrize("every", [1, 10])
 def test_the_width_of_a_power_function_is_given(every: int, tmp_path: Path, ema: Ema) -> None:
     """The n-th update keeps (1 - 1/n)^(gamma + 1), for gamma + 1 = 6.94 of sigma_rel 0.111."""
-    (folder := tmp_path / "run").mkdir()
-    path, exponent = train(), 6.94
+    exponent = 6.94
     width = math.sqrt(exponent) / ((exponent + 1) * math.sqrt(exponent + 2))
-    average = path[0].copy()
-    for step in range(1, STEPS + 1):
-        if step % every == 0:
-            kept = (1 - every / step) ** exponent
-            average = kept * average + (1 - kept) * path[step - 1]
-        if step in TIMES:
-            torch.save({"model": named(path[step - 1]), "ema": named(average)}, folder / f"{step:07}.pt")
+    update = by(lambda step: 1.0 if step % every else (1 - every / step) ** exponent)
+    folder = write_all(tmp_path / "run", train(), update, form=lambda _, *sets: LAYOUTS["DiT, SiT"](*sets))
     with pytest.raises(InvalidValueError, match=r"sigma_rels '0.1', '0.2': must be one, of the average in"):
         import_checkpoints(folder, tmp_path / "never", sigma_rels=(0.1, 0.2))
     options = ("--sigma-rels", width, "--update-every", every, "--out", tmp_path / "imported")
@@ -169,101 +161,62 @@ def started_late(step: int) -> float:
     return 1.0 if rest or step < 50 else 2 ** (-1 / (0.05 * updates)) if updates else 0.0
 
 
-TITAN: list[tuple[dict[str, Any], Callable[[int], float]]] = [
-    ({"ema_decay": DECAY}, lambda _: DECAY),
-    ({"ema_decay": "half-life:10%"}, lambda step: 2 ** (-1 / (0.1 * step))),
-    ({"update_every": 7, "update_after_step": 50}, started_late),
+TITAN: list[tuple[dict[str, Any], Average]] = [
+    ({"ema_decay": DECAY}, ema(DECAY)),
+    ({"ema_decay": "half-life:10%"}, by(lambda step: 2 ** (-1 / (0.1 * step)))),
+    ({"update_every": 7, "update_after_step": 50}, by(started_late)),
 ]
-"""Settings of torchtitan, and the decay at a step; its default half-life is 5 % of the training."""
+"""Settings of torchtitan, and the average; its default half-life is 5 % of the training."""
 
 
-@pytest.mark.parametrize(("settings", "decay"), TITAN)
-def test_settings_of_torchtitan_are_given(
-    settings: dict[str, Any], decay: Callable[[int], float], tmp_path: Path
-) -> None:
-    (folder := tmp_path / "run").mkdir()
-    for step, weights, average in recorded(decay):
-        states = {f"state.{name}.ema_params": value for name, value in average.items()}
-        torch.save({"model": weights, "ema_optimizer": states}, folder / f"step-{step}.pt")
+@pytest.mark.parametrize(("settings", "update"), TITAN)
+def test_settings_of_torchtitan_are_given(settings: dict[str, Any], update: Average, tmp_path: Path) -> None:
+    folder = write_all(tmp_path / "run", train(), update, form=lambda _, *sets: LAYOUTS["torchtitan"](*sets))
     import_checkpoints(folder, tmp_path / "imported", kind="torchtitan", **settings)
     found, predicted = error_of(Run(tmp_path / "imported"))
     assert found < 2 * predicted < 0.04
 
 
-def test_which_set_is_meant_is_asked_where_two_have_a_word_or_fit(tmp_path: Path, ema: Ema) -> None:
+def test_which_set_is_meant_is_asked_where_two_or_none_have_a_word(tmp_path: Path) -> None:
     two = write(tmp_path / "two", lambda w, a: {"model": w, "model_ema1": a, "model_ema2": w})
-    with pytest.raises(FileFormatError, match=r"average is unclear: 'model_ema1', 'model_ema2'; name"):
-        import_checkpoints(two, tmp_path / "imported")
     check(two, ema_decay=DECAY, average="model_ema1")
-    assert_equal(exported(ema, two / f"{STEPS:07}.pt", "--weights"), recorded()[-1][1])
     students = write(tmp_path / "students", lambda w, a: {"one": w, "other": w, "ema": a})
     with pytest.raises(FileFormatError, match="model is unclear: 'one', 'other'"):
         import_checkpoints(students, tmp_path / "again")
     assert import_checkpoints(students, tmp_path / "again", weights="one").written
-    with pytest.raises(FileFormatError, match="has no set of tensors 'elsewhere': 'one', 'other', 'ema'"):
-        import_checkpoints(students, tmp_path / "never", average="elsewhere")
-
-
-def test_sets_without_a_word_are_named_by_the_user(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", lambda w, a: {"student": w, "teacher": a})
     with pytest.raises(FileFormatError, match="unclear"):
         Run(folder).average(0.15)
     check(folder, ema_decay=DECAY, average="teacher", weights="student")
 
 
-def test_weights_are_never_taken_for_an_average(tmp_path: Path) -> None:
-    folder = write(tmp_path / "run", lambda w, _: {"model": w})
-    with pytest.raises(
-        InvalidValueError, match=r"ema_decay 0\.99: says nothing about checkpoints; averages that no name"
-    ):
-        import_checkpoints(folder, tmp_path / "imported", ema_decay=DECAY)
+LAYERS = [*map("layer{}.weight".format, range(6)), "ema.weight", "quantize.embed_avg"]
 
 
-@pytest.mark.parametrize("what", ["layers", "optimizers", "weight norm", "spectral norm", "old spectral norm"])
-def test_names_that_look_like_another_thing(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [LAYERS, ["weight_g", "weight_v"]])
+def test_names_that_look_like_another_thing(names: list[str], tmp_path: Path) -> None:
     """A layer named `ema` next to others is no average of the model; the states of Megatron's chained optimizers are no
-    weights; the vectors of spectral norm are copied, and weight norm's direction of a like name is averaged.
+    weights; weight norm's direction, of a name like that of spectral norm's vector, is averaged.
     """
-    norms = torch.nn.utils.parametrizations.spectral_norm, torch.nn.utils.spectral_norm
-    layer: torch.nn.Module = norms[what.startswith("old")](torch.nn.Linear(5, 4))
-    vectors = [name for name, _ in layer.named_buffers()]
-    (tmp_path / "run").mkdir()
     for step in (10, 20):
-        values, content = torch.full((4, 5), float(step)), {}
-        if what == "layers":
-            content = {f"layer{i}.weight": values for i in range(6)} | {
-                "ema.weight": values,
-                "quantize.embed_avg": values,
-            }
-        elif what == "optimizers":
-            content = {"w": values, "chained_0.optimizer.state.exp_avg.w": torch.ones(4)}
-        elif what == "weight norm":
-            content = {"weight_g": torch.ones(4, 1), "weight_v": values}
-        else:
-            for buffer in layer.buffers():
-                buffer.copy_(torch.nn.functional.normalize(torch.randn(len(buffer)), dim=0))
-            content = layer.state_dict()
-        torch.save(content if what == "optimizers" else {"model": content}, tmp_path / f"run/step{step}.pt")
-    found = Run(tmp_path / "run").average(0.2)
-    assert found.keys() == {name for name in content if not name.startswith("chained")}
-    if what.endswith("spectral norm"):
-        assert len(vectors) == 2
-        assert all(torch.equal(found[name], layer.get_buffer(name)) for name in vectors)
-    else:
-        averaged = [name for name in found if name != "weight_g"]
-        assert all(10 < float(found[name][0, 0]) < 20 for name in averaged)
+        content = {name: torch.full((4, 5), float(step)) for name in names}
+        torch.save(content | {"chained_0.optimizer.state.exp_avg.w": torch.ones(4)}, tmp_path / f"step{step}.pt")
+    found = Run(tmp_path).average(0.2)
+    assert found.keys() == set(names)
+    assert all(10 < float(value[0, 0]) < 20 for value in found.values())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_average_in_a_training_checkpoint_is_exported_exactly(layout: str, tmp_path: Path, ema: Ema) -> None:
-    """From one file, and from a folder of torch.distributed.checkpoint."""
-    weights, average = named(train()[-1]), named(train()[10])
-    content = LAYOUTS[layout](weights, average)
-    torch.save(content, tmp_path / "last.pt")
-    distributed(tmp_path / "last", content)
-    for source in (tmp_path / "last.pt", tmp_path / "last"):
-        assert_equal(exported(ema, source), average)
-        assert_equal(exported(ema, source, "--weights"), weights)
+@pytest.mark.parametrize("norm", [torch.nn.utils.parametrizations.spectral_norm, torch.nn.utils.spectral_norm])
+def test_the_vectors_of_spectral_norm_are_copied(norm: Callable[..., torch.nn.Module], tmp_path: Path) -> None:
+    layer = norm(torch.nn.Linear(5, 4))
+    for step in (10, 20):
+        for buffer in layer.buffers():
+            buffer.copy_(torch.nn.functional.normalize(torch.randn(len(buffer)), dim=0))
+        torch.save({"model": layer.state_dict()}, tmp_path / f"step{step}.pt")
+    found, vectors = Run(tmp_path).average(0.2), dict(layer.named_buffers())
+    assert found.keys() == layer.state_dict().keys()
+    assert len(vectors) == 2
+    assert all(torch.equal(found[name], vector) for name, vector in vectors.items())
 
 
 def test_an_average_among_several_is_exported_by_its_key_prefix_or_glob(tmp_path: Path, ema: Ema) -> None:
@@ -286,14 +239,6 @@ def test_an_average_among_several_is_exported_by_its_key_prefix_or_glob(tmp_path
     assert not (tmp_path / "never.safetensors").exists()
     save_file(prefixed("net.", weights) | prefixed("net_mean.", averages[0]), tmp_path / "last.safetensors")
     assert_equal(exported(ema, tmp_path / "last.safetensors", "--average", "net_mean."), averages[0])
-
-
-def test_the_average_of_torchtitan_is_exported(tmp_path: Path, ema: Ema) -> None:
-    weights, average = named(train()[-1]), named(train()[10])
-    states = {f"state.{name}.ema_params": value for name, value in average.items()}
-    distributed(tmp_path / "step-9", {"model": weights, "ema_optimizer": states})
-    assert_equal(exported(ema, tmp_path / "step-9"), average)
-    assert_equal(exported(ema, tmp_path / "step-9", "--weights"), weights)
 
 
 def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path: Path, ema: Ema) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ema_command import Ema
-from trained import EVERY, STEPS, TIMES, Average, by, check, ema, error_of, follow, named, network, ratio, train, write
+from trained import EVERY, STEPS, TIMES, Average, by, check, error_of, follow, named, network, ratio, train, write
 
 from posthoc_cli import Run, errors, import_checkpoints
 from posthoc_cli.profiles import Point
@@ -29,8 +29,13 @@ def again(decay: Callable[[int], float], begin: int = 850) -> Average:
     return lambda step, e, x: x.copy() if step == begin else update(step, e, x)
 
 
+def late(begin: int) -> Average:
+    """Return copies of the weights up to a step, and then an EMA."""
+    return by(lambda step: 0.995 if step > begin else 0.0)
+
+
 UNSAID: dict[str, tuple[Average, str | None, tuple[int, ...], str]] = {
-    "constant": (ema(0.995), None, (), "decay 0.99[45]"),
+    "constant": (late(0), None, (), "decay 0.99[45]"),
     "ratio": (by(lambda n: min(0.99, ratio(n))), "ratio", (), r"decay 0.9[89].*, reached by the warm-up \(1 \+ n\) / "),
     "still rising": (by(ratio), "ratio", (), r"decay 0.994.* by the warm-up \(1 \+ n\) / \(10 \+ n\)"),
     "power": (by(lambda n: min(0.99, power(n))), "power", (), r"decay 0.9[89].*the warm-up 1 - \(1 \+ n\)\^-0.667"),
@@ -39,7 +44,7 @@ UNSAID: dict[str, tuple[Average, str | None, tuple[int, ...], str]] = {
     "restart of a warm-up": (
         again(lambda n: min(0.99, ratio(n))), "ratio", (850,), "near step 8[3-8].*decay is 0.98[56].* still rising$",
     ),
-    "late": (lambda step, e, x: x.copy() if step <= 430 else 0.995 * e + 0.005 * x, None, (430,), "near step 4[1-5]"),
+    "late": (late(430), None, (430,), "near step 4[1-5]"),
 }  # fmt: skip
 
 
@@ -80,15 +85,12 @@ def test_files_before_a_late_start_are_weights(
     begin: int, options: dict[str, Any], copies: bool, tmp_path: Path
 ) -> None:
     """The average in files before is a copy of the weights, or absent; whether the start is said or found."""
-    weights, update = train(**options), ema(0.995)
-    folder = write(tmp_path / "x", weights, lambda step, e, x: x.copy() if step <= begin else update(step, e, x))
-    (tmp_path / "weights").mkdir()
-    for path in folder.iterdir():
-        content = torch.load(path)
-        torch.save(content["state_dict"], tmp_path / "weights" / path.name)
-        if content["step"] <= begin and not copies:
-            del content["state_dict_ema"]
-            torch.save(content, path)
+    weights = train(**options)
+    folder = write(
+        tmp_path / "x", weights, late(begin),
+        form=lambda step, w, a: {"state_dict": w} | ({"state_dict_ema": a} if copies or step > begin else {}),
+    )  # fmt: skip
+    write(tmp_path / "weights", weights, late(begin), form=lambda _, w, __: w)
     alone, _ = error_of(Run(tmp_path / "weights"), 0.25, weights=weights)
     said: list[dict[str, Any]] = [{"ema_decay": 0.995, "update_after_step": begin}, {"ema_decay": 0.995}]
     for settings in ({}, *(said if (begin, copies) == (1000, True) else ())):
@@ -134,9 +136,7 @@ def test_rules_that_explain_the_files_equally_are_asked_for(tmp_path: Path, ema:
 
 def test_a_late_start_of_averages_alone(tmp_path: Path) -> None:
     """The files before it are copies of the weights: an average of any length is as exact as predicted."""
-    folder = write(tmp_path / "x", train(), lambda step, e, x: x.copy() if step <= 700 else 0.995 * e + 0.005 * x)
-    for path in folder.iterdir():
-        torch.save(torch.load(path)["state_dict_ema"], path)
+    folder = write(tmp_path / "x", train(), late(700), form=lambda _, __, average: average)
     import_checkpoints(folder, tmp_path / "run", kind="ema", ema_decay=0.995, update_after_step=700)
     check(tmp_path / "run", most=1, low=0.5, high=2)
 
