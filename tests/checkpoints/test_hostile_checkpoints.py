@@ -40,11 +40,12 @@ def read(run: Path) -> str:
 
 @pytest.mark.parametrize("place", ["archive", "plain", "root", "distributed", "metadata", "edm2"])
 def test_a_bomb_is_read_as_data(place: str, tmp_path: Path) -> None:
-    run, bomb = tmp_path / "run", Bomb(tmp_path / "executed")
+    run, marker = tmp_path / "run", tmp_path / "executed"
+    bomb = Bomb(marker)
     run.mkdir()
     for step in (10, 20):
         weights = {"w": torch.full((3,), float(step))}
-        content = {"state_dict": weights, "bomb": bomb, bomb.marker: [bomb]}
+        content = {"state_dict": weights, "bomb": bomb, marker: [bomb]}
         if place == "plain":
             (run / f"step{step}.pt").write_bytes(pickle.dumps(content))
         elif place in ("archive", "root"):
@@ -58,7 +59,7 @@ def test_a_bomb_is_read_as_data(place: str, tmp_path: Path) -> None:
             if place == "metadata":
                 (run / f"step-{step}" / ".metadata").write_bytes(pickle.dumps(bomb))
     message = read(run)
-    assert not bomb.marker.exists()
+    assert not marker.exists()
     wanted = {"root": "holds no tensors", "metadata": "is no metadata of torch.distributed.checkpoint"}
     assert wanted.get(place, "") in message
     assert bool(message) == (place in wanted)

@@ -17,6 +17,8 @@ from posthoc_cli import Run, errors, import_checkpoints, synthesize
 from posthoc_cli.profiles import Discrete, gamma_from_sigma_rel
 
 STEPS = 400
+
+
 WIDTHS = (0.05, 0.28)
 Update = Callable[[torch.nn.Module], None]
 Imported = Callable[..., Run]
@@ -85,11 +87,18 @@ def test_the_error_of_a_repair_is_known(tmp_path: Path, imported: Imported, upda
     moves[0] *= 20
     for before, row in pairwise(moves):  # momentum
         row += 0.8 * before
-    path, widths = np.cumsum(moves, axis=0), [0.05, 0.1, 0.15, 0.2, 0.25]
-    numbered(tmp_path / "x", torch.from_numpy(path), range(300, steps + 1, 300), update_every, torch.float16)
-    plan = imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=update_every).plan(widths)
-    made = torch.stack(dict(synthesize(plan))["w"]).double().numpy()
-    true = np.array([exact_weights(width, range(1, steps + 1)) for width in widths]) @ path
+    path = np.cumsum(moves, axis=0)
+    calls = np.arange(1, steps + 1, update_every)
+    for number, width in enumerate(WIDTHS):
+        average, shares = np.zeros(size), (calls / (calls + 1)) ** (gamma_from_sigma_rel(width) + 1)
+        for call, share in zip(calls, [0, *shares[1:]], strict=True):
+            average = share * average + (1 - share) * path[call - 1]
+            if (last := call + update_every - 1) % 300 == 0:
+                value = {"initted": torch.tensor(True), "ema_model.weight": torch.from_numpy(average).half()}
+                torch.save(value, tmp_path / f"{number}.{last}.pt")
+    plan = imported(tmp_path, sigma_rels=WIDTHS, update_every=update_every).plan([0.05, 0.1, 0.15, 0.2, 0.25])
+    made = torch.stack(dict(synthesize(plan))["weight"]).double().numpy()
+    true = np.array([exact_weights(width, np.arange(1.0, steps + 1)) for width in (0.05, 0.1, 0.15, 0.2, 0.25)]) @ path
     error = np.linalg.norm(made - true, axis=1) / np.linalg.norm(true, axis=1)
     ratios = error / [plan.predicted_error(index) for index in range(5)]
     assert np.all((ratios > 0.5) & (ratios < 1.7)), ratios
