@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from snapshots.recorded import failing
 
 from posthoc_cli import Run, files
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
+from posthoc_cli.errors import InvalidValueError, WriteError
 
 INDEX_NAME = "model.safetensors.index.json"
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -71,18 +71,6 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
         assert {*contents(folder)} == ({*shards, INDEX_NAME} if shards else {"model.safetensors"})
     write(run, tmp_path / "one", 0.1, size, dtype=dtype)
     assert_same_tensors(load_output(tmp_path / "one"), load_file(tmp_path / "0.1.safetensors"))
-
-
-def test_an_existing_model_is_replaced_only_with_overwrite(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    write(run, out, size=30_000)
-    before = contents(out)
-    with pytest.raises(OutputExistsError, match="holds 'model-00001"):
-        write(run, out, 0.2)
-    assert contents(out) == before
-    write(run, out, 0.2, overwrite=True)
-    write(run, tmp_path / "fresh", 0.2)
-    assert contents(out) == contents(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize(("operation", "exists"), [("fsync", False), ("link", False), ("rename", True)])

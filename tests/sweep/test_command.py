@@ -405,18 +405,3 @@ def test_in_python_a_model_is_restored_and_known_raw_weights_are_measured(run: R
         assert sweep(tracker, size, model=torch.nn.Linear(3, 3), values=LENGTHS).raw is None
     again = PostHocEMA.from_path(tmp_path / "run", model)  # the time of this model's weights is unknown
     assert sweep(again, metric, model=model, values=LENGTHS).raw is None
-
-
-def test_in_python_a_search_stays_within_its_budget_also_if_a_trial_fails(run: Run) -> None:
-    norms: list[float] = []
-    best = float(run.average(0.1)["a"].norm())
-
-    def metric(weights: Any) -> float:
-        norms.append(float(weights["a"].norm()))
-        return math.nan if len(norms) == 2 else abs(norms[-1] - best)
-
-    report = sweep(run, metric, low=0.05, high=0.25, budget=7)
-    assert len(norms) <= 7
-    assert [trial.error for trial in report.trials if trial.error] == ["its metric is nan"]
-    with refused("the sweep", "6 of 6 trials have failed", kind=PostHocError):
-        sweep(run, lambda _: math.inf, low=0.05, high=0.25)
