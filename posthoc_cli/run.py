@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.import_files import Manifest, read_manifest
-from posthoc_cli.checkpoints.open_run import (
-    describe_checkpoints,
-    disk_sources,
-    holds_checkpoints,
-    is_glob,
-    list_checkpoints,
-)
-from posthoc_cli.checkpoints.source import Checkpoint
+from posthoc_cli.checkpoints.open_run import describe_checkpoints, disk_sources, holds_checkpoints, is_glob
 from posthoc_cli.errors import DirectoryError, FileFormatError, PostHocError, VanishedError, check_count, percent
 from posthoc_cli.planning import EVENLY, USEFUL_RANGE, ErrorCurve, PlanReport, error_curve, propose, time_between
 from posthoc_cli.profiles import PowerFunction, Profile
@@ -115,7 +108,6 @@ class Run:
     Arguments:
         directory: the directory of a tracker's snapshots, which need not exist yet; or a directory, a file or a glob
             of checkpoints or averages of other programs; or the run that `import_checkpoints` made of them.
-        also: checkpoints of the same training, which are combined with the snapshots.
 
     Errors of all methods and properties that read snapshots:
         DirectoryError: the directory does not exist, or holds no snapshot.
@@ -123,9 +115,8 @@ class Run:
         InvalidValueError: the checkpoints lack some information, and need an import.
     """
 
-    def __init__(self, directory: str | Path, *, also: str | Path | None = None) -> None:
+    def __init__(self, directory: str | Path) -> None:
         self.directory = files.expanded(files.given_path("directory", directory))
-        self.also = None if also is None else files.given_path("also", also)
 
     def __repr__(self) -> str:
         try:
@@ -140,8 +131,8 @@ class Run:
 
     @property
     def sources(self) -> list[Source]:
-        """The snapshots and checkpoints to make averages from, by time."""
-        return disk_sources(self.directory, self.also)
+        """The snapshots or checkpoints to make averages from, by time."""
+        return disk_sources(self.directory)
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -173,12 +164,9 @@ class Run:
     def info(self) -> dict[str, Any]:
         """Return a description of the directory and its problems, from headers: see `describe`.
 
-        For checkpoints see `describe_checkpoints`; those next to snapshots are under "checkpoints".
+        For checkpoints see `describe_checkpoints`.
         """
         place = self.directory
-        if self.also is not None:
-            checkpoints = [source for source in self.sources if isinstance(source, Checkpoint)]
-            return describe(place) | {"checkpoints": list_checkpoints(checkpoints)}
         if is_import(place) or is_glob(place):
             return describe_checkpoints(place)
         listed = list_directory(place) if place.is_dir() else None
@@ -319,7 +307,7 @@ class Run:
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
-        return audit_sources(disk_sources(self.directory, self.also, unclaimed=True), claimed)
+        return audit_sources(disk_sources(self.directory, unclaimed=True), claimed)
 
     def prune(
         self,

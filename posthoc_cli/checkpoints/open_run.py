@@ -38,8 +38,7 @@ from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError,
 from posthoc_cli.profiles import OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import PICKLES, is_import, is_snapshot_name, read_directory
 from posthoc_cli.snapshots.outputs import describe_tensors
-from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.snapshots.sources import Source, by_time, run_clock
+from posthoc_cli.snapshots.sources import Source, by_time
 
 log = logging.getLogger(__name__)
 
@@ -98,31 +97,23 @@ def _indexes(place: str | Path, settings: ImportSettings) -> list[IndexedCheckpo
     return [one for one in map(index_checkpoint, paths) if one.values.get("ema.format") != "output"]
 
 
-def disk_sources(directory: str | Path, also: str | Path | None = None, unclaimed: bool = False) -> list[Source]:
+def disk_sources(directory: str | Path, unclaimed: bool = False) -> list[Source]:
     """Return the sources in a directory: the snapshots of a tracker, or checkpoints.
 
     Arguments:
         directory: directory of a run or of an import; or a file, or a glob that names files or folders of checkpoints.
-        also: checkpoints of the same training, to be combined with the snapshots: a directory, a file or a glob.
         unclaimed: include ordinary EMAs of unknown decay, see `open_checkpoints`.
 
     Raises:
         DirectoryError, FileFormatError, MismatchError, InvalidValueError: as `open_checkpoints` raises them.
     """
-    snapshots = []
     if not (is_glob(directory) or is_import(directory)):
         try:
-            snapshots = read_directory(files.as_path(directory))
+            return [*read_directory(files.as_path(directory))]
         except DirectoryError:
             if not holds_checkpoints(directory):
                 raise
-    if not snapshots:
-        if also is not None:
-            reason = f"are added to the snapshots of a tracker, and {directory} holds none"
-            raise InvalidValueError("checkpoints", reason, value=also)
-        return [*open_checkpoints(directory, unclaimed=unclaimed)]
-    others = [] if also is None else beside_snapshots(snapshots, open_checkpoints(also))
-    return by_time([*snapshots, *others])
+    return [*open_checkpoints(directory, unclaimed=unclaimed)]
 
 
 def is_glob(place: str | Path) -> bool:
@@ -214,39 +205,19 @@ def _with_labels(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     return labelled
 
 
-def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return checkpoints as sources of the run that wrote these snapshots, to be combined with them.
-
-    Their steps become times of the run. Only the tensors of the newest snapshot are kept.
-    """
-    newest = max(snapshots, key=lambda snapshot: snapshot.t)
-    clock = run_clock(snapshots)
-    converted = []
-    for one in checkpoints:
-        if not isinstance(one.profile, Point):
-            _check_alike(newest, one, "are averages of two libraries", "open one of them")
-        _check_alike(newest, one, _difference(newest, one, may_have_more=True))
-        shared = {name: getattr(newest, name) for name in ("run_id", "t_unit", "tensors", "aliases", "left_out")}
-        converted.append(replace(one, profile=Point(float(clock.time_at(one.step))), **shared))
-    return converted
-
-
-def _check_alike(first: Source, other: Source, difference: str, hint: str = _CHOOSE) -> None:
+def _check_alike(first: Source, other: Source, difference: str) -> None:
     """Raise MismatchError if there is a difference between two sources, a phrase to follow their names."""
     if difference:
-        raise MismatchError(f"{first.path} and {other.path}", difference, hint)
+        raise MismatchError(f"{first.path} and {other.path}", difference, _CHOOSE)
 
 
-def _difference(first: Source, other: Source, may_have_more: bool = False) -> str:
-    """Return why two sources cannot be of one run, as a phrase to follow their names; empty if they can.
-
-    `other` may have more tensors, and other tied ones, if only those of the first source are taken.
-    """
-    own, others = ({*one.entries} | ({*one.aliases} if not may_have_more else set()) for one in (first, other))
-    if differing := sorted(own - others if may_have_more else own ^ others):
+def _difference(first: Source, other: Source) -> str:
+    """Return why two sources cannot be of one run, as a phrase to follow their names; empty if they can."""
+    own, others = ({*one.entries} | {*one.aliases} for one in (first, other))
+    if differing := sorted(own ^ others):
         only = first if differing[0] in own else other
         return f"are of different models: only {only.name} has {names_in(differing)}"
-    if first.aliases != other.aliases and not may_have_more:
+    if first.aliases != other.aliases:
         tied = sorted(first.aliases.keys() ^ other.aliases.keys()) or sorted(first.aliases)
         return f"differ in what {shown(tied[0])} is tied to"
     for name, entry in first.entries.items():
@@ -279,14 +250,9 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
     return {
         "kind": "checkpoints", "path": str(place), "run": newest.run_id,
         **{key: getattr(newest, key) for key in ("t_unit", "t", "step")}, **describe_tensors(newest),
-        "bytes": sum(one.file_bytes for one in checkpoints), "checkpoints": list_checkpoints(checkpoints),
+        "bytes": sum(one.file_bytes for one in checkpoints), "checkpoints": [
+            {"file": one.name, "t": one.t, "holds": one.holds, "bytes": one.file_bytes, "identity": one.identity}
+            for one in checkpoints
+        ],
         **(manifest.describe() if manifest else {}),
     }  # fmt: skip
-
-
-def list_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
-    """Return the file, time, content and identity of each checkpoint, for JSON."""
-    return [
-        {"file": one.name, "t": one.t, "holds": one.holds, "bytes": one.file_bytes,
-         "identity": one.identity} for one in checkpoints
-    ]  # fmt: skip

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def synthesize(
-    directory: str | None = options.DIRECTORY_OR_CHECKPOINTS,
+    directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = options.SIGMA_REL,
     target: list[str] = options.TARGET,
     group: list[str] = options.TARGETS(
@@ -38,7 +38,6 @@ def synthesize(
     like: Path | None = options.LIKE_MODEL,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
-    checkpoints: str | None = options.CHECKPOINTS,
     t: float | None = options.TIME,
     step: str | None = options.STEP,
     dry_run: bool = options.HOW(False, "--dry-run", help="Show coefficients, errors and sizes; write nothing."),
@@ -65,7 +64,7 @@ def synthesize(
 
     targets = options.parse_targets(sigma_rel, target)
     targets += [Groups(options.parse_groups(group))] if group else []
-    run = options.open_run(directory, checkpoints)
+    run = options.open_run(directory)
     if not targets:
         kinds = "--sigma-rel 0.15, --target beta:0.9999 (`ema guide synthesis` lists the kinds) or --group '*=0.1'"
         raise InvalidValueError("no target", f"name at least one by {kinds}")
@@ -130,7 +129,7 @@ def _note_left_out(names: list[str], path: Path) -> None:
 
 
 def sweep(
-    directory: str | None = options.DIRECTORY_OR_CHECKPOINTS,
+    directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = options.TARGETS(
         None, show_default="all exact within 1 %", help="A range to search, 0.02:0.28, or a list to measure."
     ),
@@ -159,7 +158,6 @@ def sweep(
     ),
     like: Path | None = options.LIKE_MODEL,
     as_json: bool = options.JSON,
-    checkpoints: str | None = options.CHECKPOINTS,
     t: float | None = options.TIME,
 ) -> None:
     """Find the best length by your own metric.
@@ -179,7 +177,7 @@ def sweep(
     widths = options.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
     axis = options.optional(Axis.parse, target, "--target") or widths
     out = files.expanded(files.local_path("--out", out))
-    run = options.open_run(directory, checkpoints)
+    run = options.open_run(directory)
     output.warn_of_statistics(run.sources[-1].copies)
     say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line)
     report = Sweep(

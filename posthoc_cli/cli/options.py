@@ -61,14 +61,11 @@ LIKE = RUN(
 SIGMA_RANGE = TARGETS("0.05:0.28", metavar="LOW:HIGH", help="The range of sigma_rel that you will want.")
 DIRECTORY = Argument(..., metavar="DIR", help="The directory of the tracker's snapshots.")
 DIRECTORY_OR_CHECKPOINTS = Argument(
-    None, metavar="DIR", help="The directory of the tracker's snapshots, or of checkpoints.", show_default=False
+    ..., metavar="DIR", help="The directory of the tracker's snapshots, or of checkpoints."
 )
 PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
 OVERWRITE = OUTPUT(False, "--overwrite", "--force", "-f", help="Replace existing outputs.")
 JSON = OUTPUT(False, "--json", help="Print one JSON object.")
-CHECKPOINTS = RUN(
-    None, metavar="DIR|GLOB", help="Checkpoints of the training, 'out/step*.safetensors': instead of DIR or with it."
-)
 
 
 # --- values
@@ -149,25 +146,10 @@ def new_picture(out: Path | None, overwrite: bool) -> Path | None:
     return None if out is None else files.new_file(out, plots.PICTURES, overwrite)
 
 
-def open_run(place: str | None, checkpoints: str | None = None, directory: bool = True) -> Run:
-    """Open the run of DIR, --checkpoints or both; DIR may be a file unless `directory`."""
+def open_run(place: str, directory: bool = True) -> Run:
+    """Open the run of DIR, which may be a file unless `directory`."""
     from posthoc_cli.checkpoints.open_run import is_glob
     from posthoc_cli.run import Run
 
-    def checked(text: str, directory: bool, name: str) -> Path:
-        path = files.expanded(files.given_path(name, text))
-        return path if is_glob(path) else existing(path, directory)
-
-    if place is not None:
-        also = None if checkpoints is None else checked(checkpoints, False, "--checkpoints")
-        return Run(checked(place, directory, "DIR"), also=also)
-    if checkpoints is None:
-        raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
-    return Run(checked(checkpoints, directory, "--checkpoints"))
-
-
-def open_runs(places: Sequence[str], checkpoints: str | None) -> list[Run]:
-    """Open the runs of all DIR, or the run of --checkpoints."""
-    if checkpoints is not None and len(places) > 1:
-        raise InvalidValueError("--checkpoints", "belong to one training; name at most one DIR", value=checkpoints)
-    return [open_run(place, checkpoints) for place in places] or [open_run(None, checkpoints)]
+    path = files.expanded(files.given_path("DIR", place))
+    return Run(path if is_glob(path) else existing(path, directory))

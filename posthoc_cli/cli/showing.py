@@ -185,12 +185,11 @@ def _print_audit(found: dict[str, Any]) -> None:
 
 def report(
     directories: list[str] = Argument(
-        [], metavar="DIR", help="A directory of snapshots or of checkpoints; several are compared."
+        ..., metavar="DIR", help="A directory of snapshots or of checkpoints; several are compared."
     ),
     sweep: list[Path] = options.RUN(
         [], metavar="DIR", help="The folder that ema sweep has written for such a run. Repeatable."
     ),
-    checkpoints: str | None = options.CHECKPOINTS,
     out: Path = options.OUTPUT("report.html", "--out", "-o", help="The page."),
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
@@ -203,7 +202,7 @@ def report(
     from posthoc_cli.report.page import render
 
     page = files.new_file(out, (".html",), overwrite)
-    runs = options.open_runs(directories, checkpoints)
+    runs = list(map(options.open_run, directories))
     folders = [files.expanded(folder) for folder in sweep]
     text = render(runs, folders, page).encode()
     files.write_atomically(page, text, overwrite)
@@ -212,14 +211,13 @@ def report(
 
 def error_plot(
     directories: list[str] = Argument(
-        [], metavar="DIR", help="Directories of snapshots or of checkpoints, or globs of checkpoints."
+        ..., metavar="DIR", help="Directories of snapshots or of checkpoints, or globs of checkpoints."
     ),
     out: Path | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
     target: list[str] = options.TARGETS([], metavar="TARGET", help="Also this average: window:1000. Repeatable."),
     sigma_range: str = options.TARGETS("0.01:0.2886", metavar="LOW:HIGH", help="The curve's range of sigma_rel."),
-    checkpoints: str | None = options.CHECKPOINTS,
     t: float | None = options.TIME,
     method: options.Method | None = options.METHOD,
 ) -> None:
@@ -237,7 +235,7 @@ def error_plot(
         raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or add --json")
     picture = options.new_picture(out, overwrite)
     targets, ends = options.parse_targets(None, target), options.parse_sigma_range(sigma_range)
-    runs = options.open_runs(directories, checkpoints)
+    runs = list(map(options.open_run, directories))
     curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
     if picture is not None:
         output.write_picture(lambda: plots.error_figure(curves, method == "paper"), picture, overwrite)

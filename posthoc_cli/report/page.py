@@ -117,7 +117,6 @@ def _command(run: Run, result: dict[str, Any] | None = None) -> str:
         kind, best, settings = result["axis"], f"{result['best'][result['axis']]:.12g}", result["settings"]
     like, t = settings.get("like"), settings.get("t", run.t)
     options = {
-        "--checkpoints": run.also,
         **({"--sigma-rel": best} if kind == "sigma_rel" else {"--target": f"{kind}:{best}"}),
         "--t": None if t == run.t else f"{t:.12g}",
         "--like": like,

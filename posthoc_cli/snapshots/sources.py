@@ -282,12 +282,11 @@ def run_clock(sources: Sequence[Source]) -> Clock:
 
 
 def counted(sources: Sequence[Source], count: int | None = None, total: int | None = None) -> str:
-    """Return number and kinds, "1 snapshot", "43 snapshots and checkpoints", or "20 of 80 checkpoints" with counts."""
+    """Return number and kinds, "1 snapshot", or "20 of 80 checkpoints" with counts."""
     count = len(sources) if count is None else count
     total = count if total is None else total
-    kinds = sorted({source.word for source in sources}, reverse=True)
     number = f"{count:,}" if count == total else f"{count:,} of {total:,}"
-    return f"{number} {' and '.join(f'{kind}s' if total != 1 else kind for kind in kinds)}"
+    return f"{number} {sources[0].word}{'s' * (total != 1)}"
 
 
 # --- the prior, from measurements or a sample

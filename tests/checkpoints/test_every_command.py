@@ -53,6 +53,17 @@ def test_a_plan_moves_like_the_checkpoints(ema: Ema, run: Path) -> None:
     assert report["assumption"] == f"the network moves as in {run / 'own'}"
 
 
+def test_checkpoints_are_not_called_snapshots(ema: Ema, run: Path) -> None:
+    made = ema("synthesize", run / "own", "--target", "between:383:387", "--dry-run")
+    assert made.out.startswith("file ")
+    described = ema("info", run / "own", "--json").json
+    assert len(described["checkpoints"]) == 40
+    assert (described["refers_to"], described["files"]) == (str(run / "ck"), 40)
+    assert described["settings"] == SETTINGS | {"exclude": [SETTINGS["exclude"]]}
+    assert re.search(r"predicted error \S+ % from the 40 checkpoints up to t = 400", made.err)
+    assert "snapshot" not in made.out + made.err
+
+
 def test_a_sweep_and_its_page_name_what_to_repeat(
     ema: Ema, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,29 +79,6 @@ def test_a_sweep_and_its_page_name_what_to_repeat(
     assert ema(*shlex.split(make)).code == 0
     assert_same_tensors(load_file("model.safetensors"), wanted)
     assert ema(*shlex.split(again), "--sigma-rel", "0.1,0.15,0.2").code == 0
-
-
-def test_checkpoints_are_combined_with_snapshots_or_replace_them(ema: Ema, run: Path, tmp_path: Path) -> None:
-    also = ["--checkpoints", run / "own"]
-    curve = ("--sigma-range", "0.01:0.1", "--json")
-    sources = [run / "ema"], also, [run / "ema", *also]
-    curves = [ema("error-plot", *source, *curve).json["curves"][0] for source in sources]
-    errors = [one["predicted_error"][0] for one in curves]
-    assert errors[2] < errors[1] < errors[0]
-    counts = [re.search(r"[\d]+ [a-z ]+ up to", one["label"])[0] for one in curves]  # type: ignore[index]
-    outputs = [ema("synthesize", *source, "--sigma-rel", "0.1", "--dry-run").out for source in sources]
-    made = ema("synthesize", run / "own", "--target", "between:383:387", "--dry-run")
-    assert re.search(r"predicted error \S+ % from the 40 checkpoints up to t = 400", made.err)
-    assert "snapshot" not in made.out + made.err
-    kinds = ("snapshots", "checkpoints", "snapshots and checkpoints")
-    for kind, count, output in zip(kinds, counts, outputs, strict=True):
-        assert re.fullmatch(rf"\d+ {kind} up to", count)
-        assert re.search(rf" from \d+ {kind}, predicted error", output)
-    described = ema("info", run / "own", "--json").json
-    assert (described["refers_to"], described["files"]) == (str(run / "ck"), 40)
-    assert described["settings"] == SETTINGS | {"exclude": [SETTINGS["exclude"]]}
-    assert ema("report", run / "ema", *also, "--out", tmp_path / "page.html").code == 0
-    assert "at most one DIR" in ema("error-plot", run / "ema", run / "ema", *also, "--json").error
 
 
 def test_a_setting_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ema_command import Ema
 from factories import contents
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import PostHocEMA, Run, errors, import_checkpoints
+from posthoc_cli import Run, errors, import_checkpoints
 from posthoc_cli.profiles import Point
 
 Write = Callable[[str], Path]
@@ -280,36 +280,6 @@ def test_a_file_that_changes_or_shrinks_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(errors.VanishedError), source:
         pass
     assert [one.t for one in run.sources] == [2, 3]
-
-
-def test_checkpoints_of_another_model_are_not_combined_with_snapshots(tmp_path: Path) -> None:
-    """Their steps become times of the run; only the tensors of the snapshots are taken."""
-    model = torch.nn.Linear(30, 20)
-    (tmp_path / "own").mkdir()
-    with PostHocEMA.from_model(
-        model, tmp_path / "ema", update_every=10, checkpoint_every=10, t_unit="images"
-    ) as tracker:
-        for step in range(1, 31):
-            tracker.update_(model, t=8.0 * step)
-            if step % 10 == 0:
-                content = dict(model.state_dict()) | {"optimizer": torch.ones(2)}
-                torch.save(content, tmp_path / "own" / f"step{step}.pt")
-    both = Run(tmp_path / "ema", also=tmp_path / "own")
-    assert [source.t for source in both.sources if isinstance(source.profile, Point)] == [80.0, 160.0, 240.0]
-    assert set(both.tensors) == {"weight", "bias"}
-    with pytest.raises(errors.InvalidValueError, match="are added to the snapshots of a tracker"):
-        _ = Run(tmp_path / "own", also=tmp_path / "ema").sources
-    for weight, reason in (
-        (torch.ones(2, 2), "have shapes"), (torch.ones(20, 30, dtype=torch.int64), "is of float16 and of int64"),
-        (None, "only .* has 'weight'"),
-    ):  # fmt: skip
-        for path in (tmp_path / "own").iterdir():
-            content = {"bias": torch.ones(20), "other": torch.ones(2)}
-            torch.save(content if weight is None else content | {"weight": weight}, path)
-        with pytest.raises(errors.MismatchError, match=reason):
-            _ = both.sources
-    with pytest.raises(errors.FileFormatError, match="is a snapshot of this package, no checkpoint"):
-        _ = Run(tmp_path / "ema" / "*.safetensors").sources
 
 
 def test_each_checkpoint_has_a_name_of_its_own(tmp_path: Path) -> None:

@@ -90,8 +90,9 @@ def test_each_command_takes_a_url(made: Path, bucket: str, ema: Ema, tmp_path: P
         assert "all intact" in ema("verify", path).out
     assert ema("export", f"{run}/0000000000000040-0.05.safetensors", "--out", tmp_path / "one.pt").code == 0
     assert ema("prune", run, "--keep", "3", "--dry-run").code == 0
-    with_checkpoints = ("--checkpoints", f"{bucket}/folders", "--out", tmp_path / "with.safetensors")
-    assert ema("synthesize", run, *with_checkpoints, "--sigma-rel", "0.1").code == 0
+    assert (
+        ema("synthesize", f"{bucket}/folders", "--out", tmp_path / "with.safetensors", "--sigma-rel", "0.1").code == 0
+    )
 
 
 def test_an_output_appears_in_the_bucket_complete_and_replaces_nothing(

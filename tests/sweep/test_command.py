@@ -154,20 +154,20 @@ def test_a_best_length_at_an_end_is_reported_as_such(run: Run, tmp_path: Path) -
     assert all(records.count(f'"{trial.target}"') == 1 for trial in wider.trials)
 
 
-def with_raw_weights(run: Run, folder: Path) -> Run:
-    """Return the run with a checkpoint of its last step, whose weights are all 7."""
-    raw = {name: torch.full_like(value, 7.0) for name, value in run.average(0.1).items()}
-    save_file(raw, folder / "step-20.safetensors")
-    return Run(run.directory, also=folder / "step-20.safetensors")
+def of_raw_weights(folder: Path) -> Run:
+    """Return a run of checkpoints, whose last weights are all 7."""
+    for step in (5, 10, 15, 20):
+        save_file({"a": torch.full((9,), 7.0 if step == 20 else float(step))}, folder / f"step-{step}.safetensors")
+    return Run(folder / "step-*.safetensors")
 
 
 def test_raw_weights_that_the_run_contains_are_measured(ema: Ema, run: Run, tmp_path: Path) -> None:
     (tmp_path / "first.py").write_text(f"{FIRST}print(first(sys.argv[1]))")
     command = f"{sys.executable} -S {tmp_path}/first.py {{weights}}"
-    report = swept(with_raw_weights(run, tmp_path), tmp_path / "out", command, axis=GRID)
+    report = swept(of_raw_weights(tmp_path), tmp_path / "out", command, axis=GRID)
     assert report.raw == 7.0
     assert [trial.target for trial in report.trials][:1] == ["raw"]
-    more = swept(with_raw_weights(run, tmp_path), tmp_path / "out", command, axis=GRID, repeats=2)
+    more = swept(of_raw_weights(tmp_path), tmp_path / "out", command, axis=GRID, repeats=2)
     assert sorted(trial.seed for trial in more.trials if trial.target == "raw") == [0, 1]
     assert len((tmp_path / "out" / "trials.jsonl").read_text().splitlines()) == len(more.trials) == 8
     options = ("--run", command, "--sigma-rel", "0.05,0.1,0.2", "--minimize", "--out", tmp_path / "without")
