@@ -17,7 +17,7 @@ from posthoc_cli.checkpoints.open_run import describe_checkpoints, disk_sources,
 from posthoc_cli.errors import DirectoryError, FileFormatError, PostHocError, VanishedError, check_count, percent
 from posthoc_cli.planning import EVENLY, USEFUL_RANGE, ErrorCurve, PlanReport, error_curve, propose, time_between
 from posthoc_cli.profiles import PowerFunction, Profile
-from posthoc_cli.resources import ProgressBar, no_bar, parse_bytes
+from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, list_directory, read_directory
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
@@ -313,7 +313,6 @@ class Run:
         self,
         *,
         keep: int | None = None,
-        max_size: int | str | None = None,
         max_error: float | None = None,
         sigma_range: tuple[float, float] = USEFUL_RANGE,
         dry_run: bool = False,
@@ -323,7 +322,6 @@ class Run:
         """Delete the snapshots that matter least. Arguments and errors are those of `plan_pruning`, and:
 
         Arguments:
-            max_size: keep as many snapshots as take at most this many bytes; a number, or a text such as "60GB".
             dry_run: delete nothing.
             agree: called with the plan before anything is deleted, without the lock; nothing is deleted if it is False.
             progress: opens a progress bar.
@@ -333,12 +331,11 @@ class Run:
             LockedError: a tracker is writing to the directory.
             MismatchError: the directory has changed in the meantime; nothing was deleted.
         """
-        nbytes = None if max_size is None else parse_bytes(str(max_size), "max_size")
         if not dry_run:
             files.local_path("directory", self.directory)
         if is_import(self.directory):
             raise DirectoryError(self.directory, "refers to files of other programs, which are never deleted")
-        planned = plan_pruning(self.snapshots, keep, nbytes, max_error, sigma_range)
+        planned = plan_pruning(self.snapshots, keep, max_error, sigma_range)
         if dry_run or not planned.to_delete or not agree(planned):
             return planned
         with progress("verifying what stays", planned.read_bytes) as advance:

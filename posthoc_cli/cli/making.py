@@ -348,7 +348,6 @@ def _parse_decay(text: str) -> float | str:
 def prune(
     directory: str = options.DIRECTORY,
     keep: str | None = options.HOW(None, metavar="COUNT", help="Keep this number of snapshots of each profile."),
-    max_size: str | None = options.HOW(None, metavar="SIZE", help="Or keep as many as fit: 10GB, 500MiB."),
     max_error: str | None = options.HOW(
         None, metavar="ERROR", help="Or as few as keep the predicted errors below: 1e-3."
     ),
@@ -365,7 +364,7 @@ def prune(
     """
     from posthoc_cli.run import Run
 
-    check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
+    check_alone(1, keep=keep, max_error=max_error)
     count = options.optional(options.parse_count, keep, "--keep", "20")
     error = options.optional(options.parse_max_error, max_error)
     ends = options.parse_sigma_range(sigma_range)
@@ -380,7 +379,7 @@ def prune(
         return yes or typer.confirm(f"delete {output.counted(len(planned.to_delete), 'snapshot')} for good?", err=True)
 
     pruning = run.prune(
-        keep=count, max_size=max_size, max_error=error, sigma_range=ends, dry_run=dry_run, agree=agree,
+        keep=count, max_error=error, sigma_range=ends, dry_run=dry_run, agree=agree,
         progress=output.progress_bar(),
     )  # fmt: skip
     done = pruning.to_dict()

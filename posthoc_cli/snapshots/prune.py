@@ -10,22 +10,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.errors import (
-    InexactError,
-    InvalidValueError,
-    MismatchError,
-    check_alone,
-    check_count,
-    check_max_error,
-    percent,
-)
+from posthoc_cli.errors import InexactError, MismatchError, check_alone, check_count, check_max_error, percent
 from posthoc_cli.planning import USEFUL_RANGE, ErrorCurve, check_sigma_range, error_curve, exchanged, removal_order
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import one_blas_thread, thinned_subset
@@ -86,7 +77,6 @@ class Pruning:
 def plan_pruning(
     snapshots: Sequence[Snapshot],
     keep: int | None = None,
-    max_size: int | None = None,
     max_error: float | None = None,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> Pruning:
@@ -95,16 +85,14 @@ def plan_pruning(
     The newest snapshot of each profile stays, and those of the newest time that all profiles have, from which training
     can continue. Of very many snapshots, those that a reconstruction would not use are deleted first.
 
-    Exactly one of three is given: `keep` snapshots of each profile stay; or as many as fit in `max_size` bytes; or as
-    few as have at most the worst error `max_error` over `sigma_range`, with a margin for the prediction. An
-    InvalidValueError or InexactError says that no choice can fulfil it.
+    Exactly one of two is given: `keep` snapshots of each profile stay; or as few as have at most the worst error
+    `max_error` over `sigma_range`, with a margin for the prediction. An InexactError says that no choice can fulfil it.
     """
-    check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
+    check_alone(1, keep=keep, max_error=max_error)
     check_max_error(max_error)
     check_sigma_range(sigma_range)
-    for name, number in (("max_size", max_size), ("keep", keep)):
-        if number is not None:
-            check_count(name, number)
+    if keep is not None:
+        check_count("keep", keep)
     everyone = [snapshot.profile for snapshot in snapshots]
     needed = _needed(everyone)
     used = sorted({*thinned_subset(everyone, keep=keep or 1), *needed})
@@ -134,12 +122,8 @@ def plan_pruning(
     bound = math.inf if max_error is None else max_error / _MARGIN
     if max_error is not None:
         gone = gone[: bisect_left(range(1, len(gone) + 1), True, key=lambda n: without(gone[:n]).worst > bound)]
-    if max_size is not None:
-        count = _enough_bytes(snapshots, [*beyond, *(used[place] for place in gone)], max_size)
-        beyond, gone = beyond[:count], gone[: max(count - len(beyond), 0)]
     better = exchanged(profiles, prior, left(gone), gone, staying, sigma_range)
-    fits = max_size is None or file_bytes([chosen[place] for place in left(better)]) <= max_size
-    if fits and (max_error is None or without(better).worst <= bound):  # headers of later snapshots are longer
+    if max_error is None or without(better).worst <= bound:
         gone = better
     deleted = [*beyond, *(used[place] for place in gone)]
     kept = tuple(snapshots[index] for index in range(len(snapshots)) if index not in {*deleted})
@@ -174,14 +158,3 @@ def _needed(profiles: Sequence[PowerFunction]) -> set[int]:
     newest = {gamma: max(of_profile) for gamma, of_profile in times.items()}
     complete = max(set.intersection(*times.values()), default=None)
     return {index for index, p in enumerate(profiles) if p.t in (newest[p.gamma], complete)}
-
-
-def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_size: int) -> int:
-    """Return how many of the first snapshots in `order` must be deleted for the others to fit."""
-    freed = [0, *accumulate(snapshots[index].nbytes for index in order)]
-    size = file_bytes(snapshots)
-    fitting = next((count for count, nbytes in enumerate(freed) if size - nbytes <= max_size), None)
-    if fitting is None:
-        reason = f"the newest snapshots of each profile, which stay, take {size - freed[-1]:,} bytes"
-        raise InvalidValueError("max_size", reason, value=f"{max_size:,} bytes")
-    return fitting
