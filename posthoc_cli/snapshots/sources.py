@@ -346,14 +346,14 @@ def scaled_run(snapshots: Sequence[Source], steps: float) -> EarlierRun:
     return EarlierRun(prior.stretched(steps, float(times.max()), norm), rounding_by_dtype)
 
 
-def sample_measurements(snapshots: Sequence[Source], local: bool = False) -> list[Measurements]:
+def sample_measurements(snapshots: Sequence[Source]) -> list[Measurements]:
     """Estimate the measurements of the snapshots of one run, in their order, from the stored averages.
 
     `Distance.rounding` is the expected rounding of both averages. Raises NonFiniteError for nan or infinity, and
     OverflowError for values too large to be squared.
 
-    With `local`, a distance that shows recent motion alone (see `_recent_motion`) replaces all distances of another
-    library's average, if at its time it is well above its rounding.
+    A distance that shows recent motion alone (see `_recent_motion`) replaces all distances of another library's
+    average, if at its time it is well above its rounding.
     """
     measured: dict[int, Measurements] = {}
     newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
@@ -361,7 +361,7 @@ def sample_measurements(snapshots: Sequence[Source], local: bool = False) -> lis
     for _, at_time in groupby(by_time(snapshots), key=lambda snapshot: snapshot.t):
         now = [_read(snapshot, ranges) for snapshot in at_time]
         earlier = [sample for kind in sorted(newest) for samples in newest[kind] for sample in samples]
-        recent = [_recent_motion(sample, newest[_kind(sample.snapshot)]) if local else None for sample in now]
+        recent = [_recent_motion(sample, newest[_kind(sample.snapshot)]) for sample in now]
         is_clear = any(motion and motion.squared > _CLEAR * motion.rounding for motion in recent)
         for sample, motion in zip(now, recent, strict=True):
             distances = [motion] if motion else []
@@ -381,7 +381,7 @@ def with_sampled_measurements(snapshots: Sequence[Source]) -> list[StoredAverage
     They have no measurements if values are too large to be squared.
     """
     try:
-        sampled: Sequence[Measurements | None] = sample_measurements(snapshots, local=True)
+        sampled: Sequence[Measurements | None] = sample_measurements(snapshots)
     except OverflowError:
         sampled = [None] * len(snapshots)
     return [

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,7 +25,6 @@ class Server(ThreadingHTTPServer):
         asked: one line for each request: its method, path and range.
         sent: total bytes of the bodies.
         fault: called with the number of a request and its handler; returns whether it has answered.
-        latency: seconds before each answer.
     """
 
     daemon_threads = True
@@ -34,7 +32,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.asked, self.sent, self.latency = folder, list[str](), 0, 0.0
+        self.folder, self.asked, self.sent = folder, list[str](), 0
         self.fault: Callable[[int, Any], bool] = lambda _number, _handler: False
         self.lock = threading.Lock()
 
@@ -61,7 +59,6 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked.append(f"{self.command} {self.path} {self.headers.get('range', '')}".strip())
             number = len(self.server.asked)
-        time.sleep(self.server.latency)
         if self.server.fault(number, self):
             return
         url = urlsplit(self.path)
@@ -144,9 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
             text += f"<Contents><Key>{escape(key)}</Key>{facts}<ETag>&quot;x&quot;</ETag></Contents>"
         self.answer(200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{text}</ListBucketResult>".encode())
 
-    def refuse(self, status: int, code: str = "", message: str = "secret") -> bool:
+    def refuse(self, status: int, code: str) -> bool:
         """Answer with an error of S3."""
-        self.answer(status, f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode())
+        self.answer(status, f"<Error><Code>{code}</Code><Message>secret</Message></Error>".encode())
         return True
 
     def answer(self, status: int, data: bytes) -> None:
