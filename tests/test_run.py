@@ -107,6 +107,7 @@ def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema:
         (lambda run: run.prune(max_error="1%"), "max_error", "'1%': must be a relative error in (0, 1)"),
         (lambda run: run.prune(keep=2, sigma_range=(0.2, 0.1)), "sigma_range", "(0.2, 0.1): must be two numbers in"),
         (lambda run: run.prune(max_error=0.1, keep=1), "keep and max_error", ": give one of them"),
+        (lambda run: run.prune(keep=0), "keep", "0: must be a whole number, at least 1"),
         (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),
         (lambda run: run.plan([]), "sigma_rel", "at least one value is needed"),
         (lambda run: run.write([TARGETS["given"]] * 2, "out"), "out", "would both become out/given.safetensors"),
