@@ -1,7 +1,5 @@
 """Statements that many tests make: what an error says, and that two states hold the same tensors."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterator, Mapping

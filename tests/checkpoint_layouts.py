@@ -1,7 +1,5 @@
 """Checkpoints of a random walk, in the layouts of other programs."""
 
-from __future__ import annotations
-
 import json
 import operator
 import pickle

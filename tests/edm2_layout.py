@@ -4,8 +4,6 @@ The classes are made here, to the same layout: an object is rebuilt by a call wi
 unpickling in Python would run that source.
 """
 
-from __future__ import annotations
-
 import pickle
 import sys
 import types

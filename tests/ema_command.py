@@ -1,7 +1,5 @@
 """A runner of the command `ema` in the process of a test."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging

@@ -3,8 +3,6 @@
 The averages here are NumPy float64 straight from the formulas, never this package's own.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ Parameters follow a walk that every process knows in full, so that the values of
 those of the same model in one process, whatever the order in which gradients would have been added.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

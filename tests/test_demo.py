@@ -1,7 +1,5 @@
 """`ema demo`: its training is real, it prints the commands that it runs, and its numbers hold."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,7 +1,5 @@
 """The engine of a synthesis: the same bytes for any tiles and threads, constant memory, nothing left after failures."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import shutil

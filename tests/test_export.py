@@ -1,7 +1,5 @@
 """Exports in layouts that other libraries read; each is complete or absent."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """A file appears complete or not at all, whichever operation the system refuses."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import os

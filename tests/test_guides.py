@@ -1,7 +1,5 @@
 """README and guides: their code runs, the links and tests that they name exist, and no line is repeated."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -4,8 +4,6 @@ Walks of known rates are tracked; every average made from the directory is compa
 updates.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from itertools import product

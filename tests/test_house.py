@@ -1,7 +1,5 @@
 """The rules of the whole package: public names, the direction of imports, fast help, documentation."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Thinning, schedules and error curves; proposals fit their budget and are better than even spacing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial

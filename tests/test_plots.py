@@ -1,7 +1,5 @@
 """Figures: lines that differ, a legend of what is drawn, text that stays within the figure."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Profiles against mpmath, sums and integrals, and against simulated averages."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """`Run`: what the command line does, as calls on an object."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

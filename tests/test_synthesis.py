@@ -1,7 +1,5 @@
 """Coefficients times snapshots, compared with sums in NumPy float64; and the errors of planning."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

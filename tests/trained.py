@@ -1,7 +1,5 @@
 """A small real training, all of its weights, and averages of them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

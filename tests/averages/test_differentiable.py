@@ -1,7 +1,5 @@
 """`DifferentiableEMA`: averages and gradients against formulas in NumPy, states and bad input."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any

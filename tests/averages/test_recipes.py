@@ -1,7 +1,5 @@
 """Switch EMA, and Hare and Tortoise: trajectories against NumPy, float64, over both kinds of averages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """EMAStats: the formulas in NumPy, gradients, precision, copies, and what is refused."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

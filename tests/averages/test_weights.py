@@ -1,7 +1,5 @@
 """Averages of a model's weights: the formulas, what is copied, states, precision, subclasses and wrappers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints of a random walk, written in any layout."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The audit of averages of a real training, and of averages that are broken in the ways of public bug reports."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

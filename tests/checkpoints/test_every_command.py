@@ -1,7 +1,5 @@
 """Every command that takes a run opens checkpoints and imports."""
 
-from __future__ import annotations
-
 import html
 import os
 import re

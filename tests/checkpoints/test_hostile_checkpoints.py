@@ -1,7 +1,5 @@
 """Damaged and hostile checkpoints: one clear line, nothing executed, nothing written."""
 
-from __future__ import annotations
-
 import copyreg
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """A run that refers to other programs' files: its content, files that change, hostile manifests."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Averages that other libraries stored, written by the libraries themselves where they are installed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path

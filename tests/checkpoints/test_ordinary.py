@@ -1,7 +1,5 @@
 """Averages of any length from ordinary EMAs, as the libraries that are installed write them, else in their format."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

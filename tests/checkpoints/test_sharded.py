@@ -1,7 +1,5 @@
 """Checkpoints that a group of processes wrote in chunks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

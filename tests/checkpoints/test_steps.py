@@ -1,7 +1,5 @@
 """Steps in names: plain digits are read, numbers that may mean something else are refused."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

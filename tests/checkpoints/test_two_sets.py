@@ -1,7 +1,5 @@
 """Layouts of public trainings: two sets of tensors, one of whose keys says that it is the average."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Ordinary EMAs whose files lack the warm-up, restarts or clock: an import finds, takes or requires them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

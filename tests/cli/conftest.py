@@ -1,7 +1,5 @@
 """A run for the commands."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`ema info`, `export` and `profile`, and the tables that commands print."""
 
-from __future__ import annotations
-
 import io
 import re
 import shlex

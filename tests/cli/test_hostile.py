@@ -1,7 +1,5 @@
 """Untrusted directories, names and environments: no other file is changed, no code is run, and nothing leaks."""
 
-from __future__ import annotations
-
 import getpass
 import os
 import shutil

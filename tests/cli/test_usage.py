@@ -1,7 +1,5 @@
 """The conventions of all commands: exit codes, help, short options and the notation of numbers."""
 
-from __future__ import annotations
-
 import ast
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The installed `ema` in a separate process, and a training script as users write it."""
 
-from __future__ import annotations
-
 import json
 import os
 import pty

@@ -1,7 +1,5 @@
 """A synthesis by the ranks of a torchrun job, and its files after one of them was killed or has failed."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 import socket

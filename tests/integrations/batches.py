@@ -1,7 +1,5 @@
 """A training within accelerate, also as a program that kills itself."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fixtures of the tests with training frameworks."""
 
-from __future__ import annotations
-
 import pytest
 from integrations.programs import forget
 

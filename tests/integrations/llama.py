@@ -1,7 +1,5 @@
 """A small language model, and its training by the transformers Trainer, also as a program that kills itself."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Trainings in separate processes, which can be killed, and what accelerate expects of a group."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

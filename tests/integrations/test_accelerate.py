@@ -1,7 +1,5 @@
 """The tracker within accelerate, with the real library."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DeepSpeed ZeRO-1 and ZeRO-2 on the CPU, with the real library: `update_` after each step, and a state to resume."""
 
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The replacement for diffusers' EMAModel, with the real library."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

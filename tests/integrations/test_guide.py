@@ -1,7 +1,5 @@
 """The examples of the guide `trainers` run, each with its framework."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The callback for Lightning's Trainer, with the real library."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Model folders with averaged weights, made like a given folder: the real libraries load them, and compute the same."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Trainings of the frameworks in processes of their own, of which some are killed."""
 
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 

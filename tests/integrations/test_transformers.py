@@ -1,7 +1,5 @@
 """The callback for the transformers Trainer, with the real library."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The exact averages: float64 sums over weights that the test has recorded."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

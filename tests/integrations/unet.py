@@ -1,7 +1,5 @@
 """The training of a small diffusion model as in diffusers' scripts, also as a program that kills itself."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

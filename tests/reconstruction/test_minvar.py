@@ -1,7 +1,5 @@
 """Minimum variance: closed forms against quadrature, the solver against 60 digits, and properties of any optimum."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise

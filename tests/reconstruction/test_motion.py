@@ -1,7 +1,5 @@
 """The fitted motion: from distances that are exact by construction, from simulated paths, and from too little."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise

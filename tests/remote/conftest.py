@@ -1,7 +1,5 @@
 """Servers on the loopback interface with the protocols of object stores and the Hub."""
 
-from __future__ import annotations
-
 import urllib.request
 from collections.abc import Callable, Iterator
 

@@ -3,8 +3,6 @@
 It implements as much of S3 as reading a bucket needs, so that each request of a run can be made to fail.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Commands that write to a bucket: an import, and a synthesis by several processes; pruning is refused."""
 
-from __future__ import annotations
-
 import errno
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Failures of requests: they are retried where that helps, or are an error of one line without a secret."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """Runs and checkpoints in a bucket: each command does the same as with the files on a disk."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

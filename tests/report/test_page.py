@@ -1,7 +1,5 @@
 """The page: complete in one file, no requests, names run no scripts, and a file that is no sweep is refused."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

@@ -1,7 +1,5 @@
 """Files and directories that tests may damage: copies of files that are made once."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

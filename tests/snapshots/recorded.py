@@ -1,7 +1,5 @@
 """Runs of a real tracker, failing file operations, and small files, for tests that damage them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A directory holds one run, whose files belong together; adding to it loses nothing."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

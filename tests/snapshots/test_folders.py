@@ -1,7 +1,5 @@
 """Snapshots in several parts are read as one file, are complete or ignored, and are moved as one."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

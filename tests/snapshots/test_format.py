@@ -3,8 +3,6 @@
 `read_by_the_book` is written from the docstring of posthoc_cli/snapshots/tensorfile.py alone.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from dataclasses import dataclass

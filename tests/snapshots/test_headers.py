@@ -3,8 +3,6 @@
 Each value of a header is checked against its annotation.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """One writer per directory, which is named, and whose death releases the lock."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

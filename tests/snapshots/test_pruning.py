@@ -1,7 +1,5 @@
 """Pruning deletes the snapshots that are needed least, and never endangers those that stay."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Measurements from a sample are exact for small models and unbiased for large ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A tensor file is absent or complete; a file that cannot be read is an error that names it before a value is used."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Callable

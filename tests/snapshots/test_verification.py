@@ -1,7 +1,5 @@
 """Verification finds every change since a file was written, names the file, and reports nothing else."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """A sweep by commands: what a command receives, how failures are handled, and which files are kept."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

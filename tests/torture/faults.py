@@ -4,8 +4,6 @@ Two file systems replace the real one: one fails at a chosen operation, the othe
 would leave, of a process that is killed or of a machine that loses power.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import random

@@ -3,8 +3,6 @@
 Each use ends at once with one error, or without harm; nothing outside is touched, nothing partial is left.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import random

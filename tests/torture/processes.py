@@ -1,7 +1,5 @@
 """Trainings, single and sharded, that are killed, and several processes in one directory."""
 
-from __future__ import annotations
-
 import random
 import shutil
 import time

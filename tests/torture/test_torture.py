@@ -1,7 +1,5 @@
 """The experiments, with the names of the guide `durability`; `make torture` runs all of each and prints a table."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,8 +3,6 @@
 Every snapshot and every output therefore has one correct content, which is computed here from the formula in float64.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Fixtures of the tracker's tests."""
 
-from __future__ import annotations
-
 import pytest
 
 from posthoc_cli.tracker import memory

@@ -1,7 +1,5 @@
 """A tracker attached to an optimizer: which steps count, which optimizers are refused, and which tracker holds one."""
 
-from __future__ import annotations
-
 import errno
 import gc
 from contextlib import nullcontext

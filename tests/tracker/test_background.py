@@ -1,7 +1,5 @@
 """Work in the background of a training: the same values as without it, errors that are raised once, nothing lost."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

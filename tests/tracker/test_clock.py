@@ -1,7 +1,5 @@
 """The clock of a run that counts images while its batch size changes, as its snapshots store it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 A run continues at the newest time whose sample of raw weights equals the model's, or at a step that the user names.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import os

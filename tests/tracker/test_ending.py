@@ -1,7 +1,5 @@
 """Snapshots off the schedule: the last one, at the end of a training, and those that the training asks for."""
 
-from __future__ import annotations
-
 import gc
 import threading
 from pathlib import Path

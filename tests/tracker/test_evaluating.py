@@ -1,7 +1,5 @@
 """Averages during training, BatchNorm's running statistics among them: their values, from memory and from snapshots."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """The tensors of a model that are tracked, and averaged weights in a live model."""
 
-from __future__ import annotations
-
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The selection of tracked tensors: filters by name, buffers, and tensors of every kind."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

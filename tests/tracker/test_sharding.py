@@ -3,8 +3,6 @@
 Each agrees with the averages of one process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

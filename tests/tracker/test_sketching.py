@@ -1,7 +1,5 @@
 """The sketch of the weights' path that the tracker makes at folds."""
 
-from __future__ import annotations
-
 import errno
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ All elements of the model are equal, hence all elements of an average are: a dif
 middle of an update. The definition gives the correct value at each step.
 """
 
-from __future__ import annotations
-
 import random
 import signal
 import threading

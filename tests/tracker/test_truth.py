@@ -6,8 +6,6 @@ rounding is left, and the further a target is from them, the less the twenty sna
 is a hundred times that at 0.07). Targets above 0.20 are not tested: their error is inherent in the method.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The running averages hold exactly the profile, for any stride, warm-up and clock."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

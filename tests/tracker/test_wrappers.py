@@ -3,8 +3,6 @@
 Of models with PEFT adapters, the adapters alone are tracked, under the names by which PEFT saves and loads them.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
