@@ -87,7 +87,7 @@ def write(
     folder: Path, weights: np.ndarray, update: Average, dtype: torch.dtype = torch.float32, form: Form = timm
 ) -> Path:
     """Write checkpoints with the weights and the average, in a dtype."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     averages = follow(update, weights)
     for step in TIMES:
         content = form(step, named(weights[step - 1]), named(averages[step - 1], dtype))

@@ -211,11 +211,10 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "a zero": listed("a\0b"), "a url": listed("s3://bucket/x.pt"), "no files": {"files": {}},
     "no checkpoints": {"checkpoints": []}, "a kind that is a list": first([]), "a wrong kind": first("edm2"),
     "a text for a step": first(step="1"), "half a step": first(step=0.5), "a far step": first(step=10**300),
-    "settings that are a list": {"settings": []},
-    "an unknown setting": {"settings": {"x": 1}}, "widths of letters": {"settings": {"sigma_rels": "ab"}},
-    "no pattern": {"settings": {"step_from": "("}}, "files that are a list": {"files": [FIRST]},
+    "settings that are a list": {"settings": []}, "an unknown setting": {"settings": {"x": 1}},
+    "widths of letters": {"settings": {"sigma_rels": "ab"}}, "no pattern": {"settings": {"step_from": "("}},
+    "files that are a list": {"files": [FIRST]}, "keys of more": {"files": {FIRST: [1, "x", 2]}},
     "a far version": {"version": 2}, "a place that is a number": {"from": 5},
-    "keys of more": {"files": {FIRST: [1, "x", 2]}},
 }  # fmt: skip
 
 

@@ -98,14 +98,12 @@ def test_a_file_can_be_described_without_its_step(tmp_path: Path) -> None:
     assert (described["kind"], described["tensors"], described["parameters"]) == ("checkpoint", 1, 6)
 
 
-@pytest.mark.parametrize(
-    "step", [0.5, 10**400, float("inf"), torch.tensor(float("inf")), 10**16, "9" * 400, "²"], ids=range(7)
-)
+@pytest.mark.parametrize("step", [0.5, 10**400, float("inf"), torch.tensor(float("inf")), 10**16], ids=range(5))
 def test_a_step_that_is_none_is_one_line(step: object, tmp_path: Path) -> None:
-    torch.save({"model": {"w": torch.ones(3)}, "step": step}, tmp_path / "run7.pt")
-    if isinstance(step, str):  # the name tells it
+    for text in ("9" * 400, "²"):  # the name tells it
+        torch.save({"model": {"w": torch.ones(3)}, "step": text}, tmp_path / "run7.pt")
         assert Run(tmp_path).step == 7
-        return
+    torch.save({"model": {"w": torch.ones(3)}, "step": step}, tmp_path / "run7.pt")
     with pytest.raises(errors.InvalidValueError, match=r"run7.pt: its step is .*; must be a whole number from 1 to"):
         _ = Run(tmp_path).sources
 
