@@ -49,7 +49,6 @@ def load_output(path: Path) -> dict[str, torch.Tensor]:
 
 
 def saved_and_loaded(module: Module) -> Module:
-    """Return the module after torch.save and torch.load."""
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)

@@ -19,7 +19,6 @@ STEPS = (20, 40, 100, 200)
 
 
 def walk() -> dict[int, Weights]:
-    """Return the weights of a small model at some steps."""
     generator = torch.Generator().manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
     state = {name: value.clone() for name, value in layers.state_dict().items()}

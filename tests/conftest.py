@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
 from ema_command import Ema, run_ema  # noqa: E402
+from integrations.programs import forget  # noqa: E402
 
-from posthoc_cli.tracker import pipeline  # noqa: E402
+from posthoc_cli.tracker import memory, pipeline  # noqa: E402
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # other work runs at the same time
 hypothesis.settings.load_profile("any machine")
@@ -44,9 +45,16 @@ def _alone() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _ended() -> Iterator[None]:
-    """Close trackers that a test has not closed, so that they log nothing into another test."""
+    """Close trackers that a test has not closed, so that they log nothing into another test; reset accelerate."""
     yield
     pipeline.finish()
+    forget()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divide the tensors of small models into many tiles, as those of large ones are."""
+    monkeypatch.setattr(memory, "TILE", 64)
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ def _reconstruct_persistent_obj(meta: EasyDict) -> None:
 
 
 def network() -> torch.nn.Module:
-    """Return a small network of nested modules."""
     inner = Persistent()
     inner.weight = torch.nn.Parameter(torch.randn(20, 30))
     inner.register_buffer("freqs", torch.randn(7))

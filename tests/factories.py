@@ -88,7 +88,6 @@ def make_info(
 
 
 def write_tensors(path: Path, values: Mapping[str, torch.Tensor], info: Snapshot | OutputInfo, overwrite: bool) -> None:
-    """Write a file of these values and this header, with correct checksums."""
     entries = {name: Entry(stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()}
     with TensorFileWriter(path, entries, info.encoded(), getattr(info, "for_dcp", {}), overwrite) as writer:
         for name, value in values.items():
@@ -173,7 +172,6 @@ def rewrite_snapshot(
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """Return the snapshot in a file."""
     return decode_snapshot(read_file(path))
 
 
@@ -259,7 +257,6 @@ def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -267,7 +264,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def snapshot_files(run: Path) -> list[Path]:
-    """Return the snapshots of a directory by name."""
     return sorted(run.glob("0*.safetensors"))
 
 
@@ -287,7 +283,6 @@ def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
 
 
 def flip_bit(path: Path, position: int = -1) -> None:
-    """Flip one bit of the byte at `position`."""
     data = bytearray(path.read_bytes())
     data[position] ^= 4
     path.write_bytes(data)

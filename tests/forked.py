@@ -69,22 +69,18 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """The exit code; None while the process runs."""
         return self._process.exitcode
 
     def poll(self, timeout: float = 0) -> int | None:
-        """Return the exit code, or None if the process runs after so many seconds."""
         self._process.join(timeout)
         return self._process.exitcode
 
     def wait(self, timeout: float = 250) -> int:
-        """Return the exit code; fail if the process runs after so many seconds."""
         ended = self.poll(timeout)
         assert ended is not None, f"still runs after {timeout} s"
         return ended
 
     def communicate(self, timeout: float = 250) -> tuple[str, str]:
-        """Wait; return what it has printed on stdout and on stderr."""
         self.wait(timeout)
         out, err = (file.read_text(errors="replace") for file in self._files)
         return out, err
@@ -104,24 +100,20 @@ class Forked:
         self.wait()
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill it."""
         self.send_signal(signal.SIGKILL)
 
 
 def run(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
-    """Run code until it ends."""
     process = Forked(code, *arguments, cwd=cwd, env=env)
     out, err = process.communicate()
     return Result(process.wait(), out, err)
 
 
 def check(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
-    """Run code that must succeed; return what it printed."""
     done = run(code, *arguments, cwd=cwd, env=env)
     assert done.code == 0, done.err
     return done

@@ -66,7 +66,6 @@ def run_group(code: str, ranks: int, folder: Path, *arguments: object, timeout: 
 
 
 def check_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[str]:
-    """Run processes that must succeed; return what each has printed."""
     results = run_group(code, ranks, folder, *arguments)
     assert all(result.code == 0 for result in results), "\n".join(result.err for result in results)
     return [result.out for result in results]
@@ -74,7 +73,6 @@ def check_group(code: str, ranks: int, folder: Path, *arguments: object) -> list
 
 @contextmanager
 def joined(rank: int, world: int, meeting: str) -> Iterator[tuple[int, int]]:
-    """Join a gloo group for the block."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
@@ -102,7 +100,6 @@ class Net(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Use every parameter."""
         hidden = self.first(x).relu()
         return self.second(hidden).sum() + self.odd.sum() + self.short.sum()
 
@@ -150,7 +147,6 @@ def local(tensor: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def move(model: nn.Module, step: int) -> None:
-    """Set every tensor of the model to its value after a step."""
     bare = getattr(model, "module", model)
     for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
         into = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -158,7 +154,6 @@ def move(model: nn.Module, step: int) -> None:
 
 
 def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> None:
-    """Train a model, and update trackers after each step."""
     for step in range(first, last + 1):
         move(model, step)
         for tracker in trackers:
@@ -200,7 +195,6 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def held(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of the local part of each tensor."""
     return {name: held_part(tensor).clone() for name, tensor in _tensors(model).items()}
 
 
@@ -209,7 +203,6 @@ def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) ->
 
 
 def filled(model: nn.Module, complete: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether a model holds these values, given as complete tensors."""
     tensors = _tensors(model)
     return all(torch.equal(held_part(tensors[n]), local(tensors[n], value)) for n, value in complete.items())
 
@@ -223,7 +216,6 @@ def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
 
 
 def refused(work: Callable[[], object], kind: type[Exception] = PostHocError) -> None:
-    """Print the error of a call; fail if the call succeeds."""
     try:
         work()
     except kind as error:

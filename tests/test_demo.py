@@ -32,7 +32,6 @@ class Demo(NamedTuple):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """Run `ema demo` in an empty folder; it refuses one with files."""
     base = tmp_path_factory.mktemp("demo")
     out = base / "my demo"
     out.mkdir()

@@ -44,7 +44,6 @@ WEIGHTS: Tensors = {
 
 
 def write_output(path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = ("var", "count")) -> Path:
-    """A file as a synthesis writes it."""
     info = OutputInfo(
         RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (Used("x", 1.0),), copies
     )
@@ -55,7 +54,6 @@ def write_output(path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...]
 def exported(
     tmp_path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = ("var", "count"), **options: Any
 ) -> Tensors:
-    """The tensors in the export of an output, out.safetensors."""
     source = write_output(tmp_path / "in.safetensors", tensors, copies)
     export_file(source, tmp_path / "out.safetensors", overwrite=True, **options)
     return load_output(tmp_path / "out.safetensors")
@@ -289,7 +287,6 @@ def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(tmp_path
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Two checkpoints of one tensor."""
     (tmp_path / "run").mkdir()
     for step in (1, 2):
         save_file({"w": torch.full((3,), float(step))}, tmp_path / f"run/step{step}.safetensors")
@@ -297,7 +294,6 @@ def run(tmp_path: Path) -> Run:
 
 
 def make_folder(folder: Path) -> Path:
-    """A model folder as libraries write it, with a subfolder."""
     (folder / "assets").mkdir(parents=True)
     save_file({"w": torch.zeros(3)}, folder / "model.safetensors")
     for name in ("config.json", "tokenizer.json", "assets/merges.txt", ".gitattributes"):

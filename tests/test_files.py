@@ -26,7 +26,6 @@ def first(operation: str, error: int | BaseException = errno.EIO) -> AbstractCon
 
 
 def free_descriptor() -> int:
-    """Return the lowest free descriptor."""
     with open(os.devnull) as file:  # noqa: PTH123
         return file.fileno()
 

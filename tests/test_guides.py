@@ -43,7 +43,6 @@ def code_blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def commands(block: str) -> list[list[str]]:
-    """Return the words of each command of a console block."""
     return [shlex.split(line) for line in re.findall(r"^\$ (.*?)\s*(?:#.*)?$", block, re.MULTILINE)]
 
 
@@ -129,7 +128,6 @@ def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path: Path) -> No
 
 
 def programs_of_the_readme() -> dict[str, str]:
-    """Return the files of the README by name, in order."""
     blocks = [text for language, text in code_blocks(README) if language == "python"]
     assert all(PROGRAM.match(block) for block in blocks)
     return {block.splitlines()[0].removeprefix("# "): block for block in blocks}

@@ -50,14 +50,12 @@ def course(distance: Callable[[Floats], Floats], steps: int = STEPS) -> npt.NDAr
 
 
 def wave(periods: float, amplitude: float, phase: float = 1.0, steps: int = STEPS) -> npt.NDArray[np.float32]:
-    """Return weights that oscillate in one direction."""
     return course(lambda x: amplitude * np.sin(2 * np.pi * periods * x + phase), steps)
 
 
 def track(
     folder: Path, path: npt.NDArray[np.float32], stride: int = STRIDE, times: Floats | None = None, **options: object
 ) -> None:
-    """Track a path of weights."""
     model = torch.nn.Linear(SIZE, 1, bias=False)
     settings = {"update_every": stride, "checkpoint_every": 200, "max_checkpoints": None} | options
     if times is not None:

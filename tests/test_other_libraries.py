@@ -18,7 +18,6 @@ STEPS, EVERY = 1000, 250
 
 
 def walk(elements: int = 8) -> torch.Tensor:
-    """Return weights after each step, float64: shape [STEPS, elements]."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(STEPS, elements, generator=generator, dtype=torch.float64).cumsum(0)
 

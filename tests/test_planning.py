@@ -168,7 +168,6 @@ def pure(sigma_rel: float, t: float) -> PowerFunction:
 
 
 def regular(count: int) -> list[PowerFunction]:
-    """Return the profiles of snapshots of two widths at `count` times."""
     return [pure(s, float(t)) for t in range(1, count + 1) for s in SIGMA_RELS]
 
 
@@ -220,7 +219,6 @@ def test_the_choice_loses_little(rounding: float, cooling: float) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with snapshots at 40 times x 2 profiles."""
     return record(tmp_path_factory.mktemp("many") / "run", 200, scale=0.01, checkpoint_every=5)
 
 

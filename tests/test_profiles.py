@@ -197,7 +197,6 @@ def test_a_value_that_is_no_state_is_refused(state: list[float]) -> None:
 
 
 def later_weights(weights: np.ndarray) -> np.ndarray:
-    """Return the sum of the weights after each step."""
     return np.append(np.cumsum(weights[::-1])[::-1], 0.0)[1:]
 
 

@@ -26,7 +26,6 @@ TARGETS = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Ten snapshots of each of two profiles, up to step 100."""
     write_run(tmp_path / "run", random_walk(100, {"w": (5, 3), "b": (3,)}), range(10, 101, 10))
     return Run(tmp_path / "run")
 

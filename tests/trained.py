@@ -28,7 +28,6 @@ def network() -> torch.nn.Module:
 
 @functools.cache
 def train(rate: float = 3e-3, falls: bool = False, optimizer: str = "Adam", seed: int = 1) -> np.ndarray:
-    """Return the weights after every step, float64: [STEPS, parameters]."""
     model = network()
     random = torch.Generator().manual_seed(seed)
     teacher = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.ReLU(), torch.nn.Linear(40, 5))
@@ -47,7 +46,6 @@ def train(rate: float = 3e-3, falls: bool = False, optimizer: str = "Adam", seed
 
 
 def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> Weights:
-    """Return the tensors of the network by name."""
     found, begin = {}, 0
     for name, parameter in network().named_parameters():
         part = torch.from_numpy(vector[begin : begin + parameter.numel()].copy())
@@ -66,7 +64,6 @@ def ema(decay: float) -> Average:
 
 
 def ratio(n: float) -> float:
-    """Return a rising decay."""
     return (1 + n) / (10 + n)
 
 
@@ -86,7 +83,6 @@ def timm(step: int, weights: Weights, average: Weights) -> dict[str, Any]:
 def write(
     folder: Path, weights: np.ndarray, update: Average, dtype: torch.dtype = torch.float32, form: Form = timm
 ) -> Path:
-    """Write checkpoints with the weights and the average, in a dtype."""
     folder.mkdir(exist_ok=True)
     averages = follow(update, weights)
     for step in TIMES:

@@ -14,7 +14,6 @@ Imported = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def weights() -> dict[int, Weights]:
-    """Return the weights at some steps."""
     return walk()
 
 

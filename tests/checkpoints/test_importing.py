@@ -201,7 +201,6 @@ FIRST = "../ck/step1.pt"
 
 
 def first(kind: Any = "checkpoints", step: Any = 1) -> dict[str, Any]:
-    """Return a change of the first checkpoint."""
     return {"checkpoints": [[FIRST, kind, step]]}
 
 

@@ -21,7 +21,6 @@ from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
 
 @pytest.fixture
 def precious(tmp_path: Path) -> Path:
-    """A file of the user in another directory."""
     (tmp_path / "elsewhere").mkdir()
     path = tmp_path / "elsewhere" / "precious"
     path.write_bytes(b"mine")

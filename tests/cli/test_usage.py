@@ -27,7 +27,6 @@ TARGET = ("--sigma-rel", "0.15")
 
 @pytest.fixture
 def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a run and a model."""
     monkeypatch.chdir(tmp_path)
     save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
     return tmp_path
@@ -107,7 +106,6 @@ def kind(value: Any) -> str:
 
 
 def members(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield all names with their values, also those of nested objects."""
     for name, item in value.items() if isinstance(value, dict) else ():
         yield name, item
         yield from members(item)
@@ -144,7 +142,6 @@ MESSAGES = Path(__file__).parent.parent / "messages.txt"
 
 
 def recorded() -> dict[str, str]:
-    """Return the exit code and message of each command."""
     found = re.findall(r"^\$ ema (.*)\n(.*)$", MESSAGES.read_text(), re.MULTILINE)
     return dict(found)
 

@@ -44,7 +44,6 @@ def network() -> LlamaForCausalLM:
 
 
 def make_trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, **arguments: Any) -> Trainer:
-    """Return a trainer of ten steps, or of `max_steps`."""
     settings = {
         "max_steps": 10, "save_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": [],
         "use_cpu": True, "disable_tqdm": True, "logging_steps": 5, "seed": 3, "eval_steps": 4,
@@ -59,8 +58,6 @@ def make_trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, *
 
 
 class Evaluated(TrainerCallback):
-    """Records the weights that were evaluated last."""
-
     def on_prediction_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         self.weights = recorded(model)
 

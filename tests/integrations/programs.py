@@ -25,7 +25,6 @@ def start(program: str, *arguments: object, **environment: str) -> Forked:
 
 
 def exit_codes_of_two(program: str, *arguments: object, **environment: str) -> list[int]:
-    """Run two processes of one group, and return their exit codes."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

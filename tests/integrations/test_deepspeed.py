@@ -57,7 +57,6 @@ ema.close()
 
 
 def train(folder: Path, stage: int, resumes: int = 0, killed_at: int = -1) -> list[int]:
-    """Train in two processes, and return their exit codes."""
     return exit_codes_of_two(PROGRAM, folder, stage, resumes, killed_at, DS_ACCELERATOR="cpu")
 
 

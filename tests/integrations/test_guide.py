@@ -11,6 +11,7 @@ from posthoc_cli import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
+FRAMEWORKS = ("transformers", "lightning", "accelerate", "diffusers")
 GUIDE = Path(__file__).resolve().parents[2] / "posthoc_cli/guides/trainers.md"
 EXAMPLES: dict[str, str] = {}
 for _framework, _code in re.findall(r"^```python (\w+)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE):
@@ -48,17 +49,14 @@ def names_for(framework: str) -> dict[str, Any]:
     return {"unet": unet, "optimizer": optimizer, "loader": IMAGES, "train_step": train_step}
 
 
-@pytest.mark.parametrize("framework", ["transformers", "lightning", "accelerate", "diffusers"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_an_example_runs(framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(framework, reason=f"{framework} is not installed: make integrations installs it")
     monkeypatch.chdir(tmp_path)
+    assert {*EXAMPLES} == {*FRAMEWORKS}
     names = names_for(framework)
     exec(compile(EXAMPLES[framework], GUIDE.name, "exec"), names)
     tracker = names["ema"] if framework == "accelerate" else getattr(names.get("ema_model"), "ema", None)
     if tracker is not None:
         tracker.close()
     assert Run("run/ema").step > 0
-
-
-def test_each_example_is_tested() -> None:
-    assert set(EXAMPLES) == {"transformers", "lightning", "accelerate", "diffusers"}

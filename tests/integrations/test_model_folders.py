@@ -64,7 +64,6 @@ def answer(model: torch.nn.Module) -> torch.Tensor:
 
 
 def stored(folder: Path) -> dict[str, torch.dtype]:
-    """Return the dtype of each tensor in the weight files of a folder."""
     paths = folder.glob("*.safetensors")
     return {(path.name, name): tensor.dtype for path in paths for name, tensor in load_file(path).items()}
 

@@ -35,7 +35,6 @@ def loss(weights: Mapping[str, torch.Tensor], folder: Path) -> float:
 
 
 def logged(trainer: Trainer, name: str = "eval_ema_loss") -> dict[int, float]:
-    """Return a logged figure by step."""
     return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
 
 

@@ -31,7 +31,6 @@ def distance(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor
 
 
 def live(ema: PostHocEMA | None, model: torch.nn.Module, sigma_rel: float) -> dict[str, torch.Tensor]:
-    """Return a live average."""
     with ema.model(model, sigma_rel):
         return {name: value.detach().clone() for name, value in model.named_parameters()}
 

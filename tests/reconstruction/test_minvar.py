@@ -382,7 +382,6 @@ def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density() -> No
 
 
 def masses(profile: Profile, steps: int) -> FloatArray:
-    """Return the weight of each step in an average."""
     return np.asarray(-np.diff(profile.tail(np.arange(steps + 1))))
 
 

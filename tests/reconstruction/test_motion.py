@@ -302,13 +302,11 @@ def sketch_of(path: FloatArray, length: int) -> Sketch:
 
 
 def wave(periods: float, amplitude: float) -> FloatArray:
-    """Return a path that oscillates about one place in one direction."""
     place, direction = np.random.default_rng(1).standard_normal((2, SIZE))
     return place + amplitude * np.sin(2 * np.pi * periods * np.arange(1, T + 1) / T + 1)[:, None] * direction
 
 
 def walk() -> FloatArray:
-    """Return a path with independent steps."""
     random = np.random.default_rng(2)
     return random.standard_normal(SIZE) + np.cumsum(0.02 * random.standard_normal((T, SIZE)), axis=0)
 

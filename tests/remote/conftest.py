@@ -47,5 +47,4 @@ def server(_s3_server: FaultyServer, use_server: Callable[[str], None]) -> Fault
 
 @pytest.fixture
 def bucket(server: FaultyServer) -> str:
-    """The URL of the bucket."""
     return "s3://bucket"

@@ -56,7 +56,6 @@ class FaultyServer:
 
     @contextmanager
     def running(self) -> Iterator[FaultyServer]:
-        """Answer requests until the end of the block."""
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         yield self
         self._server.shutdown()

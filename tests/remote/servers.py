@@ -140,7 +140,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{text}</ListBucketResult>".encode())
 
     def refuse(self, status: int, code: str) -> bool:
-        """Answer with an error of S3."""
         self.answer(status, f"<Error><Code>{code}</Code><Message>secret</Message></Error>".encode())
         return True
 
@@ -159,7 +158,6 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def reset(self) -> bool:
-        """Break the connection."""
         self.close_connection = True
         self.connection.shutdown(2)
         return True
@@ -175,7 +173,6 @@ def serving_as_s3(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
-    """Run the server in a thread for the block."""
     server = Server(folder)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

@@ -31,7 +31,6 @@ def upload(folder: Path, url: str) -> None:
 
 
 def names(url: str) -> set[str]:
-    """Return the names in a folder of a store."""
     return set(store.listed(url))
 
 

@@ -49,7 +49,6 @@ RUN = "s3://bucket/run"
 
 
 def once(number: int, act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
-    """Return a fault of one request."""
     return lambda asked, handler: asked == number and act(handler)
 
 

@@ -42,7 +42,6 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     return tmp_path / "temporary"
@@ -50,7 +49,6 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def made(_made: Path, bucket: str) -> Path:
-    """The folder with runs and checkpoints, which are also in the bucket."""
     for path in _made.rglob("*"):
         if path.is_file():
             store.put(f"{bucket}/{path.relative_to(_made).as_posix()}", path)
@@ -151,7 +149,6 @@ def test_shards_are_sent_one_by_one_and_deleted_if_one_fails(
 
 
 def downloaded(url: str, folder: Path) -> Path:
-    """Download the objects directly in a folder of a store."""
     folder.mkdir()
     for name in store.listed(url):
         (folder / name).write_bytes(store.get(f"{url}/{name}", 0, 10**9)[0])

@@ -61,7 +61,6 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
 
 @pytest.fixture(scope="module")
 def text(swept: tuple[Run, Path]) -> str:
-    """The page, next to the folder of the sweep."""
     run, out = swept
     return render(run, [out], out.parent / "report.html")
 

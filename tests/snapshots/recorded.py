@@ -44,7 +44,6 @@ def new_tracker(walk: Walk, folder: Path, **options: object) -> PostHocEMA:
 def record(
     folder: Path, steps: int = 60, dtype: torch.dtype = torch.float32, scale: float = 0.1, **options: object
 ) -> Path:
-    """Train for `steps` steps; return the folder with the snapshots."""
     walk = Walk(dtype, scale)
     with new_tracker(walk, folder, **options) as tracker:
         walk.train(tracker, steps)
@@ -112,6 +111,5 @@ def small_snapshot(folder: Path, values: dict[str, torch.Tensor] = SMALL) -> Pat
 
 
 def small_output(folder: Path) -> Path:
-    """Write the output of a synthesis; return its path."""
     used(small_snapshot(folder).parent, folder / "made.safetensors")
     return folder / "made.safetensors"

@@ -42,7 +42,6 @@ GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}
 
 @pytest.fixture
 def unsplit(run: Path, tmp_path: Path) -> Path:
-    """A copy of the run with unsplit snapshots."""
     return Path(shutil.copytree(run, tmp_path / "unsplit"))
 
 
@@ -130,13 +129,10 @@ def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
 
 
 def with_fields(**fields: object) -> Callable[[Path], None]:
-    """Return a change of a part's metadata."""
     return lambda part: rewrite_snapshot(part, **fields)
 
 
 def elsewhere(**changes: tuple[int, ...]) -> Callable[[Path], None]:
-    """Return a change of the offset or the shape of a part's chunk."""
-
     def harm(part: Path) -> None:
         chunks = read_snapshot(part).chunks
         rewrite_snapshot(part, chunks={**chunks, "0.weight": replace(chunks["0.weight"], **changes)})

@@ -31,13 +31,11 @@ OTHER_TRACKER = rf"another tracker of this process \({os.getpid()}\)"
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[DirectoryLock]:
-    """A lock of this process on `tmp_path`."""
     with DirectoryLock(tmp_path) as lock:
         yield lock
 
 
 def refused(directory: Path, message: str) -> None:
-    """Require that the lock is refused with this message."""
     with pytest.raises(LockedError, match=message) as caught:
         DirectoryLock(directory)
     assert str(directory) in str(caught.value)

@@ -34,7 +34,6 @@ def run(_measured: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unmeasured(tmp_path: Path) -> Path:
-    """A run of 8 times x 2 profiles without measurements."""
     write_run(tmp_path / "old", random_walk(80, {"w": (6, 5), "b": (3,)}), range(10, 81, 10), dtype=torch.float16)
     return tmp_path / "old"
 

@@ -32,13 +32,11 @@ W = {"w": torch.ones(3)}
 
 @pytest.fixture
 def output(run: Path, tmp_path: Path) -> Path:
-    """The output of a synthesis from the run."""
     return synthesize(run, 0.1, tmp_path / "output.safetensors")
 
 
 @pytest.fixture
 def shards(output: Path, tmp_path: Path) -> Path:
-    """The output in three shards."""
     export_file(output, tmp_path / "shards", max_shard_size="1KB")
     return tmp_path / "shards"
 
@@ -61,7 +59,6 @@ def verified(path: Path) -> Verification:
 
 
 def notes(path: Path) -> tuple[str, ...]:
-    """Return the notes about a path where everything is fine."""
     found = verified(path)
     assert found.is_fine, found
     return found.notes
@@ -75,7 +72,6 @@ def wrong(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def only_wrong(path: Path) -> tuple[str, str]:
-    """Return the state and detail of the only file that is not fine."""
     (found,) = wrong(path).values()
     return found
 
@@ -99,7 +95,6 @@ def test_outputs_in_any_layout_and_foreign_files(run: Path, output: Path, shards
 
 
 def harm(path: Path, names: str | list[str]) -> None:
-    """Flip a bit at the end of these tensors."""
     header = read_file(path)
     for name in names:
         flip_bit(path, header.entries[name].begin + header.entries[name].nbytes - 1)
@@ -175,7 +170,6 @@ def test_nonfinite_numbers_are_recognized_by_their_bits(dtype: str) -> None:
 
 
 def problems(path: Path) -> list[str]:
-    """Return the problems of a path whose files are all fine."""
     found = verified(path)
     assert not found.broken
     assert found.is_fine == (not found.problems)

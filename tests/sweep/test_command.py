@@ -503,7 +503,6 @@ def test_one_far_value_does_not_hide_the_best() -> None:
 
 
 def searched(noise: float, budget: int, repeats: int = 1, seed: int = 0) -> Search:
-    """Search a bowl within the range."""
     search = Search(AXIS, minimize=True, budget=budget, repeats=repeats, again=True)
     random = np.random.default_rng(seed)
 

@@ -59,7 +59,6 @@ class Network(torch.nn.Module):
 
     @torch.no_grad()
     def go_to(self, step: int) -> None:
-        """Set all tensors to their values after this step."""
         for parameter in self.parameters():
             parameter.copy_(torch.from_numpy(weights_up_to(step, parameter.numel())[-1].reshape(parameter.shape)))
         self.count.fill_(step)
@@ -99,7 +98,6 @@ def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
 
 
 def complete_times(directory: Path) -> list[int]:
-    """Return the steps at which every profile has a snapshot."""
     stored = Counter(snapshot.step for snapshot in find_snapshots(directory))
     return [step for step, count in stored.items() if count == len(SIGMA_RELS)]
 
@@ -150,7 +148,6 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def problems(path: Path) -> list[str]:
-    """Return the problems that `ema verify` finds in a directory or a file."""
     found = verify(path)
     return [*found.problems, *(f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine)]
 

@@ -73,12 +73,10 @@ def wait_for_writers(folder: Path) -> None:
 
 
 def times(folder: Path) -> set[float]:
-    """Return the times with snapshots."""
     return {snapshot.t for snapshot in read_directory(folder)}
 
 
 def superseded(folder: Path) -> int:
-    """Return how many snapshots were set aside."""
     return len([*folder.glob("superseded/*")])
 
 

@@ -45,7 +45,6 @@ def weights() -> torch.nn.ParameterDict:
 
 
 def track(folder: Path, times: Sequence[float], first: int = 1, tracker: PostHocEMA | None = None) -> PostHocEMA:
-    """Train from step `first` on along `path`."""
     model, values = weights(), torch.from_numpy(path(np.asarray(times)))
     tracker = tracker or fresh(folder)
     with tracker, torch.no_grad():
@@ -75,7 +74,6 @@ def error(folder: Path, target: Target, exact: np.ndarray, known: bool = True) -
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a run over `changing_twice`, which tests only read."""
     folder = tmp_path_factory.mktemp("changed")
     track(folder, changing_twice().tolist())
     return folder

@@ -65,20 +65,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Training, Path]:
 
 @pytest.fixture
 def finished(trained: tuple[Training, Path], tmp_path: Path) -> Training:
-    """That training, whose snapshots lie in `tmp_path`."""
     shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
     return trained[0].at(200)
 
 
 def begun(folder: Path, last: int, **settings: Any) -> Training:
-    """Return a training whose run was closed after a step."""
     training = Training()
     with begin(training.model, folder, **settings) as ema:
         return training.run(last, ema)
 
 
 def state_after(training: Training, last: int, ema: PostHocEMA, **options: Any) -> dict[str, Any]:
-    """Go on to a step, and return the tracker's state."""
     training.run(last, ema, **options)
     return ema.state_dict()
 
@@ -225,7 +222,6 @@ def test_torch_distributed_checkpoint_and_torch_save_keep_all_of_the_state(
 
 
 def same(one: object, other: object) -> bool:
-    """Return whether two states are equal, tensors by value."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):

@@ -22,7 +22,6 @@ def network() -> torch.nn.Sequential:
 
 
 def tracked(model: torch.nn.Module, folder: Path, **settings: object) -> Training:
-    """Track a model through six steps."""
     with PostHocEMA.from_model(model, folder, **(SETTINGS | settings)) as run:
         return Training(model=model, size=1.0).run(6, run)
 

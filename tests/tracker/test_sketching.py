@@ -23,7 +23,6 @@ def tracker_of(net: torch.nn.Module, folder: Path, **options: object) -> PostHoc
 
 
 def sketches(folder: Path) -> dict[int, str]:
-    """Return the encoded sketch of each snapshot, by step."""
     return {source.step: source.sketch for source in disk_sources(folder)}
 
 

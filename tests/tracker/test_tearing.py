@@ -41,7 +41,6 @@ TOLERANCE = 40 * 2.0**-24
 
 
 def value_at(step: int) -> float:
-    """Return the value of all elements of the model after a step."""
     return float(np.float32(1 + (step * 0.6180339887) % 1))
 
 
@@ -84,7 +83,6 @@ def away(tensors: Mapping[str, torch.Tensor], sigma_rel: str, step: int, toleran
 
 
 def wrong_state(state: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with a tracker's state."""
     (step, t), standing = state["clock"][-2:], state["standing"]
     updated = standing["step"]
     if not updated <= step < updated + EVERY or t != step or standing["t"] != updated:

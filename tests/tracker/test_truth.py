@@ -29,12 +29,10 @@ Tracked = Callable[..., tuple[Trajectory, Path]]
 
 
 def truth(run: Trajectory, steps: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
-    """Return averages over the weights after these steps, in float64: one a row."""
     return np.stack(weights) @ run.weights[steps - 1].astype(np.float64)
 
 
 def distance(found: dict[str, torch.Tensor], exact: np.ndarray) -> float:
-    """Return the relative error of all tensors together."""
     flat = np.concatenate([tensor.double().reshape(-1).numpy() for tensor in found.values()])
     return float(np.linalg.norm(flat - exact) / np.linalg.norm(exact))
 

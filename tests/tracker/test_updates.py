@@ -21,8 +21,6 @@ SIGMA_RELS = (0.05, 0.28)
 
 
 class Scalar(torch.nn.Module):
-    """A model of one parameter, the smallest that can be tracked."""
-
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(3, dtype=dtype))

@@ -153,7 +153,6 @@ class Adapted(torch.nn.Module):
 
 
 def average_of(model: torch.nn.Module, folder: Path, **filters: str) -> dict[str, torch.Tensor]:
-    """Train for a few steps, and return an average."""
     with PostHocEMA.from_model(model, folder, **SETTINGS, **filters) as run:
         Training(model=model).run(4, run)
     return PostHocEMA.from_path(folder).state_dict(sigma_rel=0.15)
