@@ -20,16 +20,15 @@ class Dtype:
     nbytes: int  # of an element
     mantissa_bits: int = 0  # stored ones; 0 for dtypes that are not real floating-point numbers
     lowest_exponent: int = 0  # the smallest of normal numbers 2**exponent * 1.xxx; subnormal ones have its spacing
-    first_nonfinite: int = 0  # bits, without the sign, of the smallest non-finite number; all larger ones are too
 
 
 DTYPES = {
-    "F64": Dtype("float64", 8, 52, -1022, 0x7FF << 52),
-    "F32": Dtype("float32", 4, 23, -126, 0xFF << 23),
-    "F16": Dtype("float16", 2, 10, -14, 0x1F << 10),
-    "BF16": Dtype("bfloat16", 2, 7, -126, 0xFF << 7),
-    "F8_E4M3": Dtype("float8_e4m3fn", 1, 3, -6, 0x7F),
-    "F8_E5M2": Dtype("float8_e5m2", 1, 2, -14, 0x7C),
+    "F64": Dtype("float64", 8, 52, -1022),
+    "F32": Dtype("float32", 4, 23, -126),
+    "F16": Dtype("float16", 2, 10, -14),
+    "BF16": Dtype("bfloat16", 2, 7, -126),
+    "F8_E4M3": Dtype("float8_e4m3fn", 1, 3, -6),
+    "F8_E5M2": Dtype("float8_e5m2", 1, 2, -14),
     "C64": Dtype("complex64", 8),
     "I64": Dtype("int64", 8), "I32": Dtype("int32", 4), "I16": Dtype("int16", 2), "I8": Dtype("int8", 1),
     "U64": Dtype("uint64", 8), "U32": Dtype("uint32", 4), "U16": Dtype("uint16", 2), "U8": Dtype("uint8", 1),

@@ -66,7 +66,7 @@ def verify(
 ) -> int:
     """Check every byte of snapshots, outputs and states.
 
-    Reads all files and checks checksums, headers against contents, nan and infinity, and that all files belong to one
+    Reads all files and checks checksums, headers against contents, and that all files belong to one
     run. Exit code 1 if anything is wrong. Files of other programs have no checksums: only their structure is checked.
 
     Move a broken snapshot out of its directory: the others work without it.

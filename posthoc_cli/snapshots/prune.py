@@ -143,8 +143,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
             raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")
         for snapshot in pruning.kept:
             for file in snapshot.files:
-                for error in file.examine(progress)[0].values():
-                    raise error
+                file.verify(progress)
         for snapshot in pruning.to_delete:
             remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):

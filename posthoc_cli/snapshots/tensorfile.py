@@ -449,35 +449,24 @@ class TensorFile:
                 self._reordered = name, np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
             return self._reordered[1]
 
-    def examine(self, progress: Callable[[int], object]) -> tuple[dict[str, FileFormatError], list[str]]:
-        """Read every byte, on several threads; return the damaged tensors, and those that hold nan or infinity."""
-        damaged, nonfinite = dict[str, FileFormatError](), dict[str, None]()
+    def verify(self, progress: Callable[[int], object]) -> None:
+        """Read every byte, on several threads; raise the FileFormatError of the first damaged tensor."""
         blocks = [
             (name, begin, min(BLOCK * ITEM_BYTES[entry.dtype], entry.nbytes - begin))
             for name, entry in sorted(self.entries.items(), key=lambda item: item[1].begin)
             for begin in range(0, entry.nbytes, BLOCK * ITEM_BYTES[entry.dtype])
         ]
 
-        def read(block: tuple[str, int, int]) -> FileFormatError | bool:
-            """Return the error if a block is damaged, else whether it holds nan or infinity."""
+        def read(block: tuple[str, int, int]) -> int:
             name, begin, size = block
-            view = np.empty(size, np.uint8).data
-            try:
-                self.read(name, begin, view)
-            except FileFormatError as error:
-                return error
-            return holds_nonfinite(view, self.entries[name].dtype)
+            self.read(name, begin, np.empty(size, np.uint8).data)
+            return size
 
         with self, ThreadPoolExecutor(THREADS, "ema-verify") as pool:
-            results: Any = pool.map(read, blocks)
-            with closing(results):  # which cancels the blocks that were not begun
-                for (name, _, size), found in zip(blocks, results, strict=True):
-                    if isinstance(found, FileFormatError):
-                        damaged[name] = found
-                    elif found:
-                        nonfinite[name] = None
+            sizes: Any = pool.map(read, blocks)
+            with closing(sizes):  # which cancels the blocks that were not begun
+                for size in sizes:
                     progress(size)
-        return damaged, [*nonfinite]
 
 
 def _runs(entries: Sequence[Entry]) -> Iterator[tuple[int, int, int, int]]:
@@ -833,13 +822,3 @@ def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.flo
         values = data.view("float32" if dtype == "C64" else DTYPES[dtype].torch_name)
     with np.errstate(invalid="ignore"):  # converting a signalling nan sets a floating-point flag
         return values.astype(np.float64)
-
-
-def holds_nonfinite(data: memoryview, dtype: str) -> bool:
-    """Return whether little-endian numbers of a dtype (a safetensors name) include nan or infinity.
-
-    Without the sign, the bit patterns of floating-point numbers are in the order of the numbers, non-finite ones last.
-    """
-    item, nonfinite = DTYPES[dtype].nbytes, DTYPES[dtype].first_nonfinite
-    bits = np.frombuffer(data, f"<u{item}")
-    return bool(nonfinite and np.any(bits & bits.dtype.type((1 << (8 * item - 1)) - 1) >= nonfinite))

@@ -43,7 +43,6 @@ ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file,
 INTACT = "intact"  # unchanged since it was written
 UNCHECKED = "unchecked"  # has no checksums: only its structure was checked
 DAMAGED = "damaged"  # changed since it was written, or not a file of this format
-NONFINITE = "nonfinite"  # an average in it holds nan or infinity
 UNREADABLE = "unreadable"  # its content is unknown: the system refused to read it, or it is of a later release
 
 _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
@@ -125,7 +124,7 @@ class Verification:
 
 
 def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
-    """Read every byte of a directory or a file; check checksums, headers, values, and snapshots against each other.
+    """Read every byte of a directory or a file; check checksums, headers, and snapshots against each other.
 
     No lock is taken: files that a training deletes meanwhile are left out, files that it adds are not read.
     """
@@ -211,22 +210,13 @@ def _read(path: Path, progress: Callable[[int], object]) -> FileReport | None:
             return replace(report, state=UNREADABLE, detail=detail)
         report = _described(file)
         progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))
-        damaged, nonfinite = file.examine(progress)
+        file.verify(progress)
+        return report
     except FileFormatError as error:
         if isinstance(error, VanishedError) and files.is_absent(path):
             return None
         is_broken = not isinstance(error.__cause__, OSError) or error.__cause__.errno in _BROKEN_FILE
         return replace(report, state=DAMAGED if is_broken else UNREADABLE, detail=error.reason)
-    if damaged:
-        reason = next(iter(damaged.values())).reason
-        return replace(report, state=DAMAGED, detail=reason + _and_more(len(damaged) - 1, "tensor"))
-    copies = report.header.copies if report.header else file.entries
-    bad = [name for name in nonfinite if name not in copies]
-    what = "average" if bad else "copy" if report.header else "tensor"
-    if names := bad or nonfinite:
-        more = _and_more(len(names) - 1, "average" if bad else "tensor")
-        report = replace(report, detail=f"{what} {shown(names[0])} holds nan or infinity{more}")
-    return replace(report, state=NONFINITE) if bad else report
 
 
 def _described(file: TensorFile) -> FileReport:
@@ -241,7 +231,3 @@ def _described(file: TensorFile) -> FileReport:
     part = "part {}/{} of ".format(*snapshot.part) if snapshot.part else ""
     what = f"{part}snapshot sigma_rel {snapshot.sigma_rel:g} at t = {snapshot.t:,.12g}"
     return FileReport(file.path, what, nbytes=file.nbytes, header=snapshot)
-
-
-def _and_more(count: int, what: str) -> str:
-    return f" (and {count:,} {what}{'s' * (count > 1)} more)" if count else ""
