@@ -178,7 +178,6 @@ def inspected(listing: Directory, read: Read = _read) -> Directory:
             notes.append(f"{folder.name}/: has {content}")
     snapshots.sort(key=lambda snapshot: (snapshot.t, snapshot.sigma_rel, snapshot.path.name))
     problems += contradictions(snapshots)
-    notes = [*missing_at_newest(snapshots), *notes]
     return replace(
         listing, snapshots=tuple(snapshots), problems=tuple(problems), notes=tuple(notes), incomplete=incomplete
     )
@@ -392,20 +391,6 @@ def _two_shapes(name: str, one: Sequence[int], other: Sequence[int]) -> str:
     return f"do not match: tensor {shown(name)} has the shapes {list(one)} and {list(other)}"
 
 
-def missing_at_newest(snapshots: Sequence[Snapshot]) -> list[str]:
-    """Return a line about profiles without a snapshot at the newest time, where thinning never removes one.
-
-    Profiles that the run no longer tracks, since it was resumed without them, are not reported.
-    """
-    of_run = [snapshot for snapshot in snapshots if snapshot.run_id == snapshots[0].run_id]
-    newest = [snapshot for snapshot in of_run if snapshot.t == of_run[-1].t]
-    tracked = {sigma_rel for snapshot in newest for sigma_rel in snapshot.sigma_rels}
-    missing = ({snapshot.sigma_rel for snapshot in of_run} & tracked) - {snapshot.sigma_rel for snapshot in newest}
-    if not missing:
-        return []
-    return [f"t = {of_run[-1].t:,.12g}, the newest: no snapshot of sigma_rel {_widths(sorted(missing))}"]
-
-
 def _widths(sigma_rels: Sequence[float]) -> str:
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
 
@@ -462,7 +447,7 @@ class DirectoryLock:
 
 def _take(directory: Path, descriptor: int) -> None:
     """Lock the file and write the holder's name into it."""
-    process, host, is_locked = os.getpid(), socket.gethostname(), True
+    process, host = os.getpid(), socket.gethostname()
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -473,14 +458,8 @@ def _take(directory: Path, descriptor: int) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        is_locked = False
         why = (error.strerror or str(error)).lower()
         log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
-    if holder := _holder(descriptor):
-        state = "died without releasing it; taken over"
-        if not is_locked or not holder.endswith(f" on {host}"):
-            state = "holds no lock seen here; taken over: make sure that it is not running any more"
-        log.warning("%s: %s %s", directory, holder, state)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps({"host": host, "process": process}).encode(), 0)
 

@@ -170,15 +170,14 @@ class Source(ABC):
 
     def read_box(self, name: str, box: Box, out: memoryview, begin: int = 0, verify: bool = True) -> None:
         """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on, verified by default."""
-        dtype = self.entries[name].dtype
-        item, wanted = ITEM_BYTES[dtype], np.frombuffer(out, items(dtype))
-        pieces: list[Box] = []
+        dtype, wanted, pieces = self.entries[name].dtype, np.frombuffer(out, np.uint8), list[Box]()
         for file in self.files:
             if (held := file.box(name)) is None:
                 continue
             if held == box and file.entries[name].dtype == dtype:
-                file.read(name, begin * item, out, verify)
+                file.read(name, begin * ITEM_BYTES[dtype], out, verify)
                 return
+            wanted = wanted.view(items(dtype))
             pieces = pieces or [*boxes_of_range(box, begin, begin + wanted.size)]
             common = [part for piece in pieces if (part := held.intersection(piece)).size]
             if not common:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.files import is_url
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import Source, all_open
-from posthoc_cli.snapshots.tensorfile import BLOCK
+from posthoc_cli.snapshots.tensorfile import BLOCK, Box, tensor_from_bytes
 from posthoc_cli.synthesis.plan import Plan
 
 # --- sums
@@ -143,6 +143,11 @@ class Tile:
     @property
     def size(self) -> int:
         return self.bounds[-1]
+
+    @cached_property
+    def box(self) -> Box:
+        """What to make of its one tensor."""
+        return self.plan.box(self.names[0])
 
     @property
     def stored_bytes(self) -> int:
@@ -339,6 +344,24 @@ class Stopped(Exception):  # noqa: N818
     """The error in a thread that is stopped because another thread has failed."""
 
 
+class StoredBytes:
+    """A buffer for bytes of a file; pinned for CUDA, where `sent` is the event after its last values were copied."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._bytes, self._pinned, self.sent = torch.zeros(0, dtype=torch.uint8), pinned, None
+        self._views: dict[tuple[int, str], tuple[memoryview, torch.Tensor]] = {}  # to make one takes 10 us
+
+    def views(self, count: int, dtype: str) -> tuple[memoryview, torch.Tensor]:
+        """Return the first bytes of the buffer for `count` elements, and the same as a tensor."""
+        if (count, dtype) not in self._views:
+            nbytes = count * ITEM_BYTES[dtype]
+            if self._bytes.numel() < nbytes:
+                self._bytes, self._views = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned), {}
+            data = self._bytes[:nbytes].numpy()
+            self._views[count, dtype] = data.data, tensor_from_bytes(data, dtype, (count,))
+        return self._views[count, dtype]
+
+
 class Maker:
     """One thread's maker of tiles, with the buffers of that thread.
 
@@ -348,8 +371,7 @@ class Maker:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self._device = plan, device
         self._is_cuda = device.type == "cuda"
-        self._stored = deque([torch.zeros(0, dtype=torch.uint8)] * (1 + self._is_cuda))
-        self._sent: dict[int, Any] = {}
+        self._stored = deque(StoredBytes(self._is_cuda) for _ in range(1 + self._is_cuda))
         self._sums: dict[str, Sums] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         cuda: Any = torch.cuda
@@ -429,8 +451,7 @@ class Maker:
         """Fill `slot` with a tile of a source, in the slot's dtype and on its device."""
         dtypes = [source.entries[name].dtype for name in tile.names]
         if len(dtypes) == 1:
-            name = tile.names[0]
-            self._fill(slot, dtypes[0], partial(source.read_box, name, self.plan.box(name), begin=tile.begin))
+            self._fill(slot, dtypes[0], partial(source.read_box, tile.names[0], tile.box, begin=tile.begin))
             return
         changes = [index for index, (one, other) in enumerate(pairwise(dtypes), 1) if other != one]
         for first, end in pairwise([0, *changes, len(dtypes)]):
@@ -440,22 +461,17 @@ class Maker:
     def _fill(self, slot: torch.Tensor, dtype: str, read: Callable[[memoryview], object]) -> None:
         """Have values of a safetensors dtype read, and convert them into `slot`, on the device of `slot`."""
         self._stored.rotate()
-        nbytes = slot.numel() * ITEM_BYTES[dtype]
-        if self._stored[0].numel() < nbytes:
-            self._stored[0] = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._is_cuda)
         buffer = self._stored[0]
-        if sent := self._sent.pop(buffer.data_ptr(), None):
-            sent.synchronize()  # its last values were copied to the device
-        read(buffer.numpy()[:nbytes].data)
-        if not nbytes:
-            return
-        values = buffer[:nbytes].view(torch_dtype(dtype))
+        if buffer.sent:
+            buffer.sent.synchronize()
+        data, values = buffer.views(slot.numel(), dtype)
+        read(data)
         if self._device.type == "cpu":
             slot.copy_(values)
             return
         slot.copy_(values.to(self._device, non_blocking=self._is_cuda))
         if self._is_cuda:
-            self._sent[buffer.data_ptr()] = torch.cuda.current_stream(self._device).record_event()
+            buffer.sent = torch.cuda.current_stream(self._device).record_event()
 
     def _buffer(self, dtype: str, size: int) -> torch.Tensor:
         if dtype not in self._buffers or self._buffers[dtype].numel() < size:
