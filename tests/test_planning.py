@@ -16,12 +16,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from snapshots.recorded import record
 
-from posthoc_cli import PostHocEMA, Window, disk_sources, plan_synthesis, synthesize
+from posthoc_cli import PostHocEMA, Run, Window, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.planning import ErrorCurve, PlanReport, Schedule, error_curve, propose, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MOST_SOLVED, Motion, Prior, Problem, assumed_prior, reconstruct, thinned_subset
 from posthoc_cli.snapshots import prune, sources
-from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning
 
 
@@ -71,7 +70,7 @@ def test_a_schedule_predicts_the_snapshots_that_a_tracker_leaves(tmp_path: Path,
     with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
         for _ in range(1050):
             tracker.update_(model)
-    left = [s.profile for s in read_directory(tmp_path) if not s.off_schedule]
+    left = [s.profile for s in Run(tmp_path).snapshots if not s.off_schedule]
     assert len(planned) == len(left) == 2 * (keep or 10)
     assert {p.t for p in planned} >= {1000.0}
     if keep is None:  # the choice of thinning depends on how the network moved
@@ -230,7 +229,7 @@ def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen_times(run: Path, t: float) -> list[float]:
-    profiles = [s.profile for s in read_directory(run) if s.t <= t]
+    profiles = [s.profile for s in Run(run).snapshots if s.t <= t]
     return [profiles[i].t for i in thinned_subset(profiles, 20)]
 
 
@@ -253,7 +252,7 @@ def test_a_synthesis_uses_the_choice_up_to_its_time_whatever_its_targets(run: Pa
 
 @pytest.mark.usefixtures("_twenty")
 def test_pruning_first_deletes_what_no_reconstruction_uses_and_training_does_not_resume_from(run: Path) -> None:
-    snapshots = read_directory(run)
+    snapshots = Run(run).snapshots
     outside = [s.path for s in snapshots if s.t not in chosen_times(run, 200.0)]
     pruned = plan_pruning(snapshots, keep=3)
     assert {s.path for s in pruned.to_delete[:60]} == set(outside)

@@ -16,8 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli.output import print_pairs, print_rows
-from posthoc_cli.errors import percent
-from posthoc_cli.resources import size_text
 from posthoc_cli.snapshots.directory import DirectoryLock
 
 
@@ -121,23 +119,22 @@ def test_the_profiles_table_and_the_conversion_in_both_directions(ema: Ema) -> N
 
 def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     """Texts to the left and numbers to the right, by their width on a terminal, and control characters escaped."""
-    rows = [{"file": "名\x1b", "bytes": 1, "predicted_error": 0.1}, {"file": "長い名前です", "bytes": 12_000}]
-    print_rows(rows, ["file", "size:bytes", "predicted_error"])
+    keys, sizes = ("file", "bytes", "predicted_error"), (0, 999, 1500, 2.5e6, 3e9, 4e12, 1)
+    rows = zip(["名\x1b", "長い名前です", *"abcd", ""], sizes, (0.0, 1e-8, 0.00123, 0.5, 0.996, 12.0, None), strict=True)
+    print_rows([*(dict(zip(keys, row, strict=True)) for row in rows), {"file": "e"}], ["file", "size:bytes", keys[2]])
     assert capsys.readouterr().out.splitlines() == [
-        "file           size  predicted error",
-        "名\\x1b          1 B             10 %",
-        "長い名前です  12 kB",
+        "file            size  predicted error",
+        "名\\x1b           0 B              0 %",
+        "長い名前です   999 B         < 1e-5 %",
+        "a             1.5 kB           0.12 %",
+        "b             2.5 MB             50 %",
+        "c               3 GB            100 %",
+        "d               4 TB        > 1,000 %",
+        "                 1 B          unknown",
+        "e",
     ]
     print_pairs([("run", "x"), ("schedule", "y")])
     assert capsys.readouterr().out == "run       x\nschedule  y\n"
-
-
-def test_sizes_and_errors_for_people() -> None:
-    sizes = {0: "0 B", 999: "999 B", 1500: "1.5 kB", 2.5e6: "2.5 MB", 3e9: "3 GB", 4e12: "4 TB"}
-    assert {size: size_text(size) for size in sizes} == sizes
-    errors = {0.0: "0 %", 1e-8: "< 1e-5 %", 0.00123: "0.12 %", 0.5: "50 %", 0.996: "100 %", 12.0: "> 1,000 %"}
-    assert {error: percent(error) for error in errors} == errors
-    assert percent(None) == "unknown"
 
 
 # --- the command `ema synthesize`

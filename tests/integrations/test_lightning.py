@@ -18,7 +18,6 @@ from posthoc_cli import Run
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
 from posthoc_cli.profiles import Point
-from posthoc_cli.snapshots.directory import read_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
@@ -113,7 +112,7 @@ def test_accumulation_and_a_stride_and_a_late_start(tmp_path: Path) -> None:
     late = PostHocWeightAveraging(tmp_path / "late", update_starting_at_step=3, update_starting_at_epoch=1, **EVERY)
     fit(tmp_path / "other", late)
     assert (late.ema.step, late.ema.t) == (12, 18)
-    assert {snapshot.t_first for snapshot in read_directory(tmp_path / "late")} == {7}
+    assert {snapshot.t_first for snapshot in Run(tmp_path / "late").snapshots} == {7}
 
 
 class AtEpochEnds(PostHocWeightAveraging):
@@ -136,7 +135,7 @@ def test_an_exception_closes_the_tracker_and_a_resumed_training_copies_the_avera
     with pytest.raises(KeyError, match="the validation fails"):
         fit(tmp_path, callback, module=module)
     assert distance(dict(module.named_parameters()), expected[5]) == 0  # the raw weights
-    assert {snapshot.t for snapshot in read_directory(tmp_path / "ema")} == {4, 6}
+    assert {snapshot.t for snapshot in Run(tmp_path / "ema").snapshots} == {4, 6}
     again = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, copy_at_end=True, **EVERY)
     module = fit(tmp_path, again, Recorder(), ckpt_path=tmp_path / "out/step=4.ckpt")
     with again.ema.model(Regression(), 0.2) as average:
@@ -167,7 +166,7 @@ def test_a_fast_dev_run_writes_nothing_and_a_short_training_writes_snapshots(tmp
     assert not (tmp_path / "ema").exists()
     short = PostHocWeightAveraging(tmp_path / "short", **EVERY)
     fit(tmp_path, short, limit_train_batches=2, max_epochs=1)
-    assert {snapshot.t for snapshot in read_directory(tmp_path / "short")} == {2}
+    assert {snapshot.t for snapshot in Run(tmp_path / "short").snapshots} == {2}
     module, recorder = Regression(), Recorder()
     fit(tmp_path, callback, recorder, module=module)
     assert_exact(callback.ema, module, recorder.weights)

@@ -15,9 +15,9 @@ import torch
 from factories import FloatArray, exact_weights
 from safetensors.numpy import load_file
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import PostHocError, WriteError
-from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots, read_directory, snapshot_path
+from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots, snapshot_path
 from posthoc_cli.snapshots.outputs import OutputInfo
 from posthoc_cli.snapshots.snapshot import decode
 from posthoc_cli.snapshots.tensorfile import read_file
@@ -157,7 +157,7 @@ def wrong_snapshots(directory: Path) -> list[str]:
     holds = any(directory.glob("*.safetensors"))
     wrong = problems(directory) if holds else []
     wrong += [line for path in directory.glob(f"{SUPERSEDED}/*.safetensors") for line in problems(path)]
-    for snapshot in read_directory(directory) if holds and not wrong else ():
+    for snapshot in Run(directory).snapshots if holds and not wrong else ():
         values, path = load_file(snapshot.path), snapshot_path(directory, snapshot.t, snapshot.sigma_rel)
         if values.pop("count") != snapshot.step or snapshot.path != path:
             wrong.append(f"{snapshot.path.name}: has another count or name at step {snapshot.step}")

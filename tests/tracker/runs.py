@@ -12,9 +12,8 @@ import torch
 from factories import averages_in, exact_average
 from integrations.truth import distance
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError
-from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.tensorfile import tensor_bytes
 
@@ -73,7 +72,7 @@ def wait_for_writers(folder: Path) -> None:
 
 
 def times(folder: Path) -> set[float]:
-    return {snapshot.t for snapshot in read_directory(folder)}
+    return {snapshot.t for snapshot in Run(folder).snapshots}
 
 
 def superseded(folder: Path) -> int:
@@ -83,7 +82,7 @@ def superseded(folder: Path) -> int:
 def contents(folder: Path) -> dict[str, tuple[Snapshot, dict[str, bytes]]]:
     """Return the headers, but for the run's id, and the tensors of the snapshots on the schedule."""
     result = {}
-    for snapshot in (s for s in read_directory(folder) if not s.off_schedule):
+    for snapshot in (s for s in Run(folder).snapshots if not s.off_schedule):
         tensors = {name: bytes(tensor_bytes(snapshot.tensor(name))) for name in snapshot.entries}
         result[snapshot.path.name] = replace(snapshot, run_id=""), tensors
     return result
@@ -91,7 +90,7 @@ def contents(folder: Path) -> dict[str, tuple[Snapshot, dict[str, bytes]]]:
 
 def as_if_killed(folder: Path) -> None:
     """Remove the snapshots off the schedule, which the end of a training has written."""
-    for snapshot in read_directory(folder):
+    for snapshot in Run(folder).snapshots:
         if snapshot.off_schedule:
             snapshot.path.unlink()
 

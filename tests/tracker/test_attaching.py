@@ -14,9 +14,8 @@ from snapshots.recorded import failing
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_state_dict
 from tracker.runs import wait_for_writers
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import InvalidValueError, NotReadyError, WriteError
-from posthoc_cli.snapshots.directory import read_directory
 
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(16, 2, generator=torch.Generator().manual_seed(2))
@@ -247,7 +246,7 @@ def test_after_a_cell_was_run_again_the_steps_go_to_the_later_tracker(tmp_path: 
     with attached(torch.nn.DataParallel(model), tmp_path / "one", optimizer) as second:
         step(model, optimizer, 2)
     assert (first.step, second.step) == (0, 2)
-    assert {snapshot.run_id for snapshot in read_directory(tmp_path / "one")} == {second.run_id}
+    assert {snapshot.run_id for snapshot in Run(tmp_path / "one").snapshots} == {second.run_id}
 
 
 def test_after_an_error_of_the_update_training_continues(tmp_path: Path) -> None:

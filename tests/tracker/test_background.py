@@ -20,9 +20,8 @@ from integrations.truth import distance
 from snapshots.recorded import failing
 from tracker.runs import Training, contents, times, wait_for_writers
 
-from posthoc_cli import PostHocEMA, files
+from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, WriteError
-from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import background
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
@@ -114,7 +113,7 @@ def test_snapshots_that_another_thread_asks_for_are_not_overwritten_while_they_w
         for thread in threads:
             thread.join()
     assert times(tmp_path) == {6, 7}
-    for snapshot in read_directory(tmp_path):
+    for snapshot in Run(tmp_path).snapshots:
         right = training.exact(snapshot.sigma_rel, range(1, snapshot.step + 1))
         assert distance({name: snapshot.tensor(name) for name in snapshot.entries}, right) < 1e-3  # float16's rounding
 
@@ -258,7 +257,7 @@ def test_a_process_that_ends_finishes_background_work_which_a_forked_one_leaves_
     """The work includes jobs that other jobs submit, and the last snapshot. A forked process has none of the tracker's
     threads, and would wait for them forever."""
     assert forked.run(FORKS, tmp_path, device).code == 7
-    assert [s.t for s in read_directory(tmp_path)] == [3, 3, 6, 6, 7, 7]
+    assert [s.t for s in Run(tmp_path).snapshots] == [3, 3, 6, 6, 7, 7]
 
 
 def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_path: Path) -> None:

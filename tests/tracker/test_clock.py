@@ -9,8 +9,7 @@ import pytest
 import torch
 from tracker.runs import as_if_killed
 
-from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
-from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli import PostHocEMA, Run, disk_sources, plan_synthesis
 from posthoc_cli.snapshots.sources import run_clock
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.targets import Beta, Target, Window
@@ -59,7 +58,7 @@ def fresh(folder: Path) -> PostHocEMA:
 
 
 def clocks(folder: Path) -> dict[float, tuple]:
-    return {snapshot.t: snapshot.clock for snapshot in read_directory(folder)}
+    return {snapshot.t: snapshot.clock for snapshot in Run(folder).snapshots}
 
 
 def error(folder: Path, target: Target, exact: np.ndarray, known: bool = True) -> float:
@@ -87,7 +86,7 @@ def test_every_header_holds_the_clock_up_to_its_own_time(changed: Path) -> None:
         t = times[step - 1]
         expected[t] = (*(turn for turn in turns if turn[0] < step), (step, t))
     assert clocks(changed) == expected
-    clock = run_clock(read_directory(changed))
+    clock = run_clock(Run(changed).snapshots)
     np.testing.assert_allclose(clock.step_at(times), np.arange(1, STEPS + 1), atol=1e-9)
 
 

@@ -37,7 +37,6 @@ from posthoc_cli.errors import (
     NotReadyError,
     WriteError,
 )
-from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.path import decode_sample
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
@@ -81,7 +80,7 @@ def state_after(training: Training, last: int, ema: PostHocEMA, **options: Any) 
 
 
 def remove(folder: Path, *times: float, sigma_rel: float = 0.28) -> None:
-    for snapshot in read_directory(folder):
+    for snapshot in Run(folder).snapshots:
         if snapshot.t in times and snapshot.sigma_rel == sigma_rel:
             snapshot.path.unlink()
 
@@ -160,12 +159,12 @@ def test_a_resumed_run_takes_its_new_settings_and_stays_exact(
         profiles = second.settings.sigma_rels
     dropped = len(first.settings.sigma_rels) - len(profiles)  # whose last snapshots the exact state does not list
     assert superseded(tmp_path) == exactly * dropped
-    newest, wanted = read_directory(tmp_path)[-1], SETTINGS | after
+    newest, wanted = Run(tmp_path).snapshots[-1], SETTINGS | after
     assert (newest.schedule.update_every, newest.schedule.checkpoint_every) == (
         wanted["update_every"], wanted["checkpoint_every"],
     )  # fmt: skip
     assert (newest.max_interval, newest.t_first, newest.t) == (wanted["update_every"], 2, 40)
-    assert {s.sigma_rel for s in read_directory(tmp_path) if s.t == 40} == {*profiles}
+    assert {s.sigma_rel for s in Run(tmp_path).snapshots if s.t == 40} == {*profiles}
     assert ema("info", tmp_path).code == 0  # which does not miss the dropped profiles
     again = PostHocEMA.from_path(tmp_path, training.model)
     assert (again.step, again.settings.sigma_rels, again.settings.schedule) == (40, profiles, newest.schedule)
@@ -494,7 +493,7 @@ def test_headers_and_predicted_errors_count_the_error_of_resuming_from_rounded_s
         with resume(training.model, tmp_path, **settings) as ema:
             state = state_after(training, end, ema)
             assert (1e-6 if last else 0) < ema.state_dict(0.28).predicted_error < (1e-3 if last else 1e-6)
-        (snapshot,) = (s for s in read_directory(tmp_path) if (s.t, s.sigma_rel) == (end, 0.28))
+        (snapshot,) = (s for s in Run(tmp_path).snapshots if (s.t, s.sigma_rel) == (end, 0.28))
         lost *= ((last / end) ** (gamma + 1)) ** 2
         assert snapshot.inherited == pytest.approx(lost, rel=1e-3)
         assert state["standing"]["inherited"][1] == snapshot.inherited
@@ -512,7 +511,7 @@ def test_a_header_holds_the_weights_and_the_average_of_its_time(
 ) -> None:
     """The format defines the elements of the sample. A snapshot off the schedule holds those of the last update."""
     raw = begun(tmp_path, last, device=device, buffers="copy").path[at - 1]
-    newest = read_directory(tmp_path)[-1]
+    newest = Run(tmp_path).snapshots[-1]
     assert newest.t == at
     average = load_file(newest.path)
     names, expected = sorted(newest.averages), []

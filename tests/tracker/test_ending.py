@@ -9,9 +9,8 @@ from factories import exact_average
 from safetensors.torch import load_file
 from tracker.runs import Training, contents
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import NotReadyError
-from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import pipeline
 
 SETTINGS: dict = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None, "max_checkpoints": 3}
@@ -23,7 +22,7 @@ def begin(training: Training, folder: Path, **settings: object) -> PostHocEMA:
 
 def written(folder: Path) -> list[tuple[float, bool]]:
     """Return the time of each snapshot, equal for both profiles, and whether it is off the schedule."""
-    infos = read_directory(folder)
+    infos = Run(folder).snapshots
     narrow, wide = ([(i.t, i.off_schedule) for i in infos if i.sigma_rel == sigma_rel] for sigma_rel in (0.05, 0.28))
     assert narrow == wide
     return narrow
@@ -47,7 +46,7 @@ def test_the_end_writes_a_last_snapshot(tmp_path: Path, end: str, device: str) -
             gc.collect()
         pipeline.finish()
     assert written(tmp_path) == [(10, False), (20, False), (24, True)]
-    for snapshot in read_directory(tmp_path)[-2:]:
+    for snapshot in Run(tmp_path).snapshots[-2:]:
         values = [state["0.weight"] for state in training.path[1:25:2]]
         exact = exact_average(values, snapshot.sigma_rel, range(2, 25, 2))
         assert abs(load_file(snapshot.path)["0.weight"].double().numpy() - exact).max() < 1e-6
@@ -84,9 +83,9 @@ def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_
         training.run(4, tracker)
         tracker.snapshot()
         assert written(tmp_path) == [(4, True)]
-        before = [s.path.stat().st_ino for s in read_directory(tmp_path)]
+        before = [s.path.stat().st_ino for s in Run(tmp_path).snapshots]
         tracker.snapshot()
-        assert [s.path.stat().st_ino for s in read_directory(tmp_path)] == before
+        assert [s.path.stat().st_ino for s in Run(tmp_path).snapshots] == before
         training.run(21, tracker)
     again, expected = training.at(20), [(4, True), (10, False), (20, False)]
     assert written(tmp_path) == expected

@@ -7,10 +7,9 @@ import pytest
 import torch
 from tracker.runs import Training, assert_near
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
-from posthoc_cli.snapshots.directory import read_directory
 
 SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_every": 3, "checkpoint_dtype": None}
 
@@ -27,7 +26,7 @@ def tracked(model: torch.nn.Module, folder: Path, **settings: object) -> Trainin
 
 
 def roles(folder: Path) -> dict[str, str]:
-    return {name: tensor.role for name, tensor in read_directory(folder)[-1].tensors.items()}
+    return {name: tensor.role for name, tensor in Run(folder).snapshots[-1].tensors.items()}
 
 
 ALL = {
@@ -50,7 +49,7 @@ ALL = {
 ])  # fmt: skip
 def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path: Path, filters: dict, taken: set) -> None:
     tracked(network(), tmp_path, **filters)
-    info = read_directory(tmp_path)[-1]
+    info = Run(tmp_path).snapshots[-1]
     assert set(info.tensors) == taken
     assert set(info.left_out) == ALL - taken
     with PostHocEMA.from_path(tmp_path, network(), step=info.step) as run:  # the selection is in the header
@@ -75,7 +74,7 @@ def test_a_tied_tensor_is_stored_under_its_selected_name(tmp_path: Path) -> None
     model[1].weight = model[0].weight
     tracked(model, tmp_path / "taken", include="1.*")
     assert roles(tmp_path / "taken") == {"1.weight": "average", "1.bias": "average"}
-    assert read_directory(tmp_path / "taken")[-1].aliases == {}
+    assert Run(tmp_path / "taken").snapshots[-1].aliases == {}
     PostHocEMA.from_path(tmp_path / "taken").load_into(model, sigma_rel=0.2)
     model = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3)))
     model[2].weight = model[0].weight
@@ -106,7 +105,7 @@ def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Pat
     model = network()
     training = tracked(model, tmp_path, buffers="copy", checkpoint_dtype=torch.float16)
     assert {name for name, role in roles(tmp_path).items() if role == "copy"} == COPIED
-    assert read_directory(tmp_path)[-1].entries["1.running_mean"].dtype == "F32"
+    assert Run(tmp_path).snapshots[-1].entries["1.running_mean"].dtype == "F32"
     finished = PostHocEMA.from_path(tmp_path)
     for step in (3, 6):
         weights = finished.state_dict(sigma_rel=0.15, step=step)
@@ -170,7 +169,7 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
     with run.model(model, sigma_rel=0.28) as averaged:
         assert torch.equal(averaged.w.float(), wide.to(dtype).float())
     training = tracked(model, tmp_path / "own")
-    for snapshot in read_directory(tmp_path / "own"):
+    for snapshot in Run(tmp_path / "own").snapshots:
         assert snapshot.entries["w"].dtype == stored_name(dtype)
         exact = training.exact(snapshot.sigma_rel, range(1, snapshot.step + 1))["w"]
         stored = snapshot.tensor("w")

@@ -14,7 +14,6 @@ from groups import SETTINGS, Net, alone, averages, check_group, move, run_group,
 from tracker.runs import assert_near
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.path import decode_path
 from posthoc_cli.snapshots.snapshot import decode_snapshot
 from posthoc_cli.snapshots.tensorfile import Box, cover_problem, read_file
@@ -498,7 +497,7 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         assert [name for name, tensor in right.items() if not torch.equal(loaded[name], tensor)] == []
         assert found["clock"] == expected["clock"]
         assert found["standing"] == expected["standing"] | {"inherited": [0.0, 0.0]}
-    single_run, run = ({(s.t, s.sigma_rel): s for s in read_directory(tmp_path / name)} for name in ("single", "run"))
+    single_run, run = ({(s.t, s.sigma_rel): s for s in Run(tmp_path / name).snapshots} for name in ("single", "run"))
     # Each stage of `run` has ended with a snapshot off the schedule, of the averages that the next resumes from.
     assert run.keys() == single_run.keys() | {(t, sigma_rel) for t in (2, 6, 10) for sigma_rel in (0.1, 0.2)}
     assert len(list((tmp_path / "run" / "superseded").glob("*"))) == 0
@@ -515,7 +514,7 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
 def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:
     check_group(BEGIN + STAGE, 2, tmp_path, "fsdp", "resumed", 0, 5, 8)
     check_group(BEGIN + STAGE, 2, tmp_path, "fsdp", "straight", 0, 8)
-    found = {name: read_directory(tmp_path / name)[-1] for name in ("straight", "resumed")}
+    found = {name: Run(tmp_path / name).snapshots[-1] for name in ("straight", "resumed")}
     assert found["resumed"].t == 8
     assert decode_path(found["straight"].sketch).sketch.folds.sum() > 2
     assert found["resumed"].sketch == found["straight"].sketch

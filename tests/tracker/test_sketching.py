@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from snapshots.recorded import call_number, failing
 from tracker.runs import Training
 
-from posthoc_cli import PostHocEMA, disk_sources
+from posthoc_cli import PostHocEMA, Run, disk_sources
 from posthoc_cli.errors import WriteError
-from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.path import decode_path
 
 
@@ -139,7 +138,7 @@ def train(tracker: PostHocEMA, model: torch.nn.Module, last: int, size: float = 
 
 
 def check(folder: Path, known: Exact, norm: float = 1e-12, rounding: float = 1e-6) -> None:
-    for snapshot in read_directory(folder):
+    for snapshot in Run(folder).snapshots:
         stored, found = load_file(snapshot.path), snapshot.measurements
         exact = {name: known[snapshot.t, snapshot.sigma_rel][name].cpu() for name in snapshot.averages}
         # Differences of float32 are rounded by 2^-24 of themselves; sums are float64.
@@ -167,7 +166,7 @@ def test_measurements_are_those_of_a_direct_computation(
 ) -> None:
     """A model with tied parameters, buffers (not measured) and a frozen parameter."""
     check_run(tiny_model().to(dtype), tmp_path, sigma_rels, checkpoint_dtype=stored)
-    assert read_directory(tmp_path)[-1].sigma_rels == sigma_rels
+    assert Run(tmp_path).snapshots[-1].sigma_rels == sigma_rels
 
 
 @pytest.mark.parametrize("scale", [1e6, 1e-6, 2e-8])
@@ -178,7 +177,7 @@ def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(tmp_path: Path
         model.weight.fill_(scale)
     model.weight.requires_grad_(False)  # constant, but tracked
     check_run(model, tmp_path, include="*")
-    for snapshot in read_directory(tmp_path):
+    for snapshot in Run(tmp_path).snapshots:
         found = {name: entry.dtype for name, entry in snapshot.entries.items()}
         assert found == {"weight": "F32", "bias": "F16"}
 
@@ -190,7 +189,7 @@ def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(tmp
     with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, checkpoint_every=1) as tracker:
         tracker.update_(model)
         tracker.update_(model)
-    for snapshot in read_directory(tmp_path):
+    for snapshot in Run(tmp_path).snapshots:
         assert snapshot.entries["bias"].dtype == "F64"
         assert snapshot.measurements is None
         assert torch.equal(load_file(snapshot.path)["bias"], model.bias)
@@ -204,7 +203,7 @@ def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path) ->
         refused = pytest.raises(WriteError, match="no space left")
         with failing("fsync", errno.ENOSPC, call_number(1)), refused:
             exact |= train(tracker, model, 10)
-        assert [(s.t, s.sigma_rel) for s in read_directory(tmp_path)] == [(5, 0.05), (5, 0.28), (10, 0.05)]
+        assert [(s.t, s.sigma_rel) for s in Run(tmp_path).snapshots] == [(5, 0.05), (5, 0.28), (10, 0.05)]
         assert not list(tmp_path.glob(".ema-*"))
         tracker.snapshot()
         exact |= {(tracker.t, s): tracker.state_dict(s, dtype="float64") for s in (0.05, 0.28)}
@@ -220,8 +219,8 @@ def test_measurements_of_a_subset_are_those_of_all_elements(tmp_path: Path, size
         exact = train(tracker, model, 10, size)
     off = 4 * (2 / 2**19) ** 0.5
     check(tmp_path, exact, norm=off, rounding=2 * off)  # larger in each binade
-    norms = [sum(map(squares, exact[s.t, s.sigma_rel].values())) for s in read_directory(tmp_path)]
-    assert norms != [s.measurements.norm for s in read_directory(tmp_path)]
+    norms = [sum(map(squares, exact[s.t, s.sigma_rel].values())) for s in Run(tmp_path).snapshots]
+    assert norms != [s.measurements.norm for s in Run(tmp_path).snapshots]
 
 
 @pytest.mark.cuda

@@ -25,9 +25,8 @@ import torch
 from checking import assert_same_tensors
 from factories import averages_in, exact_gamma
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import NotReadyError
-from posthoc_cli.snapshots.directory import read_directory
 
 SIGMA_RELS = (0.2, 0.21)
 """Two similar widths: profiles that share a mean then have nearly its weights and differ from the truth only by
@@ -186,7 +185,7 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(tmp_path: Path, 
             tracker.close()
     assert wrong == []
     if last == "close":
-        for snapshot in read_directory(tmp_path):
+        for snapshot in Run(tmp_path).snapshots:
             with snapshot:
                 weights = {name: snapshot.tensor(name) for name in snapshot.entries}
             assert away(weights, repr(snapshot.sigma_rel), snapshot.step, 2 * TOLERANCE) == []

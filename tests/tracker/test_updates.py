@@ -13,9 +13,8 @@ from factories import exact_average, exact_gamma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
+from posthoc_cli import PostHocEMA, Run, disk_sources, plan_synthesis
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
-from posthoc_cli.snapshots.directory import read_directory
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -191,7 +190,7 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
             for _ in range(100):
                 model.weight.data.add_(torch.randn(30, 30, generator=generator))
                 tracker.update_(model)
-        snapshots = read_directory(tmp_path / name)
+        snapshots = Run(tmp_path / name).snapshots
         kept[name] = np.mean([s.t for s in snapshots])
         assert snapshots[0].schedule.sigma_range == sigma_rels
         assert PostHocEMA.from_path(tmp_path / name).settings.schedule.sigma_range == sigma_rels

@@ -18,9 +18,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from tracker.runs import Training, contents
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.snapshots.directory import read_directory
 
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
 
@@ -99,7 +98,7 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
     ):
         Training(model=bare).run(4, one)
         Training(model=wrapped).run(4, other)
-    info = read_directory(tmp_path / "bare")[-1]
+    info = Run(tmp_path / "bare").snapshots[-1]
     assert (set(info.tensors), info.aliases) == (NAMES | BUFFERS, {"head.1.weight": "head.0.weight"})
     assert contents(tmp_path / "wrapped") == contents(tmp_path / "bare")
     fresh, weights = network(), PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
@@ -167,7 +166,7 @@ def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(tmp_path: P
     assert not set_peft_model_state_dict(get_peft_model(Adapted(), CONFIGS[kind]), weights).unexpected_keys
     found = set(weights)
     assert found == set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    assert "base_model.model.middle.base_layer.weight" in read_directory(tmp_path / "run")[0].left_out
+    assert "base_model.model.middle.base_layer.weight" in Run(tmp_path / "run").snapshots[0].left_out
     if kind == "lora":
         middle = model.base_model.model.middle
         model.base_model.model.middle = compiled(middle)
