@@ -34,7 +34,6 @@ from posthoc_cli import disk_sources
 from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.directory import snapshot_path
-from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out
 from posthoc_cli.synthesis.engine import Options, check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
@@ -156,7 +155,7 @@ def _times(snapshots: int) -> list[tuple[float, float]]:
 
 
 def _tracked(shapes: Shapes) -> dict[str, Any]:
-    return {"sigma_rels": TRACKED, "tensors": {name: TrackedTensor("average", "F32") for name in shapes}}
+    return {"sigma_rels": TRACKED, "tensors": dict.fromkeys(shapes, "average F32")}
 
 
 # --- plain loops -----------------------------------------------------------------------------------

@@ -17,18 +17,20 @@ from safetensors.torch import load_file
 
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import PowerFunction, Profile
-from posthoc_cli.reconstruction import Measurements, Problem
-from posthoc_cli.snapshots.directory import snapshot_path
-from posthoc_cli.snapshots.outputs import OutputInfo
+from posthoc_cli.reconstruction import Measurements, Problem, Sketch
+from posthoc_cli.snapshots.directory import find_snapshots, snapshot_path
+from posthoc_cli.snapshots.outputs import OutputInfo, Used
 from posthoc_cli.snapshots.path import PathSketch, decode_path, encode_path
-from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, decode_snapshot
-from posthoc_cli.snapshots.sources import TrackedTensor
+from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, decode, decode_snapshot
+from posthoc_cli.snapshots.sources import Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Chunk, Entry, TensorFileWriter, read_file, tensor_bytes
 
 FloatArray = npt.NDArray[np.float64]
 
 SIGMA_RELS = (0.05, 0.10, 0.15, 0.28)
 """What a run in a test tracks, unless it says otherwise."""
+
+INDEX = "model.safetensors.index.json"
 
 RUN_ID = "5eed" * 8
 OTHER_RUN_ID = "0ddd" * 8
@@ -71,18 +73,18 @@ def make_info(
 ) -> Snapshot:
     """Describe a snapshot of `values`: floating-point tensors are averages in their dtype, others are copies.
 
-    `overrides` are fields of Snapshot.
+    `overrides` are fields of Snapshot; `tensors` names those that are something else, such as {"w": "average F32"}.
     """
-    tensors = {
-        name: TrackedTensor("average" if value.is_floating_point() else "copy", stored_name(value.dtype))
+    tracked = {
+        name: f"{'average' if value.is_floating_point() else 'copy'} {stored_name(value.dtype)}"
         for name, value in values.items()
-    }
+    } | overrides.pop("tensors", {})
     info = Snapshot(
         run_id=run_id, sigma_rel=sigma_rel, gamma=exact_gamma(sigma_rel),
         sigma_rels=tuple(sorted({*SIGMA_RELS, sigma_rel})), t=float(t), t_unit="steps", step=int(t),
         t_first=min(1.0, float(t)), max_interval=1.0,
         schedule=TrackingSchedule(update_every=1, checkpoint_every=1, max_checkpoints=None, checkpoint_dtype=None),
-        tensors=tensors,
+        tensors={name: TrackedTensor(*text.split()) for name, text in tracked.items()},
     )  # fmt: skip
     return replace(info, **overrides)
 
@@ -106,7 +108,7 @@ def write_snapshot(
 ) -> Path:
     """Write a snapshot file of `values` without conversion; return its path.
 
-    `name` is the file's, in place of its usual one; `overrides` are fields of Snapshot.
+    `name` is the file's, in place of its usual one; `overrides` as in `make_info`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     info = make_info(values, t, sigma_rel, run_id, **overrides)
@@ -175,6 +177,28 @@ def read_snapshot(path: Path) -> Snapshot:
     return decode_snapshot(read_file(path))
 
 
+def snapshots_in(run: Path) -> list[Snapshot]:
+    """Return the snapshots of a run; none for a missing or empty directory."""
+    return find_snapshots(run)
+
+
+def sketch_of(source: Source) -> Sketch:
+    """Return the sketch of the weights' path in a header."""
+    return decode_path(source.sketch).sketch
+
+
+def write_output(path: Path, tensors: Mapping[str, torch.Tensor], copies: tuple[str, ...] = ()) -> Path:
+    """Write an output, as of a synthesis, of any values; `copies` names the tensors that are no averages."""
+    width, used = (0.1, exact_gamma(0.1)), (Used("x", 1.0),)
+    info = OutputInfo(RUN_ID, "sigma_rel 0.1", *width, 10.0, "steps", "paper", 1e-3, None, used, copies)
+    write_tensors(path, tensors, info, overwrite=True)
+    return path
+
+
+def read_output(path: Path) -> OutputInfo:
+    return decode(read_file(path), "output", OutputInfo)
+
+
 def write_run(
     directory: Path,
     trajectory: Sequence[Mapping[str, npt.ArrayLike]],
@@ -203,7 +227,7 @@ def write_run(
                 name: torch.from_numpy(exact_average([step[name] for step in trajectory[:t]], sigma_rel, times))
                 for name in trajectory[0]
             }
-            tensors = {name: TrackedTensor("average", stored_name(dtype)) for name in averages}
+            tensors = dict.fromkeys(averages, f"average {stored_name(dtype)}")
             values = {name: average.to(stored) for name, average in averages.items()}
             tracked = tuple(sorted(sigma_rels))
             paths.append(write_snapshot(directory, t, sigma_rel, run_id, values, tensors=tensors, sigma_rels=tracked))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ema_command import Result
-from factories import exact_weights
+from factories import exact_weights, snapshots_in
 from forked import Forked
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,8 +26,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from posthoc_cli import PostHocEMA, PostHocError, Run
-from posthoc_cli.snapshots.directory import find_snapshots
-from posthoc_cli.tracker.processes import held_part
 
 __all__ = [
     "SETTINGS", "Net", "Path", "PostHocEMA", "PostHocError", "Run", "close", "dist", "equal", "filled", "held", "move",
@@ -125,6 +123,11 @@ def spread(model: nn.Module, kind: str) -> nn.Module:
     return model
 
 
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def value(name: str, step: int, like: torch.Tensor) -> torch.Tensor:
     """Return the complete value of a tensor after a step: a walk from a start that depends on the name."""
     total = torch.zeros(like.shape, dtype=torch.float64)
@@ -149,8 +152,7 @@ def local(tensor: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
 def move(model: nn.Module, step: int) -> None:
     bare = getattr(model, "module", model)
     for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
-        into = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        into.copy_(local(tensor, value(name, step, tensor)))
+        own_part(tensor).copy_(local(tensor, value(name, step, tensor)))
 
 
 def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> None:
@@ -162,7 +164,7 @@ def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> Non
 
 def restore(model: nn.Module, directory: Path) -> None:
     """Move a model to the newest time that has all snapshots, as a training restores its own checkpoint."""
-    stored = Counter(snapshot.step for snapshot in find_snapshots(directory)) if directory.exists() else {}
+    stored = Counter(snapshot.step for snapshot in snapshots_in(directory))
     move(model, max((step for step, count in stored.items() if count == len(SETTINGS["sigma_rels"])), default=0))
 
 
@@ -195,7 +197,7 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def held(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: held_part(tensor).clone() for name, tensor in _tensors(model).items()}
+    return {name: own_part(tensor).clone() for name, tensor in _tensors(model).items()}
 
 
 def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
@@ -204,14 +206,14 @@ def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) ->
 
 def filled(model: nn.Module, complete: Mapping[str, torch.Tensor]) -> bool:
     tensors = _tensors(model)
-    return all(torch.equal(held_part(tensors[n]), local(tensors[n], value)) for n, value in complete.items())
+    return all(torch.equal(own_part(tensors[n]), local(tensors[n], value)) for n, value in complete.items())
 
 
 def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
     """Fail if a model's tensors differ from the complete tensors of a file."""
     tensors = _tensors(model)
     for name, value in torch.load(path).items():
-        found, wanted = held_part(tensors[name]).double(), local(tensors[name], value).double()
+        found, wanted = own_part(tensors[name]).double(), local(tensors[name], value).double()
         assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance), name
 
 

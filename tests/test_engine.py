@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,10 @@ from factories import RUN_ID, flip_bit, random_walk, snapshot_files, tiny_model,
 from safetensors.torch import load_file
 from snapshots.recorded import failing, record
 
-from posthoc_cli import PostHocEMA, disk_sources
-from posthoc_cli.errors import FileFormatError, NonFiniteError, PostHocError, RankError, VanishedError
-from posthoc_cli.export.layouts import OutputOptions
-from posthoc_cli.export.writing import write_synthesis
-from posthoc_cli.snapshots.sources import TrackedTensor
-from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli import PostHocEMA, Run, disk_sources
+from posthoc_cli.errors import FileFormatError, NonFiniteError
 from posthoc_cli.synthesis.engine import SLOTS, Options, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.tracker.processes import Group
 
 LARGE = 2_500_003
 """Elements of a tensor of two tiles in float16, which ends within a block and within a vector register."""
@@ -57,12 +52,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "own": draw(50 + index, 300_001).double(), "empty": torch.empty(0, 3).half(),
             "scalar": draw(60 + index).half(), "counter": torch.arange(400_000) + t, "flag": torch.tensor(True),
         }  # fmt: skip
-        average, counter = TrackedTensor("average", "F32"), TrackedTensor("copy", "I64")
-        tensors = {name: average if value.is_floating_point() else counter for name, value in values.items()}
-        tensors |= {"own": TrackedTensor("average", "F64"), "flag": TrackedTensor("copy", "BOOL")}
-        write_snapshot(
-            directory, t, 0.05, RUN_ID, values, tensors=tensors, aliases={"tied": "large", "tied 0": "small 0"}
-        )
+        tensors = {n: "average F32" for n, v in values.items() if v.is_floating_point() and n != "own"}
+        aliases = {"tied": "large", "tied 0": "small 0"}
+        write_snapshot(directory, t, 0.05, RUN_ID, values, tensors=tensors, aliases=aliases)
     return directory
 
 
@@ -124,11 +116,10 @@ def test_each_of_any_number_of_targets_is_the_sum_within_rounding(
 
 @pytest.mark.parametrize("mode", [torch.inference_mode(), torch.device("meta")], ids=["inference", "meta"])
 def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: object) -> None:
-    plan, paths = plan_of(mixed, (0.1,)), [tmp_path / "one.pt", tmp_path / "two.pt"]
-    write_synthesis(plan, paths[:1])
+    Run(mixed).write(0.1, tmp_path / "one.pt")
     with mode:  # type: ignore[attr-defined]
-        write_synthesis(plan, paths[1:])
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+        Run(mixed).write(0.1, tmp_path / "two.pt")
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
 
 
 # --- dtypes ----------------------------------------------------------------------------------------
@@ -138,8 +129,8 @@ def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: o
 def test_averages_that_are_stored_in_eight_bits_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(dtype)
     value = codes[codes.float().isfinite()].repeat(300)
-    tensors = {"w": TrackedTensor("average", "F32"), "v": TrackedTensor("average", "F32")}
-    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": value, "v": value[:9]}, tensors=tensors)
+    values = {"w": value, "v": value[:9]}
+    write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, tensors=dict.fromkeys(values, "average F32"))
     averages = dict(synthesize(plan_of(tmp_path, (0.05,))))
     assert torch.equal(averages["w"][0], value.float())
     assert torch.equal(averages["v"][0], value[:9].float())
@@ -177,9 +168,8 @@ def test_ctrl_c_leaves_no_file_and_no_thread(mixed: Path, tmp_path: Path) -> Non
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
-    outputs = [tmp_path / f"{target}.safetensors" for target in TARGETS]
     with pytest.raises(KeyboardInterrupt):
-        write_synthesis(plan_of(mixed), outputs, OutputOptions(progress=interrupt))
+        Run(mixed).write(TARGETS, tmp_path / "out", progress=lambda *_: nullcontext(interrupt))
     assert list(tmp_path.iterdir()) == threads() == []
     stream = synthesize(plan_of(mixed))
     next(stream)
@@ -245,8 +235,8 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: P
 def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(mixed: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(mixed, tmp_path / "run"))
     plan, path = plan_of(run), sorted(run.iterdir())[1]
-    entry = read_file(path).entries["large"]
-    flip_bit(path, entry.begin + entry.nbytes - 1)
+    large = as_bytes(load_file(path)["large"])
+    flip_bit(path, path.read_bytes().index(large) + len(large) - 1)
     for _ in range(10):
         with pytest.raises(FileFormatError, match="is damaged"):
             list(synthesize(plan, Options("cuda")))
@@ -347,30 +337,3 @@ def test_an_open_file_that_another_host_removes_is_planned_without(
         assert torch.equal(average(tmp_path), expected)
     (warning,) = caplog.records
     assert ".safetensors: cannot be read: stale file handle; planning again" in warning.getMessage()
-
-
-@pytest.mark.parametrize(
-    ("own", "other", "raised"),
-    [
-        (VanishedError("a", "is gone"), (False, 1, "broke"), RankError),
-        (VanishedError("a", "is gone"), (True, 1, "b: is gone"), VanishedError),
-        (RankError("a", "broke"), (True, 1, "b: is gone"), RankError),
-        (None, (True, 1, "b: is gone"), VanishedError),
-    ],
-)
-def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
-    own: Exception | None, other: tuple[bool, int, str], raised: type[Exception]
-) -> None:
-    """All processes of a group must do the same."""
-
-    class Two(Group):
-        def from_all(self, value: Any) -> list[Any]:
-            return [value, other]
-
-    def work() -> None:
-        if own is not None:
-            raise own
-
-    with pytest.raises(PostHocError) as caught:
-        Two(0, (0, 1)).together(work)
-    assert type(caught.value) is raised

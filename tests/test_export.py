@@ -12,11 +12,11 @@ import pytest
 import safetensors
 import torch
 from checking import assert_same_tensors, load_output, refused
-from factories import RUN_ID, contents, exact_gamma, split_snapshot, write_snapshot, write_tensors
+from factories import INDEX, RUN_ID, contents, read_output, split_snapshot, write_output, write_snapshot
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import call_number, failing
 
-from posthoc_cli import Run, resources
+from posthoc_cli import Run, export_file
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -25,14 +25,8 @@ from posthoc_cli.errors import (
     OutputExistsError,
     WriteError,
 )
-from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.layouts import layout_of
-from posthoc_cli.snapshots.outputs import OutputInfo, Used
-from posthoc_cli.snapshots.snapshot import decode
-from posthoc_cli.snapshots.sources import TrackedTensor
-from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.export.layouts import OutputOptions, layout_of
 
-INDEX = "model.safetensors.index.json"
 Tensors = dict[str, torch.Tensor]
 
 WEIGHTS: Tensors = {
@@ -41,19 +35,10 @@ WEIGHTS: Tensors = {
     "var": torch.tensor([1 / 3, 2 / 3]),  # a buffer, which is never cast
     "count": torch.tensor(7),
 }
+COPIES = ("var", "count")
 
 
-def write_output(path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = ("var", "count")) -> Path:
-    info = OutputInfo(
-        RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (Used("x", 1.0),), copies
-    )
-    write_tensors(path, tensors, info, overwrite=True)
-    return path
-
-
-def exported(
-    tmp_path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = ("var", "count"), **options: Any
-) -> Tensors:
+def exported(tmp_path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = COPIES, **options: Any) -> Tensors:
     source = write_output(tmp_path / "in.safetensors", tensors, copies)
     export_file(source, tmp_path / "out.safetensors", overwrite=True, **options)
     return load_output(tmp_path / "out.safetensors")
@@ -75,7 +60,7 @@ def test_every_layout_holds_the_same_tensors_with_averages_in_the_dtype_and_copi
     own = {None: torch.float32, "bf16": torch.bfloat16}.get(dtype, torch.float64)
     expected = {**WEIGHTS, "a": WEIGHTS["a"].to(own), "b": WEIGHTS["b"].to(own)}
     out, bar = tmp_path / OUTPUTS[layout], nullcontext((written := list[int]()).append)
-    source, size = write_output(tmp_path / "in.safetensors"), SIZE.get(layout)
+    source, size = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES), SIZE.get(layout)
     made = export_file(source, out, dtype=dtype, max_shard_size=size, progress=lambda *_: bar)
     assert_same_tensors(load_output(out), expected)
     assert (made.tensors, made.from_base) == (4, 0)
@@ -85,7 +70,7 @@ def test_every_layout_holds_the_same_tensors_with_averages_in_the_dtype_and_copi
 
 
 def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_path: Path) -> None:
-    source = write_output(tmp_path / "in.safetensors")
+    source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     export_file(source, tmp_path / "out", max_shard_size="100")
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     shards = sorted(set(index["weight_map"].values()))
@@ -122,7 +107,7 @@ SIZES = {
 @pytest.mark.parametrize("size", SIZES)
 def test_a_size_is_a_number_with_a_unit(size: str) -> None:
     with refused("max_shard_size") if SIZES[size] is None else nullcontext():
-        assert resources.parse_bytes(size, "max_shard_size") == SIZES[size]
+        assert OutputOptions(max_shard_size=size).shard_bytes == SIZES[size]
 
 
 # --- dtypes ----------------------------------------------------------------------------------------
@@ -142,7 +127,7 @@ def test_an_average_that_is_not_finite_is_refused_by_name_and_nothing_is_written
 ) -> None:
     values = {"w": torch.ones(2), "bad": torch.tensor([value], dtype=stored)}
     snapshot = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
-    for source in (snapshot, write_output(tmp_path / "in.safetensors", values, ())):
+    for source in (snapshot, write_output(tmp_path / "in.safetensors", values)):
         before = contents(tmp_path)
         with pytest.raises(NonFiniteError, match=f"{source}.*tensor 'bad': {message}"):
             export_file(source, tmp_path / "out.safetensors", dtype=dtype)
@@ -163,7 +148,7 @@ def test_infinity_in_a_buffer_or_in_the_file_of_another_program_is_kept(tmp_path
 
 def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_path: Path) -> None:
     w, var = torch.tensor([1 / 3, -2.0]).half(), torch.tensor([0.1])
-    tensors = {"w": TrackedTensor("average", "F32"), "var": TrackedTensor("copy", "F32")}
+    tensors = {"w": "average F32", "var": "copy F32"}
     aliases = {"tied": "w", "var too": "var"}
     source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": w, "var": var}, tensors=tensors, aliases=aliases)
     folder = split_snapshot(Path(shutil.copytree(tmp_path / "run", tmp_path / "split")) / source.name, 2)
@@ -171,9 +156,10 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
     for path, name in ((source, source.name), (folder, folder.name)):
         export_file(path, out, overwrite=True)
         assert_same_tensors(load_output(out), {"w": w.float(), "tied": w.float(), "var": var, "var too": var})
-        info = decode(read_file(out), "output", OutputInfo)
+        info = read_output(out)
         assert (info.sigma_rel, info.t, info.method, info.profile_error) == (0.05, 10, "tracked", 0)
-        assert (info.snapshots, sorted(info.copies)) == ((Used(name, 1.0),), ["var", "var too"])
+        assert [(used.file, used.coefficient) for used in info.snapshots] == [(name, 1.0)]
+        assert sorted(info.copies) == ["var", "var too"]
     export_file(source, tmp_path / "half.pt", dtype="float16")
     assert_same_tensors(load_output(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var})
 
@@ -201,7 +187,7 @@ def write_base(tmp_path: Path, kind: str) -> Path:
 def test_a_base_adds_the_tensors_that_were_not_averaged(tmp_path: Path, layout: str, kind: str) -> None:
     """The base can be exported itself; a dtype is that of its floating-point tensors, too."""
     out, base = tmp_path / OUTPUTS[layout], write_base(tmp_path, kind)
-    source = write_output(tmp_path / "in.safetensors")
+    source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     made = export_file(source, out, base=base, max_shard_size=SIZE.get(layout))
     assert_same_tensors(load_output(out), {**BASE, **WEIGHTS})
     assert (made.tensors, made.from_base) == (6, 2)
@@ -223,7 +209,7 @@ def test_a_base_adds_the_tensors_that_were_not_averaged(tmp_path: Path, layout: 
     ],
 )
 def test_a_base_of_another_model_is_refused(tmp_path: Path, tensors: Tensors, message: str) -> None:
-    source, base = write_output(tmp_path / "in.safetensors", tensors, ()), write_base(tmp_path, "file")
+    source, base = write_output(tmp_path / "in.safetensors", tensors), write_base(tmp_path, "file")
     before = contents(tmp_path)
     with pytest.raises(MismatchError, match=message) as caught:
         export_file(source, tmp_path / "out", base=base)
@@ -236,8 +222,8 @@ def test_a_base_of_another_model_is_refused(tmp_path: Path, tensors: Tensors, me
 
 def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_path: Path) -> None:
     """Some libraries look for model.safetensors before an index, others for the index first."""
-    out, new = tmp_path / "out", write_output(tmp_path / "new.safetensors")
-    old = write_output(tmp_path / "old.safetensors", {f"old{k}": torch.full((10,), float(k)) for k in range(6)}, ())
+    out, new = tmp_path / "out", write_output(tmp_path / "new.safetensors", WEIGHTS, COPIES)
+    old = write_output(tmp_path / "old.safetensors", {f"old{k}": torch.full((10,), float(k)) for k in range(6)})
     for old_size, new_size in (("60", "100"), ("100", "5GB"), ("5GB", "60")):
         export_file(old, out, max_shard_size=old_size, overwrite=True)
         export_file(new, out, max_shard_size=new_size, overwrite=True)
@@ -250,7 +236,7 @@ def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_pa
 def test_a_folder_that_holds_other_files_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    source = write_output(tmp_path / "in.safetensors")
+    source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text("{}")
     (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)

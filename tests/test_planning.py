@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,11 @@ from checking import refused
 from factories import power_functions
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from snapshots.recorded import record
 
-from posthoc_cli import PostHocEMA, Run, Window, disk_sources, plan_synthesis, synthesize
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.planning import ErrorCurve, PlanReport, Schedule, error_curve, propose, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MOST_SOLVED, Motion, Prior, Problem, assumed_prior, reconstruct, thinned_subset
-from posthoc_cli.snapshots import prune, sources
-from posthoc_cli.snapshots.prune import plan_pruning
 
 
 def kept(snapshots: list[PowerFunction], prior: Prior, keep: int) -> list[PowerFunction]:
@@ -214,48 +210,3 @@ def test_the_choice_loses_little(rounding: float, cooling: float) -> None:
 
     everything, found = errors(range(300)), errors(thinned_subset(snapshots, 150))
     assert (found / everything).max() < 1.7
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return record(tmp_path_factory.mktemp("many") / "run", 200, scale=0.01, checkpoint_every=5)
-
-
-@pytest.fixture
-def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let reconstructions use at most 20 snapshots."""
-    for module in (sources, prune):
-        monkeypatch.setattr(module, "thinned_subset", partial(thinned_subset, most=20))
-
-
-def chosen_times(run: Path, t: float) -> list[float]:
-    profiles = [s.profile for s in Run(run).snapshots if s.t <= t]
-    return [profiles[i].t for i in thinned_subset(profiles, 20)]
-
-
-@pytest.mark.usefixtures("_twenty")
-def test_a_synthesis_uses_the_choice_up_to_its_time_whatever_its_targets(run: Path) -> None:
-    sources = disk_sources(run)
-    alone, company = (
-        plan_synthesis(given, targets, 143.0)
-        for given, targets in ((sources, [0.15]), (sources[::-1], [0.02, 0.15, Window(30)]))
-    )
-    for plan in (alone, company):
-        assert (plan.solved, plan.available) == (20, 56)
-        assert plan.choice == "20 of 56 snapshots up to t = 143, evenly in time"
-        assert [source.t for source in plan.sources] == chosen_times(run, 143.0)
-    one, other = dict(synthesize(alone))["0.weight"][0], dict(synthesize(company))["0.weight"][1]
-    torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
-    few = plan_synthesis(sources, [0.15], 50.0)
-    assert (few.solved, few.available, few.choice) == (20, 20, None)
-
-
-@pytest.mark.usefixtures("_twenty")
-def test_pruning_first_deletes_what_no_reconstruction_uses_and_training_does_not_resume_from(run: Path) -> None:
-    snapshots = Run(run).snapshots
-    outside = [s.path for s in snapshots if s.t not in chosen_times(run, 200.0)]
-    pruned = plan_pruning(snapshots, keep=3)
-    assert {s.path for s in pruned.to_delete[:60]} == set(outside)
-    assert len(pruned.kept) == 6
-    kept = plan_pruning([s for s in snapshots if (s.t, s.sigma_rel) != (200.0, 0.28)], keep=1).kept
-    assert {(s.t, s.sigma_rel) for s in kept} == {(200.0, 0.05), (195.0, 0.05), (195.0, 0.28)}

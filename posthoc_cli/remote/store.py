@@ -79,11 +79,11 @@ def _place(url: str) -> tuple[Any, str]:
 
             return hub, rest
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-        return _opened(f"{scheme}://{bucket}/", endpoint), key
+        return open_bucket(f"{scheme}://{bucket}/", endpoint), key
 
 
 @lru_cache(maxsize=64)
-def _opened(bucket: str, endpoint: str) -> Any:
+def open_bucket(bucket: str, endpoint: str) -> Any:
     """Return the store of a bucket; `endpoint` is the server that replaces Amazon's, or empty."""
     try:
         from obstore.store import from_url

@@ -2,5 +2,6 @@
 
 from posthoc_cli.sweep.search import Axis, SweepReport
 from posthoc_cli.sweep.sweeps import Sweep, sweep
+from posthoc_cli.sweep.trials import Metric
 
-__all__ = ["Axis", "Sweep", "SweepReport", "sweep"]
+__all__ = ["Axis", "Metric", "Sweep", "SweepReport", "sweep"]

@@ -1,5 +1,6 @@
 """`ema info`, `export` and `profile`, and the tables that commands print."""
 
+import fcntl
 import io
 import re
 import shlex
@@ -16,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli.output import print_pairs, print_rows
-from posthoc_cli.snapshots.directory import DirectoryLock
 
 
 def test_info_of_a_directory(ema: Ema, run: Path) -> None:
@@ -120,7 +120,9 @@ def test_the_profiles_table_and_the_conversion_in_both_directions(ema: Ema) -> N
 def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     """Texts to the left and numbers to the right, by their width on a terminal, and control characters escaped."""
     keys, sizes = ("file", "bytes", "predicted_error"), (0, 999, 1500, 2.5e6, 3e9, 4e12, 1)
-    rows = zip(["名\x1b", "長い名前です", *"abcd", ""], sizes, (0.0, 1e-8, 0.00123, 0.5, 0.996, 12.0, None), strict=True)
+    rows = zip(
+        ["名\x1b", "長い名前です", *"abcd", ""], sizes, (0.0, 1e-8, 0.00123, 0.5, 0.996, 12.0, None), strict=True
+    )
     print_rows([*(dict(zip(keys, row, strict=True)) for row in rows), {"file": "e"}], ["file", "size:bytes", keys[2]])
     assert capsys.readouterr().out.splitlines() == [
         "file            size  predicted error",
@@ -346,7 +348,8 @@ def test_contradictions_and_files_of_a_later_release_are_reported(ema: Ema, run:
 def test_nothing_is_changed_while_a_tracker_writes(ema: Ema, run: Path) -> None:
     flip_bit(snapshot_files(run)[2])
     before = {name: data for name, data in contents(run).items() if "lock" not in name}
-    with DirectoryLock(run):
+    with (run / ".ema.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         assert "is writing here" in ema("prune", run, "--keep", "5", "--yes").error
         assert ema("verify", run).code == 1
         assert ema("prune", run, "--keep", "5", "--dry-run").code == 0
@@ -375,7 +378,8 @@ def test_pruning_asks(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch, answ
             return True
 
         def readline(self, *_: object) -> str:
-            DirectoryLock(run).release()  # the directory is not locked while the question is open
+            with (run / ".ema.lock").open() as lock:  # the directory is not locked while the question is open
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return answer
 
     monkeypatch.setattr(sys, "stdin", Terminal())

@@ -15,8 +15,8 @@ from ema_command import Ema, run_ema, unmeasured_environment
 from factories import RUN_ID, contents, write_snapshot
 from safetensors.torch import save_file
 
-from posthoc_cli.errors import WriteError
-from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import DirectoryError
 
 
 @pytest.fixture
@@ -43,15 +43,15 @@ def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_with_overwrite
 
 
 def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, precious: Path) -> None:
-    lock, absent = tmp_path / LOCK_NAME, precious.with_name("nothing")
+    lock, absent, model = tmp_path / ".ema.lock", precious.with_name("nothing"), torch.nn.Linear(1, 1)
     for make_link, message in (
         (lambda: lock.symlink_to(precious), str(tmp_path)),
         (lambda: lock.symlink_to(absent), str(tmp_path)),
         (lambda: lock.hardlink_to(precious), "is not a lock: it is a hard link"),
     ):
         make_link()
-        with pytest.raises(WriteError, match=message):
-            DirectoryLock(tmp_path)
+        with pytest.raises(DirectoryError, match=message):
+            PostHocEMA.from_model(model, tmp_path).update_(model)
         lock.unlink()
     assert not absent.exists()
     assert precious.read_bytes() == b"mine"

@@ -16,15 +16,14 @@ import torch
 import torch.distributed as dist
 from checking import assert_same_tensors, load_output
 from ema_command import unmeasured_environment
-from factories import RUN_ID, contents, flip_bit, snapshot_files, split_snapshot, write_snapshot
+from factories import INDEX, RUN_ID, contents, flip_bit, snapshot_files, split_snapshot, write_snapshot
 from safetensors.torch import load_file
 from snapshots.recorded import failing
 
-from posthoc_cli import Run, files
+from posthoc_cli import Run
 from posthoc_cli.errors import InvalidValueError, WriteError
 
 ROOT = Path(__file__).resolve().parents[2]
-INDEX = "model.safetensors.index.json"
 WORLD = 3
 
 SLOW = """
@@ -126,7 +125,6 @@ def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_first_byte(
 
 # --- shards by the ranks of a job, which here is one process: the same bytes as in one file, complete or absent
 
-INDEX_NAME = "model.safetensors.index.json"
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed": (300, 40), "a/../b": (7,), "ü 'quoted'": (3, 5), "none": (0, 4), "one": (),
     **{f"layer.{i}.weight": (40, 50) for i in range(12)}, **{f"layer.{i}.bias": (50,) for i in range(12)},
@@ -175,7 +173,7 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
         Run(own_run).write(target, file, dtype=dtype)
         torch.testing.assert_close(load_output(folder), load_file(file), rtol=0.01 * bool(dtype), atol=1e-6)
         shards = [path.name for path in folder.glob("model-*")]
-        assert {*contents(folder)} == ({*shards, INDEX_NAME} if shards else {"model.safetensors"})
+        assert {*contents(folder)} == ({*shards, INDEX} if shards else {"model.safetensors"})
     write(own_run, tmp_path / "one", 0.1, size, dtype=dtype)
     assert_same_tensors(load_output(tmp_path / "one"), load_file(tmp_path / "0.1.safetensors"))
 
@@ -189,7 +187,7 @@ def test_a_failure_leaves_what_was_there(own_run: Path, tmp_path: Path, operatio
     with failing(operation, errno.ENOSPC), pytest.raises(WriteError, match=f"{out}.*no space left"):
         write(own_run, out, 0.2, overwrite=True)
     assert (contents(out) if out.exists() else {}) == before
-    assert not files.leftovers(tmp_path)
+    assert not [*tmp_path.glob(".ema-*.tmp")]
 
 
 @pytest.mark.parametrize(

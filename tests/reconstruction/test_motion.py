@@ -34,8 +34,6 @@ from posthoc_cli.reconstruction.motion import (
     inherited_factor,
     rounding_factor,
 )
-from posthoc_cli.snapshots.path import encode_sample, places, uneven_motion
-from posthoc_cli.snapshots.tensorfile import Entry
 
 power = PowerFunction.from_sigma_rel
 START = 2.0
@@ -192,31 +190,6 @@ def test_the_correlation_is_that_of_values_that_move(spacings: float) -> None:
     factor = rounding_factor(np.diag(measured), np.zeros(2), apart)
     # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000); the correlation is limited to 0.99.
     np.testing.assert_allclose(factor.T @ factor, measured, atol=0.025 * measured[0, 0])
-
-
-@pytest.mark.parametrize("spacings", [0.1, 0.3, 1.0])
-def test_where_elements_move_unevenly_the_slow_ones_keep_their_errors(spacings: float) -> None:
-    """A sample of 512 shows how unevenly: by log-normal distances, in few large values and many small ones."""
-    generator, sizes = np.random.default_rng(0), {"large": 4_000, "small": 496_000}
-    values = np.concatenate(
-        [scale * generator.uniform(1.1, 1.9, n) for scale, n in zip((8, 1), sizes.values(), strict=True)]
-    )
-    steps = spacings * 2.0**-10 * np.exp(generator.normal(0, 1, values.size)) * generator.normal(size=(20, values.size))
-    path = values + np.vstack((np.zeros(values.size), np.cumsum(steps / np.sqrt(20), axis=0)))
-    errors = [x.astype(np.float16).astype(np.float64) - x for x in path[[0, -1]]]
-    measured = np.array([[a @ b for b in errors] for a in errors])
-    apart = np.sum((path[-1] - path[0]) ** 2) * (1 - np.eye(2))
-    stored = {name: Entry("F16", (size,)) for name, size in sizes.items()}
-    chosen = [
-        index + sizes["large"] * (name == "small") for name, index in places({n: e.shape for n, e in stored.items()})
-    ]
-    uneven = uneven_motion([[encode_sample(row[chosen], row[chosen]) for row in path]], stored)
-    found = [rounding_factor(np.diag(measured), np.zeros(2), apart, each) for each in (uneven, None)]
-    right, even = ((factor.T @ factor)[0, 1] / measured[0, 0] for factor in found)
-    # A sample of 512 shows a correlation up to about 1 / sqrt(512).
-    true = measured[0, 1] / measured[0, 0]
-    assert abs(right - true) < 0.08
-    assert abs(even - true) > 0.1
 
 
 def test_inherited_errors_are_correlated_as_far_as_averages_contain_the_same_values() -> None:

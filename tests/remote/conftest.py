@@ -29,10 +29,10 @@ def use_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
-        store._opened.cache_clear()
+        store.open_bucket.cache_clear()
 
     yield use
-    store._opened.cache_clear()
+    store.open_bucket.cache_clear()
 
 
 @pytest.fixture

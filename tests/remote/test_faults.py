@@ -151,7 +151,7 @@ def test_without_credentials_or_a_server_the_error_says_what_to_do(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"{served.url}/metadata.nothing")
-    store._opened.cache_clear()
+    store.open_bucket.cache_clear()
     assert ema("info", RUN).error == (
         f"{RUN}: cannot be read: no credentials were found; `ema guide remote` says where they are read from"
     )

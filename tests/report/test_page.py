@@ -16,8 +16,7 @@ from factories import random_walk, write_run
 from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError, MismatchError
 from posthoc_cli.report.page import render
-from posthoc_cli.sweep import Axis, Sweep
-from posthoc_cli.sweep.trials import Metric
+from posthoc_cli.sweep import Axis, Metric, Sweep
 
 EVIL = "<script>alert(1)</script>\"'&"
 

@@ -15,11 +15,10 @@ import torch
 from factories import OTHER_RUN_ID, RUN_ID, contents, flip_bit, snapshot_files, write_run, write_snapshot
 from snapshots.recorded import Walk
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import PostHocEMA, Run, export_file
 from posthoc_cli.errors import DirectoryError, MismatchError
-from posthoc_cli.export.convert import export_file
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory, set_aside, snapshot_path, thin
-from posthoc_cli.snapshots.sources import TrackedTensor, with_sampled_measurements
+from posthoc_cli.snapshots.sources import with_sampled_measurements
 from posthoc_cli.snapshots.verify import verify
 
 W = {"w": torch.ones(2, 3)}
@@ -70,8 +69,8 @@ def test_outputs_temporary_hidden_and_other_files_next_to_snapshots_are_left_alo
         (W, {"run_id": OTHER_RUN_ID}, "different runs"),
         (W, {"t_unit": "images"}, "count time in '(steps|images)' and '(steps|images)'"),
         ({"w": torch.ones(3, 2)}, {}, r"tensor 'w' has the shapes \[\d, \d\] and \[\d, \d\]"),
-        (W, {"tensors": {"w": TrackedTensor("average", "BF16")}}, "tensor 'w' is average of .* and average of"),
-        (W, {"tensors": {"w": TrackedTensor("copy", "F32")}}, "is (average of F32 and copy|copy of F32 and a)"),
+        (W, {"tensors": {"w": "average BF16"}}, "tensor 'w' is average of .* and average of"),
+        (W, {"tensors": {"w": "copy F32"}}, "is (average of F32 and copy|copy of F32 and a)"),
         ({"v": W["w"]}, {}, "tensor 'v' is missing in"), ({}, {}, "tensor 'w' is missing in"),
         ({**W, "more\n": W["w"]}, {}, r"tensor 'more\\n' is missing in"),
         (W, {"aliases": {"tied": "w"}}, "tie different names"), (W, {"sigma_rels": (0.05, 0.2)}, "track the profiles"),
@@ -90,12 +89,9 @@ def test_snapshots_that_do_not_belong_together_never_mix(
     assert str(caught.value).isprintable()
 
 
-AS_F32 = {"w": TrackedTensor("average", "F32")}
-
-
-@pytest.mark.parametrize(
-    "fields", [{}, {"sigma_rel": 0.28}, {"sigma_rels": (0.05,)}, {"values": {"w": W["w"].half()}, "tensors": AS_F32}]
-)
+@pytest.mark.parametrize("fields", [
+    {}, {"sigma_rel": 0.28}, {"sigma_rels": (0.05,)}, {"values": {"w": W["w"].half()}, "tensors": {"w": "average F32"}},
+])  # fmt: skip
 def test_profiles_and_stored_dtypes_may_change_within_a_run(tmp_path: Path, fields: dict[str, Any]) -> None:
     """A run may be resumed without a deleted profile, and a value too large for float16 is stored in float32."""
     write_times(tmp_path, [20, 30])

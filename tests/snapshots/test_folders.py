@@ -13,7 +13,6 @@ import torch
 from factories import (
     OTHER_RUN_ID,
     RUN_ID,
-    make_info,
     read_snapshot,
     rewrite_snapshot,
     snapshot_files,
@@ -86,8 +85,7 @@ def test_all_results_from_parts_equal_those_from_single_files(run: Path, unsplit
 def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None:
     narrow, wide = torch.randn(3, 4).half(), 1e6 * torch.randn(2, 4)
     values = {"w": torch.cat([narrow.float(), wide])}
-    tensors = make_info(values).tensors
-    folder = split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, tensors=tensors), 2)
+    folder = split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, values), 2)
     first = parts_of(folder)[0]
     assert load_file(first)["w"].shape == (3, 4)
     rewrite_snapshot(first, lambda held: held.update(w=held["w"].half()))

@@ -20,10 +20,8 @@ from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, make_info, write_snapsh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posthoc_cli.dtypes import stored_name
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.snapshot import TrackingSchedule, decode_snapshot
-from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import read_file
 
 BLOCK = 131_072
@@ -35,12 +33,11 @@ NUMPY_DTYPES = {
 
 @dataclass
 class Book:
-    """The object of the header, checksums, tensors (BF16 as bits), dtypes, and offsets in the file."""
+    """The object of the header, checksums, tensors (BF16 as bits), and offsets in the file."""
 
     content: dict[str, Any]
     sums: dict[str, str]
     tensors: dict[str, np.ndarray]
-    dtypes: dict[str, str]
     offsets: dict[str, int]
 
 
@@ -60,7 +57,7 @@ def read_by_the_book(path: Path) -> Book:
 
     content = json.loads(metadata["ema"])
     sums = content.pop("sums")
-    found, position, at = Book(content, {}, {}, {}, {}), 0, 0
+    found, position, at = Book(content, {}, {}, {}), 0, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         assert begin == position
@@ -71,7 +68,7 @@ def read_by_the_book(path: Path) -> Book:
         assert sums[at : (at := at + 16 * len(blocks))] == found.sums[name]
         dtype = np.dtype(NUMPY_DTYPES[entry["dtype"]])
         found.tensors[name] = np.frombuffer(payload[begin:end], dtype).reshape(entry["shape"])
-        found.dtypes[name], found.offsets[name] = entry["dtype"], 8 + length + begin
+        found.offsets[name] = 8 + length + begin
     assert position == len(payload)
     assert at == len(sums)
     return found
@@ -108,7 +105,6 @@ def test_readers_by_the_specification_and_of_safetensors_find_every_tensor(tmp_p
     # The value in xxHash's test vectors for empty input, which pins "XXH3, 64 bits, seed 0".
     assert xxhash.xxh3_64_hexdigest(b"") == "2d06800538d394c2"
     for name, tensor in tensors.items():
-        assert book.dtypes[name] == stored_name(tensor.dtype)
         assert np.array_equal(book.tensors[name], as_bits(tensor))
         assert book.offsets[name] % tensor.element_size() == 0
         assert by_torch[name].dtype == tensor.dtype
@@ -130,7 +126,7 @@ def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
     path = write_snapshot(
         tmp_path, 1234.5, 0.1, RUN_ID, values,
         t_unit="images", step=77, t_first=0.1, max_interval=32.5, aliases={"tied": "w"}, left_out=("frozen",),
-        tensors={"w": TrackedTensor("average", "BF16"), "seen": TrackedTensor("copy", "I64")},
+        tensors={"w": "average BF16"},
         schedule=TrackingSchedule(5, 10, 15, None, "F16"), sigma_rels=(0.1, 0.28),
         clock=((3, 0.1), (77, 1234.5)),
         measurements=Measurements(1 / 3, 1e-9),

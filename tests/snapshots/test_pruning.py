@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from factories import contents, flip_bit, random_walk, rewrite_snapshot, write_run
 from snapshots.recorded import call_number, failing, record
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Window, disk_sources, error_curve, plan_synthesis, synthesize
 from posthoc_cli.errors import FileFormatError, MismatchError, WriteError
-from posthoc_cli.planning import USEFUL_RANGE, ErrorCurve, error_curve, removal_order
+from posthoc_cli.planning import ErrorCurve, removal_order
+from posthoc_cli.reconstruction import thinned_subset
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
 from posthoc_cli.snapshots.snapshot import Snapshot
@@ -38,8 +40,7 @@ def unmeasured(tmp_path: Path) -> Path:
     return tmp_path / "old"
 
 
-def errors_of(snapshots: Sequence[Snapshot], *sigma_range: tuple[float, float]) -> ErrorCurve:
-    (ends,) = sigma_range or (USEFUL_RANGE,)
+def errors_of(snapshots: Sequence[Snapshot], ends: tuple[float, float] = (0.05, 0.28)) -> ErrorCurve:
     return error_curve("", [snapshot.profile for snapshot in snapshots], source_prior(snapshots), ends, points=41)
 
 
@@ -138,3 +139,51 @@ def test_a_scaled_run_has_the_motion_and_the_rounding_of_the_run(run: Path) -> N
     assert found.motion.edges[-1] == pytest.approx(2400)
     # An average of values spread around zero is stored about as well as any.
     assert found.rounding == {"float16": pytest.approx(2e-4, rel=0.2)}
+
+
+# --- the choice of the snapshots that a reconstruction uses if there are very many
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return record(tmp_path_factory.mktemp("many") / "run", 200, scale=0.01, checkpoint_every=5)
+
+
+@pytest.fixture
+def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let reconstructions use at most 20 snapshots."""
+    for module in ("sources", "prune"):
+        monkeypatch.setattr(f"posthoc_cli.snapshots.{module}.thinned_subset", partial(thinned_subset, most=20))
+
+
+def chosen_times(run: Path, t: float) -> list[float]:
+    profiles = [s.profile for s in read_directory(run) if s.t <= t]
+    return [profiles[i].t for i in thinned_subset(profiles, 20)]
+
+
+@pytest.mark.usefixtures("_twenty")
+def test_a_synthesis_uses_the_choice_up_to_its_time_whatever_its_targets(many: Path) -> None:
+    sources = disk_sources(many)
+    alone, company = (
+        plan_synthesis(given, targets, 143.0)
+        for given, targets in ((sources, [0.15]), (sources[::-1], [0.02, 0.15, Window(30)]))
+    )
+    for plan in (alone, company):
+        assert (plan.solved, plan.available) == (20, 56)
+        assert plan.choice == "20 of 56 snapshots up to t = 143, evenly in time"
+        assert [source.t for source in plan.sources] == chosen_times(many, 143.0)
+    one, other = dict(synthesize(alone))["0.weight"][0], dict(synthesize(company))["0.weight"][1]
+    torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
+    few = plan_synthesis(sources, [0.15], 50.0)
+    assert (few.solved, few.available, few.choice) == (20, 20, None)
+
+
+@pytest.mark.usefixtures("_twenty")
+def test_pruning_first_deletes_what_no_reconstruction_uses_and_training_does_not_resume_from(many: Path) -> None:
+    snapshots = read_directory(many)
+    outside = [s.path for s in snapshots if s.t not in chosen_times(many, 200.0)]
+    pruned = plan_pruning(snapshots, keep=3)
+    assert {s.path for s in pruned.to_delete[:60]} == set(outside)
+    assert len(pruned.kept) == 6
+    kept = plan_pruning([s for s in snapshots if (s.t, s.sigma_rel) != (200.0, 0.28)], keep=1).kept
+    assert {(s.t, s.sigma_rel) for s in kept} == {(200.0, 0.05), (195.0, 0.05), (195.0, 0.28)}

@@ -15,11 +15,9 @@ from factories import RUN_ID, forge, write_snapshot
 from safetensors.torch import save_file
 from snapshots.recorded import call_number, failing
 
-from posthoc_cli import disk_sources
+from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
-from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, TensorFileWriter, read_file, read_small_file, tensor_bytes
-from posthoc_cli.synthesis.plan import plan_synthesis
 
 Small = Callable[[str], Path]
 
@@ -74,7 +72,7 @@ def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"a": torch.tensor([1.0, 2.0])}, sigma_rels=(0.05,))
     path.write_bytes(path.read_bytes()[:-2] + b"\xc0\x7f")
     with pytest.raises(FileFormatError, match="tensor 'a' is damaged"):
-        write_synthesis(plan_synthesis(disk_sources(tmp_path / "run"), [0.05]), [tmp_path / "out.safetensors"])
+        Run(tmp_path / "run").write(0.05, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
 

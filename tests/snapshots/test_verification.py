@@ -15,14 +15,11 @@ from factories import RUN_ID, flip_bit, forge, snapshot_files, write_snapshot
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import failing
 
-from posthoc_cli import disk_sources
+from posthoc_cli import Run, export_file
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.tensorfile import BLOCK, read_file
 from posthoc_cli.snapshots.verify import Verification, verify
-from posthoc_cli.synthesis.plan import plan_synthesis
 
 W = {"w": torch.ones(3)}
 
@@ -39,7 +36,7 @@ def shards(output: Path, tmp_path: Path) -> Path:
 
 
 def synthesize(run: Path, sigma_rel: float, out: Path) -> Path:
-    write_synthesis(plan_synthesis(disk_sources(run), [sigma_rel]), [out])
+    Run(run).write(sigma_rel, out)
     return out
 
 

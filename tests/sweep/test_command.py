@@ -1,5 +1,6 @@
 """A sweep by commands: what a command receives, how failures are handled, and which files are kept."""
 
+import fcntl
 import json
 import math
 import os
@@ -25,10 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError, PostHocError
-from posthoc_cli.snapshots.directory import DirectoryLock
-from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
+from posthoc_cli.sweep import Axis, Metric, Sweep, SweepReport, sweep
 from posthoc_cli.sweep.search import NEXT, POINTS, Search, Trial, estimate, first_batch, next_batch
-from posthoc_cli.sweep.trials import Metric, TrialError
+from posthoc_cli.sweep.trials import TrialError
 
 LENGTHS = (0.05, 0.1, 0.2)
 PRINTED = Metric()
@@ -274,8 +274,8 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
     last = f'echo $2; echo "{{\\"x\\": $2}}" > $4/m.json; touch {go}; sleep 0.2'
     command = shell(f"{first}; {last}")
     script = (
-        "import sys; from posthoc_cli import Run; from posthoc_cli.sweep import Axis, Sweep\n"
-        "from posthoc_cli.sweep.trials import Metric; from pathlib import Path\n"
+        "import sys; from pathlib import Path; from posthoc_cli import Run\n"
+        "from posthoc_cli.sweep import Axis, Metric, Sweep\n"
         "Sweep(Run(sys.argv[1]), sys.argv[2], Metric('x', 'm.json'), Path(sys.argv[3]),"
         " Axis.of_values('sigma_rel', [0.05, 0.1, 0.2])).run_all()"
     )
@@ -288,7 +288,8 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
 
 @pytest.mark.parametrize("name", ["best.safetensors", ".scratch/a"])
 def test_a_folder_of_other_files_or_of_another_sweep_is_refused(run: Run, tmp_path: Path, name: str) -> None:
-    with DirectoryLock(tmp_path), refused(str(tmp_path), "take another directory", kind=LockedError):
+    with (tmp_path / ".ema.lock").open("w") as lock, refused(str(tmp_path), "take another directory", kind=LockedError):
+        fcntl.flock(lock, fcntl.LOCK_EX)
         swept(run, tmp_path, axis=GRID)
     for path in (tmp_path / name, tmp_path / "model.safetensors"):
         path.parent.mkdir(exist_ok=True)

@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from factories import snapshots_in
+
 from posthoc_cli import Run, export_file, files
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
 from torture.training import STATE, Tally, contents, train, wrong_output, wrong_snapshots
 
 STEPS, STOPS, SAVES = 10, 7, 5
@@ -66,7 +67,7 @@ class Work:
         self.errors += train(self.run, until, (SAVES,), self.note, checkpoint_every=1, max_checkpoints=3)
 
     def snapshots(self) -> set[str]:
-        return {snapshot.path.name for snapshot in find_snapshots(self.run)}
+        return {snapshot.path.name for snapshot in snapshots_in(self.run)}
 
     def wrong(self) -> list[str]:
         """Return the problems of all snapshots, and of the outputs that exist or have been made."""
@@ -91,7 +92,7 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
                 work.do()
             if what := system.failed:
                 tally.tried += 1
-                left = [f"{path.name} is left over" for path in work.root.rglob(f"{files.TEMPORARY_PREFIX}*.tmp")]
+                left = [f"{path.name} is left over" for path in work.root.rglob(".ema-*.tmp")]
                 tally.lost += [f"{what}: {line}" for line in (*work.wrong(), *left)]
                 if not work.errors and (differing := work.snapshots() ^ reference.snapshots()):
                     tally.missed.append(f"{what}: no error was raised, and snapshots differ: {sorted(differing)}")
@@ -179,7 +180,7 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     for where, work, kept in places:
         tally.tried += 1
         with tally.judged(where, refusable=False):
-            current, superseded = contents(work.run), contents(work.run / SUPERSEDED)
+            current, superseded = contents(work.run), contents(work.run / "superseded")
             gone = [n for n, content in kept.items() if content not in (current.get(n), superseded.get(n))]
             lost = [f"{name}, which was durable, is gone or different" for name in gone] + work.wrong()
             work.do()

@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from checkpoint_layouts import LAYOUTS, walk
 from ema_command import run_ema
-from factories import random_walk, split_snapshot, write_run
+from factories import INDEX, random_walk, split_snapshot, write_run
 from snapshots.recorded import SMALL, Content, examine, small_output, small_snapshot, used
 
 from posthoc_cli import PostHocEMA, Run, export_file
-from posthoc_cli.files import is_temporary
-from posthoc_cli.snapshots.outputs import INDEX_NAME
 from torture.training import Tally
 
 
@@ -64,9 +62,9 @@ PLACES = {
     "x": ANY, "x.pt": ("export made.safetensors --base x.pt --out out/o.pt",),
     "run/0000000000000010-0.05.safetensors": RUN, "run/stray.safetensors": RUN, "run/.ema-0.tmp": RUN,
     "run/.ema.lock": RUN[::2], "run/superseded": RUN[::2],
-    "sharded/model-00001-of-00002.safetensors": SHARDS, f"sharded/{INDEX_NAME}": SHARDS,
+    "sharded/model-00001-of-00002.safetensors": SHARDS, f"sharded/{INDEX}": SHARDS,
     "out/o.safetensors": (MADE,), "out/o.pt": SHARDS[1:2], "out/o.png": RUN[3:],
-    "out/f": FOLDER, "out/f/model.safetensors": FOLDER, f"out/f/{INDEX_NAME}": FOLDER,
+    "out/f": FOLDER, "out/f/model.safetensors": FOLDER, f"out/f/{INDEX}": FOLDER,
     "fresh/.ema.lock": ("",), "fresh/superseded": ("",),
 }  # fmt: skip
 """The commands that read or write a place; "": a training. Those that write below "out" also run with --overwrite."""
@@ -140,7 +138,7 @@ def _track(home: Path) -> None:
 def _outside(home: Path) -> tuple[dict[str, Any], set[Path]]:
     """Return the names, content and modes of the files of another user; and all temporary files."""
     others = {path.name: (path.read_bytes(), path.stat().st_mode) for path in (home / "outside").iterdir()}
-    return others, {path for path in home.rglob("*") if is_temporary(path.name)}
+    return others, {*home.rglob(".ema-*.tmp")}
 
 
 # --- checkpoints
@@ -218,7 +216,7 @@ def all_victims(folder: Path) -> dict[str, Victim]:
     part = split_snapshot(unsplit, 2) / "part-00002-of-00002.safetensors"
     shards = folder / "shards"
     export_file(output, shards, max_shard_size="10")
-    index, shard = shards / INDEX_NAME, shards / "model-00001-of-00002.safetensors"
+    index, shard = shards / INDEX, shards / "model-00001-of-00002.safetensors"
     return {
         "snapshot": Victim(snapshot, snapshot.parent, snapshot), "output": Victim(output, output, output),
         "part": Victim(part, unsplit.parent, part.parent),

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from factories import snapshots_in
 from forked import EMA, Forked
 from groups import SETTINGS, start_group, truth
 
 from posthoc_cli import Run
-from posthoc_cli.snapshots.directory import find_snapshots
 from torture.training import SIGMA_RELS, Tally, remove_half_begun, wrong_output, wrong_snapshots
 
 # --- trainings killed and resumed by their own script
@@ -83,7 +83,7 @@ def _end(processes: list[Forked], patience: float) -> list[int]:
 
 
 def _missing(run: Path, sigma_rels: Sequence[float], steps: Iterable[int]) -> list[str]:
-    found = {(snapshot.step, snapshot.sigma_rel) for snapshot in find_snapshots(run)}
+    found = {(snapshot.step, snapshot.sigma_rel) for snapshot in snapshots_in(run)}
     due = [(step, sigma_rel) for step in steps for sigma_rel in sigma_rels]
     return [f"sigma_rel {sigma_rel} at {step} is missing" for step, sigma_rel in due if (step, sigma_rel) not in found]
 
@@ -129,7 +129,7 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
 def _wrong_averages(run: Path, steps: Iterable[int]) -> list[str]:
     """Return a line for each missing snapshot at these steps, and each tensor that is not its average."""
     lines = _missing(run, SETTINGS["sigma_rels"], steps) if run.exists() else []
-    for snapshot in find_snapshots(run) if run.exists() else []:
+    for snapshot in snapshots_in(run):
         with snapshot:
             for name, right in truth(snapshot.sigma_rel, list(range(2, snapshot.step + 1, 2))).items():
                 # A float32 average is rounded once when stored, and each time that a training is resumed from it.

@@ -12,16 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from factories import FloatArray, exact_weights
+from factories import FloatArray, exact_weights, read_output, snapshots_in
 from safetensors.numpy import load_file
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import PostHocError, WriteError
-from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots, snapshot_path
-from posthoc_cli.snapshots.outputs import OutputInfo
-from posthoc_cli.snapshots.snapshot import decode
-from posthoc_cli.snapshots.tensorfile import read_file
-from posthoc_cli.snapshots.verify import verify
 
 SIGMA_RELS = (0.05, 0.28)
 STATE = "state.pt"
@@ -98,14 +93,14 @@ def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
 
 
 def complete_times(directory: Path) -> list[int]:
-    stored = Counter(snapshot.step for snapshot in find_snapshots(directory))
+    stored = Counter(snapshot.step for snapshot in snapshots_in(directory))
     return [step for step, count in stored.items() if count == len(SIGMA_RELS)]
 
 
 def remove_half_begun(directory: Path) -> None:
     """Remove the first snapshots of a training that was killed while writing them: it cannot be resumed from there."""
     if not (complete_times(directory) or (directory / STATE).exists()):
-        for snapshot in find_snapshots(directory):
+        for snapshot in snapshots_in(directory):
             snapshot.path.unlink()
 
 
@@ -148,7 +143,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def problems(path: Path) -> list[str]:
-    found = verify(path)
+    found = Run(path).check()
     return [*found.problems, *(f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine)]
 
 
@@ -156,10 +151,10 @@ def wrong_snapshots(directory: Path) -> list[str]:
     """Return a line for each snapshot that is damaged, or differs from the average that it claims."""
     holds = any(directory.glob("*.safetensors"))
     wrong = problems(directory) if holds else []
-    wrong += [line for path in directory.glob(f"{SUPERSEDED}/*.safetensors") for line in problems(path)]
+    wrong += [line for path in directory.glob("superseded/*.safetensors") for line in problems(path)]
     for snapshot in Run(directory).snapshots if holds and not wrong else ():
-        values, path = load_file(snapshot.path), snapshot_path(directory, snapshot.t, snapshot.sigma_rel)
-        if values.pop("count") != snapshot.step or snapshot.path != path:
+        values, name = load_file(snapshot.path), f"{snapshot.step:016d}-{snapshot.sigma_rel}.safetensors"
+        if values.pop("count") != snapshot.step or snapshot.path.name != name:
             wrong.append(f"{snapshot.path.name}: has another count or name at step {snapshot.step}")
         every = snapshot.schedule.update_every
         for name, value in values.items():
@@ -171,7 +166,7 @@ def wrong_snapshots(directory: Path) -> list[str]:
 def wrong_output(path: Path) -> list[str]:
     """Return what is wrong with an output, or with shards, by the snapshots and coefficients that they name."""
     try:
-        wrong, info = problems(path), None if path.is_dir() else decode(read_file(path), "output", OutputInfo)
+        wrong, info = problems(path), None if path.is_dir() else read_output(path)
     except PostHocError as error:
         return [str(error)]
     if wrong or info is None:

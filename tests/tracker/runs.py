@@ -14,8 +14,6 @@ from integrations.truth import distance
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError
-from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.snapshots.tensorfile import tensor_bytes
 
 Weights = dict[str, torch.Tensor]
 
@@ -79,11 +77,12 @@ def superseded(folder: Path) -> int:
     return len([*folder.glob("superseded/*")])
 
 
-def contents(folder: Path) -> dict[str, tuple[Snapshot, dict[str, bytes]]]:
+def contents(folder: Path) -> dict[str, tuple[Any, dict[str, bytes]]]:
     """Return the headers, but for the run's id, and the tensors of the snapshots on the schedule."""
     result = {}
     for snapshot in (s for s in Run(folder).snapshots if not s.off_schedule):
-        tensors = {name: bytes(tensor_bytes(snapshot.tensor(name))) for name in snapshot.entries}
+        flat = {name: snapshot.tensor(name).reshape(-1).view(torch.uint8) for name in snapshot.entries}
+        tensors = {name: value.numpy().tobytes() for name, value in flat.items()}
         result[snapshot.path.name] = replace(snapshot, run_id=""), tensors
     return result
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from factories import read_snapshot, sketch_of
 from groups import SETTINGS, Net, alone, averages, check_group, move, run_group, truth, value
+from safetensors.torch import load_file
 from tracker.runs import assert_near
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.snapshots.path import decode_path
-from posthoc_cli.snapshots.snapshot import decode_snapshot
-from posthoc_cli.snapshots.tensorfile import Box, cover_problem, read_file
+from posthoc_cli.errors import RankError, VanishedError
+from posthoc_cli.tracker.processes import Group
 
 BEGIN = """
 import torch.distributed.checkpoint as dcp
@@ -99,16 +100,12 @@ def test_averages_of_a_sharded_model_are_those_of_one_process(kind: str, ranks: 
     folders = sorted(path for path in (tmp_path / "run").iterdir() if path.is_dir())
     assert [path.name for path in folders] == [path.stem for path in files]
     for folder, file in zip(folders, files, strict=True):
-        with read_file(file) as complete:
-            expected = {name: complete.tensor(name) for name in complete.entries}
-        parts = parts_of(folder)
-        for name, tensor in expected.items():
-            boxes = [boxes[name] for _, boxes in parts if name in boxes]
-            assert cover_problem(tuple(tensor.shape), boxes) is None
-            for values, boxes in parts:
-                if name in values:
-                    own = tensor[tuple(map(slice, boxes[name].offset, boxes[name].end))]
-                    assert torch.equal(values[name], own), name
+        expected = load_file(file)
+        for part in folder.iterdir():
+            chunks = read_snapshot(part).chunks
+            for name, values in load_file(part).items():
+                ends = [first + size for first, size in zip(chunks[name].offset, values.shape, strict=True)]
+                assert torch.equal(values, expected[name][tuple(map(slice, chunks[name].offset, ends))]), name
     for method in ("minvar", "paper"):
         synthesized, wanted = (Run(tmp_path / where).average(0.15, t=8, method=method) for where in ("run", "single"))
         assert all(torch.equal(value, synthesized[name]) for name, value in wanted.items()), method
@@ -116,16 +113,6 @@ def test_averages_of_a_sharded_model_are_those_of_one_process(kind: str, ranks: 
     assert {name for name in expected if not name.startswith(("mean", "count"))} == exact.keys()
     assert_near(expected, exact)
     assert torch.equal(expected["mean"], value("mean", 10, Net().mean))
-
-
-def parts_of(snapshot: Path) -> list[tuple[dict[str, torch.Tensor], dict[str, Box]]]:
-    """Return the tensors of each part of a snapshot, and their boxes."""
-    found = []
-    for path in sorted(snapshot.iterdir()):
-        info = decode_snapshot(read_file(path))
-        values = {name: info.tensor(name) for name in info.entries}
-        found.append((values, {name: info.chunks[name].box(tuple(one.shape)) for name, one in values.items()}))
-    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory")
@@ -230,7 +217,7 @@ with tracker("skipping", on_nonfinite="skip") as ema:
     assert 4 not in {s.t for s in late}
     for updates, snapshot in zip((1, 2, 4), skipping[::2], strict=True):
         for path in snapshot.path.iterdir():
-            assert decode_snapshot(read_file(path)).updates == updates
+            assert read_snapshot(path).updates == updates
     assert_near(Run(tmp_path / "skipping").average(0.2), truth(0.2, [4, 6, 10, 12]))
 
 
@@ -516,7 +503,7 @@ def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:
     check_group(BEGIN + STAGE, 2, tmp_path, "fsdp", "straight", 0, 8)
     found = {name: Run(tmp_path / name).snapshots[-1] for name in ("straight", "resumed")}
     assert found["resumed"].t == 8
-    assert decode_path(found["straight"].sketch).sketch.folds.sum() > 2
+    assert sketch_of(found["straight"]).folds.sum() > 2
     assert found["resumed"].sketch == found["straight"].sketch
 
 
@@ -712,3 +699,30 @@ if rank == 0:
     assert lines[0][1].startswith(missing)
     assert lines[1][1].startswith(missing)
     assert "waiting for rank 2: make it in every process, with a tracker of " in results[0].err
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "raised"),
+    [
+        (VanishedError("a", "is gone"), (False, 1, "broke"), RankError),
+        (VanishedError("a", "is gone"), (True, 1, "b: is gone"), VanishedError),
+        (RankError("a", "broke"), (True, 1, "b: is gone"), RankError),
+        (None, (True, 1, "b: is gone"), VanishedError),
+    ],
+)
+def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
+    own: Exception | None, other: tuple[bool, int, str], raised: type[Exception]
+) -> None:
+    """All processes of a group must do the same."""
+
+    class Two(Group):
+        def from_all(self, value: Any) -> list[Any]:
+            return [value, other]
+
+    def work() -> None:
+        if own is not None:
+            raise own
+
+    with pytest.raises((RankError, VanishedError)) as caught:
+        Two(0, (0, 1)).together(work)
+    assert type(caught.value) is raised

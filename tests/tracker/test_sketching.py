@@ -7,22 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import tiny_model
+from factories import sketch_of, tiny_model
 from safetensors.torch import load_file
 from snapshots.recorded import call_number, failing
 from tracker.runs import Training
 
-from posthoc_cli import PostHocEMA, Run, disk_sources
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import WriteError
-from posthoc_cli.snapshots.path import decode_path
 
 
 def tracker_of(net: torch.nn.Module, folder: Path, **options: object) -> PostHocEMA:
     return PostHocEMA.from_model(net, folder, update_every=1, checkpoint_every=50, sigma_rels=(0.05, 0.28), **options)  # type: ignore[arg-type]
 
 
-def sketches(folder: Path) -> dict[int, str]:
-    return {source.step: source.sketch for source in disk_sources(folder)}
+def sketches(folder: Path) -> dict[int, Any]:
+    return {source.step: sketch_of(source) for source in Run(folder).sources}
 
 
 @pytest.mark.parametrize(("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 256, 256, 5])])
@@ -38,7 +37,7 @@ def test_the_path_is_of_means_over_a_thousandth_of_training(first: int, windows:
             net[1].running_mean.fill_(1000.0 * t)
             tracker.update_(net, t := t + 1)
         tracker.snapshot()
-    sketch = decode_path(max(sketches(tmp_path).items())[1]).sketch
+    sketch = max(sketches(tmp_path).items())[1]
     np.testing.assert_array_equal(sketch.edges[1:], first - 1 + np.cumsum(windows))
     apart = np.sum(np.diff(sketch.means, axis=0) ** 2, axis=1) / 1000
     variances = 1 / np.array(windows)
@@ -50,7 +49,7 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
     training = Training()
     with tracker_of(training.model, tmp_path, max_checkpoints=None) as tracker:
         training.run(1050, tracker)
-    fine, coarse = (decode_path(sketches(tmp_path)[step]).sketch for step in (1000, 1050))
+    fine, coarse = map(sketches(tmp_path).get, (1000, 1050))
     assert len(fine.folds) == 1000
     assert len(coarse.folds) < 600
     assert fine.folds.sum() == 1000
@@ -78,7 +77,7 @@ def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path)
                 tracker = PostHocEMA.from_path(tmp_path / name, training.model)
             training.run(150, tracker)
             tracker.close()
-        found.append(decode_path(sketches(tmp_path / name)[150]).sketch)
+        found.append(sketches(tmp_path / name)[150])
     one, other = found
     assert other.edges[-1] == one.edges[-1]
     assert other.folds.sum() == 150
@@ -107,7 +106,7 @@ def test_lengths_are_kept_whatever_the_direction(tmp_path: Path, kind: str) -> N
             else:
                 net["gains"].normal_(generator=random)
         tracker.update_(net)
-    (moved,) = np.diff(decode_path(sketches(tmp_path)[2]).sketch.means, axis=0)
+    (moved,) = np.diff(sketches(tmp_path)[2].means, axis=0)
     exact = sum(float(one.detach().double().square().sum()) for one in net.values())
     ratio = float(np.sum(moved.astype(np.float64) ** 2)) / exact
     drawn = 256  # elements of the row that are drawn

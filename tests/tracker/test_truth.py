@@ -17,8 +17,7 @@ import torch
 from factories import exact_weights
 from trajectories import Replay, Trajectory, record
 
-from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
-from posthoc_cli.targets import Beta, Between, Window
+from posthoc_cli import Beta, Between, PostHocEMA, Window, disk_sources, plan_synthesis
 
 pytestmark = pytest.mark.xdist_group("trajectories")
 
