@@ -398,7 +398,6 @@ def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path: P
 
 LATE = """
 import shutil
-from posthoc_cli.snapshots.directory import inspect_directory
 model = spread(Net(), "fsdp")
 late = [f"0000000000000008-{sigma_rel}/part-00002-of-00002.safetensors" for sigma_rel in (0.1, 0.2)]
 if int(arguments[0]):
@@ -410,7 +409,7 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume=4 if int(ar
             dist.barrier()
             for part in late:  # written by a process that has outlived the first training
                 shutil.copy(folder / "late" / part, folder / "run" / part)
-            print(*inspect_directory(folder / "run").notes, sep="\\n")
+            print(*Run(folder / "run").info()["notes"], sep="\\n")
         ema.update_(model)
         if step == 8 and int(arguments[0]) and rank == 0:
             ema.flush()
