@@ -25,6 +25,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, RemoteError, WriteError, shown
 
@@ -150,7 +151,7 @@ def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
     check_parent("out", path)
     if path.exists() and not overwrite:
-        raise _exists(path)
+        raise _taken(path)
     return path
 
 
@@ -179,38 +180,30 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
         raise WriteError(path, f"cannot be {refused}: {reason.lower()}", left, errno=error.errno) from error
 
 
-def make_directory(path: Path) -> list[Path]:
-    """Create a directory and its missing parents durably; return those created, outermost first; none in a store."""
+def make_directory(path: Path) -> None:
+    """Create a directory and its missing parents durably; in a store there are none."""
+    with new_directory(path):
+        pass
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[None]:
+    """Make a directory as `make_directory` does; remove what is new if that or the block fails and leaves it empty."""
     made: list[Path] = []
-    with reported_as_write_error(path):
-        missing = [] if is_url(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
-        try:
+    try:
+        with reported_as_write_error(path):
+            missing = [] if is_url(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
             for directory in reversed(missing):
                 _unfinished[directory] = os.getpid()
                 system.make_directory(directory)
                 made.append(directory)
                 system.fsync_directory(directory.parent)
-        except BaseException:
-            _remove_empty(made)
-            raise
-    return made
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[None]:
-    """Create a directory for the block; remove it if the block fails and leaves it empty."""
-    made = make_directory(path)
-    try:
         yield
     except BaseException:
-        _remove_empty(made)
+        with suppress(OSError):
+            for directory in reversed(made):
+                system.remove_directory(directory)
         raise
-
-
-def _remove_empty(directories: list[Path]) -> None:
-    with suppress(OSError):
-        for directory in reversed(directories):
-            system.remove_directory(directory)
 
 
 def unlink_if_exists(path: Path) -> None:
@@ -261,18 +254,6 @@ def is_temporary(name: str) -> bool:
     return name.startswith(TEMPORARY_PREFIX) and name.endswith(".tmp")
 
 
-def _temporary_path(path: Path) -> Path:
-    """Return a path that readers ignore for writing `path`: in its folder, or for a URL in that of temporary files."""
-    check_writable("out", path)
-    folder = Path(tempfile.gettempdir()) if is_url(path) else path.parent
-    return folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}.tmp"
-
-
-def leftovers(directory: Path) -> list[Path]:
-    """Return the temporary files in a directory, sorted: of writes in progress, or of processes that were killed."""
-    return sorted(path for path in system.list(directory) if is_temporary(path.name))
-
-
 def remove_leftovers(directory: Path, still: float = 3600.0) -> None:
     """Remove temporary files and folders that have not changed for `still` seconds; log those that stay.
 
@@ -280,8 +261,8 @@ def remove_leftovers(directory: Path, still: float = 3600.0) -> None:
     """
     found: list[Path] = []
     with suppress(PermissionError):  # a folder that may not be listed
-        found = [] if is_url(directory) else leftovers(directory)  # uploads leave none
-    for path in found:
+        found = [] if is_url(directory) else system.list(directory)  # uploads leave none
+    for path in filter(lambda path: is_temporary(path.name), found):
         try:
             inside = () if path.is_symlink() else path.rglob("*")
             if max(entry.lstat().st_mtime for entry in (path, *inside)) < time.time() - still:
@@ -302,21 +283,62 @@ def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:
         pending.publish()
 
 
-class PendingFile:
-    """A file that is being written. `publish` gives it its name; the end of the `with` block removes it otherwise.
+class _Pending:
+    """A file or folder that is being written under a temporary name, which readers ignore, beside the final one.
 
-    A file for an object store is first written to the system's temporary folder. Raises WriteError if the system
-    refuses, and OutputExistsError if `path` exists and may not be replaced: at the start and, atomically, in `publish`.
+    For an object store it is in the system's folder for temporary files. The end of the `with` block removes what was
+    not published.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_writable("out", path)
+        folder = Path(tempfile.gettempdir()) if is_url(path) else path.parent
+        self.path, self.temporary = path, folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}.tmp"
+        self._uploaded: list[Path] = []
+
+    def _upload(self, file: Path, target: Path, create: bool) -> None:
+        from posthoc_cli.remote import store
+
+        try:
+            store.put(str(target), file, create=create)
+        except FileExistsError as error:
+            raise _taken(target) from error
+
+    def discard(self) -> None:
+        """Remove what is there. The next call completes one that a signal interrupted."""
+        if self.temporary in _unfinished:
+            discard([*self._uploaded, self.temporary])
+
+    def __enter__(self: _P) -> _P:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self.discard()
+        if isinstance(error, WriteError):
+            error.subject = error.subject.replace(str(self.temporary), str(self.path))
+
+
+_P = TypeVar("_P", bound=_Pending)
+
+
+class PendingFile(_Pending):
+    """A file that is being written. `publish` gives it its name.
+
+    Raises WriteError if the system refuses, and OutputExistsError if `path` exists and may not be replaced: at the
+    start and, atomically, in `publish`.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        self.path, self._overwrite = path, overwrite
-        self.temporary = _temporary_path(path)
-        _unfinished[self.temporary] = os.getpid()
+        super().__init__(path)
+        self._overwrite, self.descriptor = overwrite, -1
         with reported_as_write_error(path):
-            _check_free(path, overwrite)
+            is_file = path.is_file() or (path.is_symlink() and not path.is_dir())
+            if not is_file and not is_url(path) and os.path.lexists(path):
+                raise OutputExistsError(path, "is a directory, pipe, socket or device", "choose another name")
+            if is_file and not overwrite:  # replacing a link keeps the file that it names
+                raise _taken(path)
+            _unfinished[self.temporary] = os.getpid()
             self.descriptor = system.open_new(self.temporary)
-        self._open = True
 
     def write_at(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data).cast("B")
@@ -332,7 +354,7 @@ class PendingFile:
         """
         with reported_as_write_error(self.path):
             if is_url(self.path):
-                _upload(self.temporary, self.path, create=not self._overwrite)
+                self._upload(self.temporary, self.path, create=not self._overwrite)
                 self.discard()
                 return
             system.fsync(self.descriptor)
@@ -350,13 +372,6 @@ class PendingFile:
                         system.unlink(self.path)
                 raise
 
-    def discard(self) -> None:
-        """Remove the temporary file if it exists. The next call completes one that a signal interrupted."""
-        if self._open:
-            self._close()
-        if self.temporary in _unfinished:
-            discard([self.temporary])
-
     def _take_name(self) -> bool:
         """Give the file its final name; return whether it keeps the temporary name, too."""
         if not self._overwrite:
@@ -366,34 +381,32 @@ class PendingFile:
             except OSError as error:
                 # Without hard links the check and the rename are not atomic.
                 if isinstance(error, FileExistsError) or (error.errno in NO_HARD_LINKS and os.path.lexists(self.path)):
-                    raise _exists(self.path) from error
+                    raise _taken(self.path) from error
                 if error.errno not in NO_HARD_LINKS:
                     raise
         system.rename(self.temporary, self.path)
         return False
 
+    def discard(self) -> None:
+        self._close()
+        super().discard()
+
     def _close(self) -> None:
-        self._open = False
-        system.close(self.descriptor)
-
-    def __enter__(self) -> PendingFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.discard()
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            system.close(descriptor)
 
 
-class PendingFolder:
-    """A folder that is being written under another name. `publish` gives it its name, see also `PendingFile`.
+class PendingFolder(_Pending):
+    """A folder that is being written. `publish` gives it its name; in a store it replaces nothing.
 
-    A folder for an object store is written to the system's temporary folder; in a store it replaces nothing. Raises
-    OutputExistsError if there is something at `path` but an empty folder, or one whose files all have names of the
-    pattern `replaces`, which is replaced.
+    Raises OutputExistsError if there is something at `path` but an empty folder, or one whose files all have names of
+    the pattern `replaces`, which is replaced.
     """
 
     def __init__(self, path: Path, replaces: re.Pattern[str] | None = None) -> None:
-        self.path, self.temporary = path, _temporary_path(path)
-        self._replaces, self._uploaded = replaces, list[Path]()
+        super().__init__(path)
+        self._replaces = None if is_url(path) else replaces
         with reported_as_write_error(path):
             self._is_taken()
             _unfinished[self.temporary] = os.getpid()
@@ -408,9 +421,9 @@ class PendingFolder:
             problem = "is a file or a link; must be a folder"
         elif not in_store and (os.path.ismount(path) or path.samefile(".")):
             problem = "is a disk's or the working directory, which is not replaced"
-        for entry in [] if problem else sorted(system.list(path)):
-            if self._replaces is None or in_store or entry.is_dir() or not self._replaces.fullmatch(entry.name):
-                problem = problem or f"already exists, and holds {shown(entry.name)}"
+        for entry in [] if problem else sorted(system.list(path), reverse=True):
+            if self._replaces is None or entry.is_dir() or not self._replaces.fullmatch(entry.name):
+                problem = f"already exists, and holds {shown(entry.name)}"
         if problem:
             hint = "name a new folder" + ", or `overwrite` to replace a model" * (not (self._replaces or in_store))
             raise OutputExistsError(path, problem, hint)
@@ -421,7 +434,7 @@ class PendingFolder:
         complete = [file for file in self.temporary.rglob("*") if file.is_file()]
         for file in sorted(complete, key=lambda file: (file.suffix == ".json", file.name == ".metadata", file)):
             target = self.path / file.relative_to(self.temporary)
-            _upload(file, target)
+            self._upload(file, target, create=True)
             self._uploaded.append(target)
             system.unlink(file)
 
@@ -457,41 +470,6 @@ class PendingFolder:
         if replaced:
             discard([replaced])
 
-    def discard(self) -> None:
-        if self.temporary in _unfinished:
-            discard([*self._uploaded, self.temporary])
 
-    def __enter__(self) -> PendingFolder:
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        self.discard()
-        if isinstance(error, WriteError):
-            error.subject = error.subject.replace(str(self.temporary), str(self.path))
-
-
-def _upload(file: Path, target: Path, create: bool = True) -> None:
-    from posthoc_cli.remote import store
-
-    try:
-        store.put(str(target), file, create=create)
-    except FileExistsError as error:
-        raise _exists(target) from error
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    """Raise OutputExistsError if a new file cannot take a name. Replacing a link keeps the file that it names."""
-    if is_url(path):
-        is_taken = not overwrite and path.is_file()
-    elif path.is_dir():
-        raise OutputExistsError(path, "is a directory", "name a file")
-    else:
-        is_taken = os.path.lexists(path)
-        if is_taken and not (path.is_file() or path.is_symlink()):
-            raise OutputExistsError(path, "is a pipe, socket or device, which is never replaced", "choose another name")
-    if is_taken and not overwrite:
-        raise _exists(path)
-
-
-def _exists(path: Path) -> OutputExistsError:
+def _taken(path: Path) -> OutputExistsError:
     return OutputExistsError(path, "already exists", "choose another name, or `overwrite` to replace it")

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import FileFormatError, RemoteError
 from posthoc_cli.snapshots.tensorfile import Entry, OpenedFile, is_sizes, row_major
 
 _ZIP = b"PK\x03\x04"
@@ -43,19 +43,13 @@ Keys = tuple[str, ...]
 PARAMETERS = "shadow_params"
 """Key of averages in a list, in the order of the model's parameters."""
 
-# What reading a file may cost, so that a hostile one is refused early, is three times its length and `_FREE`. The
+# What reading a file may cost, so that a hostile one is refused early, is `_FREE` and three times its length. The
 # densest of real pickles, of many small tensors with short names, cost 3.0 to 3.4 times their length.
 _FREE = 2**26
 _OPCODE, _CONTAINER = 4, 32  # an opcode, which may be longer in memory, and one that makes a dict, list or set
-_VALUE = 64  # a value of the content, besides its name, and a pair of a call: a few bytes can name a dict with long
-# keys, or a list of pairs, again and again
-_STREAM = 512  # the pickles of a storage in a string of bytes, which may be passed again and again, too
-_SHARED = 8
-"""The tensors of a file have at most this multiple of its bytes and `_FREE` more: views of one storage may overlap, and
-be expanded. One tensor that repeats elements has at most `_FREE`."""
-_MOST_ITEMS = 16
-"""Largest number of arguments of a call that are used, and of items of a key: a pickle may pass a million to each of a
-million calls."""
+_VALUE, _STREAM = 64, 512  # a value of the content or a pair of a call, and a storage: a few bytes can repeat each
+_SHARED = 8  # limits the tensors of a file to this multiple of its length and `_FREE`: views of a storage may overlap
+_MOST_ITEMS = 16  # arguments of a call, and items of a key: a pickle may pass a million to each of a million calls
 
 
 class _PickleError(ValueError):
@@ -76,6 +70,8 @@ def _reading(file: OpenedFile) -> Iterator[None]:
         LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, MemoryError, struct.error,
         zipfile.BadZipFile,
     ) as error:  # fmt: skip
+        if isinstance(error.__context__, RemoteError):  # which zipfile takes for a damaged archive
+            raise error.__context__ from None
         problem = error if isinstance(error, _PickleError) else "a damaged pickle or archive"
         raise FileFormatError(file.path, f"cannot be read as tensors: {problem}") from error
 
@@ -105,6 +101,10 @@ class Node:
         """Ignore the items of a subclass of list."""
 
 
+_KEYS = str | float | Node | None
+"""Keys of dicts, or items of such keys, besides int; the hash and the text of others may take forever."""
+
+
 class _Bytes(NamedTuple):
     """A range of bytes of the file: a string of bytes in a pickle, or a storage, which may have a dtype."""
 
@@ -120,13 +120,12 @@ def read_pickled(file: OpenedFile, begin: int, end: int, budget: _Budget | None 
     object. Raise FileFormatError if it cannot be read.
     """
     with _reading(file):
-        machine = _Machine(file, begin, end, budget or _Budget(end - begin))
+        budget, find = budget or _Budget(end - begin), None
         if file.read_at(4, begin) == _ZIP:
             find = _open_archive(file, begin, end)
-            pickled = find("data.pkl")
-            machine.stream = _stream(file, pickled.begin, pickled.begin + pickled.nbytes)
-            machine.find = lambda key, _: find(f"data/{key}")
-        value = machine.run()
+            begin, nbytes, _ = find("data.pkl")
+            end = begin + nbytes
+        value = _Machine(file, begin, end, budget, find).run()
         is_old = value == _STREAM_MAGIC
         _check(not is_old, "is of torch.save before release 1.6, or without its zip archive: load and save it again")
     return value
@@ -211,18 +210,14 @@ class _Stream(io.RawIOBase):
         return count
 
 
-def _stream(file: OpenedFile, begin: int, end: int) -> io.BufferedReader:
-    return io.BufferedReader(_Stream(file, begin, end))
-
-
-def _open_archive(file: OpenedFile, begin: int, end: int) -> Callable[[str], _Bytes]:
+def _open_archive(file: OpenedFile, begin: int, end: int) -> Callable[..., _Bytes]:
     """Return a function that finds the members of an archive of torch.save by name."""
-    listed = zipfile.ZipFile(_stream(file, begin, end)).infolist()
+    listed = zipfile.ZipFile(io.BufferedReader(_Stream(file, begin, end))).infolist()
     members = {info.filename: info for info in listed}
     _check(len(members) == len(listed), "a damaged archive: two members of one name")
     root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), "")
 
-    def find(name: str) -> _Bytes:
+    def find(name: str, _: int = 0) -> _Bytes:
         _check(root + name in members, f"a damaged archive, or not of torch.save: it has no {name!r}")
         info = members[root + name]
         magic, *lengths = _LOCAL_HEADER.unpack(file.read_at(_LOCAL_HEADER.size, info.header_offset))
@@ -246,8 +241,8 @@ def _storage_in(machine: _Machine, data: Any) -> _Bytes:
     magic, protocol, system, storage, _ = [inner.run() for _ in range(5)]
     begin = inner.stream.tell() + 8
     is_known = (magic, protocol, system["little_endian"]) == (_STREAM_MAGIC, 1001, True)
-    is_known = is_known and begin + storage.nbytes <= end
-    _check(is_known, "a storage is truncated, of a big-endian machine, or of an unknown release of torch.save")
+    is_complete = begin + storage.nbytes <= end
+    _check(is_known and is_complete, "a storage is truncated, big-endian, or of an unknown release of torch.save")
     return _Bytes(begin, storage.nbytes, storage.dtype)
 
 
@@ -255,13 +250,13 @@ def _storage_in(machine: _Machine, data: Any) -> _Bytes:
 
 
 class _Machine:
-    """The machine that a pickle is a program for; `find` returns the storage of a key and an expected size."""
+    """The machine that a pickle is a program for; `find` returns the storage of a name and an expected size."""
 
     def __init__(
-        self, file: OpenedFile, begin: int, end: int, budget: _Budget, find: Callable[[str, int], _Bytes] | None = None
+        self, file: OpenedFile, begin: int, end: int, budget: _Budget, find: Callable[..., _Bytes] | None
     ) -> None:
         self.file, self.budget, self.find = file, budget, find
-        self.stream = _stream(file, begin, end)
+        self.stream = io.BufferedReader(_Stream(file, begin, end))
 
     def run(self) -> Any:
         """Run the next program, and return the object that it leaves."""
@@ -307,26 +302,25 @@ class _Machine:
         if self.find is None or not is_storage or not is_sizes(pid[4:5]):
             raise _PickleError("refers to objects outside the file, or to a storage without a size")
         dtype = _dtype_of(pid[1])
-        return self.find(pid[2], pid[4] * (ITEM_BYTES[dtype] if dtype else 1))._replace(dtype=dtype)
-
-    def dict_of(self, pairs: Iterable[Any]) -> dict[Any, Any]:
-        """Return a dict of pairs; refuse keys whose hash or text may take forever, as long tuples."""
-        checked = {}
-        for key, value in pairs:
-            parts = key if isinstance(key, tuple) else (key,)
-            is_plain = len(parts) <= _MOST_ITEMS and all(
-                isinstance(part, str | float | Node | None) or (isinstance(part, int) and abs(part) < 2**63)
-                for part in parts
-            )
-            _check(is_plain, "a key of a dict is a list or the like, a long tuple, or an int of many digits")
-            checked[key] = value
-        return checked
+        return self.find(f"data/{pid[2]}", pid[4] * (ITEM_BYTES[dtype] if dtype else 1))._replace(dtype=dtype)
 
     def built(self, target: Any, state: Any) -> Any:
         """Return an object with a state, which only nodes have."""
         if isinstance(target, Node):
             target.state = state
         return target
+
+
+def _dict_of(pairs: Iterable[Any]) -> dict[Any, Any]:
+    checked = {}
+    for key, value in pairs:
+        parts = key if isinstance(key, tuple) else (key,)
+        is_plain = len(parts) <= _MOST_ITEMS
+        for part in parts[:_MOST_ITEMS]:
+            is_plain &= isinstance(part, _KEYS) or (isinstance(part, int) and abs(part) < 2**63)
+        _check(is_plain, "a key of a dict is a list or the like, a long tuple, or an int of many digits")
+        checked[key] = value
+    return checked
 
 
 _LENGTHS: dict[str, Callable[[Any], int]] = {
@@ -348,9 +342,9 @@ _DO: dict[str, Callable[..., Any] | None] = {
     "APPEND": lambda _, target, item: target.extend([item]) or target,
     "EMPTY_TUPLE": lambda _: (), "TUPLE": lambda _, items: tuple(items),
     **dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3"), lambda _, *items: items),
-    "EMPTY_DICT": lambda _: {}, "SETITEM": lambda m, target, *pair: target.update(m.dict_of([pair])) or target,
-    "SETITEMS": lambda m, target, items: (
-        target.update(m.dict_of(zip(items[::2], items[1::2], strict=True))) or target
+    "EMPTY_DICT": lambda _: {}, "SETITEM": lambda _, target, *pair: target.update(_dict_of([pair])) or target,
+    "SETITEMS": lambda _, target, items: (
+        target.update(_dict_of(zip(items[::2], items[1::2], strict=True))) or target
     ),
     "MARK": _Machine.mark, **dict.fromkeys(("POP_MARK", "POP", "PROTO", "FRAME"), lambda *_: None),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.memo[index]),
@@ -407,7 +401,7 @@ def _tensor(_: _Machine, storage: Any, offset: Any, shape: Any, strides: Any, *m
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": lambda m, pairs=(): m.budget.spend(_VALUE * len(pairs)) or m.dict_of(pairs),
+    "collections.OrderedDict": lambda m, pairs=(): m.budget.spend(_VALUE * len(pairs)) or _dict_of(pairs),
     **dict.fromkeys(("builtins.set", "__builtin__.set", "torch.Size"), lambda _, values=(): values),
     **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"), _tensor),
     "torch._utils._rebuild_tensor_v3": _tensor,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from posthoc_cli.errors import RemoteError
 from posthoc_cli.remote import store
@@ -25,12 +26,11 @@ _MOST_PIECES = 4
 """Pieces of an object that are held at a time: several tensors may be read in turns."""
 
 
-class Ahead:
-    """What reads objects ahead: threads that make the requests, and the bytes of each, by the number of objects."""
+class Ahead(NamedTuple):
+    """What reads objects ahead: threads that make the requests, and the bytes of each."""
 
-    def __init__(self, pool: ThreadPoolExecutor, objects: int) -> None:
-        self.pool = pool
-        self.length = min(_LONGEST, _AHEAD_BYTES // (2 * objects) // START * START)
+    pool: ThreadPoolExecutor
+    length: int
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def reading_ahead(objects: int, threads: int) -> Iterator[Ahead | None]:
         return
     pool = ThreadPoolExecutor(threads, "ema-ahead")
     try:
-        yield Ahead(pool, objects)
+        yield Ahead(pool, min(_LONGEST, _AHEAD_BYTES // (2 * objects) // START * START))
     finally:  # on an error, too: wait for the requests being made and cancel the others
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -30,12 +30,8 @@ SCHEMES = ("s3", "gs", "az", "hf")
 CLIENT = {"timeout": "60s", "connect_timeout": "5s"}
 """Timeouts of one request; the first includes its body."""
 
-RETRIES: dict[str, Any] = {
-    "max_retries": 8,
-    "retry_timeout": timedelta(seconds=120),
-    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
-}
-"""Retries of a request whose failure may be temporary: 17 seconds of waiting in all."""
+RETRIES: dict[str, Any] = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
+"""Retries of a request whose failure may be temporary: about 25 seconds of waiting in all."""
 
 
 class ObjectInfo(NamedTuple):
@@ -43,30 +39,6 @@ class ObjectInfo(NamedTuple):
 
     size: int
     tag: str = ""
-
-
-def shown_url(text: str) -> str:
-    """Return the URL that a text names, which may be what a Path made of it, with one slash.
-
-    Raises InvalidValueError for an unknown scheme, and for credentials, which the error does not show.
-    """
-    scheme, _, rest = text.partition(":")
-    host, slash, path = rest.strip("/").partition("/")
-    scheme, user, problem = scheme.lower(), "", ""
-    if scheme != "hf":  # whose revisions are behind an @
-        user, _, host = host.rpartition("@")
-    if scheme not in SCHEMES:
-        path = path.partition("?")[0]
-        known = ", ".join(f"{name}://" for name in SCHEMES)
-        problem = f"is a URL of an unknown kind; must be a path, or begin with one of {known}"
-    elif not host:
-        problem = "must name a bucket or a repository"
-    elif user:
-        problem = "holds credentials, which are read from the environment only"
-    shown = f"{scheme}://{host}{slash}{path}".rstrip("/")
-    if problem:
-        raise InvalidValueError(shown, problem)
-    return shown
 
 
 def _place(url: str) -> tuple[Any, str]:
@@ -97,9 +69,12 @@ def open_bucket(bucket: str, endpoint: str) -> Any:
 
 # --- paths
 
+_NONE = (errno.ENOENT, errno.EACCES)
+"""Errors about a missing object; where listing is not permitted, access to it is "denied"."""
+
 
 class RemotePath(PosixPath):
-    """The path of an object or a folder in a store; made from the text of `shown_url` only.
+    """The path of an object or a folder in a store; made by `remote_path` only.
 
     Functions that do not know about URLs, such as `open`, fail: they would use a folder of the working directory.
     """
@@ -129,11 +104,9 @@ class RemotePath(PosixPath):
             try:
                 self._known = head(str(self))
             except OSError as error:
-                # Where listing is not permitted, a missing object is "denied".
-                is_denied = isinstance(error, RemoteError)
-                if is_denied and error.errno != errno.EACCES:
+                if error.errno not in _NONE:
                     raise
-                with suppress(RemoteError) if is_denied else nullcontext():
+                with suppress(RemoteError) if error.errno == errno.EACCES else nullcontext():
                     self._known = "folder" if listed(str(self)) else None
                 if self._known is None:
                     raise
@@ -144,7 +117,7 @@ class RemotePath(PosixPath):
         try:
             return self._ask() is not None
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EACCES):
+            if error.errno not in _NONE:
                 raise
             return False
 
@@ -181,7 +154,9 @@ class RemotePath(PosixPath):
         """Yield the matches in this folder, hidden names included; `model@step*` matches revisions of the Hub."""
         if str(self).startswith("hf://") and "@" in pattern:
             repository, _at, wanted = pattern.partition("@")
-            names = fnmatch.filter(revisions(str(self / repository)), wanted)
+            store, key = _place(str(self / repository))
+            with request_errors(str(self / repository), "listed"):
+                names = fnmatch.filter(store.revisions(key), wanted)
             yield from (self / f"{repository}@{quote(name, safe='')}" for name in names)
         else:
             with suppress(FileNotFoundError, NotADirectoryError):
@@ -189,8 +164,27 @@ class RemotePath(PosixPath):
 
 
 def remote_path(text: str) -> RemotePath:
-    """Return the path of a URL, or of what a Path made of it, with one slash; errors as of `shown_url`."""
-    return RemotePath(shown_url(text))
+    """Return the path of a URL, or of what a Path made of it, with one slash.
+
+    Raises InvalidValueError for an unknown scheme, and for credentials, which the error does not show.
+    """
+    scheme, _, rest = text.partition(":")
+    host, slash, path = rest.strip("/").partition("/")
+    scheme, user, problem = scheme.lower(), "", ""
+    if scheme != "hf":  # whose revisions are behind an @
+        user, _, host = host.rpartition("@")
+    if scheme not in SCHEMES:
+        path = path.partition("?")[0]
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        problem = f"is a URL of an unknown kind; must be a path, or begin with one of {known}"
+    elif not host:
+        problem = "must name a bucket or a repository"
+    elif user:
+        problem = "holds credentials, which are read from the environment only"
+    shown = f"{scheme}://{host}{slash}{path}".rstrip("/")
+    if problem:
+        raise InvalidValueError(shown, problem)
+    return RemotePath(shown)
 
 
 def matching(pattern: Path) -> list[Path]:
@@ -207,17 +201,11 @@ def matching(pattern: Path) -> list[Path]:
 
 
 def head(url: str) -> ObjectInfo:
-    """Return the facts about an object; raise a FileNotFoundError if it does not exist."""
-    store, key = _place(url)
-    if not key:
-        raise _system_error(errno.ENOENT, url)  # a bucket
-    try:
-        with request_errors(url):
-            return _info(store.head(key))
-    except RemoteError as error:
-        if error.errno != errno.EACCES:
-            raise
-    return get(url, 0, 1)[1]  # the answer to a `get` has a body, which holds the reason
+    """Return the facts about an object; raise a FileNotFoundError if it does not exist.
+
+    A byte is read: the answer to a HEAD request has no body, which would hold the reason of a refusal.
+    """
+    return get(url, 0, 1)[1]
 
 
 def listed(url: str) -> dict[str, ObjectInfo | None]:
@@ -233,25 +221,17 @@ def listed(url: str) -> dict[str, ObjectInfo | None]:
 def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, ObjectInfo]:
     """Return the bytes `begin` to `end` of an object, fewer at its end; with a tag only if it still has that tag."""
     store, key = _place(url)
-    options: dict[str, Any] = {"range": (begin, end)}
-    if tag:
-        options["if_match"] = tag
+    if not key:
+        raise _system_error(errno.ENOENT, url)  # a bucket
     try:
         with request_errors(url):
-            answer = store.get(key, options=options)
+            answer = store.get(key, options={"range": (begin, end)} | ({"if_match": tag} if tag else {}))
             return memoryview(answer.bytes()), _info(answer.meta)
     except RemoteError as error:
         if error.errno != errno.ERANGE:
             raise
     with request_errors(url):
         return memoryview(b""), _info(store.head(key))  # the range begins at the end of the object
-
-
-def revisions(url: str) -> list[str]:
-    """Return the names of the branches and tags of a repository of the Hub."""
-    store, key = _place(url)
-    with request_errors(url, "listed"):
-        return list(store.revisions(key))
 
 
 _PART, _MOST_PARTS = 8 * 1024 * 1024, 9_000
@@ -262,8 +242,8 @@ def put(url: str, data: bytes | Path, *, create: bool = True) -> None:
     """Write an object, complete or not at all.
 
     With `create`, raise a FileExistsError if the object exists. Up to 8 MiB are sent by one conditional request, which
-    the store refuses then; a RemoteError with ENOTSUP says that the store has none. `obstore` has no conditional
-    multipart upload: for more it is checked before that the object does not exist.
+    the store refuses then. `obstore` has no conditional multipart upload: for more it is checked before that the object
+    does not exist.
     """
     size = data.stat().st_size if isinstance(data, Path) else len(data)
     store, key = _place(url)
@@ -298,28 +278,24 @@ def _system_error(number: int, url: str) -> OSError:
     return OSError(number, os.strerror(number), url)
 
 
-_ACCESS = "`ema guide remote` says where they are read from"
 _REASONS = (
     ("^(FileExistsError|AlreadyExistsError):", errno.EEXIST, "", ""),
     ("status code: 416 ", errno.ERANGE, "it is shorter than the range asked for", ""),
     ("<Code>(NoSuchBucket|ContainerNotFound)<", errno.EIO, "there is no such bucket or container", ""),
     ("status code: 404", errno.ENOENT, "", ""),
-    (r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential|MissingAccount",
-     errno.EACCES, "no credentials were found", _ACCESS),
-    ("status code: 401|OpenCredentials|DecodeCredentials|InvalidAccessKey|ExpiredToken|TokenRefresh|InvalidToken"
-     "|SignatureDoesNotMatch", errno.EACCES, "the credentials are missing, expired or not accepted", _ACCESS),
-    ("<Code>RequestTimeTooSkewed<", errno.EACCES, "the clock of this machine is wrong", "set it"),
+    (r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential|MissingAccount|status code: 401"
+     "|OpenCredentials|DecodeCredentials|InvalidAccessKey|ExpiredToken|TokenRefresh|InvalidToken|SignatureDoesNotMatch",
+     errno.EACCES, "the credentials are missing, expired or not accepted",
+     "`ema guide remote` says where they are read from"),
     ("<Code>(AuthorizationHeaderMalformed|PermanentRedirect)<|status code: 301|redirect without LOCATION",
      errno.EIO, "the bucket is in another region", "set AWS_REGION"),
-    ("status code: 403|<Code>AccessDenied<", errno.EACCES, "access is denied", ""),
+    (r"status code: 403(?:.*<Code>(?!AccessDenied)(\w{1,60})<)?|<Code>AccessDenied<", errno.EACCES,
+     r"access is denied \1", ""),
     ("status code: 412", errno.ESTALE, "was replaced while it was being used", "run again"),
-    ("status code: (429|503)|<Code>SlowDown<",
-     errno.EIO, "the store asks for fewer requests, or is not available", "try again later"),
-    ("status code: 501|^NotImplementedError", errno.ENOTSUP, "the store does not know this kind of request", ""),
     (r"status code: (400)(?:.*<Code>(\w{1,60})<)?", errno.EACCES, r"the server answers \1 \2", ""),
-    (r"status code: (\d{3})(?:.*<Code>(\w{1,60})<)?", errno.EIO, r"the server answers \1 \2", ""),
-    (r"<Code>(\w{1,60})<", errno.EIO, r"the server answers \1", ""),
-    ("^ValueError", errno.EIO, "the store does not accept this name", ""),
+    (r"status code: (\d{3})(?:.*<Code>(\w{1,60})<)?|<Code>(\w{1,60})<", errno.EIO,
+     r"the server answers \1 \2\3", ""),
+    ("^(ValueError|NotImplementedError)", errno.EIO, "the store does not accept this name, or kind of request", ""),
     ("Connect|dns error|Timeout|timed out", errno.EIO, "no answer of the server", "check the URL and the network"),
     ("", errno.EIO, "the connection was lost, or the answer is incomplete", ""),
 )  # fmt: skip

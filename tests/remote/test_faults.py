@@ -37,7 +37,7 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def served(_folder: Path, monkeypatch: pytest.MonkeyPatch, use_server: Callable[[str], None]) -> Iterator[Server]:
     """A server that fails on request; each request is retried three times."""
-    backoff = store.RETRIES["backoff"] | {"init_backoff": SHORT, "max_backoff": SHORT}
+    backoff = {"init_backoff": SHORT, "max_backoff": SHORT, "base": 2}
     monkeypatch.setattr(store, "RETRIES", store.RETRIES | {"max_retries": 3, "backoff": backoff})
     with serving(_folder) as server:
         use_server(server.url)
@@ -103,12 +103,12 @@ FAULTS = {
     "500s": (always(500, "InternalError"), READ + "the server answers 500"),
     "resets": (bodies(lambda h: h.reset()), LOST),
     "short answers": (bodies(lambda h: h.cut()), LOST),
-    "no bucket": (always(404, "NoSuchBucket"), LIST + "there is no such bucket"),
+    "no bucket": (always(404, "NoSuchBucket"), READ + "there is no such bucket"),
     "expired": (always(400, "ExpiredToken"), READ + "the credentials are missing, expired or not accepted"),
     "not to list": (listing(lambda h: h.refuse(403, "AccessDenied")), LIST + "access is denied"),
     "not to read": (bodies(lambda h: h.refuse(403, "AccessDenied")), "safetensors: cannot be read: access is denied"),
     "slow bodies": (bodies(stall), "safetensors: cannot be read: no answer of the server"),
-    "too many": (always(503, "SlowDown"), READ + "the store asks for fewer requests, or is not available; try again"),
+    "too many": (always(503, "SlowDown"), READ + "the server answers 503 SlowDown"),
 }
 
 
@@ -125,6 +125,15 @@ def test_a_lasting_failure_is_one_line(
     assert wanted in done.error
     assert not list(tmp_path.iterdir())
     assert "ecret" not in done.err.lower().replace("aws_secret_access_key", "") and "AKIA" not in done.err + caplog.text
+
+
+def test_a_failure_while_an_archive_is_opened_is_no_damage(served: Server, ema: Ema) -> None:
+    place = served.folder / "bucket/archive/step1.pt"
+    place.parent.mkdir()
+    torch.save({"w": torch.ones(200_000)}, place)  # its end is not in the first request
+    served.fault = lambda _, h: not h.headers.get("range", "bytes=0-").startswith("bytes=0-") and h.refuse(500, "Oops")
+    error = ema("info", "s3://bucket/archive/step1.pt").error
+    assert error.endswith("step1.pt: cannot be read: the server answers 500 Oops")
 
 
 def test_with_permission_to_read_and_not_to_list_a_file_is_read(served: Server, ema: Ema) -> None:
@@ -153,7 +162,8 @@ def test_without_credentials_or_a_server_the_error_says_what_to_do(
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"{served.url}/metadata.nothing")
     store.open_bucket.cache_clear()
     assert ema("info", RUN).error == (
-        f"{RUN}: cannot be read: no credentials were found; `ema guide remote` says where they are read from"
+        f"{RUN}: cannot be read: the credentials are missing, expired or not accepted; "
+        "`ema guide remote` says where they are read from"
     )
 
 
