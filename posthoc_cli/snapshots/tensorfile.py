@@ -555,40 +555,34 @@ def _checksum(start: bytes) -> str:
 def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, Entry]:
     """Return the tensors in their order in the payload, which they must fill to the end of the file of `nbytes`."""
     _require_few(len(raw))  # escaped keys were not counted before
-    found: list[tuple[int, int, str, Entry]] = []
+    entries: dict[str, Entry] = {}
     for name, value in raw.items():
         try:
-            entry = _decode_entry(value, start)
-        except ValueError as error:
-            raise ValueError(f"tensor {shown(name)}: {error}") from None
-        found.append((entry.begin, entry.nbytes, name, entry))
-    found.sort()
+            dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+            is_entry = len(value) == 3 and isinstance(shape, list) and is_sizes([begin, end, *shape])
+        except (TypeError, KeyError, ValueError):
+            is_entry = False
+        problem = ""
+        # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
+        if not is_entry or len(shape) > 64 or math.prod(filter(None, shape)) >= 2**60:
+            problem = "its header entry is malformed"
+        elif not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+            problem = f"dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}"
+        else:
+            entries[name] = Entry(dtype, tuple(shape), start + begin)
+            if end - begin != entries[name].nbytes:
+                problem = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
+        if problem:
+            raise ValueError(f"tensor {shown(name)}: {problem}")
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes, item[0])))
     position = start
-    for begin, size, name, _ in found:
-        if begin != position:
-            raise ValueError(f"tensor {shown(name)}: begins at {begin - start:,} where {position - start:,} was due")
-        position += size
+    for name, entry in entries.items():
+        if entry.begin != position:
+            raise ValueError(f"tensor {shown(name)}: begins at {entry.begin - start:,}, not at {position - start:,}")
+        position += entry.nbytes
     state = "truncated" if nbytes < position else "too long"
     _require(position == nbytes, f"{state}: has {nbytes:,} bytes, its header says {position:,}")
-    return {name: entry for _, _, name, entry in found}
-
-
-def _decode_entry(value: Any, start: int) -> Entry:
-    """Return a tensor of a header whose payload begins at `start`; raise ValueError if it is invalid."""
-    try:
-        dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        is_entry = len(value) == 3 and isinstance(shape, list) and is_sizes([begin, end, *shape])
-    except (TypeError, KeyError, ValueError):
-        is_entry = False
-    # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
-    if not is_entry or len(shape) > 64 or math.prod(filter(None, shape)) >= 2**60:
-        raise ValueError("its header entry is malformed")
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ValueError(f"dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}")
-    entry = Entry(dtype, tuple(shape), start + begin)
-    if end - begin != entry.nbytes:
-        raise ValueError(f"{end - begin:,} bytes do not make {dtype} of shape {shape}")
-    return entry
+    return entries
 
 
 def _decode_sums(sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
