@@ -284,10 +284,9 @@ def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:
 
 
 class _Pending:
-    """A file or folder that is being written under a temporary name, which readers ignore, beside the final one.
+    """A file or folder with a temporary name, which readers ignore, until it is published or the `with` block ends.
 
-    For an object store it is in the system's folder for temporary files. The end of the `with` block removes what was
-    not published.
+    For an object store it is in the system's folder for temporary files.
     """
 
     def __init__(self, path: Path) -> None:
@@ -358,8 +357,18 @@ class PendingFile(_Pending):
                 self.discard()
                 return
             system.fsync(self.descriptor)
-            replaces = self._overwrite and os.path.lexists(self.path)
-            linked = self._take_name()
+            linked, replaces = not self._overwrite, self._overwrite and os.path.lexists(self.path)
+            try:
+                if linked:
+                    system.link(self.temporary, self.path)
+            except OSError as error:
+                if os.path.lexists(self.path):
+                    raise _taken(self.path) from error
+                if error.errno not in NO_HARD_LINKS:
+                    raise
+                linked = False  # this check and the rename are not atomic
+            if not linked:
+                system.rename(self.temporary, self.path)
             try:
                 if linked:
                     system.unlink(self.temporary)
@@ -371,21 +380,6 @@ class PendingFile(_Pending):
                     with suppress(OSError):
                         system.unlink(self.path)
                 raise
-
-    def _take_name(self) -> bool:
-        """Give the file its final name; return whether it keeps the temporary name, too."""
-        if not self._overwrite:
-            try:
-                system.link(self.temporary, self.path)
-                return True
-            except OSError as error:
-                # Without hard links the check and the rename are not atomic.
-                if isinstance(error, FileExistsError) or (error.errno in NO_HARD_LINKS and os.path.lexists(self.path)):
-                    raise _taken(self.path) from error
-                if error.errno not in NO_HARD_LINKS:
-                    raise
-        system.rename(self.temporary, self.path)
-        return False
 
     def discard(self) -> None:
         self._close()

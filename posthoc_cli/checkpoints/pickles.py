@@ -49,6 +49,7 @@ _FREE = 2**26
 _OPCODE, _CONTAINER = 4, 32  # an opcode, which may be longer in memory, and one that makes a dict, list or set
 _VALUE, _STREAM = 64, 512  # a value of the content or a pair of a call, and a storage: a few bytes can repeat each
 _SHARED = 8  # limits the tensors of a file to this multiple of its length and `_FREE`: views of a storage may overlap
+_LONGEST = 100  # characters of the name of a storage or dtype, which a pickle may pass again and again
 _MOST_ITEMS = 16  # arguments of a call, and items of a key: a pickle may pass a million to each of a million calls
 
 
@@ -143,19 +144,20 @@ def read_tensors(file: OpenedFile) -> dict[Keys, Any]:
         pending: list[tuple[Keys, Any, bool]] = [((), read_pickled(file, 0, file.size, budget), False)]
         while pending:
             keys, item, is_in_module = pending.pop()
-            module = None
+            is_module = False
             if isinstance(item, Node) and not item.name.startswith("torch._utils._rebuild"):
-                module = _module_tensors(item)
-                item = module or item.items
+                module = _module_tensors(item, budget)
+                is_module, item = module is not None, module or item.items
             elif isinstance(item, list) and keys[-1:] == (PARAMETERS,):
                 item = dict(enumerate(item))
             if isinstance(item, dict):
                 for key in reversed(item):
+                    budget.spend(_VALUE)
                     if isinstance(key, str | int):
-                        is_inner = module is not None and is_in_module
+                        is_inner = is_module and is_in_module
                         name = (*keys[:-1], f"{keys[-1]}.{key}") if is_inner else (*keys, str(key))
-                        pending.append((name, item[key], module is not None))
-                        budget.spend(_VALUE + len(".".join(name)))
+                        pending.append((name, item[key], is_module))
+                        budget.spend(len(".".join(name)))
             elif keys and isinstance(item, Node | Entry | int | float | str):
                 leaves[keys] = item
         total = sum(entry.nbytes for entry in {value for value in leaves.values() if isinstance(value, Entry)})
@@ -164,7 +166,7 @@ def read_tensors(file: OpenedFile) -> dict[Keys, Any]:
     return leaves
 
 
-def _module_tensors(node: Node) -> dict[Any, Any] | None:
+def _module_tensors(node: Node, budget: _Budget) -> dict[Any, Any] | None:
     """Return the parameters, buffers and inner modules of a pickled torch module; None for another object.
 
     The attributes of a module are its state, one of its arguments, or under `state` in one of these.
@@ -173,9 +175,12 @@ def _module_tensors(node: Node) -> dict[Any, Any] | None:
     for attributes in map(_items, (node.state, *node.arguments)):
         for state in (attributes, _items(attributes.get("state"))):
             if all(isinstance(state.get(part), dict) for part in parts):
-                unsaved = state.get("_non_persistent_buffers_set")
-                names = {key for key in unsaved if isinstance(key, str)} if isinstance(unsaved, list) else set()
-                return {key: value for part in parts for key, value in state[part].items() if key not in names}
+                listed = state.get("_non_persistent_buffers_set")
+                listed = listed if isinstance(listed, list) else []
+                unsaved = {key for key in listed if isinstance(key, str)}
+                found = {key: value for part in parts for key, value in state[part].items() if key not in unsaved}
+                budget.spend(_OPCODE * sum(map(len, (listed, *(state[part] for part in parts)))))
+                return found
     return None
 
 
@@ -299,7 +304,7 @@ class _Machine:
     def storage(self, pid: Any) -> _Bytes:
         """Return the storage of ("storage", type, key, location, number of elements, ...)."""
         is_storage = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str)
-        if self.find is None or not is_storage or not is_sizes(pid[4:5]):
+        if self.find is None or not is_storage or len(pid[2]) > _LONGEST or not is_sizes(pid[4:5]):
             raise _PickleError("refers to objects outside the file, or to a storage without a size")
         dtype = _dtype_of(pid[1])
         return self.find(f"data/{pid[2]}", pid[4] * (ITEM_BYTES[dtype] if dtype else 1))._replace(dtype=dtype)
@@ -379,7 +384,7 @@ whether it takes these; whether it leaves an object, as the standard library doc
 
 def _dtype_of(kind: Any) -> str | None:
     """Return the dtype for the name of a dtype or storage; None for a storage of bytes."""
-    name = kind.name.rpartition(".")[2] if isinstance(kind, Node) else ""
+    name = kind.name[-_LONGEST:].rpartition(".")[2] if isinstance(kind, Node) else ""
     _check(name in _DTYPES, f"a tensor of {name or 'an unknown kind'}, which is not read")
     return _DTYPES[name]
 

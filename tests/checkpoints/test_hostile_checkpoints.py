@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import time
 import tracemalloc
 import zipfile
@@ -98,6 +99,8 @@ OPCODES = {
     "long names again and again": b"\x80\x02X\x10\x27\x00\x00" + b"k" * 10_000 + b"q\x000}(" + b"".join(
         b"X\x05\x00\x00\x00%05dK\x01" % i for i in range(3000)
     ) + b"u" + b"q\x010}h\x00h\x01s" * 90 + b".",
+    "float keys again and again": b"\x80\x04}(" + b"".join(b"G" + struct.pack(">d", i) + b"N" for i in range(20_000))
+    + b"uq\x00}(" + b"".join(b"J" + struct.pack("<i", i) + b"h\x00" for i in range(100_000)) + b"u.",
     "bytes beyond all files": b"\x80\x04\x8e" + (2**63 - 1).to_bytes(8, "little") + b".",
     "long class again and again": b"\x80\x04X\x40\x42\x0f\x00" + b"k" * 1_000_000 + b"q\x00"
     + b"h\x00h\x00\x93" * 20_000 + b".",
