@@ -43,7 +43,7 @@ _AGAIN = "import again"
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a manifest: `checkpoints` are (path, kind, step), `files` path -> (bytes, identity)."""
+    """The content of a manifest, with absolute paths."""
 
     folder: Path
     origin: Path
@@ -51,11 +51,11 @@ class Manifest:
     checkpoints: tuple[tuple[Path, str, int], ...]
     files: dict[Path, tuple[int, str]]
 
-    def check_file(self, path: Path, found: tuple[int, str] | None = None) -> None:
-        """Raise FileFormatError unless a file is the one that was imported, by its bytes and identity if `found`."""
+    def check_file(self, path: Path) -> None:
+        """Raise FileFormatError unless a file is the one that was imported."""
         reason, hint = f"was replaced, or has changed, since {self.folder} was imported", _AGAIN
         try:
-            if (found or _identity(path)) == self.files.get(path):
+            if _identity(path) == self.files[path]:
                 return
         except VanishedError:  # a caller would retry this error, as for a directory that a tracker writes
             reason, hint = f"is missing, and {self.folder} refers to it", f"move both together, or {_AGAIN}"
@@ -65,30 +65,14 @@ class Manifest:
         """Return the checkpoints; raise FileFormatError if a file is not the one that was imported."""
         for path in self.files:
             self.check_file(path)
-        checkpoints: list[Checkpoint] = []
+        found: list[Checkpoint] = []
         for path, kind, step in self.checkpoints:
-            settings = replace(self.settings, kind=kind)
-            found = read_checkpoint(index_checkpoint(path), settings, step)
-            checkpoints += [one.with_settings(settings) for one in found]
-        for part in (part for checkpoint in checkpoints for part in checkpoint.files):
-            self.check_file(part.path, (part.nbytes, part.checksum))
-        return checkpoints
+            found += read_checkpoint(index_checkpoint(path), replace(self.settings, kind=kind), step)
+        return found
 
     def describe(self) -> dict[str, Any]:
         """Return the origin, the number of files, and the settings, for JSON."""
         return {"refers_to": str(self.origin), "files": len(self.files), "settings": self.settings.given}
-
-
-def make_manifest(folder: Path, origin: Path, settings: ImportSettings, checkpoints: Sequence[Checkpoint]) -> Manifest:
-    """Return the manifest, to be written into `folder`, of checkpoints that were found at `origin`."""
-    listed = {one.path: (one.path, one.kind, one.step) for one in checkpoints}
-    paths = {part.path for checkpoint in checkpoints for part in checkpoint.files}
-    for path in listed:  # the index or configuration of a folder, too
-        for place in [*sets_in(path).values()] or [path] if path.is_dir() else []:
-            model = model_in(place) if place.is_dir() else place
-            config = place / CONFIG if place != path else None
-            paths |= {each for each in (model, config) if each and each.is_file()}
-    return Manifest(folder, origin, settings, tuple(listed.values()), {path: _identity(path) for path in sorted(paths)})
 
 
 def _identity(path: Path) -> tuple[int, str]:
@@ -96,47 +80,49 @@ def _identity(path: Path) -> tuple[int, str]:
         return file.size, sampled_identity(file)
 
 
-def _values(manifest: Manifest) -> dict[str, Any]:
-    """Return the content of the manifest's file, without its checksum."""
-    folder = manifest.folder
-
-    def relative(path: Path) -> str:
-        text = str(path) if files.is_url(path) else os.path.relpath(path.absolute(), os.path.realpath(folder))
-        try:
-            text.encode()
-        except UnicodeError:
-            raise InvalidValueError(repr(text), "its name is no valid text", "rename it") from None
-        return text
-
-    return {
-        **_FORMAT,
-        "from": relative(manifest.origin),
-        "settings": manifest.settings.given,
-        "checkpoints": [[relative(path), kind, step] for path, kind, step in manifest.checkpoints],
-        "files": {relative(path): [*identity] for path, identity in manifest.files.items()},
-    }
-
-
-def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
-    """Write a manifest into its folder; return False if it holds an equal one already.
+def write_manifest(
+    out: Path, origin: Path, settings: ImportSettings, checkpoints: Sequence[Checkpoint], overwrite: bool
+) -> bool:
+    """Write the manifest of checkpoints that were found at `origin`; return False if `out` holds an equal one already.
 
     Raises:
         OutputExistsError: the folder holds something else; without `overwrite` also if it is another import.
         WriteError: the system refused.
     """
-    out, values, reason = manifest.folder, _values(manifest), ""
+    listed = {one.path: (_absolute(one.path), one.kind, one.step) for one in checkpoints}
+    paths = {part.path for checkpoint in checkpoints for part in checkpoint.files}
+    for path in listed:  # the index or configuration of a folder, too
+        for place in [*sets_in(path).values()] or [path] if path.is_dir() else []:
+            model = model_in(place) if place.is_dir() else place
+            config = place / CONFIG if place != path else None
+            paths |= {each for each in (model, config) if each and each.is_file()}
+    identities = {_absolute(path): _identity(path) for path in sorted(paths)}
+    manifest, reason = Manifest(out, _absolute(origin), settings, tuple(listed.values()), identities), ""
     if exists := is_import(out):
         with suppress(FileFormatError):  # a damaged manifest is replaced
-            present = read_manifest(out)
-            if _values(present) == values:
+            if (present := read_manifest(out)) == manifest:
                 return False
-            is_same = present.settings.without_findings == manifest.settings.without_findings
+            is_same = present.settings.without_findings == settings.without_findings
             if present.origin != manifest.origin or not is_same:
                 reason = f"is an import of {present.origin}" + ("" if is_same else " with other settings")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        reason, overwrite = "already exists, and holds something else", False
-    if reason and not overwrite:
+        reason = "already exists, and holds something else"
+    if reason and not (overwrite and exists):
         raise OutputExistsError(out, reason, "choose another name" + ", or `overwrite` to replace it" * exists)
+
+    def relative(path: Path) -> str:
+        text = str(path) if files.is_url(path) else os.path.relpath(path, os.path.realpath(out))
+        if text.encode(errors="ignore").decode() != text:
+            raise InvalidValueError(repr(text), "its name is no valid text", "rename it")
+        return text
+
+    values = {
+        **_FORMAT,
+        "from": relative(manifest.origin),
+        "settings": settings.given,
+        "checkpoints": [[relative(path), kind, step] for path, kind, step in manifest.checkpoints],
+        "files": {relative(path): [*identity] for path, identity in identities.items()},
+    }
     content = json.dumps(values | {"checksum": _checksum(values)}, indent=1) + "\n"
     with files.new_directory(out):
         files.write_atomically(out / MANIFEST, content.encode(), overwrite=exists)
@@ -150,22 +136,21 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if {key: raw.get(key) for key in _FORMAT} != _FORMAT or raw.pop("checksum") != _checksum(raw):
             raise ValueError("is of another format or version, or its checksum does not match")
-        is_real = files.is_url(folder) or os.path.realpath(folder) == str(folder.absolute())
-        base = folder if is_real else Path(os.path.realpath(folder))
+        base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
         settings = ImportSettings(**raw["settings"])
-        listed = tuple((_absolute(base, one), kind, checked_step(path, step)) for one, kind, step in raw["checkpoints"])
-        identities = {_absolute(base, one): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
-        if not listed or not all(kind in TABLE for _, kind, _ in listed):
-            raise ValueError("checkpoints must be of known kinds")
-        return Manifest(folder, _absolute(base, raw["from"]), settings, listed, identities)
+        listed = tuple((_absolute(one, base), kind, checked_step(path, step)) for one, kind, step in raw["checkpoints"])
+        identities = {_absolute(one, base): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
+        if not (listed and identities and all(kind in TABLE for _, kind, _ in listed)):
+            raise ValueError("must have files, and checkpoints of known kinds")
+        return Manifest(folder, _absolute(raw["from"], base), settings, listed, identities)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise FileFormatError(path, f"damaged import: {shown(str(error))[1:-1]}", _AGAIN) from error
 
 
-def _absolute(base: Path, text: str) -> Path:
-    """Return a path in a manifest as a URL or an absolute path."""
-    path = files.given_path("path", text)
-    return path if files.is_url(path) else files.as_path(os.path.normpath(str(base / path)))
+def _absolute(place: str | Path, base: Path | None = None) -> Path:
+    """Return a URL, or an absolute path, of one that may be relative to a folder, by default the working directory."""
+    path = files.given_path("path", place)
+    return path if files.is_url(path) else files.as_path(os.path.normpath(str((base or Path.cwd()) / path)))
 
 
 def _checksum(values: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import Audit, audits_of
-from posthoc_cli.checkpoints.import_files import make_manifest, write_manifest
+from posthoc_cli.checkpoints.import_files import write_manifest
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import DirectoryError, InvalidValueError
@@ -101,7 +101,7 @@ def import_checkpoints(
     written = False
     if target is not None and not dry_run:
         files.check_parent("out", target)
-        written = write_manifest(make_manifest(target, origin, given, found), overwrite)
+        written = write_manifest(target, origin, given, found, overwrite)
     return Import(tuple(found), target, tuple(checks), written, dry_run)
 
 
@@ -110,26 +110,17 @@ def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[I
     # Some files may say their decay, of which all have the same.
     unclaimed = [replace(one, decay=0.0, sigma_rel=0.0) for one in sources]
     audit = next(audits_of(unclaimed, every=given.update_every or 1), None)
-    what, limit = "ema_decay", _VAGUE
+    is_power, sigma, taken = audit is not None and audit.what == "sigma_rel", (audit and audit.uncertainty) or 0.0, ""
     problem = "the files do not hold it, and it cannot be found without weights next to the averages"
     if audit is not None:
-        problem = ""
-        if is_power := audit.what == "sigma_rel":
-            what = "sigma_rels"
-        elif audit.found is not None:
-            limit *= (1 + audit.spacing * (1 - audit.found)) ** 2
-        if audit.verdict not in ("found", "began again"):
-            problem = audit.text
-        elif (audit.uncertainty or 0.0) > limit:
-            problem = f"the files show it too vaguely: {audit.text}"
+        limit = _VAGUE if is_power or audit.found is None else _VAGUE * (1 + audit.spacing * (1 - audit.found)) ** 2
+        problem = f"the files show it too vaguely: {audit.text}" if sigma > limit else ""
+        problem = problem if audit.verdict in ("found", "began again") else audit.text
     if audit is None or audit.found is None or problem:
-        raise InvalidValueError(
-            what, f"must be given: {problem}", "say which width, or decay and warm-up, the EMAs have"
-        )
-    sigma, taken = audit.uncertainty or 0.0, ""
-    if is_power:
-        found: dict[str, Any] = {"sigma_rels": (float(f"{audit.found:.4g}"),), "ema_uncertainty": sigma}
-    else:
+        hint = "say which width, or decay and warm-up, the EMAs have"
+        raise InvalidValueError("sigma_rels" if is_power else "ema_decay", f"must be given: {problem}", hint)
+    found: dict[str, Any] = {"sigma_rels": (float(f"{audit.found:.4g}"),), "ema_uncertainty": sigma}
+    if not is_power:
         decay, warm_up = _round_decay(audit.found, sigma), given.ema_warmup or audit.warm_up or "none"
         if decay != audit.found:  # it is probably exact
             sigma, taken = sigma / 2, f"; taken as {decay:g}"

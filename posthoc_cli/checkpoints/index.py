@@ -59,7 +59,8 @@ MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model"
 weights are under `current_model_state`."""
 _OTHER_GROUPS = (*NOT_WEIGHTS, "ema_optimizer", "train_state", "dataloader")
 _STEP_NAMES = ("global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "meta.iter", "ss_steps")
-_MOST_CONFIG = 10_000_000
+_CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
+_MOST_CONFIG, _MOST_STATE = 10_000_000, 1_000_000_000
 
 Identity = tuple[str, tuple[int, int | str]]
 """What a file is recognised by: `sampled_identity` and its stamp."""
@@ -94,33 +95,36 @@ def names_in(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class IndexedCheckpoint:
-    """The index of a checkpoint.
+    """The index of a checkpoint."""
 
-    Attributes:
-        path: path of the file or folder.
-        tensors: a function that finds the chunks, for each tensor by its keys.
-        values: numbers and texts by their keys, joined by dots.
-    """
-
-    path: Path
+    path: Path  # the file or folder
     tensors: Mapping[Keys, Find]
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)  # numbers and texts by their keys, joined by dots
+
+    @functools.cached_property
+    def names(self) -> dict[str, Find]:
+        """The tensors by their keys, joined by dots."""
+        return {".".join(keys): find for keys, find in self.tensors.items()}
 
     @property
     def step(self) -> float | None:
-        """The step in the content; None if there is none."""
-        for name in _STEP_NAMES:
-            value = self.number(*name.split("."))
+        """The step in the content, or in the state that a Trainer stored next to it; None if there is none."""
+        state = self.path / "trainer_state.json"
+        if self.path.is_dir() and state.is_file():
+            of_trainer = parse_object(state, read_small_file(state, _MOST_STATE), "state of a Trainer")
+            if type(step := of_trainer.get("global_step")) is int:
+                return step
+        for value in map(self.number, _STEP_NAMES):
             if isinstance(value, str):
                 value = int(value) if value.isdecimal() and len(value) < 20 else None
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
                 return value
         return None
 
-    def number(self, *keys: str) -> Any:
-        """Return the value under some keys, or that of a tensor of one real number; None if there is neither."""
-        value = self.values.get(".".join(keys))
-        chunks = self.tensors[keys]() if value is None and keys in self.tensors else []
+    def number(self, name: str) -> Any:
+        """Return the value of a name, or that of a tensor of one real number; None if there is neither."""
+        value = self.values.get(name)
+        chunks = self.names[name]() if value is None and name in self.names else []
         entry = chunks[0].tensor if len(chunks) == 1 else None
         if not entry or entry.nbytes != ITEM_BYTES[entry.dtype] or entry.dtype in ("C64", "BOOL"):
             return value
@@ -128,47 +132,48 @@ class IndexedCheckpoint:
             raw = np.frombuffer(file.read_at(entry.nbytes, entry.begin), np.uint8)
         return float(decode_values(raw, entry.dtype)[0])
 
-    def groups(self, outer: Keys = ()) -> list[str]:
+    def groups(self, *outer: str) -> list[str]:
         """Return the next keys after `outer` that are followed by further keys of tensors."""
         level = len(outer)
         return list(dict.fromkeys(k[level] for k in self.tensors if k[:level] == outer and len(k) > level + 1))
 
-    def under(self, *outer: str) -> dict[str, Find]:
-        """Return the tensors under some keys, by their further keys joined by dots."""
-        level = len(outer)
-        return {".".join(k[level:]): find for k, find in self.tensors.items() if len(k) > level and k[:level] == outer}
+    def parents(self, last: str) -> list[str]:
+        """Return the prefixes, each with a dot at its end, of the groups that have a tensor or value of this name."""
+        named = (*self.tensors, *(name.split(".") for name in self.values))
+        return sorted({".".join((*outer, "")) for *outer, name in named if name == last})
 
-    def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Find]:
-        """Return the tensors of the model by name; with a prefix, those that have it, by their names without it.
+    def under(self, prefix: str) -> dict[str, Find]:
+        """Return the tensors whose names begin with a prefix, by the rest of their names."""
+        return {name.removeprefix(prefix): find for name, find in self.names.items() if name.startswith(prefix)}
 
-        The model is in the `group` if there is one of this name, else in the first of `MODEL_GROUPS`, also within the
-        only other group; else it consists of the tensors that are in no group, or it is the only group. Raise
-        FileFormatError if it cannot be distinguished from the rest.
+    def model_group(self, other_than: str = "", within: Keys = ()) -> dict[str, Find]:
+        """Return the tensors under the first of `MODEL_GROUPS` that is there, and is not another prefix; else none."""
+        prefixes = [".".join((*within, name, "")) for name in MODEL_GROUPS if name in self.groups(*within)]
+        return next((self.under(prefix) for prefix in prefixes if prefix != other_than), {})
+
+    def model_tensors(self, prefix: str = "") -> dict[str, Find]:
+        """Return the tensors of the model by name; all tensors if none of the model's names has a prefix.
+
+        The model is in a group, also within the only other group; else it consists of the tensors that are in no group,
+        or it is the only group. Raise FileFormatError if it cannot be distinguished from the rest.
         """
         groups = self.groups()
         others = [name for name in groups if not name.startswith(_OTHER_GROUPS)]
-        only: Keys = (others[0],) if len(others) == 1 else ()
-        model: Keys | None = next(((name,) for name in (group, *MODEL_GROUPS) if name in groups), None)
-        if model is None and only:
-            model = next(((*only, name) for name in MODEL_GROUPS if name in self.groups(only)), None)
-        if model:
-            named = self.under(*model)
-        else:
+        only = others[0] if len(others) == 1 else ""
+        named = self.model_group() or (self.model_group(within=(only,)) if only else {})
+        if not named:
             ignored = tuple(name if name.endswith("_") else f"{name}." for name in _OTHER_GROUPS)
-            named = {keys[0]: self.tensors[keys] for keys in self.tensors if len(keys) == 1}
-            named = {name: find for name, find in named.items() if not name.startswith(ignored)}
-            named = named or (self.under(*only) if only else {})
-        if prefix and not any(name.startswith(prefix) for name in named):
-            named = {".".join(keys): find for keys, find in self.tensors.items()}
-        if selected := {name.removeprefix(prefix): find for name, find in named.items() if name.startswith(prefix)}:
-            return selected
-        hint = "" if prefix or not self.tensors else "import with `prefix`, such as 'model.'"
-        reason = f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
-        if not self.tensors:
-            reason = "holds no tensors with names"
-        elif prefix:
-            reason = f"no tensor's name begins with {shown(prefix)}; it has {names_in([*named])}"
-        raise FileFormatError(self.path, reason, hint)
+            flat = {keys[0]: find for keys, find in self.tensors.items() if len(keys) == 1}
+            named = {name: find for name, find in flat.items() if not name.startswith(ignored)}
+        if not named and only:
+            named = self.under(f"{only}.")
+        if not any(name.startswith(prefix) for name in named):
+            named = self.names if prefix else {}
+        if not named:
+            unclear = f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
+            hint = "import with `prefix`, such as 'model.'" * bool(self.tensors)
+            raise FileFormatError(self.path, unclear if self.tensors else "holds no tensors with names", hint)
+        return named
 
 
 # --- files and folders
@@ -227,18 +232,17 @@ def model_in(folder: Path, skip: Collection[str] = ()) -> Path | None:
 
     Entries whose names are in `skip` are ignored. Raise FileFormatError if there are several models.
     """
-    with named_on_error(folder, "read"):
-        if (folder / DCP_METADATA).is_file():
-            return folder / DCP_METADATA
     names = [name for name in _names_in(folder) if name not in skip]
+    if (folder / DCP_METADATA).is_file():
+        return folder / DCP_METADATA
     for ending in (SUFFIX, ""):  # safetensors before pickles
         listed = [name for name in names if name.endswith(f"{ending}{INDEX_ENDING}")]
         found = listed or [name for name in names if may_be_weights(name) and name.endswith(ending)]
         if len(found) == 1:
             return folder / found[0]
-        if len(found) > 1:
-            if ending and not listed and all("DCP_SHARDING_INFO" in _of_file(folder / one).values for one in found):
-                return folder
+        if found and ending and not listed and all(_CHUNKS in _of_file(folder / name).values for name in found):
+            return folder
+        if found:
             raise FileFormatError(folder, f"holds several models: {names_in(found)}", "name one by a glob")
     inner = [folder / name / DCP_METADATA for name in names if name.startswith("pytorch_model_fsdp")]  # accelerate's
     return inner[0] if inner and inner[0].is_file() else None
@@ -309,12 +313,12 @@ def _of_chunks(folder: Path) -> IndexedCheckpoint:
     chunks: dict[Keys, list[FoundChunk]] = {}
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         file = _of_file(path)
-        offsets = parse_object(path, file.values["DCP_SHARDING_INFO"], "DCP_SHARDING_INFO")
+        offsets = parse_object(path, file.values[_CHUNKS], _CHUNKS)
         for keys, find in file.tensors.items():
             (chunk,), entry = find(), offsets.get(keys[0])
             offset: Any = entry.get("saved_offsets") if isinstance(entry, dict) else None
             is_known = is_sizes(offset) and len(offset) == len(chunk.tensor.shape)
-            _checked(path, keys[0], "" if is_known else "DCP_SHARDING_INFO must give its offsets")
+            _checked(path, keys[0], "" if is_known else f"{_CHUNKS} must give its offsets")
             chunks.setdefault(keys, []).append(chunk._replace(box=Box(tuple(offset), chunk.tensor.shape)))
     tensors: dict[Keys, Find] = {}
     for keys, found in chunks.items():
@@ -368,7 +372,7 @@ class _ChunkFiles:
         # If objects shared bytes, reading many would take the square of their number.
         for (name, _, end), (other, later, _) in pairwise(sorted(ranges)):
             if name == other and later < end:
-                raise FileFormatError(self._metadata, f"two of its objects share bytes of {shown(name)}")
+                raise FileFormatError(metadata, f"two of its objects share bytes of {shown(name)}")
 
     def chunks(self, name: str, described: dict[str, Any]) -> list[FoundChunk]:
         """Return the chunks of a tensor, with their places in the files."""

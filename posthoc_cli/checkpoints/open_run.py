@@ -21,30 +21,20 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.import_files import read_manifest
-from posthoc_cli.checkpoints.index import (
-    DCP_METADATA,
-    SHARD,
-    IndexedCheckpoint,
-    holds_model,
-    index_checkpoint,
-    may_be_weights,
-    names_in,
-)
-from posthoc_cli.checkpoints.layouts import check_used, named_decay, read_checkpoint
+from posthoc_cli.checkpoints.index import DCP_METADATA, SHARD, holds_model, index_checkpoint, may_be_weights
+from posthoc_cli.checkpoints.layouts import EMA_TAKES, TABLE, named_decay, read_checkpoint
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
 from posthoc_cli.checkpoints.steps import named_step
-from posthoc_cli.dtypes import DTYPES, EPS
-from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError, shown
+from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError
 from posthoc_cli.profiles import OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import PICKLES, is_import, is_snapshot_name, read_directory
 from posthoc_cli.snapshots.outputs import describe_tensors
-from posthoc_cli.snapshots.sources import Source, by_time
+from posthoc_cli.snapshots.sources import Source, by_time, model_difference
 
 log = logging.getLogger(__name__)
 
 _COMPARED = 1024
 """Number of elements of a tensor that are compared to recognise a duplicate."""
-_CHOOSE = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
 
 
 def open_checkpoints(place: str | Path, unclaimed: bool = False) -> list[Checkpoint]:
@@ -74,19 +64,7 @@ def open_checkpoints(place: str | Path, unclaimed: bool = False) -> list[Checkpo
 
 
 def read_place(place: str | Path, settings: ImportSettings) -> list[Checkpoint]:
-    """Return all checkpoints at a place with the profiles that their files and the settings say."""
-    indexes = _indexes(place, settings)
-    by_word = next((one.path.name for one in indexes if named_step(one.path).by_word), "")
-    found = [one for indexed in indexes for one in read_checkpoint(indexed, settings, by_word=by_word)]
-    if not found:
-        hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
-        raise DirectoryError(place, "holds no checkpoints", hint)
-    check_used(settings, {one.kind for one in found})
-    return [one.with_settings(settings) for one in found]
-
-
-def _indexes(place: str | Path, settings: ImportSettings) -> list[IndexedCheckpoint]:
-    """Return the indexes of the checkpoints at a place, without the outputs of this package next to them."""
+    """Return all checkpoints at a place, without outputs of this package, with the profiles that are known."""
     paths = _candidates(place)
     decays = {path: decay for path in paths if (decay := named_decay(path)) is not None}
     if len({*decays.values()}) > 1:  # guided-diffusion's averages
@@ -94,7 +72,20 @@ def _indexes(place: str | Path, settings: ImportSettings) -> list[IndexedCheckpo
             choices = " or ".join(f"{decay:g}" for decay in sorted({*decays.values()}))
             raise InvalidValueError("ema_decay", f"must be given: the files are of several averages, {choices}")
         paths = [path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay]
-    return [one for one in map(index_checkpoint, paths) if one.values.get("ema.format") != "output"]
+    indexes = [one for one in map(index_checkpoint, paths) if one.values.get("ema.format") != "output"]
+    by_word = next((one.path.name for one in indexes if named_step(one.path).by_word), "")
+    found = [one for indexed in indexes for one in read_checkpoint(indexed, settings, by_word=by_word)]
+    if not found:
+        hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
+        raise DirectoryError(place, "holds no checkpoints", hint)
+    kinds = sorted({one.kind for one in found})
+    known = {"kind", "prefix", "include", "exclude"}.union(*(TABLE[kind].takes for kind in kinds))
+    for name, value in settings.given.items():
+        if name not in known:
+            text = ",".join(f"{each:.12g}" for each in value) if isinstance(value, list) else str(value)
+            hint = "averages that no name tells are said by kind 'ema', or by `average`" if name in EMA_TAKES else ""
+            raise InvalidValueError(name, f"says nothing about {' and '.join(kinds)}", hint, value=text)
+    return found
 
 
 def disk_sources(directory: str | Path, unclaimed: bool = False) -> list[Source]:
@@ -165,16 +156,22 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     kept: dict[tuple[float, str], Checkpoint] = {}
     for other in by_time(checkpoints):
         one = kept.setdefault((other.t, other.holds), other)
-        is_same = one is other or _are_equal(one, other)
-        _check_alike(one, other, "" if is_same else f"are both of step {one.t:,.12g}")
+        if one is not other and (model_difference(one, other) or not _are_equal(one, other)):
+            raise _apart(one, other, f"are both of step {one.t:,.12g}")
     weights = {one.t for one in kept.values() if isinstance(one.profile, Point)}
-    ordered = _with_labels([one for one in kept.values() if one.t not in weights or not is_copy(one)])
+    ordered = _with_names([one for one in kept.values() if one.t not in weights or not is_copy(one)])
     first = ordered[0]
     for one in ordered[1:]:
-        _check_alike(first, one, _difference(first, one))
+        if difference := model_difference(first, one):
+            raise _apart(first, one, difference)
     names = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
     return [replace(one, run_id=run_id) for one in ordered]
+
+
+def _apart(one: Checkpoint, other: Checkpoint, reason: str) -> MismatchError:
+    hint = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
+    return MismatchError(f"{one.path} and {other.path}", reason, hint)
 
 
 def is_copy(one: Checkpoint) -> bool:
@@ -183,51 +180,23 @@ def is_copy(one: Checkpoint) -> bool:
 
 
 def _are_equal(one: Checkpoint, other: Checkpoint) -> bool:
-    """Return whether two checkpoints have the same values among the first elements of each tensor."""
-    sizes, others = ({name: each.entries[name].size for name in each.averages} for each in (one, other))
-    if sizes != others:
-        return False
+    """Return whether two checkpoints of a model have the same values among the first elements of each tensor."""
     with one, other:
-        ranges = [(name, 0, min(size, _COMPARED)) for name, size in sizes.items()]
+        ranges = [(name, 0, min(one.entries[name].size, _COMPARED)) for name in one.averages]
         return all(np.array_equal(one.values(*each), other.values(*each), equal_nan=True) for each in ranges)
 
 
-def _with_labels(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints with distinct labels, for coefficients and reports."""
+def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return the checkpoints with distinct names, for coefficients and reports."""
     counts = Counter(one.path for one in checkpoints)
     parent = files.as_path(os.path.commonpath([str(path.parent) for path in counts]))
     are_distinct = len({path.name for path in counts}) == len(counts)
-    labelled = []
+    renamed = []
     for one in checkpoints:
         name = one.path.name if are_distinct else one.path.relative_to(parent).as_posix()
         is_second = counts[one.path] > 1 and not isinstance(one.profile, Point)
-        labelled.append(replace(one, label=f"{name} (average)" if is_second else name))
-    return labelled
-
-
-def _check_alike(first: Source, other: Source, difference: str) -> None:
-    """Raise MismatchError if there is a difference between two sources, a phrase to follow their names."""
-    if difference:
-        raise MismatchError(f"{first.path} and {other.path}", difference, _CHOOSE)
-
-
-def _difference(first: Source, other: Source) -> str:
-    """Return why two sources cannot be of one run, as a phrase to follow their names; empty if they can."""
-    own, others = ({*one.entries} | {*one.aliases} for one in (first, other))
-    if differing := sorted(own ^ others):
-        only = first if differing[0] in own else other
-        return f"are of different models: only {only.name} has {names_in(differing)}"
-    if first.aliases != other.aliases:
-        tied = sorted(first.aliases.keys() ^ other.aliases.keys()) or sorted(first.aliases)
-        return f"differ in what {shown(tied[0])} is tied to"
-    for name, entry in first.entries.items():
-        found = other.entries[name]
-        if entry.shape != found.shape:
-            return f"have shapes {list(entry.shape)} and {list(found.shape)} of tensor {shown(name)}"
-        if (entry.dtype in EPS) != (found.dtype in EPS):
-            words = [DTYPES[dtype].torch_name for dtype in (entry.dtype, found.dtype)]
-            return f"do not match: tensor {shown(name)} is of {words[0]} and of {words[1]}"
-    return ""
+        renamed.append(replace(one, name=f"{name} (average)" if is_second else name))
+    return renamed
 
 
 # --- for JSON
@@ -242,7 +211,7 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
     try:
         checkpoints = open_checkpoints(place)
     except InvalidValueError:
-        if place.suffix not in PICKLES or is_glob(place):
+        if place.suffix not in PICKLES or not place.is_file():
             raise
         one = make_checkpoint(place, index_checkpoint(place).model_tensors(), Point(1.0), 1)
         return {"kind": "checkpoint", "path": str(place), **describe_tensors(one), "bytes": one.file_bytes}

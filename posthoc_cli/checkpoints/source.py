@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,6 @@ import xxhash
 
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.index import FoundChunk, Tensors, tensor_shape
-from posthoc_cli.checkpoints.steps import read_number
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, brief, check_alone, shown
 from posthoc_cli.profiles import (
@@ -44,6 +44,23 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 _ANY_DECAY = 0.999
 """Placeholder for an unknown decay."""
+
+
+# --- settings
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_NUMBER = re.compile(
+    r"((?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:_[0-9]{3})+)|[0-9]+)(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)([kmb]?)", re.I
+)
+
+
+def read_number(text: str) -> float | None:
+    """Return the number in a text such as 1500, 1,500, 1_500, 1.5k or 1.5e3, an int if possible; else None."""
+    match = _NUMBER.fullmatch(text)
+    if match is None or sum(map(str.isdigit, text)) > 19:
+        return None
+    value = Decimal(re.sub("[,_]", "", match[1])) * _UNITS[match[2].lower()]
+    return int(value) if value == value.to_integral_value() else float(value)
 
 
 def _groups(pattern: str) -> int:
@@ -84,41 +101,25 @@ _WarmUp = Annotated[str, Rule(
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """What checkpoints do not say themselves, and which of their tensors to take; see the guide `checkpoints`.
+    """What checkpoints do not say themselves, and which of their tensors to take; see the guide `checkpoints`."""
 
-    Attributes:
-        kind: one of `checkpoints.KINDS`; None to recognise the kind of each file.
-        step_from: regular expression to search in a path; its group is the step, also as 1_500 or 1.5k.
-        prefix: prefix of the names of the model's tensors, which is removed.
-        include, exclude: globs on the names without the prefix.
-        sigma_rels: widths of power functions: of averages in the order of the numbers in their names, or of the one
-            average in each file.
-        update_every, update_after_step: the interval of the updates of an average, and the step after which they began.
-        ema_decay: decay of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images, or "half-life:5%".
-        ema_warmup: one of `WARM_UPS`, or with its number, as "power:0.75"; "none" for none.
-        ema_restarts: steps at which an ordinary EMA restarted from the weights.
-        ema_uncertainty: relative uncertainty of the time constant, if an import found the decay.
-        ema_late: number of steps by which a start may have been later, if an import found it.
-        steps_per_epoch: number of steps in an epoch, for files that hold only the epoch.
-        average, weights: the key or prefix of the average's tensors in a file, and of the weights', such as "ema".
-    """
-
-    kind: _Kind | None = None
-    step_from: _Pattern | None = None
-    prefix: str = ""
-    include: tuple[str, ...] = ()
+    kind: _Kind | None = None  # None to recognise the kind of each file
+    step_from: _Pattern | None = None  # what to search in a path; its group is the step, also as 1_500 or 1.5k
+    prefix: str = ""  # of the names of the model's tensors; it is removed
+    include: tuple[str, ...] = ()  # globs on the names without the prefix
     exclude: tuple[str, ...] = ()
+    # Widths of power functions: of averages in the order of the numbers in their names, or of the one in each file.
     sigma_rels: tuple[float, ...] = ()
-    update_every: Count | None = None
-    update_after_step: int | None = None
-    ema_decay: _Decay | None = None
-    ema_warmup: _WarmUp | None = None
-    ema_restarts: _Restarts = ()
-    ema_uncertainty: float | None = None
-    ema_late: int | None = None
-    steps_per_epoch: Count | None = None
-    average: str | None = None
-    weights: str | None = None
+    update_every: Count | None = None  # interval of the updates of an average
+    update_after_step: int | None = None  # the step after which they began
+    ema_decay: _Decay | None = None  # of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images, or in %
+    ema_warmup: _WarmUp | None = None  # one of `WARM_UPS`, or with its number, as "power:0.75"; "none" for none
+    ema_restarts: _Restarts = ()  # steps at which an ordinary EMA restarted from the weights
+    ema_uncertainty: float | None = None  # relative, of the time constant, if an import found the decay
+    ema_late: int | None = None  # number of steps by which a start may have been later, if an import found it
+    steps_per_epoch: Count | None = None  # for files that hold only the epoch
+    average: str | None = None  # key or prefix of the average's tensors in a file, such as "ema"
+    weights: str | None = None  # and of the weights'
 
     def __post_init__(self) -> None:
         globs = make_selection(self.include, self.exclude, "copy")
@@ -180,23 +181,14 @@ UNSPECIFIED = ImportSettings()
 
 @dataclass(frozen=True)
 class Updates:
-    """How an ordinary EMA was updated, as far as its file says.
+    """How an ordinary EMA was updated, as far as its file says."""
 
-    Attributes:
-        rule: arguments of `profiles.DecayRule`; without "decay" if the file does not hold it.
-        count: number of updates; None if the file does not hold it.
-        every: calls between updates; for EDM images of a batch, 0 if they are unknown.
-        from_first: whether the first call is an update, and not call number `every`.
-        counts_calls: whether `count` is of calls, whatever their number between two updates.
-        at_start: whether a first update after the begin of the training is at the step that settings name, and copies.
-    """
-
-    rule: dict[str, Any] = field(default_factory=dict)
-    count: int | None = None
-    every: int = 1
-    from_first: bool = False
-    counts_calls: bool = False
-    at_start: bool = False
+    rule: dict[str, Any] = field(default_factory=dict)  # arguments of `DecayRule`; without "decay" if it is unknown
+    count: int | None = None  # number of updates; None if it is unknown
+    every: int = 1  # calls between updates; for EDM images of a batch, 0 if they are unknown
+    from_first: bool = False  # whether the first call is an update, and not call number `every`
+    counts_calls: bool = False  # whether `count` is of calls, whatever their number between two updates
+    at_start: bool = False  # whether a first update after the begin is at the step that settings name, and copies
 
     def profile(self, path: Path, step: int, settings: ImportSettings) -> OrdinaryEMA:
         """Return the profile at a step, that of `_ANY_DECAY` if none is known."""
@@ -231,39 +223,24 @@ class Updates:
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint(Source):
-    """A checkpoint, or an average that another program stored; see `Source` for what is not said here.
-
-    Attributes:
-        profile: profile of its tensors: `Point` for weights, or that of an average; `t` is its time.
-        sigma_rel: width that the user of another library asked for; 0 for weights and other averages.
-        decay: decay of an ordinary EMA after its warm-up; 0 if it is unknown, and for other tensors.
-        run_id: hash of names, shapes and content; empty until checkpoints were compared with each other.
-        kind: one of `layouts.TABLE`.
-        label: name to show in place of that of the file or folder.
-        updates: updates of an ordinary EMA; None for other tensors.
-    """
+    """A checkpoint, or an average that another program stored; see `Source` for what is not said here."""
 
     word, sketch, sample, measurements = "checkpoint", "", "", None
     path: Path
     files: tuple[TensorFile, ...] = field(compare=False)
     entries: Mapping[str, Entry]
-    profile: StoredProfile
+    profile: StoredProfile  # `Point` for weights, or that of an average; `t` is its time
     step: int
     tensors: dict[str, TrackedTensor]
     aliases: dict[str, str]
     t_unit: str = "steps"
-    sigma_rel: float = 0.0
-    decay: float = 0.0
-    run_id: str = ""
+    sigma_rel: float = 0.0  # the width that the user of another library asked for; 0 for weights and other averages
+    decay: float = 0.0  # of an ordinary EMA after its warm-up; 0 if it is unknown, and for other tensors
+    run_id: str = ""  # hash of names, shapes and content; empty until checkpoints were compared with each other
     left_out: tuple[str, ...] = ()
-    kind: str = "checkpoints"
-    label: str = ""
-    updates: Updates | None = None
-
-    @property
-    def name(self) -> str:
-        """The label, else the name of the file or folder."""
-        return self.label or self.path.name
+    kind: str = "checkpoints"  # one of `layouts.TABLE`
+    name: str = ""  # that of the file or folder, or more of its path if that is not distinct
+    updates: Updates | None = None  # of an ordinary EMA; None for other tensors
 
     @property
     def t(self) -> float:  # type: ignore[override]  # in a frozen class no field can be assigned either
@@ -364,7 +341,7 @@ def make_checkpoint(path: Path, tensors: Tensors, profile: StoredProfile, step: 
         name: TrackedTensor("average" if spec.dtype in EPS and name not in copied else "copy", spec.dtype)
         for name, spec in specs.items()
     }
-    return Checkpoint(path, tuple(held), specs, profile, step, roles, aliases, **fields)
+    return Checkpoint(path, tuple(held), specs, profile, step, roles, aliases, name=path.name, **fields)
 
 
 def _is_of_spectral_norm(name: str, names: Collection[str]) -> bool:

@@ -38,6 +38,7 @@ from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, 
 from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.path import decode_path, index_within, joined_paths, joined_sample, places
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot, read_one
+from posthoc_cli.snapshots.sources import model_difference
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, cover_problem, in_turn, read_file
 
 log = logging.getLogger(__name__)
@@ -366,8 +367,8 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     return errors
 
 
-def _difference(a: Snapshot, b: Snapshot) -> str | None:
-    """Return why a snapshot and a later one cannot be in one directory, to follow their names; None if they can."""
+def _difference(a: Snapshot, b: Snapshot) -> str:
+    """Return why a snapshot and a later one cannot be in one directory, to follow their names; else nothing."""
     if a.run_id != b.run_id:
         return f"are of different runs ({a.run_id[:8]} and {b.run_id[:8]}); keep one run a directory"
     if a.t_unit != b.t_unit:
@@ -375,16 +376,7 @@ def _difference(a: Snapshot, b: Snapshot) -> str | None:
     # A run that lost all snapshots of a profile may have been resumed without that profile.
     if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
         return f"do not match: their runs track the profiles {_widths(a.sigma_rels)} and {_widths(b.sigma_rels)}"
-    for name in sorted(a.tensors.keys() ^ b.tensors.keys()):
-        missing = b if name in a.tensors else a
-        return f"do not match: tensor {shown(name)} is missing in {missing.path.name}"
-    for name, one in a.tensors.items():
-        if one != (other := b.tensors[name]):
-            kinds = [f"{tensor.role} of {tensor.dtype}" for tensor in (one, other)]
-            return f"do not match: tensor {shown(name)} is {' and '.join(kinds)}"
-        if (shape := a.entries[name].shape) != (other_shape := b.entries[name].shape):
-            return _two_shapes(name, shape, other_shape)
-    return None if a.aliases == b.aliases else "do not match: they tie different names together"
+    return model_difference(a, b)
 
 
 def _two_shapes(name: str, one: Sequence[int], other: Sequence[int]) -> str:

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
-from posthoc_cli.errors import MismatchError, NonFiniteError
+from posthoc_cli.errors import MismatchError, NonFiniteError, shown
 from posthoc_cli.files import is_url
 from posthoc_cli.profiles import Clock, Discrete, FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
@@ -278,6 +278,25 @@ def run_clock(sources: Sequence[Source]) -> Clock:
                 f"by their clocks step {step} was at t = {t:,.12g}, and step {next_step} at t = {next_t:,.12g}",
             )
     return Clock([step for step, _ in pairs], [t for _, t in pairs])
+
+
+def model_difference(one: Source, other: Source) -> str:
+    """Return why two sources are of different models, as a phrase to follow their names; empty if they are of one.
+
+    Checkpoints of a model may be stored in several floating-point dtypes.
+    """
+    names = [{*source.tensors, *source.aliases} for source in (one, other)]
+    for name in sorted(names[0] ^ names[1]):
+        return f"do not match: tensor {shown(name)} is missing in {(other if name in names[0] else one).name}"
+    if one.aliases != other.aliases:
+        return "do not match: they tie different names together"
+    for name, tensor in one.tensors.items():
+        kinds = [f"{found.role} of {found.dtype}" for found in (tensor, other.tensors[name])]
+        if tensor.role != other.tensors[name].role or (one.word == "snapshot" and tensor != other.tensors[name]):
+            return f"do not match: tensor {shown(name)} is {' and '.join(kinds)}"
+        if (shape := one.entries[name].shape) != (other_shape := other.entries[name].shape):
+            return f"do not match: tensor {shown(name)} has the shapes {list(shape)} and {list(other_shape)}"
+    return ""
 
 
 def counted(sources: Sequence[Source], count: int | None = None, total: int | None = None) -> str:
