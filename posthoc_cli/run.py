@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.import_files import Manifest, read_manifest
+from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.open_run import describe_checkpoints, disk_sources, holds_checkpoints, is_glob
 from posthoc_cli.errors import DirectoryError, FileFormatError, PostHocError, VanishedError, check_count, percent
 from posthoc_cli.planning import EVENLY, USEFUL_RANGE, ErrorCurve, PlanReport, error_curve, propose, time_between

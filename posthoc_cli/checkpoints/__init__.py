@@ -3,7 +3,7 @@
     pickles, index, steps       the places of tensors in a file, the tensors of a checkpoint, its step
     source, layouts             a checkpoint as a source, with settings; the kinds that programs write
     open_run                    all checkpoints of a folder as one run
-    import_run, import_files    the work of `ema import`, and its manifest
+    import_run, manifest        the work of `ema import`, and its output
     audit, audit_decay          the check of an average, and the search for its decay
 
 A file is read once for its index; a synthesis then streams the bytes of its tensors, as it does those of snapshots.

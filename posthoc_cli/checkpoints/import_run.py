@@ -12,7 +12,7 @@ from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import Audit, audits_of
-from posthoc_cli.checkpoints.import_files import write_manifest
+from posthoc_cli.checkpoints.manifest import write_manifest
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.errors import DirectoryError, InvalidValueError
@@ -41,11 +41,9 @@ class Import:
 
     @property
     def counts(self) -> Counter[str]:
-        """The number of checkpoints by what they hold."""
         return Counter(one.holds for one in self.checkpoints)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
         return {
             "run": self.checkpoints[0].run_id,
             "out": None if self.out is None else str(self.out),
@@ -105,17 +103,23 @@ def import_checkpoints(
     return Import(tuple(found), target, tuple(checks), written, dry_run)
 
 
+# --- the decay
+
+
 def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:
     """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about it."""
     # Some files may say their decay, of which all have the same.
     unclaimed = [replace(one, decay=0.0, sigma_rel=0.0) for one in sources]
     audit = next(audits_of(unclaimed, every=given.update_every or 1), None)
-    is_power, sigma, taken = audit is not None and audit.what == "sigma_rel", (audit and audit.uncertainty) or 0.0, ""
     problem = "the files do not hold it, and it cannot be found without weights next to the averages"
+    is_power, sigma, taken = False, 0.0, ""
     if audit is not None:
+        is_power, sigma, problem = audit.what == "sigma_rel", audit.uncertainty or 0.0, ""
         limit = _VAGUE if is_power or audit.found is None else _VAGUE * (1 + audit.spacing * (1 - audit.found)) ** 2
-        problem = f"the files show it too vaguely: {audit.text}" if sigma > limit else ""
-        problem = problem if audit.verdict in ("found", "began again") else audit.text
+        if audit.verdict not in ("found", "began again"):
+            problem = audit.text
+        elif sigma > limit:
+            problem = f"the files show it too vaguely: {audit.text}"
     if audit is None or audit.found is None or problem:
         hint = "say which width, or decay and warm-up, the EMAs have"
         raise InvalidValueError("sigma_rels" if is_power else "ema_decay", f"must be given: {problem}", hint)

@@ -54,7 +54,7 @@ NOT_WEIGHTS = (
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 AVERAGE_WORD = re.compile(r"(?<![a-z])(?:ema\d*|averaged?|avg|shadow|polyak)(?![a-z])", re.IGNORECASE)
 """Pattern of a key, prefix or name that says that its tensors are an average."""
-MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
+_MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
 """Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is an average, its
 weights are under `current_model_state`."""
 _OTHER_GROUPS = (*NOT_WEIGHTS, "ema_optimizer", "train_state", "dataloader")
@@ -83,9 +83,7 @@ Tensors = Mapping[str, Find]
 
 def tensor_shape(chunks: Sequence[FoundChunk]) -> tuple[int, ...]:
     """Return the shape of the tensor that consists of these chunks."""
-    if len(chunks) == 1:
-        return chunks[0].box.end
-    return tuple(map(max, zip(*(chunk.box.end for chunk in chunks), strict=True))) if chunks[0].box.shape else ()
+    return tuple(map(max, zip(*(chunk.box.end for chunk in chunks), strict=True)))
 
 
 def names_in(names: Sequence[str]) -> str:
@@ -115,10 +113,10 @@ class IndexedCheckpoint:
             if type(step := of_trainer.get("global_step")) is int:
                 return step
         for value in map(self.number, _STEP_NAMES):
-            if isinstance(value, str):
-                value = int(value) if value.isdecimal() and len(value) < 20 else None
-            if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-                return value
+            if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+                value = int(value)
+            if type(value) in (int, float) and value > 0:
+                return value  # type: ignore[no-any-return]
         return None
 
     def number(self, name: str) -> Any:
@@ -147,8 +145,8 @@ class IndexedCheckpoint:
         return {name.removeprefix(prefix): find for name, find in self.names.items() if name.startswith(prefix)}
 
     def model_group(self, other_than: str = "", within: Keys = ()) -> dict[str, Find]:
-        """Return the tensors under the first of `MODEL_GROUPS` that is there, and is not another prefix; else none."""
-        prefixes = [".".join((*within, name, "")) for name in MODEL_GROUPS if name in self.groups(*within)]
+        """Return the tensors under the first of `_MODEL_GROUPS` that is there, and is not another prefix; else none."""
+        prefixes = [".".join((*within, name, "")) for name in _MODEL_GROUPS if name in self.groups(*within)]
         return next((self.under(prefix) for prefix in prefixes if prefix != other_than), {})
 
     def model_tensors(self, prefix: str = "") -> dict[str, Find]:
@@ -159,16 +157,14 @@ class IndexedCheckpoint:
         """
         groups = self.groups()
         others = [name for name in groups if not name.startswith(_OTHER_GROUPS)]
-        only = others[0] if len(others) == 1 else ""
-        named = self.model_group() or (self.model_group(within=(only,)) if only else {})
-        if not named:
-            ignored = tuple(name if name.endswith("_") else f"{name}." for name in _OTHER_GROUPS)
-            flat = {keys[0]: find for keys, find in self.tensors.items() if len(keys) == 1}
-            named = {name: find for name, find in flat.items() if not name.startswith(ignored)}
-        if not named and only:
-            named = self.under(f"{only}.")
-        if not any(name.startswith(prefix) for name in named):
-            named = self.names if prefix else {}
+        only = others if len(others) == 1 else []
+        ignored = tuple(name if name.endswith("_") else f"{name}." for name in _OTHER_GROUPS)
+        flat = {keys[0]: find for keys, find in self.tensors.items() if len(keys) == 1}
+        flat = {name: find for name, find in flat.items() if not name.startswith(ignored)}
+        nested = self.model_group(within=tuple(only)) if only else {}
+        named = self.model_group() or nested or flat or (self.under(f"{only[0]}.") if only else {})
+        if prefix and not any(name.startswith(prefix) for name in named):
+            named = self.names
         if not named:
             unclear = f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
             hint = "import with `prefix`, such as 'model.'" * bool(self.tensors)
@@ -240,9 +236,9 @@ def model_in(folder: Path, skip: Collection[str] = ()) -> Path | None:
         found = listed or [name for name in names if may_be_weights(name) and name.endswith(ending)]
         if len(found) == 1:
             return folder / found[0]
-        if found and ending and not listed and all(_CHUNKS in _of_file(folder / name).values for name in found):
-            return folder
         if found:
+            if ending and not listed and all(_CHUNKS in _of_file(folder / name).values for name in found):
+                return folder
             raise FileFormatError(folder, f"holds several models: {names_in(found)}", "name one by a glob")
     inner = [folder / name / DCP_METADATA for name in names if name.startswith("pytorch_model_fsdp")]  # accelerate's
     return inner[0] if inner and inner[0].is_file() else None

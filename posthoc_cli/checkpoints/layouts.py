@@ -2,7 +2,7 @@
 
 To add one, write a function that returns what a checkpoint holds, or None, add it to `TABLE` before "checkpoints",
 which takes all other files, and add its name to `KINDS`. A setting that only some kinds have is a field of
-`ImportSettings`, named in their `takes`.
+`ImportSettings`, named next to their function.
 
 Ordinary EMAs (of `LIBRARIES`) lie in the same checkpoint as the weights, or next to them:
 
@@ -33,7 +33,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from posthoc_cli.checkpoints.index import (
     AVERAGE_WORD,
@@ -47,7 +47,7 @@ from posthoc_cli.checkpoints.index import (
 from posthoc_cli.checkpoints.pickles import PARAMETERS
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, Updates, make_checkpoint
 from posthoc_cli.checkpoints.steps import checked_step, step_of
-from posthoc_cli.errors import FileFormatError, InvalidValueError, PostHocError, shown
+from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import (
     RAMP_UP,
     UNLIMITED,
@@ -72,19 +72,10 @@ class Found:
     updates: Updates | None = None  # of an ordinary EMA; its profile follows in `Checkpoint.with_settings`
     profile: Callable[[int], StoredProfile] | None = None  # of another average, at a step
     sigma_rel: float = 0.0  # and the width that its user asked for
+    step: int | None = None  # in a name of this kind; None to read it
     t_unit: str = "steps"  # what the steps count
     asks: Mapping[str, str] = field(default_factory=dict)  # settings that must be given, and the reason
     asks_with_decay: Mapping[str, str] = field(default_factory=dict)  # those that must be given if a decay is
-
-
-class Kind(NamedTuple):
-    """A kind of checkpoints."""
-
-    # Returns what a checkpoint of this kind holds, else None; called only if the name fits.
-    find: Callable[[IndexedCheckpoint, ImportSettings], Found | None]
-    name: re.Pattern[str] | None = None  # of its files' names, with a group for the step; None if they may have any
-    of_name: int = 1  # number of steps that 1 in the name counts
-    takes: tuple[str, ...] = ()  # settings in addition to the selection of tensors
 
 
 def read_checkpoint(
@@ -94,13 +85,11 @@ def read_checkpoint(
 
     The step is read if it is not given; for `by_word` see `step_of`.
     """
-    path, (name, found) = indexed.path, _recognise(indexed, settings)
-    kind = TABLE[name]
-    if step is None and kind.name and (match := kind.name.fullmatch(path.name)):
-        step = checked_step(path, kind.of_name * int(match["step"]))
+    path, (kind, found) = indexed.path, _recognise(indexed, settings)
+    if step is None and found.step is not None:
+        step = checked_step(path, found.step)
     elif step is None:
-        is_ema = "steps_per_epoch" in kind.takes or settings.ema_decay is not None
-        step = step_of(indexed, settings, is_ema, by_word)
+        step = step_of(indexed, settings, bool(found.updates) or settings.ema_decay is not None, by_word)
     if not step:
         log.warning("%s: left out, as its weights are those before the training, of step 0", path)
         return []
@@ -118,14 +107,16 @@ def read_checkpoint(
         {name.removeprefix(settings.prefix): find for name, find in tensors.items() if name.startswith(settings.prefix)}
         for tensors in (found.averaged, found.weights)
     )
+    reason, others = "", sorted(averaged.keys() - weights.keys()) if weights else []
+    if others:
+        reason = f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"
     if bool(averaged) < bool(found.averaged) or bool(weights) < bool(found.weights):
         known = names_in([*found.weights, *found.averaged])
-        raise FileFormatError(path, f"no tensor's name begins with {shown(settings.prefix)}; it has {known}")
-    if weights and (others := sorted(averaged.keys() - weights.keys())):
-        reason = f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"
+        reason = f"no tensor's name begins with {shown(settings.prefix)}; it has {known}"
+    if reason:
         raise FileFormatError(path, reason)
     tensors, point = settings.select(_completed(averaged, weights)), Point(float(step))
-    make = functools.partial(make_checkpoint, path, step=step, kind=name, t_unit=found.t_unit)
+    make = functools.partial(make_checkpoint, path, step=step, kind=kind, t_unit=found.t_unit)
     made = [make({name: weights[name] for name in tensors}, profile=point)] if weights else []
     if averaged:
         profile = found.profile(step) if found.profile else point
@@ -142,17 +133,13 @@ def _completed(averaged: Tensors, weights: Tensors) -> Tensors:
 def _recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str, Found]:
     """Return the kind of a checkpoint, the given one or the first of `TABLE` that fits, and what it holds."""
     given = settings.kind or ("ema" if settings.average or settings.weights else None)
-    for name in [given] if given else TABLE:
-        kind = TABLE[name]
+    for kind in [given] if given else TABLE:
         try:
-            fits = kind.name is None or kind.name.fullmatch(indexed.path.name)
-            if fits and (found := kind.find(indexed, settings)):
+            if found := TABLE[kind][0](indexed, settings):
                 rule = found.updates.rule if found.updates else {}
                 if rule.get("inv_gamma", 1.0) <= 0 or rule.get("power", 1.0) < 0:
                     raise ValueError("its warm-up never begins")
-                return name, found
-        except PostHocError:
-            raise
+                return kind, found
         except (TypeError, ValueError, OverflowError) as error:
             raise FileFormatError(indexed.path, f"holds an EMA whose settings cannot be read: {error}") from error
     raise FileFormatError(indexed.path, f"is no file of {given}")
@@ -184,10 +171,11 @@ _INNER = "ema_model."
 
 
 def _numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
-    name, has_inner = indexed.path.name, library == "ema-pytorch"
-    if ("initted",) not in indexed.tensors or bool(inner := indexed.under(_INNER)) is not has_inner:
+    name, inner, has_inner = indexed.path.name, indexed.under(_INNER), library == "ema-pytorch"
+    match = _NUMBERED.fullmatch(name)
+    if not match or ("initted",) not in indexed.tensors or bool(inner) is not has_inner:
         return None
-    number, widths, every = int(re.split("[._]", name)[0]), settings.sigma_rels, settings.update_every or 1
+    number, widths, every = int(match["number"]), settings.sigma_rels, settings.update_every or 1
     first = 1 if has_inner else max(settings.update_after_step or 0, 1)
     tensors = inner or indexed.model_tensors(settings.prefix)
     unsaid = f" to an import: files of {library}, such as {name}, do not hold it"
@@ -202,7 +190,8 @@ def _numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSettings
         return ema_pytorch_profile(gamma_from_sigma_rel(widths[number]), step, every, first)
 
     model = {name: find for name, find in tensors.items() if name not in ("initted", "step")}
-    return Found(model, profile=profile, sigma_rel=widths[number] if number < len(widths) else 0.0, asks=asks)
+    width = widths[number] if number < len(widths) else 0.0
+    return Found(model, profile=profile, sigma_rel=width, step=int(match["step"]), asks=asks)
 
 
 # --- ordinary EMAs of known libraries
@@ -321,9 +310,10 @@ _EDM_OPTIONS = "training_options.json"
 
 def _edm(indexed: IndexedCheckpoint) -> Found | None:
     path, averaged = indexed.path, indexed.under("ema.") or indexed.under("G_ema.")
-    if not averaged:
+    match = _EDM_FILE.fullmatch(path.name)
+    if not (match and averaged):
         return None
-    state = path.with_name(path.stem.replace("network-snapshot", "training-state") + ".pt")
+    state = path.with_name(f"training-state-{match['step']}.pt")
     if state.is_file():
         indexed = index_checkpoint(state)
     file, options = path.with_name(_EDM_OPTIONS), dict[str, Any]()
@@ -343,7 +333,8 @@ def _edm(indexed: IndexedCheckpoint) -> Found | None:
     unsaid = f", the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
     unclear = f", ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
     return Found(
-        averaged, indexed.under("net.") or indexed.under("G."), Updates(rule, None, int(batch)), t_unit="images",
+        averaged, indexed.under("net.") or indexed.under("G."), Updates(rule, None, int(batch)),
+        step=1000 * int(match["step"]), t_unit="images",
         asks={} if batch else {"update_every": unsaid}, asks_with_decay={} if options else {"ema_warmup": unclear},
     )  # fmt: skip
 
@@ -446,10 +437,12 @@ _EDM2 = re.compile(r"(?:network-snapshot|edm2(?:-[a-z0-9]+)+)-(?P<step>\d{1,20})
 
 
 def _find_edm2(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
-    width = float(indexed.path.stem.rpartition("-")[2])
+    if not (match := _EDM2.fullmatch(indexed.path.name)):
+        return None
+    width = float(match["width"])
     profile = functools.partial(PowerFunction.from_sigma_rel, width)
     tensors = indexed.under("ema.") or indexed.model_tensors(settings.prefix)
-    return Found(tensors, profile=profile, sigma_rel=width, t_unit="images")
+    return Found(tensors, profile=profile, sigma_rel=width, step=1000 * int(match["step"]), t_unit="images")
 
 
 EMA_TAKES = (
@@ -458,16 +451,19 @@ EMA_TAKES = (
 )  # fmt: skip
 
 
-def _library(find: _Finder, name: re.Pattern[str] | None = None, of_name: int = 1) -> Kind:
-    return Kind(lambda indexed, _: find(indexed), name, of_name, EMA_TAKES)
+_Kind = tuple[Callable[[IndexedCheckpoint, ImportSettings], Found | None], tuple[str, ...]]
 
 
-_NUMBERED_TAKES = ("sigma_rels", "update_every", "update_after_step")
+def _library(find: _Finder) -> _Kind:
+    return lambda indexed, _: find(indexed), EMA_TAKES
 
-TABLE = {
-    "edm2": Kind(_find_edm2, _EDM2, of_name=1000),
-    "ema-pytorch": Kind(functools.partial(_numbered, "ema-pytorch"), _NUMBERED, takes=_NUMBERED_TAKES[:2]),
-    "posthoc-ema": Kind(functools.partial(_numbered, "posthoc-ema"), _NUMBERED, takes=_NUMBERED_TAKES),
+
+TABLE: dict[str, _Kind] = {
+    "edm2": (_find_edm2, ()),
+    "ema-pytorch": (functools.partial(_numbered, "ema-pytorch"), ("sigma_rels", "update_every")),
+    "posthoc-ema": (
+        functools.partial(_numbered, "posthoc-ema"), ("sigma_rels", "update_every", "update_after_step"),
+    ),
     "torchtitan": _library(_torchtitan),
     "diffusers-ema": _library(_diffusers),
     "timm": _library(_under_keys("state_dict_ema.", "state_dict.")),
@@ -477,10 +473,9 @@ TABLE = {
     "lit-ema": _library(_lit_ema),
     "torch-ema": _library(_torch_ema),
     "mmengine": _library(_under_keys("state_dict.", "ema_state_dict.module.", "ema_state_dict.steps")),
-    "edm": _library(_edm, _EDM_FILE, of_name=1000),
-    "ema": Kind(_find_any, takes=(*EMA_TAKES, "average", "weights")),
-    "checkpoints": Kind(
-        lambda indexed, settings: Found(weights=indexed.model_tensors(settings.prefix)), takes=("step_from",)
-    ),
-}
-"""Every kind, in the order in which a file is tried; the last one, `checkpoints`, is for weights."""
+    "edm": _library(_edm),
+    "ema": (_find_any, (*EMA_TAKES, "average", "weights")),
+    "checkpoints": (lambda indexed, settings: Found(weights=indexed.model_tensors(settings.prefix)), ("step_from",)),
+}  # fmt: skip
+"""What finds each kind, in the order in which a file is tried, and the settings that it takes besides the selection of
+tensors; the last one, `checkpoints`, is for weights."""

@@ -20,9 +20,9 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.import_files import read_manifest
 from posthoc_cli.checkpoints.index import DCP_METADATA, SHARD, holds_model, index_checkpoint, may_be_weights
 from posthoc_cli.checkpoints.layouts import EMA_TAKES, TABLE, named_decay, read_checkpoint
+from posthoc_cli.checkpoints.manifest import read_manifest
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
 from posthoc_cli.checkpoints.steps import named_step
 from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError
@@ -42,15 +42,16 @@ def open_checkpoints(place: str | Path, unclaimed: bool = False) -> list[Checkpo
 
     Ordinary EMAs of unknown decay are left out with a warning. With `unclaimed` they are included, so that an audit
     can find their decay.
-
-    Raises:
-        DirectoryError: no checkpoint was found.
-        FileFormatError, MismatchError: a file is damaged, or of another model than the others.
-        InvalidValueError: a setting that the files do not hold must be given.
     """
     path = files.expanded(place)
     if is_import(path):
-        return checked_run(read_manifest(path).read())
+        manifest = read_manifest(path)
+        for file in manifest.files:
+            manifest.check_file(file)
+        read: list[Checkpoint] = []
+        for file, kind, step in manifest.checkpoints:
+            read += read_checkpoint(index_checkpoint(file), replace(manifest.settings, kind=kind), step)
+        return checked_run(read)
     found = read_place(place, UNSPECIFIED)
     left_out = [] if unclaimed else [one for one in found if not one.is_known]
     if len(left_out) == len(found):
@@ -79,7 +80,7 @@ def read_place(place: str | Path, settings: ImportSettings) -> list[Checkpoint]:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
     kinds = sorted({one.kind for one in found})
-    known = {"kind", "prefix", "include", "exclude"}.union(*(TABLE[kind].takes for kind in kinds))
+    known = {"kind", "prefix", "include", "exclude"}.union(*(TABLE[kind][1] for kind in kinds))
     for name, value in settings.given.items():
         if name not in known:
             text = ",".join(f"{each:.12g}" for each in value) if isinstance(value, list) else str(value)
@@ -96,7 +97,9 @@ def disk_sources(directory: str | Path, unclaimed: bool = False) -> list[Source]
         unclaimed: include ordinary EMAs of unknown decay, see `open_checkpoints`.
 
     Raises:
-        DirectoryError, FileFormatError, MismatchError, InvalidValueError: as `open_checkpoints` raises them.
+        DirectoryError: no checkpoint was found.
+        FileFormatError, MismatchError: a file is damaged, or of another model than the others.
+        InvalidValueError: a setting that the files do not hold must be given.
     """
     if not (is_glob(directory) or is_import(directory)):
         try:
@@ -156,22 +159,23 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     kept: dict[tuple[float, str], Checkpoint] = {}
     for other in by_time(checkpoints):
         one = kept.setdefault((other.t, other.holds), other)
-        if one is not other and (model_difference(one, other) or not _are_equal(one, other)):
-            raise _apart(one, other, f"are both of step {one.t:,.12g}")
+        is_same = one is other or not (model_difference(one, other) or _are_unequal(one, other))
+        _check_alike(one, other, "" if is_same else f"are both of step {one.t:,.12g}")
     weights = {one.t for one in kept.values() if isinstance(one.profile, Point)}
     ordered = _with_names([one for one in kept.values() if one.t not in weights or not is_copy(one)])
     first = ordered[0]
     for one in ordered[1:]:
-        if difference := model_difference(first, one):
-            raise _apart(first, one, difference)
+        _check_alike(first, one, model_difference(first, one))
     names = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
     return [replace(one, run_id=run_id) for one in ordered]
 
 
-def _apart(one: Checkpoint, other: Checkpoint, reason: str) -> MismatchError:
-    hint = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
-    return MismatchError(f"{one.path} and {other.path}", reason, hint)
+def _check_alike(one: Checkpoint, other: Checkpoint, difference: str) -> None:
+    """Raise MismatchError if there is a difference between two checkpoints, a phrase to follow their names."""
+    if difference:
+        hint = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
+        raise MismatchError(f"{one.path} and {other.path}", difference, hint)
 
 
 def is_copy(one: Checkpoint) -> bool:
@@ -179,11 +183,11 @@ def is_copy(one: Checkpoint) -> bool:
     return isinstance(one.profile, OrdinaryEMA) and one.profile.times[0] == one.profile.t
 
 
-def _are_equal(one: Checkpoint, other: Checkpoint) -> bool:
-    """Return whether two checkpoints of a model have the same values among the first elements of each tensor."""
+def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
+    """Return whether two checkpoints of a model differ in the first elements of a tensor."""
     with one, other:
         ranges = [(name, 0, min(one.entries[name].size, _COMPARED)) for name in one.averages]
-        return all(np.array_equal(one.values(*each), other.values(*each), equal_nan=True) for each in ranges)
+        return not all(np.array_equal(one.values(*each), other.values(*each), equal_nan=True) for each in ranges)
 
 
 def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -207,7 +211,6 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
 
     The kind is "checkpoint" for a file whose step is not known.
     """
-    manifest = read_manifest(place) if is_import(place) else None
     try:
         checkpoints = open_checkpoints(place)
     except InvalidValueError:
@@ -215,7 +218,10 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
             raise
         one = make_checkpoint(place, index_checkpoint(place).model_tensors(), Point(1.0), 1)
         return {"kind": "checkpoint", "path": str(place), **describe_tensors(one), "bytes": one.file_bytes}
-    newest = checkpoints[-1]
+    newest, of_import = checkpoints[-1], {}
+    if is_import(place):
+        found = read_manifest(place)
+        of_import = {"refers_to": str(found.origin), "files": len(found.files), "settings": found.settings.given}
     return {
         "kind": "checkpoints", "path": str(place), "run": newest.run_id,
         **{key: getattr(newest, key) for key in ("t_unit", "t", "step")}, **describe_tensors(newest),
@@ -223,5 +229,5 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
             {"file": one.name, "t": one.t, "holds": one.holds, "bytes": one.file_bytes, "identity": one.identity}
             for one in checkpoints
         ],
-        **(manifest.describe() if manifest else {}),
+        **of_import,
     }  # fmt: skip

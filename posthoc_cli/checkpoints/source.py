@@ -244,7 +244,6 @@ class Checkpoint(Source):
 
     @property
     def t(self) -> float:  # type: ignore[override]  # in a frozen class no field can be assigned either
-        """The time of the profile."""
         return self.profile.t
 
     @property
@@ -254,7 +253,6 @@ class Checkpoint(Source):
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
-        """The pair of its step and time."""
         return ((self.step, self.t),)
 
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
@@ -283,7 +281,6 @@ class Checkpoint(Source):
 
     @property
     def file_bytes(self) -> int:
-        """The size of its tensors."""
         return sum(tensor.nbytes for tensor in self.entries.values())
 
     def with_settings(self, settings: ImportSettings) -> Checkpoint:
@@ -302,7 +299,6 @@ class Checkpoint(Source):
 
     @property
     def identity(self) -> str:
-        """A hash of its files' content."""
         identities = {file.path: file.checksum for file in self.files}
         return xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
 
@@ -314,15 +310,17 @@ def make_checkpoint(path: Path, tensors: Tensors, profile: StoredProfile, step: 
     known: dict[tuple[Path, Entry], str] = {}
     layers: dict[tuple[Path, int], dict[str, FoundChunk]] = {}  # of a file that has several chunks of a tensor
     for name, find in tensors.items():
-        if name in ("", "__metadata__") or "\0" in name or name.encode("utf-8", "replace").decode() != name:
-            raise FileFormatError(path, f"tensor {shown(name)}: a model's tensor cannot have this name")
-        chunks = find()
+        chunks, problem = find(), ""
         first = chunks[0]
+        if name in ("", "__metadata__") or "\0" in name or name.encode("utf-8", "replace").decode() != name:
+            problem = "a model's tensor cannot have this name"
+        elif any(chunk.tensor.dtype != first.tensor.dtype for chunk in chunks):
+            problem = "its chunks are of several dtypes"
+        if problem:
+            raise FileFormatError(path, f"tensor {shown(name)}: {problem}")
         if len(chunks) == 1 and first.tensor.nbytes and known.setdefault((first.path, first.tensor), name) != name:
             aliases[name] = known[first.path, first.tensor]  # tied weights: both names have the same bytes
             continue
-        if any(chunk.tensor.dtype != first.tensor.dtype for chunk in chunks):
-            raise FileFormatError(path, f"tensor {shown(name)}: its chunks are of several dtypes")
         specs[name] = Entry(first.tensor.dtype, tensor_shape(chunks))
         counts = Counter[Path]()
         for chunk in chunks:

@@ -50,7 +50,7 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """Suffixes of files that are usually pickles; such files are never opened."""
 
 MANIFEST = "ema-import.json"
-"""The file of an import, see `checkpoints.import_files`."""
+"""The file of an import, see `checkpoints.manifest`."""
 
 NAME_A_RUN = "name the directory that a tracker writes its snapshots to"
 

@@ -2,13 +2,12 @@
 
 It holds the settings that the files lack. It is `ema-import.json` in the folder of the run, one JSON object:
 
-    key          value
     format       "ema import"
     version      1
     from         what was imported: a folder, a file or a glob
     settings     fields of `source.ImportSettings` that were given, or found
     checkpoints  a list of [path, kind, step]: a file or folder, its kind, the step of the training
-    files        an object: path -> [bytes, 16 hexadecimal digits: a hash of its size and of a sample of its content]
+    files        an object: path -> [bytes, 16 hexadecimal digits: a hash of its size and a sample of its content]
     checksum     XXH3 (64 bits, seed 0) of the object as compact JSON without this key, 16 hexadecimal digits
 
 Paths are URLs, or relative to the folder of the run, so that both may be moved or copied together. If a file is
@@ -21,15 +20,15 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.index import CONFIG, index_checkpoint, model_in, sets_in
-from posthoc_cli.checkpoints.layouts import TABLE, read_checkpoint
+from posthoc_cli.checkpoints.index import CONFIG, model_in, sets_in
+from posthoc_cli.checkpoints.layouts import TABLE
 from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
 from posthoc_cli.checkpoints.steps import checked_step
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError, shown
@@ -37,7 +36,6 @@ from posthoc_cli.snapshots.directory import MANIFEST, is_import
 from posthoc_cli.snapshots.tensorfile import OpenedFile, parse_object, read_small_file, sampled_identity
 
 _FORMAT = {"format": "ema import", "version": 1}
-_MOST_BYTES = 100_000_000
 _AGAIN = "import again"
 
 
@@ -61,18 +59,31 @@ class Manifest:
             reason, hint = f"is missing, and {self.folder} refers to it", f"move both together, or {_AGAIN}"
         raise FileFormatError(path, reason, hint)
 
-    def read(self) -> list[Checkpoint]:
-        """Return the checkpoints; raise FileFormatError if a file is not the one that was imported."""
-        for path in self.files:
-            self.check_file(path)
-        found: list[Checkpoint] = []
-        for path, kind, step in self.checkpoints:
-            found += read_checkpoint(index_checkpoint(path), replace(self.settings, kind=kind), step)
-        return found
 
-    def describe(self) -> dict[str, Any]:
-        """Return the origin, the number of files, and the settings, for JSON."""
-        return {"refers_to": str(self.origin), "files": len(self.files), "settings": self.settings.given}
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest in a folder, without a look at the files; raise FileFormatError if it is damaged."""
+    path = folder / MANIFEST
+    raw = parse_object(path, read_small_file(path, 100_000_000), "import")
+    try:
+        is_whole = {key: raw.get(key) for key in _FORMAT} == _FORMAT and raw.pop("checksum") == _checksum(raw)
+        base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
+        listed = tuple((_absolute(one, base), kind, checked_step(path, step)) for one, kind, step in raw["checkpoints"])
+        identities = {_absolute(one, base): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
+        if not (is_whole and listed and identities and all(kind in TABLE for _, kind, _ in listed)):
+            raise ValueError("is of another format or version, or its checksum does not match")
+        return Manifest(folder, _absolute(raw["from"], base), ImportSettings(**raw["settings"]), listed, identities)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise FileFormatError(path, f"damaged import: {shown(str(error))[1:-1]}", _AGAIN) from error
+
+
+def _absolute(place: str | Path, base: Path | None = None) -> Path:
+    """Return a URL, or an absolute path, of one that may be relative to a folder, by default the working directory."""
+    path = files.given_path("path", place)
+    return path if files.is_url(path) else files.as_path(os.path.normpath(str((base or Path.cwd()) / path)))
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values, separators=(",", ":")).encode())
 
 
 def _identity(path: Path) -> tuple[int, str]:
@@ -127,32 +138,3 @@ def write_manifest(
     with files.new_directory(out):
         files.write_atomically(out / MANIFEST, content.encode(), overwrite=exists)
     return True
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest in a folder, without a look at the files; raise FileFormatError if it is damaged."""
-    path = folder / MANIFEST
-    raw = parse_object(path, read_small_file(path, _MOST_BYTES), "import")
-    try:
-        if {key: raw.get(key) for key in _FORMAT} != _FORMAT or raw.pop("checksum") != _checksum(raw):
-            raise ValueError("is of another format or version, or its checksum does not match")
-        base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
-        settings = ImportSettings(**raw["settings"])
-        listed = tuple((_absolute(one, base), kind, checked_step(path, step)) for one, kind, step in raw["checkpoints"])
-        identities = {_absolute(one, base): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
-        if not (listed and identities and all(kind in TABLE for _, kind, _ in listed)):
-            raise ValueError("must have files, and checkpoints of known kinds")
-        return Manifest(folder, _absolute(raw["from"], base), settings, listed, identities)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise FileFormatError(path, f"damaged import: {shown(str(error))[1:-1]}", _AGAIN) from error
-
-
-def _absolute(place: str | Path, base: Path | None = None) -> Path:
-    """Return a URL, or an absolute path, of one that may be relative to a folder, by default the working directory."""
-    path = files.given_path("path", place)
-    return path if files.is_url(path) else files.as_path(os.path.normpath(str((base or Path.cwd()) / path)))
-
-
-def _checksum(values: dict[str, Any]) -> str:
-    """Return the checksum of a manifest without its checksum."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(values, separators=(",", ":")).encode())
