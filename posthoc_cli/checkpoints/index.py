@@ -62,8 +62,7 @@ _STEP_NAMES = ("global_step", "global_steps", "step", "steps", "iteration", "tra
 _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
 _MOST_CONFIG, _MOST_STATE = 10_000_000, 1_000_000_000
 
-Identity = tuple[str, tuple[int, int | str]]
-"""What a file is recognised by: `sampled_identity` and its stamp."""
+Identity = tuple[str, tuple[int, int | str]]  # what a file is recognised by: `sampled_identity` and its stamp
 
 
 class FoundChunk(NamedTuple):
@@ -75,10 +74,8 @@ class FoundChunk(NamedTuple):
     box: Box
 
 
-Find = Callable[[], list[FoundChunk]]
-"""A function that returns the chunks of a tensor."""
+Find = Callable[[], list[FoundChunk]]  # what returns the chunks of a tensor
 Tensors = Mapping[str, Find]
-"""Tensors by their names."""
 
 
 def tensor_shape(chunks: Sequence[FoundChunk]) -> tuple[int, ...]:
@@ -87,7 +84,7 @@ def tensor_shape(chunks: Sequence[FoundChunk]) -> tuple[int, ...]:
 
 
 def names_in(names: Sequence[str]) -> str:
-    """Return a few names for a message."""
+    """Return a few names, for a message."""
     return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -146,7 +143,8 @@ class IndexedCheckpoint:
 
     def model_group(self, other_than: str = "", within: Keys = ()) -> dict[str, Find]:
         """Return the tensors under the first of `_MODEL_GROUPS` that is there, and is not another prefix; else none."""
-        prefixes = [".".join((*within, name, "")) for name in _MODEL_GROUPS if name in self.groups(*within)]
+        groups = self.groups(*within)
+        prefixes = (".".join((*within, name, "")) for name in _MODEL_GROUPS if name in groups)
         return next((self.under(prefix) for prefix in prefixes if prefix != other_than), {})
 
     def model_tensors(self, prefix: str = "") -> dict[str, Find]:
@@ -278,8 +276,7 @@ def _checked(path: Path, name: str, problem: str | None, *chunks: FoundChunk) ->
 
 def _of_sets(folder: Path, sets: Mapping[str, Path]) -> IndexedCheckpoint:
     """Return the index of several models in a folder, by their names, with diffusers' settings of an average."""
-    tensors: dict[Keys, Find] = {}
-    values: dict[str, Any] = {}
+    tensors, values = dict[Keys, Find](), dict[str, Any]()
     for key, place in sets.items():
         tensors |= {(key, name): find for name, find in index_checkpoint(place).model_tensors().items()}
         if (config := place / CONFIG).is_file():
@@ -290,8 +287,7 @@ def _of_sets(folder: Path, sets: Mapping[str, Path]) -> IndexedCheckpoint:
 
 def _of_shards(index: Path) -> IndexedCheckpoint:
     """Return the index of a model in shards."""
-    tensors: dict[Keys, Find] = {}
-    values: dict[str, Any] = {}
+    tensors, values = dict[Keys, Find](), dict[str, Any]()
     for name, listed in decode_index(index, ENDINGS).items():
         shard = _of_file(index.parent / name)
         for tensor in listed:
@@ -336,8 +332,7 @@ def _of_distributed(metadata: Path) -> IndexedCheckpoint:
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
     files = _ChunkFiles(metadata, stored)
-    tensors: dict[Keys, Find] = {}
-    values: dict[str, Any] = {}
+    tensors, values = dict[Keys, Find](), dict[str, Any]()
     for name, described in listed.items():
         if isinstance(name, str) and isinstance(_state(described).get("chunks"), list):
             keys: Any = planned.get(name) if isinstance(planned, dict) else None

@@ -51,7 +51,6 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import (
     RAMP_UP,
     UNLIMITED,
-    Discrete,
     Point,
     PowerFunction,
     StoredProfile,
@@ -72,6 +71,7 @@ class Found:
     updates: Updates | None = None  # of an ordinary EMA; its profile follows in `Checkpoint.with_settings`
     profile: Callable[[int], StoredProfile] | None = None  # of another average, at a step
     sigma_rel: float = 0.0  # and the width that its user asked for
+    number: int = 0  # its place in a list of widths
     step: int | None = None  # in a name of this kind; None to read it
     t_unit: str = "steps"  # what the steps count
     asks: Mapping[str, str] = field(default_factory=dict)  # settings that must be given, and the reason
@@ -94,12 +94,13 @@ def read_checkpoint(
         log.warning("%s: left out, as its weights are those before the training, of step 0", path)
         return []
     asks = found.asks if settings.ema_decay is None else {**found.asks, **found.asks_with_decay}
-    for setting, reason in asks.items():
-        if getattr(settings, setting) in (None, ()):
-            raise InvalidValueError(setting, f"must be given{reason}")
+    wrong = {one: f"must be given{why}" for one, why in asks.items() if getattr(settings, one) in (None, ())}
     if found.updates and len(settings.sigma_rels) > 1:
-        widths = names_in([f"{width:g}" for width in settings.sigma_rels])
-        raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}", value=widths)
+        wrong["sigma_rels"] = f"must be one, of the average in {path.name}"
+    elif settings.sigma_rels and found.number >= len(settings.sigma_rels):
+        wrong["sigma_rels"] = f"must be one for each average; {path.name} is of number {found.number}, counted from 0"
+    for setting, reason in wrong.items():
+        raise InvalidValueError(setting, reason)
     if found.updates and found.t_unit == "images":  # names count thousands, rounded down
         every = settings.update_every or found.updates.every
         step = -(-step // every) * every
@@ -166,8 +167,7 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
 # --- ema-pytorch and pytorch-posthoc-ema: averages by number, whose settings are not in their files
 
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
-_INNER = "ema_model."
-"""Prefix of names in files of `ema-pytorch`."""
+_INNER = "ema_model."  # prefix of names in files of `ema-pytorch`
 
 
 def _numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
@@ -175,23 +175,17 @@ def _numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSettings
     match = _NUMBERED.fullmatch(name)
     if not match or ("initted",) not in indexed.tensors or bool(inner) is not has_inner:
         return None
-    number, widths, every = int(match["number"]), settings.sigma_rels, settings.update_every or 1
-    first = 1 if has_inner else max(settings.update_after_step or 0, 1)
+    number, first = int(match["number"]), 1 if has_inner else max(settings.update_after_step or 0, 1)
+    width = next(iter(settings.sigma_rels[number:]), 0.0)  # the number is checked with the other settings
+    gamma, every = gamma_from_sigma_rel(width) if width else 0.0, settings.update_every or 1
+    profile = functools.partial(ema_pytorch_profile, gamma, every=every, first=first)
     tensors = inner or indexed.model_tensors(settings.prefix)
     unsaid = f" to an import: files of {library}, such as {name}, do not hold it"
     asks = {"sigma_rels": unsaid, "update_every": unsaid}
     if not has_inner:
         asks["update_after_step"] = f"{unsaid}; the default of the library is 100"
-
-    def profile(step: int) -> Discrete:
-        if number >= len(widths):
-            reason = f"must be one for each average; {name} is of number {number}, counted from 0"
-            raise InvalidValueError("sigma_rels", reason)
-        return ema_pytorch_profile(gamma_from_sigma_rel(widths[number]), step, every, first)
-
     model = {name: find for name, find in tensors.items() if name not in ("initted", "step")}
-    width = widths[number] if number < len(widths) else 0.0
-    return Found(model, profile=profile, sigma_rel=width, step=int(match["step"]), asks=asks)
+    return Found(model, profile=profile, sigma_rel=width, number=number, step=int(match["step"]), asks=asks)
 
 
 # --- ordinary EMAs of known libraries
@@ -388,14 +382,12 @@ def _pairs(sets: Mapping[str, Tensors], average: str | None = None, weights: str
     return pairs
 
 
-_DEEPEST_SET = 2
-"""The most keys that lead to a set of tensors: deeper ones are the states of optimizers."""
+_DEEPEST_SET = 2  # the most keys that lead to a set of tensors: deeper ones are the states of optimizers
 
 
 def _sets_of_tensors(indexed: IndexedCheckpoint) -> dict[str, Tensors]:
     """Return the sets of tensors by the keys that lead to them, of which the last may be the first part of names."""
-    sets: dict[str, dict[str, Any]] = {}
-    prefixes: dict[str, dict[str, Any]] = {}
+    sets, prefixes = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
     for keys, find in indexed.tensors.items():
         for depth in range(1, min(len(keys), _DEEPEST_SET + 1)):
             sets.setdefault(".".join(keys[:depth]), {})[".".join(keys[depth:])] = find

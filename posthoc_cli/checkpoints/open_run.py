@@ -33,8 +33,7 @@ from posthoc_cli.snapshots.sources import Source, by_time, model_difference
 
 log = logging.getLogger(__name__)
 
-_COMPARED = 1024
-"""Number of elements of a tensor that are compared to recognise a duplicate."""
+_COMPARED = 1024  # elements of a tensor that are compared to recognise a duplicate
 
 
 def open_checkpoints(place: str | Path, unclaimed: bool = False) -> list[Checkpoint]:
@@ -81,11 +80,10 @@ def read_place(place: str | Path, settings: ImportSettings) -> list[Checkpoint]:
         raise DirectoryError(place, "holds no checkpoints", hint)
     kinds = sorted({one.kind for one in found})
     known = {"kind", "prefix", "include", "exclude"}.union(*(TABLE[kind][1] for kind in kinds))
-    for name, value in settings.given.items():
+    for name in settings.given:
         if name not in known:
-            text = ",".join(f"{each:.12g}" for each in value) if isinstance(value, list) else str(value)
             hint = "averages that no name tells are said by kind 'ema', or by `average`" if name in EMA_TAKES else ""
-            raise InvalidValueError(name, f"says nothing about {' and '.join(kinds)}", hint, value=text)
+            raise InvalidValueError(name, f"says nothing about {' and '.join(kinds)}", hint)
     return found
 
 

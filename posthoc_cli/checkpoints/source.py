@@ -42,8 +42,7 @@ from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
 
-_ANY_DECAY = 0.999
-"""Placeholder for an unknown decay."""
+_ANY_DECAY = 0.999  # in place of an unknown decay
 
 
 # --- settings
@@ -305,9 +304,7 @@ class Checkpoint(Source):
 
 def make_checkpoint(path: Path, tensors: Tensors, profile: StoredProfile, step: int, **fields: Any) -> Checkpoint:
     """Return a checkpoint of these tensors, with further fields of `Checkpoint`."""
-    specs: dict[str, Entry] = {}
-    aliases: dict[str, str] = {}
-    known: dict[tuple[Path, Entry], str] = {}
+    specs, aliases, known = dict[str, Entry](), dict[str, str](), dict[tuple[Path, Entry], str]()
     layers: dict[tuple[Path, int], dict[str, FoundChunk]] = {}  # of a file that has several chunks of a tensor
     for name, find in tensors.items():
         chunks, problem = find(), ""

@@ -17,8 +17,7 @@ from posthoc_cli.errors import InvalidValueError, shown
 _MOST_STEPS = 10**15
 _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
 
-_MORE = r"(?P<more>(?:[.,_-][0-9]+)+|[a-z]+)?"
-"""What follows digits that are only a part of a number, or have a unit."""
+_MORE = r"(?P<more>(?:[.,_-][0-9]+)+|[a-z]+)?"  # what follows digits that are a part of a number, or have a unit
 _STEP = r"(?:steps?|iter(?:ation)?s?)"
 _MARKED = (
     re.compile(rf"(?<![a-z]){_STEP}[=_.\- ]*(?P<number>[0-9]+){_MORE}", re.I),
@@ -29,8 +28,7 @@ _MARKED = (
 _CHECKPOINT = re.compile(rf"(?<![a-z])(?:checkpoint|ckpt)s?[=_.\- ]*(?P<number>[0-9]+){_MORE}", re.I)
 _ALONE = re.compile(rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float)[_.\-]?)?(?P<number>[0-9]+){_MORE}", re.I)
 _DATE = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])")
-_FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")
-"""A number in a name that is no step, such as a decay or a loss."""
+_FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")  # a number in a name that is no step, such as a decay or a loss
 
 
 class Reading(NamedTuple):

@@ -86,7 +86,7 @@ def test_a_setting_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_pat
     for option, value in options.items():
         refused = ema("import", run / "ck", "--step-from", r"at(\d+)", option, value, "--out", tmp_path / "new")
         assert refused.code == 2
-        assert refused.error.startswith(f"{option} {value}: says nothing about checkpoints")
+        assert refused.error.startswith(f"{option}: says nothing about checkpoints")
     assert not (tmp_path / "new").exists()
 
 
