@@ -285,11 +285,10 @@ def model_difference(one: Source, other: Source) -> str:
 
     Checkpoints of a model may be stored in several floating-point dtypes.
     """
-    names = [{*source.tensors, *source.aliases} for source in (one, other)]
-    for name in sorted(names[0] ^ names[1]):
-        return f"do not match: tensor {shown(name)} is missing in {(other if name in names[0] else one).name}"
     if one.aliases != other.aliases:
         return "do not match: they tie different names together"
+    for name in sorted(one.tensors.keys() ^ other.tensors.keys()):
+        return f"do not match: tensor {shown(name)} is missing in {(other if name in one.tensors else one).name}"
     for name, tensor in one.tensors.items():
         kinds = [f"{found.role} of {found.dtype}" for found in (tensor, other.tensors[name])]
         if tensor.role != other.tensors[name].role or (one.word == "snapshot" and tensor != other.tensors[name]):
