@@ -235,24 +235,24 @@ class Run:
 
         Returns the report; None in every rank of a torchrun job but the first.
         """
-        from posthoc_cli.export.layouts import OutputOptions
-        from posthoc_cli.export.writing import Outputs, Ranks
+        from posthoc_cli.export.layouts import ModelFolder, OutputOptions, output_paths
+        from posthoc_cli.export.writing import Ranks, write_synthesis
 
         wanted, asked, like = as_targets(targets), OutputOptions(**options), None
+        paths = output_paths(wanted, out, dtype, asked)
         if asked.like is not None:
-            from posthoc_cli.export.model_folder import ModelFolder
-
             like = ModelFolder.find(asked.like, self.tensors)
-        outputs = Outputs(wanted, out, dtype, asked, like)
-        plan = functools.partial(
-            self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=outputs.dtype
-        )
-        if asked.distributed:
-            with Ranks() as ranks:
-                with ranks.together():
-                    planned = plan()
-                return outputs.write(planned, progress, ranks)
-        return with_consistent_plan(plan, functools.partial(outputs.write, progress=progress))
+            dtype = like.dtype
+        plan = functools.partial(self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype)
+        with Ranks(asked.distributed) as ranks:
+            use = functools.partial(
+                write_synthesis, paths=paths, options=asked, like=like, ranks=ranks, progress=progress
+            )
+            if not asked.distributed:
+                return with_consistent_plan(plan, use)
+            with ranks.together():
+                planned = plan()
+            return use(planned)
 
     # --- errors
 

@@ -75,7 +75,7 @@ def test_imports_point_towards_errors(path: Path) -> None:
     """Integrations import only the public tracker; a framework is imported only by the integration of its name."""
     room, names = path.relative_to(PACKAGE).parts[0].removesuffix(".py"), imported(path)
     frameworks = {name.split(".")[0] for name in names} & {"transformers", "lightning", "accelerate", "diffusers"}
-    assert frameworks <= {path.stem} or path.stem == "model_folder"
+    assert frameworks <= {path.stem}
     if room in ("__init__", "__main__"):
         return
     assert room in ROOMS, "add a new room to ROOMS"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from posthoc_cli import files
 from posthoc_cli.checkpoints.index import DCP_METADATA, sets_in
 from posthoc_cli.checkpoints.layouts import stored_in
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
@@ -23,12 +24,12 @@ from posthoc_cli.errors import (
     check_alone,
     shown,
 )
-from posthoc_cli.export.layouts import Output, OutputOptions, check_shape, files_of, nbytes, write_outputs
+from posthoc_cli.export.layouts import OutputOptions, check_shape, files_of, layout_of, nbytes
+from posthoc_cli.export.writing import Output, write_outputs
 from posthoc_cli.resources import ProgressBar, no_bar
-from posthoc_cli.snapshots.directory import PICKLES as PICKLED
-from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.outputs import OutputInfo, Used, index_of, models_at, read_model
-from posthoc_cli.snapshots.snapshot import Snapshot, decode, decode_snapshot, running_statistics
+from posthoc_cli.snapshots.directory import PICKLES, is_parts_folder, read_snapshot
+from posthoc_cli.snapshots.outputs import OutputInfo, Used, models_at, read_model
+from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile
 from posthoc_cli.synthesis.engine import holds
@@ -36,11 +37,11 @@ from posthoc_cli.synthesis.engine import holds
 
 @dataclass(frozen=True)
 class ExportReport:
-    """The result of an export: the number of tensors, how many of them came from the base, their bytes, the time."""
+    """The result of an export."""
 
     output: Path
     tensors: int
-    from_base: int
+    from_base: int  # the number of tensors that came from the base
     nbytes: int
     seconds: float
 
@@ -71,8 +72,7 @@ def export_file(
             taken; or shards or parts of one of these: their index, or its folder.
         out: the output, whose name decides the layout unless `layout` is given.
         dtype: dtype of all floating-point tensors except copies; None to keep each tensor's own.
-        base: a model that completes the output with the tensors that `source` lacks: a safetensors file, an index of
-            shards, or a folder with one of these.
+        base: a model that completes the output with the tensors that `source` lacks; as `source`, but no checkpoint.
         prefix, strip_prefix: text to put before, or to remove from, the names in `source`, before they are compared
             with those in `base`.
         overwrite: replace an existing output.
@@ -84,32 +84,32 @@ def export_file(
     Raises:
         FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
     """
-    started = time.perf_counter()
+    started, wanted = time.perf_counter(), parse_dtype(dtype)
     check_alone(weights=weights, average=average)
-    is_checkpoint = average is not None or _is_checkpoint(source)
-    if weights and not is_checkpoint:
-        raise InvalidValueError("weights", f"is for a training's checkpoint, and {source.name} is none")
-    source, *more = [source] if is_checkpoint else models_at(source)
-    if more:
-        raise DirectoryError(source.parent, f"holds {1 + len(more)} models", f"name one of them, such as {source.name}")
-    wanted = parse_dtype(dtype)
     options = OutputOptions(layout=layout, overwrite=overwrite, max_shard_size=max_shard_size)
-    layout = options.layout_of(out)
-    info = None
+    layout = layout_of(out, layout)
+    files.check_parent("out", out)
+    content: dict[str, Any] = {"format": FORMAT}
     with ExitStack() as stack:
-        if is_checkpoint:
-            tensors = _of_source(stack.enter_context(stored_in(source, weights, average)))
+        if average is not None or _is_checkpoint(source):
+            tensors, info = _of_source(stack.enter_context(stored_in(source, weights, average))), None
+        elif weights:
+            raise InvalidValueError("weights", f"is for a training's checkpoint, and {source.name} is none")
         else:
             tensors, info = _read_model(stack, source)
-        own, tensors = len(tensors), _rename(tensors, prefix, strip_prefix)
+        renamed = {prefix + name.removeprefix(strip_prefix): tensor for name, tensor in tensors.items()}
+        is_used = not strip_prefix or any(name.startswith(strip_prefix) for name in tensors)
+        if not is_used or len(renamed) < len(tensors):
+            reason = f"must begin a name, and make no two alike; the first is {min(tensors, default='')!r}"
+            raise InvalidValueError("strip_prefix", reason, value=f"{strip_prefix!r}")
+        tensors, own = renamed, len(renamed)
         if base is not None:
             tensors |= _read_base(stack, base, tensors)
-        entries = {name: Entry(tensor.dtype(wanted), tensor.shape) for name, tensor in tensors.items()}
-        content: dict[str, Any] = {"format": FORMAT}
+        entries = {name: tensor.entry(wanted) for name, tensor in tensors.items()}
         if info is not None:
             copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
             content = replace(info, copies=copies).encoded()
-        parts, others = files_of(layout, entries, options.shard_bytes)
+        parts, others = files_of(layout, entries, options)
         advance = stack.enter_context(progress("exporting", nbytes(entries)))
 
         def fill(outputs: Sequence[Output], in_file: Mapping[str, Entry]) -> None:
@@ -121,24 +121,20 @@ def export_file(
     return ExportReport(out, len(entries), len(entries) - own, nbytes(entries), time.perf_counter() - started)
 
 
-# --- what is read
-
-
 class _Tensor(NamedTuple):
-    """A tensor of an input under its name there, the dtype that its model has, and its role: "other" if unknown."""
-
     file: TensorFile | Source
-    name: str
-    own: str
-    role: str
+    name: str  # in the file
+    dtype: str  # in its model
+    role: str  # "other" if unknown
+
+    def entry(self, wanted: str | None) -> Entry:
+        """Return its entry in the output: in the wanted dtype if it is a floating-point parameter."""
+        is_kept = wanted is None or self.role in ("statistic", "copy") or self.dtype not in EPS
+        return Entry(self.dtype if is_kept else str(wanted), self.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.file.entries[self.name].shape
-
-    def dtype(self, wanted: str | None) -> str:
-        """Return the dtype in the output: its own unless it is a floating-point parameter."""
-        return self.own if wanted is None or self.role in ("statistic", "copy") or self.own not in EPS else wanted
 
     def read(self, dtype: str) -> torch.Tensor:
         """Return it in a dtype; raise a NonFiniteError for a nan or infinite average, or a too small dtype."""
@@ -161,76 +157,49 @@ def _is_checkpoint(source: Path) -> bool:
     """Return whether a source is a training's checkpoint: a pickle, a DCP folder, or weights next to an average."""
     if source.is_dir():
         return (source / DCP_METADATA).is_file() or bool(sets_in(source))
-    return source.name.endswith((*PICKLED, ".pth.tar")) and source.is_file()
+    return source.name.endswith((*PICKLES, ".pth.tar")) and source.is_file()
 
 
 def _of_source(source: Source) -> _Tensors:
     """Return the tensors of a snapshot or checkpoint, under all their names."""
-    names = {name: name for name in source.tensors} | source.aliases
-    tensors = source.tensors
+    names, tensors = {name: name for name in source.tensors} | source.aliases, source.tensors
     return {name: _Tensor(source, own, tensors[own].dtype, tensors[own].role) for name, own in names.items()}
 
 
-def _open_model(stack: ExitStack, path: Path) -> Sequence[TensorFile | Snapshot]:
-    """Open the files of a model until the stack ends."""
-    opened = [read_snapshot(path)] if is_parts_folder(path) else read_model(path)
-    return [stack.enter_context(file) for file in opened]
-
-
-def _read_model(stack: ExitStack, source: Path) -> tuple[_Tensors, OutputInfo | None]:
-    """Return the tensors of a model, and its header as an output."""
-    opened, index = _open_model(stack, source), index_of(source)
-    name = source.name if index is None else index.parent.name
-    tensors, info = _Tensors(), None
-    for file in opened:
-        in_file, info = _read_file(file, name)
-        if twice := in_file.keys() & tensors.keys():
-            raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
-        tensors |= in_file
-    return tensors, info
-
-
-def _read_file(file: TensorFile | Snapshot, model: str) -> tuple[_Tensors, OutputInfo | None]:
-    """Return the tensors of a file, and its header as an output; `model` is the name of the source."""
-    if not isinstance(file, Snapshot) and file.kind == "snapshot":
-        file = decode_snapshot(file)
-        if file.part is not None:
-            raise FileFormatError(file.path, "is a part of a snapshot", "export the folder of all its parts")
-    if isinstance(file, Snapshot):
-        return _of_source(file), OutputInfo(
-            file.run_id, f"sigma_rel {file.sigma_rel!r}", file.sigma_rel, file.gamma, file.t, file.t_unit, "tracked",
-            profile_error=0.0, predicted_error=None, snapshots=(Used(model, 1.0),),
+def _read_model(stack: ExitStack, path: Path) -> tuple[_Tensors, OutputInfo | None]:
+    """Return the tensors of a model, whose files are open until the stack ends, and its header as an output."""
+    path, *more = models_at(path)
+    if more:
+        raise DirectoryError(path.parent, f"holds {1 + len(more)} models", f"name one of them, such as {path.name}")
+    opened, info = ([], None) if is_parts_folder(path) else read_model(path)
+    if not opened or opened[0].kind == "snapshot":
+        snapshot = stack.enter_context(read_snapshot(path))
+        if snapshot.part is not None:
+            raise FileFormatError(path, "is a part of a snapshot", "export the folder of all its parts")
+        return _of_source(snapshot), OutputInfo(
+            snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
+            snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=(Used(path.name, 1.0),),
         )  # fmt: skip
-    info, roles = None, dict.fromkeys(file.entries, "other")
-    if file.kind is not None:
-        info = decode(file, "output", OutputInfo)
-        roles = dict.fromkeys(file.entries, "average") | dict.fromkeys(running_statistics(file.entries), "statistic")
-        roles |= dict.fromkeys(info.copies, "copy")
-    return {name: _Tensor(file, name, entry.dtype, roles[name]) for name, entry in file.entries.items()}, info
-
-
-def _rename(tensors: _Tensors, prefix: str, strip: str) -> _Tensors:
-    if strip and not any(name.startswith(strip) for name in tensors):
-        reason = f"no tensor's name begins so; the first is {min(tensors, default='')!r}"
-        raise InvalidValueError("strip_prefix", reason, value=f"{strip!r}")
-    renamed = _Tensors()
-    for name, tensor in tensors.items():
-        new = prefix + name.removeprefix(strip)
-        if new in renamed:
-            raise InvalidValueError("strip_prefix", f"gives two tensors the name {new!r}", value=f"{strip!r}")
-        renamed[new] = tensor
-    return renamed
+    tensors = _Tensors()
+    for file in map(stack.enter_context, opened):
+        role = "other" if info is None else "average"
+        roles = dict.fromkeys(file.entries, role)
+        if info is not None:
+            roles |= dict.fromkeys(running_statistics(file.entries), "statistic") | dict.fromkeys(info.copies, "copy")
+        for name, entry in file.entries.items():
+            if name in tensors:
+                raise FileFormatError(file.path, f"tensor {shown(name)} is in {tensors[name].file.path} too")
+            tensors[name] = _Tensor(file, name, entry.dtype, roles[name])
+    return tensors, info
 
 
 def _read_base(stack: ExitStack, base: Path, own: _Tensors) -> _Tensors:
     """Return the tensors that only the base has; tensors in both must have the same shape."""
-    tensors = _Tensors()
-    for file in _open_model(stack, base):
-        for name, entry in file.entries.items():
-            tensors[name] = _Tensor(file, name, entry.dtype, "other")
-            if name in own:
-                check_shape(file.path, name, entry.shape, own[name].shape)
-    if not tensors.keys() & own.keys():
+    tensors, _ = _read_model(stack, base)
+    common = tensors.keys() & own.keys()
+    for name in common:
+        check_shape(tensors[name].file.path, name, tensors[name].shape, own[name].shape)
+    if not common:
         names = f"its names look like {min(tensors, default='')!r}, theirs like {min(own, default='')!r}"
         hint = "rename them by `prefix` and `strip_prefix`"
         raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)

@@ -1,144 +1,160 @@
-"""Outputs of a synthesis: their layouts and names, and how they are written: each appears complete or not at all."""
+"""The layouts of outputs: their options and names, and which tensors each of their files holds.
+
+A copy of a model folder (`ModelFolder`) has averaged weights in place of the folder's own. The folder determines their
+names, files, dtypes, and the name under which a tied tensor is stored. All other files are copied, except through links
+that lead out of the folder: an output may be uploaded.
+"""
 
 from __future__ import annotations
 
-import errno
-import io
+import json
+import os
 import re
-import shutil
-import tempfile
-import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files, resources
-from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.errors import (
-    DirectoryError,
-    FileFormatError,
-    InvalidValueError,
-    MismatchError,
-    OutputExistsError,
-    WriteError,
-    check_word,
-)
-from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
-from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFileWriter, read_file, tensor_bytes
-from posthoc_cli.synthesis.engine import Options, TensorOutput, Tile, Writer
+from posthoc_cli.dtypes import DTYPES, EPS, WORDS, parse_dtype
+from posthoc_cli.errors import InvalidValueError, MismatchError, check_word
+from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, model_files, weights_at
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, read_file
+from posthoc_cli.synthesis.engine import Options
+from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
 
 LAYOUTS = {"safetensors": (SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
 """The layouts of an output, each with the file name endings that it accepts; layouts without endings are folders."""
 
-PICKLES = LAYOUTS["pt"]
+FOLDERS = {
+    "sharded": re.compile(rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(INDEX_NAME)}"),
+    "dcp": re.compile(r"\.metadata|.*\.distcp"),
+    "like": re.compile("(?!)"),
+}
+"""The layouts that are folders ("like" is the copy of a model folder), each with a pattern of the names of its files:
+`overwrite` replaces a folder that holds no others."""
+
+_FILES = (*LAYOUTS["safetensors"], *LAYOUTS["pt"])
+
+_OUT_OF_DATE = (SUFFIX, ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
+"""The endings of weights in a model folder, which are not copied next to the averaged weights."""
+
+Parts = Mapping[str, Mapping[str, Entry]]
+"""The tensors of each file of an output: its path within the folder, or "" for an output that is one file."""
+
+Others = Mapping[str, Path | bytes]
+"""The other files of a folder: their content, or the file to copy."""
 
 
 @dataclass(frozen=True)
 class OutputOptions(Options):
-    """Options for making averages and writing them to files.
-
-    Attributes:
-        device: device that computes the sums: "auto", "cpu", "cuda", ...
-        layout: one of `LAYOUTS`; None to choose it by the output's name.
-        max_shard_size: largest size of a shard in the sharded layout, such as "5GB", which is the default.
-        overwrite: replace existing outputs.
-        dry_run: plan only.
-        distributed: all processes of a torchrun job make this call, and each writes some of the shards in a folder.
-        like: a model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged weights:
-            the same names, files and dtypes, and copies of all other files. Tensors that the run lacks come from it.
-    """
+    """Options for making averages and writing them to files."""
 
     device: torch.device | str = "auto"
-    layout: str | None = None
-    max_shard_size: int | str | None = None
+    layout: str | None = None  # one of `LAYOUTS`; None to choose it by the output's name
+    max_shard_size: int | str | None = None  # of a sharded output, such as "5GB", which is the default
     overwrite: bool = False
-    dry_run: bool = False
-    distributed: bool = False
+    dry_run: bool = False  # plan only
+    distributed: bool = False  # all processes of a torchrun job make this call, and each writes some of the shards
+    # A model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged weights: the
+    # same names, files and dtypes, and copies of all other files. Tensors that the run lacks come from it.
     like: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout is not None:
+            check_word("layout", self.layout, LAYOUTS)
+        self.shard_bytes  # noqa: B018  raises an error if invalid
 
     @property
     def shard_bytes(self) -> int:
         size = "5GB" if self.max_shard_size is None else str(self.max_shard_size)
         return resources.parse_bytes(size, "max_shard_size")
 
-    def layout_of(self, path: Path) -> str:
-        """Return the layout of an output, see `layout_of`, after checking that shards have a size only in shards."""
-        layout = layout_of(path, self.layout)
-        if self.max_shard_size is not None and layout != "sharded":
-            reason = f"is for a sharded output, and this layout is {layout}"
-            raise InvalidValueError("max_shard_size", reason, value=self.max_shard_size)
-        return layout
-
-
-def check_space(out: Path, needed: int) -> None:
-    """Raise a WriteError if so many bytes do not fit on the disk of an output; replaced outputs are not free space.
-
-    Outputs for an object store are first written to the folder for temporary files.
-    """
-    is_remote = files.is_url(out)
-    local = Path(tempfile.gettempdir()) if is_remote else out
-    place = next(folder for folder in (local, *local.parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        reason = f"the output takes {needed:,} bytes, and {free:,} are free on this disk; nothing was written"
-        hint = "set TMPDIR to a folder with room, or make smaller shards: max_shard_size"
-        raise WriteError(place, reason, hint if is_remote else "", errno=errno.ENOSPC)
-
-
-# --- layouts and names
-
 
 def layout_of(path: Path, layout: str | None) -> str:
     """Return the given layout, or choose it by the output's name: .pt, .safetensors, or a folder of shards.
 
-    Raises InvalidValueError if the name has the ending of another layout, or of none.
+    Raises InvalidValueError if the name has the ending of another layout, or of none. A folder may have any name.
     """
     named = next((name for name, endings in LAYOUTS.items() if path.suffix in endings), None)
-    if layout is None:
-        if named is None and path.suffix and not path.is_dir():
-            hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
-            raise InvalidValueError(path, "its ending names no layout", hint)
-        return named or "sharded"
-    check_word("layout", layout, LAYOUTS)
-    if named not in (None, layout) and not path.is_dir():
-        accepted = LAYOUTS[layout]
-        wanted = f"must end in {', '.join(accepted)}" if accepted else "must be that of a folder"
-        raise InvalidValueError("layout", f"the output's name, {path.name}, {wanted}", value=f"{layout!r}")
-    return layout
+    wanted = layout or named or "sharded"
+    fits = named == wanted or (named is None and (layout is not None or not path.suffix))
+    if not (fits or path.is_dir()):
+        hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
+        raise InvalidValueError(path, f"its ending does not fit the layout {wanted}", hint)
+    return wanted
 
 
-def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[list[Path], Path | None]:
-    """Return the path of each target's output, and the folder to create for them if `out` names one.
+def output_paths(
+    targets: Sequence[Target], out: str | Path | None, dtype: torch.dtype | str | None, options: OutputOptions
+) -> list[Path]:
+    """Return the path of each target's output, none in a dry run: `out`, or a file or folder in it for each.
 
-    `out` is a file (for one target), or a folder with a file per target. A folder of shards holds one model, so several
-    targets get a folder each within it. Raises InvalidValueError if two targets would have the same path.
+    A folder of shards holds one model. Raises InvalidValueError if options contradict each other, or if two targets
+    would have the same path.
     """
+    layout = "sharded" if options.distributed or options.like is not None else options.layout
+    if options.like is not None and any((options.distributed, options.overwrite, options.layout, parse_dtype(dtype))):
+        reason = "determines the output: layout, dtype, overwrite and torchrun cannot be combined with it"
+        raise InvalidValueError("like", reason)
+    if out is None:
+        if not options.dry_run:
+            raise InvalidValueError("out", "is missing; only a dry run needs no output")
+        return []
     path = files.expanded(files.given_path("out", out))
+    if options.distributed and (options.layout not in (None, "sharded") or path.suffix in _FILES):
+        reason = "a job of several processes makes a folder of shards; name a folder"
+        raise InvalidValueError("out", reason, "an export makes one file of it", value=out)
     files.check_writable("out", path)
-    is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
-    if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
-        return [path], None
-    if not is_folder and path.suffix in (SUFFIX, *PICKLES):
+    if not options.dry_run:
+        files.check_parent("out", path)
+    is_folder = path.is_dir() or path.suffix == "" or str(out).endswith("/")
+    if len(targets) == 1 and (layout in FOLDERS or not is_folder):
+        if options.like is None:
+            layout_of(path, layout)
+        return [] if options.dry_run else [path]
+    if not is_folder and path.suffix in _FILES:
         raise InvalidValueError("out", f"{len(targets)} targets need a folder", value=out)
-    suffix = "".join(LAYOUTS[layout_of(Path(), layout or "safetensors")][:1])
-    taken: dict[Path, Target] = {}
-    for target in targets:
-        name = target.label if target.sigma_rel is None else f"sigma_rel-{target.sigma_rel!r}"
-        made = path / f"{name}{suffix}"
-        if made in taken:
-            both = f"{taken[made].title} and {target.title} would both become {made}"
-            raise InvalidValueError("out", f"{both}; a profile is named after its file", "rename one", value=out)
-        taken[made] = target
-    return [*taken], path
+    suffix = "".join(LAYOUTS[layout or "safetensors"][:1])
+    names = [one.label if one.sigma_rel is None else f"sigma_rel-{one.sigma_rel!r}" for one in targets]
+    paths = [path / f"{name}{suffix}" for name in names]
+    if twice := next((one for one in paths if paths.count(one) > 1), None):
+        reason = f"two averages would both become {twice}; a profile is named after its file"
+        raise InvalidValueError("out", reason, "rename one", value=out)
+    return [] if options.dry_run else paths
+
+
+def files_of(layout: str, entries: Mapping[str, Entry], options: OutputOptions, ranks: int = 1) -> tuple[Parts, Others]:
+    """Return the files of an output with these tensors: shards, at least one for each rank, or one file.
+
+    Shards are cut as the Hugging Face libraries do. Several shards have an index; one has the name of a model in one
+    file.
+    """
+    if layout != "sharded":
+        if options.max_shard_size is not None:
+            reason = f"is for a sharded output, and this layout is {layout}"
+            raise InvalidValueError("max_shard_size", reason, value=options.max_shard_size)
+        return {"": entries}, {}
+    total = nbytes(entries)
+    split = split_state_dict_into_shards_factory(
+        dict(entries),
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=min(options.shard_bytes, max(1, -(-total // ranks))),
+    )
+    parts = {file: {name: entries[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    return parts, {INDEX_NAME: text.encode()} if split.is_sharded else {}
+
+
+def nbytes(entries: Mapping[str, Entry]) -> int:
+    """Return the bytes of all tensors."""
+    return sum(entry.nbytes for entry in entries.values())
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
@@ -148,285 +164,105 @@ def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[i
         raise MismatchError(path, reason)
 
 
-# --- outputs
-
-MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-"""The names of the weight files of a model folder."""
-
-_FOLDERS = {
-    "sharded": re.compile(f"{MODEL_FILE.pattern}|{re.escape(INDEX_NAME)}"),
-    "dcp": re.compile(r"\.metadata|.*\.distcp"),
-    "like": re.compile("(?!)"),
-}
-"""The layouts that are folders, each with a pattern of the files of an old model that `overwrite` replaces."""
-
-Parts = Mapping[str, Mapping[str, Entry]]
-"""The tensors of each file of an output: its path within the folder, or "" for an output that is one file."""
-
-Header = Mapping[str, Any]
-"""The content of an output's header, see `TensorFileWriter`."""
-
-Others = Mapping[str, Path | bytes]
-"""The other files of a folder: their content, or the file to copy."""
+# --- model folders
 
 
-def nbytes(entries: Mapping[str, Entry]) -> int:
-    """Return the bytes of all tensors."""
-    return sum(entry.nbytes for entry in entries.values())
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder, or a pipeline's with the component whose weights are averaged."""
 
+    path: Path
+    place: Path  # of the weights: the folder itself, or that of the component
 
-def files_of(layout: str, entries: Mapping[str, Entry], shard_bytes: int) -> tuple[Parts, Others]:
-    """Return the files of an output with these tensors; shards are cut as the Hugging Face libraries do.
+    @classmethod
+    def find(cls, like: Path | str, tensors: Iterable[str]) -> ModelFolder:
+        """Return a model folder; for a pipeline with the only component that has some of these tensors.
 
-    Several shards have an index; one has the name of a model in one file.
-    """
-    if layout != "sharded":
-        return {"": entries}, {}
-    split = split_state_dict_into_shards_factory(
-        dict(entries),
-        get_storage_size=lambda entry: entry.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
-    )
-    parts = {file: {name: entries[name] for name in names} for file, names in split.filename_to_tensors.items()}
-    index = {INDEX_NAME: encode_index(split.tensor_to_filename, nbytes(entries))}
-    return parts, index if split.is_sharded else {}
+        Raises InvalidValueError for a path without weights in safetensors files, if no component, or several, fit the
+        tensors, or for something in the folder that is neither a file nor a link to a file in the folder.
+        """
+        path, known = files.expanded(like), set(tensors)
+        found = [cls(path, path)]
+        if path.is_dir() and weights_at(path) is None:
+            parts = [cls(path, entry) for entry in sorted(path.iterdir()) if entry.is_dir() and weights_at(entry)]
+            found = [part for part in parts if known & part.stored.keys()]
+        if len(found) != 1 or not path.is_dir():
+            names = "model, diffusion_pytorch_model or adapter_model.safetensors, or their index"
+            reason = f"must be a folder with weights ({names}), or with one component that has tensors of the run"
+            raise InvalidValueError("like", reason, "name the folder of a component", value=path)
+        for file in (*found[0].others.values(), *{stored.path for stored in found[0].stored.values()}):
+            if not _is_own(file, path):
+                reason = f"{file.relative_to(path)} is not a file of this folder, or leads out of it"
+                raise InvalidValueError("like", reason, "remove it, or put a copy of the file in its place", value=path)
+        return found[0]
 
+    @cached_property
+    def stored(self) -> dict[str, TensorFile]:
+        """The file of each tensor in the folder."""
+        weights = weights_at(self.place)
+        assert weights is not None, "find has checked it"
+        return {name: file for file in map(read_file, model_files(weights)) for name in file.entries}
 
-class Alone:
-    """The one process that writes outputs; `writing.Ranks` are several, each of which writes some of the files."""
-
-    rank, world = 0, 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all processes, in their order."""
-        return [value]
-
-    def together(self) -> AbstractContextManager[None]:
-        """Return a block for all processes, in which an error in one of them is an error in all."""
-        return nullcontext()
-
-
-ALONE = Alone()
-
-
-def write_outputs(
-    paths: Sequence[Path],
-    layout: str,
-    parts: Parts,
-    headers: Sequence[Header],
-    fill: Callable[[Sequence[Output], Mapping[str, Entry]], None],
-    others: Others = MappingProxyType({}),
-    overwrite: bool = False,
-    container: Path | None = None,
-    ranks: Alone = ALONE,
-) -> None:
-    """Write outputs of the same tensors, each with its header, and create the folder that contains them.
-
-    `fill` writes the tensors of a file into each output. No output appears before all are complete, except for shards
-    in an object store. Of several processes each writes to temporary folders of its own; the first moves the files of
-    all into its own folders, and gives these their names; to a store each sends its files, and the first the index.
-
-    Raises WriteError, before anything is written if the outputs do not fit on the disk, and OutputExistsError.
-    """
-    rank, world, is_remote = ranks.rank, ranks.world, files.is_url(paths[0])
-    own = {name: parts[name] for name in [*parts][rank::world]}
-    with ExitStack() as stack:
-        with ranks.together():
-            sizes = [0, *map(nbytes, parts.values())]
-            copied = sum(other.stat().st_size for other in others.values() if isinstance(other, Path))
-            if is_remote or not rank:
-                check_space(paths[0], len(paths) * ((max if is_remote else sum)(sizes) + copied))
-            if container is not None:
-                stack.enter_context(files.new_directory(container))
-            outputs = [
-                stack.enter_context(Output(path, layout, own, header, {} if rank else others, overwrite))
-                for path, header in zip(paths, headers, strict=True)
-            ]
-        with ranks.together():
-            for name, entries in own.items():
-                for output in outputs:
-                    output.begin(name)
-                fill(outputs, entries)
-                for output in outputs:
-                    output.finish()
-        places = ranks.gather([output.place for output in outputs])
-        with ranks.together():
-            for target, output in enumerate(outputs if not rank else ()):
-                for number, name in enumerate(() if is_remote else parts):
-                    if owner := number % world:
-                        output.take(places[owner][target] / name)
-                output.publish()
-        for output in outputs if rank and is_remote else ():
-            output.publish()  # nothing is left to send
-
-
-class Output:
-    """One output, written file by file in a temporary file or folder that gets its name by `publish`.
-
-    Tensors are written complete (`write`) or in tiles (`open_tile`, see `synthesis.engine.Output`). The end of the
-    `with` block removes what was not published.
-
-    Arguments:
-        layout: one of `LAYOUTS`, or "like" for a copy of a model folder.
-        parts: the tensors of each file that this process writes.
-        header: that of each safetensors file.
-        others: the other files of a folder.
-    """
-
-    def __init__(
-        self, path: Path, layout: str, parts: Parts, header: Header, others: Others = MappingProxyType({}),
-        overwrite: bool = False,
-    ) -> None:  # fmt: skip
-        self._path, self._parts, self._header, self._others = path, parts, header, others
-        files.check_parent("out", path)
-        if not files.is_url(path.parent):
-            files.remove_leftovers(path.parent)
-        if overwrite:
-            check_no_snapshot(path)
-        self._memory: TensorOutput | None = None  # of a layout that a library writes in one call
-        if layout in ("pt", "dcp"):
-            shapes = {name: entry.shape for name, entry in parts[""].items()}
-            self._memory = TensorOutput(shapes, torch.device("cpu"))
-        self._names: Collection[str] = parts.get("", {}).keys()
-        self._file: TensorFileWriter | files.PendingFile | None = None
-        self._folder: files.PendingFolder | None = None
-        if layout in _FOLDERS:
-            self._folder = files.PendingFolder(path, _FOLDERS[layout] if overwrite else None)
-        elif layout == "pt":
-            self._file = files.PendingFile(path, overwrite)
-        else:
-            self._file = TensorFileWriter(path, parts[""], header, {}, overwrite)
-
-    def begin(self, name: str) -> None:
-        """Begin a file, into which the tensors go from now on."""
-        if self._folder is not None and self._memory is None:
-            place, self._names = self.place / name, self._parts[name].keys()
-            files.make_directory(place.parent)
-            self._file = TensorFileWriter(place, self._parts[name], self._header, {})
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        if self._memory is not None:
-            self._memory.tensors[name] = tensor.cpu()
-        else:
-            self._writer.write(name, tensor_bytes(tensor))
-
-    def open_tile(self, tile: Tile) -> Writer:
-        """Return the function that writes a tile under all names that its tensors have in the file."""
-        if self._memory is not None:
-            copy = self._memory.open_tile(tile)
-            for name in tile.names:
-                self._memory.tensors |= dict.fromkeys(tile.plan.names[name], self._memory.tensors[name])
-            return copy
-        file, size = self._writer, ITEM_BYTES[tile.dtype]
-        aliases = [[alias for alias in tile.plan.names[name] if alias in self._names] for name in tile.names]
-
-        def write(values: torch.Tensor) -> None:
-            view = tensor_bytes(values)
-            if len(aliases) == 1:
-                for name in aliases[0]:
-                    file.write(name, view, tile.begin * size)
-                return
-            file.write_many([names[0] for names in aliases], view)
-            for names, (start, stop) in zip(aliases, pairwise(tile.bounds), strict=True):
-                for alias in names[1:]:
-                    file.write(alias, view[start * size : stop * size])
-
-        return write
-
-    def finish(self) -> None:
-        """Finish the file; in an object store it appears now."""
-        if self._folder is not None and self._memory is None:
-            self._writer.commit()
-            if files.is_url(self._folder.path):
-                self._folder.send()
-
-    def take(self, file: Path) -> None:
-        """Move a file that another process has made to the temporary folder."""
-        if files.is_absent(file):
-            raise DirectoryError(file, "is missing", ON_ONE_FILE_SYSTEM)
-        with files.reported_as_write_error(self.place):
-            files.system.rename(file, self.place / file.name)
-
-    def publish(self) -> None:
-        """Give the output its name."""
-        if self._folder is not None:
-            if self._memory is not None:
-                _save_distributed(self._memory.tensors, self._folder)
-            for name, other in self._others.items():
-                place = self.place / name
-                files.make_directory(place.parent)
-                if isinstance(other, bytes):
-                    files.write_atomically(place, other)
-                    continue
-                with files.reported_as_write_error(other, "copied"):
-                    shutil.copyfile(other, place)
-            self._folder.publish()
-        elif isinstance(self._file, TensorFileWriter):
-            self._file.commit()
-        elif self._file is not None and self._memory is not None:
-            _save(self._memory.tensors, self._file)
-            self._file.publish()
+    @cached_property
+    def others(self) -> dict[str, Path]:
+        """The files to copy, by their path in the folder: all but the weights that are replaced, and hidden folders."""
+        others = []
+        for base, folders, names in os.walk(self.path):
+            links = [name for name in folders if Path(base, name).is_symlink()]
+            folders[:] = [name for name in folders if not name.startswith(".") and name not in links]
+            paths = [Path(base, name) for name in (*links, *names)]
+            others += [path for path in paths if not (path.parent == self.place and _is_weights(path.name))]
+        return {str(path.relative_to(self.path)): path for path in others}
 
     @property
-    def place(self) -> Path:
-        """The temporary folder, or of a file its path."""
-        return self._path if self._folder is None else self._folder.temporary
+    def dtype(self) -> str | None:
+        """The torch name of the dtype of all floating-point tensors; None if they have several dtypes."""
+        dtypes = {file.entries[name].dtype for name, file in self.stored.items()} & EPS.keys()
+        words = [DTYPES[dtype].torch_name for dtype in dtypes]
+        return words[0] if len(words) == 1 and words[0] in WORDS else None
 
-    @property
-    def _writer(self) -> TensorFileWriter:
-        assert isinstance(self._file, TensorFileWriter), "the caller has begun a file"
-        return self._file
+    def arranged(self, plan: Plan) -> tuple[Plan, Parts, Others]:
+        """Return a plan whose tensors have the dtypes of this folder, the tensors of its files, and the others.
 
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for pending in (self._file, self._folder):
-            if pending is not None:
-                pending.__exit__(*error)
-
-
-def check_no_snapshot(path: Path) -> None:
-    """Raise an OutputExistsError if an output at a path, a file or a folder, would replace a snapshot."""
-    for file in files.system.list(path) if path.is_dir() else [path]:
-        with suppress(FileFormatError):
-            if file.suffix == SUFFIX and file.is_file() and read_file(file).kind == "snapshot":
-                raise OutputExistsError(path, "is a snapshot of a run and is not replaced", "choose another name")
-
-
-class _Stream(io.RawIOBase):
-    """A stream for torch.save that writes to a pending file."""
-
-    def __init__(self, file: files.PendingFile) -> None:
-        self._file, self._offset = file, 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._file.write_at(view, self._offset)
-        self._offset += len(view)
-        return len(view)
+        Raises MismatchError for a tensor that has another shape in the folder or is not in it, or quantized weights.
+        """
+        owners = {alias: name for name, aliases in plan.names.items() for alias in aliases}
+        dtypes = {owners[name]: file.entries[name].dtype for name, file in self.stored.items() if name in owners}
+        averaged = [name for name, tensor in plan.tensors.items() if tensor.role == "average"]
+        reason, hint = "", "take a folder that the trained model itself was saved to"
+        config = self.place / "config.json"
+        is_quantized = config.is_file() and b'"quantization_config"' in config.read_bytes()
+        if is_quantized or any(dtypes.get(name, "F32") not in EPS for name in averaged):
+            reason = "its weights are quantized, as its quantization_config or their dtype says"
+        elif absent := [name for name in averaged if name not in dtypes]:
+            reason = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
+            reason = f"{reason}; it has tensors such as {min(self.stored)!r}"
+            hint += (
+                "; if transformers renames them on disk, as the experts of a mixture, load the averages into the model "
+                "(load_into) and save that by save_pretrained"
+            )
+        if reason:
+            raise MismatchError(self.place, reason, hint)
+        plan = replace(plan, dtypes=dtypes)
+        parts: dict[str, dict[str, Entry]] = {}
+        for name, file in self.stored.items():
+            entry = plan.entries.get(name, file.entries[name])
+            check_shape(file.path, name, file.entries[name].shape, entry.shape)
+            parts.setdefault(str(file.path.relative_to(self.path)), {})[name] = entry
+        return plan, parts, self.others
 
 
-def _save(tensors: Mapping[str, torch.Tensor], file: files.PendingFile) -> None:
-    try:
-        torch.save(dict(tensors), _Stream(file))  # type: ignore[arg-type]  # any object with `write`
-    except RuntimeError as error:
-        # torch's archive writer replaces errors of the stream, and a KeyboardInterrupt, by its own error.
-        cause: BaseException | None = error
-        while isinstance(cause, RuntimeError):
-            cause = cause.__context__
-        raise cause or error from None
+def _is_own(path: Path, folder: Path) -> bool:
+    """Return whether a path in a folder is a file of the folder, or a link to one.
+
+    In the cache of the Hugging Face Hub, files are links to the blobs of their repository: snapshots/<revision>/<name>
+    -> ../../blobs/<hash>.
+    """
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
+    return real.is_file() and (real.is_relative_to(root) or (cache is not None and real.parent == cache / "blobs"))
 
 
-def _save_distributed(tensors: dict[str, Any], folder: files.PendingFolder) -> None:
-    from torch.distributed.checkpoint.api import CheckpointException  # slow to import
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    with files.reported_as_write_error(folder.path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that there is only one process
-        try:
-            save(tensors, checkpoint_id=str(folder.temporary), no_dist=True)
-        except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise cause if isinstance(cause, OSError) else error from error
+def _is_weights(name: str) -> bool:
+    """Return whether a file holds weights, or is an index of weights in another format than safetensors."""
+    return name.endswith(_OUT_OF_DATE) or (name.endswith(".index.json") and not name.endswith(INDEX_SUFFIX))

@@ -1,48 +1,293 @@
-"""Averages of a run as files, written by one process, or by the ranks of a torchrun job, each of which writes shards.
+"""How outputs are written: averages of a run by one process, or by the ranks of a torchrun job; and exported models.
 
-A plan is divided into shards of complete tensors by headers alone, so every rank knows the whole division. Ranks
-exchange no tensors: they only report by torch.distributed whether they succeeded. A rank that has died is noticed by
-the launcher, which ends the others, or by the ranks that wait for it: no output appears, and the job is run again.
+An output is a temporary file or folder, which gets its name when it is complete. In a job the first rank makes the
+folder, and each rank writes some of the shards into it; to an object store each sends its own. A plan is divided into
+shards by headers alone, so every rank knows the whole division. Ranks exchange no tensors: they only report by
+torch.distributed whether they succeeded. A rank that has died is noticed by the launcher, which ends the others, or by
+the ranks that wait for it: no output appears, and the job is run again.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import parse_dtype
-from posthoc_cli.errors import InvalidValueError, PostHocError, RankError
-from posthoc_cli.export.layouts import (
-    ALONE,
-    PICKLES,
-    Alone,
-    Output,
-    OutputOptions,
-    files_of,
-    output_paths,
-    write_outputs,
-)
+from posthoc_cli.dtypes import ITEM_BYTES
+from posthoc_cli.errors import FileFormatError, OutputExistsError, PostHocError, RankError, WriteError
+from posthoc_cli.export.layouts import FOLDERS, ModelFolder, Others, OutputOptions, Parts, files_of, layout_of, nbytes
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.sources import counted
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry
-from posthoc_cli.synthesis.engine import check_device, synthesize_into
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFileWriter, read_file, tensor_bytes
+from posthoc_cli.synthesis.engine import TensorOutput, Tile, Writer, check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.targets import Target
 
-if TYPE_CHECKING:
-    from posthoc_cli.export.model_folder import ModelFolder
+# --- processes
+
+
+def is_rank() -> bool:
+    """Return whether this process is one of several ranks of a torchrun job."""
+    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(map(os.environ.get, wanted)) and os.environ["WORLD_SIZE"] != "1"
+
+
+WAIT = timedelta(minutes=30)
+"""The timeout for other ranks to begin, or to finish their current shards."""
+
+
+class Ranks:
+    """The processes of a torchrun job, until the end of the `with` block; or this process alone.
+
+    Raises RankError if the ranks cannot connect or, in `together`, another one failed.
+    """
+
+    rank, world = 0, 1
+    _group: Any = None
+    _is_own = False
+
+    def __init__(self, distributed: bool = False) -> None:
+        if not distributed:
+            return
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch prints a stack trace when a rank has died
+        self._is_own = not dist.is_initialized()
+        try:
+            if self._is_own:
+                dist.init_process_group("gloo", timeout=WAIT)
+            self._group = dist.new_group(backend="gloo", timeout=WAIT)
+        except (RuntimeError, ValueError) as error:
+            reason = f"did not meet by torch.distributed: {str(error).strip().partition(chr(10))[0][:200]}"
+            raise RankError("the processes of this job", reason) from error
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.rank:  # the first rank logs for all
+            logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
+
+    def gather(self, value: object) -> list[Any]:
+        """Return the values of all ranks, in their order."""
+        values: list[Any] = [value] * self.world
+        try:
+            if self._group is not None:
+                dist.all_gather_object(values, value, self._group)
+        except RuntimeError as error:
+            raise RankError("another process of this job", "failed or died; nothing was finished") from error
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the block, wait until all ranks have run theirs, and raise a RankError if that of another rank failed."""
+        failure: PostHocError | None = None
+        try:
+            yield
+        except PostHocError as error:
+            failure = error
+        try:
+            messages = self.gather(failure and str(failure))
+        except RankError as error:
+            raise failure or error from None
+        for rank, text in enumerate(messages):
+            if text:
+                raise failure or RankError(f"rank {rank}", f"failed: {text}")
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._group is not None:
+            with suppress(RuntimeError):
+                dist.destroy_process_group(None if self._is_own else self._group)
+
+
+ALONE = Ranks()
+
+
+# --- outputs
+
+
+class Output:
+    """One output, written file by file under another name; the end of `stack` removes what was not published.
+
+    Tensors are written complete (`write`) or in tiles (`open_tile`, see `synthesis.engine.Output`). .pt files and DCP
+    folders are collected in memory, since their libraries write them in one call. The first rank of a job is the owner
+    of the folder, and the others get its `place`.
+    """
+
+    def __init__(
+        self, stack: ExitStack, path: Path, layout: str, header: Mapping[str, Any], overwrite: bool, is_owner: bool
+    ) -> None:
+        self._stack, self._path, self._layout = stack, path, layout
+        self._header, self._overwrite = header, overwrite
+        self._file: Any = None  # the current one: a TensorFileWriter, or a files.PendingFile
+        self._folder: Any = None
+        self._memory: TensorOutput | None = None
+        self._entries: Mapping[str, Entry] = {}
+        with suppress(FileFormatError):
+            if overwrite and path.suffix == SUFFIX and path.is_file() and read_file(path).kind == "snapshot":
+                raise OutputExistsError(path, "is a snapshot of a run and is not replaced", "choose another name")
+        if is_owner:
+            files.remove_leftovers(path.parent)
+            if layout in FOLDERS:
+                pending = files.PendingFolder(path, FOLDERS[layout] if overwrite else None)
+                self._folder = stack.enter_context(pending)
+        self.place = path if self._folder is None else self._folder.temporary
+
+    def begin(self, name: str, entries: Mapping[str, Entry]) -> None:
+        """Begin a file, into which these tensors go from now on."""
+        self._entries, place = entries, self.place / name
+        if self._layout in ("pt", "dcp"):
+            shapes = {name: entry.shape for name, entry in entries.items()}
+            self._memory = TensorOutput(shapes, torch.device("cpu"))
+        if self._layout == "pt":
+            self._file = self._stack.enter_context(files.PendingFile(place, self._overwrite))
+        elif self._layout != "dcp":
+            files.make_directory(place.parent)
+            writer = TensorFileWriter(place, entries, self._header, {}, self._overwrite)
+            self._file = self._stack.enter_context(writer)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        if self._memory is not None:
+            self._memory.tensors[name] = tensor
+        else:
+            self._file.write(name, tensor_bytes(tensor))
+
+    def open_tile(self, tile: Tile) -> Writer:
+        """Return the function that writes a tile under all names that its tensors have in the file."""
+        if self._memory is not None:
+            copy = self._memory.open_tile(tile)
+            for name in tile.names:
+                self._memory.tensors |= dict.fromkeys(tile.plan.names[name], self._memory.tensors[name])
+            return copy
+        item = ITEM_BYTES[tile.dtype]
+
+        def write(values: torch.Tensor) -> None:
+            view = tensor_bytes(values)
+            for name, (start, stop) in zip(tile.names, pairwise(tile.bounds), strict=True):
+                for alias in tile.plan.names[name]:
+                    if alias in self._entries:
+                        self._file.write(alias, view[start * item : stop * item], tile.begin * item)
+
+        return write
+
+    def finish(self) -> None:
+        """Finish the file; in the folder it gets its name, and in an object store it appears."""
+        if self._memory is not None:
+            _save(self._memory.tensors, self._file, self._folder)
+        elif self._layout in FOLDERS:
+            self._file.commit()
+            if files.is_url(self._path):
+                self._folder.send()
+
+    def publish(self, others: Others) -> None:
+        """Add the other files of a folder, and give the output its name."""
+        if self._folder is None:
+            self._file.commit() if self._memory is None else self._file.publish()
+            return
+        for name, other in others.items():
+            place = self.place / name
+            files.make_directory(place.parent)
+            if isinstance(other, bytes):
+                files.write_atomically(place, other)
+                continue
+            with files.reported_as_write_error(other, "copied"):
+                shutil.copyfile(other, place)
+        self._folder.publish()
+
+
+def _save(tensors: dict[str, Any], file: Any, folder: Any) -> None:
+    """Save tensors as a .pt file or, without `file`, in a folder of torch.distributed.checkpoint."""
+    if file is None:
+        from torch.distributed.checkpoint.api import CheckpointException  # slow to import
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        with files.reported_as_write_error(folder.path), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that there is only one process
+            try:
+                save(tensors, checkpoint_id=str(folder.temporary), no_dist=True)
+            except CheckpointException as error:
+                raise next(iter(error.failures.values()))[0] from error
+        return
+    end = 0
+
+    def write(data: Any) -> int:
+        nonlocal end
+        file.write_at(data, end)
+        size = memoryview(data).nbytes
+        end += size
+        return size
+
+    try:
+        torch.save(tensors, SimpleNamespace(write=write, flush=lambda: None))
+    except RuntimeError as error:  # torch's own, which replaces that of `write`, and a KeyboardInterrupt
+        raise error.__context__ or error from None
+
+
+def write_outputs(
+    paths: Sequence[Path],
+    layout: str,
+    parts: Parts,
+    headers: Sequence[Mapping[str, Any]],
+    fill: Callable[[Sequence[Output], Mapping[str, Entry]], None],
+    others: Others = MappingProxyType({}),
+    overwrite: bool = False,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Write outputs of the same tensors, each with its header, and create their folder.
+
+    `fill` writes the tensors of a file into each output. No output appears before all are complete, except for shards
+    in an object store, whose index comes last.
+
+    Raises WriteError, before anything is written if the outputs do not fit on the disk, and OutputExistsError.
+    """
+    is_remote, is_first = files.is_url(paths[0]), ranks.rank == 0
+    is_owner = is_first or is_remote
+    with ExitStack() as stack:
+        with ranks.together():
+            if is_owner:
+                stack.enter_context(files.new_directory(paths[0].parent))
+                copied = sum(other.stat().st_size for other in others.values() if isinstance(other, Path))
+                sizes = [0, *map(nbytes, parts.values())]  # of those in a store, one at a time is on this disk
+                needed = len(paths) * ((max if is_remote else sum)(sizes) + copied)
+                place = Path(tempfile.gettempdir()) if is_remote else paths[0].parent
+                if needed > (free := shutil.disk_usage(place).free):
+                    reason = f"the output takes {needed:,} bytes, and {free:,} are free on this disk"
+                    hint = "set TMPDIR to a folder with room, or make smaller shards: max_shard_size" * is_remote
+                    raise WriteError(place, reason, hint, errno=errno.ENOSPC)
+            outputs = [
+                Output(stack, path, layout, header, overwrite, is_owner)
+                for path, header in zip(paths, headers, strict=True)
+            ]
+        places = ranks.gather([output.place for output in outputs])[0]
+        with ranks.together():
+            for output, place in zip(outputs, places, strict=True):
+                output.place = output.place if is_owner else place
+            for name in [*parts][ranks.rank :: ranks.world]:
+                for output in outputs:
+                    output.begin(name, parts[name])
+                fill(outputs, parts[name])
+                for output in outputs:
+                    output.finish()
+        with ranks.together():
+            for output in outputs if is_first else ():
+                output.publish(others)
+        for output in outputs if is_remote and not is_first else ():
+            output.publish({})  # nothing is left to send
+
+
+# --- the synthesis
 
 
 @dataclass(frozen=True)
@@ -54,9 +299,6 @@ class SynthesisReport:
     taken: tuple[str, ...] = ()  # tensors that the run lacks and that were copied from the model folder
     device: str = "cpu"  # computed the sums
     seconds: float = 0.0
-
-    def __repr__(self) -> str:
-        return f"SynthesisReport({len(self.outputs)} outputs in {self.seconds:.1f} s: {self.plan!r})"
 
     def to_dict(self) -> dict[str, Any]:
         report = self.plan.to_dict()
@@ -76,183 +318,45 @@ class SynthesisReport:
         }
 
 
-class Outputs:
-    """The outputs that a caller of `Run.write` requests by `asked`, checked before anything is read.
-
-    There is one path per target; none in a dry run. `container` is a folder to create for them. `options` are those of
-    the caller, with the device and the layout filled in. Raises InvalidValueError if one contradicts another.
-    """
-
-    def __init__(
-        self,
-        targets: Sequence[Target],
-        out: str | Path | None,
-        dtype: torch.dtype | str | None,
-        asked: OutputOptions,
-        like: ModelFolder | None,
-    ) -> None:
-        _check(out, dtype, asked)
-        self._like, self._started = like, time.perf_counter()
-        self.dtype = dtype if like is None else like.dtype
-        device = str(asked.device)
-        if asked.distributed and device == "cuda":  # each rank of a machine uses a different device
-            device = f"cuda:{_local_rank()[0] % max(1, torch.cuda.device_count())}"
-        layout = "sharded" if asked.distributed or like is not None else asked.layout
-        self.options = replace(asked, device=check_device(device), layout=layout)
-        paths, self.container = ([], None) if out is None else output_paths(targets, str(out), layout)
-        for path in paths:
-            if like is None:
-                self.options.layout_of(path)
-            if not asked.dry_run:
-                files.check_parent("out", self.container or path)
-        self.paths = [] if asked.dry_run else paths
-
-    def write(self, plan: Plan, progress: ProgressBar = no_bar, ranks: Alone = ALONE) -> SynthesisReport | None:
-        """Make the targets of a plan, or this rank's share of them; return None in all ranks but the first."""
-        taken: tuple[str, ...] = ()
-        if self.paths:
-            workers = self.options.workers
-            if ranks.world > 1:  # ranks of one machine share its cores
-                workers = max(1, worker_count() // _local_rank()[1])
-            with (no_bar if ranks.rank else progress)("synthesizing", plan.read_bytes // ranks.world) as advance:
-                options = replace(self.options, workers=workers, progress=advance)
-                taken = write_synthesis(plan, self.paths, options, self.container, self._like, ranks)
-        seconds = time.perf_counter() - self._started
-        report = SynthesisReport(plan, tuple(self.paths), taken, str(self.options.device), seconds)
-        return None if ranks.rank else report
-
-
-def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: OutputOptions) -> None:
-    """Raise an InvalidValueError for options that contradict each other."""
-    asked.shard_bytes  # noqa: B018  raises an error if invalid, also in a dry run
-    others = (asked.distributed, asked.overwrite, asked.layout, parse_dtype(dtype))
-    is_file = Path(out or "").suffix in (SUFFIX, *PICKLES)
-    name, reason, hint = "like", "", ""
-    if out is None and not asked.dry_run:
-        name, reason = "out", "is missing; only a dry run needs no output"
-    elif asked.like is not None and any(others):
-        reason = "determines the output: layout, dtype, overwrite and torchrun cannot be combined with it"
-    elif asked.distributed and (is_file if asked.layout is None else asked.layout != "sharded"):
-        name = "out" if asked.layout is None else "layout"
-        reason = "a job of several processes makes a folder of shards; name a folder"
-        hint = "an export makes one file of it"
-    if reason:
-        raise InvalidValueError(name, reason, hint, value={"out": out or "", "layout": asked.layout}.get(name, ""))
-
-
-# --- the synthesis
-
-
 def write_synthesis(
     plan: Plan,
     paths: Sequence[Path],
     options: OutputOptions = OutputOptions(),
-    container: Path | None = None,
     like: ModelFolder | None = None,
-    ranks: Alone = ALONE,
-) -> tuple[str, ...]:
-    """Synthesize every target of a plan into its path; see also `write_outputs`.
+    ranks: Ranks = ALONE,
+    progress: ProgressBar = no_bar,
+) -> SynthesisReport | None:
+    """Synthesize every target of a plan into its path; see also `write_outputs`. Returns None in all ranks but one.
 
-    Returns the names of tensors that the run lacks, and that were copied from the model folder that outputs are `like`.
+    In a job this rank's share of the files is made. `like` is the model folder that outputs are copies of.
     """
-    if like is None:
-        layout = options.layout_of(paths[0])
-        most = min(options.shard_bytes, max(1, -(-plan.nbytes // ranks.world)))
-        parts, others = files_of(layout, plan.entries, most)
-    else:
-        plan, parts = like.arranged(plan)
-        layout, others = "like", like.others
-    fill = partial(_fill, plan, options, like)
-    headers = [plan.output_info(index).encoded() for index in range(len(plan.targets))]
-    write_outputs(paths, layout, parts, headers, fill, others, options.overwrite, container, ranks)
-    return tuple(name for entries in parts.values() for name in entries if name not in plan.entries)
+    started, taken = time.perf_counter(), list[str]()
+    options = replace(options, device=check_device(options.device))
+    if ranks.world > 1:  # ranks of one machine share its cores
+        options = replace(options, workers=max(1, worker_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
+    def fill(outputs: Sequence[Output], entries: Mapping[str, Entry]) -> None:
+        if like is not None:
+            for name in entries.keys() - plan.entries.keys():
+                tensor = like.stored[name].tensor(name)
+                for output in outputs:
+                    output.write(name, tensor)
+        subset = frozenset(name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases))
+        with closing(synthesize_into(replace(plan, subset=subset), outputs, options)) as tiles:
+            for _ in tiles:
+                pass
 
-def _fill(
-    plan: Plan,
-    options: OutputOptions,
-    like: ModelFolder | None,
-    outputs: Sequence[Output],
-    entries: Mapping[str, Entry],
-) -> None:
-    """Synthesize the tensors of one file of each output, and copy those that the run lacks."""
-    if like is not None:
-        for name in entries.keys() - plan.entries.keys():
-            tensor = like.stored[name].tensor(name)
-            for output in outputs:
-                output.write(name, tensor)
-    subset = frozenset(name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases))
-    with closing(synthesize_into(replace(plan, subset=subset), outputs, options)) as tiles:
-        for _ in tiles:
-            pass
-
-
-# --- processes
-
-
-def is_rank() -> bool:
-    """Return whether this process is one of several ranks of a torchrun job."""
-    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return all(map(os.environ.get, wanted)) and os.environ["WORLD_SIZE"] != "1"
-
-
-def _local_rank() -> tuple[int, int]:
-    """Return the index of this process among the ranks on this machine, and their number."""
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-WAIT = timedelta(minutes=30)
-"""The timeout for other ranks to begin, or to finish their current shards."""
-
-
-class Ranks(Alone):
-    """The process group of a torchrun job, until the end of the `with` block.
-
-    Raises RankError if the ranks cannot connect or, in `together`, another one failed.
-    """
-
-    def __init__(self) -> None:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch prints a stack trace when a rank has died
-        self._is_own = not dist.is_initialized()
-        try:
-            if self._is_own:
-                dist.init_process_group("gloo", timeout=WAIT)
-            self._group = dist.new_group(backend="gloo", timeout=WAIT)
-        except (RuntimeError, ValueError) as error:
-            reason = f"did not meet by torch.distributed: {str(error).strip().partition(chr(10))[0][:200]}"
-            raise RankError("the processes of this job", reason) from error
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        if self.rank:  # the first rank logs for all
-            logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
-
-    def gather(self, value: object) -> list[Any]:
-        """Return the values of all ranks, in their order."""
-        values: list[Any] = [None] * self.world
-        try:
-            dist.all_gather_object(values, value, self._group)
-        except RuntimeError as error:
-            raise RankError("another process of this job", "failed or died; nothing was finished") from error
-        return values
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Run the block, wait until all ranks have run theirs, and raise a RankError if that of another rank failed."""
-        failure: PostHocError | None = None
-        try:
-            yield
-        except PostHocError as error:
-            failure = error
-        try:
-            messages = self.gather(failure and str(failure))
-            others = [RankError(f"rank {rank}", f"failed: {text}") for rank, text in enumerate(messages) if text]
-        except RankError as error:
-            others = [error]
-        if failure is not None or others:
-            raise failure or others[0]
-
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(RuntimeError):
-            dist.destroy_process_group(None if self._is_own else self._group)
+    if paths:
+        if like is not None:
+            plan, parts, others = like.arranged(plan)
+            layout = "like"
+        else:
+            layout = "sharded" if options.distributed else layout_of(paths[0], options.layout)
+            parts, others = files_of(layout, plan.entries, options, ranks.world)
+        headers = [plan.output_info(index).encoded() for index in range(len(plan.targets))]
+        with (no_bar if ranks.rank else progress)("synthesizing", plan.read_bytes // ranks.world) as advance:
+            options = replace(options, progress=advance)
+            write_outputs(paths, layout, parts, headers, fill, others, options.overwrite, ranks)
+        taken = [name for entries in parts.values() for name in entries if name not in plan.entries]
+    report = SynthesisReport(plan, tuple(paths), tuple(taken), str(options.device), time.perf_counter() - started)
+    return None if ranks.rank else report

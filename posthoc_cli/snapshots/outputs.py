@@ -11,8 +11,8 @@ JSON file as the Hugging Face libraries define it:
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,8 +49,15 @@ from posthoc_cli.snapshots.tensorfile import (
 
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-"""The file name of a model in one file."""
+WEIGHTS = [
+    f"{stem}{ending}"
+    for stem in ("model", "diffusion_pytorch_model", "adapter_model")  # of transformers, diffusers and PEFT
+    for ending in (INDEX_SUFFIX, SUFFIX)
+]
+"""The names of a model's weights in its folder, an index or one file; the first that is there counts."""
+
+_NAME = re.compile(r"[^./\\:][^/\\:]{0,254}")
+"""A name of a visible file in the same folder on every operating system."""
 
 
 @dataclass(frozen=True)
@@ -92,48 +99,27 @@ def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, 
         raise FileFormatError(path, "is not an index of shards: it has no weight_map, or an empty one")
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
-        if not (isinstance(name, str) and is_plain_name(name, endings)):
+        if not (isinstance(name, str) and _NAME.fullmatch(name) and name.isprintable() and name.endswith(endings)):
             reason = f"tensor {shown(tensor)}: {shown(name)} is not the name of a file in its folder"
             raise FileFormatError(path, reason)
         shards.setdefault(name, []).append(tensor)
     return dict(sorted(shards.items()))
 
 
-def encode_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
-    """Return the content of an index file."""
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
-    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-
-
-def is_plain_name(name: str, endings: tuple[str, ...] = (SUFFIX,)) -> bool:
-    """Return whether a name refers to a visible file in the same folder on every operating system."""
-    return (
-        name.endswith(endings)
-        and not name.startswith(".")
-        and len(name.encode(errors="replace")) <= 255
-        and all(c.isprintable() and c not in "/\\:" for c in name)
-    )
-
-
-def model_files(path: Path) -> dict[Path, list[str] | None]:
-    """Return the files of a model, each with the tensors that an index names; None without an index."""
-    index = index_of(path)
-    if index is not None:
-        return {index.parent / name: names for name, names in decode_index(index).items()}
-    return {path / SINGLE_NAME if path.is_dir() else path: None}
-
-
-def index_of(path: Path) -> Path | None:
-    """Return the index of a sharded model: the path itself, or a file in that folder; None for other models."""
+def weights_at(path: Path) -> Path | None:
+    """Return the index or the only file of a model: the path itself, or in a folder; None for a folder without."""
     if not path.is_dir():
-        return path if path.name.endswith(INDEX_SUFFIX) else None
-    standard = path / INDEX_NAME
-    return standard if standard.exists() else min(path.glob(f"*{INDEX_SUFFIX}"), default=None)
+        return path
+    names = sorted(entry.name for entry in files.system.list(path))
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    return next((path / name for name in (*WEIGHTS, *indexes) if name in names), None)
 
 
-def is_model_folder(path: Path) -> bool:
-    """Return whether a path is a folder of one model: shards with an index, or `model.safetensors`."""
-    return path.is_dir() and (index_of(path) is not None or (path / SINGLE_NAME).exists())
+def model_files(weights: Path) -> dict[Path, list[str]]:
+    """Return the files of a model, from its index or only file, each with the tensors that an index names."""
+    if not weights.name.endswith(INDEX_SUFFIX):
+        return {weights: []}
+    return {weights.parent / name: names for name, names in decode_index(weights).items()}
 
 
 def models_at(path: Path) -> list[Path]:
@@ -141,10 +127,10 @@ def models_at(path: Path) -> list[Path]:
 
     Raises DirectoryError for a folder without models, or with the snapshots of a run.
     """
-    if not path.is_dir() or is_model_folder(path) or is_parts_folder(path):
+    if is_parts_folder(path) or weights_at(path) is not None:
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
-    models = [entry for entry in entries if entry.suffix == SUFFIX or is_model_folder(entry) or is_parts_folder(entry)]
+    models = [e for e in entries if e.suffix == SUFFIX or (e.is_dir() and (is_parts_folder(e) or weights_at(e)))]
     if any(map(is_snapshot_name, models)):
         raise DirectoryError(path, "holds the snapshots of a run", "name one of them, or make an average of them")
     if not models:
@@ -153,21 +139,27 @@ def models_at(path: Path) -> list[Path]:
     return models
 
 
-def read_model(path: Path) -> list[TensorFile]:
-    """Read the headers of a model's files; raise an error if one is damaged, missing, or of another output."""
-    read, outputs = list[TensorFile](), list[tuple[Path, object]]()
-    for file_path, names in model_files(path).items():
+def read_model(path: Path) -> tuple[list[TensorFile], OutputInfo | None]:
+    """Read the headers of a model's files, and what they say of an output.
+
+    Raises an error if a file is damaged, missing, or of another output.
+    """
+    read, infos = list[TensorFile](), list[OutputInfo | None]()
+    for file_path, names in model_files(weights_at(path) or path).items():
         file = read_file(file_path)
-        if missing := set(names or ()) - file.entries.keys():
+        if missing := set(names) - file.entries.keys():
             raise FileFormatError(file_path, f"tensor {shown(min(missing))} is not in it, as the index says")
         read.append(file)
-        info = decode(file, "output", OutputInfo) if file.kind == "output" else None
-        made = info and (info.run_id, info.profile, info.t, info.method, [used.file for used in info.snapshots])
-        outputs.append((file_path, made))
-        if made != outputs[0][1]:
+        infos.append(decode(file, "output", OutputInfo) if file.kind == "output" else None)
+        if _made(infos[0]) != _made(infos[-1]):
             reason = "their headers say that they were not written by one synthesis"
-            raise MismatchError(f"{outputs[0][0]} and {file_path} are not of one model", reason)
-    return read
+            raise MismatchError(f"{read[0].path} and {file_path} are not of one model", reason)
+    return read, infos[0]
+
+
+def _made(info: OutputInfo | None) -> object:
+    """Return what is the same in all files of an output: processes may compute other last digits of coefficients."""
+    return info and (info.run_id, info.profile, info.t, info.method, [used.file for used in info.snapshots])
 
 
 # --- descriptions
@@ -180,41 +172,36 @@ def describe(path: Path) -> Description:
 
     Raises DirectoryError without snapshots, outputs or models, and the errors of `read_model`.
     """
-    if not path.is_dir() or is_parts_folder(path):
-        return _of_model(path)
-    content = inspect_directory(path)
-    if content.snapshots or content.problems or content.incomplete:
-        copies = content.snapshots[-1].copies if content.snapshots else ()
-        return {
-            "kind": "directory",
-            "path": str(path),
-            **(_of_run(content.snapshots) if content.snapshots else {}),
-            "superseded": content.superseded,
-            "leftovers": [leftover.name for leftover in (*content.leftovers, *content.incomplete)],
-            "notes": [*content.notes, *filter(None, [statistics_notice(copies)])],
-            "problems": [str(problem) for problem in content.problems],
-        }
-    described = [_of_model(model) for model in models_at(path)]
-    return described[0] if is_model_folder(path) else {"kind": "outputs", "path": str(path), "outputs": described}
+    if path.is_dir() and not is_parts_folder(path):
+        content = inspect_directory(path)
+        if content.snapshots or content.problems or content.incomplete:
+            return {
+                "kind": "directory",
+                "path": str(path),
+                **(_of_run(content.snapshots) if content.snapshots else {}),
+                "superseded": content.superseded,
+                "leftovers": [leftover.name for leftover in (*content.leftovers, *content.incomplete)],
+                "notes": [*content.notes, *(_notes(content.snapshots[-1].copies) if content.snapshots else ())],
+                "problems": [str(problem) for problem in content.problems],
+            }
+        if (models := models_at(path)) != [path]:
+            return {"kind": "outputs", "path": str(path), "outputs": [_of_model(model) for model in models]}
+    return _of_model(path)
 
 
 def _of_model(path: Path) -> Description:
     if is_parts_folder(path):
         return _of_snapshot(read_snapshot(path))
-    shards = read_model(path)
-    is_sharded, kinds = index_of(path) is not None, {shard.kind for shard in shards}
-    if kinds == {"snapshot"} and not is_sharded:
+    shards, output = read_model(path)
+    if len(shards) == 1 and shards[0].kind == "snapshot":
         return _of_snapshot(decode_snapshot(shards[0]))
-    place = {"path": str(path if is_sharded else shards[0].path)}
     sizes = _counts([shard.entries for shard in shards]) | {"bytes": sum(shard.nbytes for shard in shards)}
-    if kinds != {"output"}:
-        return {"kind": "safetensors", **place, **sizes}
-    output = decode(shards[0], "output", OutputInfo)
-    notice = statistics_notice(output.copies)
+    if output is None:
+        return {"kind": "safetensors", "path": str(path), **sizes}
     return {
-        "kind": "output", **place, "run": output.run_id,
+        "kind": "output", "path": str(path), "run": output.run_id,
         **_fields(output, "profile sigma_rel gamma t t_unit method profile_error predicted_error"),
-        "snapshots": [vars(used) for used in output.snapshots], **sizes, "notes": [notice] if notice else [],
+        "snapshots": [vars(used) for used in output.snapshots], **sizes, "notes": _notes(output.copies),
     }  # fmt: skip
 
 
@@ -224,11 +211,11 @@ def _of_run(snapshots: Sequence[Snapshot]) -> Description:
     for width in sorted({snapshot.sigma_rel for snapshot in snapshots}):
         tracked = [snapshot for snapshot in snapshots if snapshot.sigma_rel == width]
         known = [error for snapshot in tracked if (error := _relative_rounding(snapshot)) is not None]
-        profiles.append(
-            {**_fields(tracked[0], "sigma_rel gamma"), "times": [snapshot.t for snapshot in tracked]}
-            | _fields(tracked[-1], "t_first max_interval")
-            | {"relative_rounding_range": [min(known), max(known)] if known else None, "bytes": file_bytes(tracked)}
-        )
+        profiles.append({
+            **_fields(tracked[0], "sigma_rel gamma"), "times": [snapshot.t for snapshot in tracked],
+            **_fields(tracked[-1], "t_first max_interval"),
+            "relative_rounding_range": [min(known), max(known)] if known else None, "bytes": file_bytes(tracked),
+        })  # fmt: skip
     return {
         "run": runs[0] if len(runs) == 1 else runs,
         **_fields(newest, "t_unit t step"),
@@ -270,7 +257,7 @@ def _of_parts(snapshot: Snapshot) -> Description:
 
 def describe_tensors(source: Source) -> Description:
     """Describe the tensors of a snapshot or checkpoint: numbers, roles and dtypes."""
-    copied, notice = len(source.copies), statistics_notice(source.copies)
+    copied = len(source.copies)
     return {
         **_counts([source.entries]),
         "averaged": len(source.tensors) - copied,
@@ -278,8 +265,12 @@ def describe_tensors(source: Source) -> Description:
         "aliases": len(source.aliases),
         "left_out": list(source.left_out),
         "model_dtypes": sorted({source.tensors[name].dtype for name in source.averages}),
-        "notes": [notice] if notice else [],
+        "notes": _notes(source.copies),
     }
+
+
+def _notes(copies: Sequence[str]) -> list[str]:
+    return [*filter(None, [statistics_notice(copies)])]
 
 
 def _fields(info: object, names: str) -> Description:
