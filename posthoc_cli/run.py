@@ -236,7 +236,7 @@ class Run:
         Returns the report; None in every rank of a torchrun job but the first.
         """
         from posthoc_cli.export.layouts import ModelFolder, OutputOptions, output_paths
-        from posthoc_cli.export.writing import Ranks, write_synthesis
+        from posthoc_cli.export.writing import all_ranks, write_synthesis
 
         wanted, asked, like = as_targets(targets), OutputOptions(**options), None
         paths = output_paths(wanted, out, dtype, asked)
@@ -244,15 +244,13 @@ class Run:
             like = ModelFolder.find(asked.like, self.tensors)
             dtype = like.dtype
         plan = functools.partial(self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype)
-        with Ranks(asked.distributed) as ranks:
-            use = functools.partial(
-                write_synthesis, paths=paths, options=asked, like=like, ranks=ranks, progress=progress
-            )
-            if not asked.distributed:
-                return with_consistent_plan(plan, use)
+        use = functools.partial(write_synthesis, paths=paths, options=asked, like=like, progress=progress)
+        if not asked.distributed:
+            return with_consistent_plan(plan, use)
+        with all_ranks() as ranks:
             with ranks.together():
                 planned = plan()
-            return use(planned)
+            return use(planned, ranks=ranks)
 
     # --- errors
 

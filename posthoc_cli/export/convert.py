@@ -15,15 +15,7 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.index import DCP_METADATA, sets_in
 from posthoc_cli.checkpoints.layouts import stored_in
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
-from posthoc_cli.errors import (
-    DirectoryError,
-    FileFormatError,
-    InvalidValueError,
-    MismatchError,
-    NonFiniteError,
-    check_alone,
-    shown,
-)
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError, check_alone, shown
 from posthoc_cli.export.layouts import OutputOptions, check_shape, files_of, layout_of, nbytes
 from posthoc_cli.export.writing import Output, write_outputs
 from posthoc_cli.resources import ProgressBar, no_bar
@@ -124,17 +116,13 @@ def export_file(
 class _Tensor(NamedTuple):
     file: TensorFile | Source
     name: str  # in the file
-    dtype: str  # in its model
+    own: Entry  # its dtype in its model, and its shape
     role: str  # "other" if unknown
 
     def entry(self, wanted: str | None) -> Entry:
         """Return its entry in the output: in the wanted dtype if it is a floating-point parameter."""
-        is_kept = wanted is None or self.role in ("statistic", "copy") or self.dtype not in EPS
-        return Entry(self.dtype if is_kept else str(wanted), self.shape)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.file.entries[self.name].shape
+        is_kept = wanted is None or self.role in ("statistic", "copy") or self.own.dtype not in EPS
+        return self.own if is_kept else Entry(str(wanted), self.own.shape)
 
     def read(self, dtype: str) -> torch.Tensor:
         """Return it in a dtype; raise a NonFiniteError for a nan or infinite average, or a too small dtype."""
@@ -162,15 +150,16 @@ def _is_checkpoint(source: Path) -> bool:
 
 def _of_source(source: Source) -> _Tensors:
     """Return the tensors of a snapshot or checkpoint, under all their names."""
-    names, tensors = {name: name for name in source.tensors} | source.aliases, source.tensors
-    return {name: _Tensor(source, own, tensors[own].dtype, tensors[own].role) for name, own in names.items()}
+    names = {name: name for name in source.tensors} | source.aliases
+    own = {name: Entry(tensor.dtype, source.entries[name].shape) for name, tensor in source.tensors.items()}
+    return {alias: _Tensor(source, name, own[name], source.tensors[name].role) for alias, name in names.items()}
 
 
 def _read_model(stack: ExitStack, path: Path) -> tuple[_Tensors, OutputInfo | None]:
     """Return the tensors of a model, whose files are open until the stack ends, and its header as an output."""
     path, *more = models_at(path)
     if more:
-        raise DirectoryError(path.parent, f"holds {1 + len(more)} models", f"name one of them, such as {path.name}")
+        raise InvalidValueError(path.parent, f"holds {1 + len(more)} models", f"name one of them, such as {path.name}")
     opened, info = ([], None) if is_parts_folder(path) else read_model(path)
     if not opened or opened[0].kind == "snapshot":
         snapshot = stack.enter_context(read_snapshot(path))
@@ -182,14 +171,13 @@ def _read_model(stack: ExitStack, path: Path) -> tuple[_Tensors, OutputInfo | No
         )  # fmt: skip
     tensors = _Tensors()
     for file in map(stack.enter_context, opened):
-        role = "other" if info is None else "average"
-        roles = dict.fromkeys(file.entries, role)
+        roles = dict.fromkeys(file.entries, "other" if info is None else "average")
         if info is not None:
             roles |= dict.fromkeys(running_statistics(file.entries), "statistic") | dict.fromkeys(info.copies, "copy")
         for name, entry in file.entries.items():
             if name in tensors:
                 raise FileFormatError(file.path, f"tensor {shown(name)} is in {tensors[name].file.path} too")
-            tensors[name] = _Tensor(file, name, entry.dtype, roles[name])
+            tensors[name] = _Tensor(file, name, Entry(entry.dtype, entry.shape), roles[name])
     return tensors, info
 
 
@@ -198,7 +186,7 @@ def _read_base(stack: ExitStack, base: Path, own: _Tensors) -> _Tensors:
     tensors, _ = _read_model(stack, base)
     common = tensors.keys() & own.keys()
     for name in common:
-        check_shape(tensors[name].file.path, name, tensors[name].shape, own[name].shape)
+        check_shape(tensors[name].file.path, name, tensors[name].own.shape, own[name].own.shape)
     if not common:
         names = f"its names look like {min(tensors, default='')!r}, theirs like {min(own, default='')!r}"
         hint = "rename them by `prefix` and `strip_prefix`"

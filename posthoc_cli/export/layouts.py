@@ -21,7 +21,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from posthoc_cli import files, resources
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS, parse_dtype
 from posthoc_cli.errors import InvalidValueError, MismatchError, check_word
-from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, model_files, weights_at
+from posthoc_cli.snapshots.outputs import INDEX_NAME, model_files, weights_at
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, read_file
 from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import Plan
@@ -38,10 +38,8 @@ FOLDERS = {
 """The layouts that are folders ("like" is the copy of a model folder), each with a pattern of the names of its files:
 `overwrite` replaces a folder that holds no others."""
 
-_FILES = (*LAYOUTS["safetensors"], *LAYOUTS["pt"])
-
-_OUT_OF_DATE = (SUFFIX, ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
-"""The endings of weights in a model folder, which are not copied next to the averaged weights."""
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ckpt)$|(?<!\.safetensors)\.index\.json$")
+"""The names of weights in a model folder, which are not copied next to the averaged weights: they are out of date."""
 
 Parts = Mapping[str, Mapping[str, Entry]]
 """The tensors of each file of an output: its path within the folder, or "" for an output that is one file."""
@@ -106,7 +104,8 @@ def output_paths(
             raise InvalidValueError("out", "is missing; only a dry run needs no output")
         return []
     path = files.expanded(files.given_path("out", out))
-    if options.distributed and (options.layout not in (None, "sharded") or path.suffix in _FILES):
+    is_file = path.suffix in (*LAYOUTS["safetensors"], *LAYOUTS["pt"])
+    if options.distributed and (is_file or options.layout not in (None, "sharded")):
         reason = "a job of several processes makes a folder of shards; name a folder"
         raise InvalidValueError("out", reason, "an export makes one file of it", value=out)
     files.check_writable("out", path)
@@ -117,7 +116,7 @@ def output_paths(
         if options.like is None:
             layout_of(path, layout)
         return [] if options.dry_run else [path]
-    if not is_folder and path.suffix in _FILES:
+    if is_file and not is_folder:
         raise InvalidValueError("out", f"{len(targets)} targets need a folder", value=out)
     suffix = "".join(LAYOUTS[layout or "safetensors"][:1])
     names = [one.label if one.sigma_rel is None else f"sigma_rel-{one.sigma_rel!r}" for one in targets]
@@ -199,9 +198,8 @@ class ModelFolder:
     @cached_property
     def stored(self) -> dict[str, TensorFile]:
         """The file of each tensor in the folder."""
-        weights = weights_at(self.place)
-        assert weights is not None, "find has checked it"
-        return {name: file for file in map(read_file, model_files(weights)) for name in file.entries}
+        weights = model_files(weights_at(self.place) or self.place)
+        return {name: file for file in map(read_file, weights) for name in file.entries}
 
     @cached_property
     def others(self) -> dict[str, Path]:
@@ -211,7 +209,7 @@ class ModelFolder:
             links = [name for name in folders if Path(base, name).is_symlink()]
             folders[:] = [name for name in folders if not name.startswith(".") and name not in links]
             paths = [Path(base, name) for name in (*links, *names)]
-            others += [path for path in paths if not (path.parent == self.place and _is_weights(path.name))]
+            others += [path for path in paths if not (path.parent == self.place and _WEIGHTS.search(path.name))]
         return {str(path.relative_to(self.path)): path for path in others}
 
     @property
@@ -261,8 +259,3 @@ def _is_own(path: Path, folder: Path) -> bool:
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
     return real.is_file() and (real.is_relative_to(root) or (cache is not None and real.parent == cache / "blobs"))
-
-
-def _is_weights(name: str) -> bool:
-    """Return whether a file holds weights, or is an index of weights in another format than safetensors."""
-    return name.endswith(_OUT_OF_DATE) or (name.endswith(".index.json") and not name.endswith(INDEX_SUFFIX))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from posthoc_cli.errors import FileFormatError, OutputExistsError, PostHocError,
 from posthoc_cli.export.layouts import FOLDERS, ModelFolder, Others, OutputOptions, Parts, files_of, layout_of, nbytes
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.sources import counted
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFileWriter, read_file, tensor_bytes
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, TensorFileWriter, read_file, tensor_bytes
 from posthoc_cli.synthesis.engine import TensorOutput, Tile, Writer, check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 
@@ -47,72 +47,60 @@ def is_rank() -> bool:
     return all(map(os.environ.get, wanted)) and os.environ["WORLD_SIZE"] != "1"
 
 
-WAIT = timedelta(minutes=30)
-"""The timeout for other ranks to begin, or to finish their current shards."""
-
-
+@dataclass(frozen=True)
 class Ranks:
-    """The processes of a torchrun job, until the end of the `with` block; or this process alone.
+    """The processes of a torchrun job, or this process alone."""
 
-    Raises RankError if the ranks cannot connect or, in `together`, another one failed.
-    """
-
-    rank, world = 0, 1
-    _group: Any = None
-    _is_own = False
-
-    def __init__(self, distributed: bool = False) -> None:
-        if not distributed:
-            return
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch prints a stack trace when a rank has died
-        self._is_own = not dist.is_initialized()
-        try:
-            if self._is_own:
-                dist.init_process_group("gloo", timeout=WAIT)
-            self._group = dist.new_group(backend="gloo", timeout=WAIT)
-        except (RuntimeError, ValueError) as error:
-            reason = f"did not meet by torch.distributed: {str(error).strip().partition(chr(10))[0][:200]}"
-            raise RankError("the processes of this job", reason) from error
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        if self.rank:  # the first rank logs for all
-            logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
-
-    def gather(self, value: object) -> list[Any]:
-        """Return the values of all ranks, in their order."""
-        values: list[Any] = [value] * self.world
-        try:
-            if self._group is not None:
-                dist.all_gather_object(values, value, self._group)
-        except RuntimeError as error:
-            raise RankError("another process of this job", "failed or died; nothing was finished") from error
-        return values
+    rank: int = 0
+    world: int = 1
+    group: Any = None
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Run the block, wait until all ranks have run theirs, and raise a RankError if that of another rank failed."""
-        failure: PostHocError | None = None
+    def together(self) -> Iterator[list[Any]]:
+        """Run the block in all ranks, and raise a RankError if that of another one failed.
+
+        It gets a list, which afterwards holds in all ranks what the first rank has put into it.
+        """
+        failure, shared = None, list[Any]()
         try:
-            yield
+            yield shared
         except PostHocError as error:
             failure = error
+        results: list[Any] = [(failure and str(failure), shared)] * self.world
         try:
-            messages = self.gather(failure and str(failure))
-        except RankError as error:
-            raise failure or error from None
-        for rank, text in enumerate(messages):
+            if self.group is not None:
+                dist.all_gather_object(results, results[0], self.group)
+        except RuntimeError as error:
+            raise failure or RankError("another process of this job", "failed or died; nothing was finished") from error
+        for rank, (text, _) in enumerate(results):
             if text:
                 raise failure or RankError(f"rank {rank}", f"failed: {text}")
-
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._group is not None:
-            with suppress(RuntimeError):
-                dist.destroy_process_group(None if self._is_own else self._group)
+        shared[:] = results[0][1]
 
 
 ALONE = Ranks()
+
+
+@contextmanager
+def all_ranks() -> Iterator[Ranks]:
+    """Connect the ranks of a torchrun job for the block; raise RankError if they do not meet."""
+    wait = timedelta(minutes=30)  # for other ranks to begin, or to finish their current shards
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch prints a stack trace when a rank has died
+    is_own = not dist.is_initialized()
+    try:
+        if is_own:
+            dist.init_process_group("gloo", timeout=wait)
+        group = dist.new_group(backend="gloo", timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        reason = f"did not meet by torch.distributed: {str(error).strip().partition(chr(10))[0][:200]}"
+        raise RankError("the processes of this job", reason) from error
+    if dist.get_rank():  # the first rank logs for all
+        logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+    finally:
+        with suppress(RuntimeError):
+            dist.destroy_process_group(None if is_own else group)
 
 
 # --- outputs
@@ -241,21 +229,20 @@ def write_outputs(
     parts: Parts,
     headers: Sequence[Mapping[str, Any]],
     fill: Callable[[Sequence[Output], Mapping[str, Entry]], None],
-    others: Others = MappingProxyType({}),
+    others: Others,
     overwrite: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
     """Write outputs of the same tensors, each with its header, and create their folder.
 
     `fill` writes the tensors of a file into each output. No output appears before all are complete, except for shards
-    in an object store, whose index comes last.
-
-    Raises WriteError, before anything is written if the outputs do not fit on the disk, and OutputExistsError.
+    in an object store, whose index comes last. Raises OutputExistsError, and WriteError, before anything is written if
+    the outputs do not fit on the disk.
     """
     is_remote, is_first = files.is_url(paths[0]), ranks.rank == 0
     is_owner = is_first or is_remote
     with ExitStack() as stack:
-        with ranks.together():
+        with ranks.together() as places:
             if is_owner:
                 stack.enter_context(files.new_directory(paths[0].parent))
                 copied = sum(other.stat().st_size for other in others.values() if isinstance(other, Path))
@@ -270,7 +257,7 @@ def write_outputs(
                 Output(stack, path, layout, header, overwrite, is_owner)
                 for path, header in zip(paths, headers, strict=True)
             ]
-        places = ranks.gather([output.place for output in outputs])[0]
+            places += [output.place for output in outputs]
         with ranks.together():
             for output, place in zip(outputs, places, strict=True):
                 output.place = output.place if is_owner else place
@@ -330,17 +317,16 @@ def write_synthesis(
 
     In a job this rank's share of the files is made. `like` is the model folder that outputs are copies of.
     """
-    started, taken = time.perf_counter(), list[str]()
+    started, taken = time.perf_counter(), dict[str, TensorFile]()
     options = replace(options, device=check_device(options.device))
     if ranks.world > 1:  # ranks of one machine share its cores
         options = replace(options, workers=max(1, worker_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
     def fill(outputs: Sequence[Output], entries: Mapping[str, Entry]) -> None:
-        if like is not None:
-            for name in entries.keys() - plan.entries.keys():
-                tensor = like.stored[name].tensor(name)
-                for output in outputs:
-                    output.write(name, tensor)
+        for name in filter(entries.__contains__, taken):
+            tensor = taken[name].tensor(name)
+            for output in outputs:
+                output.write(name, tensor)
         subset = frozenset(name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases))
         with closing(synthesize_into(replace(plan, subset=subset), outputs, options)) as tiles:
             for _ in tiles:
@@ -348,8 +334,8 @@ def write_synthesis(
 
     if paths:
         if like is not None:
-            plan, parts, others = like.arranged(plan)
-            layout = "like"
+            layout, (plan, parts, others) = "like", like.arranged(plan)
+            taken = {name: file for name, file in like.stored.items() if name not in plan.entries}
         else:
             layout = "sharded" if options.distributed else layout_of(paths[0], options.layout)
             parts, others = files_of(layout, plan.entries, options, ranks.world)
@@ -357,6 +343,5 @@ def write_synthesis(
         with (no_bar if ranks.rank else progress)("synthesizing", plan.read_bytes // ranks.world) as advance:
             options = replace(options, progress=advance)
             write_outputs(paths, layout, parts, headers, fill, others, options.overwrite, ranks)
-        taken = [name for entries in parts.values() for name in entries if name not in plan.entries]
     report = SynthesisReport(plan, tuple(paths), tuple(taken), str(options.device), time.perf_counter() - started)
     return None if ranks.rank else report

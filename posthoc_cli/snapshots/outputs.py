@@ -4,9 +4,6 @@ The dataclass `OutputInfo` is the content of an output's header, see `tensorfile
 JSON file as the Hugging Face libraries define it:
 
     {"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file next to the index}}
-
-`describe` describes the snapshots or models at a path from headers alone, as a dict for JSON that begins with the kind:
-"directory", "snapshot", "output", "outputs" or "safetensors".
 """
 
 from __future__ import annotations
@@ -28,7 +25,6 @@ from posthoc_cli.snapshots.snapshot import (
     RunId,
     Snapshot,
     Time,
-    TrackingSchedule,
     Unit,
     decode,
     decode_snapshot,
@@ -49,12 +45,7 @@ from posthoc_cli.snapshots.tensorfile import (
 
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
-WEIGHTS = [
-    f"{stem}{ending}"
-    for stem in ("model", "diffusion_pytorch_model", "adapter_model")  # of transformers, diffusers and PEFT
-    for ending in (INDEX_SUFFIX, SUFFIX)
-]
-"""The names of a model's weights in its folder, an index or one file; the first that is there counts."""
+_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")  # of transformers, diffusers and PEFT
 
 _NAME = re.compile(r"[^./\\:][^/\\:]{0,254}")
 """A name of a visible file in the same folder on every operating system."""
@@ -111,8 +102,9 @@ def weights_at(path: Path) -> Path | None:
     if not path.is_dir():
         return path
     names = sorted(entry.name for entry in files.system.list(path))
-    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    return next((path / name for name in (*WEIGHTS, *indexes) if name in names), None)
+    known = [f"{stem}{ending}" for stem in _STEMS for ending in (INDEX_SUFFIX, SUFFIX)]
+    known += [name for name in names if name.endswith(INDEX_SUFFIX)]
+    return next((path / name for name in known if name in names), None)
 
 
 def model_files(weights: Path) -> dict[Path, list[str]]:
@@ -140,10 +132,7 @@ def models_at(path: Path) -> list[Path]:
 
 
 def read_model(path: Path) -> tuple[list[TensorFile], OutputInfo | None]:
-    """Read the headers of a model's files, and what they say of an output.
-
-    Raises an error if a file is damaged, missing, or of another output.
-    """
+    """Return a model's files and their header as an output; raise an error if one is damaged, missing or of another."""
     read, infos = list[TensorFile](), list[OutputInfo | None]()
     for file_path, names in model_files(weights_at(path) or path).items():
         file = read_file(file_path)
@@ -164,13 +153,12 @@ def _made(info: OutputInfo | None) -> object:
 
 # --- descriptions
 
-Description = dict[str, Any]
 
+def describe(path: Path) -> dict[str, Any]:
+    """Return what headers say about a directory, a file, or a model in shards, as a dict for JSON.
 
-def describe(path: Path) -> Description:
-    """Describe a directory, a file, or a model in shards; what is wrong with snapshots is among the "problems".
-
-    Raises DirectoryError without snapshots, outputs or models, and the errors of `read_model`.
+    It begins with the kind: "directory", "snapshot", "output", "outputs" or "safetensors". What is wrong with snapshots
+    is among the "problems". Raises DirectoryError without snapshots, outputs or models, and the errors of `read_model`.
     """
     if path.is_dir() and not is_parts_folder(path):
         content = inspect_directory(path)
@@ -189,7 +177,7 @@ def describe(path: Path) -> Description:
     return _of_model(path)
 
 
-def _of_model(path: Path) -> Description:
+def _of_model(path: Path) -> dict[str, Any]:
     if is_parts_folder(path):
         return _of_snapshot(read_snapshot(path))
     shards, output = read_model(path)
@@ -205,7 +193,7 @@ def _of_model(path: Path) -> Description:
     }  # fmt: skip
 
 
-def _of_run(snapshots: Sequence[Snapshot]) -> Description:
+def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     newest, runs = snapshots[-1], sorted({snapshot.run_id for snapshot in snapshots})
     profiles = []
     for width in sorted({snapshot.sigma_rel for snapshot in snapshots}):
@@ -219,43 +207,37 @@ def _of_run(snapshots: Sequence[Snapshot]) -> Description:
     return {
         "run": runs[0] if len(runs) == 1 else runs,
         **_fields(newest, "t_unit t step"),
-        "schedule": _of_schedule(newest.schedule),
+        **_of_settings(newest),
         **describe_tensors(newest),
         "snapshots": [{"file": s.path.name, **_fields(s, "t step sigma_rel")} for s in snapshots],
-        **_of_parts(newest),
         "measured": sum(snapshot.measurements is not None for snapshot in snapshots),
         "bytes": file_bytes(snapshots),
         "profiles": profiles,
     }
 
 
-def _of_snapshot(snapshot: Snapshot) -> Description:
+def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:
     measured = snapshot.measurements
     measurements = measured and {"norm": math.sqrt(measured.norm), "relative_rounding": _relative_rounding(snapshot)}
     return {
         "kind": "snapshot", "path": str(snapshot.path), "run": snapshot.run_id,
         **_fields(snapshot, "sigma_rel gamma t t_unit step off_schedule t_first max_interval"),
-        "schedule": _of_schedule(snapshot.schedule), "measurements": measurements, **_of_parts(snapshot),
-        **describe_tensors(snapshot), "bytes": snapshot.nbytes,
+        **_of_settings(snapshot), "measurements": measurements, **describe_tensors(snapshot), "bytes": snapshot.nbytes,
     }  # fmt: skip
 
 
-def _of_schedule(schedule: TrackingSchedule) -> Description:
-    """Return the settings of `PostHocEMA.from_model`, without the range for thinning, which follows from the widths."""
-    dtype = schedule.checkpoint_dtype
-    described = vars(schedule) | {"checkpoint_dtype": dtype and DTYPES[dtype].torch_name}
-    return {name: value for name, value in described.items() if name != "sigma_range"}
+def _of_settings(snapshot: Snapshot) -> dict[str, Any]:
+    """Return the settings of `PostHocEMA.from_model`, and of parts which one it is, or how many, and the mesh."""
+    dtype, parts = snapshot.schedule.checkpoint_dtype, dict[str, Any]()
+    schedule = vars(snapshot.schedule) | {"checkpoint_dtype": dtype and DTYPES[dtype].torch_name}
+    del schedule["sigma_range"]  # which follows from the widths
+    if snapshot.part or snapshot.path.suffix != SUFFIX:
+        parts = {"part": "{}/{}".format(*snapshot.part)} if snapshot.part else {"parts": len(snapshot.files)}
+        parts |= {"mesh": snapshot.mesh} if snapshot.mesh else {}
+    return {"schedule": schedule, **parts}
 
 
-def _of_parts(snapshot: Snapshot) -> Description:
-    """Return which part it is, or how many there are, and the mesh; nothing for a snapshot in one file."""
-    if not snapshot.part and snapshot.path.suffix == SUFFIX:
-        return {}
-    count = {"part": "{}/{}".format(*snapshot.part)} if snapshot.part else {"parts": len(snapshot.files)}
-    return count | ({"mesh": snapshot.mesh} if snapshot.mesh else {})
-
-
-def describe_tensors(source: Source) -> Description:
+def describe_tensors(source: Source) -> dict[str, Any]:
     """Describe the tensors of a snapshot or checkpoint: numbers, roles and dtypes."""
     copied = len(source.copies)
     return {
@@ -273,7 +255,7 @@ def _notes(copies: Sequence[str]) -> list[str]:
     return [*filter(None, [statistics_notice(copies)])]
 
 
-def _fields(info: object, names: str) -> Description:
+def _fields(info: object, names: str) -> dict[str, Any]:
     return {name: getattr(info, name) for name in names.split()}
 
 
@@ -283,7 +265,7 @@ def _relative_rounding(snapshot: Snapshot) -> float | None:
     return math.sqrt(measured.rounding / measured.norm) if measured is not None and measured.norm > 0 else None
 
 
-def _counts(files: Collection[Mapping[str, Entry]]) -> Description:
+def _counts(files: Collection[Mapping[str, Entry]]) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for entry in (entry for tensors in files for entry in tensors.values()):
         dtypes[entry.dtype] += entry.size

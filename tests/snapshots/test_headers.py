@@ -226,7 +226,7 @@ def test_a_file_of_an_earlier_format_is_named_as_such(tmp_path: Path) -> None:
 END = ".safetensors"
 NAMES = (
     "", "a", f"a{END}.bak", END, f".a{END}", f"../a{END}", f"/a{END}", f"a/b{END}", f"a\\b{END}", f"C:a{END}",
-    f"a\n{END}", f"a\0{END}", f"a\u202e{END}", f"\ud800{END}", "x" * (256 - len(END)) + END, "ä" * 122 + END, 1,
+    f"a\n{END}", f"a\0{END}", f"a\u202e{END}", f"\ud800{END}", "x" * (256 - len(END)) + END, 1,
 )  # fmt: skip
 INDEXES = [json.dumps({"weight_map": {"w\x1b": name}}) for name in NAMES]
 INDEXES += ["", "[]", "{}", "{", "[" * 100_000, '{"weight_map":{}}']
