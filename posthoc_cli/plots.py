@@ -175,8 +175,8 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     claimed, length = audit["intervals"][0]["claimed"], audit["length"] or 0.0
     sigma = audit["uncertainty"] or 0.0
     figure, axes = _figure()
-    drawn = [each for each in audit["intervals"] if 0 < abs(each["found"]) < math.inf]
-    lengths, begins, ends = ([abs(each[key]) for each in drawn] for key in ("found", "begin", "end"))
+    drawn = [each for each in audit["intervals"] if each["found"]]
+    lengths, begins, ends = ([each[key] for each in drawn] for key in ("found", "begin", "end"))
     axes.hlines(lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label="found in each interval")
     if audit["found"] is not None and 0 < length < math.inf and sigma <= 1:
         band, label = (length / math.exp(sigma), length * math.exp(sigma)), f"found in all together: {length:,.4g}"

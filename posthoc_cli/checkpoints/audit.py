@@ -8,27 +8,26 @@ the weights remembers nothing from before the restart; how far it has moved betw
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.checkpoints.audit_decay import MOST_CHECKPOINTS, Fit, Intervals, Model, Series, likelihood, refine
+from posthoc_cli.checkpoints.audit_decay import CONSTANT, Intervals, Model, Series, best_models, refine
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, check_number
-from posthoc_cli.profiles import POWER_FUNCTION, RAMP_UP, DecayRule, OrdinaryEMA, Point, gamma_from_sigma_rel
+from posthoc_cli.profiles import POWER_FUNCTION, UNLIMITED, DecayRule, OrdinaryEMA, Point, gamma_from_sigma_rel
 from posthoc_cli.snapshots.sources import ElementRange, Source, expected_rounding
 
 _MOST_ELEMENTS, _PIECES = 100_000, 32  # most elements in the sample; least pieces of tensors if it has enough elements
+_MOST_CHECKPOINTS = 24  # most checkpoints that are explained together
 _SLACK = 1.1  # largest factor between the found and the claimed length of an average that is as claimed
 _FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
 _SHORTEST = 0.1  # smallest length that can be determined, as a share of the time between two checkpoints
 _ALL = 0.999  # share of equal elements that counts as all elements
 _CLEARLY = 0.5  # an explanation is clearly better if its residual is below this share of another one's
-_FAR = 3.0  # rules with log residuals, summed over the intervals, above the least ones by this are not compared further
-_ALIKE = 0.05  # rules explain files about equally if -2 log of their likelihoods for each element differ by less
-_SAME = 0.02  # rules are the same if their tails differ by less, as much as those of lengths that differ by 5 %
 _VAGUE, _BEYOND_DOUBT = 0.25, 5.0  # above this uncertainty a length is undetermined, unless so many times that off
 
 _STILL = "was not updated"
@@ -42,9 +41,11 @@ class Interval:
 
     begin: float
     end: float
-    found: float  # time constant in the unit of times, 1 / (1 - decay) for one step; for a power function its sigma_rel
+    # Time constant in the unit of times, 1 / (1 - decay) for one step, or sigma_rel; None if the weights stand still.
+    found: float | None
     claimed: float | None  # None without a claim
-    unexplained: float  # L2 norm of the residual of the average's motion, divided by that of the motion
+    # L2 norm of the residual of the average's motion, divided by that of the motion; None if the average stands still.
+    unexplained: float | None
     note: str  # what happened in this interval, or is wrong in it; empty if nothing is
 
 
@@ -58,15 +59,13 @@ class Audit:
     what: str  # the parameter in question, "decay" or "sigma_rel"
     found: float | None = None  # the parameter at the end of the training
     length: float | None = None  # the time constant or sigma_rel that explains all intervals
-    uncertainty: float | None = None  # of the length, relative
+    uncertainty: float | None = None  # of the length, relative; infinite if two checkpoints alone show it
     claimed: float | None = None  # claimed parameter
-    ratio: float | None = None  # found length / claimed length
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
     starts: tuple[float, ...] = ()  # times after the begin of the training at which it started from the weights
     is_late: bool = False  # whether the first of these is its begin, and not a restart
     tensors: tuple[str, ...] = ()  # names of the tensors that the verdict is about; empty for all tensors
     intervals: tuple[Interval, ...] = ()
-    elements: int = 0  # in the sample
 
     def __repr__(self) -> str:
         return f"Audit({self.text})"
@@ -83,279 +82,201 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return asdict(self) | {"contradicted": self.is_bad}
+        sigma = None if self.uncertainty == math.inf else self.uncertainty
+        return asdict(self) | {"uncertainty": sigma, "contradicted": self.is_bad}
 
 
 # --- what an average did
 
 
-@dataclass
-class _Case:
-    """An average to be judged; `tensors` are the names of its pieces.
+def _judge(name: str, series: Series, tensors: Sequence[str], model: Model, unit: str) -> Audit:
+    """Return the audit of an average; `tensors` are the names of its pieces."""
+    # By interval and piece: whether weights move, and averages stand still; by time and piece: whether they are equal.
+    moved = np.array([(x[1:] != x[:-1]).any(axis=1) for x, _ in series.values]).T
+    same = np.array([(e[1:] == e[:-1]).mean(axis=1) >= _ALL for _, e in series.values]).T | ~moved
+    copied = np.array([(x == e).mean(axis=1) >= _ALL for x, e in series.values]).T
+    still, equal = same.all(axis=0), (copied[1:] | ~moved).all(axis=0)
+    claimed = None if model.claimed is None else replace(model, value=model.claimed).parameter
+    audit = Audit(name, "undetermined", "", "sigma_rel" if model.is_power else "decay", claimed=claimed)
+    if not moved.any():
+        return replace(audit, text="the weights stand still between these checkpoints")
+    if still.all():
+        text = "the average does not move while the weights do: is its update called, and on the same tensors that are"
+        text += " saved (names after torch.compile, shards of ZeRO-3)?"
+        return replace(audit, verdict="does not move", text=text)
+    if equal.all():
+        text = "the average is equal to the weights: it is copied, or its decay is 0"
+        return replace(audit, verdict="equals the weights", text=text)
 
-    Masks of pieces are `used`, whose weights move, `still` and `equal`, whose average stands still or equals the
-    weights, and `kept`, which do neither; `rows` are the intervals of these. Intervals with `notes` show no decay. At
-    the begin of interval `begin`, not at its end, the average equals the weights.
+    kept, is_used = ~still & ~equal, moved.any(axis=0)
+    stands = moved.any(axis=1) & same.all(axis=1)
+    notes = [_STILL * bool(stand) for stand in stands]
+    begun = int(np.argmin([*(copied[:-1] | ~moved).all(axis=1) & ~stands, False]))
+    notes[:begun] = ["not begun"] * begun
+    begin = begun - 1 if begun and not (copied[begun] | ~moved[begun - 1]).all() else None
+    for restart in model.starts[1:]:
+        for index in np.flatnonzero((series.times[:-1] <= restart) & (restart < series.times[1:])):
+            notes[index] = f"began again near step {restart:,.0f}"
+    moves = np.flatnonzero(moved[:, kept].any(axis=1)).tolist()
+    if not any(notes[index] != _STILL for index in moves):
+        return replace(audit, text="in no interval do both the weights and the average move")
+
+    series = Series(series.times, [*compress(series.values, kept)], series.rounding[:, kept])
+    rows = series.intervals()
+    (fit, *rivals), together, starts = _explain(series, rows, model, moves, notes, begin)
+    model, sigma = refine(fit, together)
+    found = model.parameter_at(series.times[-1])
+    is_rising = model.claimed is None and model.parameter > found + 1e-9
+    audit = replace(
+        audit,
+        what="sigma_rel" if model.is_power else "decay",
+        length=None if is_rising else model.length,
+        uncertainty=None if is_rising else sigma,
+        warm_up=model.warm_up,
+        starts=tuple(sorted(starts.values())),
+        is_late=any(index in (0, begin) for index in starts),
+        intervals=tuple(_interval(rows[[index]], fit, note) for index, note in enumerate(notes)),
+    )
+    if rivals:
+        settings = [
+            f"sigma_rel {one.parameter:.3g}" if one.is_power
+            else f"decay {min(one.parameter, 0.999999):.6g} with warm-up {one.warm_up or 'none'}"
+            for one in (fit, *rivals)
+        ]  # fmt: skip
+        return replace(audit, text=f"the files show it about equally as {', and as '.join(settings)}")
+    if is_rising:
+        shown = f"decay {found:.7g} at the end, still rising by {model.rule.rule}"
+    elif model.is_power:
+        shown = f"sigma_rel {found:.4g} (± {sigma:.1%})"
+    else:
+        shown = f"decay {found:.7g}, a time constant of {model.length:,.4g} {unit} (± {sigma:.1%})"
+        shown += f", reached by {model.rule.rule}" * bool(model.warm_up)
+    restarts = audit.starts[audit.is_late :]
+    steps = " and ".join(f"{time:,.0f}" for time in restarts or model.starts[1:])
+    if restarts:
+        text = f"began again from the weights near step {steps}: the average was lost, or reset, at a resume"
+        return replace(audit, verdict="began again", text=f"{text}; {shown}", found=found)
+    unexplained = [interval.unexplained or 0.0 for interval in audit.intervals if not interval.note]
+    if not model.is_power and np.median(unexplained or 0.0) > _FOREIGN:
+        text = "the weights at these checkpoints do not explain how the average moves between them: they forget faster"
+        return replace(audit, text=f"{text} than checkpoints are apart, or are of another run")
+    if lost := tuple(dict.fromkeys(compress(tensors, is_used & ~kept))):
+        named = ", ".join(lost[:3]) + f" and {len(lost) - 3} more" * (len(lost) > 3)
+        text = f"{len(lost)} of {len(set(tensors))} tensors are not followed, or copied, while the others are averaged"
+        return replace(audit, verdict="some tensors", text=f"{text}: {named}", tensors=lost, found=found)
+    shown += f"; begun from the weights near step {steps}" * bool(steps)
+    shortest = _SHORTEST * float((rows.end - rows.begin).min())
+    verdict, text = _compare_lengths(model, audit.uncertainty or 0.0, shown, unit, shortest)
+    return replace(audit, verdict=verdict, text=text, found=None if verdict == "undetermined" else found)
+
+
+def _compare_lengths(model: Model, sigma: float, shown: str, unit: str, shortest: float) -> tuple[str, str]:
+    """Return the verdict on a length, against the claimed one if there is a claim, and its text."""
+    claim = replace(model, value=model.claimed or model.value)
+    length, claimed = model.length, claim.length
+    difference = abs(math.log(length / claimed))
+    if not model.is_power and max(length, claimed) < shortest:
+        text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time between these checkpoints"
+        closer = f"checkpoints closer than {max(1, claimed / _SHORTEST):,.0f} {unit} would show it"
+        return "undetermined", f"{text}; {closer}"
+    if sigma > _VAGUE and difference < _BEYOND_DOUBT * sigma:
+        return "undetermined", f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
+    if model.claimed is None:
+        return "found", shown
+    if difference <= max(math.log(_SLACK), 3 * sigma):
+        return "as claimed", f"{shown}, as claimed"
+    factors = " to ".join(f"{math.exp(difference + sign * sigma):.3g}" for sign in (-1, 1))
+    verdict, usual = "too short", f"{factors} times a step: once a microbatch, or by each of so many processes"
+    if length > claimed:
+        verdict, usual = "too long", f"at every k-th step only, or of steps that are counted twice (k = {factors})"
+    shown += f", not {claim.parameter:.7g}"
+    return verdict, f"{math.exp(difference):.3g} times {verdict}: {shown}; as if updated {usual}"
+
+
+def _explain(
+    series: Series, rows: Intervals, model: Model, moves: Sequence[int], notes: list[str], begin: int | None
+) -> tuple[list[Model], Series, dict[int, float]]:
+    """Return the best model and its rivals, the checkpoints that show it, and by interval the times of starts.
+
+    `moves` are the intervals in which weights move; those with notes show no decay, and starts are noted. In interval
+    `begin` the average began.
     """
-
-    name: str
-    series: Series
-    tensors: Sequence[str]
-    model: Model
-    unit: str
-
-    def __post_init__(self) -> None:
-        moved = np.array([(x[1:] != x[:-1]).any(axis=1) for x, _ in self.series.values]).T
-        same = np.array([(e[1:] == e[:-1]).mean(axis=1) >= _ALL for _, e in self.series.values]).T | ~moved
-        copied = np.array([(x == e).mean(axis=1) >= _ALL for x, e in self.series.values]).T
-        self.used = moved.any(axis=0)
-        self.still = same.all(axis=0) & self.used
-        self.equal = (copied[1:] | ~moved).all(axis=0) & self.used
-        self.kept = self.used & ~self.still & ~self.equal
-        self.rows = self.series.intervals(self.kept)
-        self.end = float(self.rows.end[-1])
-        stands = moved.any(axis=1) & same.all(axis=1)
-        self.notes = [_STILL * bool(stand) for stand in stands]
-        copies = (copied[:-1] | ~moved).all(axis=1) & ~stands
-        begun = int(np.argmin([*copies, False]))
-        self.notes[:begun] = ["not begun"] * begun
-        is_within = begun > 0 and not (copied[begun] | ~moved[begun - 1]).all()
-        self.begin = begun - 1 if is_within else None
-        for restart in self.model.starts[1:]:
-            for index in np.flatnonzero((self.rows.begin <= restart) & (restart < self.rows.end)):
-                self.notes[index] = f"began again at {restart:,.0f}, as the settings say"
-
-    @property
-    def usable(self) -> list[int]:
-        """Indexes of intervals without a note; if all have one, of those in which weights and average move."""
-        moves = np.flatnonzero(self.rows.gram[..., 2, 2].any(axis=1)).tolist()
-        return [i for i in moves if not self.notes[i]] or [i for i in moves if self.notes[i] != _STILL]
-
-    @property
-    def stretch(self) -> tuple[int, int]:
-        """The longest range of checkpoints, begin and end, with usable intervals only; the newest of several."""
-        usable = np.array(self.usable)
+    starts: dict[int, float] = {}
+    for is_last in (False, False, True):  # an average that restarted repeats its warm-up, too
+        usable = [i for i in moves if not notes[i]] or [i for i in moves if notes[i] != _STILL]
         runs = np.split(usable, np.flatnonzero(np.diff(usable) > 1) + 1)
         longest = max(reversed(runs), key=len)
-        end = int(longest[-1]) + 2
-        return max(int(longest[0]), end - MOST_CHECKPOINTS), end
-
-
-_RULES = (
-    DecayRule(0.5), DecayRule(0.5, "ratio"), DecayRule(0.5, "power"), DecayRule(0.5, "power", power=0.75),
-    DecayRule(0.5, "ramp-up", power=RAMP_UP), DecayRule(0.5, POWER_FUNCTION),
-)  # fmt: skip
-"""A constant decay, the warm-ups that libraries have, and the power function."""
-
-
-def _explain(case: _Case) -> tuple[Fit, list[Fit], dict[int, float]]:
-    """Return the best fit, its rivals, see `_best_fit`, and by interval the times at which the average started."""
-    starts: dict[int, float] = {}
-    fit, rivals = _best_fit(case, starts)
-    for _ in range(2):  # an average that restarted repeats its warm-up, too
-        found = _find_restarts(case, fit)
-        if case.begin is not None and case.begin not in starts:
-            row = case.rows[[case.begin]]
-            found[case.begin] = _locate_start(fit.model, fit.value, row, row)
+        last = int(longest[-1]) + 2
+        together = series[max(int(longest[0]), last - _MOST_CHECKPOINTS) : last]
+        best, *rivals = best_models(model.begun(*starts.values()), rows[usable], together)
+        base = replace(best, starts=model.starts)
+        for _ in range(3 * bool(starts and best.rule.warm_up)):  # by all later intervals
+            for index in starts:
+                others = (time for other, time in starts.items() if other != index)
+                trial = replace(base.begun(*others), value=best.value)
+                starts[index] = _locate_start(trial, rows[usable], rows[[index]])
+            best, _ = rows[usable].fit(base.begun(*starts.values()))
+        found = {} if is_last else _find_restarts(best, rows, [i for i in usable if not notes[i]])
+        if begin is not None and begin not in starts:
+            found[begin] = _locate_start(best, rows[[begin]], rows[[begin]])
+        starts |= found
+        for index, time in starts.items():
+            notes[index] = f"{'begins' if index in (0, begin) else 'began again'} near step {time:,.0f}"
         if not found:
             break
-        starts |= found
-        for index in found:
-            case.notes[index] = "begins" if index in (0, case.begin) else "began again"
-        fit, rivals = _best_fit(case, starts)
-        rows, base = case.rows[case.usable], replace(fit.model, starts=case.model.starts)
-        for _ in range(3 * (base.rises or base.is_power)):  # by all later intervals
-            for index in starts:
-                others = base.begun(*(time for other, time in starts.items() if other != index))
-                starts[index] = _locate_start(others, fit.value, rows, case.rows[[index]])
-            fit = Fit(base.begun(*starts.values()), rows)
-    for index, time in starts.items():
-        case.notes[index] += f" near step {time:,.0f}"
-    return fit, rivals, starts
+    return [best, *rivals], together, starts
 
 
-def _best_fit(case: _Case, starts: Mapping[int, float]) -> tuple[Fit, list[Fit]]:
-    """Return the fit of the claimed model; without a claim, of the best rule, and of others that are about as good.
-
-    A path that turns back, or slows down, looks like another rule: the likelihoods decide. Among rules that are alike,
-    and make the same averages, it is the first one.
-    """
-    rows, model = case.rows[case.usable], case.model.begun(*starts.values())
-    if model.claimed is not None:
-        return Fit(model, rows), []
-    fits = [Fit(replace(model, rule=rule), rows) for rule in _RULES]
-    least = min(fit.misfit for fit in fits)
-    fits = [fit for fit in fits if fit.misfit < least + _FAR]
-    if len(fits) == 1:
-        return fits[0], []
-    found = [likelihood(fit, case.series, case.kept, *case.stretch) for fit in fits]
-    limit = min(cost for _, cost in found) + _ALIKE
-    alike = [(fit, fit.model.masses_before(value, case.series.times))
-             for fit, (value, cost) in zip(fits, found, strict=True) if cost <= limit]  # fmt: skip
-    (best, masses), *others = alike
-    return best, [fit for fit, other in others if np.abs(other - masses).max() > _SAME]
-
-
-def _find_restarts(case: _Case, fit: Fit) -> dict[int, float]:
+def _find_restarts(model: Model, rows: Intervals, usable: Sequence[int]) -> dict[int, float]:
     """Return the times at which the average restarted from the weights, by interval."""
     restarts: dict[int, float] = {}
-    usable, rows = case.usable, fit.intervals
-    if (case.model.is_power and case.model.claimed is not None) or len(usable) < 3:
+    if (model.is_power and model.claimed) or len(usable) < 3:
         return restarts
-    kept, joint = rows.factors(fit.model, fit.value)[0], rows.shares(fit.model, fit.value)
-    for at, index in enumerate(usable):
-        if kept[at] < _SHORTEST or case.notes[index]:
-            continue
-        row = rows[[at]]
-        own, limit = row.shares(fit.model, Fit(fit.model, row).value)[0], _CLEARLY * joint[at]
-        if own < limit:  # either another decay or a restart explains the interval
-            time = _locate_start(fit.model, fit.value, row, row)
-            if row.shares(fit.model.begun(time), fit.value)[0] < min(limit, 1.5 * own):
+    kept = np.exp(model.forgotten(rows.begin) - model.forgotten(rows.end))
+    for index in usable:
+        row = rows[[index]]
+        own, limit = row.shares(row.fit(model)[0])[0], _CLEARLY * row.shares(model)[0]
+        if kept[index] >= _SHORTEST and own < limit:  # either another decay or a restart explains the interval
+            time = _locate_start(model, row, row)
+            if row.shares(model.begun(time))[0] < min(limit, 1.5 * own):
                 restarts[index] = time
     return restarts
 
 
-def _locate_start(model: Model, value: float, rows: Intervals, within: Intervals) -> float:
+def _locate_start(model: Model, rows: Intervals, within: Intervals) -> float:
     """Return the time in one interval at which the average started from the weights, by the residuals of `rows`."""
-    times = np.linspace(within.begin[0], within.end[0], 51)
-    return rows.search(lambda time: rows.residuals(model.begun(time), value), times)[0]
+    return rows.search(model.begun, np.linspace(within.begin[0], within.end[0], 51))[0]
 
 
-# --- verdicts
-
-
-def _judge(case: _Case) -> Audit:
-    """Return the audit of an average from its intervals."""
-    model, elements = case.model, sum(values.shape[2] for values in case.series.values)
-    claimed = None if model.claimed is None else model.parameter(model.claimed)
-    audit = Audit(case.name, "undetermined", "", model.what, claimed=claimed, elements=elements)
-    if not case.used.any():
-        return replace(audit, text="the weights stand still between these checkpoints")
-    if case.still[case.used].all():
-        text = "the average does not move while the weights do: is its update called, and on the same tensors that are"
-        text += " saved (names after torch.compile, shards of ZeRO-3)?"
-        return replace(audit, verdict="does not move", text=text)
-    if case.equal[case.used].all():
-        text = "the average is equal to the weights: it is copied, or its decay is 0"
-        return replace(audit, verdict="equals the weights", text=text)
-    if not case.usable:
-        return replace(audit, text="in no interval do both the weights and the average move")
-    fit, rivals, starts = _explain(case)
-    value, sigma = refine(fit, case.series, case.kept, *case.stretch)
-    found, rising = fit.model.at_end(value, case.end)
-    audit = replace(
-        audit,
-        what=fit.model.what,
-        length=None if rising else fit.model.length(value),
-        uncertainty=None if rising else sigma,
-        warm_up=fit.model.warm_up,
-        starts=tuple(starts[index] for index in sorted(starts)),
-        is_late=any(index in (0, case.begin) for index in starts),
-        intervals=tuple(_interval(case.rows[[index]], fit, note) for index, note in enumerate(case.notes)),
-    )
-    if rivals:
-        return replace(
-            audit, text=f"the files show it about equally as {', and as '.join(map(_in_words, (fit, *rivals)))}"
-        )
-    if restarts := audit.starts[audit.is_late :]:
-        text = f"began again from the weights near step {_steps(restarts)}: the average was lost, or reset, at a resume"
-        text += f"; its decay is {found:.7g} " + ("at the end, still rising" if rising else f"(± {sigma:.1%})")
-        return replace(audit, verdict="began again", text=text, found=found)
-    unexplained = [interval.unexplained for interval in audit.intervals if not interval.note]
-    if not fit.model.is_power and unexplained and np.median(unexplained) > _FOREIGN:
-        text = "the weights at these checkpoints do not explain how the average moves between them: they forget faster"
-        text += " than checkpoints are apart, or are of another run"
-        return replace(audit, text=text)
-    if lost := tuple(dict.fromkeys(np.array(case.tensors)[case.still | case.equal].tolist())):
-        how = "are not followed" if case.still.any() else "are copied"
-        named = ", ".join(lost[:3]) + f" and {len(lost) - 3} more" * (len(lost) > 3)
-        text = f"{len(lost)} of {len(set(case.tensors))} tensors {how}, while the others are averaged: {named}"
-        return replace(audit, verdict="some tensors", text=text, tensors=lost, found=found)
-    return _compare_lengths(audit, case, fit.model, value, sigma)
-
-
-def _compare_lengths(audit: Audit, case: _Case, model: Model, value: float, sigma: float) -> Audit:
-    """Return the audit with the verdict on the found length, against the claimed one if there is a claim."""
-    rows, unit, length = case.rows[case.usable], case.unit, model.length(value)
-    found, rising = model.at_end(value, case.end)
-    sigma, shortest = 0.0 if rising else sigma, _SHORTEST * float((rows.end - rows.begin).min())
-    claimed = None if model.claimed is None else model.length(model.claimed)
-    if not model.is_power and max(length, claimed or 0.0) < shortest:
-        text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time between these checkpoints"
-        closer = f"checkpoints closer than {max(1, (claimed or length) / _SHORTEST):,.0f} {unit} would show it"
-        return replace(audit, text=f"{text}; {closer}")
-    if sigma > _VAGUE and (claimed is None or abs(math.log(length / claimed)) < _BEYOND_DOUBT * sigma):
-        return replace(audit, text=f"the checkpoints do not show its length (± {min(sigma, 1):.0%})")
-    if model.is_power:
-        shown = f"sigma_rel {found:.4g} (± {sigma:.1%})"
-    elif rising:
-        shown = f"decay {found:.7g} at the end, still rising by {model.rule.rule}"
-    else:
-        shown = f"decay {found:.7g}, a time constant of {length:,.4g} {unit} (± {sigma:.1%})"
-        shown += f", reached by {model.rule.rule}" * bool(model.warm_up)
-    if starts := case.model.starts[1:] or audit.starts:
-        shown += f"; begun from the weights near step {_steps(starts)}"
-    if claimed is None:
-        return replace(audit, verdict="found", text=shown, found=found)
-    ratio, slack = length / claimed, max(math.log(_SLACK), 3 * sigma)
-    text, factor = f"{shown}, as claimed", max(ratio, 1 / ratio)
-    audit = replace(audit, verdict="as claimed", text=text, found=found, ratio=ratio)
-    if math.log(factor) <= slack:
-        return audit
-    verdict = "too long" if ratio > 1 else "too short"
-    factors = " to ".join(dict.fromkeys(f"{factor * math.exp(sign * sigma):.3g}" for sign in (-1, 1)))
-    usual = f"updated {factors} times a step: once a microbatch, or by each of so many processes"
-    if ratio > 1:
-        usual = f"updated at every k-th step only, or of steps that are counted twice (k = {factors})"
-    text = f"{factor:.3g} times {verdict}: {shown}, not {audit.claimed:.7g}; as if {usual}"
-    return replace(audit, verdict=verdict, text=text)
-
-
-def _steps(times: Sequence[float]) -> str:
-    return " and ".join(f"{time:,.0f}" for time in times)
-
-
-def _in_words(fit: Fit) -> str:
-    """Return the settings of an import that make averages of a model, in words."""
-    parameter = fit.model.parameter(fit.value)
-    if fit.model.is_power:
-        return f"sigma_rel {parameter:.3g}"
-    return f"decay {min(parameter, 0.999999):.6g} with warm-up {fit.model.warm_up or 'none'}"
-
-
-def _interval(row: Intervals, fit: Fit, note: str) -> Interval:
+def _interval(row: Intervals, model: Model, note: str) -> Interval:
     """Return the findings of one interval alone; a warm-up as the constant decay that forgets as much.
 
     One interval may be explained by several values: its own is the one that the overall fit leads to.
     """
-    model, (begin,), (end,) = fit.model, row.begin.tolist(), row.end.tolist()
-    plain = replace(model, rule=model.rule if model.is_power else DecayRule(0.5), claimed=None, starts=(0.0,))
-    began = replace(model, starts=tuple(start for start in model.starts if start <= begin) or (begin,))
+    (begin,), (end,) = row.begin.tolist(), row.end.tolist()
 
-    def as_plain(value: float) -> float:
-        lost = began.forgotten(value, np.array([begin, end]))
-        return value if model.is_power else float(lost[1] - lost[0]) / (end - begin)
+    def as_plain(model: Model) -> Model:
+        if model.is_power:
+            return replace(model, starts=(0.0,))
+        began = replace(model, starts=tuple(start for start in model.starts if start <= begin) or (begin,))
+        lost = float(np.diff(began.forgotten(np.array([begin, end])))[0])
+        return Model(CONSTANT, value=lost / (end - begin), every=model.every)
 
-    moves = row.gram[..., 2, 2].any()
-    found = plain.length(Fit(plain, row, as_plain(fit.value)).value) if moves else math.nan
-    claimed = None if model.claimed is None else plain.length(as_plain(model.claimed))
+    plain = as_plain(model)
+    found = row.fit(plain, plain.value)[0].length if row.gram[..., 2, 2].any() else None
+    claimed = None if model.claimed is None else as_plain(replace(model, value=model.claimed)).length
     moved = float((row.gram[..., 0, 0] + row.gram[..., 1, 1] - 2 * row.gram[..., 0, 1]).sum())
-    left = max(float(row.residuals(model, fit.value).sum()), 0.0)
-    return Interval(begin, end, found, claimed, math.sqrt(left / max(moved, 1e-300)), note)
+    unexplained = math.sqrt(max(float(row.residuals(model).sum()), 0.0) / moved) if moved > 0 else None
+    return Interval(begin, end, found, claimed, unexplained, note)
 
 
 # --- sources
 
 
 def audit_sources(sources: Sequence[Source], claimed: float | None = None) -> list[Audit]:
-    """Audit every average among the checkpoints of a run against the weights at the same times.
+    """Audit every average among the checkpoints of one run against the weights at the same times.
 
-    Arguments:
-        sources: checkpoints of one run.
-        claimed: claimed decay of the averages; by default the one that their files or the import say.
-
-    Raises:
-        InvalidValueError: nothing can be audited, or `claimed` is no decay.
+    `claimed` is their claimed decay; by default the one that their files or the import say.
     """
     if claimed is not None:
         check_number("claimed", claimed, lambda decay: 0 < decay < 1, "lie in (0, 1)")
@@ -372,40 +293,35 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None) -> li
 def audits_of(checkpoints: Sequence[Any], claimed: float | None = None, every: int = 1) -> Iterator[Audit]:
     """Yield the audit of each average, by sigma_rel; `every` is the time between updates if nothing says it."""
     weights = {one.t: one for one in checkpoints if isinstance(one.profile, Point)}
-    by_width: dict[float, list[Checkpoint]] = {}
-    for one in checkpoints:
-        if not isinstance(one.profile, Point) and one.t in weights:
-            by_width.setdefault(one.sigma_rel, []).append(one)
-    for width, averages in sorted(by_width.items()):
-        if len(averages) < 2:
+    pairs = [(weights[one.t], one) for one in checkpoints if not isinstance(one.profile, Point) and one.t in weights]
+    for width in sorted({one.sigma_rel for _, one in pairs}):
+        of_width = [pair for pair in pairs if pair[1].sigma_rel == width]
+        if len(of_width) < 2:
             continue
-        pairs, first = [(weights[average.t], average) for average in averages], averages[0]
-        before = max((t for t in weights if t < first.t), default=math.inf)
-        if len(averages) == sum(t > before for t in weights) and _may_begin(first, before):
-            pairs = [(weights[before],) * 2, *pairs]
+        averages = [one for _, one in of_width]
+        first, before = averages[0], max((t for t in weights if t < averages[0].t), default=math.inf)
+        settings = getattr(first.profile, "settings", {"first": 0, "every": 0})
+        # Files without the average, then all with it: if nothing says that it began earlier, it began between them.
+        may_begin = first.updates and first.updates.count is None and settings["first"] - settings["every"] < before
+        if may_begin and len(averages) == sum(t > before for t in weights):
+            of_width.insert(0, (weights[before],) * 2)
         model = _claim(averages, claimed, every)
-        yield _judge(_Case(f"sigma_rel {width:g}" if width else "", *_read(pairs), model, first.t_unit))
-
-
-def _may_begin(first: Checkpoint, before: float) -> bool:
-    """Return whether nothing says that an average began before the last file without it, so that it began later."""
-    settings = getattr(first.profile, "settings", {"first": 0, "every": 0})
-    return first.updates is not None and first.updates.count is None and settings["first"] - settings["every"] < before
+        yield _judge(f"sigma_rel {width:g}" if width else "", *_read(of_width), model, averages[0].t_unit)
 
 
 def _claim(averages: Sequence[Checkpoint], claimed: float | None, every: float) -> Model:
     """Return the model that averages are claimed to follow, with the restarts that their settings say."""
     profiles = [one.profile for one in averages if isinstance(one.profile, OrdinaryEMA)]
-    width, settings = averages[-1].sigma_rel, dict(profiles[-1].settings) if profiles else {}
-    every = settings.pop("every", 0.0 if width else every)
+    width, settings = averages[-1].sigma_rel, profiles[-1].settings if profiles else {}
+    every = settings.get("every", 0.0 if width else every)
     starts = [profile.settings["first"] - every for profile in profiles] or [0.0]
     restarts = [start for start, before in zip(starts[1:], profiles, strict=False) if start >= before.t]
     model = Model(every=every, starts=(starts[0], *restarts))
     if width:
-        return replace(model, rule=DecayRule(0.5, POWER_FUNCTION), claimed=gamma_from_sigma_rel(width) + 1)
+        return replace(model, rule=DecayRule(UNLIMITED, POWER_FUNCTION), claimed=gamma_from_sigma_rel(width) + 1)
     if decay := claimed or averages[-1].decay:
-        settings = {name: value for name, value in settings.items() if name not in ("updates", "first")}
-        model = replace(model, rule=DecayRule(**settings | {"decay": decay}))
+        names = {field.name for field in fields(DecayRule)} & settings.keys()
+        model = replace(model, rule=DecayRule(**{name: settings[name] for name in names} | {"decay": decay}))
         return replace(model, claimed=1.0 if model.rises else -math.log(decay) / every)
     return model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -167,11 +166,11 @@ def _print_audit(found: dict[str, Any]) -> None:
     is_decay = found["what"] == "decay"
     rows = [
         {
-            "found": "-" if math.isnan(one["found"]) else f"{one['found']:,.4g}",
+            "found": "-" if one["found"] is None else f"{one['found']:,.4g}",
             "claimed": "" if one["claimed"] is None else f"{one['claimed']:,.4g}",
-            "ratio": "" if one["claimed"] is None else f"{one['found'] / one['claimed']:.3g}",
+            "ratio": "" if None in (one["claimed"], one["found"]) else f"{one['found'] / one['claimed']:.3g}",
         }
-        | {key: one[key] for key in ("begin", "end", "unexplained", "note")}
+        | {key: "-" if one[key] is None else one[key] for key in ("begin", "end", "unexplained", "note")}
         for one in intervals
     ]
     claim = [] if found["claimed"] is None else ["claimed", "ratio"]

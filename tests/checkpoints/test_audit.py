@@ -1,5 +1,6 @@
 """The audit of averages of a real training, and of averages that are broken in the ways of public bug reports."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -119,6 +120,7 @@ def test_what_an_average_did_is_named(case: str, tmp_path: Path) -> None:
     if times := TIMES_A_STEP.get(case):
         low, high = re.search(r"([\d.]+) to ([\d.]+)", found.text).groups()  # type: ignore[union-attr]
         assert float(low) / 1.05 < times < float(high) * 1.05
+    json.dumps(found.to_dict(), allow_nan=False)
     still = [one.begin for one in found.intervals if one.note == "was not updated"]
     assert still == [*range(800, STEPS, EVERY)] * (case == "not updated later")
 

@@ -38,9 +38,9 @@ UNSAID: dict[str, tuple[Average, str | None, tuple[int, ...], str]] = {
     "still rising": (by(ratio), "ratio", (), r"decay 0.994.* by the warm-up \(1 \+ n\) / \(10 \+ n\)"),
     "power": (by(lambda n: min(0.99, power(n))), "power", (), r"decay 0.9[89].*the warm-up 1 - \(1 \+ n\)\^-0.667"),
     "another power": (by(lambda n: power(n, 0.75)), "power:0.75", (), r"the warm-up 1 - \(1 \+ n\)\^-0.75"),
-    "restart": (again(lambda _: 0.995), None, (850,), "began again from the weights near step 8[3-6].*decay is 0.99"),
+    "restart": (again(lambda _: 0.995), None, (850,), "began again from the weights near step 8[3-6].*decay 0.99"),
     "restart of a warm-up": (
-        again(lambda n: min(0.99, ratio(n))), "ratio", (850,), "near step 8[3-8].*decay is 0.98[56].* still rising$",
+        again(lambda n: min(0.99, ratio(n))), "ratio", (850,), "near step 8[3-8].*decay 0.98[56].* still rising by",
     ),
     "late": (late(430), None, (430,), "near step 4[1-5]"),
 }  # fmt: skip
