@@ -262,9 +262,7 @@ class Intervals:
 # --- the likelihood of all checkpoints together
 
 
-def _likelihood(
-    model: Model, series: Series, rounds: int = _ROUNDS, with_motion: bool = True
-) -> Callable[[float], float]:
+def _likelihood(model: Model, series: Series, rounds: int, with_motion: bool = True) -> Callable[[float], float]:
     """Return -2 log of the likelihood of checkpoints for each element, by log(value / value of the model)."""
     times, every, (covariance, rounding) = series.times, model.every, series.covariance()
     starts = np.append(max(0.0, 2 * times[0] - times[1]), times[:-1])
@@ -295,9 +293,8 @@ def _likelihood(
     size = np.trace(covariance) / len(covariance)
     known = rounding + _UNEXPLAINED * size * np.eye(len(covariance))
 
-    def matrices(model: Model) -> FloatArray:
-        """Return C_q for a model: [variances, 2 n - 1, 2 n - 1]."""
-        begin, end, at = (model.forgotten(t) for t in (*edges, times))
+    def cost(log: float) -> float:
+        begin, end, at = (model.scaled(log).forgotten(t) for t in (*edges, times))
         after, before = (np.exp(np.minimum(edge[:, None] - at, 0)) for edge in (end, begin))
         masses, local = np.where(is_past, after - before, 0), []
         for within, weights, first, part in responses:
@@ -305,18 +302,13 @@ def _likelihood(
             local += [rows[part == index].T @ rows[part == index] for index in np.unique(part)]
         start = np.append(np.zeros(others), np.exp(np.minimum(at[0] - at, 0)))
         lasting = np.vstack([start, np.hstack([principal.T, motion.T @ masses])])
-        return np.concatenate([local, lasting[:, :, None] * lasting[:, None, :]])
-
-    def cost(log: float) -> float:
-        found, total = matrices(model.scaled(log)), np.empty_like(known)
-        traces, half = np.trace(found, axis1=1, axis2=2), found[:, upper[0], upper[1]]
-        double = half * np.where(upper[0] == upper[1], 1.0, 2.0)
+        matrices = np.concatenate([local, lasting[:, :, None] * lasting[:, None, :]])  # C_q
+        half, total = matrices[:, upper[0], upper[1]], np.empty_like(known)
+        double, traces = half * np.where(upper[0] == upper[1], 1.0, 2.0), np.trace(matrices, axis1=1, axis2=2)
         # Variances begin equal: those of another value would bias towards it, since one near 0 hardly grows.
         variances = np.where(traces > 0, size / 3 / np.maximum(traces, 1e-300), 0.0)
-        for count in range(rounds + 1):
+        for _ in range(rounds + 1):
             total[upper] = total.T[upper] = variances @ half
-            if count == rounds:
-                break
             inverse = np.linalg.inv(known + total)
             measured, expected = double @ (inverse @ covariance @ inverse)[upper], double @ inverse[upper]
             variances = variances * np.sqrt(np.maximum(measured, 0) / np.maximum(expected, 1e-300))
@@ -373,7 +365,7 @@ def refine(model: Model, series: Series) -> tuple[Model, float]:
     def roughly(part: Series, with_motion: bool = True) -> float:
         return _least(_likelihood(model, part, _SOME_ROUNDS, with_motion))[0]
 
-    cost = _likelihood(model, series)
+    cost = _likelihood(model, series, _ROUNDS)
     log, least = _least(cost, 1e-4)
     elements = min(sum(values.shape[2] for values in series.values), _MOST_INDEPENDENT)
     curvature = elements * (cost(log - _STEP) + cost(log + _STEP) - 2 * least)
