@@ -7,7 +7,7 @@ interfaces, and take turns. All checks of this package are on: names, shapes, dt
 long, and ends when all work is done. A cell is the median over runs of an update's mean time, and in parentheses of the
 processor time of all threads, which other programs on the machine change less.
 
-**Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 112,000, at one update a step, it
+**Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 104,000, at one update a step, it
 changes two. `--device cuda` puts the models on the accelerator; `posthoc_ema` keeps its averages on the CPU there.
 """
 

@@ -12,7 +12,7 @@ import forked
 import pytest
 import torch
 from ema_command import Ema, run_ema, unmeasured_environment
-from factories import RUN_ID, contents, write_snapshot
+from factories import RUN_ID, contents, flip_bit, write_snapshot
 from safetensors.torch import save_file
 
 from posthoc_cli import PostHocEMA
@@ -59,13 +59,14 @@ def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, preci
 
 def test_texts_from_files_are_escaped_on_the_terminal(tmp_path: Path) -> None:
     name = "\x1b]0;x\x07\u202e\nema: error: "
-    write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {name: torch.tensor([float("nan")])})
+    path = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {name: torch.tensor([float("nan")])})
     for debug in ((), ("--debug",)):
         result = run_ema(*debug, "synthesize", tmp_path / "run", "--sigma-rel", "0.1", "--out", tmp_path / f"{name}.pt")
         assert result.code == 1
         assert ("Traceback" in result.err) == bool(debug)
         assert result.err.replace("\n", "").isprintable()
         assert "\\x1b]0;x\\x07\\u202e\\n" in result.err
+    flip_bit(path, path.stat().st_size - 1)
     write_snapshot(tmp_path / "intact", 10, 0.05, RUN_ID, {name: torch.ones(3)}, t_unit=name.replace("\n", ""))
     (tmp_path / "intact" / "\x1b[31m\u202e.tmp.safetensors").write_text("no")
     for arguments in (["verify", tmp_path / "run"], ["verify", tmp_path / "intact"], ["info", tmp_path / "intact"]):

@@ -339,7 +339,7 @@ def test_a_path_of_one_window_or_two_has_an_error_too(count: int) -> None:
 def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(motion: str, length: int) -> None:
     """Folds whose older values have another profile's weights, as the hook's, from time 300,000 on; windows of four.
 
-    From t = 112,000 on 112 updates are less than a thousandth of training.
+    From t = 104,000 on 104 updates are less than a thousandth of training.
     """
     updates, before, random = 7201, 300_000, np.random.default_rng(6)
     free = random.standard_normal((updates, SIZE))

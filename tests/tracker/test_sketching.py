@@ -24,9 +24,9 @@ def sketches(folder: Path) -> dict[int, Any]:
     return {source.step: sketch_of(source) for source in Run(folder).sources}
 
 
-@pytest.mark.parametrize(("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 112, 112, 5])])
+@pytest.mark.parametrize(("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 104, 104, 5])])
 def test_the_path_is_of_means_over_a_thousandth_of_training(first: int, windows: list[int], tmp_path: Path) -> None:
-    """A window has one value if a thousandth has fewer than two, and at most 112; the last may be open.
+    """A window has one value if a thousandth has fewer than two, and at most 104; the last may be open.
 
     Of independent values of variance 1 a mean of n has 1 / n, in each of 1,000 elements. Statistics do not count.
     """

@@ -87,7 +87,7 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(tmp_path: Path, dtype: 
 def test_float32_averages_are_right_wherever_windows_end(
     tmp_path: Path, sigma_rels: tuple[float, ...], begin: int, every: int
 ) -> None:
-    """Windows have 1 to 112 updates; averages are read at each point of one, after a pause and with another clock."""
+    """Windows have 1 to 104 updates; averages are read at each point of one, after a pause and with another clock."""
     model, path, times = Scalar(torch.float32), [], []
     model.weight.data = torch.zeros(2000)
     generator, t = torch.Generator().manual_seed(0), float(begin)
@@ -113,20 +113,20 @@ def test_float32_averages_are_right_wherever_windows_end(
 
 @pytest.mark.parametrize("kept", [(0.05, 0.15, 0.28), (0.15,), (0.05, 0.15)])
 def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(tmp_path: Path, kept: tuple[float, ...]) -> None:
-    """They share it from t = 112,000 on; a run resumes within a window before, from a state with more profiles."""
+    """They share it from t = 104,000 on; a run resumes within a window before, from a state with more profiles."""
     model, generator = Scalar(torch.float32), torch.Generator().manual_seed(0)
     model.weight.data = torch.randn(500, generator=generator)
     path, times, options = [], [], {"update_every": 1, "checkpoint_every": 10**6}
 
     def train(tracker: PostHocEMA, until: int) -> None:
-        for t in range(int(times[-1] if times else 111_600) + 1, until + 1):
+        for t in range(int(times[-1] if times else 103_600) + 1, until + 1):
             model.weight.data.add_(1e-3 * torch.randn(500, generator=generator))
             tracker.update_(model, t=float(t))
             path.append(model.weight.data.double().numpy())
             times.append(float(t))
 
     with PostHocEMA.from_model(model, tmp_path / "all", (0.05, 0.15, 0.28), **options) as tracker:
-        train(tracker, 111_800)
+        train(tracker, 103_800)
         before = tracker.metrics()["bytes"]
         state = tracker.state_dict()
     assert state["standing"]["window"] > 0
@@ -149,7 +149,7 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(tmp_path: Path,
 
 def test_the_predicted_error_counts_the_error_of_a_shared_mean(tmp_path: Path) -> None:
     """The worst case is noise, here of 100 %, when profiles begin to share a mean; with twenty float32 snapshots."""
-    model, size, first, updates = Scalar(torch.float32), 1000, 112_000, 4500
+    model, size, first, updates = Scalar(torch.float32), 1000, 104_000, 4500
     model.weight.data = torch.zeros(size)
     generator, kept = torch.Generator().manual_seed(0), np.zeros(size)
     center, share = torch.randn(size, generator=generator), exact_gamma(0.28) + 1
