@@ -318,9 +318,12 @@ def write_synthesis(
     In a job this rank's share of the files is made. `like` is the model folder that outputs are copies of.
     """
     started, taken = time.perf_counter(), dict[str, TensorFile]()
+    if ranks.world > 1:  # those of one machine share its cores, and each uses another device
+        rank, count = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        options = replace(options, workers=max(1, worker_count() // count))
+        if str(options.device) == "cuda":
+            options = replace(options, device=f"cuda:{rank % max(1, torch.cuda.device_count())}")
     options = replace(options, device=check_device(options.device))
-    if ranks.world > 1:  # ranks of one machine share its cores
-        options = replace(options, workers=max(1, worker_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
     def fill(outputs: Sequence[Output], entries: Mapping[str, Entry]) -> None:
         for name in filter(entries.__contains__, taken):
