@@ -22,7 +22,7 @@ from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, list_di
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
-from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
 from posthoc_cli.snapshots.sources import EarlierRun, Source, chosen_up_to, counted, run_clock, scaled_run, source_prior
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHECKED, FileReport, Verification, verify
@@ -169,8 +169,7 @@ class Run:
         place = self.directory
         if is_import(place) or is_glob(place):
             return describe_checkpoints(place)
-        listed = list_directory(place) if place.is_dir() else None
-        is_own = listed is not None and any(map(is_snapshot_name, (*listed.files, *listed.folders)))
+        is_own = place.is_dir() and any(map(is_snapshot_name, list_directory(place)))
         if is_own or not holds_checkpoints(place):
             return describe(place)
         try:
@@ -336,7 +335,7 @@ class Run:
         planned = plan_pruning(self.snapshots, keep, max_error, sigma_range)
         if dry_run or not planned.to_delete or not agree(planned):
             return planned
-        with progress("verifying what stays", planned.read_bytes) as advance:
+        with progress("verifying what stays", file_bytes(planned.kept)) as advance:
             return prune_directory(self.directory, planned, advance)
 
 

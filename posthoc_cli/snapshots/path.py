@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +28,7 @@ from posthoc_cli.snapshots.tensorfile import Box, Entry
 
 Floats = npt.NDArray[np.float32]
 
-PLACES = 512
-"""The number of elements in a sample; small models have fewer."""
+PLACES = 512  # elements in a sample; small models have fewer
 
 
 def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
@@ -45,10 +45,7 @@ def decode_sample(text: str) -> tuple[Floats, Floats]:
     return values[: len(values) // 2], values[len(values) // 2 :]
 
 
-Place = tuple[str, int]
-
-
-def places(shapes: Mapping[str, Sequence[int]]) -> list[Place]:
+def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
     """Return the sampled elements of tensors with these names and shapes: name and row-major index, sorted.
 
     All tensors have about equally many; of more than `PLACES` tensors, `PLACES` spread evenly by name have one each.
@@ -70,16 +67,16 @@ def index_within(box: Box, shape: Sequence[int], index: int) -> int | None:
     return box.span(element)[0] if box.intersection(element).size else None
 
 
-def joined_sample(parts: Sequence[tuple[str, Sequence[int]]]) -> str:
-    """Join the samples of parts, each with its values' positions in the result; return "" if they do not fit."""
-    samples = [decode_sample(text) for text, _ in parts]
-    positions = np.concatenate([np.asarray(held, np.int64) for _, held in parts])
-    order = np.argsort(positions)
-    fits = all(len(held) == len(weights) for (_, held), (weights, _) in zip(parts, samples, strict=True))
-    if not (fits and np.array_equal(positions[order], np.arange(len(order)))):
-        return ""
-    weights, averages = (np.concatenate(values)[order] for values in zip(*samples, strict=True))
-    return encode_sample(weights, averages)
+def joined_sample(
+    samples: Sequence[str], boxes: Sequence[Mapping[str, Box]], shapes: Mapping[str, Sequence[int]]
+) -> str:
+    """Join the samples of parts, which hold these boxes of complete tensors; return "" if one lacks values."""
+    left, wanted = [zip(*decode_sample(sample), strict=True) for sample in samples], places(shapes)
+    pairs = []
+    for name, index in wanted:
+        held = [name in of_part and index_within(of_part[name], shapes[name], index) is not None for of_part in boxes]
+        pairs += [*islice(left[held.index(True)], 1)]
+    return encode_sample(*zip(*pairs, strict=True)) if len(pairs) == len(wanted) > 0 else ""
 
 
 def are_equal(model: Floats, recorded: Floats) -> bool:
@@ -114,16 +111,13 @@ def spacing(values: FloatArray, mantissa_bits: npt.ArrayLike, lowest_exponent: n
     return np.asarray(np.ldexp(1.0, exponent - np.asarray(mantissa_bits)))
 
 
-_CLASSES = 16
-"""The number of classes of elements that move alike."""
+_CLASSES = 16  # of elements that move alike
 
 
 def uneven_motion(samples: Iterable[Sequence[str]], stored: Mapping[str, Entry]) -> FloatArray | None:
     """Return `Prior.uneven` from the samples of a run's averages; None if these show no motion or are unknown.
 
-    Arguments:
-        samples: those of each profile, in the order of time; empty where unknown.
-        stored: dtype and complete shape of each average in the files.
+    `samples` are those of each profile, in the order of time, empty where unknown; `stored` are its averages.
     """
     values = [np.stack([decode_sample(text)[1] for text in profile]) for profile in samples if all(profile)]
     shapes = {name: entry.shape for name, entry in stored.items()}
@@ -147,14 +141,9 @@ def uneven_motion(samples: Iterable[Sequence[str]], stored: Mapping[str, Entry])
 # --- the sketch of the path
 
 MOST_WINDOWS, MOST_NUMBERS = 4_096, 1_024
-_LARGEST = 2.0**14
-"""The largest difference after scaling to float16: differences down to 2**-28 of it keep all bits."""
-
-_AND = "|"
-"""The separator between the sketches of parts; used in memory only."""
-
-_MOST = 1e60
-"""The bound on usable numbers: products of larger ones overflow."""
+_LARGEST = 2.0**14  # the largest difference after scaling to float16: differences down to 2**-28 of it keep all bits
+_MOST = 1e60  # the bound on usable numbers: products of larger ones overflow
+_AND = "|"  # the separator between the sketches of parts; used in memory only
 
 
 class PathSketch(NamedTuple):
@@ -190,11 +179,6 @@ def decode_path(text: str) -> PathSketch:
     return PathSketch(projection, total)
 
 
-def is_path(text: str) -> bool:
-    """Return True for a text that is empty or encodes a path; raise ValueError for any other."""
-    return not text or all(map(_decoded, text.split(_AND)))
-
-
 def path_of_part(text: str, part: tuple[int, int] | None) -> PathSketch | None:
     """Return the path of a part (its number, counted from 1, and the count) or a complete model; None if unknown."""
     number, count = part or (1, 1)
@@ -204,16 +188,9 @@ def path_of_part(text: str, part: tuple[int, int] | None) -> PathSketch | None:
 
 def joined_paths(texts: Sequence[str]) -> str:
     """Join the sketches of a model's parts; return an empty text unless all have a sketch of the same windows."""
-    if not texts or not all(texts):
-        return ""
-    first, *others = (_decoded(text).sketch for text in texts)
-    is_alike = all(
-        first.means.shape == other.means.shape
-        and np.array_equal(first.edges, other.edges)
-        and np.array_equal(first.folds, other.folds)
-        for other in others
-    )
-    return _AND.join(texts) if is_alike else ""
+    sketches = [_decoded(text).sketch for text in texts if text]
+    windows = {(one.means.shape, one.edges.tobytes(), one.folds.tobytes()) for one in sketches}
+    return _AND.join(texts) if len(sketches) == len(texts) and len(windows) == 1 else ""
 
 
 def _decoded(text: str) -> PathSketch:

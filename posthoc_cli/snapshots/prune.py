@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,16 @@ import numpy as np
 from posthoc_cli import files
 from posthoc_cli.errors import InexactError, MismatchError, check_alone, check_count, check_max_error, percent
 from posthoc_cli.planning import USEFUL_RANGE, ErrorCurve, check_sigma_range, error_curve, exchanged, removal_order
-from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.profiles import FloatArray, PowerFunction
 from posthoc_cli.reconstruction import one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import DirectoryLock, read_directory, remove_leftovers, remove_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
 from posthoc_cli.snapshots.sources import source_prior
 
+# The factor by which predicted errors stay below a user's bound, since true errors may exceed the expected ones
+# (measured: without it, 5 of 42 prunings exceeded the bound, by up to 1.45; with 1.5, one of 54, by 1.22).
 _MARGIN = 2.0
-"""The factor by which predicted errors stay below a user's bound, since true errors may exceed the expected ones
-(measured: without it, 5 of 42 prunings exceeded the bound, by up to 1.45; with 1.5, one of 54, by 1.22)."""
-
-_POINTS = 41
-"""Number of sigma_rels whose errors are compared."""
+_POINTS = 41  # sigma_rels whose errors are compared
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,6 @@ class Pruning:
         count, left = len(self.kept) + len(self.to_delete), len(self.kept)
         errors = f"worst error {percent(self.after.worst)}, before {percent(self.before.worst)}"
         return f"Pruning({left} of {count} snapshots stay: {errors})"
-
-    @property
-    def read_bytes(self) -> int:
-        """The number of bytes to read for verifying the survivors."""
-        return sum(entry.nbytes for snapshot in self.kept for entry in snapshot.entries.values())
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -93,42 +87,33 @@ def plan_pruning(
     check_sigma_range(sigma_range)
     if keep is not None:
         check_count("keep", keep)
-    everyone = [snapshot.profile for snapshot in snapshots]
-    needed = _needed(everyone)
-    used = sorted({*thinned_subset(everyone, keep=keep or 1), *needed})
-    beyond = [index for index in range(len(snapshots)) if index not in {*used}]
-    chosen = [snapshots[index] for index in used]
-    profiles, prior, staying = [s.profile for s in chosen], source_prior(chosen), [used.index(i) for i in needed]
-    before = error_curve("", profiles, prior, sigma_range, points=_POINTS)
-    if max_error is not None and before.worst > max_error:
-        raise InexactError(
-            "max_error",
-            f"all {len(snapshots)} snapshots together have a predicted error of up to "
-            f"{before.worst:.2g} for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go",
-            value=f"{max_error:g}",
-        )
+    profiles, prior = [snapshot.profile for snapshot in snapshots], source_prior(snapshots)
+    needed = _needed(profiles)
+    used = sorted({*thinned_subset(profiles, keep=keep or 1), *needed})
 
-    def left(gone: Sequence[int]) -> list[int]:
-        return [place for place in range(len(chosen)) if place not in gone]
-
-    def without(gone: Sequence[int]) -> ErrorCurve:
-        remaining = [profiles[place] for place in left(gone)]
-        after = error_curve("", remaining, prior.of(left(gone)), sigma_range, points=_POINTS)
+    def errors(gone: Sequence[int], least: FloatArray | float = 0.0) -> ErrorCurve:
+        left = [index for index in used if index not in gone]
+        curve = error_curve("", [profiles[index] for index in left], prior.of(left), sigma_range, points=_POINTS)
         # The expected distance cannot decrease, but the norm that it is relative to is estimated from fewer averages.
-        return replace(after, predicted_error=np.maximum(after.predicted_error, before.predicted_error))
+        return replace(curve, predicted_error=np.maximum(curve.predicted_error, least))
 
-    # Places in `chosen`, the least needed first. The errors grow with the number of deletions.
-    gone = removal_order(profiles, prior, range(len(chosen)), keep or 1, staying, sigma_range)
+    before = errors([])
+    after = partial(errors, least=before.predicted_error)
     bound = math.inf if max_error is None else max_error / _MARGIN
+    if max_error is not None and before.worst > max_error:
+        reason = f"all {len(snapshots)} snapshots together have a predicted error of up to {before.worst:.2g}"
+        reason += f" for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go"
+        raise InexactError("max_error", reason, value=f"{max_error:g}")
+
+    # The least needed first. The errors grow with the number of deletions.
+    gone = removal_order(profiles, prior, used, keep or 1, needed, sigma_range)
     if max_error is not None:
-        gone = gone[: bisect_left(range(1, len(gone) + 1), True, key=lambda n: without(gone[:n]).worst > bound)]
-    better = exchanged(profiles, prior, left(gone), gone, staying, sigma_range)
-    if max_error is None or without(better).worst <= bound:
-        gone = better
-    deleted = [*beyond, *(used[place] for place in gone)]
-    kept = tuple(snapshots[index] for index in range(len(snapshots)) if index not in {*deleted})
-    after = without(gone) if gone else before
-    return Pruning(kept, tuple(snapshots[index] for index in deleted), before, after, prior.source)
+        gone = gone[: bisect_left(range(1, len(gone) + 1), True, key=lambda n: after(gone[:n]).worst > bound)]
+    better = exchanged(profiles, prior, [index for index in used if index not in gone], gone, needed, sigma_range)
+    gone = better if after(better).worst <= bound else gone
+    deleted = [*sorted({*range(len(snapshots))} - {*used}), *gone]
+    kept = tuple(snapshot for index, snapshot in enumerate(snapshots) if index not in {*deleted})
+    return Pruning(kept, tuple(snapshots[index] for index in deleted), before, after(gone), prior.source)
 
 
 def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> Pruning:
@@ -141,9 +126,9 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
         planned = {snapshot.path: snapshot.identity for snapshot in (*pruning.kept, *pruning.to_delete)}
         if {snapshot.path: snapshot.identity for snapshot in read_directory(directory)} != planned:
             raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")
-        for snapshot in pruning.kept:
-            for file in snapshot.files:
-                file.verify(progress)
+        for file in (file for snapshot in pruning.kept for file in snapshot.files):
+            progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))
+            file.verify(progress)
         for snapshot in pruning.to_delete:
             remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import xxhash
@@ -22,13 +23,11 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, check_word, s
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import Clock, Discrete, Point, PowerFunction, StoredProfile, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Measurements, Steps, StoredAverage
-from posthoc_cli.snapshots.path import Floats, decode_sample, is_path, places
+from posthoc_cli.snapshots.path import Floats, decode_path, decode_sample, places
 from posthoc_cli.snapshots.sources import Dtype, Rule, Source, TrackedTensor
-from posthoc_cli.snapshots.tensorfile import FORMAT, Chunk, Entry, TensorFile, compact, read_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, Chunk, Entry, TensorFile, compact
 
-MAX_KNOTS = 1_000
-EARLIEST, LATEST = 1e-100, 1e100
-"""The range of training times; products of times outside it overflow."""
+EARLIEST, LATEST = 1e-100, 1e100  # the range of training times; products of times outside it overflow
 T = TypeVar("T")
 
 
@@ -37,30 +36,15 @@ def is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
-ANY_SIGN = Rule("a finite number", is_number)
-"""The rule for numbers that may be negative; all other numbers must not be."""
+ANY_SIGN = Rule("a finite number", is_number)  # of numbers that may be negative; all others must not be
 Time = Annotated[float, Rule("a time of training", lambda t: EARLIEST <= t <= LATEST)]
 Count = Annotated[int, Rule("a whole number above 0", lambda count: count > 0)]
 RunId = Annotated[str, Rule("32 hexadecimal digits", lambda text: re.fullmatch("[0-9a-f]{32}", text))]
 Unit = Annotated[str, Rule("a printable name of what t counts", lambda text: text and text.isprintable())]
 Widths = Annotated[tuple[float, ...], Rule("a list of numbers, at least one", len)]
-Knots = Annotated[
-    tuple[tuple[int, float], ...],
-    Rule(f"a list of pairs of a step and its time, at most {MAX_KNOTS:,}", lambda pairs: len(pairs) <= MAX_KNOTS),
-]
 SampleText = Annotated[str, Rule("a sample", decode_sample)]
-SketchText = Annotated[str, Rule("a sketch", is_path)]
+SketchText = Annotated[str, Rule("a sketch", lambda text: not text or decode_path(text))]
 Part = Annotated[tuple[int, int], Rule("the number of a part and their count", lambda part: 0 < part[0] <= part[1])]
-
-
-class Stored(NamedTuple):
-    """The type of a value in a header whose form differs from that in memory, and the function that converts it."""
-
-    form: Any
-    convert: Callable[[Any], object]
-
-
-Tensors = Annotated[dict[str, TrackedTensor], Stored(dict[str, tuple[str, ...]], lambda lists: ungrouped(lists))]
 
 
 @dataclass(frozen=True)
@@ -77,8 +61,7 @@ class TrackingSchedule:
 
 # --- the choice of tensors
 
-BUFFERS = ("statistics", "copy", "average")
-"""The treatments of buffers."""
+BUFFERS = ("statistics", "copy", "average")  # the treatments of buffers
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -115,28 +98,25 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 def make_selection(include: str | Iterable[str] | None, exclude: str | Iterable[str] | None, buffers: str) -> Selection:
     """Return a selection from a user's arguments; raise InvalidValueError, naming the argument, if one is invalid."""
     check_word("buffers", buffers, BUFFERS)
-    named = _globs("include", include)
-    return Selection(not named, named, _globs("exclude", exclude), buffers)
+    chosen = list[tuple[str, ...]]()
+    for argument, given in (("include", include), ("exclude", exclude)):
+        listed = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+        globs = [glob for glob in listed if isinstance(glob, str) and glob]
+        if len(globs) < len(listed) and given is not None:
+            reason = "must be a glob on names, such as 'decoder.*', or a list"
+            raise InvalidValueError(argument, reason, value=repr(given))
+        chosen.append(tuple(globs))
+    return Selection(not chosen[0], chosen[0], chosen[1], buffers)
 
 
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
     """Raise InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
     names = list(names)
-    for argument in ("include", "exclude", "copy_only"):
-        for glob in getattr(selection, argument):
-            if not any(fnmatchcase(name, glob) for name in names):
-                examples = ", ".join(map(repr, names[:3])) or "none"
-                reason = f"matches no tensor of the model; it has names such as {examples}"
-                raise InvalidValueError(argument, reason, value=repr(glob))
-
-
-def _globs(argument: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
-    if globs is None:
-        return ()
-    listed = (globs,) if isinstance(globs, str) or not isinstance(globs, Iterable) else tuple(globs)
-    if not all(isinstance(glob, str) and glob for glob in listed):
-        raise InvalidValueError(argument, "must be a glob on names, such as 'decoder.*', or a list", value=repr(globs))
-    return listed
+    for argument, glob in ((a, glob) for a in ("include", "exclude", "copy_only") for glob in getattr(selection, a)):
+        if not any(fnmatchcase(name, glob) for name in names):
+            examples = ", ".join(map(repr, names[:3])) or "none"
+            reason = f"matches no tensor of the model; it has names such as {examples}"
+            raise InvalidValueError(argument, reason, value=repr(glob))
 
 
 def running_statistics(names: Iterable[str]) -> frozenset[str]:
@@ -168,21 +148,7 @@ class Snapshot(Source):
 
     The header's "ema" is a JSON object of the fields up to `session`, see `tensorfile`; those equal to their defaults
     are left out, and unknown ones are ignored. Dataclasses are objects, tuples lists. Numbers are finite, round-trip to
-    the same float64 and, but for `gamma`, are not negative. Some fields need more words than fit beside them:
-
-    tensors: the role of each tensor and its dtype in the model. "average": the weighted mean of a tensor; "statistic":
-        the same of BatchNorm's running mean or variance, which is not a weight; "copy": the value at `t`. Averages may
-        be stored in another dtype: `checkpoint_dtype`, or F32 if that cannot hold a value. In the header: lists of
-        names by role and dtype, such as {"average F32": ["w", "b"], "copy I64": ["n"]}.
-    clock: pairs of a step and its time, both increasing, up to (step, t); at most 1,000. From step 0 at time 0 to the
-        first, and between two, all steps are equally long, up to a tolerance: half a step where 256 pairs suffice for
-        that. Empty if `t` is always the step.
-    measurements: float64 sums over the elements of all averages in the file (not of statistics and copies), for a large
-        model estimated from a sample. `norm` sums the squares of the exact average, `rounding` of (stored - exact).
-    sample: base64 of little-endian float32 values: for the elements that `path.places` names the network's values at
-        the last update, then as many of the exact average. A part has those in its chunks.
-    session: in a part the start of the training process that wrote it, in nanoseconds of a clock; parts of different
-        sessions never form a snapshot.
+    the same float64 and, but for `gamma`, are not negative.
 
     A snapshot of a model that several processes hold in chunks is a folder with the name of the file, without the
     suffix. Each process that owns a chunk writes one file to it, `part-00003-of-00008.safetensors`, a snapshot of its
@@ -203,22 +169,32 @@ class Snapshot(Source):
     t_first: Time  # of the first update; the profile's mass before it applies to the values of that time
     max_interval: float  # the longest interval between two updates since `t_first`
     schedule: TrackingSchedule  # the tracker's settings; `sigma_range` is what snapshots are kept for
-    tensors: Tensors
+    # The role of each tensor and its dtype in the model. "average": the weighted mean of a tensor; "statistic": the
+    # same of BatchNorm's running mean or variance, which is not a weight; "copy": the value at `t`. Averages may be
+    # stored in another dtype: `checkpoint_dtype`, or F32 if that cannot hold a value. In the header: lists of names by
+    # role and dtype, such as {"average F32": ["w", "b"], "copy I64": ["n"]}.
+    tensors: Annotated[dict[str, TrackedTensor], ungrouped]
     aliases: dict[str, str] = field(default_factory=dict)  # of tied parameters: further name -> stored name
     left_out: tuple[str, ...] = ()  # names in the model's state that the run does not track
     selection: Selection | None = None  # which tensors the run tracks
     skip_nonfinite: bool = False  # whether the run skips updates with a nan or an infinity
-    clock: Knots = ()
+    # Pairs of a step and its time, both increasing, up to (step, t). From step 0 at time 0 to the first, and between
+    # two, all steps are equally long, up to a tolerance: half a step where 256 pairs suffice. Empty if `t` is the step.
+    clock: tuple[tuple[int, float], ...] = ()
     updates: int | None = None  # number of updates in the average
     inherited: float = 0.0  # expected squared norm of the error from the rounding of snapshots it was resumed from
     off_schedule: bool = False  # written at the end or on request; later ones on the schedule do not depend on it
+    # Float64 sums over the elements of all averages in the file (not of statistics and copies), for a large model
+    # estimated from a sample: of the squares of the exact average, and of (stored - exact).
     measurements: Measurements | None = None
+    # Base64 of little-endian float32 values: for the elements that `path.places` names the network's values at the last
+    # update, then as many of the exact average. A part has those in its chunks.
     sample: SampleText = ""
     sketch: SketchText = ""  # base64 of random projections of the network's path up to `t`, see `path`
     part: Part | None = None  # (3, 8) in the third of eight parts
     chunks: dict[str, Chunk] = field(default_factory=dict)  # of a part: each tensor's complete shape, and its place
     mesh: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)  # {"shape": [2, 4], "names": ["dp", "tp"]}
-    session: int = 0
+    session: int = 0  # of a part: when its training began, in nanoseconds of a clock; different ones never join
     path: Path = field(default_factory=Path, compare=False)  # the file, or the folder of the parts
     files: tuple[TensorFile, ...] = field(default=(), compare=False)  # each with the boxes that it holds
     entries: Mapping[str, Entry] = field(default_factory=dict, compare=False)  # dtype and complete shape
@@ -259,13 +235,14 @@ class Snapshot(Source):
 
     def encoded(self) -> dict[str, Any]:
         """Return the JSON object of its header, without the checksums of blocks."""
-        unstored = ("path", "files", "entries")
         values = {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name not in unstored and (f.default is f.default_factory is MISSING or getattr(self, f.name))
+            if f.compare and (f.default is f.default_factory is MISSING or getattr(self, f.name))
         }
-        values["tensors"] = grouped(self.tensors)
+        values["tensors"] = defaultdict(list)
+        for name, tensor in self.tensors.items():
+            values["tensors"][f"{tensor.role} {tensor.dtype}"].append(name)
         if (own := self.measurements) is not None:
             values["measurements"] = {"norm": own.norm, "rounding": own.rounding}
         return {"kind": "snapshot", "format": FORMAT, **values}
@@ -284,11 +261,6 @@ def file_bytes(snapshots: Sequence[Snapshot]) -> int:
     return sum(snapshot.nbytes for snapshot in snapshots)
 
 
-def read_one(path: Path) -> Snapshot:
-    """Read the header of a snapshot in one file, or of a part; raise FileFormatError if it is none."""
-    return decode_snapshot(read_file(path))
-
-
 def decode_snapshot(file: TensorFile) -> Snapshot:
     """Return the snapshot, or the part of one, in a file; raise FileFormatError, naming the key, if it is invalid."""
     snapshot = decode(file, "snapshot", Snapshot)
@@ -301,7 +273,7 @@ def decode_snapshot(file: TensorFile) -> Snapshot:
 def _wrong_tables(snapshot: Snapshot, stored: Mapping[str, Entry]) -> str:
     """Return how the tables of a header differ from the stored tensors; an empty text if they fit."""
     tensors, chunks = snapshot.tensors, snapshot.chunks if snapshot.part else {}
-    for key, table in (("tensors", tensors), *((("chunks", chunks),) if snapshot.part else ())):
+    for key, table in {"tensors": tensors, "chunks": chunks if snapshot.part else tensors}.items():
         if differing := table.keys() ^ stored.keys():
             return f"{key}: tensor {shown(min(differing))} is in the payload or in {key}, but not in both"
     for (tensor, kept), name in {(tensors[name], entry.dtype): name for name, entry in stored.items()}.items():
@@ -319,18 +291,11 @@ def _wrong_tables(snapshot: Snapshot, stored: Mapping[str, Entry]) -> str:
     return ""
 
 
-def grouped(tensors: Mapping[str, TrackedTensor]) -> dict[str, list[str]]:
-    """Return the names of tensors by role and dtype, as in headers."""
-    lists: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        lists.setdefault(f"{tensor.role} {tensor.dtype}", []).append(name)
-    return lists
-
-
-def ungrouped(lists: Mapping[str, Sequence[str]]) -> dict[str, TrackedTensor]:
-    """Return the tensors of these lists of names by role and dtype; raise ValueError if they are invalid."""
+def ungrouped(lists: Any) -> dict[str, TrackedTensor]:
+    """Return the tensors of a header's lists of names by role and dtype; raise ValueError if they are invalid."""
     tensors = dict[str, TrackedTensor]()
-    for words, names in lists.items():
+    for words, names in converted(lists, dict[str, Any]).items():
+        _check(isinstance(names, list) and all(isinstance(name, str) for name in names), "a list of names", names)
         role, _, dtype = words.partition(" ")
         tensors |= dict.fromkeys(names, converted({"role": role, "dtype": dtype}, TrackedTensor))
     _check(len(tensors) == sum(map(len, lists.values())), "without a name twice", lists)
@@ -339,8 +304,6 @@ def ungrouped(lists: Mapping[str, Sequence[str]]) -> dict[str, TrackedTensor]:
 
 def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
     """Return the network's sampled weights by step, in order, of the times whose headers hold a complete sample."""
-    if not snapshots:
-        return {}
     newest = snapshots[-1]
     count = len(places({name: newest.entries[name].shape for name in newest.averages}))
     samples = {snapshot.step: decode_sample(snapshot.sample)[0] for snapshot in snapshots}
@@ -356,16 +319,14 @@ def decode(file: TensorFile, kind: str, form: type[T]) -> T:
     Types are checked; beyond that, a header with a valid checksum is trusted: checksums guard against accidents and are
     not signatures.
     """
-    if file.kind != kind:
-        problem = f"not {'an' if kind == 'output' else 'a'} {kind} of this package"
-    elif (known := file.content.get("format")) != FORMAT:
-        problem = f"its format is {shown(known)}; this release reads {FORMAT}"
-    else:
-        try:
-            return cast(T, converted(file.content, form))
-        except ValueError as error:
-            problem = f"ema: {error}"
-    raise FileFormatError(file.path, problem)
+    found = file.kind, file.content.get("format")
+    if found != (kind, FORMAT):
+        other = f", but {shown(found[0])} of format {shown(found[1])}" if file.kind else " of this package"
+        raise FileFormatError(file.path, f"is not of the kind {kind!r} and format {FORMAT}{other}")
+    try:
+        return cast(T, converted(file.content, form))
+    except ValueError as error:
+        raise FileFormatError(file.path, f"ema: {error}") from None
 
 
 @lru_cache
@@ -378,19 +339,18 @@ def converted(value: Any, kind: Any) -> Any:
     """Convert a JSON value to an annotated type: lists to tuples, objects to dataclasses, by their fields.
 
     Raises ValueError, which says what is expected. Numbers must be finite and at least 0, and satisfy the annotation's
-    `Rule`. Keys that a dataclass does not have are ignored: they come from later releases.
+    `Rule`, or are converted by the function in its place. Keys that a dataclass does not have are ignored: they come
+    from later releases.
     """
     if kind in _PLAIN:
         accepts, words = _PLAIN[kind]
         _check(accepts(value), words, value)
         return float(value) if kind is float else value
-    if kind is Any:
-        return value
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         kind, rule = args
-        if isinstance(rule, Stored):
-            return rule.convert(converted(value, rule.form))
+        if not isinstance(rule, Rule):
+            return rule(value)
         result = value if rule is ANY_SIGN else converted(value, kind)
         _check(bool(rule.accepts(result)), rule.words, value)
         return result
@@ -400,23 +360,18 @@ def converted(value: Any, kind: Any) -> Any:
         is_endless = args[-1] is ...
         fits = isinstance(value, list | tuple) and (is_endless or len(value) == len(args))
         _check(fits, "a list" if is_endless else f"a list of {len(args)}", value)
-        if is_endless and args[0] in _PLAIN:
-            accepts, words = _PLAIN[args[0]]
-            _check(all(map(accepts, value)), f"a list, each {words}", value)
-            return tuple(map(float, value)) if args[0] is float else tuple(value)
         return tuple(map(converted, value, args[:1] * len(value) if is_endless else args))
     _check(isinstance(value, dict), "a JSON object", value)
-    form: Any = kind if is_dataclass(kind) else None
-    for each in fields(form) if form else ():
+    form, result = kind if is_dataclass(kind) else None, dict[str, Any]()
+    for each in fields(kind) if form else ():
         if each.name not in value and each.default_factory is MISSING and (each.default is MISSING or each.default):
             raise ValueError(f"{each.name}: is missing")
-    result = {}
-    for name, member in (kinds_of(form) if form else dict.fromkeys(value, args[-1])).items():
+    for name, member in (kinds_of(kind) if form else dict.fromkeys(value, args[-1])).items():
         try:
             result |= {name: converted(value[name], member)} if name in value else {}
         except ValueError as error:
             raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
-    return form(**result) if form else result
+    return kind(**result) if form else result
 
 
 def _check(is_right: bool, words: str, value: Any) -> None:
@@ -424,10 +379,11 @@ def _check(is_right: bool, words: str, value: Any) -> None:
         raise ValueError(f"must be {words}, not {shown(value)}")
 
 
+# The plain types of JSON values, each with a test and its description.
 _PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    Any: (lambda _: True, ""),
     bool: (lambda value: isinstance(value, bool), "true or false"),
     str: (lambda value: isinstance(value, str), "a string"),
     int: (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number, at least 0"),
     float: (lambda value: is_number(value) and value >= 0, "a finite number, at least 0"),
 }
-"""The plain types of JSON values, each with a test and its description."""

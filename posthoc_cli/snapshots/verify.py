@@ -7,37 +7,23 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import (
-    DirectoryError,
-    FileFormatError,
-    InvalidValueError,
-    MismatchError,
-    PostHocError,
-    VanishedError,
-    shown,
-)
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.resources import ProgressBar, no_bar
-from posthoc_cli.snapshots.directory import (
-    PICKLES,
-    SUPERSEDED,
-    Directory,
-    inspected,
-    is_parts_folder,
-    is_snapshot_name,
-    list_directory,
-    list_folder,
-    read_folder,
-)
+from posthoc_cli.snapshots.directory import PICKLES, SUPERSEDED, Directory, inspected, is_parts_folder, listed
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, OutputInfo, decode_index, read_model
 from posthoc_cli.snapshots.snapshot import Snapshot, decode, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
-from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, TensorFile, file_size, read_file
+from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, file_size, read_file
 
-ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
+ACCEPTED = (
+    "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model; "
+    "no pickle is opened here"
+)
 
 # The states of a file.
 INTACT = "intact"  # unchanged since it was written
@@ -45,8 +31,8 @@ UNCHECKED = "unchecked"  # has no checksums: only its structure was checked
 DAMAGED = "damaged"  # changed since it was written, or not a file of this format
 UNREADABLE = "unreadable"  # its content is unknown: the system refused to read it, or it is of a later release
 
+# Error numbers of opening or reading that mean a broken file: a bad disk, a broken link, not a regular file.
 _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
-"""Error numbers of opening or reading that mean a broken file: a bad disk, a broken link, not a regular file."""
 
 
 # --- reports
@@ -59,9 +45,10 @@ class FileReport:
     path: Path
     what: str = "unknown"  # the file in a few words
     state: str = INTACT
-    detail: str = ""  # explains the state, or notes something unusual
+    detail: str = ""  # explains the state
     nbytes: int = 0
     header: Snapshot | OutputInfo | None = None  # what a valid header says: a snapshot or a part of one, or an output
+    error: FileFormatError | None = None
 
     @property
     def is_fine(self) -> bool:
@@ -70,20 +57,15 @@ class FileReport:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of verifying a path.
-
-    `problems` name files that contradict each other; `notes` are about unusual files that are not broken. `leftovers`
-    are temporary files of interrupted writes, or of writes in progress. `superseded` counts snapshots that were set
-    aside, which are not read.
-    """
+    """The result of verifying a path."""
 
     path: Path
     is_directory: bool
     files: tuple[FileReport, ...] = ()
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    leftovers: tuple[Path, ...] = ()
-    superseded: int = 0
+    problems: tuple[str, ...] = ()  # about files that contradict each other
+    notes: tuple[str, ...] = ()  # about unusual files that are not broken
+    leftovers: tuple[Path, ...] = ()  # temporary files of interrupted writes, or of writes in progress
+    superseded: int = 0  # snapshots that were set aside, which are not read
     seconds: float = 0.0
 
     def __repr__(self) -> str:
@@ -102,21 +84,20 @@ class Verification:
     def nbytes(self) -> int:
         return sum(report.nbytes for report in self.files)
 
-    def name(self, path: Path) -> str:
-        """Return the name of a file for reports: relative to the directory if one was verified."""
-        return str(path.relative_to(self.path)) if self.is_directory else str(path)
-
     def to_dict(self) -> dict[str, Any]:
+        def name(path: Path) -> str:
+            return str(path.relative_to(self.path)) if self.is_directory else str(path)
+
         return {
             "kind": "directory" if self.is_directory else "file",
             "path": str(self.path),
             "files": [
-                {"path": self.name(r.path), "what": r.what, "state": r.state, "detail": r.detail, "bytes": r.nbytes}
+                {"path": name(r.path), "what": r.what, "state": r.state, "detail": r.detail, "bytes": r.nbytes}
                 for r in self.files
             ],
             "problems": list(self.problems),
             "notes": list(self.notes),
-            "leftovers": [self.name(path) for path in self.leftovers],
+            "leftovers": [name(path) for path in self.leftovers],
             "superseded": self.superseded,
             "bytes": self.nbytes,
             "seconds": self.seconds,
@@ -129,105 +110,88 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     No lock is taken: files that a training deletes meanwhile are left out, files that it adds are not read.
     """
     started = time.perf_counter()
-    listing, paths, indexes, leftovers = _listed(path)
+    listing, indexes, shards = _listed(path)
+    paths = sorted({*listing.files, *shards})
     with progress("verifying", sum(map(file_size, paths))) as advance:
-        found = {file: _read(file, advance) for file in paths}
-    reports = [report for report in found.values() if report is not None]
-    # What is wrong with a file is said once: the others in a folder of parts are not compared with it.
-    whole = {report.path: report.header for report in reports if report.is_fine and isinstance(report.header, Snapshot)}
-    broken = {file.parent for file in found if file not in whole}
-    known = Directory(path, tuple(entry for entry in listing.entries if entry not in broken))
-    is_parts = is_parts_folder(path)
-    content = inspected(known, whole.get) if path.is_dir() and not is_parts else known
-    problems = [str(problem) for problem in content.problems]
-    try:
-        if is_parts and len(whole) == len(found) and not isinstance(parts := read_folder(path, whole.get), Snapshot):
-            problems = [f"{path}: has {parts}"]
-        if content.snapshots and not problems:
-            run_clock(content.snapshots)
-    except PostHocError as error:
-        problems = [str(error)]
-    for index in indexes:
+        found = {file: report for file in paths if (report := _report(file, advance))}
+    headers = [report and (report.error or report.header) for report in map(found.get, listing.files)]
+    content = inspected(listing, headers)
+    problems = [str(error) for error in content.problems if error not in headers]
+    notes, incomplete = [*content.notes], {*content.incomplete}
+    if path in incomplete:  # the parts of one snapshot were named
+        problems, notes, incomplete = notes, [], set()
+    checks: list[Callable[[], object]] = [partial(read_model, index) for index in indexes]
+    checks += [] if problems else [partial(run_clock, content.snapshots)]
+    for check in checks:
         try:
-            read_model(index)
+            check()
         except (FileFormatError, MismatchError) as error:
             problems.append(str(error))
-    result = Verification(path, path.is_dir(), tuple(reports), tuple(problems))
-    notes = [f"{result.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
-    if pickles := len(listing.pickles):
+    if pickles := sum(entry.suffix in PICKLES for entry in listing.entries):
         notes.append(f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read")
-    return replace(
-        result, notes=(*notes, *content.notes), leftovers=tuple(sorted({*leftovers, *content.incomplete})),
-        superseded=listing.superseded if path.is_dir() else 0, seconds=time.perf_counter() - started,
+    return Verification(
+        path, path.is_dir(), tuple(found.values()), tuple(problems), tuple(notes),
+        tuple(sorted({*listing.leftovers, *incomplete})), listing.superseded, time.perf_counter() - started,
     )  # fmt: skip
 
 
-def _listed(path: Path) -> tuple[Directory, list[Path], list[Path], list[Path]]:
-    """List a path; return also all files to read, indexes of shards, and leftovers; DirectoryError if nothing."""
-    listing, indexes = Directory(path, (path,)), [path] if path.name.endswith(INDEX_SUFFIX) else []
+def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
+    """List a path; return also indexes of shards, and the files that belong to them; DirectoryError if nothing."""
+    listing, indexes, shards = Directory(path, candidates={path: [path]}), list[Path](), list[Path]()
     if path.is_dir():
-        listing = list_directory(path)
+        listing = listed(path)
         others = (p for p in listing.entries if p.suffix != SUFFIX and p.name != SUPERSEDED and not p.is_symlink())
-        indexes = [folder / INDEX_NAME for folder in (path, *others) if _has_index(folder)]
+        for index in (folder / INDEX_NAME for folder in (path, *others)):
+            with suppress(OSError):  # no permission, or a name too long
+                indexes += [index] if index.is_file() else []
     elif files.is_absent(path):
         raise DirectoryError(path, "no such file or directory", ACCEPTED)
     elif path.suffix in PICKLES:
-        raise InvalidValueError(path, "has no checksums, and no pickle is opened here", ACCEPTED)
-    paths = [*listing.files] if path.is_dir() else [] if indexes else [path]
-    leftovers = listing.leftovers
-    for folder in (*listing.folders, *(index.parent for index in indexes if index.parent != path)):
-        with suppress(DirectoryError):  # which is one of the problems in the end
-            inner = list_folder(folder)
-            paths += inner.files
-            leftovers += inner.leftovers
+        raise InvalidValueError(path, "has no checksums", ACCEPTED)
+    elif path.name.endswith(INDEX_SUFFIX):
+        listing, indexes = Directory(path), [path]
+    leftovers = [*listing.leftovers]
     for index in indexes:
+        with suppress(DirectoryError):  # the files that it names are read in any case
+            inner = listed(index.parent)
+            shards += inner.files
+            leftovers += inner.leftovers
         with suppress(FileFormatError):  # which is one of the problems in the end
-            paths += [index.parent / name for name in decode_index(index)]
-    if path.is_dir() and not (paths or indexes or leftovers or listing.folders):
-        reason = "holds no snapshots or outputs" + "; no pickle is opened here" * bool(listing.pickles)
-        raise DirectoryError(path, reason, ACCEPTED)
-    return listing, sorted({*paths}), indexes, leftovers
-
-
-def _has_index(folder: Path) -> bool:
-    with suppress(OSError):  # no permission, or a name too long
-        return (folder / INDEX_NAME).is_file()
-    return False
+            shards += [index.parent / name for name in decode_index(index)]
+    if not (listing.candidates or indexes or leftovers):
+        raise DirectoryError(path, "holds no snapshots or outputs", ACCEPTED)
+    candidates = {path: listing.files} if is_parts_folder(path) else listing.candidates
+    return replace(listing, candidates=candidates, leftovers=leftovers), indexes, shards
 
 
 # --- a file
 
 
-def _read(path: Path, progress: Callable[[int], object]) -> FileReport | None:
+def _report(path: Path, progress: Callable[[int], object]) -> FileReport | None:
     """Read every byte of a file and return the report; None if the file does not exist, or not any more."""
-    is_named = is_snapshot_name(path) or is_snapshot_name(path.parent)
-    report = FileReport(path, "snapshot, by its name" if is_named else "unknown")
+    report, is_known = FileReport(path), True
     try:
         file = read_file(path)
-        kind, known = file.kind, file.content.get("format")
-        if kind is not None and (kind not in ("snapshot", "output") or known != FORMAT):
-            detail = f"this release does not know {shown(kind)} of format {shown(known)}"
-            return replace(report, state=UNREADABLE, detail=detail)
-        report = _described(file)
+        is_known = file.kind in (None, "snapshot", "output") and file.content.get("format", FORMAT) == FORMAT
+        output = decode(file, "output", OutputInfo) if file.kind == "output" else None
+        header = output or (None if file.kind is None else decode_snapshot(file))
+        report = FileReport(path, _words(header), INTACT if header else UNCHECKED, nbytes=file.nbytes, header=header)
         progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))
         file.verify(progress)
         return report
     except FileFormatError as error:
-        if isinstance(error, VanishedError) and files.is_absent(path):
+        if files.is_absent(path):
             return None
-        is_broken = not isinstance(error.__cause__, OSError) or error.__cause__.errno in _BROKEN_FILE
-        return replace(report, state=DAMAGED if is_broken else UNREADABLE, detail=error.reason)
+        cause = error.__cause__
+        is_broken = is_known and not (isinstance(cause, OSError) and cause.errno not in _BROKEN_FILE)
+        return replace(report, state=DAMAGED if is_broken else UNREADABLE, detail=error.reason, error=error)
 
 
-def _described(file: TensorFile) -> FileReport:
-    """Return the report of a file by its header; raise FileFormatError if it is invalid."""
-    if file.kind is None:
-        return FileReport(file.path, "foreign", UNCHECKED, nbytes=file.nbytes)
-    if file.kind == "output":
-        output = decode(file, "output", OutputInfo)
-        profile = output.profile if len(output.profile) <= 60 else f"{output.profile[:57]}..."
-        return FileReport(file.path, f"output {profile} at t = {output.t:,.12g}", nbytes=file.nbytes, header=output)
-    snapshot = decode_snapshot(file)
-    part = "part {}/{} of ".format(*snapshot.part) if snapshot.part else ""
-    what = f"{part}snapshot sigma_rel {snapshot.sigma_rel:g} at t = {snapshot.t:,.12g}"
-    return FileReport(file.path, what, nbytes=file.nbytes, header=snapshot)
+def _words(header: Snapshot | OutputInfo | None) -> str:
+    if header is None:
+        return "foreign"
+    if isinstance(header, OutputInfo):
+        profile = header.profile if len(header.profile) <= 60 else f"{header.profile[:57]}..."
+        return f"output {profile} at t = {header.t:,.12g}"
+    part = "part {}/{} of ".format(*header.part) if header.part else ""
+    return f"{part}snapshot sigma_rel {header.sigma_rel:g} at t = {header.t:,.12g}"

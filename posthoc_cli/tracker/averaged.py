@@ -19,7 +19,7 @@ from posthoc_cli import files
 from posthoc_cli.dtypes import torch_dtype
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, VanishedError
 from posthoc_cli.run import Wanted, Weights, make_weights
-from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot, sum_of_parts
+from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot, shared_fields
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
@@ -60,15 +60,8 @@ def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
 
 def joined(parts: Sequence[Snapshot]) -> LiveSource:
     """Return the live average of complete tensors, without values, from the headers of its owners' chunks."""
-    entries = ((name, part.chunks[name].shape, entry) for part in parts for name, entry in part.entries.items())
-    complete = vars(parts[0]) | {
-        "tensors": {name: tensor for part in parts for name, tensor in part.tensors.items()},
-        "aliases": {alias: name for part in parts for alias, name in part.aliases.items()},
-        "measurements": sum_of_parts([part.measurements for part in parts]),
-        "inherited": sum(part.inherited for part in parts),
-        "entries": {name: entry._replace(shape=shape) for name, shape, entry in entries},
-    }
-    return LiveSource(**complete | {"part": None, "chunks": {}})
+    entries = {n: e._replace(shape=part.chunks[n].shape) for part in parts for n, e in part.entries.items()}
+    return LiveSource(**vars(parts[0]) | shared_fields(parts) | {"entries": entries})
 
 
 def _read_again(path: Path, checksum: str) -> Snapshot:

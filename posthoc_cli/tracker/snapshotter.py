@@ -33,9 +33,9 @@ from posthoc_cli.snapshots.directory import (
     thin,
 )
 from posthoc_cli.snapshots.path import decode_sample, encode_path, encode_sample
-from posthoc_cli.snapshots.snapshot import Snapshot, read_one
+from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import ElementRange
-from posthoc_cli.snapshots.tensorfile import Box, Chunk, Entry, TensorFileWriter, tensor_bytes
+from posthoc_cli.snapshots.tensorfile import Box, Chunk, Entry, TensorFileWriter, read_file, tensor_bytes
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.measuring import Elements, Subset, Values, joined
@@ -230,7 +230,7 @@ class Snapshotter:
         replaces = len(kept) < len(self._stored)
         if info.part is not None and not replaces:
             with suppress(FileFormatError):  # there is no readable part
-                replaces = read_one(path).session < info.session
+                replaces = decode_snapshot(read_file(path)).session < info.session
         with TensorFileWriter(path, entries, info.encoded(), info.for_dcp, replaces) as writer:
             for names, parts in staged.parts():
                 if len(parts) == 1:

@@ -339,10 +339,10 @@ def test_contradictions_and_files_of_a_later_release_are_reported(ema: Ema, run:
     rewrite_snapshot(files[3], run_id=OTHER_RUN_ID)
     result = ema("verify", run)
     assert result.code == 1
-    assert re.search(rf"^problem: .*{files[3].name}: are of different runs", result.out, re.MULTILINE)
+    assert re.search(rf"^problem: .*{files[3].name}: differ in 'run_id'", result.out, re.MULTILINE)
     assert ema("info", run).code == 1
     forge(files[3], {"kind": '"future"'})
-    assert "unreadable: this release does not know 'future' of format 3" in ema("verify", run).out
+    assert "unreadable: is not of the kind 'snapshot' and format 3, but 'future' of format 3" in ema("verify", run).out
 
 
 def test_nothing_is_changed_while_a_tracker_writes(ema: Ema, run: Path) -> None:

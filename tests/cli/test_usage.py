@@ -190,7 +190,9 @@ def test_wrong_input_is_one_line_and_changes_nothing(
     for line in expected:
         result = ema(*shlex.split(line))
         # Ids are random, and the last digits of measurements in headers differ between processors.
-        message = re.sub(r"\b[0-9a-f]{8} and", "ID and", re.sub(r"[\d,]+ bytes|says [\d,]+", "N bytes", result.error))
+        message = re.sub(
+            r"\b[0-9a-f]{32}' and", "ID' and", re.sub(r"[\d,]+ bytes|says [\d,]+", "N bytes", result.error)
+        )
         found[line] = f"{result.code} {message}"
         assert result.out == "" or result.code == 1, line
     assert contents(places) == before

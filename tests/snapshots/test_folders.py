@@ -106,18 +106,18 @@ def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
     count = len(read_directory(run))
     parts_of(folder)[1].unlink()
     found = inspect_directory(run)
-    assert (len(found.snapshots), found.problems) == (count - 1, ())
+    assert (len(found.snapshots), found.problems) == (count - 1, [])
     assert dict(found.incomplete) == {folder: "3 of 4 parts"}
-    assert f"{folder.name}/: has 3 of 4 parts" in found.notes
+    assert f"{folder.name}: has 3 of 4 parts" in found.notes
     assert folder.name in Run(run).info()["leftovers"]
     checked = verify(run)
     assert checked.is_fine
     assert checked.leftovers == (folder,)
-    assert f"{folder.name}/: has 3 of 4 parts" in checked.notes
+    assert f"{folder.name}: has 3 of 4 parts" in checked.notes
     assert not verify(folder).is_fine
     with pytest.raises(FileFormatError, match=r"is no complete snapshot: it has 3 of 4 parts"):
         directories.read_snapshot(folder)
-    with pytest.raises(DirectoryError, match="holds the parts of one snapshot; name the directory"):
+    with pytest.raises(DirectoryError, match=r"no snapshots here; part-\S+: has 1 of 4 parts; name the directory"):
         read_directory(folder)
     (alone := run / "alone").mkdir()
     folder.rename(alone / folder.name)
@@ -145,12 +145,9 @@ def gap(part: Path) -> None:
 
 
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
-    (with_fields(run_id=OTHER_RUN_ID), "are not of one snapshot: they differ in run_id"),
-    (
-        with_fields(t=59.0, step=59, updates=59, clock=(), measurements=None),
-        r"are not of one snapshot: they differ in (t|step)",
-    ),
-    (elsewhere(shape=(21, 30)), r"tensor '0.weight' has the shapes \[20, 30\] and \[21, 30\]"),
+    (with_fields(run_id=OTHER_RUN_ID), "differ in 'run_id'"),
+    (with_fields(t=59.0, step=59, updates=59, clock=(), measurements=None), "differ in '(t|step)'"),
+    (elsewhere(shape=(21, 30)), r"'0.weight': its chunks are of the shapes \[\(20, 30\), \(21, 30\)\]"),
     (elsewhere(offset=(6, 0)), "tensor '0.weight': its chunks do not hold each element exactly once"),
     (elsewhere(offset=(16, 0)), r"'0.weight': shape \[5, 30\] at \[16, 0\] is not within \[20, 30\]"),
     (with_fields(part=(1, 4)), "are both part 1 of 4"),
@@ -168,7 +165,7 @@ def test_parts_that_do_not_belong_together_are_named(run: Path, harm: Callable[[
     harm(bad)
     with pytest.raises((FileFormatError, MismatchError), match=message) as raised:
         find_snapshots(run)
-    assert (bad.parent if "its chunks do not" in message else bad).name in str(raised.value)
+    assert (bad.parent if "its chunks " in message else bad).name in str(raised.value)
     assert str(folder) in str(raised.value)
     found = verify(run)
     assert not found.is_fine

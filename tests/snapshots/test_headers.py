@@ -156,7 +156,7 @@ IMPOSSIBLE = {
             ("sum", "F32", "I16"), ("average", "F13", "I16"), ("average", "I64", "I16"), ("average", "F32", "F16")))],
         "aliases": ['{"tied":"missing"}', '{"a":"b"}', '{"__metadata__":"a"}'], "selection": ["{}"],
         "measurements": ['{"norm":-1,"rounding":0}', '{"norm":1e999,"rounding":0}'], "sigma_rels": ["[]", "[true]"],
-        "clock": ["[4,10]", json.dumps([[k, k] for k in range(1, 1002)])], "kind": ['"output"', '"elsewhere"'],
+        "clock": ["[4,10]"], "kind": ['"output"', '"elsewhere"'],
     },
     "output": {"t": ["1e300"], "predicted_error": ["-1e-9"]},
 }  # fmt: skip

@@ -26,7 +26,7 @@ from posthoc_cli.snapshots.directory import DirectoryLock
 held = DirectoryLock(Path(sys.argv[1]))
 print("held", flush=True)
 """
-OTHER_TRACKER = rf"another tracker of this process \({os.getpid()}\)"
+OTHER_TRACKER = rf"another tracker of this process {os.getpid()} on "
 
 
 @pytest.fixture
@@ -84,10 +84,7 @@ except LockedError as error:
 
 @pytest.mark.parametrize(
     ("text", "holder"),
-    [
-        (b'{"host":"h\\u001b[31m","process":7}', r"process 7 on h\\x1b\[31m"),
-        *((text, "another process") for text in (b"", b"{", b"[]", b"{}", b'{"process":"x","host":1}', b"\xff")),
-    ],
+    [(b"process 7 on h\x1b[31m", r"process 7 on h\\x1b\[31m"), (b"", "another process"), (b"\xff", "\ufffd")],
 )
 @pytest.mark.usefixtures("held")
 def test_the_holder_is_named_escaped_or_as_another_process(tmp_path: Path, text: bytes, holder: str) -> None:

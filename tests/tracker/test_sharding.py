@@ -424,7 +424,7 @@ def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_ne
         part.rename(late / part.name)
     _, notes = check_group(LATE, 2, tmp_path, 50)
     assert notes.splitlines() == [
-        f"0000000000000008-{sigma_rel}/: has 1 of 2 parts, 1 of 2 parts, of different sessions of the training"
+        f"0000000000000008-{sigma_rel}: has 1 of 2 parts, 1 of 2 parts, of different sessions of the training"
         for sigma_rel in (0.1, 0.2)
     ]
     net = Net()
