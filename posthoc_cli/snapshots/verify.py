@@ -131,7 +131,8 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
         notes.append(f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read")
     return Verification(
         path, path.is_dir(), tuple(found.values()), tuple(problems), tuple(notes),
-        tuple(sorted({*listing.leftovers, *incomplete})), listing.superseded, time.perf_counter() - started,
+        tuple(sorted({*listing.leftovers, *incomplete})), listing.superseded if path.is_dir() else 0,
+        time.perf_counter() - started,
     )  # fmt: skip
 
 
