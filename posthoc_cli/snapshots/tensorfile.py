@@ -389,31 +389,35 @@ class TensorFile:
                 view[:] = self._in_order(name)[begin:end].data
                 return
             if not (verify and self.sums):
-                self._fill(name, entry.begin + begin, view)
+                self._fill(entry.begin + begin, view)
                 return
             block = BLOCK * ITEM_BYTES[entry.dtype]
             first, last = begin - begin % block, min(-(-end // block) * block, entry.nbytes)
             room = view if (first, last) == (begin, end) else np.empty(last - first, np.uint8).data
             for at in range(first, last, _PIECE * block):
                 piece = room[at - first : at - first + _PIECE * block]
-                self._fill(name, entry.begin + at, piece)
+                self._fill(entry.begin + at, piece)
                 self._check(name, at, piece)
             if room is not view:
                 view[:] = room[begin - first : end - first]
 
     def read_many(self, names: Sequence[str], view: memoryview) -> None:
         """Fill `view` with complete tensors, end to end, verified; neighbours in the file are read together."""
-        entries = [self.entries[name] for name in names]
+        runs: list[list[int]] = []  # each one's place in the file, its begin and its end in `view`
+        bounds = [*accumulate((self.entries[name].nbytes for name in names), initial=0)]
         with self:
-            for first, last, at, end in _runs(entries):
-                if entries[first].strides:
-                    self.read(names[first], 0, view[at:end])
+            for name, (begin, end) in zip(names, pairwise(bounds), strict=True):
+                entry = self.entries[name]
+                if entry.strides:
+                    self.read(name, 0, view[begin:end])
+                elif runs and runs[-1][2] == begin and runs[-1][0] + begin - runs[-1][1] == entry.begin:
+                    runs[-1][2] = end
                 else:
-                    self._fill(names[last - 1], entries[first].begin, view[at:end])
-        at = 0
-        for name, entry in zip(names, entries, strict=True):
-            self._check(name, 0, view[at : at + entry.nbytes])
-            at += entry.nbytes
+                    runs.append([entry.begin, begin, end])
+            for place, begin, end in runs:
+                self._fill(place, view[begin:end])
+        for name, (begin, end) in zip(names, pairwise(bounds), strict=True):
+            self._check(name, 0, view[begin:end])
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor, verified, in its stored dtype."""
@@ -432,10 +436,10 @@ class TensorFile:
             if xxhash.xxh3_64_hexdigest(view[at : at + size]) != sums[place : place + 16]:
                 raise FileFormatError(self.path, f"tensor {shown(name)} is damaged: its checksum does not match")
 
-    def _fill(self, name: str, offset: int, view: memoryview) -> None:
+    def _fill(self, offset: int, view: memoryview) -> None:
         assert self._file is not None, "each caller has opened it"
         if self._file.read_into(view, offset) < len(view):
-            raise FileFormatError(self.path, f"tensor {shown(name)}: the file became shorter while it was read")
+            raise FileFormatError(self.path, _SHORTER)
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the bytes, in row-major order, of a tensor stored in another order; the last such tensor is kept."""
@@ -444,7 +448,7 @@ class TensorFile:
                 entry, dtype = self.entries[name], items(self.entries[name].dtype)
                 reach = 1 + sum((size - 1) * step for size, step in zip(entry.shape, entry.strides, strict=True))
                 stored = np.empty(reach, dtype)
-                self._fill(name, entry.begin, stored.view(np.uint8).data)
+                self._fill(entry.begin, stored.view(np.uint8).data)
                 strided = as_strided(stored, entry.shape, [dtype.itemsize * step for step in entry.strides])
                 self._reordered = name, np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
             return self._reordered[1]
@@ -467,21 +471,6 @@ class TensorFile:
             with closing(sizes):  # which cancels the blocks that were not begun
                 for size in sizes:
                     progress(size)
-
-
-def _runs(entries: Sequence[Entry]) -> Iterator[tuple[int, int, int, int]]:
-    """Yield the runs of neighbours in a file: the first and the end of each, and its bytes if all are end to end.
-
-    A tensor that is not stored in row-major order is a run of its own.
-    """
-    first = at = begin = 0
-    for index, entry in enumerate(entries):
-        at += entry.nbytes
-        following = entries[index + 1] if index + 1 < len(entries) else None
-        is_next = following and following.begin == entry.begin + entry.nbytes
-        if not is_next or entry.strides or (following and following.strides):
-            yield first, index + 1, begin, at
-            first, begin = index + 1, at
 
 
 # --- headers
@@ -517,6 +506,7 @@ def decode_file(file: OpenedFile) -> TensorFile:
 
 
 _DAMAGED = "damaged header: its checksum does not match"
+_SHORTER = "became shorter while it was read"
 
 
 def _require(is_right: bool, problem: str) -> None:
@@ -539,7 +529,7 @@ def _read_start(file: OpenedFile) -> bytes:
         text = file.read_at(length, 8)
         if len(text) == length:
             return prefix + text
-        reason = "the file became shorter while it was read"
+        reason = _SHORTER
     elif prefix.startswith(_PICKLES):
         reason, hint = "is a pickle (.pt, .bin), not safetensors", "rename it with the suffix of its format"
     else:
@@ -638,11 +628,11 @@ def _check_text(text: str) -> None:
 
 def compact(value: object) -> str:
     """Return a value as JSON without spaces: arrays as lists, dataclasses as objects."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain)
 
+    def plain(value: Any) -> object:
+        return value.tolist() if isinstance(value, np.ndarray) else vars(value)
 
-def _plain(value: Any) -> object:
-    return value.tolist() if isinstance(value, np.ndarray) else vars(value)
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain)
 
 
 # --- writing
@@ -692,16 +682,6 @@ class TensorFileWriter:
                 yield view
 
         self._sum(name, written(), begin)
-
-    def write_many(self, names: Sequence[str], data: memoryview) -> None:
-        """Write complete tensors, concatenated in `data`; neighbours in the file are written together."""
-        view, at = data.cast("B"), 0
-        entries = [self._entries[name] for name in names]
-        for name, entry in zip(names, entries, strict=True):
-            self._sum(name, [view[at : at + entry.nbytes]], 0)
-            at += entry.nbytes
-        for first, _, begin, end in _runs(entries):
-            self._file.write_at(view[begin:end], entries[first].begin)
 
     def _sum(self, name: str, parts: Iterable[memoryview], at: int) -> None:
         """Compute the checksums of the blocks of a tensor from byte `at` on."""

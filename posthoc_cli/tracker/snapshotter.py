@@ -6,10 +6,10 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, replace
-from itertools import groupby, pairwise, takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -232,11 +232,10 @@ class Snapshotter:
             with suppress(FileFormatError):  # there is no readable part
                 replaces = decode_snapshot(read_file(path)).session < info.session
         with TensorFileWriter(path, entries, info.encoded(), info.for_dcp, replaces) as writer:
-            for names, parts in staged.parts():
-                if len(parts) == 1:
-                    writer.write_many(names, tensor_bytes(parts[0]))
-                else:
-                    writer.write_parts(names[0], map(tensor_bytes, parts))
+            for number, bucket in enumerate(storage.stored):
+                for name in filter(lambda name: name not in others, bucket.names):
+                    parts = staged.memory.parts(number, *bucket.places[name])
+                    writer.write_parts(name, map(tensor_bytes, parts))
             for name, tensor in others.items():
                 writer.write(name, tensor_bytes(tensor))
             file = writer.commit()
@@ -326,17 +325,6 @@ class StagedAverage:
     nonfinite: str | None  # the first tensor that holds a nan or an infinity
     measurements: Measurements | None
     sample: str  # the model's and the exact values, encoded for the header; "" if the model's are unknown
-
-    def parts(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-        """Yield the stored tensors in `memory`: several end to end in one flat tensor, or one in several."""
-        for number, bucket in enumerate(self.memory.layout):
-            for is_here, group in groupby(bucket.names, lambda name: name not in self.others):
-                names = [*group] if is_here else []
-                places = [bucket.places[name] for name in names]
-                if places and len(parts := self.memory.parts(number, places[0][0], places[-1][1])) == 1:
-                    yield names, parts
-                else:
-                    yield from (([name], self.memory.parts(number, *bucket.places[name])) for name in names)
 
 
 @torch.no_grad()

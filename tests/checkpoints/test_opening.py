@@ -270,7 +270,7 @@ def test_a_file_that_changes_or_shrinks_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(errors.FileFormatError, match="was changed while it was being read"), run.sources[0]:
         path.write_bytes(path.read_bytes())
     source = run.sources[0]
-    with pytest.raises(errors.FileFormatError, match="'w': the file became shorter"), source:
+    with pytest.raises(errors.FileFormatError, match="became shorter while it was read"), source:
         os.truncate(path, 3000)
         source.tensor("w")
     path.unlink()
