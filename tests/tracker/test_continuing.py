@@ -235,7 +235,7 @@ NOT_IN_BOTH = "is in the state or in the model, but not in both"
 @pytest.mark.parametrize(("change", "message"), [
     ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 6, not 2"),
     ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
-    ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a list, each a finite number"),
+    ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a finite number, at least 0"),
     ({"standing": {}}, r"state: inherited: must be one for each profile, not 0"),
     ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
     ({"high": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
