@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
@@ -252,7 +252,7 @@ def _kind(source: Source) -> tuple[float, bool]:
     return source.sigma_rel, isinstance(source.profile, Point)
 
 
-def by_time(items: Sequence[_Source]) -> list[_Source]:
+def by_time(items: Iterable[_Source]) -> list[_Source]:
     """Sort sources by time, then sigma_rel, checkpoints last."""
     return sorted(items, key=lambda source: (source.t, *_kind(source)))
 

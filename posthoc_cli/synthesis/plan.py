@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -24,7 +25,7 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.planning import check_within, error_curve
-from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles import PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.outputs import OutputInfo, Used
 from posthoc_cli.snapshots.snapshot import running_statistics
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-POOR_ERROR = 0.01
-"""The predicted error above which planning logs a warning."""
+POOR_ERROR = 0.01  # the predicted error above which planning logs a warning
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ class Plan:
     method: str
     reconstruction: Reconstruction  # coefficients [sources, columns], errors [columns]; `Groups` has a column per group
     dtype: str | None = None  # safetensors name of the averages' dtype in the outputs; None for each parameter's own
-    output_rounding: float = 0.0  # root mean square error of rounding to the outputs' dtype, relative to the results
     solved: int = 0  # number of sources at or before `t` that were solved for, at most `reconstruction.MOST_SOLVED`
     available: int = 0  # number of all sources at or before `t`
     last: float = 0.0  # time of the newest source, used or not
@@ -76,10 +75,8 @@ class Plan:
     @property
     def choice(self) -> str | None:
         """A text that says how many of very many sources were used; None if all were used."""
-        if self.solved == self.available:
-            return None
         counts = counted(self.sources, self.solved, self.available)
-        return f"{counts} up to t = {self.t:,.12g}, evenly in time"
+        return None if self.solved == self.available else f"{counts} up to t = {self.t:,.12g}, evenly in time"
 
     @cached_property
     def newest(self) -> Source:
@@ -115,32 +112,29 @@ class Plan:
         globs = [target.widths if target.kind == "groups" else "*" for target in self.targets]
         return [{glob: next(numbers) for glob in each} for each in globs]
 
-    @cached_property
-    def columns_of(self) -> dict[str, tuple[int, ...]]:
-        """The column of each target by tensor; an InvalidValueError if a tensor is in no group, or a group has none."""
-        found: dict[str, tuple[int, ...]] = {}
-        for columns in self.columns:
-            used = set()
-            for name, aliases in self.names.items():
-                glob = next((glob for glob in columns if any(fnmatchcase(alias, glob) for alias in aliases)), None)
-                if glob is None:
-                    reason, hint = f"tensor {shown(name)} matches no group", "add '*=0.1' for the rest"
-                    raise InvalidValueError("group", reason, hint, value=", ".join(columns))
-                used.add(glob)
-                found[name] = (*found.get(name, ()), columns[glob])
-            if self.subset is None and (empty := next((glob for glob in columns if glob not in used), None)):
-                examples = ", ".join(map(shown, list(self.names)[:3]))
-                reason = f"matches no tensor that is not in a group before it; there are {examples}"
-                raise InvalidValueError("group", reason, value=repr(empty))
-        return found
-
     def passes(self) -> list[Plan]:
-        """Return plans with one column per target, each for some of the tensors, which together make all tensors."""
+        """Return plans with one column per target, each for some of the tensors, which together make all tensors.
+
+        Raises an InvalidValueError if a tensor is in no group, or a group has no tensor.
+        """
         if not any(target.kind == "groups" for target in self.targets):
             return [self]
-        subsets: dict[tuple[int, ...], list[str]] = {}
-        for name, columns in self.columns_of.items():
-            subsets.setdefault(columns, []).append(name)
+        subsets = defaultdict[tuple[int, ...], list[str]](list)
+        for name, aliases in self.names.items():
+            found: list[int] = []
+            for columns in self.columns:
+                matching = [columns[glob] for glob in columns if any(fnmatchcase(alias, glob) for alias in aliases)]
+                if not matching:
+                    reason, hint = f"tensor {shown(name)} matches no group", "add '*=0.1' for the rest"
+                    raise InvalidValueError("group", reason, hint, value=", ".join(columns))
+                found.append(matching[0])
+            subsets[tuple(found)].append(name)
+        used = set().union(*subsets)
+        unused = [glob for columns in self.columns for glob, column in columns.items() if column not in used]
+        if unused and self.subset is None:
+            examples = ", ".join(map(shown, list(self.names)[:3]))
+            reason = f"matches no tensor that is not in a group before it; there are {examples}"
+            raise InvalidValueError("group", reason, value=repr(unused[0]))
         separated = separate(self.targets)
         return [
             replace(
@@ -175,6 +169,14 @@ class Plan:
     @cached_property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @cached_property
+    def output_rounding(self) -> float:
+        """The relative error of rounding the averages to the outputs' dtypes, if all elements are equally large."""
+        kinds = self.tensors.items()
+        sizes = {name: self.newest.entries[name].size for name, tensor in kinds if tensor.role == "average"}
+        squares = sum(size * (ROUNDING * EPS.get(self.output_dtype(name), 0.0)) ** 2 for name, size in sizes.items())
+        return math.sqrt(squares / max(1, sum(sizes.values())))
 
     def predicted_error(self, target: int) -> float | None:
         """Return the expected relative L2 error of a target's output weights, for `Groups` the largest of the groups.
@@ -260,58 +262,46 @@ def plan_synthesis(
     wanted = tuple(as_target(target) for target in targets)
     separated = separate(wanted)
     time = _target_time(sources, t, step)
-    usable, later, given = _solved_with(sources, time, separated)
+    usable, later = chosen_up_to(sources, time)
+    available = [source for source in sources if source.t <= time]
+    given: dict[int, dict[int, float]] = {}  # of a `Mean`, whose coefficients are known: by target and source
+    for index, target in enumerate(separated):
+        if target.kind == "last":
+            column = target.coefficients_of([source.profile for source in available])
+            given[index] = dict(zip(map(id, available), column.tolist(), strict=True))
+    needed = [source for source in available if any(column[id(source)] for column in given.values())]
+    usable = by_time({id(source): source for source in (*usable, *needed)}.values())
     snapshots = [source.profile for source in (*usable, *later)]
     prior = source_prior([*usable, *later])  # later snapshots also measure the motion
     clock, first = run_clock(sources), min(source.t_first for source in usable)
-    solved = snapshots[: len(usable)]
     profiles = [
-        given[index] if index in given else target.profile(time, clock, first) for index, target in enumerate(separated)
+        np.array([given[index][id(source)] for source in usable])
+        if index in given
+        else target.profile(time, clock, first)
+        for index, target in enumerate(separated)
     ]
-    result = reconstruct(solved, profiles, method, prior.of(range(len(usable))), time)
-    used = _used(usable, result)
+    result = reconstruct(snapshots[: len(usable)], profiles, method, prior.of(range(len(usable))), time)
+    used: list[int] = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
+    if usable[used[-1]].t < usable[-1].t and usable[-1].copies:  # copies are those of the newest one
+        used.append(len(usable) - 1)
     plan = Plan(
         sources=tuple(usable[i] for i in used), targets=wanted, t=time, method=method,
-        reconstruction=result.of(snapshots=used), dtype=output_dtype,
-        solved=len(usable), available=sum(source.t <= time for source in sources),
+        reconstruction=result.of(snapshots=used), dtype=output_dtype, solved=len(usable), available=len(available),
         last=max(source.t for source in sources),
         coarse=frozenset(n for source in usable for n, entry in source.entries.items() if ITEM_BYTES[entry.dtype] < 4),
     )  # fmt: skip
-    plan = replace(plan, output_rounding=_output_rounding(plan))
-    if any(target.kind == "groups" for target in wanted):
-        plan.columns_of  # noqa: B018  raises an error if groups and tensors do not fit
-    if max_error is not None:
-        _check_errors(plan, max_error)
+    plan.passes()  # raises an error if groups and tensors do not fit
+    for index, target in enumerate(wanted):
+        error = plan.predicted_error(index)
+        if max_error is None or (error is not None and error <= max_error):
+            continue
+        if error is None:
+            reason = "its error cannot be predicted: too few snapshots to measure the motion of the network"
+            raise InexactError(target.title, reason, "set no limit on the error, or take more snapshots")
+        reason = f"the predicted error is {100 * error:.3g} %, above the accepted {100 * max_error:.3g} %"
+        raise InexactError(target.title, reason, "the error curve shows what these snapshots can make")
     _warn_of_poor_targets(plan, snapshots, prior)
     return plan
-
-
-def _solved_with(
-    sources: Sequence[Source], time: float, wanted: Sequence[Target]
-) -> tuple[list[Source], list[Source], dict[int, FloatArray]]:
-    """Return the sources to solve with, later ones for the motion, and the given coefficients of targets by index.
-
-    Only a `Mean` comes with coefficients; the sources to solve with include all that it needs.
-    """
-    usable, later = chosen_up_to(sources, time)
-    available = [source for source in sources if source.t <= time]
-    profiles = [source.profile for source in available]
-    given = {i: target.coefficients_of(profiles) for i, target in enumerate(wanted) if target.kind == "last"}
-    rows = {id(source): row for row, source in enumerate(available)}
-    needed = {id(available[row]) for column in given.values() for row in np.flatnonzero(column)}
-    usable += [source for source in available if id(source) in needed - set(map(id, usable))]
-    usable = by_time(usable)
-    usable_rows = [rows[id(source)] for source in usable]
-    return usable, later, {index: column[usable_rows] for index, column in given.items()}
-
-
-def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
-    """Return the indices of the sources that a target needs, and of the newest one if there are copies."""
-    used: list[int] = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
-    has_copies = any(tensor.role == "copy" for tensor in usable[-1].tensors.values())
-    if has_copies and usable[used[-1]].t < usable[-1].t:
-        used.append(len(usable) - 1)
-    return used
 
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
@@ -331,25 +321,6 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     raise InvalidValueError("step", reason, f"take one of them, or give t in {sources[0].t_unit}", value=step)
 
 
-def _output_rounding(plan: Plan) -> float:
-    """Return the relative error of rounding the averages to the outputs' dtypes, if all elements are equally large."""
-    sizes = {name: plan.newest.entries[name].size for name, tensor in plan.tensors.items() if tensor.role == "average"}
-    squares = sum(size * (ROUNDING * EPS.get(plan.output_dtype(name), 0.0)) ** 2 for name, size in sizes.items())
-    return math.sqrt(squares / max(1, sum(sizes.values())))
-
-
-def _check_errors(plan: Plan, max_error: float) -> None:
-    for index, target in enumerate(plan.targets):
-        error = plan.predicted_error(index)
-        reason = "its error cannot be predicted: too few snapshots to measure the motion of the network"
-        hint = "set no limit on the error, or take more snapshots"
-        if error is not None:
-            reason = f"the predicted error is {100 * error:.3g} %, above the accepted {100 * max_error:.3g} %"
-            hint = "the error curve shows what these snapshots can make"
-        if error is None or error > max_error:
-            raise InexactError(target.title, reason, hint)
-
-
 def _warn_of_poor_targets(plan: Plan, snapshots: Sequence[StoredProfile], prior: Prior) -> None:
     """Log the targets with a predicted error above POOR_ERROR, and the sigma_rels with a smaller one."""
     errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
@@ -364,7 +335,7 @@ def _warn_of_poor_targets(plan: Plan, snapshots: Sequence[StoredProfile], prior:
         ", ".join(titles[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
         "up to " * (len(poor) > 1),
         percent(float(errors[poor].max())),
-        counted(plan.sources, sum(profile.t <= plan.t for profile in snapshots)),
+        counted(plan.sources, plan.solved),
         f"{plan.t:,.12g}",
         f", if {curve.assumption}" if curve.assumption else "",
         f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %",
