@@ -73,9 +73,9 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
 
 def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
     """Make the first target of a plan in memory. Raises the errors of `synthesize`."""
-    from posthoc_cli.synthesis.engine import Options, check_device, synthesize
+    from posthoc_cli.synthesis.engine import synthesize
 
-    tensors = {name: values[0] for name, values in synthesize(plan, Options(check_device(device)))}
+    tensors = {name: values[0] for name, values in synthesize(plan, device)}
     weights = Weights((name, tensors[name]) for name in plan.entries)
     weights.predicted_error = plan.predicted_error(0)
     weights.profile_error = plan.profile_error(0)

@@ -40,12 +40,9 @@ def resident() -> int:
 IMPORTED = resident()
 
 
-class Discarded:
-    """An output that discards its tiles."""
-
-    def open_tile(self, _: Any) -> Writer:
-        """Return a destination for a tile, see `synthesis.engine.Output`."""
-        return lambda _: None
+def discarded(_: Any) -> Writer:
+    """Return a writer that discards a tile."""
+    return lambda _: None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(run: Run, targets: list[float], rounds: int) -> None:
     """Print the times of a synthesis and of obstore alone, in turns."""
     plan, requests, most = run.plan(targets), list[tuple[str, int, int]](), [0]
-    get, ended = store.get, threading.Event()
+    get, ended, openers = store.get, threading.Event(), [discarded] * len(targets)
 
     def counted(url: str, begin: int, end: int, tag: str = "") -> Any:
         requests.append((url, begin, end))
@@ -84,7 +81,7 @@ def measure(run: Run, targets: list[float], rounds: int) -> None:
         for _ in range(rounds):
             requests.clear()
             most[0], store.get = 0, counted
-            ours, own = timed(lambda: [None for _ in synthesize_into(plan, [Discarded() for _ in targets])])
+            ours, own = timed(lambda: [None for _ in synthesize_into(plan, openers, torch.device("cpu"))])
             memory, store.get = most[0] - IMPORTED, get
             alone, theirs = timed(lambda: fetch(requests))
             megabytes = sum(len(get(*request)[0]) for request in requests) / 1e6

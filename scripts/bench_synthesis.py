@@ -35,7 +35,7 @@ from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out
-from posthoc_cli.synthesis.engine import Options, check_device, synthesize
+from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -65,14 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> None:
     """Measure one target and 31 targets of a model, and one with the peers, warm and cold."""
-    run, out, buffer, options = folder / "run", folder / "out.safetensors", mmap.mmap(-1, 4 * 2**20), Options(device)
+    run, out, buffer = folder / "run", folder / "out.safetensors", mmap.mmap(-1, 4 * 2**20)
     write_snapshots(run, large_tensors(parameters))
     one, many = planned(run, [0.15]), planned(run, MANY)
     print(f"\n20 float16 snapshots of {parameters:,} parameters; one target")
     runs = {
         "plain readinto loop, one thread": partial(read_plainly, run, buffer),
-        "one core, dropped": lambda: exhaust(synthesize(one, Options(device, 1))),
-        "all cores, dropped": lambda: exhaust(synthesize(one, options)),
+        "one core, dropped": lambda: exhaust(synthesize(one, device, 1)),
+        "all cores, dropped": lambda: exhaust(synthesize(one, device)),
         "all cores, to a file": lambda: write_synthesis(one, [out], OutputOptions(device, overwrite=True)),
     }
     show(runs, repeats, one.read_bytes)
@@ -83,11 +83,11 @@ def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> N
                 update()
             os.sync()  # writing back would compete for the disk
             label, peer = f"{start.__name__}, 20 of its own", partial(average, 0.15)
-            found = times({"ours, kept": lambda: dict(synthesize(one, options)), label: peer}, repeats)
+            found = times({"ours, kept": lambda: dict(synthesize(one, device)), label: peer}, repeats)
         for label, one_found in found.items():
             print(f"  {label:<44}{cell(*one_found)}", flush=True)
     print(f"{len(MANY)} targets")
-    show({"dropped": lambda: exhaust(synthesize(many, options))}, repeats)
+    show({"dropped": lambda: exhaust(synthesize(many, device))}, repeats)
     shutil.rmtree(run)
     out.unlink()
 

@@ -22,7 +22,7 @@ from snapshots.recorded import failing, record
 
 from posthoc_cli import PostHocEMA, Run, disk_sources
 from posthoc_cli.errors import FileFormatError, NonFiniteError
-from posthoc_cli.synthesis.engine import SLOTS, Options, synthesize
+from posthoc_cli.synthesis.engine import SLOTS, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
 LARGE = 2_500_003
@@ -67,7 +67,7 @@ def as_bytes(value: torch.Tensor) -> bytes:
 
 
 def bits(plan: Plan, **options: Any) -> dict[str, list[bytes]]:
-    return {name: [as_bytes(value) for value in values] for name, values in synthesize(plan, Options(**options))}
+    return {name: [as_bytes(value) for value in values] for name, values in synthesize(plan, **options)}
 
 
 Expected = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
@@ -201,7 +201,7 @@ def test_a_synthesis_restores_torchs_number_of_threads(mixed: Path) -> None:
 
 
 def made_on_the_gpu(plan: Plan, workers: int | None = None) -> dict[str, list[torch.Tensor]]:
-    return {name: [value.cpu() for value in values] for name, values in synthesize(plan, Options("cuda", workers))}
+    return {name: [value.cpu() for value in values] for name, values in synthesize(plan, "cuda", workers)}
 
 
 @needs_cuda
@@ -217,7 +217,7 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: P
             for tensor in old:
                 tensor.fill_(torch.nan)
             del old, tensor
-            tensors = dict(synthesize(plan, Options("cuda")))
+            tensors = dict(synthesize(plan, "cuda"))
             torch.cuda.synchronize()
             for name, values in tensors.items():
                 expected = [as_bytes(value) for value in reference[name]]
@@ -226,7 +226,7 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: P
             del tensors, values
     try:
         torch.set_float32_matmul_precision("high")
-        assert_sums(synthesize(plan, Options("cuda")), exact_sums(plan))
+        assert_sums(synthesize(plan, "cuda"), exact_sums(plan))
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -239,7 +239,7 @@ def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(mixed: Pa
     flip_bit(path, path.read_bytes().index(large) + len(large) - 1)
     for _ in range(10):
         with pytest.raises(FileFormatError, match="is damaged"):
-            list(synthesize(plan, Options("cuda")))
+            list(synthesize(plan, "cuda"))
         new = [torch.zeros(LARGE, device="cuda") for _ in range(2 * len(TARGETS))]
         torch.cuda.synchronize()
         assert all(not bool(tensor.any()) for tensor in new)

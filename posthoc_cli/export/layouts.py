@@ -23,7 +23,6 @@ from posthoc_cli.dtypes import DTYPES, EPS, WORDS, parse_dtype
 from posthoc_cli.errors import InvalidValueError, MismatchError, check_word
 from posthoc_cli.snapshots.outputs import INDEX_NAME, model_files, weights_at
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, read_file
-from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
 
@@ -49,10 +48,11 @@ Others = Mapping[str, Path | bytes]
 
 
 @dataclass(frozen=True)
-class OutputOptions(Options):
+class OutputOptions:
     """Options for making averages and writing them to files."""
 
-    device: torch.device | str = "auto"
+    device: torch.device | str = "auto"  # computes the sums
+    workers: int | None = None  # number of threads; None for one per core
     layout: str | None = None  # one of `LAYOUTS`; None to choose it by the output's name
     max_shard_size: int | str | None = None  # of a sharded output, such as "5GB", which is the default
     overwrite: bool = False

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +34,7 @@ from posthoc_cli.export.layouts import FOLDERS, ModelFolder, Others, OutputOptio
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.sources import counted
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, TensorFileWriter, read_file, tensor_bytes
-from posthoc_cli.synthesis.engine import TensorOutput, Tile, Writer, check_device, synthesize_into
+from posthoc_cli.synthesis.engine import Tile, Writer, check_device, open_in_memory, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 
 # --- processes
@@ -109,7 +108,7 @@ def all_ranks() -> Iterator[Ranks]:
 class Output:
     """One output, written file by file under another name; the end of `stack` removes what was not published.
 
-    Tensors are written complete (`write`) or in tiles (`open_tile`, see `synthesis.engine.Output`). .pt files and DCP
+    Tensors are written complete (`write`) or in tiles (`open_tile`, see `synthesis.engine.Opener`). .pt files and DCP
     folders are collected in memory, since their libraries write them in one call. The first rank of a job is the owner
     of the folder, and the others get its `place`.
     """
@@ -121,7 +120,7 @@ class Output:
         self._header, self._overwrite = header, overwrite
         self._file: Any = None  # the current one: a TensorFileWriter, or a files.PendingFile
         self._folder: Any = None
-        self._memory: TensorOutput | None = None
+        self._memory: dict[str, torch.Tensor] | None = None
         self._entries: Mapping[str, Entry] = {}
         with suppress(FileFormatError):
             if overwrite and path.suffix == SUFFIX and path.is_file() and read_file(path).kind == "snapshot":
@@ -137,8 +136,7 @@ class Output:
         """Begin a file, into which these tensors go from now on."""
         self._entries, place = entries, self.place / name
         if self._layout in ("pt", "dcp"):
-            shapes = {name: entry.shape for name, entry in entries.items()}
-            self._memory = TensorOutput(shapes, torch.device("cpu"))
+            self._memory = {}
         if self._layout == "pt":
             self._file = self._stack.enter_context(files.PendingFile(place, self._overwrite))
         elif self._layout != "dcp":
@@ -148,22 +146,22 @@ class Output:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         if self._memory is not None:
-            self._memory.tensors[name] = tensor
+            self._memory[name] = tensor
         else:
             self._file.write(name, tensor_bytes(tensor))
 
     def open_tile(self, tile: Tile) -> Writer:
         """Return the function that writes a tile under all names that its tensors have in the file."""
         if self._memory is not None:
-            copy = self._memory.open_tile(tile)
+            copy = open_in_memory(self._memory, torch.device("cpu"), tile)
             for name in tile.names:
-                self._memory.tensors |= dict.fromkeys(tile.plan.names[name], self._memory.tensors[name])
+                self._memory |= dict.fromkeys(tile.plan.names[name], self._memory[name])
             return copy
         item = ITEM_BYTES[tile.dtype]
 
         def write(values: torch.Tensor) -> None:
             view = tensor_bytes(values)
-            for name, (start, stop) in zip(tile.names, pairwise(tile.bounds), strict=True):
+            for name, start, stop in tile.spans:
                 for alias in tile.plan.names[name]:
                     if alias in self._entries:
                         self._file.write(alias, view[start * item : stop * item], tile.begin * item)
@@ -173,7 +171,7 @@ class Output:
     def finish(self) -> None:
         """Finish the file; in the folder it gets its name, and in an object store it appears."""
         if self._memory is not None:
-            _save(self._memory.tensors, self._file, self._folder)
+            _save(self._memory, self._file, self._folder)
         elif self._layout in FOLDERS:
             self._file.commit()
             if files.is_url(self._path):
@@ -318,12 +316,13 @@ def write_synthesis(
     In a job this rank's share of the files is made. `like` is the model folder that outputs are copies of.
     """
     started, taken = time.perf_counter(), dict[str, TensorFile]()
+    wanted, workers = options.device, options.workers
     if ranks.world > 1:  # those of one machine share its cores, and each uses another device
         rank, count = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        options = replace(options, workers=max(1, worker_count() // count))
-        if str(options.device) == "cuda":
-            options = replace(options, device=f"cuda:{rank % max(1, torch.cuda.device_count())}")
-    options = replace(options, device=check_device(options.device))
+        workers = max(1, worker_count() // count)
+        if str(wanted) == "cuda":
+            wanted = f"cuda:{rank % max(1, torch.cuda.device_count())}"
+    device = check_device(wanted)
 
     def fill(outputs: Sequence[Output], entries: Mapping[str, Entry]) -> None:
         for name in filter(entries.__contains__, taken):
@@ -331,7 +330,8 @@ def write_synthesis(
             for output in outputs:
                 output.write(name, tensor)
         subset = frozenset(name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases))
-        with closing(synthesize_into(replace(plan, subset=subset), outputs, options)) as tiles:
+        openers = [output.open_tile for output in outputs]
+        with closing(synthesize_into(replace(plan, subset=subset), openers, device, workers, advance)) as tiles:
             for _ in tiles:
                 pass
 
@@ -344,7 +344,6 @@ def write_synthesis(
             parts, others = files_of(layout, plan.entries, options, ranks.world)
         headers = [plan.output_info(index).encoded() for index in range(len(plan.targets))]
         with (no_bar if ranks.rank else progress)("synthesizing", plan.read_bytes // ranks.world) as advance:
-            options = replace(options, progress=advance)
             write_outputs(paths, layout, parts, headers, fill, others, options.overwrite, ranks)
-    report = SynthesisReport(plan, tuple(paths), tuple(taken), str(options.device), time.perf_counter() - started)
+    report = SynthesisReport(plan, tuple(paths), tuple(taken), str(device), time.perf_counter() - started)
     return None if ranks.rank else report

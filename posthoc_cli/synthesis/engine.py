@@ -1,34 +1,31 @@
 """The engine of a synthesis: threads read, verify, convert and sum tiles, in constant memory.
 
-A tile is a range of elements of a large tensor, or several complete small tensors, end to end. Tiles do not overlap,
-and consist of the blocks that have checksums, for every dtype of the snapshots and the output; so each byte is read
-once, and verified as it is read. An exception is the chunks in the parts of a snapshot, which end anywhere: their
-blocks at the edges of a tile are read twice.
-
-`synthesize` yields tensors; `synthesize_into` passes tiles to outputs.
+Tiles do not overlap, and consist of the blocks that have checksums, for every dtype of the snapshots and the output; so
+each byte is read once, and verified as it is read. An exception is the chunks in the parts of a snapshot, which end
+anywhere: their blocks at the edges of a tile are read twice.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.files import is_url
+from posthoc_cli.profiles import FloatArray
 from posthoc_cli.resources import worker_count
+from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.sources import Source, all_open
 from posthoc_cli.snapshots.tensorfile import BLOCK, Box, tensor_from_bytes
 from posthoc_cli.synthesis.plan import Plan
@@ -39,35 +36,27 @@ from posthoc_cli.synthesis.plan import Plan
 # another target in the same pass may change the last bits. The tiles and the number of threads do not change them:
 # sums are padded to a multiple of COLUMNS, so every element goes through the same instructions wherever a chunk ends.
 
-SLOTS = 32
-"""Number of sources in one matrix product."""
-
-COLUMNS = 16_384
-"""Columns of one matrix product: the most at which its operands stay in the second-level cache (measured)."""
+SLOTS = 32  # number of sources in one matrix product
+COLUMNS = 16_384  # of one matrix product: the most at which its operands stay in the second-level cache (measured)
 
 
 class Sums:
     """One thread's buffers: the sums of a chunk, [targets, chunk], and slots for the sources of a matrix product.
 
-    For every chunk, call `start`, then for each source in order fill `slot(i)` and call `add(i)`, then call `result`.
-
-    Arguments:
-        coefficients: float64, shape [sources, targets].
-        chunk: largest number of elements in a chunk, a multiple of COLUMNS.
+    For a chunk, call `start`, then for each source in order fill `slot(i)` and call `add(i)`; `totals` are the sums.
+    `coefficients` are [sources, targets]. A chunk has up to `room` elements, a multiple of COLUMNS.
     """
 
-    def __init__(
-        self, coefficients: npt.NDArray[np.float64], chunk: int, wide: torch.dtype, device: torch.device
-    ) -> None:
-        self.room = chunk
+    def __init__(self, coefficients: FloatArray, room: int, wide: torch.dtype, device: torch.device) -> None:
+        self.room = room
         self._sources, targets = coefficients.shape
         self._slot_count = 1 if targets == 1 else min(SLOTS, self._sources)
         self._scales = coefficients.tolist()
         self._matrix = torch.from_numpy(coefficients.T.copy()).to(device, wide)
         # Initialized to zero: nan in the padding of a shorter chunk would slow down the arithmetic.
-        self._totals = torch.zeros(targets, chunk, dtype=wide, device=device)
-        self._values = torch.zeros(self._slot_count, chunk, dtype=wide, device=device)
-        self.weights = torch.full((chunk,), 2.0**-20, dtype=wide, device=device)
+        self.totals = torch.zeros(targets, room, dtype=wide, device=device)
+        self._values = torch.zeros(self._slot_count, room, dtype=wide, device=device)
+        self.weights = torch.full((room,), 2.0**-20, dtype=wide, device=device)
         self._size = self._padded = -1  # not 0, which is the size of an empty chunk
 
     def start(self, size: int) -> None:
@@ -76,7 +65,7 @@ class Sums:
             self._size, self._padded = size, -(-size // COLUMNS) * COLUMNS
             self._slots = [row[:size] for row in self._values.unbind()]
             self._terms = [row[: self._padded] for row in self._values.unbind()]
-            self._rows = [row[: self._padded] for row in self._totals.unbind()]
+            self._rows = [row[: self._padded] for row in self.totals.unbind()]
 
     def slot(self, source: int) -> torch.Tensor:
         """Return the buffer for the values of a source, shape [size]."""
@@ -91,16 +80,12 @@ class Sums:
         if self._slot_count > 1 and has_full_precision():
             matrix = self._matrix[:, first : source + 1]
             for begin in range(0, self._padded, COLUMNS):
-                sums, values = (rows[:, begin : begin + COLUMNS] for rows in (self._totals, self._values[:count]))
+                sums, values = (rows[:, begin : begin + COLUMNS] for rows in (self.totals, self._values[:count]))
                 torch.addmm(sums, matrix, values, beta=int(first > 0), out=sums)
             return
         for index in range(first, source + 1):
             for total, scale in zip(self._rows, self._scales[index], strict=True):
                 (total.zero_() if index == 0 else total).add_(self._terms[index - first], alpha=scale)
-
-    def result(self) -> torch.Tensor:
-        """Return the sums, shape [targets, size]; they are valid until the next `start`."""
-        return self._totals[:, : self._size]
 
 
 def has_full_precision() -> bool:
@@ -115,16 +100,12 @@ def has_full_precision() -> bool:
 
 # --- tiles
 
+# Elements of a tile for one target; for several, whose sums need memory for a row each, a tile is one block. Smaller
+# tiles make short calls, for which threads wait for each other (measured on two cores: 65,536 elements 5.6 GB/s,
+# 262,144 11.3, 524,288 12.6).
 ONE_TARGET = 4 * BLOCK
-"""Elements of a tile for one target; for several, whose sums need memory for a row each, a tile is one block. Smaller
-tiles make short calls, for which threads wait for each other (measured on two cores: 65,536 elements 5.6 GB/s, 262,144
-11.3, 524,288 12.6)."""
-
-MOST_PARTED = 16 * BLOCK
-"""The largest tile of a tensor whose rows are spread over chunks, which each tile reads some blocks of twice."""
-
-MAX_BATCH = 1024
-"""Largest number of small tensors in one tile, so that a tile takes milliseconds even if tensors have one element."""
+MOST_PARTED = 16 * BLOCK  # of a tensor whose rows are spread over chunks, which each tile reads some blocks of twice
+MAX_BATCH = 1024  # small tensors in one tile, so that it takes milliseconds even if tensors have one element
 
 
 @dataclass(frozen=True)
@@ -146,17 +127,21 @@ class Tile:
 
     @cached_property
     def box(self) -> Box:
-        """What to make of its one tensor."""
+        """What to make of the one tensor."""
         return self.plan.box(self.names[0])
+
+    @cached_property
+    def spans(self) -> list[tuple[str, int, int]]:
+        """The name of each tensor, with its begin and its end in the tile."""
+        return [(name, *ends) for name, ends in zip(self.names, pairwise(self.bounds), strict=True)]
 
     @property
     def stored_bytes(self) -> int:
         """The bytes to read for the tile, over all sources."""
-        counts = [end - begin for begin, end in pairwise(self.bounds)]
         return sum(
-            count * ITEM_BYTES[source.entries[name].dtype]
+            (end - begin) * ITEM_BYTES[source.entries[name].dtype]
             for source in self.plan.sources
-            for name, count in zip(self.names, counts, strict=True)
+            for name, begin, end in self.spans
         )
 
 
@@ -166,24 +151,23 @@ def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
     The tiles of one tensor are consecutive. `wide_dtype` is the dtype of all sums; None to choose it for each tensor.
     """
     tiles: list[Tile] = []
-    batches: dict[tuple[str, str, str], list[tuple[str, int]]] = {}
+    batches = defaultdict[tuple[str, str, str], dict[str, int]](dict)
+    statistics = running_statistics(plan.newest.tensors)
 
     def flush(kind: tuple[str, str, str]) -> None:
-        names, counts = zip(*batches.pop(kind), strict=True)
-        tiles.append(Tile(plan, names, (0, *accumulate(counts)), *kind))
+        batch = batches.pop(kind)
+        tiles.append(Tile(plan, tuple(batch), (0, *accumulate(batch.values())), *kind))
 
     for name, tensor in plan.tensors.items():
-        exact = tensor.dtype == "F64" or name not in plan.coarse
-        wide = wide_dtype or ("F64" if exact else "F32")
-        if tensor.role == "copy":
-            wide = plan.newest.entries[name].dtype
-        role = "variance" if name in plan.variances else "copy" if tensor.role == "copy" else "average"
+        is_variance = name.endswith("running_var") and (tensor.role == "statistic" or name in statistics)
+        role = "copy" if tensor.role == "copy" else "variance" if is_variance else "average"
+        wide = wide_dtype or ("F64" if tensor.dtype == "F64" or name not in plan.coarse else "F32")
+        wide = plan.newest.entries[name].dtype if role == "copy" else wide
         kind, count = (role, plan.output_dtype(name), wide), plan.box(name).size
         if count <= BLOCK and name not in plan.boxes:
-            batch = batches.setdefault(kind, [])
-            if sum(size for _, size in batch) + count > BLOCK or len(batch) == MAX_BATCH:
+            if sum(batches[kind].values()) + count > BLOCK or len(batches[kind]) == MAX_BATCH:
                 flush(kind)
-            batches.setdefault(kind, []).append((name, count))
+            batches[kind][name] = count
             continue
         cells = max(source.cells(name) for source in plan.sources)
         step = min(size * max(1, cells), max(size, MOST_PARTED))
@@ -197,68 +181,82 @@ def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
 
 # --- tiles on threads
 
+Progress = Callable[[int], object]
+Writer = Callable[[torch.Tensor], object]
+"""Takes the values of a tile, once, in any thread; the caller reuses their memory afterwards."""
+Opener = Callable[[Tile], Writer]
+"""Returns the writer of a tile of one target; called in the thread that called the engine."""
 
-Progress = Callable[[int], None]
-"""A function that is called with the number of bytes just read, in the thread that called the engine."""
-
+# Least number of threads for sources in an object store, which are read ahead; and for too many to be read ahead.
 REMOTE_THREADS, READING_THREADS = 4, 16
-"""Least number of threads for sources in an object store, which are read ahead; for too many to be read ahead."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of a synthesis that change no value, except for its last rounding."""
-
-    device: torch.device | str = "cpu"  # computes the sums
-    workers: int | None = None  # number of threads; None for one per core. The results are the same bits for any number
-    progress: Progress | None = None
-
-
-def synthesize(plan: Plan, options: Options = Options()) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Yield (name, one tensor per target) for each tensor, on `options.device`. Small tensors come in batches.
+def synthesize(
+    plan: Plan, device: torch.device | str = "cpu", workers: int | None = None, progress: Progress | None = None
+) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Yield (name, one tensor per target) for each tensor, on `device`. Small tensors come in batches.
 
     Memory is needed for a few tiles per thread, and for the tensors that the next few tiles belong to. Errors name the
     tensor: FileFormatError of a damaged snapshot, NonFiniteError of a result that the plan's dtype cannot hold.
+
+    There are `workers` threads, by default one per core; the results are the same bits for any number. `progress` is
+    called with the number of bytes just read, in the calling thread.
     """
-    device = check_device(options.device)
-    shapes = {name: plan.box(name).shape for name in plan.tensors}
-    outputs = [TensorOutput(shapes, device) for _ in plan.targets]
-    with closing(synthesize_into(plan, outputs, options)) as made:
-        for tile in made:
+    place = check_device(device)
+    made: list[dict[str, torch.Tensor]] = [{} for _ in plan.targets]
+    outputs = [partial(open_in_memory, tensors, place) for tensors in made]
+    with closing(synthesize_into(plan, outputs, place, workers, progress)) as tiles:
+        for tile in tiles:
             for name in tile.names if tile.last else ():
-                values = [output.tensors.pop(name) for output in outputs]
+                values = [tensors.pop(name) for tensors in made]
                 for alias in tile.plan.names[name]:
                     yield alias, list(values)
                 del values  # release the memory before the next tensor is made
 
 
-def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Options()) -> Generator[Tile, None, None]:
+def open_in_memory(tensors: dict[str, torch.Tensor], device: torch.device, tile: Tile) -> Writer:
+    """Return the writer of a tile into complete tensors by name, to which it adds those that begin."""
+    with torch.inference_mode(False):  # the caller may have enabled it
+        for name in tile.names:
+            if name not in tensors:
+                tensors[name] = torch.empty(tile.plan.box(name).shape, dtype=torch_dtype(tile.dtype), device=device)
+    flat = [tensors[name].view(-1) for name in tile.names]
+    if len(flat) == 1:
+        return flat[0][tile.begin : tile.begin + tile.size].copy_
+    sizes = [end - begin for _, begin, end in tile.spans]
+    return lambda values: torch._foreach_copy_(flat, torch.split(values, sizes))
+
+
+def synthesize_into(
+    plan: Plan, outputs: Sequence[Opener], device: torch.device, workers: int | None = None,
+    progress: Progress | None = None,
+) -> Generator[Tile, None, None]:  # fmt: skip
     """Synthesize into outputs, one per target, and yield each complete tile, in order.
 
     At most two tiles per thread are queued or in progress. When the iteration ends, whether by an error in a thread, by
     Ctrl-C or because the caller stops iterating, every thread is stopped first, within a tile.
     """
-    device = check_device(options.device)
     wide = "F32" if device.type == "mps" else None  # mps has no float64
     size = ONE_TARGET if len(plan.targets) == 1 else BLOCK
     tiles = deque(tile for part in plan.passes() for tile in cut_tiles(part, size, wide))
     least = 1
-    if options.workers is None and any(source.files and is_url(source.path) for source in plan.sources):
+    if workers is None and any(source.files and is_url(source.path) for source in plan.sources):
         from posthoc_cli.remote.ranges import MOST_AHEAD
 
         least = REMOTE_THREADS if len(plan.sources) <= MOST_AHEAD else READING_THREADS
-    workers = min(max(least, worker_count(options.workers)), max(1, len(tiles)))
-    local, stop, torch_threads = threading.local(), threading.Event(), torch.get_num_threads()
+    workers = min(max(least, worker_count(workers)), max(1, len(tiles)))
+    local, torch_threads = threading.local(), torch.get_num_threads()
     queue: deque[Future[Tile]] = deque()
+    errors: list[BaseException] = []  # the first error of a thread comes first; any stops all threads
 
     def work(tile: Tile, writers: Sequence[Writer], ready: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 if not hasattr(local, "maker") or local.maker.plan is not tile.plan:
-                    local.maker = Maker(tile.plan, device)
-                local.maker.make(tile, writers, stop, ready)
-            except BaseException:
-                stop.set()
+                    local.maker = Maker(tile.plan, device, errors)
+                local.maker.make(tile, writers, ready)
+            except BaseException as error:
+                errors.append(error)
                 raise
         return tile
 
@@ -269,61 +267,29 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
         try:
             while tiles or queue:
                 if tiles and len(queue) < 2 * workers:
-                    writers = [output.open_tile(tiles[0]) for output in outputs]
+                    writers = [open_tile(tiles[0]) for open_tile in outputs]
                     # Recorded after all work so far in the calling thread's stream.
                     ready: Any = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
                     queue.append(pool.submit(work, tiles.popleft(), writers, ready))
                     continue
                 tile = queue.popleft().result()
-                if options.progress is not None:
-                    options.progress(tile.stored_bytes)
+                if progress is not None:
+                    progress(tile.stored_bytes)
                 yield tile
-        except Stopped:
-            errors = [future.exception() for future in queue if not future.cancelled()]
-            raise next(error for error in errors if error is not None and not isinstance(error, Stopped)) from None
+        except CancelledError:
+            raise errors[0] from None
         finally:
-            stop.set()
+            errors.append(CancelledError())
             pool.shutdown(wait=True, cancel_futures=True)
+            errors.clear()  # their tracebacks hold the memory of tiles
             torch.set_num_threads(torch_threads)  # the workers' setting is also that of threads that begin later
-
-
-Writer = Callable[[torch.Tensor], object]
-"""A function that takes the values of a tile, once, in any thread; the caller reuses their memory afterwards."""
-
-
-class Output(Protocol):
-    """An object that takes the tiles of one target, several at a time."""
-
-    def open_tile(self, tile: Tile) -> Writer:
-        """Return the function that writes a tile; called in the thread that called the engine."""
-
-
-class TensorOutput:
-    """An output that makes tensors of the given shapes on a device; `tensors` holds the begun and the complete ones."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
-        self._shapes, self._device = shapes, device
-        self.tensors: dict[str, torch.Tensor] = {}
-
-    def open_tile(self, tile: Tile) -> Writer:
-        with torch.inference_mode(False):  # the caller may have enabled it
-            for name in tile.names:
-                if name not in self.tensors:
-                    dtype = torch_dtype(tile.dtype)
-                    self.tensors[name] = torch.empty(self._shapes[name], dtype=dtype, device=self._device)
-        flat = [self.tensors[name].view(-1) for name in tile.names]
-        if len(flat) == 1:
-            return flat[0][tile.begin : tile.begin + tile.size].copy_
-        sizes = [end - begin for begin, end in pairwise(tile.bounds)]
-        return lambda values: torch._foreach_copy_(flat, torch.split(values, sizes))
 
 
 def check_device(device: torch.device | str) -> torch.device:
     """Return the device for the sums; "cuda" is the calling thread's current device, which differs between threads.
 
     "auto" is always the CPU: it reads and verifies every byte in any case, and the sums take a fraction of that time;
-    `scripts/bench_synthesis.py --device cuda` prints both times. Raises InvalidValueError, with a list of the devices
-    of this machine, if the device does not exist or cannot be used.
+    `scripts/bench_synthesis.py --device cuda` prints both times. An InvalidValueError lists the usable devices.
     """
     reason = "holds no values"
     try:
@@ -338,10 +304,6 @@ def check_device(device: torch.device | str) -> torch.device:
 
 
 # --- one thread
-
-
-class Stopped(Exception):  # noqa: N818
-    """The error in a thread that is stopped because another thread has failed."""
 
 
 class StoredBytes:
@@ -363,26 +325,28 @@ class StoredBytes:
 
 
 class Maker:
-    """One thread's maker of tiles, with the buffers of that thread.
+    """One thread's maker of tiles, with the buffers of that thread."""
 
-    For CUDA it has two buffers of stored bytes: the next bytes are read into one while the other is copied.
-    """
-
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self._device = plan, device
+    def __init__(self, plan: Plan, device: torch.device, errors: Sequence[BaseException]) -> None:
+        self.plan, self._device, self._errors = plan, device, errors
         self._is_cuda = device.type == "cuda"
+        # With CUDA the next bytes are read into one of two buffers while the other is copied.
         self._stored = deque(StoredBytes(self._is_cuda) for _ in range(1 + self._is_cuda))
         self._sums: dict[str, Sums] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         cuda: Any = torch.cuda
         self._stream = cuda.Stream(device) if self._is_cuda else None
 
-    def make(self, tile: Tile, writers: Sequence[Writer], stop: threading.Event, opened: Any) -> None:
-        """Make a tile of all targets and pass it to its writers, one per target; raise `Stopped` once `stop` is set.
+    def make(self, tile: Tile, writers: Sequence[Writer], opened: Any) -> None:
+        """Make a tile of all targets and pass it to its writers, one per target; raise CancelledError after errors.
 
         `opened` is the caller's event after which the sources can be read and the results written.
         """
-        with self._stream_after(opened):
+        with ExitStack() as stack:
+            if self._stream is not None:
+                stack.enter_context(torch.cuda.stream(self._stream))
+                self._stream.wait_event(opened)
+                stack.callback(self._stream.synchronize)  # also after an error, since the caller then frees the results
             if tile.role == "copy":
                 copy = self._buffer(tile.wide, tile.size)
                 self._read(self.plan.newest, tile, copy)
@@ -390,38 +354,24 @@ class Maker:
                     check_finite(tile, copy.cpu().double().nan_to_num(0.0, 0.0, 0.0)[None])
                 results = [copy] * len(writers)
             else:
-                results = [*self._average(tile, stop)]
+                results = [*self._average(tile)]
             for values, write in zip(results, writers, strict=True):
-                is_cast = tile.dtype == tile.wide
-                write(values if is_cast else self._buffer(tile.dtype, tile.size).copy_(values))
+                write(values if tile.dtype == tile.wide else self._buffer(tile.dtype, tile.size).copy_(values))
 
-    @contextmanager
-    def _stream_after(self, opened: Any) -> Iterator[None]:
-        """Run the block in this thread's stream, and wait for the stream: after an error the caller frees results."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(opened)
-            try:
-                yield
-            finally:
-                self._stream.synchronize()
-
-    def _average(self, tile: Tile, stop: threading.Event) -> torch.Tensor:
+    def _average(self, tile: Tile) -> torch.Tensor:
         """Return the sums of a tile, [targets, n]; they are valid until the next call."""
         sums = self._sums_in(tile.wide, tile.size)
         sums.start(tile.size)
         smallest: torch.Tensor | None = None
         for index, source in enumerate(self.plan.sources):
-            if stop.is_set():
-                raise Stopped
+            if self._errors:
+                raise CancelledError
             slot = sums.slot(index)
             self._read(source, tile, slot)
             if tile.role == "variance":
                 smallest = slot.clone() if smallest is None else smallest.minimum(slot)
             sums.add(index)
-        result = sums.result()
+        result = sums.totals[:, : tile.size]
         if smallest is not None:  # extrapolating coefficients can make a small variance zero or negative
             result.copy_(result.maximum(smallest / 2))
         # A weighted sum reads all elements once, at the speed of memory; it may overflow itself.
@@ -435,15 +385,11 @@ class Maker:
         return result
 
     def _check_checkpoints(self, tile: Tile) -> None:
-        """Raise a NonFiniteError that names the checkpoint with non-finite values in a tile, if there is one.
-
-        Snapshots are not searched: trackers refuse non-finite values.
-        """
+        """Raise a NonFiniteError that names the checkpoint with non-finite values; trackers refuse to store these."""
         for source in self.plan.sources:
             if source.word == "checkpoint":
-                values = self._buffer(tile.wide, tile.size)
-                self._read(source, tile, values)
-                for name, (begin, end) in zip(tile.names, pairwise(tile.bounds), strict=True):
+                self._read(source, tile, values := self._buffer(tile.wide, tile.size))
+                for name, begin, end in tile.spans:
                     if not bool(values[begin:end].isfinite().all()):
                         raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
 
@@ -489,11 +435,8 @@ class Maker:
 def check_finite(tile: Tile, sums: torch.Tensor) -> None:
     """Raise a NonFiniteError if the output's dtype cannot hold the sums, [targets, n], of a tile."""
     dtype = torch_dtype(tile.dtype)
-    if holds(dtype, sums):
-        return
-    for name, (start, end) in zip(tile.names, pairwise(tile.bounds), strict=True):
-        values = sums[:, start:end]
-        if holds(dtype, values):
+    for name, begin, end in () if holds(dtype, sums) else tile.spans:
+        if holds(dtype, values := sums[:, begin:end]):
             continue
         reason, hint = "the result is not finite; a snapshot holds nan or infinity, or the sum overflows", ""
         if bool(values.isfinite().all()):

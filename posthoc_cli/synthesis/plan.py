@@ -28,7 +28,6 @@ from posthoc_cli.planning import check_within, error_curve
 from posthoc_cli.profiles import PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.outputs import OutputInfo, Used
-from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.sources import Source, TrackedTensor, by_time, chosen_up_to, counted, run_clock, source_prior
 from posthoc_cli.snapshots.tensorfile import Box, Entry
 from posthoc_cli.targets import Target, as_target, separate
@@ -88,13 +87,6 @@ class Plan:
         """The stored tensors to make."""
         stored = self.newest.tensors
         return {name: stored[name] for name in stored if self.subset is None or name in self.subset}
-
-    @cached_property
-    def variances(self) -> frozenset[str]:
-        """The names of the running variances that are averaged."""
-        named = running_statistics(self.newest.tensors)
-        statistics = {name for name, tensor in self.tensors.items() if name in named or tensor.role == "statistic"}
-        return frozenset(n for n in statistics if n.endswith("running_var") and self.tensors[n].role != "copy")
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
@@ -194,7 +186,6 @@ class Plan:
         """Return the metadata of a target's output; the snapshots of groups are listed one group after another."""
         newest, wanted = self.newest, self.targets[target]
         columns = self.reconstruction.coefficients.T[list(self.columns[target].values())].tolist()
-        copies = [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
         return OutputInfo(
             run_id=newest.run_id, profile=wanted.title, sigma_rel=wanted.sigma_rel,
             gamma=None if wanted.sigma_rel is None else PowerFunction.from_sigma_rel(wanted.sigma_rel, self.t).gamma,
@@ -203,21 +194,17 @@ class Plan:
             snapshots=tuple(
                 Used(source.name, c) for column in columns for source, c in zip(self.sources, column, strict=True)
             ),
-            copies=tuple(alias for name in copies for alias in self.names[name]),
+            copies=tuple(n for name in self.tensors if self.tensors[name].role == "copy" for n in self.names[name]),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Return the run, its motion, and each target's coefficients and errors, as plain values for JSON."""
-        prior = self.reconstruction.prior
+        prior, motion = self.reconstruction.prior, self.reconstruction.prior.motion
         infos = [self.output_info(index) for index in range(len(self.targets))]
         copied = ("sigma_rel", "t", "method", "profile_error", "predicted_error")
         return {
             "run": self.newest.run_id,
-            "movement": {
-                "source": prior.source,
-                "pieces": int(prior.motion.walk.size),
-                "has_noise": bool(prior.motion.noise.any()),
-            },
+            "movement": {"source": prior.source, "pieces": motion.walk.size, "has_noise": bool(motion.noise.any())},
             "solved_with": self.solved,
             "available": self.available,
             "targets": [
@@ -328,15 +315,11 @@ def _warn_of_poor_targets(plan: Plan, snapshots: Sequence[StoredProfile], prior:
     if not poor:
         return
     titles = [target.title for index, target in enumerate(separate(plan.targets)) if index in poor]
+    names = ", ".join(titles[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else "")
+    worst = "up to " * (len(poor) > 1) + percent(float(errors[poor].max()))
     curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
     below = curve.ranges_text(POOR_ERROR)
-    log.warning(
-        "%s: predicted error %s%s from the %s up to t = %s%s; %s",
-        ", ".join(titles[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
-        "up to " * (len(poor) > 1),
-        percent(float(errors[poor].max())),
-        counted(plan.sources, plan.solved),
-        f"{plan.t:,.12g}",
-        f", if {curve.assumption}" if curve.assumption else "",
-        f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %",
-    )
+    origin = f"from the {counted(plan.sources, plan.solved)} up to t = {plan.t:,.12g}"
+    origin += f", if {curve.assumption}" if curve.assumption else ""
+    hint = f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %"
+    log.warning("%s: predicted error %s %s; %s", names, worst, origin, hint)
