@@ -23,7 +23,7 @@ from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
-from posthoc_cli.snapshots.sources import EarlierRun, Source, chosen_up_to, counted, run_clock, scaled_run, source_prior
+from posthoc_cli.snapshots.sources import Source, chosen_up_to, counted, run_clock, scaled_run, source_prior
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHECKED, FileReport, Verification, verify
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
@@ -357,13 +357,13 @@ def plan_training(
     """
     if disk is not None:
         check_count("disk", disk)
-    earlier, assumption = EarlierRun(None, {}), EVENLY
+    motion, rounding, assumption = None, dict[str, float](), EVENLY
     if like is not None:
-        earlier = scaled_run(like.sources, steps)
+        motion, rounding = scaled_run(like.sources, steps)
         assumption = f"the network moves as in {like.directory}"
-        if earlier.motion is None:
+        if motion is None:
             assumption = f"{EVENLY}: the motion of {like.directory} is not known"
-    proposals = tuple(propose(steps, params, sigma_range, earlier.motion, earlier.rounding))
+    proposals = tuple(propose(steps, params, sigma_range, motion, rounding))
     return PlanReport(proposals, disk, assumption)
 
 

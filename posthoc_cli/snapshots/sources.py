@@ -1,15 +1,5 @@
-"""The sources of averages: snapshots on disk, checkpoints of other programs, and live averages.
-
-Several of them together show their order, their clock, and the prior of a reconstruction, from their measurements or,
-if headers lack these, from a sample: the averages of a snapshot, concatenated by name, form a long vector, which is cut
-into runs of 1,024 elements. Some runs are chosen at random, seeded by the run id: the same elements in every snapshot,
-all equally likely. Sums over the sample, times all elements / elements in the sample, are unbiased estimates. All
-elements are read of models with up to 1,000,000, whose sums are exact.
-
-The sample is not verified, since a checksum covers a block, which would have to be read completely. It is used for
-estimates only; a synthesis verifies what it reads. Memory: the samples of one time and of the two newest earlier
-snapshots of each profile, 8 MB per snapshot.
-"""
+"""The sources of averages: snapshots on disk, checkpoints of other programs, and live averages; what several of them
+show together: their order, their clock, and the prior of a reconstruction."""
 
 from __future__ import annotations
 
@@ -25,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
@@ -78,10 +67,10 @@ Dtype = Annotated[str, Rule(f"one of {', '.join(ITEM_BYTES)}", lambda name: name
 
 @dataclass(frozen=True)
 class TrackedTensor:
-    """How a run tracks one tensor: `role` is one of `ROLES`, `dtype` is the tensor's dtype in the model."""
+    """How a run tracks one tensor."""
 
     role: Role
-    dtype: Dtype
+    dtype: Dtype  # in the model
 
 
 class ElementRange(NamedTuple):
@@ -189,8 +178,13 @@ class Source(ABC):
             file.read(name, first * ITEM_BYTES[stored], data.data, verify)
             if stored != dtype:  # parts use a wider dtype for values that are too large or small for the run's dtype
                 data = decode_values(data, stored).astype(np.dtype(DTYPES[dtype].torch_name)).view(np.uint8)
+            # Strides over the elements of the file, and over those of the box, so that both arrays have part's shape.
+            values, item = data.view(items(dtype)), ITEM_BYTES[dtype]
+            stored_steps, wanted_steps = ([item * step for step in row_major(one.shape)] for one in (held, box))
             for part, (at, _) in zip(common, spans, strict=True):
-                _place(data.view(items(dtype))[at - first :], held, part, wanted, box, begin)
+                place, end = box.span(part)
+                target = as_strided(wanted[place - begin : end - begin], part.shape, wanted_steps)
+                target[...] = as_strided(values[at - first :], part.shape, stored_steps)
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
         """Fill `out` with complete tensors, end to end, verified."""
@@ -215,14 +209,6 @@ class Source(ABC):
         data = np.empty((end - begin) * ITEM_BYTES[entry.dtype], np.uint8)
         self.read_box(name, Box.full(entry.shape), data.data, begin, verify=False)
         return decode_values(data, entry.dtype)
-
-
-def _place(data: npt.NDArray[Any], held: Box, part: Box, out: npt.NDArray[Any], box: Box, begin: int) -> None:
-    """Copy the elements of `part` from those of `held`, which begin with them, to those of `box` from `begin` on."""
-    first, last = box.span(part)
-    steps = [[data.itemsize * step for step in row_major(shape)] for shape in (held.shape, box.shape)]
-    target = as_strided(out[first - begin : last - begin], part.shape, steps[1])
-    target[...] = as_strided(data, part.shape, steps[0])
 
 
 # --- several sources
@@ -307,6 +293,14 @@ def counted(sources: Sequence[Source], count: int | None = None, total: int | No
 
 
 # --- the prior, from measurements or a sample
+#
+# The averages of a snapshot, concatenated by name, form a long vector, which is cut into runs. Some runs are chosen at
+# random, seeded by the run id: the same elements in every snapshot, all equally likely. Sums over the sample, times all
+# elements / elements in the sample, are unbiased estimates, and exact for models of which all elements are read.
+#
+# The sample is not verified, since a checksum covers a block, which would have to be read completely. It is used for
+# estimates only; a synthesis verifies what it reads. Memory: the samples of one time and of the two newest earlier
+# snapshots of each profile, 8 MB per snapshot.
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
@@ -322,8 +316,12 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     last = max((source.t for source in sources), default=0.0)  # earlier sketches show a part of the path
     text = next((source.sketch for source in (*on_disk, *sources) if source.t == last and source.sketch), "")
     is_sampled = not text or any(source.measurements is None for source in on_disk)
-    measured = dict(zip(map(id, on_disk), with_sampled_measurements(on_disk), strict=True)) if is_sampled else {}
-    averages = [measured.get(id(source)) or source.average(source.profile) for source in sources]
+    found = dict(zip(map(id, on_disk), sample_measurements(on_disk), strict=True)) if is_sampled else {}
+    averages = [source.average(source.profile) for source in sources]
+    averages = [
+        replace(average, measurements=found.get(id(source), average.measurements))
+        for source, average in zip(sources, averages, strict=True)
+    ]
     uneven = None
     if text:
         samples = defaultdict[float, list[str]](list)
@@ -335,76 +333,69 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     return replace(prior, source=SAMPLED) if is_sampled and prior.source == MEASURED else prior
 
 
-@dataclass(frozen=True)
-class EarlierRun:
-    """An earlier run scaled to another length: the motion, relative to the norm; None if too little is known.
+def scaled_run(snapshots: Sequence[Source], steps: float) -> tuple[Motion | None, dict[str, float]]:
+    """Scale the snapshots of one run to a run of `steps`. Reads a sample if headers lack measurements.
 
-    `rounding` is the root mean square error of the stored averages by dtype, relative to their norm.
+    Returns the motion, relative to the norm, None if too little is known; and the root mean square errors of stored
+    averages by dtype, relative to their norm.
     """
-
-    motion: Motion | None
-    rounding: dict[str, float]
-
-
-def scaled_run(snapshots: Sequence[Source], steps: float) -> EarlierRun:
-    """Scale the snapshots of one run to a run of `steps`. Reads a sample if headers lack measurements."""
     snapshots, _ = chosen_up_to(snapshots, max(snapshot.t for snapshot in snapshots))
     prior = source_prior(snapshots)
     times = np.array([snapshot.t for snapshot in snapshots])
     norm = float(prior.norm[times == times.max()].mean())
     if prior.source == ASSUMED or norm <= 0:
-        return EarlierRun(None, {})
+        return None, {}
     by_dtype = defaultdict(list)
     for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
         dtypes = {snapshot.entries[name].dtype for name in snapshot.averages}
         if len(dtypes) == 1 and rounding > 0 and squared > 0:
             by_dtype[DTYPES[dtypes.pop()].torch_name].append(float(rounding / squared))
-    rounding_by_dtype = {name: math.sqrt(float(np.mean(values))) for name, values in by_dtype.items()}
-    return EarlierRun(prior.stretched(steps, float(times.max()), norm), rounding_by_dtype)
+    errors = {name: math.sqrt(float(np.mean(values))) for name, values in by_dtype.items()}
+    return prior.stretched(steps, float(times.max()), norm), errors
 
 
-def sample_measurements(snapshots: Sequence[Source]) -> list[Measurements]:
-    """Estimate the measurements of the snapshots of one run, in their order, from the stored averages.
+@dataclass(frozen=True)
+class _Sample:
+    """The sampled elements of a source, shape [elements]; `scale` is all elements / sampled elements."""
 
-    `Distance.rounding` is the expected rounding of both averages. Raises NonFiniteError for nan or infinity, and
-    OverflowError for values too large to be squared.
+    source: Source
+    values: FloatArray
+    scale: float
+    rounding: float
+
+    def squared(self, values: FloatArray) -> float:
+        return float(np.dot(values, values)) * self.scale
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
+    """Estimate the measurements of the sources of one run, in their order, from the stored averages.
+
+    `Distance.rounding` is the expected rounding of both averages. All are None if values are too large to be squared;
+    a NonFiniteError for nan or infinity.
 
     A distance that shows recent motion alone (see `_recent_motion`) replaces all distances of another library's
     average, if at its time it is well above its rounding.
     """
     measured: dict[int, Measurements] = {}
-    newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
-    ranges = _sampled_ranges(snapshots[0]) if snapshots else []
-    for _, at_time in groupby(by_time(snapshots), key=lambda snapshot: snapshot.t):
-        now = [_read(snapshot, ranges) for snapshot in at_time]
+    newest = defaultdict[tuple[float, bool], list[list[_Sample]]](list)
+    ranges = _sampled_ranges(sources[0]) if sources else []
+    for _, at_time in groupby(by_time(sources), key=lambda source: source.t):
+        now = [_read(source, ranges) for source in at_time]
         earlier = [sample for kind in sorted(newest) for samples in newest[kind] for sample in samples]
-        recent = [_recent_motion(sample, newest[_kind(sample.snapshot)]) for sample in now]
+        recent = [_recent_motion(sample, newest[_kind(sample.source)]) for sample in now]
         is_clear = any(motion and motion.squared > _CLEAR * motion.rounding for motion in recent)
         for sample, motion in zip(now, recent, strict=True):
             distances = [motion] if motion else []
             for other in () if motion and is_clear else [one for one in now if one is not sample] + earlier:
-                squared = _squares(sample, sample.values - other.values)
-                distances.append(Distance(other.snapshot.profile, squared, sample.rounding + other.rounding))
-            norm = _squares(sample, sample.values)
-            measured[id(sample.snapshot)] = Measurements(norm, sample.rounding, tuple(distances))
-        for kind, of_kind in groupby(now, key=lambda sample: _kind(sample.snapshot)):
+                squared = sample.squared(sample.values - other.values)
+                distances.append(Distance(other.source.profile, squared, sample.rounding + other.rounding))
+            norm = sample.squared(sample.values)
+            measured[id(sample.source)] = Measurements(norm, sample.rounding, tuple(distances))
+        for kind, of_kind in groupby(now, key=lambda sample: _kind(sample.source)):
             newest[kind] = [*newest[kind], list(of_kind)][-2:]
-    return [measured[id(snapshot)] for snapshot in snapshots]
-
-
-def with_sampled_measurements(snapshots: Sequence[Source]) -> list[StoredAverage]:
-    """Return the averages as reconstruction uses them, all measured by one sample, since distances need both sides.
-
-    They have no measurements if values are too large to be squared.
-    """
-    try:
-        sampled: Sequence[Measurements | None] = sample_measurements(snapshots)
-    except OverflowError:
-        sampled = [None] * len(snapshots)
-    return [
-        replace(snapshot.average(snapshot.profile), measurements=measurements)
-        for snapshot, measurements in zip(snapshots, sampled, strict=True)
-    ]
+    sums = [each for one in measured.values() for each in (one.norm, *(distance.squared for distance in one.distances))]
+    return [measured[id(source)] if np.isfinite(sums).all() else None for source in sources]
 
 
 def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
@@ -421,64 +412,43 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     return float(np.dot(spacings, spacings)) / 12
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """The sampled elements of a snapshot, shape [elements]; `scale` is all elements / sampled elements."""
-
-    snapshot: Source
-    values: FloatArray
-    scale: float
-    rounding: float
-
-
-def _averaged(snapshot: Source) -> dict[str, int]:
-    return {name: snapshot.entries[name].size for name in sorted(snapshot.averages)}
-
-
-def _sampled_ranges(snapshot: Source) -> list[ElementRange]:
-    """Choose the elements to read in every snapshot of the run: runs, cut at the ends of tensors."""
-    sizes = _averaged(snapshot)
+def _sampled_ranges(source: Source) -> list[ElementRange]:
+    """Choose the elements to read in every source of the run: runs, cut at the ends of tensors."""
+    sizes = {name: source.entries[name].size for name in sorted(source.averages)}
     total, names, ends = sum(sizes.values()), list(sizes), list(accumulate(sizes.values()))
     if total <= MOST_ELEMENTS:
         return [ElementRange(name, 0, count) for name, count in sizes.items() if count]
     runs, wanted = -(-total // RUN_ELEMENTS), MOST_ELEMENTS // RUN_ELEMENTS
-    chosen = {*np.random.default_rng(int(snapshot.run_id, 16)).choice(runs, wanted, replace=False).tolist()}
+    chosen = {*np.random.default_rng(int(source.run_id, 16)).choice(runs, wanted, replace=False).tolist()}
     edges = {*ends, *(min((run + end) * RUN_ELEMENTS, total) for run in chosen for end in (0, 1))}
     ranges = []
     for begin, end in pairwise(sorted(edges)):
         if begin // RUN_ELEMENTS in chosen:
-            name = names[bisect_right(ends, begin)]
-            start = ends[bisect_right(ends, begin)] - sizes[name]
-            ranges.append(ElementRange(name, begin - start, end - start))
+            index = bisect_right(ends, begin)
+            start = ends[index] - sizes[names[index]]
+            ranges.append(ElementRange(names[index], begin - start, end - start))
     return ranges
 
 
-def _read(snapshot: Source, ranges: Sequence[ElementRange]) -> _Sample:
+def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
-    is_rounded = not isinstance(snapshot.profile, Point)  # a checkpoint holds the exact weights
-    with snapshot:
-        for span in ranges:
-            values = snapshot.values(*span)
+    with source:
+        for name, begin, end in ranges:
+            values = source.values(name, begin, end)
             if not np.isfinite(values).all():
-                snapshot.tensor(span.name)  # raises if the file is damaged, for example by a flipped bit
-                raise NonFiniteError(snapshot.path, f"tensor {span.name!r}: holds nan or infinity")
+                source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
+                raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
             parts.append(values)
-            if is_rounded:
-                stored, original = snapshot.entries[span.name].dtype, snapshot.tensors[span.name].dtype
-                rounding += expected_rounding(values, stored, original)
+            if not isinstance(source.profile, Point):  # a checkpoint holds the exact weights
+                rounding += expected_rounding(values, source.entries[name].dtype, source.tensors[name].dtype)
     values = np.concatenate(parts)
-    scale = sum(_averaged(snapshot).values()) / max(values.size, 1)
-    return _Sample(snapshot, values, scale, rounding * scale)
+    scale = sum(source.entries[name].size for name in source.averages) / max(values.size, 1)
+    return _Sample(source, values, scale, rounding * scale)
 
 
-_LIKE = 1e-3
-"""The largest difference between the tails of two averages up to a time if one of them continues the other."""
-
-_NONE = 1e-9
-"""Shares of mass below this count as 0."""
-
-_CLEAR = 2.0
-"""A squared distance must be this many times its expected rounding to show motion."""
+_LIKE = 1e-3  # the largest difference between the tails of two averages up to a time if one continues the other
+_NONE = 1e-9  # shares of mass below this count as 0
+_CLEAR = 2.0  # a squared distance must be this many times its expected rounding to show motion
 
 
 def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Distance | None:
@@ -492,11 +462,10 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
 
     Returns None with fewer than two earlier averages, for power functions, and if c does not continue b, or b not a.
     """
-    earlier_samples = [samples[0] for samples in before]
-    if len(earlier_samples) < 2:
+    if len(before) < 2:
         return None
-    sample_a, sample_b = earlier_samples
-    a, b, c = (each.snapshot.profile for each in (sample_a, sample_b, sample))
+    (sample_a, *_), (sample_b, *_) = before
+    a, b, c = (each.source.profile for each in (sample_a, sample_b, sample))
     if not (isinstance(a, Discrete) and isinstance(b, Discrete) and isinstance(c, Discrete)):
         return None
     shares = []
@@ -513,12 +482,4 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     rounding = sample.rounding + share_b**2 * sample_b.rounding + (1 - share_b) ** 2 * sample_a.rounding
     tail = share_b * b.tail(b.times) + (1 - share_b) * a.tail(b.times)
     masses = np.maximum(-np.diff(tail, prepend=1.0), 0.0)
-    return Distance(Discrete(b.times, masses, b.t), _squares(sample, sample.values - unmoved), rounding)
-
-
-def _squares(sample: _Sample, values: FloatArray) -> float:
-    with np.errstate(over="ignore"):
-        total = float(np.dot(values, values)) * sample.scale
-    if not np.isfinite(total):
-        raise OverflowError(f"{sample.snapshot.path}: holds values too large to be squared")
-    return total
+    return Distance(Discrete(b.times, masses, b.t), sample.squared(sample.values - unmoved), rounding)

@@ -18,7 +18,7 @@ from snapshots.recorded import Walk
 from posthoc_cli import PostHocEMA, Run, export_file
 from posthoc_cli.errors import DirectoryError, MismatchError
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory, set_aside, snapshot_path, thin
-from posthoc_cli.snapshots.sources import with_sampled_measurements
+from posthoc_cli.snapshots.sources import sample_measurements
 from posthoc_cli.snapshots.verify import verify
 
 W = {"w": torch.ones(2, 3)}
@@ -140,8 +140,8 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     write_run(tmp_path, trajectory, range(10, 101, 10), (0.05, 0.28))
     snapshots = read_directory(tmp_path)
     measured = [
-        replace(snapshot, measurements=average.measurements)
-        for snapshot, average in zip(snapshots, with_sampled_measurements(snapshots), strict=True)
+        replace(snapshot, measurements=measurements)
+        for snapshot, measurements in zip(snapshots, sample_measurements(snapshots), strict=True)
     ]
     left = thin(measured, 3)
     assert sum(40 <= s.t <= 80 for s in left) >= 3  # it hardly matters which earlier snapshot is left

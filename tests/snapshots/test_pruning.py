@@ -135,10 +135,10 @@ def test_an_interruption_leaves_a_directory_that_works(run: Path, stop: BaseExce
 
 
 def test_a_scaled_run_has_the_motion_and_the_rounding_of_the_run(run: Path) -> None:
-    found = scaled_run(read_directory(run), 2400)
-    assert found.motion.edges[-1] == pytest.approx(2400)
+    motion, rounding = scaled_run(read_directory(run), 2400)
+    assert motion.edges[-1] == pytest.approx(2400)
     # An average of values spread around zero is stored about as well as any.
-    assert found.rounding == {"float16": pytest.approx(2e-4, rel=0.2)}
+    assert rounding == {"float16": pytest.approx(2e-4, rel=0.2)}
 
 
 # --- the choice of the snapshots that a reconstruction uses if there are very many
