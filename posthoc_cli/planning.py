@@ -262,23 +262,16 @@ class ErrorPoint:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Relative L2 errors of the profile, and expected ones of the weights, against sigma_rel, for targets at time `t`.
+    """Relative L2 errors of the profile, and expected ones of the weights, against sigma_rel, for targets at `t`."""
 
-    Attributes:
-        label: snapshots and assumption, for a legend.
-        tracked: sigma_rels of the snapshots.
-        others: errors of further targets.
-        assumption: of the predicted errors; empty if the motion was measured.
-    """
-
-    label: str
+    label: str  # snapshots and assumption, for a legend
     t: float
     sigma_rels: FloatArray
     profile_error: FloatArray
     predicted_error: FloatArray
-    tracked: tuple[float, ...]
-    others: tuple[ErrorPoint, ...] = ()
-    assumption: str = ""
+    tracked: tuple[float, ...]  # sigma_rels of the snapshots
+    others: tuple[ErrorPoint, ...] = ()  # errors of further targets
+    assumption: str = ""  # of the predicted errors; empty if the motion was measured
 
     def __repr__(self) -> str:
         return f"ErrorCurve({self.label}: below 1 % for sigma_rel {self.ranges_text(0.01) or 'none'})"
@@ -457,16 +450,11 @@ class Proposal:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """The named schedules of a training, by rising size.
-
-    Attributes:
-        disk: the most bytes of snapshots at any moment; None if any size will do.
-        assumption: about the motion of the network, worded to follow "if".
-    """
+    """The named schedules of a training, by rising size."""
 
     proposals: tuple[Proposal, ...]
-    disk: int | None = None
-    assumption: str = EVENLY
+    disk: int | None = None  # the most bytes of snapshots at any moment; None if any size will do
+    assumption: str = EVENLY  # about the motion of the network, worded to follow "if"
 
     @property
     def within_disk(self) -> Proposal | None:

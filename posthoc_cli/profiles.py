@@ -259,28 +259,21 @@ _FORGOTTEN, _COPY = 30.0, -1e3
 class DecayRule:
     """The decay of each update of an ordinary EMA.
 
-    Attributes:
-        decay: the constant decay; with a warm-up, its upper limit.
-        warm_up: the decay of the n-th update up to that limit: "" for none, "ratio" for (1 + n) / (10 + n), "power" for
-            1 - (1 + n / inv_gamma)**-power, "ramp-up" for 2**(-1 / (power n)), a half-life that is a share of the
-            training so far, or `POWER_FUNCTION` for (n / (n + 1))**power, which after one copy is equation 2 of
-            arXiv 2312.02696 with power = gamma + 1. The first update that is no copy has n = 1.
-        copies: number of initial updates that copy the weights.
-        stride: increment of n per update, for libraries that count calls.
-        least: lower limit of the decay.
-        uncertainty: relative, of the time constant 1 / (1 - decay), if the decay was estimated.
-        late: steps by which the first update may be later, if its step was estimated.
+    `warm_up` is the decay of the n-th update up to the limit `decay`: "" for none, "ratio" for (1 + n) / (10 + n),
+    "power" for 1 - (1 + n / inv_gamma)**-power, "ramp-up" for 2**(-1 / (power n)), a half-life that is a share of the
+    training so far, or `POWER_FUNCTION` for (n / (n + 1))**power, which after one copy is equation 2 of
+    arXiv 2312.02696 with power = gamma + 1. The first update that is no copy has n = 1.
     """
 
-    decay: float
+    decay: float  # the constant decay; with a warm-up, its upper limit
     warm_up: str = ""
-    copies: int = 0
-    stride: int = 1
+    copies: int = 0  # number of initial updates that copy the weights
+    stride: int = 1  # increment of n per update, for libraries that count calls
     inv_gamma: float = 1.0
     power: float = POWER
-    least: float = 0.0
-    uncertainty: float = 0.0
-    late: int = 0
+    least: float = 0.0  # lower limit of the decay
+    uncertainty: float = 0.0  # relative, of the time constant 1 / (1 - decay), if the decay was estimated
+    late: int = 0  # steps by which the first update may be later, if its step was estimated
 
     def __post_init__(self) -> None:
         check_number("ema_decay", self.decay, lambda decay: 0 < decay < 1, "lie in (0, 1)")

@@ -48,14 +48,10 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
     """Averaged tensors by name. It pickles as a plain OrderedDict, so that a file of it loads with `weights_only=True`.
 
     It is its own context manager, since users of other libraries write `with ema.state_dict(...) as weights`.
-
-    Attributes:
-        predicted_error: expected relative L2 distance from the true average; None if unknown.
-        profile_error: relative L2 distance between the wanted profile and the one made from the snapshots.
     """
 
-    predicted_error: float | None = None
-    profile_error: float = 0.0
+    predicted_error: float | None = None  # expected relative L2 distance from the true average; None if unknown
+    profile_error: float = 0.0  # relative L2 distance between the wanted profile and the one made from the snapshots
 
     def __repr__(self) -> str:
         error = "unknown" if self.predicted_error is None else percent(self.predicted_error)

@@ -49,21 +49,13 @@ class Formula:
 
 @dataclass(frozen=True)
 class Target:
-    """An average that the user wants, as the functions below make it.
+    """An average that the user wants, as the functions below make it."""
 
-    Attributes:
-        kind: "sigma_rel", one of `KINDS`, "profile" or "groups".
-        values: its parameters.
-        title: its name in messages, `sigma_rel 0.15`; or its text form, `beta:0.9999`.
-        label: its name in tables and file names: `0.15`, `beta-0.9999`.
-        sigma_rel: the width of a power function; None for any other profile.
-    """
-
-    kind: str
-    values: tuple[Any, ...]
-    title: str
-    label: str
-    sigma_rel: float | None = None
+    kind: str  # "sigma_rel", one of `KINDS`, "profile" or "groups"
+    values: tuple[Any, ...]  # its parameters
+    title: str  # its name in messages, `sigma_rel 0.15`; or its text form, `beta:0.9999`
+    label: str  # its name in tables and file names: `0.15`, `beta-0.9999`
+    sigma_rel: float | None = None  # the width of a power function; None for any other profile
 
     @property
     def beta(self) -> float | None:

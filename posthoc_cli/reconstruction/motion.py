@@ -238,19 +238,13 @@ have 0.01 (learning rate decayed to almost 0) to 0.45 (constant learning rate)."
 
 @dataclass(frozen=True, eq=False)
 class Motion:
-    """Walk and noise, summed over all elements of the weights, constant on each segment of training.
+    """Walk and noise, summed over all elements of the weights, constant on each segment of training."""
 
-    Attributes:
-        edges: ends of the segments, ascending, the first at the first update: shape [segments + 1].
-        walk: variance of the increments per step, v: shape [segments]; per unit of `t` if the steps are unknown.
-        noise: intensity of the noise, variance times step, w: shape [segments]; 0 with too few distances.
-        scatter: variance of a checkpoint about the path, from motion that is forgotten before the next one: shape
-            [segments]; None where no average of the weights between checkpoints shows it.
-    """
-
-    edges: FloatArray
-    walk: FloatArray
-    noise: FloatArray
+    edges: FloatArray  # ends of the segments, ascending, the first at the first update: shape [segments + 1]
+    walk: FloatArray  # variance of the increments per step, v: shape [segments]; per unit of `t` if steps are unknown
+    noise: FloatArray  # intensity of the noise, variance times step, w: shape [segments]; 0 with too few distances
+    # Variance of a checkpoint about the path, from motion that is forgotten before the next one: shape [segments]; None
+    # where no average of the weights between checkpoints shows it.
     scatter: FloatArray | None = None
 
     @classmethod
@@ -583,23 +577,16 @@ class Measurements:
 
 @dataclass(frozen=True)
 class StoredAverage:
-    """A stored average of so many updates, and its measurements.
-
-    Attributes:
-        eps: distance from 1 to the next number of the accumulator's dtype.
-        inherited: expected squared error that remains from rounded snapshots from which the run was resumed.
-        gammas: exponents of all profiles that share means with this one; empty if its means have its own weights.
-        t_first: time of a power function's first update: its mass before that applies to the values of that time.
-    """
+    """A stored average of so many updates, and its measurements."""
 
     profile: PowerFunction | Point | Discrete
     updates: int
-    eps: float
+    eps: float  # distance from 1 to the next number of the accumulator's dtype
     measurements: Measurements | None
     steps: Steps | None = None
-    inherited: float = 0.0
-    gammas: tuple[float, ...] = ()
-    t_first: float = 1.0
+    inherited: float = 0.0  # expected squared error that remains from rounded snapshots it was resumed from
+    gammas: tuple[float, ...] = ()  # exponents of all profiles that share means with it; empty if it has its own
+    t_first: float = 1.0  # time of a power function's first update: its mass before that applies to those values
 
     @property
     def start(self) -> float:
@@ -627,31 +614,24 @@ class StoredAverage:
 class Prior:
     """What is known about snapshots in addition to their profiles. Arrays are in the snapshots' order: shape [n] each.
 
-    Attributes:
-        rounding: variance of each stored copy's rounding, r_i; 0 for an exact copy.
-        arithmetic: variance of each average from the arithmetic of its updates.
-        norm: squared norm of each average.
-        source: where the numbers come from: "measured" while training, "sampled" from the files, or "assumed".
-        doubt: how badly the motion explains the distances: the root mean square of log(measured / expected). A walk
-            with noise explains those of ordinary training within a few per cent; if the path oscillates, or is smooth
-            between snapshots, some are many times larger than expected, and others smaller.
-        shared: errors that averages have in common, as independent components: shape [n, components].
-        passed_on: the share of the rounding error of copy i that average j inherited, since the run was resumed from
-            the copy: shape [n, n].
-        uneven: squared displacements in squared spacings of the storage dtype, relative to their mean, of classes of
-            elements with equal shares of the rounding: shape [classes]; None for equal ones.
+    `doubt` says how badly the motion explains the distances: the root mean square of log(measured / expected). A walk
+    with noise explains those of ordinary training within a few per cent; if the path oscillates, or is smooth between
+    snapshots, some are many times larger than expected, and others smaller.
     """
 
     motion: Motion
-    rounding: FloatArray
-    arithmetic: FloatArray
-    norm: FloatArray
-    source: str
+    rounding: FloatArray  # variance of each stored copy's rounding, r_i; 0 for an exact copy
+    arithmetic: FloatArray  # variance of each average from the arithmetic of its updates
+    norm: FloatArray  # squared norm of each average
+    source: str  # where the numbers come from: "measured" while training, "sampled" from the files, or "assumed"
     steps: Steps | None = None
     doubt: float = 0.0
     sketch: Sketch | None = None
-    shared: FloatArray | None = None
+    shared: FloatArray | None = None  # errors that averages have in common, independent ones: shape [n, components]
+    # The share of the rounding error of copy i that average j inherited, since the run was resumed from it: [n, n].
     passed_on: FloatArray | None = None
+    # Squared displacements in squared spacings of the storage dtype, relative to their mean, of classes of elements
+    # with equal shares of the rounding: shape [classes]; None for equal ones.
     uneven: FloatArray | None = None
 
     def of(self, snapshots: Sequence[int]) -> Prior:

@@ -172,26 +172,17 @@ def has_raw(run: Run, t: float | None = None) -> bool:
 
 @dataclass(frozen=True)
 class Trial:
-    """One measurement of a metric.
+    """One measurement of a metric."""
 
-    Attributes:
-        target: the title of the target, such as `sigma_rel 0.15`; `raw` for raw weights.
-        x: the searched value; 0 for raw weights.
-        seed: as given to the command; trials of one seed share an offset.
-        value: the metric, finite; None for a failed trial, of which `error` says why.
-        predicted_error: of the weights; None if unknown.
-        log: the path of its logs without the endings .out and .err, relative to the folder of the sweep.
-    """
-
-    target: str
-    x: float
-    seed: int
-    value: float | None = None
+    target: str  # the title of the target, such as `sigma_rel 0.15`; `raw` for raw weights
+    x: float  # the searched value; 0 for raw weights
+    seed: int  # as given to the command; trials of one seed share an offset
+    value: float | None = None  # the metric, finite; None for a failed trial, of which `error` says why
     standard_error: float | None = None
-    predicted_error: float | None = None
+    predicted_error: float | None = None  # of the weights; None if unknown
     seconds: float = 0.0
     error: str | None = None
-    log: str = ""
+    log: str = ""  # the path of its logs without the endings .out and .err, relative to the folder of the sweep
 
 
 # --- the estimate from trials
@@ -199,30 +190,20 @@ class Trial:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimate of the best value from trials.
-
-    Attributes:
-        best: the value with the best estimate, which may not be that of the best measurement.
-        mean, standard_error: the estimated metric at `best`.
-        low, high: the range that contains the best with a probability of CONFIDENCE; it is equal within the noise.
-        regret: how much worse than the true best the metric at `best` is expected to be; not negative.
-        noise: the standard deviation of one measurement, without the offset of its seed.
-        xs, curve, errors: the estimated metric over the range, with its standard error; shape [POINTS].
-        draws: curves drawn from the model, standardized so that lower is better; shape [draws, POINTS].
-    """
+    """The estimate of the best value from trials."""
 
     axis: Axis
-    best: float
-    mean: float
+    best: float  # the value with the best estimate, which may not be that of the best measurement
+    mean: float  # the estimated metric at `best`
     standard_error: float
-    low: float
+    low: float  # the range that contains the best with a probability of CONFIDENCE; it is equal within the noise
     high: float
-    regret: float
-    noise: float
-    xs: FloatArray
+    regret: float  # how much worse than the true best the metric at `best` is expected to be; not negative
+    noise: float  # the standard deviation of one measurement, without the offset of its seed
+    xs: FloatArray  # the range: shape [POINTS], as are the estimated metric over it, and its standard error
     curve: FloatArray
     errors: FloatArray
-    draws: FloatArray
+    draws: FloatArray  # curves drawn from the model, standardized so that lower is better: shape [draws, POINTS]
 
     @property
     def settled(self) -> bool:

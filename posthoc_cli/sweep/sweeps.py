@@ -39,32 +39,20 @@ _SCRATCH, _LOGS = ".scratch", "logs"
 
 @dataclass(eq=False)
 class Sweep:
-    """A search for the best length of an average by a user's command.
+    """A search for the best length of an average by a user's command."""
 
-    Attributes:
-        run: the snapshots. Raw weights are measured, too, if it has a checkpoint of the time `t`.
-        command: the command line, with `{weights}` and optionally `{sigma_rel}`, `{seed}`, `{dir}`.
-        out: folder for the records, logs and the best average.
-        axis: the lengths; by default every sigma_rel whose predicted error is below 1 %.
-        repeats: trials of each length, with the seeds 0, 1, ...
-        budget: the most lengths to measure.
-        like: as in `Run.write`.
-        again: the command line that repeats this sweep.
-        say: called with every trial when it ends.
-    """
-
-    run: Run
-    command: str
+    run: Run  # the snapshots. Raw weights are measured, too, if it has a checkpoint of the time `t`
+    command: str  # the command line, with `{weights}` and optionally `{sigma_rel}`, `{seed}`, `{dir}`
     metric: Metric
-    out: Path
-    axis: Axis | None = None
+    out: Path  # folder for the records, logs and the best average
+    axis: Axis | None = None  # the lengths; by default every sigma_rel whose predicted error is below 1 %
     minimize: bool = True
-    repeats: int = 1
-    budget: int = 20
+    repeats: int = 1  # trials of each length, with the seeds 0, 1, ...
+    budget: int = 20  # the most lengths to measure
     t: float | None = None
-    like: Path | None = None
-    again: str = ""
-    say: Callable[[Trial], None] = lambda _: None
+    like: Path | None = None  # as in `Run.write`
+    again: str = ""  # the command line that repeats this sweep
+    say: Callable[[Trial], None] = lambda _: None  # called with every trial when it ends
     progress: ProgressBar = no_bar
     _settings: dict[str, Any] = field(init=False)
 
