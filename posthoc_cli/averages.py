@@ -198,8 +198,7 @@ def check_decay(decay: float, examples: str) -> float:
 
 # --- pairs of tensors
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""A tensor of the average, and the model's tensor of the same name."""
+Pair = tuple[torch.Tensor, torch.Tensor]  # a tensor of the average, and the model's tensor of the same name
 
 
 def make_average(model: torch.nn.Module) -> torch.nn.Module:
@@ -343,8 +342,7 @@ class HareAndTortoise(SwitchEMA):
 # --- averages of activations
 
 MODES = ("truncated", "window", "carried", "full")
-_LONGEST_QUIET_GRAPH = 99
-"""Values that mode "full" holds without a warning."""
+_LONGEST_QUIET_GRAPH = 99  # values that mode "full" holds without a warning
 
 
 class DifferentiableEMA(WideBuffers):

@@ -31,13 +31,11 @@ from posthoc_cli.sweep import sweep
 from posthoc_cli.sweep.search import RAW, Trial
 from posthoc_cli.tracker import PostHocEMA
 
-Say = Callable[[str], None]
-"""Prints a line."""
+Say = Callable[[str], None]  # prints a line
 
 IMAGES, VALIDATION_IMAGES = 1400, 360
 
-SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))
-"""The lengths to measure: 0.025, 0.05, ..., 0.275."""
+SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))  # the lengths to measure: 0.025, 0.05, ..., 0.275
 
 
 def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
@@ -117,8 +115,7 @@ def run_command(say: Say, *words: str | Path) -> str:
 SIDE = 8
 PIXELS = SIDE * SIDE
 CLASSES = 10
-STANDARD_DEVIATION = 0.75
-"""About that of the pixels."""
+STANDARD_DEVIATION = 0.75  # about that of the pixels
 
 
 class Images(NamedTuple):
@@ -140,8 +137,7 @@ def make_waves(count: int, seed: int) -> Images:
     return Images(waves.flatten(1), labels)
 
 
-LOG_NOISE_MEAN, LOG_NOISE_STD = -0.8, 1.2
-"""Of the normal distribution of ln(sigma) in training and validation."""
+LOG_NOISE_MEAN, LOG_NOISE_STD = -0.8, 1.2  # of the normal distribution of ln(sigma) in training and validation
 
 _FREQUENCIES = 16
 _VARIANCE = STANDARD_DEVIATION**2
@@ -232,8 +228,7 @@ def random_noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
 # --- the training ------------------------------------------------------------------------------------
 
 UPDATE_EVERY = 10
-SNAPSHOTS = 40
-"""Kept a tracked profile; no more are taken if the number of steps allows that."""
+SNAPSHOTS = 40  # kept a tracked profile; no more are taken if the number of steps allows that
 
 BATCH, LEARNING_RATE = 32, 8e-3
 """The learning rate is high and falls late, so that the network circles around good weights, and their mean is better

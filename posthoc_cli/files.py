@@ -85,8 +85,7 @@ class FileSystem:
         return list(path.iterdir())
 
 
-system = FileSystem()
-"""The file system in use; tests replace it to make operations fail."""
+system = FileSystem()  # the file system in use; tests replace it to make operations fail
 
 
 # --- paths and URLs

@@ -40,8 +40,7 @@ from posthoc_cli.reconstruction import (
     thinned_subset,
 )
 
-USEFUL_RANGE = (0.05, 0.28)
-"""The default range of sigma_rel for which thinning keeps snapshots."""
+USEFUL_RANGE = (0.05, 0.28)  # the default range of sigma_rel for which thinning keeps snapshots
 
 
 def relative_rounding(dtype: str) -> float:
@@ -246,8 +245,7 @@ def _combined(squares: FloatArray) -> FloatArray:
 
 # --- error curves
 
-EVENLY = "the network moves evenly"
-"""The default assumption of the predicted errors of a schedule."""
+EVENLY = "the network moves evenly"  # the default assumption of the predicted errors of a schedule
 
 
 @dataclass(frozen=True)

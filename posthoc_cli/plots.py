@@ -26,8 +26,7 @@ from posthoc_cli.errors import printable
 if TYPE_CHECKING:
     from posthoc_cli.planning import ErrorCurve
 
-PICTURES = (".png", ".svg", ".pdf")
-"""The endings of pictures."""
+PICTURES = (".png", ".svg", ".pdf")  # the endings of pictures
 _METADATA: dict[str, dict[str, None]] = {
     ".png": {"Software": None},
     ".svg": {"Creator": None, "Date": None, "Format": None, "Type": None},
@@ -39,19 +38,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-GOOD_ERROR = 0.01
-"""The error below which ranges of sigma_rel are shaded and named in the title."""
+GOOD_ERROR = 0.01  # the error below which ranges of sigma_rel are shaded and named in the title
 _LEAST_ERRORS, _MOST_ERROR = (1e-8, 1e-4), 2.0
 """Bounds of the lower end of the error axis, and of the upper one; errors beyond the ends are drawn there."""
-_LEAST_WIDTH = 1e-4
-"""The sigma_rel at which narrower targets are drawn."""
+_LEAST_WIDTH = 1e-4  # the sigma_rel at which narrower targets are drawn
 _FAR = 3.0
 """Distance of the raw weights' metric, as a multiple of the averages' spread, beyond which it is only in the legend."""
 _LONGEST_TEXT = 200
-_WIDTH, _HEIGHT, _LINE = 8.0, 4.4, 0.16
-"""Inches of a figure without legend, and the height of a line of the legend."""
-_MARGIN = 0.1
-"""Margin in inches, since the edges of the white background are visible on a dark page."""
+_WIDTH, _HEIGHT, _LINE = 8.0, 4.4, 0.16  # inches of a figure without legend, and the height of a line of the legend
+_MARGIN = 0.1  # margin in inches, since the edges of the white background are visible on a dark page
 
 
 class _Figure(Figure):

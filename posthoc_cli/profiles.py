@@ -243,8 +243,7 @@ def _check_updates(count: int, step: int) -> None:
 
 WARM_UPS = ("ratio", "power", "ramp-up")
 POWER_FUNCTION = "power function"
-UNLIMITED = 0.5**1e-9
-"""The decay of a rule without an upper limit."""
+UNLIMITED = 0.5**1e-9  # the decay of a rule without an upper limit
 POWER, RAMP_UP = 2 / 3, 0.05
 """The usual defaults of libraries, for `DecayRule.power` of the warm-ups "power" and "ramp-up"."""
 

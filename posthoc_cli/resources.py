@@ -10,8 +10,7 @@ from decimal import Decimal, InvalidOperation
 
 from posthoc_cli.errors import InvalidValueError
 
-MAX_WORKERS = 16
-"""The largest number of threads: with more, the memory bus and Python's global lock are the limit."""
+MAX_WORKERS = 16  # the largest number of threads: with more, the memory bus and Python's global lock are the limit
 
 
 def worker_count(wanted: int | None = None) -> int:
@@ -29,8 +28,7 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
-MOST = 2**63 - 1
-"""The largest count or size that is accepted."""
+MOST = 2**63 - 1  # the largest count or size that is accepted
 
 
 def parse_bytes(size: str, option: str) -> int:

@@ -78,8 +78,7 @@ def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
     return weights
 
 
-ATTEMPTS = 100
-"""Largest number of plans; no training removes a snapshot after every one of them."""
+ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them
 
 
 def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned], _T]) -> _T:

@@ -21,10 +21,8 @@ import numpy.typing as npt
 from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word
 from posthoc_cli.profiles import Clock, FloatArray, Point, PowerFunction, Profile, StoredProfile, check_sigma_rel
 
-SHORTEST_BETA = 0.5
-"""The decay whose average has a mean age, beta / (1 - beta), of one step."""
-SHORTEST_SPAN = 1e-9
-"""The least duration of `Between`, as a fraction of the time of the average."""
+SHORTEST_BETA = 0.5  # the decay whose average has a mean age, beta / (1 - beta), of one step
+SHORTEST_SPAN = 1e-9  # the least duration of `Between`, as a fraction of the time of the average
 
 SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
     "1-sqrt": lambda x: 1 - np.sqrt(x),
@@ -244,8 +242,7 @@ def GivenProfile(given: Profile, name: str = "given") -> Target:
     return Target("profile", (given,), f"profile {name}", name)
 
 
-_SLACK = 1e-9
-"""Accepted rounding error of a tail."""
+_SLACK = 1e-9  # accepted rounding error of a tail
 
 
 def _try(profile: Profile, t: float, title: str) -> None:

@@ -38,10 +38,8 @@ _DTYPES = {
 }  # fmt: skip
 """Dtypes by the names of torch's storages and dtypes; None for a storage of bytes."""
 
-Keys = tuple[str, ...]
-"""Keys that lead to a tensor within a file's content."""
-PARAMETERS = "shadow_params"
-"""Key of averages in a list, in the order of the model's parameters."""
+Keys = tuple[str, ...]  # keys that lead to a tensor within a file's content
+PARAMETERS = "shadow_params"  # key of averages in a list, in the order of the model's parameters
 
 # What reading a file may cost, so that a hostile one is refused early, is `_FREE` and three times its length. The
 # densest of real pickles, of many small tensors with short names, cost 3.0 to 3.4 times their length.

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STDOUT = "standard output"
-MOST_ROWS = 10
-"""The number of rows that are shown of a long table; --json lists all."""
+MOST_ROWS = 10  # the number of rows that are shown of a long table; --json lists all
 
 
 def write(text: str, flush: bool = False) -> None:

@@ -43,8 +43,7 @@ _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ckpt)$|(?
 Parts = Mapping[str, Mapping[str, Entry]]
 """The tensors of each file of an output: its path within the folder, or "" for an output that is one file."""
 
-Others = Mapping[str, Path | bytes]
-"""The other files of a folder: their content, or the file to copy."""
+Others = Mapping[str, Path | bytes]  # the other files of a folder: their content, or the file to copy
 
 
 @dataclass(frozen=True)

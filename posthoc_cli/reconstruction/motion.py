@@ -285,8 +285,7 @@ class Motion:
 
 # --- the fit
 
-MOST_SEGMENTS = 64
-"""Limit of the number of segments; of more snapshot times, several share a segment."""
+MOST_SEGMENTS = 64  # limit of the number of segments; of more snapshot times, several share a segment
 
 _DISTANCES_FOR_NOISE = 1.5
 """Number of distances per segment from which on noise is fitted, too. One profile whose snapshots each have distances
@@ -310,8 +309,7 @@ class Distance:
     rounding: float
 
 
-Pair = tuple[StoredProfile, Distance]
-"""An average, and its distance from an earlier one."""
+Pair = tuple[StoredProfile, Distance]  # an average, and its distance from an earlier one
 
 
 def fit_motion(
@@ -409,8 +407,7 @@ def spacing_of(edges: FloatArray, times: Sequence[float], steps: Steps | None) -
 
 # --- the sketch
 
-_POINTS = 4
-"""Number of points in a window at which tails are evaluated."""
+_POINTS = 4  # number of points in a window at which tails are evaluated
 
 
 @dataclass(frozen=True, eq=False)
@@ -667,8 +664,7 @@ def assumed_prior(snapshots: Sequence[StoredProfile], rounding: float = 0.0, mot
     return Prior(motion, rounding**2 * ones, 0 * ones, ones, ASSUMED)
 
 
-_NEGLIGIBLE = 1e-4
-"""Squared distance, relative to the largest one, below which its exact value hardly matters."""
+_NEGLIGIBLE = 1e-4  # squared distance, relative to the largest one, below which its exact value hardly matters
 
 
 def measured_prior(
@@ -819,8 +815,7 @@ _ALIKE = 0.9
 copies are rounded back to the earlier one's values; with 1, large coefficients of opposite signs would cancel errors
 that depart by that: errors were up to 14 times the predicted ones, and at most 1.9 times with 0.9 (288 averages)."""
 
-_SAME = 0.98
-"""Ratio of two variances that are one, up to the estimate of the share of each process."""
+_SAME = 0.98  # ratio of two variances that are one, up to the estimate of the share of each process
 
 
 def inherited_factor(

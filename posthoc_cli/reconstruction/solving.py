@@ -36,8 +36,7 @@ from posthoc_cli.errors import InvalidValueError, brief, check_word
 from posthoc_cli.profiles import Discrete, FloatArray, OrdinaryEMA, Point, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction.motion import ASSUMED, Nodes, Prior, assumed_prior, rounding_factor
 
-METHODS = ("minvar", "paper")
-"""The solvers; the first one is the default."""
+METHODS = ("minvar", "paper")  # the solvers; the first one is the default
 
 
 def check_method(method: str | None) -> str:
@@ -160,8 +159,7 @@ class LeastSquares:
 
 # --- the problem
 
-_LEAST_LEFT = 0.1
-"""Lower limit of the share of a residual that remains after a solution."""
+_LEAST_LEFT = 0.1  # lower limit of the share of a residual that remains after a solution
 
 _NO_ROUNDING = 1e-30
 """Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is far larger."""
@@ -172,8 +170,7 @@ variance is used alone, from the second on the published coefficients alone, and
 the motion costs more than so small a gain (measured: with 0.9 and 1 up to 1.22 times the published error, after a pause
 of the clock). The motion is less certain with few snapshots of one profile (with 0.6 and 0.75 up to 1.8)."""
 
-_FEW_TIMES = 6
-"""Up to this number of distinct times the snapshots are few."""
+_FEW_TIMES = 6  # up to this number of distinct times the snapshots are few
 
 _CLEARLY = 0.8
 """Measured squared error, relative to that of the published coefficients, below which others replace them. Of 2,970
@@ -192,11 +189,9 @@ with the snapshots they were up to 80 times off; a larger number would hold, and
 class Goals(NamedTuple):
     """Targets as columns of the least-squares problem of minimum variance: expected rows, then measured ones."""
 
-    stored: Sequence[tuple[int, int]]
-    """The column and the snapshot of each target that is a stored power function."""
+    stored: Sequence[tuple[int, int]]  # the column and the snapshot of each target that is a stored power function
     columns: FloatArray
-    unreachable: FloatArray
-    """The part of each expected squared error that no coefficients change."""
+    unreachable: FloatArray  # the part of each expected squared error that no coefficients change
 
 
 class Problem:
@@ -420,8 +415,7 @@ class Problem:
         return np.vstack(rows)
 
 
-_REFRESH = 0.25
-"""The share of the snapshots after whose loss the problem is solved again, since each loss costs digits."""
+_REFRESH = 0.25  # the share of the snapshots after whose loss the problem is solved again, since each loss costs digits
 
 
 class Losses:

@@ -15,15 +15,12 @@ from posthoc_cli.remote import store
 START = 256 * 1024
 """Bytes of the first request, enough for the header of most files; small reads elsewhere request as many."""
 
-_AHEAD_BYTES = 64 * 1024 * 1024
-"""Bytes of all objects together that are held, or under way, before they are read."""
+_AHEAD_BYTES = 64 * 1024 * 1024  # bytes of all objects together that are held, or under way, before they are read
 
-MOST_AHEAD = _AHEAD_BYTES // (2 * START)
-"""The largest number of objects that are read ahead."""
+MOST_AHEAD = _AHEAD_BYTES // (2 * START)  # the largest number of objects that are read ahead
 
 _LONGEST = 4 * 1024 * 1024
-_MOST_PIECES = 4
-"""Pieces of an object that are held at a time: several tensors may be read in turns."""
+_MOST_PIECES = 4  # pieces of an object that are held at a time: several tensors may be read in turns
 
 
 class Ahead(NamedTuple):

@@ -27,8 +27,7 @@ from posthoc_cli.errors import InvalidValueError, MissingDependencyError, PostHo
 
 SCHEMES = ("s3", "gs", "az", "hf")
 
-CLIENT = {"timeout": "60s", "connect_timeout": "5s"}
-"""Timeouts of one request; the first includes its body."""
+CLIENT = {"timeout": "60s", "connect_timeout": "5s"}  # timeouts of one request; the first includes its body
 
 RETRIES: dict[str, Any] = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
 """Retries of a request whose failure may be temporary: about 25 seconds of waiting in all."""
@@ -79,8 +78,7 @@ class RemotePath(PosixPath):
     Functions that do not know about URLs, such as `open`, fail: they would use a folder of the working directory.
     """
 
-    _known: ObjectInfo | str | None = None
-    """The facts about an object, or "folder", if the store has reported them."""
+    _known: ObjectInfo | str | None = None  # the facts about an object, or "folder", if the store has reported them
 
     def __str__(self) -> str:
         """Return the URL, of which a Path keeps one of two slashes; of a path relative to another, its names."""

@@ -47,8 +47,7 @@ INDEX_NAME = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")  # of transformers, diffusers and PEFT
 
-_NAME = re.compile(r"[^./\\:][^/\\:]{0,254}")
-"""A name of a visible file in the same folder on every operating system."""
+_NAME = re.compile(r"[^./\\:][^/\\:]{0,254}")  # a name of a visible file in the same folder on every operating system
 
 
 @dataclass(frozen=True)

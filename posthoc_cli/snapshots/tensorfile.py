@@ -63,17 +63,14 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 200_000
 """The largest number of tensors in a file: twice that of the largest models. It bounds the time to read a header."""
 
-THREADS = 16
-"""Requests to a store, or blocks to verify, at a time: they wait more than they compute."""
+THREADS = 16  # requests to a store, or blocks to verify, at a time: they wait more than they compute
 
 _START = b'{"__metadata__":{"ema.checksum":"'
-_DIGITS = slice(8 + len(_START), 8 + len(_START) + 16)
-"""The place of the header's checksum in a file."""
+_DIGITS = slice(8 + len(_START), 8 + len(_START) + 16)  # the place of the header's checksum in a file
 _SUMS_AT = _DIGITS.stop + len(b'","ema":"{\\"sums\\":\\"')
 """The place of the checksums of blocks in a file that was written here."""
 
-_PIECE = 8
-"""Blocks that are read by one request, and verified while they are in the processor's cache."""
+_PIECE = 8  # blocks that are read by one request, and verified while they are in the processor's cache
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """The first bytes of pickles and of archives written by torch.save."""
@@ -290,8 +287,7 @@ def file_size(path: Path) -> int:
     return 0
 
 
-_SAMPLES, _SAMPLE = 16, 4096
-"""The number and size of the pieces of a file from which its identity is computed."""
+_SAMPLES, _SAMPLE = 16, 4096  # the number and size of the pieces of a file from which its identity is computed
 
 
 def sampled_identity(file: OpenedFile) -> str:
@@ -615,8 +611,7 @@ _DECODER = json.JSONDecoder(
     object_pairs_hook=_unique, parse_constant=lambda constant: _require(False, f"{constant} is not JSON")
 )
 
-_NO_TEXT = re.compile(r"[\ud800-\udfff]|\\u0000")
-"""Lone surrogates and escaped zero bytes."""
+_NO_TEXT = re.compile(r"[\ud800-\udfff]|\\u0000")  # lone surrogates and escaped zero bytes
 
 
 def _check_text(text: str) -> None:

@@ -33,32 +33,26 @@ from posthoc_cli.targets import SHAPES, Beta, Decay, HalfLife, Mean, SigmaRel, T
 RAW, RESULT = "raw", "sweep.json"
 """The target of trials of raw weights, which are not an average; and the file of a report in the folder of a sweep."""
 
-POINTS = 101
-"""The number of points of the grid over the range, on which curves are drawn."""
+POINTS = 101  # the number of points of the grid over the range, on which curves are drawn
 _GRID = np.linspace(0, 1, POINTS)
 
-FIRST, NEXT = 6, 2
-"""The number of lengths in the first batch, which are spread evenly, and in each further batch."""
+FIRST, NEXT = 6, 2  # the number of lengths in the first batch, which are spread evenly, and in each further batch
 
 CONFIDENCE, GOOD_ERROR = 0.95, 0.01
 """The probability that the best length lies in the stated range; the largest predicted error in the default range."""
 
-_LENGTHS = (0.1, 0.2, 0.4, 0.8)
-"""Length scales of the kernel, as a fraction of the range."""
+_LENGTHS = (0.1, 0.2, 0.4, 0.8)  # length scales of the kernel, as a fraction of the range
 _SIZES = (0.01, 0.1, 0.3, 1.0, 3.0)
 """Standard deviations of the deviation from a quadratic; as the following, relative to the spread of the values."""
 _NOISES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8)
 """Standard deviations of the noise, used if no standard errors are given."""
-_OFFSETS = (0.0, 0.1, 1.0)
-"""Standard deviations of the offset that a seed adds to all its trials."""
-_TRENDS = (10.0, 1.0, 1.0)
-"""Prior standard deviations of the coefficients of the quadratic."""
+_OFFSETS = (0.0, 0.1, 1.0)  # standard deviations of the offset that a seed adds to all its trials
+_TRENDS = (10.0, 1.0, 1.0)  # prior standard deviations of the coefficients of the quadratic
 _FAR = 12.0
 """The largest distance of a value above the upper quartile, in distances of that from the second best value. Larger
 values are clipped: they only show that a length is bad."""
 _DRAWS, _MIXED = 1024, 32
-_STATED = 1e-3, 1e6
-"""Bounds of stated standard errors, relative to the spread of the values."""
+_STATED = 1e-3, 1e6  # bounds of stated standard errors, relative to the spread of the values
 _SAME = 0.02
 """The distance from a measured length, as a fraction of the range, below which a proposal repeats that length."""
 

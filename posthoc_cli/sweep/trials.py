@@ -22,8 +22,7 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, printable, shown
 
-_GRACE, _TICK = 0.5, 0.01
-"""Seconds between SIGTERM and SIGKILL, and between looks at a process."""
+_GRACE, _TICK = 0.5, 0.01  # seconds between SIGTERM and SIGKILL, and between looks at a process
 _TAIL, _END_OF_LOG, _MOST_NAMES = 10_000_000, 300, 5
 """Bytes at the end of standard output that are searched for the metric, and of a log and names that a message shows."""
 _BEGIN_OF_JSON, _REST_OF_LINE = re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)'), re.compile(r"[^\S\n]*(?=\n|$)")
