@@ -284,7 +284,7 @@ def test_a_training_that_waits_gets_one_warning_with_the_times(
     monkeypatch.setattr(background, "PATIENCE", 0.2)
     slow, other = (gate, slow_disk) if device == "cpu" else (slow_disk, gate)
     other.set()
-    said = rf"^posthoc_cli: training has waited for {of} \(.*\) for \d+\.\d+ s of .* took \d"
+    said = rf"^posthoc_cli: training has waited for {of} \(.*\) for [\d.]+ s of .* took \d"
     training, tracker = begin(tmp_path, device, update_every=1, checkpoint_every=1000 if device == "cpu" else 1)
     threading.Timer(1.0, slow.set).start()  # on a busy machine the training takes a while until it waits
     with tracker:
