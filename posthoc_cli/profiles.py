@@ -566,7 +566,7 @@ def _is_state(state: object) -> bool:
 WINDOW, LONGEST_OWN = 104, 1 / 8
 """Limits of the updates in a mean, and of the time that a mean of one profile covers, relative to all of training so
 far. Longer means round the average less often, but lag further behind a steady drift (measured after 1,000,000 updates,
-with 256: noise 9.6e-7, drift 3.1e-6; with 112: 1.3e-6 and 1.5e-6)."""
+with 256: noise 9.6e-7, drift 3.1e-6; with 104: 1.3e-6 and 1.4e-6)."""
 
 LONGEST, UNEVEN = 1 / 1000, 1 / 60
 """Limits of the time that a mean that profiles share may cover with more than two values, relative to all of training
