@@ -203,7 +203,8 @@ def _text(text: str, width: int = 62) -> str:
 
     Lines of a legend fit into the figure even if they consist of W, the widest letter.
     """
-    return textwrap.fill(printable(text[:_LONGEST_TEXT]), width).replace("$", "\\$")
+    kept_together = printable(text[:_LONGEST_TEXT]).replace(" %", "\N{NO-BREAK SPACE}%")
+    return textwrap.fill(kept_together, width).replace("\N{NO-BREAK SPACE}", " ").replace("$", "\\$")
 
 
 def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:
@@ -211,7 +212,7 @@ def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:
     axes = scaled.axes
     low, high = scaled.get_view_interval()
     scaled.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low > 0 else MaxNLocator(5))
-    scaled.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"))
+    scaled.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}" if value < 1000 else f"{value:,.0f}"))
     scaled.set_minor_locator(NullLocator())
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -275,7 +275,7 @@ class Run:
     # --- maintenance
 
     def check(self, progress: ProgressBar = no_bar) -> Verification:
-        """Verify every byte, and compare the snapshots with each other; outputs, states and parts are verified, too.
+        """Verify every byte, and compare the snapshots with each other; outputs and parts are verified, too.
 
         Raises:
             DirectoryError: the directory holds no files with checksums.

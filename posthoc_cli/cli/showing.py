@@ -59,14 +59,14 @@ def _print_info(report: dict[str, Any]) -> None:
 
 def verify(
     paths: list[str] = Argument(
-        ..., metavar="DIR|FILE", help="Directories or files: snapshots, outputs, states, parts or shards."
+        ..., metavar="DIR|FILE", help="Directories or files: snapshots, outputs, parts or shards."
     ),
     as_json: bool = options.JSON,
 ) -> int:
-    """Check every byte of snapshots, outputs and states.
+    """Check every byte of snapshots and outputs.
 
-    Reads all files and checks checksums, headers against contents, and that all files belong to one
-    run. Exit code 1 if anything is wrong. Files of other programs have no checksums: only their structure is checked.
+    Reads all files and checks checksums, headers against contents, and that all files belong to one run. Exit code 1 if
+    anything is wrong. Files of other programs have no checksums: only their structure is checked.
 
     Move a broken snapshot out of its directory: the others work without it.
     """
