@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -350,11 +351,16 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
             if os.fstat(descriptor).st_nlink > 1:
                 raise OSError(errno.EMLINK, f"{LOCK_NAME} is not a lock: it is a hard link to another file")
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = shown(os.pread(descriptor, 100, 0).decode(errors="replace"))[1:-1] or "another process"
-                reason = f"{f'another tracker of this {own}' if holder == own else holder} is writing here"
-                raise LockedError(directory, reason, "end that first, or take another directory") from None
+                # Without a name in the file, its holder is about to write it or to release the lock.
+                for wait in (*[0.01] * 100, 0):
+                    with suppress(BlockingIOError):
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    if (name := os.pread(descriptor, 100, 0).decode(errors="replace")) or not wait:
+                        holder = f"another tracker of this {own}" if name == own else shown(name)[1:-1]
+                        reason = f"{holder or 'another process'} is writing here"
+                        raise LockedError(directory, reason, "end that first, or take another directory")
+                    time.sleep(wait)
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
