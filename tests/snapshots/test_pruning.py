@@ -61,6 +61,8 @@ def test_the_newest_time_stays_and_the_newest_with_all_profiles(run: Path, wish:
 
 def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
     snapshots = read_directory(run)
+    close = plan_pruning(snapshots, max_error=9.1e-3)  # here an exchange would raise the worst error above the bound
+    assert errors_of(close.kept).worst <= close.after.worst <= 4.55e-3
     pruning = plan_pruning(snapshots, max_error=2e-3)
     assert pruning.before.worst <= pruning.after.worst <= 1e-3
     assert any(s.t < 240.0 for s in pruning.kept)

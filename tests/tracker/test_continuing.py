@@ -370,7 +370,7 @@ def test_a_checkpoint_in_half_precision_or_weights_that_do_not_move_resume(finis
         again = finished.at(160)
         again.model.load_state_dict({name: value.to(dtype) for name, value in finished.path[159].items()})
         assert resume(again.model, tmp_path).step == 160
-    for last in (10, 20):
+    for last in (10, 20, 30):
         with resume(finished.model, tmp_path / "still") as ema:
             for _ in range(10):
                 ema.update_(finished.model)
