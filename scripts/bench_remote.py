@@ -26,8 +26,7 @@ import torch
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.remote import store
-from posthoc_cli.snapshots.tensorfile import THREADS
-from posthoc_cli.synthesis.engine import Writer, synthesize_into
+from posthoc_cli.synthesis.engine import REQUESTS, Writer, synthesize_into
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -62,12 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(run: Run, targets: list[float], rounds: int) -> None:
     """Print the times of a synthesis and of obstore alone, in turns."""
-    plan, requests, most = run.plan(targets), list[tuple[str, int, int]](), [0]
+    plan, requests, most = run.plan(targets), list[tuple[str, int, int]](), [0, 0]
     get, ended, openers = store.get, threading.Event(), [discarded] * len(targets)
 
     def counted(url: str, begin: int, end: int, tag: str = "") -> Any:
+        answer = get(url, begin, end, tag)
         requests.append((url, begin, end))
-        return get(url, begin, end, tag)
+        most[1] += len(answer[0])
+        return answer
 
     def watch() -> None:
         while not ended.wait(0.005):
@@ -80,13 +81,12 @@ def measure(run: Run, targets: list[float], rounds: int) -> None:
     try:
         for _ in range(rounds):
             requests.clear()
-            most[0], store.get = 0, counted
+            most[:], store.get = [0, 0], counted
             ours, own = timed(lambda: [None for _ in synthesize_into(plan, openers, torch.device("cpu"))])
             memory, store.get = most[0] - IMPORTED, get
             alone, theirs = timed(lambda: fetch(requests))
-            megabytes = sum(len(get(*request)[0]) for request in requests) / 1e6
             times = f"{ours:.2f} s | {alone:.2f} s | {alone / ours:.2f} | {own:.2f} s, {theirs:.2f} s"
-            print(f"| {len(requests):,} | {megabytes:,.0f} | {times} | {memory / 1e6:.0f} MB |", flush=True)
+            print(f"| {len(requests):,} | {most[1] / 1e6:,.0f} | {times} | {memory / 1e6:.0f} MB |", flush=True)
     finally:
         store.get = get
         ended.set()
@@ -102,7 +102,7 @@ def timed(call: Any) -> tuple[float, float]:
 
 def fetch(requests: Sequence[tuple[str, int, int]]) -> None:
     """Make the same requests by obstore alone."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(REQUESTS) as pool:
         list(pool.map(lambda request: len(store.get(*request)[0]), requests))
 
 

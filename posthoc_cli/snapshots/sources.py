@@ -7,8 +7,8 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
@@ -19,7 +19,6 @@ from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError, shown
-from posthoc_cli.files import is_url
 from posthoc_cli.profiles import Clock, Discrete, FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
     ASSUMED,
@@ -35,13 +34,11 @@ from posthoc_cli.reconstruction import (
 )
 from posthoc_cli.snapshots.path import decode_path, spacing, uneven_motion
 from posthoc_cli.snapshots.tensorfile import (
-    THREADS,
     Box,
     Entry,
     TensorFile,
     boxes_of_range,
     decode_values,
-    in_turn,
     items,
     row_major,
     tensor_from_bytes,
@@ -212,22 +209,6 @@ class Source(ABC):
 
 
 # --- several sources
-
-
-@contextmanager
-def all_open(sources: Sequence[Source]) -> Iterator[None]:
-    """Keep the files of all sources open for the block, and read those in stores ahead."""
-    remote = [source for source in sources if source.files and is_url(source.path)]
-    with ExitStack() as stack:
-        for source in in_turn(lambda source: source.__enter__(), sources, bool(remote)):
-            stack.push(source.__exit__)
-        if remote:
-            from posthoc_cli.remote.ranges import reading_ahead
-
-            if ahead := stack.enter_context(reading_ahead(len(remote), THREADS)):
-                for file in (file for source in remote for file in source.files):
-                    file.read_ahead(ahead)
-        yield
 
 
 _Source = TypeVar("_Source", bound=Source)

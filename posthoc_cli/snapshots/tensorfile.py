@@ -52,7 +52,7 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, RemoteError, 
 if TYPE_CHECKING:
     import torch
 
-    from posthoc_cli.remote.ranges import Ahead, RemoteBytes
+    from posthoc_cli.remote.ranges import RemoteBytes
 
 SUFFIX = ".safetensors"
 FORMAT = 3
@@ -371,11 +371,6 @@ class TensorFile:
         with file:
             if kind is None and not self.sums and file.stamp != self.stamp:
                 raise FileFormatError(self.path, "was changed while it was being read", "run again")
-
-    def read_ahead(self, ahead: Ahead) -> None:
-        """Have the payload of a file that is open, and in a store, requested before it is read."""
-        if self._file and self._file.remote:
-            self._file.remote.read_ahead(ahead, min((entry.begin for entry in self.entries.values()), default=0))
 
     def read(self, name: str, begin: int, view: memoryview, verify: bool = True) -> None:
         """Fill `view` with the bytes of a tensor, in row-major order, from `begin` on; verify all blocks of them."""

@@ -26,8 +26,8 @@ from posthoc_cli.files import is_url
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.snapshot import running_statistics
-from posthoc_cli.snapshots.sources import Source, all_open
-from posthoc_cli.snapshots.tensorfile import BLOCK, Box, tensor_from_bytes
+from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.tensorfile import BLOCK, Box, in_turn, tensor_from_bytes
 from posthoc_cli.synthesis.plan import Plan
 
 # --- sums
@@ -110,7 +110,10 @@ MAX_BATCH = 1024  # small tensors in one tile, so that it takes milliseconds eve
 
 @dataclass(frozen=True)
 class Tile:
-    """The elements from `begin` on of a large tensor, or several complete small tensors of one kind, end to end."""
+    """The elements from `begin` on of a large tensor, or several complete small tensors, end to end.
+
+    The tensors have the same dtypes in each source and in the output, and are made alike.
+    """
 
     plan: Plan  # with the coefficients of its tensors
     names: tuple[str, ...]  # the stored names of the tensors
@@ -118,6 +121,7 @@ class Tile:
     role: str  # "average", "copy" or "variance" (an average that is kept positive)
     dtype: str  # safetensors name of the output's dtype
     wide: str  # safetensors name of the sums' dtype; for copies of the stored dtype
+    stored: tuple[str, ...]  # that in each source
     begin: int = 0
     last: bool = True  # whether this tile and the tiles before it complete its tensors
 
@@ -138,11 +142,7 @@ class Tile:
     @property
     def stored_bytes(self) -> int:
         """The bytes to read for the tile, over all sources."""
-        return sum(
-            (end - begin) * ITEM_BYTES[source.entries[name].dtype]
-            for source in self.plan.sources
-            for name, begin, end in self.spans
-        )
+        return self.size * sum(ITEM_BYTES[dtype] for dtype in self.stored)
 
 
 def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
@@ -151,10 +151,10 @@ def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
     The tiles of one tensor are consecutive. `wide_dtype` is the dtype of all sums; None to choose it for each tensor.
     """
     tiles: list[Tile] = []
-    batches = defaultdict[tuple[str, str, str], dict[str, int]](dict)
+    batches = defaultdict[tuple[str, str, str, tuple[str, ...]], dict[str, int]](dict)
     statistics = running_statistics(plan.newest.tensors)
 
-    def flush(kind: tuple[str, str, str]) -> None:
+    def flush(kind: tuple[str, str, str, tuple[str, ...]]) -> None:
         batch = batches.pop(kind)
         tiles.append(Tile(plan, tuple(batch), (0, *accumulate(batch.values())), *kind))
 
@@ -163,7 +163,8 @@ def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
         role = "copy" if tensor.role == "copy" else "variance" if is_variance else "average"
         wide = wide_dtype or ("F64" if tensor.dtype == "F64" or name not in plan.coarse else "F32")
         wide = plan.newest.entries[name].dtype if role == "copy" else wide
-        kind, count = (role, plan.output_dtype(name), wide), plan.box(name).size
+        stored = tuple(source.entries[name].dtype for source in plan.sources)
+        kind, count = (role, plan.output_dtype(name), wide, stored), plan.box(name).size
         if count <= BLOCK and name not in plan.boxes:
             if sum(batches[kind].values()) + count > BLOCK or len(batches[kind]) == MAX_BATCH:
                 flush(kind)
@@ -187,8 +188,9 @@ Writer = Callable[[torch.Tensor], object]
 Opener = Callable[[Tile], Writer]
 """Returns the writer of a tile of one target; called in the thread that called the engine."""
 
-# Least number of threads for sources in an object store, which are read ahead; and for too many to be read ahead.
-REMOTE_THREADS, READING_THREADS = 4, 16
+# For sources in an object store: the least number of threads, the requests at a time, and the blocks that are requested
+# ahead for each thread; with fewer threads more time passes without requests when a tile ends.
+REMOTE_THREADS, REQUESTS, AHEAD = 6, 32, 24
 
 
 def synthesize(
@@ -239,11 +241,8 @@ def synthesize_into(
     wide = "F32" if device.type == "mps" else None  # mps has no float64
     size = ONE_TARGET if len(plan.targets) == 1 else BLOCK
     tiles = deque(tile for part in plan.passes() for tile in cut_tiles(part, size, wide))
-    least = 1
-    if workers is None and any(source.files and is_url(source.path) for source in plan.sources):
-        from posthoc_cli.remote.ranges import MOST_AHEAD
-
-        least = REMOTE_THREADS if len(plan.sources) <= MOST_AHEAD else READING_THREADS
+    remote = any(source.files and is_url(source.path) for source in plan.sources)
+    least = REMOTE_THREADS if workers is None and remote else 1
     workers = min(max(least, worker_count(workers)), max(1, len(tiles)))
     local, torch_threads = threading.local(), torch.get_num_threads()
     queue: deque[Future[Tile]] = deque()
@@ -253,7 +252,7 @@ def synthesize_into(
         with torch.inference_mode(False), torch.no_grad():
             try:
                 if not hasattr(local, "maker") or local.maker.plan is not tile.plan:
-                    local.maker = Maker(tile.plan, device, errors)
+                    local.maker = Maker(tile.plan, device, size, errors, readers)
                 local.maker.make(tile, writers, ready)
             except BaseException as error:
                 errors.append(error)
@@ -261,7 +260,11 @@ def synthesize_into(
         return tile
 
     with ExitStack() as stack:
-        stack.enter_context(all_open(plan.sources))
+        for source in in_turn(lambda source: source.__enter__(), plan.sources, remote):
+            stack.push(source.__exit__)
+        readers = ThreadPoolExecutor(REQUESTS, "ema-requests") if remote else None
+        if readers:
+            stack.callback(readers.shutdown, cancel_futures=True)
         # Within a worker torch uses one thread: the tiles run in parallel instead.
         pool = stack.enter_context(ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,)))
         try:
@@ -327,11 +330,15 @@ class StoredBytes:
 class Maker:
     """One thread's maker of tiles, with the buffers of that thread."""
 
-    def __init__(self, plan: Plan, device: torch.device, errors: Sequence[BaseException]) -> None:
-        self.plan, self._device, self._errors = plan, device, errors
+    def __init__(
+        self, plan: Plan, device: torch.device, size: int, errors: Sequence[BaseException],
+        readers: ThreadPoolExecutor | None,
+    ) -> None:  # fmt: skip
+        self.plan, self._device, self._size, self._errors, self._readers = plan, device, size, errors, readers
         self._is_cuda = device.type == "cuda"
         # With CUDA the next bytes are read into one of two buffers while the other is copied.
-        self._stored = deque(StoredBytes(self._is_cuda) for _ in range(1 + self._is_cuda))
+        self._ahead = AHEAD * BLOCK // size if readers else 0
+        self._stored = deque(StoredBytes(self._is_cuda) for _ in range(self._ahead + 1 + self._is_cuda))
         self._sums: dict[str, Sums] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         cuda: Any = torch.cuda
@@ -348,8 +355,7 @@ class Maker:
                 self._stream.wait_event(opened)
                 stack.callback(self._stream.synchronize)  # also after an error, since the caller then frees the results
             if tile.role == "copy":
-                copy = self._buffer(tile.wide, tile.size)
-                self._read(self.plan.newest, tile, copy)
+                (copy,) = self._values([self.plan.newest], tile)
                 if tile.wide != tile.dtype and tile.wide in EPS:
                     check_finite(tile, copy.cpu().double().nan_to_num(0.0, 0.0, 0.0)[None])
                 results = [copy] * len(writers)
@@ -363,11 +369,8 @@ class Maker:
         sums = self._sums_in(tile.wide, tile.size)
         sums.start(tile.size)
         smallest: torch.Tensor | None = None
-        for index, source in enumerate(self.plan.sources):
-            if self._errors:
-                raise CancelledError
-            slot = sums.slot(index)
-            self._read(source, tile, slot)
+        for index, values in enumerate(self._values(self.plan.sources, tile)):
+            slot = sums.slot(index).copy_(values)
             if tile.role == "variance":
                 smallest = slot.clone() if smallest is None else smallest.minimum(slot)
             sums.add(index)
@@ -388,36 +391,42 @@ class Maker:
         """Raise a NonFiniteError that names the checkpoint with non-finite values; trackers refuse to store these."""
         for source in self.plan.sources:
             if source.word == "checkpoint":
-                self._read(source, tile, values := self._buffer(tile.wide, tile.size))
+                values = self._buffer(tile.wide, tile.size).copy_(next(self._values([source], tile)))
                 for name, begin, end in tile.spans:
                     if not bool(values[begin:end].isfinite().all()):
                         raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
 
-    def _read(self, source: Source, tile: Tile, slot: torch.Tensor) -> None:
-        """Fill `slot` with a tile of a source, in the slot's dtype and on its device."""
-        dtypes = [source.entries[name].dtype for name in tile.names]
-        if len(dtypes) == 1:
-            self._fill(slot, dtypes[0], partial(source.read_box, tile.names[0], tile.box, begin=tile.begin))
-            return
-        changes = [index for index, (one, other) in enumerate(pairwise(dtypes), 1) if other != one]
-        for first, end in pairwise([0, *changes, len(dtypes)]):
-            own = slot[tile.bounds[first] : tile.bounds[end]]
-            self._fill(own, dtypes[first], partial(source.read_many, tile.names[first:end]))
+    def _values(self, sources: Sequence[Source], tile: Tile) -> Iterator[torch.Tensor]:
+        """Yield a tile's values of each source, in the stored dtype, on the device; each is valid until the next."""
+        left, begun = deque(sources), deque[tuple[Future[None] | None, StoredBytes, torch.Tensor]]()
+        while left or begun:
+            if left and len(begun) <= self._ahead:
+                begun.append(self._begin(left.popleft(), tile))
+                continue
+            request, buffer, values = begun.popleft()
+            if request:
+                request.result()
+            values = values.to(self._device, non_blocking=self._is_cuda)
+            if self._is_cuda:
+                buffer.sent = torch.cuda.current_stream(self._device).record_event()
+            yield values
 
-    def _fill(self, slot: torch.Tensor, dtype: str, read: Callable[[memoryview], object]) -> None:
-        """Have values of a safetensors dtype read, and convert them into `slot`, on the device of `slot`."""
+    def _begin(self, source: Source, tile: Tile) -> tuple[Future[None] | None, StoredBytes, torch.Tensor]:
+        """Read a tile of a source, or request it; return the request, and the buffer with its values."""
+        if self._errors:
+            raise CancelledError
         self._stored.rotate()
-        buffer = self._stored[0]
+        buffer, name = self._stored[0], tile.names[0]
         if buffer.sent:
             buffer.sent.synchronize()
-        data, values = buffer.views(slot.numel(), dtype)
-        read(data)
-        if self._device.type == "cpu":
-            slot.copy_(values)
-            return
-        slot.copy_(values.to(self._device, non_blocking=self._is_cuda))
-        if self._is_cuda:
-            buffer.sent = torch.cuda.current_stream(self._device).record_event()
+        data, values = buffer.views(tile.size, source.entries[name].dtype)
+        read: Callable[[], None] = partial(source.read_box, name, tile.box, data, tile.begin)
+        if len(tile.names) > 1:
+            read = partial(source.read_many, tile.names, data)
+        if self._readers:
+            return self._readers.submit(read), buffer, values
+        read()
+        return None, buffer, values
 
     def _buffer(self, dtype: str, size: int) -> torch.Tensor:
         if dtype not in self._buffers or self._buffers[dtype].numel() < size:
@@ -427,7 +436,7 @@ class Maker:
     def _sums_in(self, wide: str, size: int) -> Sums:
         if wide not in self._sums or self._sums[wide].room < size:
             coefficients = self.plan.reconstruction.coefficients
-            room = max(ONE_TARGET if coefficients.shape[1] == 1 else BLOCK, -(-size // COLUMNS) * COLUMNS)
+            room = max(self._size, -(-size // COLUMNS) * COLUMNS)
             self._sums[wide] = Sums(coefficients, room, torch_dtype(wide), self._device)
         return self._sums[wide]
 
