@@ -232,6 +232,52 @@ def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, Obje
         return memoryview(b""), _info(store.head(key))  # the range begins at the end of the object
 
 
+_START = 256 * 1024
+"""Bytes of the first request, enough for the header of most files; small reads elsewhere request as many."""
+
+
+class RemoteBytes:
+    """The bytes of an object, read at any offset by any number of threads; its replacement meanwhile is an error.
+
+    It holds a few pieces of the object, which small reads share. Size and `tag`, which may be empty, are its `stamp`,
+    which differs for other content; every request checks it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._url = str(path)
+        self._start, info = get(self._url, 0, _START)
+        self.size, self.tag = self.stamp = info.size, info.tag
+        # As many as tensors that may be read in turns.
+        self._piece = lru_cache(maxsize=4)(lambda begin: self._range(begin, begin + _START))
+
+    def read(self, view: memoryview, offset: int) -> int:
+        """Fill the beginning of a view from an offset on; return how many bytes, 0 only at the end of the object."""
+        begin = offset - offset % _START
+        if len(view) >= _START:
+            data = self._range(offset, offset + len(view))
+        else:
+            data = (self._piece(begin) if begin else self._start)[offset - begin :]
+        count = min(len(view), len(data))
+        view[:count] = data[:count]
+        return count
+
+    def _range(self, begin: int, end: int) -> memoryview:
+        """Return the bytes of a range by one request, fewer at the end of the object."""
+        end = min(end, self.size)
+        if begin >= end:
+            return memoryview(b"")
+        data, info = get(self._url, begin, end, self.tag)
+        if (info.size, info.tag) != (self.size, self.tag):
+            raise RemoteError(self._url, "was replaced while it was being used", "run again")
+        if len(data) != end - begin:
+            raise RemoteError(self._url, f"cannot be read: the answer has {len(data):,} bytes of {end - begin:,}")
+        return data
+
+    def close(self) -> None:
+        """Forget what was read: a request ends with its answer."""
+        self._piece.cache_clear()
+
+
 _PART, _MOST_PARTS = 8 * 1024 * 1024, 9_000
 """Least bytes of a part of a multipart upload, and the largest number of parts; S3 accepts 10,000."""
 

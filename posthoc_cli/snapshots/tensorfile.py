@@ -52,7 +52,7 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, RemoteError, 
 if TYPE_CHECKING:
     import torch
 
-    from posthoc_cli.remote.ranges import RemoteBytes
+    from posthoc_cli.remote.store import RemoteBytes
 
 SUFFIX = ".safetensors"
 FORMAT = 3
@@ -227,7 +227,7 @@ class OpenedFile:
         self.remote: RemoteBytes | None = None
         with named_on_error(path, "opened"):
             if files.is_url(path):
-                from posthoc_cli.remote.ranges import RemoteBytes
+                from posthoc_cli.remote.store import RemoteBytes
 
                 self.remote = RemoteBytes(path)
                 self.size, self.tag = self.remote.size, self.remote.tag
