@@ -663,21 +663,10 @@ class TensorFileWriter:
 
     def write_parts(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
         """Write complete blocks of a tensor, from byte `begin` on, in consecutive parts of any size."""
-
-        def written() -> Iterator[memoryview]:
-            at = self._entries[name].begin + begin
-            for view in (part.cast("B") for part in parts):
-                self._file.write_at(view, at)
-                at += len(view)
-                yield view
-
-        self._sum(name, written(), begin)
-
-    def _sum(self, name: str, parts: Iterable[memoryview], at: int) -> None:
-        """Compute the checksums of the blocks of a tensor from byte `at` on."""
-        entry, digest = self._entries[name], xxhash.xxh3_64()
+        entry, digest, at = self._entries[name], xxhash.xxh3_64(), begin
         block = BLOCK * ITEM_BYTES[entry.dtype]
-        for view in parts:
+        for view in (part.cast("B") for part in parts):
+            self._file.write_at(view, entry.begin + at)
             while view:
                 taken = view[: block - at % block]
                 digest.update(taken)
