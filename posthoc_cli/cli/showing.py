@@ -116,8 +116,8 @@ def _verdict(found: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
     if not wrong:
         unchecked = sum(file["state"] == "unchecked" for file in found["files"])
         intact = f"{len(found['files']) - unchecked:,} intact, {unchecked:,} without checksums"
-        size = resources.size_text(found["bytes"])
-        return f"{total}, {size} verified in {found['seconds']:.1f} s: {intact if unchecked else 'all intact'}"
+        read = f", {resources.size_text(found['bytes'])} verified in {found['seconds']:.1f} s" * bool(found["bytes"])
+        return f"{total}{read}: {intact if unchecked else 'all intact'}"
     names = ", ".join(file["path"] for file in wrong[:3])
     more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
     states = {file["state"] for file in wrong}
