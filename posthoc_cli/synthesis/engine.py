@@ -400,6 +400,8 @@ class Maker:
         """Yield a tile's values of each source, in the stored dtype, on the device; each is valid until the next."""
         left, begun = deque(sources), deque[tuple[Future[None] | None, StoredBytes, torch.Tensor]]()
         while left or begun:
+            if self._errors:
+                raise CancelledError
             if left and len(begun) <= self._ahead:
                 begun.append(self._begin(left.popleft(), tile))
                 continue
@@ -413,8 +415,6 @@ class Maker:
 
     def _begin(self, source: Source, tile: Tile) -> tuple[Future[None] | None, StoredBytes, torch.Tensor]:
         """Read a tile of a source, or request it; return the request, and the buffer with its values."""
-        if self._errors:
-            raise CancelledError
         self._stored.rotate()
         buffer, name = self._stored[0], tile.names[0]
         if buffer.sent:
