@@ -15,6 +15,7 @@ from ema_command import run_ema
 from safetensors.torch import load_file
 
 from posthoc_cli import Run
+from posthoc_cli import demo as room
 from posthoc_cli.demo import SIGMA_RELS, VALIDATION_IMAGES, Validation, make_denoiser, make_waves, train
 
 pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it
@@ -86,6 +87,7 @@ def test_every_command_that_a_demo_prints_can_be_repeated(demo: Demo) -> None:
 
 
 def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alone(tmp_path: Path) -> None:
+    assert [steps % room.checkpoint_every(steps) for steps in (100, 3300)] == [0, 0]
     images = make_waves(200, seed=0)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     first, second = (train(100, images, tmp_path / name, lambda _: None) for name in "ab")

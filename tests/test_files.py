@@ -45,14 +45,29 @@ def test_a_published_file_holds_what_was_written_at_any_offset_and_no_temporary_
     assert names(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_content_is_synced_before_the_name_and_the_directory_after_it(tmp_path: Path, overwrite: bool) -> None:
-    path, steps = tmp_path / "a", []
+def write_folder(path: Path) -> None:
+    with files.PendingFolder(path) as pending:
+        (pending.temporary / "b").mkdir()
+        (pending.temporary / "b" / "c").write_bytes(NEW)
+        pending.publish()
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (lambda path: files.write_atomically(path, NEW), ["fsync", "link", "unlink", "fsync_directory"]),
+        (lambda path: files.write_atomically(path, NEW, True), ["fsync", "rename", "fsync_directory"]),
+        (write_folder, ["fsync_directory", "fsync", "fsync_directory", "rename", "fsync_directory"]),
+    ],
+)
+def test_content_is_synced_before_the_name_and_the_directory_after_it(
+    tmp_path: Path, write: Callable[[Path], None], expected: list[str]
+) -> None:
+    steps: list[str] = []
     with ExitStack() as stack:
         for operation in ("fsync", "link", "rename", "unlink", "fsync_directory"):
             stack.enter_context(failing(operation, 0, lambda *_, name=operation: steps.append(name)))  # fails never
-        files.write_atomically(path, NEW, overwrite)
-    expected = ["fsync", "rename", "fsync_directory"] if overwrite else ["fsync", "link", "unlink", "fsync_directory"]
+        write(tmp_path / "a")
     assert steps == expected
 
 

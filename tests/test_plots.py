@@ -43,16 +43,22 @@ def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smal
     assert lowest == f"{'≤ ' * bool(least < low)}{100 * low:g} %"
 
 
-def swept() -> Figure:
+def swept(kind: str = "sigma_rel") -> Figure:
     """The figure of a metric between 3.2 and 3.4 over a range of lengths."""
     xs, means = np.geomspace(0.025, 0.275, 101), 3.2 + 0.2 * np.linspace(-1, 1, 101) ** 2
     points = [*zip(xs.tolist(), means.tolist(), strict=True)]
     return plots.sweep_figure({
-        "axis": "sigma_rel", "metric": "loss", "best": {"sigma_rel": 0.08}, "raw": 3.9, "noise": 0.01,
+        "axis": kind, "metric": "loss", "best": {kind: 0.08}, "raw": 3.9, "noise": 0.01,
         "equal_within_noise": [0.07, 0.09],
         "trials": [{"x": x, "value": y, "standard_error": None} for x, y in points[::25]],
         "curve": [{"x": x, "estimate": y, "standard_error": 0.0} for x, y in points],
     })  # fmt: skip
+
+
+def test_a_beta_is_drawn_as_its_time_constant() -> None:
+    for kind, ends in (("sigma_rel", (0.025, 0.275)), ("beta", (1 / 0.975, 1 / 0.725))):
+        drawn = [line.get_xdata() for line in swept(kind).axes[0].lines if len(line.get_xdata()) == 101]
+        assert [(xs[0], xs[-1]) for xs in drawn] == [pytest.approx(ends)]
 
 
 @pytest.mark.parametrize("label", [LONG, "W" * 120])

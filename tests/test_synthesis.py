@@ -1,6 +1,7 @@
 """Coefficients times snapshots, compared with sums in NumPy float64; and the errors of planning."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_the_specs_of_a_plan_are_what_it_makes(tmp_path: Path, dtype: torch.dtyp
     assert specs.keys() == tensors.keys()
     for name, values in tensors.items():
         assert all(value.nbytes == specs[name].nbytes and tuple(value.shape) == specs[name].shape for value in values)
+    assert len(plan_of(tmp_path, [Groups({"tied": 0.1, "*": 0.2})]).passes()) == 2  # a group names any of them
     for alias, name in (("tied", "w"), ("tied too", "w"), ("count too", "count")):
         assert all(torch.equal(a, b) for a, b in zip(tensors[alias], tensors[name], strict=True))
 
@@ -216,7 +218,10 @@ def test_the_command_makes_outputs_that_name_their_groups_and_verify(ema: Ema, r
     report = ema("synthesize", run.directory, *words, "--out", path).json
     assert_same_tensors(load_file(path), grouped(run, 0.2, 0.1))
     assert ema("verify", path).code == 0
-    assert ema("info", path, "--json").json["profile"] == "sigma_rel 0.2 (up.*), 0.1 (*)"
+    found = ema("info", path, "--json").json
+    assert found["profile"] == "sigma_rel 0.2 (up.*), 0.1 (*)"
+    used = {snapshot["file"] for snapshot in found["snapshots"]}  # by several groups
+    assert f"\nsnapshots {len(used)}\n" in re.sub(" +", " ", ema("info", path).out)
     assert report["targets"][0]["target"] == "sigma_rel 0.2 (up.*), 0.1 (*)"
     words = (*words, "--layout", "sharded", "--max-shard-size", "100")
     assert ema("synthesize", run.directory, *words, "--out", tmp_path / "parts").code == 0

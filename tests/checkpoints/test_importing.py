@@ -138,7 +138,7 @@ def test_a_dry_run_writes_nothing_and_nothing_that_an_import_refers_to_is_delete
 
 
 def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files behind links as in a cache of models, a run within the folder, a glob, another working directory."""
+    """Files behind links as in a cache of models, a run within the folder or behind a link, a glob."""
     cache, folder = tmp_path / "blobs", tmp_path / "a b'ü"
     for place in (cache, folder):
         place.mkdir()
@@ -153,6 +153,10 @@ def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert_same_tensors(Run(folder / "run").average(0.2), wanted)
     assert not import_checkpoints(folder / "step?0*.pt", folder / "run").written
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("deep/er")
+    import_checkpoints(folder / "step?0*.pt", tmp_path / "link/run")
+    assert Run(tmp_path / "link/run").step == 200
     one = import_checkpoints(folder / "step40.pt", tmp_path / "one")
     assert Run(one.out or "").step == 40
     with pytest.raises(errors.DirectoryError, match="holds a run already"):

@@ -36,6 +36,7 @@ RULES = {
     "first copies": (DecayRule(0.99, copies=1), lambda n: 0.99 if n > 1 else 0.0),
     "ratio": (DecayRule(0.999, "ratio"), lambda n: min(0.999, ratio(n))),
     "power": (DecayRule(0.99, "power", copies=3), lambda n: min(0.99, 1 - (1 + max(n - 3, 0)) ** (-2 / 3))),
+    "slow power": (DecayRule(0.99, "power", inv_gamma=20.0, power=0.8), lambda n: min(0.99, 1 - (1 + n / 20) ** -0.8)),
 }  # fmt: skip
 
 

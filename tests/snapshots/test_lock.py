@@ -75,6 +75,13 @@ try:
     DirectoryLock(Path(sys.argv[1]))
 except LockedError as error:
     print(str(os.getpid()) in (Path(sys.argv[1]) / ".ema.lock").read_text() or error)
+read, write = os.pipe()
+if os.fork() == 0:
+    os.close(write)
+    os.read(read, 1)  # has the lock's file open until its parent ends
+    os._exit(0)
+held.release()
+DirectoryLock(Path(sys.argv[1])).release()
 """
     assert forked.check(HOLDER + child, tmp_path).out == "held\nTrue\n"
     DirectoryLock(tmp_path).release()

@@ -78,7 +78,7 @@ def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
 
 # --- ranges of a tensor, each with the checksums of all blocks that it touches
 
-SIZE = 3 * BLOCK + 5
+SIZE = 11 * BLOCK + 5  # more than is read by one request
 DATA = np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint8)
 RANGES = [
     (0, SIZE), (0, BLOCK), (BLOCK, 3 * BLOCK), (3 * BLOCK, SIZE), (1, 2), (BLOCK - 1, BLOCK + 1), (SIZE - 1, SIZE),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import RUN_ID, flip_bit, forge, snapshot_files, write_snapshot
+from factories import RUN_ID, flip_bit, forge, rewrite_snapshot, snapshot_files, write_snapshot
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import failing
 
@@ -166,6 +166,12 @@ def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
         (problem,) = problems(shards)
         assert name in problem and "are not of one model" in problem
         (shards / name).write_bytes(kept)
+
+
+def test_clocks_that_contradict_each_other_are_of_two_trainings(run: Path) -> None:
+    rewrite_snapshot(snapshot_files(run)[0], step=11)
+    (problem,) = problems(run)
+    assert problem.endswith("by their clocks step 10 was at t = 10, and step 11 at t = 10")
 
 
 # --- errors of the system

@@ -503,12 +503,12 @@ def test_one_far_value_does_not_hide_the_best() -> None:
 # --- the rounds of a search
 
 
-def searched(noise: float, budget: int, repeats: int = 1, seed: int = 0) -> Search:
-    search = Search(AXIS, minimize=True, budget=budget, repeats=repeats, again=True)
+def searched(noise: float, budget: int, repeats: int = 1, seed: int = 0, raw: bool = False) -> Search:
+    search = Search(AXIS, minimize=True, budget=budget, repeats=repeats, again=True, raw=raw)
     random = np.random.default_rng(seed)
 
     def measure(wanted: Sequence[tuple[float, int]]) -> list[Trial]:
-        return [trial(x, bowl(x) + noise * random.normal(), seed=number) for x, number in wanted]
+        return [trial(x, bowl(x or LOW) + noise * random.normal(), seed=number) for x, number in wanted]
 
     *_, _ = search.rounds(measure)
     return search
@@ -526,15 +526,15 @@ def test_a_search_stops_when_further_trials_would_hardly_help() -> None:
     assert 9 < counts[1] < 15
 
 
-@pytest.mark.parametrize("repeats", [1, 2])
-def test_a_search_measures_as_many_lengths_as_its_budget(repeats: int) -> None:
-    """A length that is measured again with other seeds counts again."""
-    done = [searched(1.0, 7, repeats, seed) for seed in range(8)]
+@pytest.mark.parametrize(("repeats", "raw"), [(1, False), (1, True), (2, True)])
+def test_a_search_measures_as_many_lengths_as_its_budget(repeats: int, raw: bool) -> None:
+    """A length that is measured again with other seeds counts again; raw weights do not count."""
+    done, most = [searched(1.0, 7, repeats, seed, raw) for seed in range(8)], (7 + raw) * repeats
     assert any(search.stopped == "the budget is spent" for search in done)
     for search in done:
-        assert len({(one.x, one.seed) for one in search.trials}) == len(search.trials) <= 7 * repeats
+        assert len({(one.x, one.seed) for one in search.trials}) == len(search.trials) <= most == search.most
         if search.stopped == "the budget is spent":
-            assert len(search.trials) == 7 * repeats
+            assert len(search.trials) == most
 
 
 # --- the metric of a trial: on standard output or in JSON files, with its standard error

@@ -188,14 +188,14 @@ def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, where there is no process group
-@pytest.mark.parametrize(("last", "group"), [(1, False), (15, True)])
+@pytest.mark.parametrize(("last", "group", "scale"), [(1, False, 1.0), (15, True, 1.5)])
 def test_torch_distributed_checkpoint_and_torch_save_keep_all_of_the_state(
-    tmp_path: Path, last: int, group: bool, request: pytest.FixtureRequest
+    tmp_path: Path, last: int, group: bool, scale: float, request: pytest.FixtureRequest
 ) -> None:
-    """On the user's own clock; `torch.load` needs no pickles, and fewer profiles may be loaded."""
+    """On the user's own clock, also where it equals the steps; no pickles are needed; fewer profiles may be loaded."""
     training, options = Training(), {"t_unit": "images"}
     ema = begin(training.model, tmp_path / "run", **options)
-    expected = state_after(training, last, ema, scale=1.5)
+    expected = state_after(training, last, ema, scale=scale)
     ema.close()
     assert isinstance(ema, Stateful)
     torch.save(expected, tmp_path / "state.pt")
@@ -214,10 +214,10 @@ def test_torch_distributed_checkpoint_and_torch_save_keep_all_of_the_state(
         dcp.load({"ema": second}, checkpoint_id=tmp_path / "dcp")
         found = second.state_dict()
         assert same(found, expected | {"snapshots": found["snapshots"]})  # the end of the run has written more
-        again.run(20, second, scale=1.5)
+        again.run(20, second, scale=scale)
     complete = Training()
     with begin(complete.model, tmp_path / "complete", **options) as ema:
-        complete.run(20, ema, scale=1.5)
+        complete.run(20, ema, scale=scale)
     assert contents(tmp_path / "run") == contents(tmp_path / "complete")
 
 
@@ -426,6 +426,10 @@ def test_a_profile_without_a_snapshot_at_that_time_is_reconstructed_within_1_per
         assert new.error(ema) < 1e-6
     assert times(folder) == {10, 12}
     assert superseded(folder) == 1
+    late = {"update_after_step": 35}
+    begun(tmp_path / "late", 40, **late)
+    remove(tmp_path / "late", 40)
+    assert resume(Training().model, tmp_path / "late", **late).step == 0
 
 
 @pytest.mark.parametrize("weights", [100, 130])

@@ -77,6 +77,7 @@ def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_store
     assert info.aliases == {"head.weight": "embed.weight"}
     assert set(info.left_out) == {"frozen.weight", "frozen.bias"}
     weights = tracker.state_dict(sigma_rel=0.28)
+    assert tracker.run.tensors.keys() == weights.keys()
     assert torch.equal(weights["head.weight"], weights["embed.weight"])
     assert torch.equal(weights["norm.num_batches_tracked"], torch.tensor(20))
     missing = Network().load_state_dict(weights, strict=False)

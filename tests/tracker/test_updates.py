@@ -252,7 +252,7 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
             torch.nn.init.normal_(model["weight"], generator=generator)
             largest = max(largest, float(model["weight"].detach().abs().max()))
             model.count += 1
-            if step not in (2, 3, 20, 37, 50, 70):
+            if step not in (2, 3, 20, 37, 50, 51, 70):
                 tracker.update_(model, begin + step)
                 continue
             before = tracker.state_dict()
@@ -271,7 +271,8 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
                 # f / (f - 1) down to -3, magnifies that by four, and rounds by u 19 A itself.
                 own, earlier = (state["mean"][key]["weight"].numpy() for state in (after, before))
                 unit = 2.0 ** (-53 if dtype == torch.float64 else -24)
-                np.testing.assert_allclose(own, earlier, rtol=0, atol=47 * largest * unit)
+                # Right after a refusal all values are checked first, so that errors do not add up.
+                np.testing.assert_allclose(own, earlier, rtol=0, atol=47 * largest * unit * (step not in (3, 51)))
 
 
 def parameter(elements: int) -> torch.nn.Parameter:
