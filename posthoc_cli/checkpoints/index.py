@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,8 +134,9 @@ class IndexedCheckpoint:
 
     def parents(self, last: str) -> list[str]:
         """Return the prefixes, each with a dot at its end, of the groups that have a tensor or value of this name."""
-        named = (*self.tensors, *(name.split(".") for name in self.values))
-        return sorted({".".join((*outer, "")) for *outer, name in named if name == last})
+        named = (*self.tensors, *(tuple(name.split(".")) for name in self.values))
+        places = ((keys[:at], ".".join(keys[at:])) for keys in named for at in range(len(keys)))
+        return sorted({".".join((*outer, "")) for outer, name in places if name == last})
 
     def under(self, prefix: str) -> dict[str, Find]:
         """Return the tensors whose names begin with a prefix, by the rest of their names."""
@@ -286,7 +287,6 @@ def _of_sets(folder: Path, sets: Mapping[str, Path]) -> IndexedCheckpoint:
 
 
 def _of_shards(index: Path) -> IndexedCheckpoint:
-    """Return the index of a model in shards."""
     tensors, values = dict[Keys, Find](), dict[str, Any]()
     for name, listed in decode_index(index, ENDINGS).items():
         shard = _of_file(index.parent / name)
@@ -325,64 +325,53 @@ def _state(value: Any) -> dict[str, Any]:
 
 
 def _of_distributed(metadata: Path) -> IndexedCheckpoint:
-    """Return the index of a folder of torch.distributed.checkpoint."""
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
     listed, planned, stored = (state.get(key) for key in ("state_dict_metadata", "planner_data", "storage_data"))
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
-    files = _ChunkFiles(metadata, stored)
-    tensors, values = dict[Keys, Find](), dict[str, Any]()
+    places, tensors, values = dict[tuple[str, tuple[int, ...]], dict[str, Any]](), dict[Keys, Find](), dict[str, Any]()
+    for index, place in stored.items():
+        fqn, offset = _state(index).get("fqn"), _state(index).get("offset") or ()
+        if isinstance(fqn, str) and is_sizes(offset):
+            places[fqn, tuple(offset)] = _state(place)
+    files = _ChunkFiles(metadata, places)
     for name, described in listed.items():
         if isinstance(name, str) and isinstance(_state(described).get("chunks"), list):
             keys: Any = planned.get(name) if isinstance(planned, dict) else None
             is_path = isinstance(keys, tuple) and all(isinstance(key, str | int) for key in keys)
-            tensors[tuple(map(str, keys)) if is_path else (name,)] = functools.partial(
-                files.chunks, name, _state(described)
-            )
+            find = functools.partial(files.chunks, name, _state(described))
+            tensors[tuple(map(str, keys)) if is_path else (name,)] = functools.cache(find)  # each object is read once
         elif name in _STEP_NAMES:  # the only objects to read that are no tensors
             values[name] = files.read(name, ())[1]
     return IndexedCheckpoint(metadata.parent, tensors, values)
 
 
+@dataclass
 class _ChunkFiles:
-    """The files of a distributed checkpoint, the places in its metadata, and the identities of the files."""
-
-    def __init__(self, metadata: Path, stored: dict[Any, Any]) -> None:
-        self._metadata = metadata
-        self._identities: dict[Path, Identity] = {}
-        self._places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
-        ranges: list[tuple[str, int, int]] = []
-        for index, place in stored.items():
-            key, at = _state(index), _state(place)
-            offset: Any = key.get("offset") or ()
-            if isinstance(key.get("fqn"), str) and is_sizes(offset):
-                self._places[key["fqn"], tuple(offset)] = at
-                if isinstance(at.get("relative_path"), str) and is_sizes((at.get("offset"), at.get("length"))):
-                    ranges.append((at["relative_path"], at["offset"], at["offset"] + at["length"]))
-        # If objects shared bytes, reading many would take the square of their number.
-        for (name, _, end), (other, later, _) in pairwise(sorted(ranges)):
-            if name == other and later < end:
-                raise FileFormatError(metadata, f"two of its objects share bytes of {shown(name)}")
+    metadata: Path
+    places: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]  # of objects in files, by their names and offsets
+    identities: dict[Path, Identity] = field(default_factory=dict)
+    taken: Counter[Path] = field(default_factory=Counter)  # bytes of the objects that were read
 
     def chunks(self, name: str, described: dict[str, Any]) -> list[FoundChunk]:
         """Return the chunks of a tensor, with their places in the files."""
         size: Any = described.get("size")
         listed: Any = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in map(_state, described["chunks"])]
         if not all(is_sizes(axes) and len(axes) == len(size) for pair in ((size, size), *listed) for axes in pair):
-            return _checked(self._metadata, name, "its shape, or that of a chunk, is malformed")
+            return _checked(self.metadata, name, "its shape, or that of a chunk, is malformed")
         boxes = [Box(tuple(offset), tuple(shape)) for offset, shape in listed]
         problem, chunks = cover_problem(size, boxes), []
         for box in () if problem else boxes:
             path, entry = self.read(name, box.offset)
             if not isinstance(entry, Entry) or entry.shape != box.shape:
                 return _checked(path, name, f"holds no tensor of shape {list(box.shape)}")
-            chunks.append(FoundChunk(path, self._identities[path], entry, box))
-        return _checked(self._metadata, name, problem, *chunks)
+            chunks.append(FoundChunk(path, self.identities[path], entry, box))
+        return _checked(self.metadata, name, problem, *chunks)
 
     def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
         """Return the file and the object of a name at an offset, or of the name alone."""
-        place: Any = self._places.get((name, offset)) or self._places.get((name, ())) or {}
+        place: Any = self.places.get((name, offset)) or self.places.get((name, ())) or {}
         file_name, begin, length = map(place.get, ("relative_path", "offset", "length"))
         problem = ""
         if not (isinstance(file_name, str) and is_sizes((begin, length))):
@@ -391,10 +380,12 @@ class _ChunkFiles:
             problem = f"{shown(file_name)} is not the name of a file in its folder"
         elif place.get("transform_descriptors"):
             problem = "is compressed or encrypted, which is not read"
-        _checked(self._metadata, name, problem)
-        path = self._metadata.parent / file_name
+        _checked(self.metadata, name, problem)
+        path = self.metadata.parent / file_name
         with OpenedFile(path) as file:
-            if path not in self._identities:
-                self._identities[path] = sampled_identity(file), file.stamp
-            _checked(path, name, "truncated: it would end beyond the file" * (begin + length > file.size))
+            if path not in self.identities:
+                self.identities[path] = sampled_identity(file), file.stamp
+            self.taken[path] += length  # if objects shared bytes, reading many would take the square of their number
+            is_within, problem = begin + length <= file.size, "its objects share bytes" * (self.taken[path] > file.size)
+            _checked(path, name, problem if is_within else "truncated: it would end beyond the file")
             return path, read_pickled(file, begin, begin + length)
