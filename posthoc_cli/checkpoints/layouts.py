@@ -4,23 +4,7 @@ To add one, write a function that returns what a checkpoint holds, or None, add 
 which takes all other files, and add its name to `KINDS`. A setting that only some kinds have is a field of
 `ImportSettings`, named next to their function.
 
-Ordinary EMAs (of `LIBRARIES`) lie in the same checkpoint as the weights, or next to them:
-
-    library                 average                           weights                 decay
-    diffusers' EMAModel     a folder `<component>_ema/`       a folder `<component>/`  its `config.json`
-    timm                    `state_dict_ema`                  `state_dict`             absent
-    Lightning               `state_dict`                      `current_model_state`    absent; `n_averaged`
-    torch's AveragedModel   `module.*` next to `n_averaged`   another group            absent; `n_averaged`
-    ema-pytorch's EMA       `ema_model.*`                     `online_model.*`         absent; `step`
-    LitEma                  `model_ema.*` without dots        in the same group        `decay`, `num_updates`
-    torch-ema               a list `shadow_params`            another group            `decay`, `num_updates`
-    torchtitan              `state.<name>.ema_params`         the rest of the folder   0.05 of training: its default
-    mmengine's EMAHook      `state_dict`, since they swap     `ema_state_dict`         absent; `steps`
-    EDM, StyleGAN           `ema`, `G_ema` of a pickle        `net`, `G`               `training_options.json`
-    any other (DiT, ...)    a key with a word for it          a set with its names     absent
-
-EDM has `net` in `training-state-*.pt` next to the pickle. Both count images, with the half-life min(its largest, 0.05
-of the images so far), so that the k-th update of a batch keeps 2**(-1 / (0.05 (k - 1))), and the first one copies.
+Ordinary EMAs lie in the same checkpoint as the weights, or next to them: the guide `checkpoints` lists where.
 """
 
 from __future__ import annotations
@@ -71,11 +55,9 @@ class Found:
     updates: Updates | None = None  # of an ordinary EMA; its profile follows in `Checkpoint.with_settings`
     profile: Callable[[int], StoredProfile] | None = None  # of another average, at a step
     sigma_rel: float = 0.0  # and the width that its user asked for
-    number: int = 0  # its place in a list of widths
     step: int | None = None  # in a name of this kind; None to read it
     t_unit: str = "steps"  # what the steps count
     asks: Mapping[str, str] = field(default_factory=dict)  # settings that must be given, and the reason
-    asks_with_decay: Mapping[str, str] = field(default_factory=dict)  # those that must be given if a decay is
 
 
 def read_checkpoint(
@@ -93,17 +75,12 @@ def read_checkpoint(
     if not step:
         log.warning("%s: left out, as its weights are those before the training, of step 0", path)
         return []
-    asks = found.asks if settings.ema_decay is None else {**found.asks, **found.asks_with_decay}
-    wrong = {one: f"must be given{why}" for one, why in asks.items() if getattr(settings, one) in (None, ())}
-    if found.updates and len(settings.sigma_rels) > 1:
-        wrong["sigma_rels"] = f"must be one, of the average in {path.name}"
-    elif settings.sigma_rels and found.number >= len(settings.sigma_rels):
-        wrong["sigma_rels"] = f"must be one for each average; {path.name} is of number {found.number}, counted from 0"
-    for setting, reason in wrong.items():
-        raise InvalidValueError(setting, reason)
-    if found.updates and found.t_unit == "images":  # names count thousands, rounded down
-        every = settings.update_every or found.updates.every
-        step = -(-step // every) * every
+    for setting, why in found.asks.items():
+        if getattr(settings, setting) in (None, ()):
+            raise InvalidValueError(setting, f"must be given{why}")
+    is_one = len(settings.sigma_rels) == 1 if found.updates else found.sigma_rel or not found.profile
+    if settings.sigma_rels and not is_one:
+        raise InvalidValueError("sigma_rels", f"must be one for each average, also for that in {path.name}")
     averaged, weights = (
         {name.removeprefix(settings.prefix): find for name, find in tensors.items() if name.startswith(settings.prefix)}
         for tensors in (found.averaged, found.weights)
@@ -137,9 +114,6 @@ def _recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[st
     for kind in [given] if given else TABLE:
         try:
             if found := TABLE[kind][0](indexed, settings):
-                rule = found.updates.rule if found.updates else {}
-                if rule.get("inv_gamma", 1.0) <= 0 or rule.get("power", 1.0) < 0:
-                    raise ValueError("its warm-up never begins")
                 return kind, found
         except (TypeError, ValueError, OverflowError) as error:
             raise FileFormatError(indexed.path, f"holds an EMA whose settings cannot be read: {error}") from error
@@ -164,6 +138,9 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
     return make_checkpoint(path, tensors, Point(1.0), 1)
 
 
+_Finder = Callable[[IndexedCheckpoint, ImportSettings], Found | None]
+
+
 # --- ema-pytorch and pytorch-posthoc-ema: averages by number, whose settings are not in their files
 
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
@@ -176,7 +153,7 @@ def _numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSettings
     if not match or ("initted",) not in indexed.tensors or bool(inner) is not has_inner:
         return None
     number, first = int(match["number"]), 1 if has_inner else max(settings.update_after_step or 0, 1)
-    width = next(iter(settings.sigma_rels[number:]), 0.0)  # the number is checked with the other settings
+    width = next(iter(settings.sigma_rels[number:]), 0.0)
     gamma, every = gamma_from_sigma_rel(width) if width else 0.0, settings.update_every or 1
     profile = functools.partial(ema_pytorch_profile, gamma, every=every, first=first)
     tensors = inner or indexed.model_tensors(settings.prefix)
@@ -185,13 +162,12 @@ def _numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSettings
     if not has_inner:
         asks["update_after_step"] = f"{unsaid}; the default of the library is 100"
     model = {name: find for name, find in tensors.items() if name not in ("initted", "step")}
-    return Found(model, profile=profile, sigma_rel=width, number=number, step=int(match["step"]), asks=asks)
+    return Found(model, profile=profile, sigma_rel=width, step=int(match["step"]), asks=asks)
 
 
 # --- ordinary EMAs of known libraries
 
 
-_Finder = Callable[[IndexedCheckpoint], Found | None]
 _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)*state\.(.+)\.ema_params")
 
 
@@ -199,24 +175,24 @@ def _as_count(value: Any) -> int | None:
     return int(value) if isinstance(value, int | float) and value >= 0 else None
 
 
-def _first_copies(count: int | None) -> Updates:
-    """Return the updates of an average whose first update copies the weights."""
-    return Updates({"copies": 1}, count, from_first=True)
-
-
 def _under_keys(average: str, weights: str, count: str = "") -> _Finder:
-    """Return the finder of a library that stores both under fixed prefixes, and the number of updates under a name."""
+    """Return the finder of a library that stores both under prefixes, and the number of updates under a name.
 
-    def find(indexed: IndexedCheckpoint) -> Found | None:
-        averaged, of_model = indexed.under(average), indexed.under(weights)
-        updates = _as_count(indexed.number(count)) if averaged and of_model and count else None
-        is_found = averaged and of_model and (updates or not count)
-        return Found(averaged, of_model, _first_copies(updates)) if is_found else None
+    They are within a group or in none. Without a prefix, the weights are the model next to the group, if there is one.
+    """
+
+    def find(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
+        for parent in indexed.parents(count) if count else [""]:
+            averaged, updates = indexed.under(parent + average), _as_count(indexed.number(parent + count))
+            of_model = indexed.under(parent + weights) if weights else indexed.model_group(other_than=parent)
+            if averaged and (of_model or not weights) and (updates or not count):
+                return Found(averaged, of_model, Updates({"copies": 1}, updates, from_first=True))
+        return None
 
     return find
 
 
-def _diffusers(indexed: IndexedCheckpoint) -> Found | None:
+def _diffusers(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
     groups = [name for name in indexed.groups() if name.endswith("_ema")]
     prefix = f"{groups[0]}." if len(groups) == 1 else "."
     config = {name.removeprefix(prefix): value for name, value in indexed.values.items() if name.startswith(prefix)}
@@ -227,19 +203,13 @@ def _diffusers(indexed: IndexedCheckpoint) -> Found | None:
     rule = {"decay": config["decay"], "warm_up": warm_up, "copies": 1 + int(config.get("update_after_step") or 0)}
     rule |= {name: float(config[name]) for name in ("inv_gamma", "power") if name in config}
     rule["least"] = float(config.get("min_decay") or 0.0)
+    if rule.get("inv_gamma", 1.0) <= 0 or rule.get("power", 1.0) < 0:
+        raise ValueError("its warm-up never begins")
     weights = indexed.under(f"{groups[0].removesuffix('_ema')}.") or indexed.under("model.")
     return Found(indexed.under(prefix), weights, Updates(rule, updates))
 
 
-def _averaged_model(indexed: IndexedCheckpoint) -> Found | None:
-    for parent in indexed.parents("n_averaged"):
-        averaged, updates = indexed.under(f"{parent}module."), _as_count(indexed.number(f"{parent}n_averaged"))
-        if averaged and updates:
-            return Found(averaged, indexed.model_group(other_than=parent), _first_copies(updates))
-    return None
-
-
-def _torchtitan(indexed: IndexedCheckpoint) -> Found | None:
+def _torchtitan(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
     """The update at `start_step` + n `update_every` keeps 2**(-1 / (0.05 n)), or another `half_life_fraction`."""
     matches = ((_TITAN_EMA.fullmatch(name), find) for name, find in indexed.names.items())
     averaged = {match[1]: find for match, find in matches if match}
@@ -247,25 +217,24 @@ def _torchtitan(indexed: IndexedCheckpoint) -> Found | None:
     return Found(averaged, indexed.model_tensors(), Updates(rule, at_start=True)) if averaged else None
 
 
-def _ema_pytorch(indexed: IndexedCheckpoint) -> Found | None:
+def _ema_pytorch(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
     for parent in indexed.parents("initted"):
         averaged, calls = indexed.under(f"{parent}{_INNER}"), _as_count(indexed.number(f"{parent}step"))
         if averaged and calls:
             weights = indexed.under(f"{parent}online_model.") or indexed.model_group(other_than=parent)
             updates = Updates({"warm_up": "power"}, calls, from_first=True, counts_calls=True)
             unsaid = f": {indexed.path.name} does not say it; the default of the library is"
-            asks = {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
-            return Found(averaged, weights, updates, asks_with_decay=asks)
+            asks = {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"} if settings.ema_decay else {}
+            return Found(averaged, weights, updates, asks=asks)
     return None
 
 
-def _lit_ema(indexed: IndexedCheckpoint) -> Found | None:
-    for parent in indexed.parents("model_ema.decay"):
+def _lit_ema(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
+    """Its names are those of the weights in the same group, without dots."""
+    for parent in indexed.parents("model_ema.num_updates"):
         stored, others = indexed.under(f"{parent}model_ema."), indexed.under(parent)
         decay, count = (indexed.number(f"{parent}model_ema.{name}") for name in ("decay", "num_updates"))
         stored = {name: find for name, find in stored.items() if name not in ("decay", "num_updates")}
-        if count is None or not stored:
-            continue
         others = {name: find for name, find in others.items() if not name.startswith("model_ema.")}
         for prefix in sorted({"", *(f"{name.split('.')[0]}." for name in others)}):
             weights = {name: find for name, find in others.items() if name.startswith(prefix)}
@@ -278,14 +247,13 @@ def _lit_ema(indexed: IndexedCheckpoint) -> Found | None:
     return None
 
 
-def _torch_ema(indexed: IndexedCheckpoint) -> Found | None:
-    for parent in indexed.parents("decay"):
-        if not (listed := indexed.under(f"{parent}{PARAMETERS}.")):
-            continue
+def _torch_ema(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
+    """It has a list without names, and the weights are in another group."""
+    for parent in indexed.parents(f"{PARAMETERS}.0"):
         weights = indexed.model_group(other_than=parent)
         named = ((name, tensor_shape(find())) for name, find in weights.items() if "running_" not in name)
         averaged = {}
-        for find in listed.values():  # in the order of the model's parameters
+        for find in indexed.under(f"{parent}{PARAMETERS}.").values():  # in the order of the model's parameters
             shape = tensor_shape(find())
             name = next((name for name, at in named if at == shape), None)
             if name is None:
@@ -302,7 +270,12 @@ _EDM_FILE = re.compile(r"network-snapshot-(?P<step>\d{1,20})\.pkl")
 _EDM_OPTIONS = "training_options.json"
 
 
-def _edm(indexed: IndexedCheckpoint) -> Found | None:
+def _edm(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
+    """The files of EDM and StyleGAN: the weights of EDM are in `training-state-*.pt` next to the pickle.
+
+    Both count images, with the half-life min(its largest, 0.05 of the images so far), so that the k-th update of a
+    batch keeps 2**(-1 / (0.05 (k - 1))), and the first one copies.
+    """
     path, averaged = indexed.path, indexed.under("ema.") or indexed.under("G_ema.")
     match = _EDM_FILE.fullmatch(path.name)
     if not (match and averaged):
@@ -321,16 +294,18 @@ def _edm(indexed: IndexedCheckpoint) -> Found | None:
     ramps = ("ema_rampup_ratio", "ema_rampup")  # null for none
     if options and not any(name in options and options[name] is None for name in ramps):
         rule |= {"warm_up": "ramp-up", "power": float(number(*ramps, default=RAMP_UP))}
-    batch, thousands = number("batch_size"), number("ema_halflife_kimg", "ema_kimg")
+    batch, thousands = int(number("batch_size")), number("ema_halflife_kimg", "ema_kimg")
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
-    unsaid = f", the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
-    unclear = f", ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
-    return Found(
-        averaged, indexed.under("net.") or indexed.under("G."), Updates(rule, None, int(batch)),
-        step=1000 * int(match["step"]), t_unit="images",
-        asks={} if batch else {"update_every": unsaid}, asks_with_decay={} if options else {"ema_warmup": unclear},
-    )  # fmt: skip
+    asks = dict[str, str]()
+    if not batch:
+        asks["update_every"] = f", the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
+    if settings.ema_decay is not None and not options:
+        asks["ema_warmup"] = f", ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
+    every = settings.update_every or batch or 1
+    step = -(-1000 * int(match["step"]) // every) * every  # names count thousands, rounded down
+    weights = indexed.under("net.") or indexed.under("G.")
+    return Found(averaged, weights, Updates(rule, every=batch), step=step, t_unit="images", asks=asks)
 
 
 # --- any other trainer: two sets of tensors with the same names, one of whose keys says that it is the average
@@ -443,29 +418,23 @@ EMA_TAKES = (
 )  # fmt: skip
 
 
-_Kind = tuple[Callable[[IndexedCheckpoint, ImportSettings], Found | None], tuple[str, ...]]
-
-
-def _library(find: _Finder) -> _Kind:
-    return lambda indexed, _: find(indexed), EMA_TAKES
-
-
-TABLE: dict[str, _Kind] = {
+TABLE: dict[str, tuple[_Finder, tuple[str, ...]]] = {
     "edm2": (_find_edm2, ()),
     "ema-pytorch": (functools.partial(_numbered, "ema-pytorch"), ("sigma_rels", "update_every")),
     "posthoc-ema": (
         functools.partial(_numbered, "posthoc-ema"), ("sigma_rels", "update_every", "update_after_step"),
     ),
-    "torchtitan": _library(_torchtitan),
-    "diffusers-ema": _library(_diffusers),
-    "timm": _library(_under_keys("state_dict_ema.", "state_dict.")),
-    "lightning-ema": _library(_under_keys("state_dict.", "current_model_state.", "averaging_state.n_averaged")),
-    "averaged-model": _library(_averaged_model),
-    "ema-pytorch-ema": _library(_ema_pytorch),
-    "lit-ema": _library(_lit_ema),
-    "torch-ema": _library(_torch_ema),
-    "mmengine": _library(_under_keys("state_dict.", "ema_state_dict.module.", "ema_state_dict.steps")),
-    "edm": _library(_edm),
+    "torchtitan": (_torchtitan, EMA_TAKES),
+    "diffusers-ema": (_diffusers, EMA_TAKES),
+    "timm": (_under_keys("state_dict_ema.", "state_dict."), EMA_TAKES),
+    "lightning-ema": (_under_keys("state_dict.", "current_model_state.", "averaging_state.n_averaged"), EMA_TAKES),
+    "averaged-model": (_under_keys("module.", "", "n_averaged"), EMA_TAKES),
+    "ema-pytorch-ema": (_ema_pytorch, EMA_TAKES),
+    "lit-ema": (_lit_ema, EMA_TAKES),
+    "torch-ema": (_torch_ema, EMA_TAKES),
+    # Its hook swaps the two before a checkpoint is written.
+    "mmengine": (_under_keys("state_dict.", "ema_state_dict.module.", "ema_state_dict.steps"), EMA_TAKES),
+    "edm": (_edm, EMA_TAKES),
     "ema": (_find_any, (*EMA_TAKES, "average", "weights")),
     "checkpoints": (lambda indexed, settings: Found(weights=indexed.model_tensors(settings.prefix)), ("step_from",)),
 }  # fmt: skip

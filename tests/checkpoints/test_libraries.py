@@ -70,7 +70,7 @@ def test_ema_pytorch(update_every: int, tmp_path: Path, imported: Imported) -> N
     for settings, reason in (
         ({}, "^sigma_rels: must be given to an import: files of ema-pytorch, such as 0"),
         ({"sigma_rels": WIDTHS}, "^update_every: must be given"),
-        ({"sigma_rels": (0.05,), "update_every": 1}, "of number 1, counted from 0"),
+        ({"sigma_rels": (0.05,), "update_every": 1}, "^sigma_rels: must be one for each average, also for that in 1."),
     ):
         with pytest.raises(errors.InvalidValueError, match=reason):
             imported(tmp_path / "x", **settings)

@@ -144,7 +144,7 @@ def test_the_width_of_a_power_function_is_given(every: int, tmp_path: Path, ema:
     width = math.sqrt(exponent) / ((exponent + 1) * math.sqrt(exponent + 2))
     update = by(lambda step: 1.0 if step % every else (1 - every / step) ** exponent)
     folder = write_all(tmp_path / "run", train(), update, form=lambda _, *sets: LAYOUTS["DiT, SiT"](*sets))
-    with pytest.raises(InvalidValueError, match="sigma_rels: must be one, of the average in"):
+    with pytest.raises(InvalidValueError, match="sigma_rels: must be one for each average, also for that in"):
         import_checkpoints(folder, tmp_path / "never", sigma_rels=(0.1, 0.2))
     options = ("--sigma-rels", width, "--update-every", every, "--out", tmp_path / "imported")
     assert ema("import", folder, *options).code == 0
