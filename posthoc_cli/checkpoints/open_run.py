@@ -88,16 +88,11 @@ def read_place(place: str | Path, settings: ImportSettings) -> list[Checkpoint]:
 
 
 def disk_sources(directory: str | Path, unclaimed: bool = False) -> list[Source]:
-    """Return the sources in a directory: the snapshots of a tracker, or checkpoints.
+    """Return the sources in the directory of a run or of an import, or those that a file or a glob names.
 
-    Arguments:
-        directory: directory of a run or of an import; or a file, or a glob that names files or folders of checkpoints.
-        unclaimed: include ordinary EMAs of unknown decay, see `open_checkpoints`.
-
-    Raises:
-        DirectoryError: no checkpoint was found.
-        FileFormatError, MismatchError: a file is damaged, or of another model than the others.
-        InvalidValueError: a setting that the files do not hold must be given.
+    They are snapshots of a tracker, or checkpoints; for `unclaimed` see `open_checkpoints`. Raise DirectoryError if
+    there are none, FileFormatError or MismatchError if a file is damaged or of another model, InvalidValueError if an
+    import must be given a setting.
     """
     if not (is_glob(directory) or is_import(directory)):
         try:
@@ -154,26 +149,20 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     has not begun is a copy of the weights, and is left out next to them. A MismatchError names the first two that are
     of different models, or of one time with different values.
     """
-    kept: dict[tuple[float, str], Checkpoint] = {}
-    for other in by_time(checkpoints):
-        one = kept.setdefault((other.t, other.holds), other)
-        is_same = one is other or not (model_difference(one, other) or _are_unequal(one, other))
-        _check_alike(one, other, "" if is_same else f"are both of step {one.t:,.12g}")
+    ordered, kept = _with_names(by_time(checkpoints)), dict[tuple[float, str], Checkpoint]()
+    for other in ordered:
+        one, twin = ordered[0], kept.setdefault((other.t, other.holds), other)
+        difference = model_difference(one, other)
+        if not difference and twin is not other and _are_unequal(twin, other):
+            one, difference = twin, f"are both of step {twin.t:,.12g}"
+        if difference:
+            hint = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
+            raise MismatchError(f"{one.path} and {other.path}", difference, hint)
     weights = {one.t for one in kept.values() if isinstance(one.profile, Point)}
-    ordered = _with_names([one for one in kept.values() if one.t not in weights or not is_copy(one)])
-    first = ordered[0]
-    for one in ordered[1:]:
-        _check_alike(first, one, model_difference(first, one))
-    names = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
-    run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
+    ordered = [one for one in kept.values() if one.t not in weights or not is_copy(one)]
+    names = [(name, entry.shape) for name, entry in sorted(ordered[0].entries.items())]
+    run_id = xxhash.xxh3_128_hexdigest(repr((names, ordered[0].identity)).encode())
     return [replace(one, run_id=run_id) for one in ordered]
-
-
-def _check_alike(one: Checkpoint, other: Checkpoint, difference: str) -> None:
-    """Raise MismatchError if there is a difference between two checkpoints, a phrase to follow their names."""
-    if difference:
-        hint = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
-        raise MismatchError(f"{one.path} and {other.path}", difference, hint)
 
 
 def is_copy(one: Checkpoint) -> bool:
@@ -189,16 +178,14 @@ def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints with distinct names, for coefficients and reports."""
+    """Return the checkpoints with distinct names, from the folder of all on, for coefficients and reports."""
     counts = Counter(one.path for one in checkpoints)
-    parent = files.as_path(os.path.commonpath([str(path.parent) for path in counts]))
-    are_distinct = len({path.name for path in counts}) == len(counts)
-    renamed = []
+    shared = len(Path(os.path.commonpath([str(path.parent) for path in counts])).parts)
+    named = []
     for one in checkpoints:
-        name = one.path.name if are_distinct else one.path.relative_to(parent).as_posix()
         is_second = counts[one.path] > 1 and not isinstance(one.profile, Point)
-        renamed.append(replace(one, name=f"{name} (average)" if is_second else name))
-    return renamed
+        named.append(replace(one, name="/".join(one.path.parts[shared:]) + " (average)" * is_second))
+    return named
 
 
 # --- for JSON
