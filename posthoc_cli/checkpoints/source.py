@@ -39,9 +39,7 @@ from posthoc_cli.snapshots.snapshot import Count, check_globs, converted, kinds_
 from posthoc_cli.snapshots.sources import Rule, Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
-
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: a variance is not extrapolated
 _ANY_DECAY = 0.999  # in place of an unknown decay
 
 
@@ -164,7 +162,6 @@ class ImportSettings:
         return replace(self, **{name: getattr(UNSPECIFIED, name) for name in names})
 
     def select(self, tensors: Tensors) -> Tensors:
-        """Return the tensors that `include` and `exclude` select."""
         selection = make_selection(self.include, self.exclude, "copy")
         check_globs(selection, tensors)
         if selected := {name: find for name, find in tensors.items() if selection.names(name)}:
@@ -202,9 +199,8 @@ class Updates:
             first = after + 1 if self.from_first else (after // every + 1) * every
             if after and self.at_start:
                 first, rule["copies"] = after, 1
-            if after and step <= first - every:  # a copy of the weights
-                return DecayRule(**rule).profile(step, 0, every, step + every)
-            count = max(0, (step - first) // every + 1)
+            first = min(first, step + every)  # of no updates until then: a copy of the weights
+            count = (step - first) // every + 1
             rule |= {"late": settings.ema_late or 0} if after else {}
         elif self.counts_calls:
             rule["copies"] = 1 + after
@@ -224,7 +220,7 @@ class Updates:
 class Checkpoint(Source):
     """A checkpoint, or an average that another program stored; see `Source` for what is not said here."""
 
-    word, sketch, sample, measurements = "checkpoint", "", "", None
+    word, sketch, sample, measurements, left_out = "checkpoint", "", "", None, ()
     path: Path
     files: tuple[TensorFile, ...] = field(compare=False)
     entries: Mapping[str, Entry]
@@ -236,7 +232,6 @@ class Checkpoint(Source):
     sigma_rel: float = 0.0  # the width that the user of another library asked for; 0 for weights and other averages
     decay: float = 0.0  # of an ordinary EMA after its warm-up; 0 if it is unknown, and for other tensors
     run_id: str = ""  # hash of names, shapes and content; empty until checkpoints were compared with each other
-    left_out: tuple[str, ...] = ()
     kind: str = "checkpoints"  # one of `layouts.TABLE`
     name: str = ""  # that of the file or folder, or more of its path if that is not distinct
     updates: Updates | None = None  # of an ordinary EMA; None for other tensors
@@ -268,10 +263,8 @@ class Checkpoint(Source):
             return "weights"
         if self.decay:
             return f"EMA of decay {self.decay:.12g}"
-        width = f"sigma_rel {self.sigma_rel:g}"
-        if isinstance(self.profile, PowerFunction):
-            return f"average of {width}"
-        return f"average{f' tracked as {width},' * bool(self.sigma_rel)} of its own profile"
+        known = "of" if isinstance(self.profile, PowerFunction) else "tracked as"
+        return f"average {known} sigma_rel {self.sigma_rel:g}"
 
     @property
     def is_known(self) -> bool:
@@ -331,17 +324,15 @@ def make_checkpoint(path: Path, tensors: Tensors, profile: StoredProfile, step: 
         if len(layers) == 1 and all(box == Box.full(specs[name].shape) for name, box in boxes.items()):
             boxes = {}
         held.append(TensorFile(file, entries, stamp, boxes=boxes, checksum=identity))
-    copied = {name for name in specs if name.rpartition(".")[2] in _STATISTICS or _is_of_spectral_norm(name, specs)}
     roles = {
-        name: TrackedTensor("average" if spec.dtype in EPS and name not in copied else "copy", spec.dtype)
+        name: TrackedTensor("copy" if spec.dtype not in EPS or _is_statistic(name, specs) else "average", spec.dtype)
         for name, spec in specs.items()
     }
     return Checkpoint(path, tuple(held), specs, profile, step, roles, aliases, name=path.name, **fields)
 
 
-def _is_of_spectral_norm(name: str, names: Collection[str]) -> bool:
-    """Return whether a tensor is one of spectral norm's two vectors; `weight_v` of weight norm is a weight."""
-    stem = name[:-1]
-    if not (name.endswith(("_u", "_v")) and f"{stem}u" in names and f"{stem}v" in names):
-        return False
-    return f"{stem}orig" in names or ("parametrizations." in name and stem.endswith("._"))
+def _is_statistic(name: str, names: Collection[str]) -> bool:
+    """Return whether a tensor is of BatchNorm, or a vector of spectral norm; `weight_v` of weight norm is a weight."""
+    stem, is_vector = name[:-1], name.endswith(("_u", "_v"))
+    is_of_norm = f"{stem}orig" in names or ("parametrizations." in name and stem.endswith("._"))
+    return name.rpartition(".")[2] in _STATISTICS or (is_vector and is_of_norm)
