@@ -77,11 +77,9 @@ class Audit:
 
     @property
     def is_bad(self) -> bool:
-        """Whether the verdict names a fault."""
         return self.verdict in BAD
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
         sigma = None if self.uncertainty == math.inf else self.uncertainty
         return asdict(self) | {"uncertainty": sigma, "contradicted": self.is_bad}
 
@@ -280,10 +278,9 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None) -> li
     """
     if claimed is not None:
         check_number("claimed", claimed, lambda decay: 0 < decay < 1, "lie in (0, 1)")
-    for one in sources:
-        if not isinstance(one, Checkpoint):
-            reason = "holds snapshots of a tracker: their headers hold the width exactly, and `ema info` shows it"
-            raise DirectoryError(one.path.parent, reason)
+    if not isinstance(sources[0], Checkpoint):
+        reason = "holds snapshots of a tracker: their headers hold the width exactly, and `ema info` shows it"
+        raise DirectoryError(sources[0].path.parent, reason)
     if audits := list(audits_of(sources, claimed)):
         return audits
     reason = "holds no two times at which there are an average and the weights"

@@ -116,7 +116,6 @@ class Model:
         return replace(self, value=self.value * math.exp(log))
 
     def begun(self, *starts: float) -> Model:
-        """Return the model with further starts."""
         return replace(self, starts=tuple(sorted({*self.starts, *starts})))
 
     def forgotten(self, t: FloatArray) -> FloatArray:

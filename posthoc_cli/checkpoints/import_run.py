@@ -37,7 +37,6 @@ class Import:
     out: Path | None  # folder of the run; None in a dry run without an output
     checks: tuple[str, ...]  # results of the comparison of settings and files, a line each
     written: bool  # not in a dry run, and not if the run existed already
-    dry_run: bool
 
     @property
     def counts(self) -> Counter[str]:
@@ -100,7 +99,7 @@ def import_checkpoints(
     if target is not None and not dry_run:
         files.check_parent("out", target)
         written = write_manifest(target, origin, given, found, overwrite)
-    return Import(tuple(found), target, tuple(checks), written, dry_run)
+    return Import(tuple(found), target, tuple(checks), written)
 
 
 # --- the decay

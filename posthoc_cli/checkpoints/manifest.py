@@ -1,17 +1,8 @@
 """The output of an import: a manifest that refers to other programs' files in their place.
 
-It holds the settings that the files lack. It is `ema-import.json` in the folder of the run, one JSON object:
-
-    format       "ema import"
-    version      1
-    from         what was imported: a folder, a file or a glob
-    settings     fields of `source.ImportSettings` that were given, or found
-    checkpoints  a list of [path, kind, step]: a file or folder, its kind, the step of the training
-    files        an object: path -> [bytes, 16 hexadecimal digits: a hash of its size and a sample of its content]
-    checksum     XXH3 (64 bits, seed 0) of the object as compact JSON without this key, 16 hexadecimal digits
-
-Paths are URLs, or relative to the folder of the run, so that both may be moved or copied together. If a file is
-missing, has another size or was replaced, an error names the first such file.
+It is `ema-import.json` in the folder of the run, one JSON object. Paths are URLs, or relative to the folder of the run,
+so that both may be moved or copied together. If a file is missing, has another size or was replaced, an error names the
+first such file.
 """
 
 from __future__ import annotations
@@ -41,13 +32,14 @@ _AGAIN = "import again"
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a manifest, with absolute paths."""
+    """The content of a manifest by key, with absolute paths; and "format" and "version", which are `_FORMAT`."""
 
-    folder: Path
-    origin: Path
-    settings: ImportSettings
-    checkpoints: tuple[tuple[Path, str, int], ...]
-    files: dict[Path, tuple[int, str]]
+    folder: Path  # of the run; no key
+    origin: Path  # "from": what was imported: a folder, a file or a glob
+    settings: ImportSettings  # those that were given, or found, by name
+    checkpoints: tuple[tuple[Path, str, int], ...]  # each a list of the path of a file or folder, its kind, its step
+    files: dict[Path, tuple[int, str]]  # bytes, and 16 hexadecimal digits: a hash of its size and a sample of content
+    # "checksum": XXH3 (64 bits, seed 0) of the object as compact JSON without this key, 16 hexadecimal digits
 
     def check_file(self, path: Path) -> None:
         """Raise FileFormatError unless a file is the one that was imported."""
@@ -96,9 +88,7 @@ def write_manifest(
 ) -> bool:
     """Write the manifest of checkpoints that were found at `origin`; return False if `out` holds an equal one already.
 
-    Raises:
-        OutputExistsError: the folder holds something else; without `overwrite` also if it is another import.
-        WriteError: the system refused.
+    Raise OutputExistsError if it holds something else; without `overwrite` also if it is another import.
     """
     listed = {one.path: (_absolute(one.path), one.kind, one.step) for one in checkpoints}
     paths = {part.path for checkpoint in checkpoints for part in checkpoint.files}

@@ -125,8 +125,7 @@ def read_pickled(file: OpenedFile, begin: int, end: int, budget: _Budget | None 
             begin, nbytes, _ = find("data.pkl")
             end = begin + nbytes
         value = _Machine(file, begin, end, budget, find).run()
-        is_old = value == _STREAM_MAGIC
-        _check(not is_old, "is of torch.save before release 1.6, or without its zip archive: load and save it again")
+        _check(value != _STREAM_MAGIC, "is of torch.save before release 1.6, or has no zip archive: save it again")
     return value
 
 
@@ -167,18 +166,16 @@ def read_tensors(file: OpenedFile) -> dict[Keys, Any]:
 def _module_tensors(node: Node, budget: _Budget) -> dict[Any, Any] | None:
     """Return the parameters, buffers and inner modules of a pickled torch module; None for another object.
 
-    The attributes of a module are its state, one of its arguments, or under `state` in one of these.
+    The attributes of a module are its state; of one of EDM, under `state` in an argument.
     """
     parts = ("_parameters", "_buffers", "_modules")
-    for attributes in map(_items, (node.state, *node.arguments)):
-        for state in (attributes, _items(attributes.get("state"))):
-            if all(isinstance(state.get(part), dict) for part in parts):
-                listed = state.get("_non_persistent_buffers_set")
-                listed = listed if isinstance(listed, list) else []
-                unsaved = {key for key in listed if isinstance(key, str)}
-                found = {key: value for part in parts for key, value in state[part].items() if key not in unsaved}
-                budget.spend(_OPCODE * sum(map(len, (listed, *(state[part] for part in parts)))))
-                return found
+    for state in map(_items, (node.state, *(_items(argument).get("state") for argument in node.arguments))):
+        if all(isinstance(state.get(part), dict) for part in parts):
+            listed = state.get("_non_persistent_buffers_set")
+            listed = listed if isinstance(listed, list) else []
+            unsaved = {key for key in listed if isinstance(key, str)}
+            budget.spend(_OPCODE * sum(map(len, (listed, *(state[part] for part in parts)))))
+            return {key: value for part in parts for key, value in state[part].items() if key not in unsaved}
     return None
 
 
@@ -289,7 +286,6 @@ class _Machine:
         return _Bytes(begin, count)
 
     def named(self, module: Any, name: Any) -> Any:
-        """Return the function for a name, or a node."""
         _check(isinstance(module, str) and isinstance(name, str), "a name that is no text")
         self.budget.spend(len(module) + len(name))
         return _CALLS.get(f"{module}.{name}") or Node(f"{module}.{name}")

@@ -335,7 +335,7 @@ def import_(
     if done.written:
         output.print_line(f"wrote a run that refers to these files: {done.out}")
     else:
-        output.print_line("nothing was written" + ("" if done.dry_run else f": {done.out} is this import already"))
+        output.print_line("nothing was written" + ("" if dry_run else f": {done.out} is this import already"))
 
 
 def _parse_decay(text: str) -> float | str:
