@@ -132,11 +132,12 @@ class IndexedCheckpoint:
         level = len(outer)
         return list(dict.fromkeys(k[level] for k in self.tensors if k[:level] == outer and len(k) > level + 1))
 
-    def parents(self, last: str) -> list[str]:
-        """Return the prefixes, each with a dot at its end, of the groups that have a tensor or value of this name."""
-        named = (*self.tensors, *(tuple(name.split(".")) for name in self.values))
-        places = ((keys[:at], ".".join(keys[at:])) for keys in named for at in range(len(keys)))
-        return sorted({".".join((*outer, "")) for outer, name in places if name == last})
+    def parents(self, first: str, *others: str) -> list[str]:
+        """Return the prefixes, each with a dot at its end, of the groups that have tensors or values of these names."""
+        named, known = (*self.tensors, *(tuple(name.split(".")) for name in self.values)), self.names | self.values
+        places = ((".".join((*keys[:at], "")), ".".join(keys[at:])) for keys in named for at in range(len(keys)))
+        found = {outer for outer, name in places if name == first}
+        return sorted(outer for outer in found if all(outer + name in known for name in others))
 
     def under(self, prefix: str) -> dict[str, Find]:
         """Return the tensors whose names begin with a prefix, by the rest of their names."""

@@ -231,7 +231,7 @@ def _ema_pytorch(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found 
 
 def _lit_ema(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
     """Its names are those of the weights in the same group, without dots."""
-    for parent in indexed.parents("model_ema.num_updates"):
+    for parent in indexed.parents("model_ema.decay", "model_ema.num_updates"):
         stored, others = indexed.under(f"{parent}model_ema."), indexed.under(parent)
         decay, count = (indexed.number(f"{parent}model_ema.{name}") for name in ("decay", "num_updates"))
         stored = {name: find for name, find in stored.items() if name not in ("decay", "num_updates")}
@@ -249,7 +249,7 @@ def _lit_ema(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
 
 def _torch_ema(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
     """It has a list without names, and the weights are in another group."""
-    for parent in indexed.parents(f"{PARAMETERS}.0"):
+    for parent in indexed.parents("decay", f"{PARAMETERS}.0"):
         weights = indexed.model_group(other_than=parent)
         named = ((name, tensor_shape(find())) for name, find in weights.items() if "running_" not in name)
         averaged = {}
