@@ -134,7 +134,7 @@ class IndexedCheckpoint:
 
     def parents(self, first: str, *others: str) -> list[str]:
         """Return the prefixes, each with a dot at its end, of the groups that have tensors or values of these names."""
-        named, known = (*self.tensors, *(tuple(name.split(".")) for name in self.values)), self.names | self.values
+        named, known = (*self.tensors, *(tuple(name.split(".")) for name in self.values)), {*self.names, *self.values}
         places = ((".".join((*keys[:at], "")), ".".join(keys[at:])) for keys in named for at in range(len(keys)))
         found = {outer for outer, name in places if name == first}
         return sorted(outer for outer in found if all(outer + name in known for name in others))
@@ -157,12 +157,11 @@ class IndexedCheckpoint:
         """
         groups = self.groups()
         others = [name for name in groups if not name.startswith(_OTHER_GROUPS)]
-        only = others if len(others) == 1 else []
+        only = tuple(others) if len(others) == 1 else ()
         ignored = tuple(name if name.endswith("_") else f"{name}." for name in _OTHER_GROUPS)
-        flat = {keys[0]: find for keys, find in self.tensors.items() if len(keys) == 1}
-        flat = {name: find for name, find in flat.items() if not name.startswith(ignored)}
-        nested = self.model_group(within=tuple(only)) if only else {}
-        named = self.model_group() or nested or flat or (self.under(f"{only[0]}.") if only else {})
+        flat = {keys[0]: find for keys, find in self.tensors.items() if not (keys[1:] or keys[0].startswith(ignored))}
+        nested = self.model_group(within=only) or flat or (self.under(f"{only[0]}.") if only else {})
+        named = self.model_group() or nested
         if prefix and not any(name.startswith(prefix) for name in named):
             named = self.names
         if not named:
