@@ -155,6 +155,9 @@ def test_256_knots_are_enough_and_recording_continues_exactly_from_a_state_and_c
     exact, near = ClockRecorder.of_state(part.state()), ClockRecorder.of_knots(part.knots_until(part.step, part.t))
     for step, t in enumerate(times[10_000:].tolist(), 10_001):
         exact, near = exact.add(step, t), near.add(step, t)
+        if step % 1000 == 0:  # the tolerance, the first number of a state, never shrinks
+            assert part.state()[0] <= exact.state()[0]
+            part = exact
     assert exact.state() == complete.state()
     for recorder in (complete, near):
         knots = recorder.knots_until(recorder.step, recorder.t)

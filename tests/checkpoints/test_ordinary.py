@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from ema_command import Ema
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trained import EVERY, STEPS, TIMES, Weights, by, check, ema, error_of, named, network, ratio, train, write
 
-from posthoc_cli import Run, errors, import_checkpoints
+from posthoc_cli import Run, errors, export_file, import_checkpoints
 from posthoc_cli.profiles import DecayRule, Point
 
 DECAY = 0.995
@@ -220,6 +220,23 @@ def test_an_ordinary_ema_makes_other_lengths(library: Callable[[Path], dict[str,
     check(run)
     if library is not plain:
         assert all("as claimed" in line for line in done.checks), done.checks
+
+
+def test_the_first_update_of_diffusers_copies_and_later_ones_warm_up(tmp_path: Path) -> None:
+    for name in ("unet", "unet_ema"):
+        (folder := tmp_path / "checkpoint-3" / name).mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"decay": DECAY, "optimization_step": 3}))
+    (average,) = (one for one in Run(tmp_path).sources if one.sigma_rel or one.decay)
+    assert [average.profile.tail(step) for step in (1, 2)] == pytest.approx([1 - 2 / 11 * 3 / 12, 1 - 3 / 12])
+
+
+def test_averages_without_names_are_those_of_the_parameters(tmp_path: Path) -> None:
+    layers = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.LayerNorm(3))
+    average = {"decay": 0.9, "num_updates": 5, "shadow_params": [torch.full((3,), float(k)) for k in range(4)]}
+    torch.save({"model": layers.state_dict(), "ema": average}, tmp_path / "step5.pt")
+    export_file(tmp_path / "step5.pt", tmp_path / "average.safetensors")
+    assert load_file(tmp_path / "average.safetensors")["1.weight"][0] == 2
 
 
 def test_the_decay_is_found(tmp_path: Path, ema: Ema, caplog: pytest.LogCaptureFixture) -> None:

@@ -218,6 +218,9 @@ def edm(folder: Path, library: str = "edm", decay: Callable[[int], float] = half
 @pytest.mark.parametrize("library", ["edm", "stylegan"])
 def test_half_lives_in_images(library: str, tmp_path: Path, ema: Ema) -> None:
     folder = edm(tmp_path / "x", library)
+    options = {"update_every": 399, "ema_decay": "half-life:60k", "ema_warmup": "ramp-up", "dry_run": True}
+    later = import_checkpoints(folder / "network-snapshot-000040.pkl", None, **options)
+    assert later.checkpoints[0].step == 101 * 399  # names count thousands, rounded down
     done = ema("import", folder, "--out", tmp_path / "run")
     assert "--update-every: must be given, the images of a batch: neither network-snapshot-000040.pkl nor" in done.error
     said = ("import", folder, "--out", tmp_path / "run", "--update-every", BATCH, "--ema-decay", "half-life:60k")

@@ -165,8 +165,11 @@ def test_a_fast_dev_run_writes_nothing_and_a_short_training_writes_snapshots(tmp
     assert callback.ema is None
     assert not (tmp_path / "ema").exists()
     short = PostHocWeightAveraging(tmp_path / "short", **EVERY)
-    fit(tmp_path, short, limit_train_batches=2, max_epochs=1)
+    module = fit(tmp_path, short, limit_train_batches=2, max_epochs=1)
     assert {snapshot.t for snapshot in Run(tmp_path / "short").snapshots} == {2}
+    again = PostHocWeightAveraging(tmp_path / "short", **EVERY | {"resume": "auto"})
+    fit(tmp_path, again, module=module, limit_train_batches=2, max_epochs=1)
+    assert again.ema.t == 4
     module, recorder = Regression(), Recorder()
     fit(tmp_path, callback, recorder, module=module)
     assert_exact(callback.ema, module, recorder.weights)
