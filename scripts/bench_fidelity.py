@@ -52,8 +52,8 @@ from posthoc_cli.targets import as_target
 
 Cell = TypeVar("Cell")
 
-LEAST = 6e-8
-"""The least error of hard cases: about the rounding of a result to float32."""
+LEAST = 2.0**-23
+"""The least error of hard cases: eps of float32, to which averages and results are rounded."""
 Found = TypeVar("Found")
 Asked = TypeVar("Asked")
 
