@@ -59,6 +59,11 @@ def test_thinning_makes_nearly_the_best_choice_of_its_size(sigma_rel: float, rat
     assert error([snapshots.index(p) for p in kept(snapshots, prior, 3)]) <= 1.02 * best
 
 
+def test_exact_snapshots_of_a_network_that_stood_still_are_thinned() -> None:
+    snapshots, motion = power_functions(range(1, 17)), Motion(np.array([0.0, 8, 16]), np.array([0.0, 1]), np.zeros(2))
+    assert len(kept(snapshots, assumed_prior(snapshots, 0.0, motion), 3)) == 6
+
+
 @pytest.mark.parametrize("keep", [None, 4])
 def test_a_schedule_predicts_the_snapshots_that_a_tracker_leaves(tmp_path: Path, keep: int | None) -> None:
     settings: dict = {"checkpoint_every": 100, "max_checkpoints": keep}
