@@ -219,14 +219,14 @@ def exchanged(
 
 
 def _closest_together(snapshots: Sequence[PowerFunction], left: Sequence[int], equals: Sequence[int]) -> int:
-    """Return the snapshot whose neighbours of the same profile are closest together, the latest of equals."""
+    """Return the snapshot whose neighbours of the same profile are closest together."""
     gaps = dict.fromkeys(equals, float("inf"))  # infinity without two neighbours
     for gamma in {snapshots[i].gamma for i in equals} if len(equals) > 1 else ():
         of_profile = _by_time(snapshots, left, gamma)
         for before, index, after in zip(of_profile, of_profile[1:], of_profile[2:], strict=False):
             if index in gaps:
                 gaps[index] = snapshots[after].t - snapshots[before].t
-    return min(equals, key=lambda i: (gaps[i], -snapshots[i].t))
+    return min(equals, key=gaps.__getitem__)
 
 
 def losses_of(

@@ -82,7 +82,7 @@ def make_info(
     info = Snapshot(
         run_id=run_id, sigma_rel=sigma_rel, gamma=exact_gamma(sigma_rel),
         sigma_rels=tuple(sorted({*SIGMA_RELS, sigma_rel})), t=float(t), t_unit="steps", step=int(t),
-        t_first=min(1.0, float(t)), max_interval=1.0,
+        t_first=min(1.0, float(t)), max_interval=1.0, updates=max(int(t), 1),
         schedule=TrackingSchedule(update_every=1, checkpoint_every=1, max_checkpoints=None, checkpoint_dtype=None),
         tensors={name: TrackedTensor(*text.split()) for name, text in tracked.items()},
     )  # fmt: skip

@@ -168,6 +168,7 @@ class Snapshot(Source):
     step: int  # number of `update_` calls up to `t`
     t_first: Time  # of the first update; the profile's mass before it applies to the values of that time
     max_interval: float  # the longest interval between two updates since `t_first`
+    updates: Count  # number of updates in the average
     schedule: TrackingSchedule  # the tracker's settings; `sigma_range` is what snapshots are kept for
     # The role of each tensor and its dtype in the model. "average": the weighted mean of a tensor; "statistic": the
     # same of BatchNorm's running mean or variance, which is not a weight; "copy": the value at `t`. Averages may be
@@ -181,7 +182,6 @@ class Snapshot(Source):
     # Pairs of a step and its time, both increasing, up to (step, t). From step 0 at time 0 to the first, and between
     # two, all steps are equally long, up to a tolerance: half a step where 256 pairs suffice. Empty if `t` is the step.
     clock: tuple[tuple[int, float], ...] = ()
-    updates: int | None = None  # number of updates in the average
     inherited: float = 0.0  # expected squared norm of the error from the rounding of snapshots it was resumed from
     off_schedule: bool = False  # written at the end or on request; later ones on the schedule do not depend on it
     # Float64 sums over the elements of all averages in the file (not of statistics and copies), for a large model
@@ -220,16 +220,13 @@ class Snapshot(Source):
 
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
         """Return the average as reconstruction uses it; a `profile` of points in time replaces the power function."""
-        schedule = self.schedule
-        skipped_updates = schedule.update_after_step // schedule.update_every
         # Averages of float64 tensors are accumulated in float64, all others in float32.
         is_float64 = {self.tensors[name].dtype for name in self.averages} == {"F64"}
         steps, times = zip(*self.clock_pairs, strict=True)
         return StoredAverage(
             profile if isinstance(profile, Point | Discrete) else self.profile,
-            self.updates or max(self.step // schedule.update_every - skipped_updates, 1),
-            EPS["F64" if is_float64 else "F32"], self.measurements,
-            Steps(Clock(steps, times), schedule.update_every), self.inherited,
+            self.updates, EPS["F64" if is_float64 else "F32"], self.measurements,
+            Steps(Clock(steps, times), self.schedule.update_every), self.inherited,
             () if is_float64 else tuple(map(gamma_from_sigma_rel, self.sigma_rels)), self.t_first,
         )  # fmt: skip
 

@@ -57,7 +57,7 @@ class Standing:
     step: int = 0
     t_first: float = 0.0  # the time of the first update
     max_interval: float = 0.0  # the longest time between two updates so far
-    updates: int | None = 0  # None if unknown
+    updates: int = 0
     window: int = 0  # updates since the last fold
     folds: int = 0
     folded_t: float = 0.0  # the time of the last fold
@@ -75,8 +75,7 @@ class Standing:
         inherited = tuple(error * (1 - share) ** 2 + self.missing for error, share in errors)
         return replace(
             self, t=t, step=step, t_first=self.t_first or t, inherited=inherited, missing=0.0, window=self.window + 1,
-            max_interval=max(self.max_interval, t - self.t) if self.t else 0.0,
-            updates=None if self.updates is None else self.updates + 1,
+            max_interval=max(self.max_interval, t - self.t) if self.t else 0.0, updates=self.updates + 1,
         )  # fmt: skip
 
     def masses(self, gammas: Sequence[float]) -> list[float]:

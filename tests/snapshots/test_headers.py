@@ -191,7 +191,7 @@ def test_a_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(small: Sm
 
 
 @pytest.mark.parametrize(("kind", "required"), [
-    ("snapshot", "run_id sigma_rel gamma sigma_rels t t_unit step t_first max_interval schedule tensors"),
+    ("snapshot", "run_id sigma_rel gamma sigma_rels t t_unit step t_first max_interval updates schedule tensors"),
     ("output", "run_id profile sigma_rel gamma t t_unit method profile_error predicted_error snapshots"),
 ])  # fmt: skip
 def test_a_missing_key_is_named(small: Small, kind: str, required: str) -> None:
