@@ -125,8 +125,8 @@ def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
     values = {"w": torch.zeros(2, dtype=torch.float16), "seen": torch.tensor(3)}
     path = write_snapshot(
         tmp_path, 1234.5, 0.1, RUN_ID, values,
-        t_unit="images", step=77, t_first=0.1, max_interval=32.5, updates=12, aliases={"tied": "w"}, left_out=("frozen",),
-        tensors={"w": "average BF16"},
+        t_unit="images", step=77, t_first=0.1, max_interval=32.5, updates=12, aliases={"tied": "w"},
+        left_out=("frozen",), tensors={"w": "average BF16"},
         schedule=TrackingSchedule(5, 10, 15, None, "F16"), sigma_rels=(0.1, 0.28),
         clock=((3, 0.1), (77, 1234.5)),
         measurements=Measurements(1 / 3, 1e-9),
@@ -169,8 +169,9 @@ def test_the_metadata_of_a_snapshot_is_read_back_exactly(
     optional |= {"off_schedule": True, "skip_nonfinite": True}
     info = make_info(
         {name: torch.zeros(1) for name in stored}, t, sigma_rel, OTHER_RUN_ID, step=step, t_first=t * early,
-        max_interval=t * interval, updates=step // 2, t_unit=unit, aliases={alias: stored[0]}, left_out=tuple(tensor_names),
-        measurements=measurements, sigma_rels=tuple(sorted({sigma_rel, 0.28, 0.2885})), **(optional if known else {}),
+        max_interval=t * interval, updates=step // 2, t_unit=unit, aliases={alias: stored[0]},
+        left_out=tuple(tensor_names), measurements=measurements, sigma_rels=tuple(sorted({sigma_rel, 0.28, 0.2885})),
+        **(optional if known else {}),
     )  # fmt: skip
     with TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
