@@ -34,7 +34,7 @@ engine.Maker.make = lambda *arguments: (time.sleep(1.0), make(*arguments))
 """
 """Runs before the command: every tile takes a second."""
 
-FULL = "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=10_000_000)\n"
+FULL = "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=20_000_000)\n"
 
 
 @pytest.fixture
@@ -116,9 +116,9 @@ def test_an_error_in_one_rank_is_named_by_all(run: Path, tmp_path: Path) -> None
 
 
 def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_first_byte(run: Path, tmp_path: Path) -> None:
-    """9 tensors of 1.4 MB: there is room for any process's part, but not for all."""
-    message = "the output takes 12,600,000 bytes, and 10,000,000 are free"
-    found = ended(FULL, *arguments(run, tmp_path / "out"))
+    """9 tensors of 1.4 MB: there is room for one average, but not for two."""
+    message = "the output takes 25,200,000 bytes, and 20,000,000 are free"
+    found = ended(FULL, *arguments(run, tmp_path / "out"), "--sigma-rel", "0.2")
     assert all(code == 1 and message in errors for code, errors in found), found
     assert not (tmp_path / "out").exists()
 
