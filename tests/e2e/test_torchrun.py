@@ -118,7 +118,7 @@ def test_an_error_in_one_rank_is_named_by_all(run: Path, tmp_path: Path) -> None
 def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_first_byte(run: Path, tmp_path: Path) -> None:
     """9 tensors of 1.4 MB: there is room for one average, but not for two."""
     message = "the output takes 25,200,000 bytes, and 20,000,000 are free"
-    found = ended(FULL, *arguments(run, tmp_path / "out"), "--sigma-rel", "0.2")
+    found = ended(FULL, *arguments(run, tmp_path / "out"), "--target", "window:5")
     assert all(code == 1 and message in errors for code, errors in found), found
     assert not (tmp_path / "out").exists()
 
