@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def synthesize(
     directory: str = options.DIRECTORY_OR_CHECKPOINTS,
-    sigma_rel: str | None = options.SIGMA_REL,
+    sigma_rel: list[str] = options.SIGMA_REL,
     target: list[str] = options.TARGET,
     group: list[str] = options.TARGETS(
         [], metavar="GLOB=SIGMA_REL", help="The length of tensors by name: 'unet.up.*=0.12'. The first match counts."

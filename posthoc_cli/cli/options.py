@@ -28,7 +28,9 @@ Dtype = Literal["keep", "float32", "float16", "bfloat16", "float64", "fp32", "fp
 
 
 SIGMA_REL = TARGETS(
-    None, help="Lengths of averages: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25."
+    [],
+    metavar="NUMBERS",
+    help="Lengths: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25. Repeatable.",
 )
 TARGET = TARGETS(
     [],
@@ -97,9 +99,9 @@ def parse_max_error(text: str) -> float:
         raise bad("--max-error", text, "must be a relative error in (0, 1), such as 0.01 or 1%") from None
 
 
-def parse_targets(sigma_rel: str | None, others: Sequence[str]) -> list[Target]:
-    """Return the targets of --sigma-rel and of each --target, in this order, without duplicates."""
-    parsed: list[Target] = [] if sigma_rel is None else [*map(SigmaRel, parse_numbers(sigma_rel, "--sigma-rel"))]
+def parse_targets(sigma_rels: Sequence[str], others: Sequence[str]) -> list[Target]:
+    """Return the targets of each --sigma-rel and each --target, in this order, without duplicates."""
+    parsed: list[Target] = [SigmaRel(width) for text in sigma_rels for width in parse_numbers(text, "--sigma-rel")]
     for text in others:
         parsed += targets.parse_targets(text, "--target")
     return list(dict.fromkeys(parsed))

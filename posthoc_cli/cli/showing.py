@@ -233,7 +233,7 @@ def error_plot(
     if out is None and not as_json:
         raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or add --json")
     picture = options.new_picture(out, overwrite)
-    targets, ends = options.parse_targets(None, target), options.parse_sigma_range(sigma_range)
+    targets, ends = options.parse_targets([], target), options.parse_sigma_range(sigma_range)
     runs = list(map(options.open_run, directories))
     curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
     if picture is not None:

@@ -200,8 +200,11 @@ def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema: Ema, tmp_
 def test_an_average_with_too_large_an_error_is_not_made_and_no_tensor_is_read(
     ema: Ema, run: Path, tmp_path: Path
 ) -> None:
-    arguments = ["synthesize", run, "--sigma-rel", "0.15,0.03", "--out", tmp_path / "averages"]
+    arguments = ["synthesize", run, "--sigma-rel=0.15", "--sigma-rel=0.03", "--out", tmp_path / "averages"]
     assert ema(*arguments, "--max-error", "99%").code == 0
+    assert {path.name for path in (tmp_path / "averages").iterdir()} == {
+        f"sigma_rel-{s}.safetensors" for s in (0.03, 0.15)
+    }
     for path in run.glob("*.safetensors"):
         flip_bit(path)
     before = contents(tmp_path)
