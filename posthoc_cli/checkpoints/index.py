@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import Counter
+from bisect import bisect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -349,10 +349,12 @@ def _of_distributed(metadata: Path) -> IndexedCheckpoint:
 
 @dataclass
 class _ChunkFiles:
+    """The objects in the files of a distributed checkpoint. They share no bytes, so that reading all takes one pass."""
+
     metadata: Path
     places: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]  # of objects in files, by their names and offsets
     identities: dict[Path, Identity] = field(default_factory=dict)
-    taken: Counter[Path] = field(default_factory=Counter)  # bytes of the objects that were read
+    spans: dict[Path, list[tuple[int, int]]] = field(default_factory=dict)  # of the objects that were read, sorted
 
     def chunks(self, name: str, described: dict[str, Any]) -> list[FoundChunk]:
         """Return the chunks of a tensor, with their places in the files."""
@@ -385,7 +387,10 @@ class _ChunkFiles:
         with OpenedFile(path) as file:
             if path not in self.identities:
                 self.identities[path] = sampled_identity(file), file.stamp
-            self.taken[path] += length  # if objects shared bytes, reading many would take the square of their number
-            is_within, problem = begin + length <= file.size, "its objects share bytes" * (self.taken[path] > file.size)
-            _checked(path, name, problem if is_within else "truncated: it would end beyond the file")
-            return path, read_pickled(file, begin, begin + length)
+            spans, end = self.spans.setdefault(path, []), begin + length
+            at = bisect(spans, (begin, end))
+            shares = any(one < end and begin < other for one, other in spans[max(at - 1, 0) : at + 1])
+            problem = "shares bytes with another object of the file" * shares
+            _checked(path, name, "truncated: it would end beyond the file" if end > file.size else problem)
+            spans.insert(at, (begin, end))
+            return path, read_pickled(file, begin, end)

@@ -4,7 +4,7 @@ To add one, write a function that returns what a checkpoint holds, or None, add 
 which takes all other files, and add its name to `KINDS`. A setting that only some kinds have is a field of
 `ImportSettings`, named next to their function.
 
-Ordinary EMAs lie in the same checkpoint as the weights, or next to them: the guide `checkpoints` lists where.
+Ordinary EMAs lie in the same checkpoint as the weights, or next to them, under the names that each function looks for.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def read_checkpoint(
             raise InvalidValueError(setting, f"must be given{why}")
     is_one = len(settings.sigma_rels) == 1 if found.updates else found.sigma_rel or not found.profile
     if settings.sigma_rels and not is_one:
-        raise InvalidValueError("sigma_rels", f"must be one for each average, also for that in {path.name}")
+        need = "one, of the average" if found.updates else "one for each average, also for that"
+        raise InvalidValueError("sigma_rels", f"must be {need} in {path.name}")
     averaged, weights = (
         {name.removeprefix(settings.prefix): find for name, find in tensors.items() if name.startswith(settings.prefix)}
         for tensors in (found.averaged, found.weights)

@@ -166,10 +166,11 @@ def read_tensors(file: OpenedFile) -> dict[Keys, Any]:
 def _module_tensors(node: Node, budget: _Budget) -> dict[Any, Any] | None:
     """Return the parameters, buffers and inner modules of a pickled torch module; None for another object.
 
-    The attributes of a module are its state; of one of EDM, under `state` in an argument.
+    The attributes of a module are its state; of a GraphModule an argument; of one of EDM under `state` in an argument.
     """
     parts = ("_parameters", "_buffers", "_modules")
-    for state in map(_items, (node.state, *(_items(argument).get("state") for argument in node.arguments))):
+    inner = (_items(argument).get("state") for argument in node.arguments)
+    for state in map(_items, (node.state, *node.arguments, *inner)):
         if all(isinstance(state.get(part), dict) for part in parts):
             listed = state.get("_non_persistent_buffers_set")
             listed = listed if isinstance(listed, list) else []

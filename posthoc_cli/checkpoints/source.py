@@ -332,7 +332,8 @@ def make_checkpoint(path: Path, tensors: Tensors, profile: StoredProfile, step: 
 
 
 def _is_statistic(name: str, names: Collection[str]) -> bool:
-    """Return whether a tensor is of BatchNorm, or a vector of spectral norm; `weight_v` of weight norm is a weight."""
-    stem, is_vector = name[:-1], name.endswith(("_u", "_v"))
+    """Return whether a tensor is of BatchNorm, or one of spectral norm's two vectors; weight norm's is a weight."""
+    stem = name[:-1]
+    is_vector = name.endswith(("_u", "_v")) and f"{stem}u" in names and f"{stem}v" in names
     is_of_norm = f"{stem}orig" in names or ("parametrizations." in name and stem.endswith("._"))
     return name.rpartition(".")[2] in _STATISTICS or (is_vector and is_of_norm)

@@ -233,7 +233,7 @@ def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, Obje
 
 
 _START = 256 * 1024
-"""Bytes of the first request, enough for the header of most files; small reads elsewhere request as many."""
+"""Bytes of the first request, enough for the header of most files; reads of less than an eighth request as many."""
 
 
 class RemoteBytes:
@@ -253,7 +253,7 @@ class RemoteBytes:
     def read(self, view: memoryview, offset: int) -> int:
         """Fill the beginning of a view from an offset on; return how many bytes, 0 only at the end of the object."""
         begin = offset - offset % _START
-        if len(view) >= _START:
+        if len(view) >= _START // 8:
             data = self._range(offset, offset + len(view))
         else:
             data = (self._piece(begin) if begin else self._start)[offset - begin :]
@@ -276,6 +276,7 @@ class RemoteBytes:
     def close(self) -> None:
         """Forget what was read: a request ends with its answer."""
         self._piece.cache_clear()
+        self._start = memoryview(b"")
 
 
 _PART, _MOST_PARTS = 8 * 1024 * 1024, 9_000

@@ -15,7 +15,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, cycle, pairwise
 from typing import Any
 
 import torch
@@ -188,9 +188,9 @@ Writer = Callable[[torch.Tensor], object]
 Opener = Callable[[Tile], Writer]
 """Returns the writer of a tile of one target; called in the thread that called the engine."""
 
-# For sources in an object store: the least number of threads, the requests at a time, and the blocks that are requested
-# ahead for each thread; with fewer threads more time passes without requests when a tile ends.
-REMOTE_THREADS, REQUESTS, AHEAD = 6, 32, 24
+# For sources in an object store: the requests at a time; the blocks that are requested ahead for each thread, which are
+# of one tile; so also the least number of threads, and the largest such number if there are few sources.
+REQUESTS, AHEAD, REMOTE_THREADS, MOST_THREADS = 32, 24, 6, 16
 
 
 def synthesize(
@@ -198,8 +198,9 @@ def synthesize(
 ) -> Iterator[tuple[str, list[torch.Tensor]]]:
     """Yield (name, one tensor per target) for each tensor, on `device`. Small tensors come in batches.
 
-    Memory is needed for a few tiles per thread, and for the tensors that the next few tiles belong to. Errors name the
-    tensor: FileFormatError of a damaged snapshot, NonFiniteError of a result that the plan's dtype cannot hold.
+    Memory is needed for a few tiles per thread (of stores, for `AHEAD` blocks), and for the tensors that the next few
+    tiles belong to. Errors name the tensor: FileFormatError of a damaged snapshot, NonFiniteError of a result that the
+    plan's dtype cannot hold.
 
     There are `workers` threads, by default one per core; the results are the same bits for any number. `progress` is
     called with the number of bytes just read, in the calling thread.
@@ -242,7 +243,7 @@ def synthesize_into(
     size = ONE_TARGET if len(plan.targets) == 1 else BLOCK
     tiles = deque(tile for part in plan.passes() for tile in cut_tiles(part, size, wide))
     remote = any(source.files and is_url(source.path) for source in plan.sources)
-    least = REMOTE_THREADS if workers is None and remote else 1
+    least = max(REMOTE_THREADS, min(REQUESTS // len(plan.sources), MOST_THREADS)) if workers is None and remote else 1
     workers = min(max(least, worker_count(workers)), max(1, len(tiles)))
     local, torch_threads = threading.local(), torch.get_num_threads()
     queue: deque[Future[Tile]] = deque()
@@ -264,7 +265,7 @@ def synthesize_into(
             stack.push(source.__exit__)
         readers = ThreadPoolExecutor(REQUESTS, "ema-requests") if remote else None
         if readers:
-            stack.callback(readers.shutdown, cancel_futures=True)
+            stack.callback(readers.shutdown)
         # Within a worker torch uses one thread: the tiles run in parallel instead.
         pool = stack.enter_context(ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,)))
         try:
@@ -283,6 +284,8 @@ def synthesize_into(
             raise errors[0] from None
         finally:
             errors.append(CancelledError())
+            if readers:
+                readers.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(wait=True, cancel_futures=True)
             errors.clear()  # their tracebacks hold the memory of tiles
             torch.set_num_threads(torch_threads)  # the workers' setting is also that of threads that begin later
@@ -337,8 +340,8 @@ class Maker:
         self.plan, self._device, self._size, self._errors, self._readers = plan, device, size, errors, readers
         self._is_cuda = device.type == "cuda"
         # With CUDA the next bytes are read into one of two buffers while the other is copied.
-        self._ahead = AHEAD * BLOCK // size if readers else 0
-        self._stored = deque(StoredBytes(self._is_cuda) for _ in range(self._ahead + 1 + self._is_cuda))
+        self._ahead = AHEAD * BLOCK if readers else 0  # in elements
+        self._stored = [StoredBytes(self._is_cuda) for _ in range(self._ahead // size + 1 + self._is_cuda)]
         self._sums: dict[str, Sums] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         cuda: Any = torch.cuda
@@ -399,11 +402,13 @@ class Maker:
     def _values(self, sources: Sequence[Source], tile: Tile) -> Iterator[torch.Tensor]:
         """Yield a tile's values of each source, in the stored dtype, on the device; each is valid until the next."""
         left, begun = deque(sources), deque[tuple[Future[None] | None, StoredBytes, torch.Tensor]]()
+        ahead = self._ahead // max(tile.size, self._size)
+        buffers = cycle(self._stored[: ahead + 1 + self._is_cuda])
         while left or begun:
             if self._errors:
                 raise CancelledError
-            if left and len(begun) <= self._ahead:
-                begun.append(self._begin(left.popleft(), tile))
+            if left and len(begun) <= ahead:
+                begun.append(self._begin(left.popleft(), tile, next(buffers)))
                 continue
             request, buffer, values = begun.popleft()
             if request:
@@ -413,10 +418,11 @@ class Maker:
                 buffer.sent = torch.cuda.current_stream(self._device).record_event()
             yield values
 
-    def _begin(self, source: Source, tile: Tile) -> tuple[Future[None] | None, StoredBytes, torch.Tensor]:
-        """Read a tile of a source, or request it; return the request, and the buffer with its values."""
-        self._stored.rotate()
-        buffer, name = self._stored[0], tile.names[0]
+    def _begin(
+        self, source: Source, tile: Tile, buffer: StoredBytes
+    ) -> tuple[Future[None] | None, StoredBytes, torch.Tensor]:
+        """Read a tile of a source into a buffer, or request it; return the request, and the buffer with its values."""
+        name = tile.names[0]
         if buffer.sent:
             buffer.sent.synchronize()
         data, values = buffer.views(tile.size, source.entries[name].dtype)

@@ -205,7 +205,7 @@ def test_chunks_lead_nowhere_else(tmp_path: Path) -> None:
     content.storage_data = {index: place, dataclasses.replace(index, fqn="other"): place}
     content.state_dict_metadata |= {"other": content.state_dict_metadata["w"]}
     metadata.write_bytes(pickle.dumps(content))
-    assert "__0_0.distcp: tensor 'other': its objects share bytes" in read(tmp_path)
+    assert "__0_0.distcp: tensor 'other': shares bytes with another object" in read(tmp_path)
     metadata.write_bytes(whole.replace(b"__0_0.distcp", b"__1_0.distcp"))
     assert "__1_0.distcp: cannot be opened" in read(tmp_path)
 

@@ -178,7 +178,7 @@ class AmbiguousNames(torch.nn.Module):
 
 def test_the_model_is_found_in_what_training_libraries_store(tmp_path: Path) -> None:
     """A module itself, alone or in a dict; the state of a trainer, as Composer and torch's own tutorial store it."""
-    folders = [tmp_path / name for name in ("module", "dict", "trainer", "distributed")]
+    folders = [tmp_path / name for name in ("module", "dict", "trainer", "distributed", "graph")]
     for folder in folders:
         folder.mkdir()
     for step in (1, 2):
@@ -188,10 +188,12 @@ def test_the_model_is_found_in_what_training_libraries_store(tmp_path: Path) -> 
         torch.save({"epoch": 9, "model": module, "optimizer": adam}, folders[1] / f"step{step}.pt")
         torch.save({"state": state, "rng": [{"cuda": torch.ones(5)}]}, folders[2] / f"step{step}.pt")
         distributed(folders[3] / f"step-{step}", {"app": state})
+        torch.save(torch.fx.symbolic_trace(module.head["x"]), folders[4] / f"step{step}.pt")
     for folder in folders[:2]:
         assert Run(folder).tensors.keys() == module.state_dict().keys()
         assert Run(folder).average(0.2, t=1)["scale"] == 1
-    for folder in folders[2:]:
+    assert Run(folders[4]).tensors.keys() == {"weight", "bias"}
+    for folder in folders[2:4]:
         assert Run(folder).average(0.2, t=1)["w"].tolist() == [1, 1, 1]
         assert set(Run(folder).tensors) == {"w"}
 

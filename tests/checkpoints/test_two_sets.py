@@ -144,7 +144,7 @@ def test_the_width_of_a_power_function_is_given(every: int, tmp_path: Path, ema:
     width = math.sqrt(exponent) / ((exponent + 1) * math.sqrt(exponent + 2))
     update = by(lambda step: 1.0 if step % every else (1 - every / step) ** exponent)
     folder = write_all(tmp_path / "run", train(), update, form=lambda _, *sets: LAYOUTS["DiT, SiT"](*sets))
-    with pytest.raises(InvalidValueError, match="sigma_rels: must be one for each average, also for that in"):
+    with pytest.raises(InvalidValueError, match="sigma_rels: must be one, of the average in"):
         import_checkpoints(folder, tmp_path / "never", sigma_rels=(0.1, 0.2))
     options = ("--sigma-rels", width, "--update-every", every, "--out", tmp_path / "imported")
     assert ema("import", folder, *options).code == 0
@@ -191,10 +191,10 @@ def test_which_set_is_meant_is_asked_where_two_or_none_have_a_word(tmp_path: Pat
 LAYERS = [*map("layer{}.weight".format, range(6)), "ema.weight", "quantize.embed_avg"]
 
 
-@pytest.mark.parametrize("names", [LAYERS, ["weight_g", "weight_v"]])
+@pytest.mark.parametrize("names", [LAYERS, ["weight_g", "weight_v"], ["weight_orig", "weight_u"]])
 def test_names_that_look_like_another_thing(names: list[str], tmp_path: Path) -> None:
     """A layer named `ema` next to others is no average of the model; the states of Megatron's chained optimizers are no
-    weights; weight norm's direction, of a name like that of spectral norm's vector, is averaged.
+    weights; weight norm's direction, and a lone tensor, of a name like that of spectral norm's vector, are averaged.
     """
     for step in (10, 20):
         content = {name: torch.full((4, 5), float(step)) for name in names}
@@ -212,8 +212,7 @@ def test_the_vectors_of_spectral_norm_are_copied(norm: Callable[..., torch.nn.Mo
             buffer.copy_(torch.nn.functional.normalize(torch.randn(len(buffer)), dim=0))
         torch.save({"model": layer.state_dict()}, tmp_path / f"step{step}.pt")
     found, vectors = Run(tmp_path).average(0.2), dict(layer.named_buffers())
-    assert found.keys() == layer.state_dict().keys()
-    assert len(vectors) == 2
+    assert found.keys() == layer.state_dict().keys() and len(vectors) == 2
     assert all(torch.equal(found[name], vector) for name, vector in vectors.items())
 
 
