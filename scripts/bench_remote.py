@@ -84,7 +84,7 @@ def measure(run: Run, targets: list[float], rounds: int) -> None:
             most[:], store.get = [0, 0], counted
             ours, own = timed(lambda: [None for _ in synthesize_into(plan, openers, torch.device("cpu"))])
             memory, store.get = most[0] - IMPORTED, get
-            alone, theirs = timed(lambda: fetch(requests))
+            alone, theirs = timed(lambda: fetch(requests, REQUESTS * (1 if len(targets) == 1 else 4)))
             times = f"{ours:.2f} s | {alone:.2f} s | {alone / ours:.2f} | {own:.2f} s, {theirs:.2f} s"
             print(f"| {len(requests):,} | {most[1] / 1e6:,.0f} | {times} | {memory / 1e6:.0f} MB |", flush=True)
     finally:
@@ -100,9 +100,9 @@ def timed(call: Any) -> tuple[float, float]:
     return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
-def fetch(requests: Sequence[tuple[str, int, int]]) -> None:
+def fetch(requests: Sequence[tuple[str, int, int]], threads: int) -> None:
     """Make the same requests by obstore alone."""
-    with ThreadPoolExecutor(REQUESTS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda request: len(store.get(*request)[0]), requests))
 
 

@@ -188,8 +188,8 @@ Writer = Callable[[torch.Tensor], object]
 Opener = Callable[[Tile], Writer]
 """Returns the writer of a tile of one target; called in the thread that called the engine."""
 
-# For sources in an object store: the requests at a time; the blocks that are requested ahead for each thread, which are
-# of one tile; so also the least number of threads, and the largest such number if there are few sources.
+# For sources in an object store: the requests of ONE_TARGET elements at a time; the blocks that are requested ahead for
+# each thread, which are of one tile; so also the least number of threads, and the most of these if sources are few.
 REQUESTS, AHEAD, REMOTE_THREADS, MOST_THREADS = 32, 24, 6, 16
 
 
@@ -263,7 +263,7 @@ def synthesize_into(
     with ExitStack() as stack:
         for source in in_turn(lambda source: source.__enter__(), plan.sources, remote):
             stack.push(source.__exit__)
-        readers = ThreadPoolExecutor(REQUESTS, "ema-requests") if remote else None
+        readers = ThreadPoolExecutor(REQUESTS * ONE_TARGET // size, "ema-requests") if remote else None
         if readers:
             stack.callback(readers.shutdown)
         # Within a worker torch uses one thread: the tiles run in parallel instead.
