@@ -61,18 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(run: Run, targets: list[float], rounds: int) -> None:
     """Print the times of a synthesis and of obstore alone, in turns."""
-    plan, requests, most = run.plan(targets), list[tuple[str, int, int]](), [0, 0]
+    plan, requests, peak = run.plan(targets), list[tuple[str, int, int]](), [0]
     get, ended, openers = store.get, threading.Event(), [discarded] * len(targets)
 
     def counted(url: str, begin: int, end: int, tag: str = "") -> Any:
-        answer = get(url, begin, end, tag)
         requests.append((url, begin, end))
-        most[1] += len(answer[0])
-        return answer
+        return get(url, begin, end, tag)
 
     def watch() -> None:
         while not ended.wait(0.005):
-            most[0] = max(most[0], resident())
+            peak[0] = max(peak[0], resident())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -81,12 +79,13 @@ def measure(run: Run, targets: list[float], rounds: int) -> None:
     try:
         for _ in range(rounds):
             requests.clear()
-            most[:], store.get = [0, 0], counted
+            peak[0], store.get = 0, counted
             ours, own = timed(lambda: [None for _ in synthesize_into(plan, openers, torch.device("cpu"))])
-            memory, store.get = most[0] - IMPORTED, get
+            memory, store.get = peak[0] - IMPORTED, get
             alone, theirs = timed(lambda: fetch(requests, REQUESTS * (1 if len(targets) == 1 else 4)))
             times = f"{ours:.2f} s | {alone:.2f} s | {alone / ours:.2f} | {own:.2f} s, {theirs:.2f} s"
-            print(f"| {len(requests):,} | {most[1] / 1e6:,.0f} | {times} | {memory / 1e6:.0f} MB |", flush=True)
+            megabytes = sum(end - begin for _, begin, end in requests) / 1e6
+            print(f"| {len(requests):,} | {megabytes:,.0f} | {times} | {memory / 1e6:.0f} MB |", flush=True)
     finally:
         store.get = get
         ended.set()
