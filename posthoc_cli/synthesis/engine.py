@@ -241,7 +241,7 @@ def synthesize_into(
     """
     wide = "F32" if device.type == "mps" else None  # mps has no float64
     size = ONE_TARGET if len(plan.targets) == 1 else BLOCK
-    tiles = deque(tile for part in plan.passes for tile in cut_tiles(part, size, wide))
+    tiles = deque(tile for part in plan.passes() for tile in cut_tiles(part, size, wide))
     remote = any(source.files and is_url(source.path) for source in plan.sources)
     least = max(REMOTE_THREADS, min(REQUESTS // len(plan.sources), MOST_THREADS)) if workers is None and remote else 1
     workers = min(max(least, worker_count(workers)), max(1, len(tiles)))

@@ -104,9 +104,8 @@ class Plan:
         globs = [target.widths if target.kind == "groups" else "*" for target in self.targets]
         return [{glob: next(numbers) for glob in each} for each in globs]
 
-    @cached_property
     def passes(self) -> list[Plan]:
-        """Plans with one column per target, each for some of the tensors, which together make all tensors.
+        """Return plans with one column per target, each for some of the tensors, which together make all tensors.
 
         Raises an InvalidValueError if a tensor is in no group, or a group has no tensor.
         """
@@ -278,7 +277,7 @@ def plan_synthesis(
         last=max(source.t for source in sources),
         coarse=frozenset(n for source in usable for n, entry in source.entries.items() if ITEM_BYTES[entry.dtype] < 4),
     )  # fmt: skip
-    plan.passes  # noqa: B018  raises an error if groups and tensors do not fit
+    plan.passes()  # raises an error if groups and tensors do not fit
     for index, target in enumerate(wanted):
         error = plan.predicted_error(index)
         if max_error is None or (error is not None and error <= max_error):
